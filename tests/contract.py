@@ -1,0 +1,226 @@
+"""The contract every editing method inherits: one subclass a method, nothing to write but its config.
+
+class TestFT(MethodContract):
+    method = "ft"
+
+    def config(self):
+        return FTConfig(layers=(1,), lr=1e-2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.small import (
+    build_inputs,
+    golden_requests,
+    job,
+    model_hash,
+    random_model,
+    session,
+    timeless,
+)
+from workers.artifacts import ArtifactData
+from workers.job import ScoreConfig, StreamJob
+from workers.methods import get_method
+from workers.methods.base import LaneEdit, Method, MethodConfig
+from workers.models import BaseModel
+from workers.overlay import LaneState, Overlay, pack_states, unpack_states
+from workers.rng import Draws
+from workers.scoring import Item, score
+from workers.stream import StepResult, Stream
+from workers.types import EditRequest
+
+REQUESTS = golden_requests(130)
+
+
+def stretched(request: EditRequest, words: int) -> EditRequest:
+    """The same fact in a longer sentence, so that lanes have rows of very different lengths."""
+    return replace(request, prompt=f"{'Because the old window was bright, ' * words}{request.prompt}")
+
+
+def same(a: LaneState, b: LaneState) -> bool:
+    return a.meta == b.meta and a.tensors.keys() == b.tensors.keys() and all(
+        torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors
+    )
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+class MethodContract:
+    """Subclasses give ``method`` and ``config``; every test below is then theirs."""
+
+    method: str
+    changes_answer = True
+
+    def config(self) -> MethodConfig:
+        raise AssertionError("a subclass gives the config")
+
+    # --- helpers ---
+
+    def prepared(self, base: BaseModel) -> tuple[Method[Any], dict[str, ArtifactData]]:
+        inputs = build_inputs(base, self.method, self.config())
+        return get_method(self.method).prepare(base, self.config(), inputs), inputs
+
+    def draws(self, first: int, position: int) -> Draws:
+        return Draws(self.method, self.config().model_dump(mode="json"), 0, first, position)
+
+    def edit(
+        self, method: Method[Any], overlay: Overlay, inputs: Mapping[str, ArtifactData], lanes: list[list[EditRequest]]
+    ) -> None:
+        """Edit each lane's list of requests, in lockstep."""
+        for position in range(len(lanes[0])):
+            method.edit(
+                overlay,
+                [LaneEdit((lane[position],), self.draws(10 * i, position), inputs) for i, lane in enumerate(lanes)],
+            )
+
+    def stream(self, base: BaseModel, job: StreamJob, inputs: dict[str, ArtifactData]) -> Stream:
+        return Stream(session(base), job, [REQUESTS], inputs)
+
+    def run(self, base: BaseModel, inputs: dict[str, ArtifactData], T: int, groups: Any, **score: Any) -> list[StepResult]:
+        work = job(self.method, self.config(), T, groups, inputs, **score)
+        stream = self.stream(base, work, inputs)
+        return list(stream.run(range(1, len(stream.ticks) + 1)))
+
+    # --- the contract ---
+
+    def test_an_edit_changes_the_answer_and_never_the_base(self, arch: str) -> None:
+        base = random_model(arch)
+        before = model_hash(base)
+        method, inputs = self.prepared(base)
+        overlay = method.new_overlay(1)
+        request = REQUESTS[0]
+        untouched = score(base, overlay, [Item(0, request)], ScoreConfig())[0]
+        assert untouched["locality_token"] == untouched["locality_exact"] == untouched["locality_generated"] == 1
+        assert untouched["target_logprob"] == untouched["target_logprob_base"]
+        during: list[str] = []
+        handle = base.layers[-1].register_forward_pre_hook(lambda *_: during.append(_parameters_only(base)))
+        try:
+            pristine = _parameters_only(base)
+            self.edit(method, overlay, inputs, [[request]])
+        finally:
+            handle.remove()
+        assert during and set(during) == {pristine}
+        edited = score(base, overlay, [Item(0, request)], ScoreConfig())[0]
+        assert edited["reliability_exact_base"] == 0
+        if self.changes_answer:
+            assert edited["reliability_exact"] == 1
+        assert model_hash(base) == before
+
+    def test_two_runs_are_bit_identical(self, arch: str) -> None:
+        base = random_model(arch)
+        _, inputs = self.prepared(base)
+        first, second = (self.run(base, inputs, 3, [[0, 1], [2]]) for _ in range(2))
+        assert len(first) == len(second) > 2
+        for a, b in zip(first, second, strict=True):
+            assert timeless(a.rows) == timeless(b.rows)
+            assert (a.state is None) == (b.state is None)
+            if a.state is not None and b.state is not None:
+                assert all(same(x, y) for x, y in zip(unpack_states(a.state)[0], unpack_states(b.state)[0], strict=True))
+
+    def test_resuming_in_mid_group_is_bit_identical(self, arch: str) -> None:
+        base = random_model(arch)
+        _, inputs = self.prepared(base)
+        whole = self.run(base, inputs, 4, [[0, 1]])
+        for at in (0, 2, 3):  # after the first edit, late in the group, and before scoring
+            fresh = random_model(arch)
+            stream = self.stream(fresh, job(self.method, self.config(), 4, [[0, 1]], inputs), inputs)
+            rest = list(stream.run(range(1, len(stream.ticks) + 1), start=whole[at].stop, state=whole[at].state))
+            assert [timeless(r.rows) for r in rest] == [timeless(r.rows) for r in whole[at + 1 :]]
+            assert rest and any(r.rows for r in rest)
+
+    def test_scoring_leaves_the_state_alone_and_the_order_of_probes_does_not_matter(self, arch: str) -> None:
+        base = random_model(arch, torch.float64)
+        method, inputs = self.prepared(base)
+        overlay = method.new_overlay(2)
+        self.edit(method, overlay, inputs, [REQUESTS[0:3], REQUESTS[10:13]])
+        before = [overlay.state(i) for i in range(2)]
+        items = [Item(lane, r) for lane in range(2) for r in REQUESTS[10 * lane : 10 * lane + 6]]
+        forward = score(base, overlay, items, ScoreConfig(rows_per_batch=7))
+        backward = score(base, overlay, items[::-1], ScoreConfig(rows_per_batch=5))[::-1]
+        assert all(same(a, overlay.state(i)) for i, a in enumerate(before))
+        for a, b in zip(forward, backward, strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert a[name] == pytest.approx(b[name], abs=1e-9), name
+
+    def test_the_first_ten_edits_of_a_hundred_are_the_group_of_ten(self, arch: str) -> None:
+        base = random_model(arch)
+        _, inputs = self.prepared(base)
+        states = []
+        for T in (10, 100):
+            work = job(self.method, self.config(), T, [[0]], inputs, immediate=False)
+            result = next(iter(self.stream(base, work, inputs).run([10, 11])))
+            assert result.state is not None and result.edits == 10
+            states.append(unpack_states(result.state)[0][0])
+        assert states[0].tensors and same(*states)
+
+    def test_lanes_do_not_depend_on_each_other(self, arch: str) -> None:
+        base = random_model(arch, torch.float64)
+        method, inputs = self.prepared(base)
+        lanes = [[stretched(r, i % 5) for r in REQUESTS[10 * i : 10 * i + 2]] for i in range(8)]
+        together = method.new_overlay(8)
+        self.edit(method, together, inputs, lanes)
+        tolerance = 1e-5 if arch == "llama" else 1e-6
+        for i, requests in enumerate(lanes):
+            alone = method.new_overlay(1)
+            for position, request in enumerate(requests):
+                method.edit(alone, [LaneEdit((request,), self.draws(10 * i, position), inputs)])
+            a, b = together.state(i), alone.state(0)
+            assert a.tensors.keys() == b.tensors.keys() and a.tensors
+            for name, value in b.tensors.items():
+                scale = self.change(method, name, value).norm().clamp_min(1e-12)
+                assert (a.tensors[name] - value).norm() / scale <= tolerance, (i, name)
+
+    def change(self, method: Method[Any], name: str, value: torch.Tensor) -> torch.Tensor:
+        """What a tensor of the state changed against the pristine state: errors are relative to that."""
+        start = method.new_overlay(1)
+        site = next((s for s in start.sites if s.name == name), None)
+        return value.double() - (0 if site is None else site.weight_OI.double())
+
+    def test_a_lane_that_is_not_finite_fails_alone(self, arch: str) -> None:
+        base = random_model(arch)
+        _, inputs = self.prepared(base)
+        groups = [[0, 1, 2]]
+        whole = self.run(base, inputs, 4, groups)
+        blob = whole[1].state
+        assert blob is not None
+        states, meta = unpack_states(blob)
+        poisoned = next(name for name, t in states[1].tensors.items() if t.is_floating_point() and t.numel())
+        states[1].tensors[poisoned] = torch.full_like(states[1].tensors[poisoned], float("nan"))
+        stream = self.stream(base, job(self.method, self.config(), 4, groups, inputs), inputs)
+        rest = list(stream.run(range(1, len(stream.ticks) + 1), start=2, state=pack_states(states, meta)))
+        failures = [f for r in rest for f in r.failures]
+        assert [(f.group, f.position) for f in failures] == [(1, 2)]
+        rows = timeless([row for r in rest for row in r.rows])
+        assert {row["group"] for row in rows} == {0, 2}
+        expected = timeless([row for r in whole[2:] for row in r.rows if row["group"] != 1])
+        assert rows == expected
+
+    def test_config_and_state_survive_their_storage(self, arch: str) -> None:
+        base = random_model(arch)
+        config = self.config()
+        assert type(config).model_validate_json(config.model_dump_json()) == config
+        method, inputs = self.prepared(base)
+        overlay = method.new_overlay(2)
+        self.edit(method, overlay, inputs, [REQUESTS[0:2], REQUESTS[2:4]])
+        states = [overlay.state(i) for i in range(2)]
+        back, meta = unpack_states(pack_states(states, {"x": [1, None, "é"]}))
+        assert meta == {"x": [1, None, "é"]}
+        assert all(same(a, b) for a, b in zip(states, back, strict=True))
+        again = method.new_overlay(2)
+        for i, state in enumerate(back):
+            again.load_state(i, state)
+        assert all(same(a, again.state(i)) for i, a in enumerate(states))
+
+
+def _parameters_only(base: BaseModel) -> str:
+    """Cheap enough to take in every forward: all parameter bytes."""
+    return str([p.detach().view(torch.uint8).long().sum().item() for p in base.model.parameters()]) + str(
+        [float(p.detach().double().sum()) for p in base.model.parameters()]
+    )

@@ -1,0 +1,54 @@
+"""Every method keeps the contract."""
+
+from __future__ import annotations
+
+from tests.contract import MethodContract
+from tests.small import GOLDEN
+from workers.methods.base import MethodConfig
+from workers.methods.ft import FTConfig
+from workers.methods.grace import GRACEConfig
+from workers.methods.rome import ROMEConfig
+from workers.methods.wise import WISEConfig
+
+
+class TestFTL(MethodContract):
+    method = "ft"
+    changes_answer = False  # its loss puts every target token at the last prompt position: two tokens cannot both win
+
+    def config(self) -> MethodConfig:
+        return FTConfig(layers=(1,), lr=1e-2, num_steps=8, objective="prompt_last")
+
+
+class TestFTM(MethodContract):
+    method = "ft"
+
+    def config(self) -> MethodConfig:
+        return FTConfig(layers=(1, 2), lr=1e-2, num_steps=15, objective="target_new")
+
+
+class TestROME(MethodContract):
+    method = "rome"
+
+    def config(self) -> MethodConfig:
+        return ROMEConfig(layer=0, corpus=str(GOLDEN / "corpus.txt"), samples=100, v_num_grad_steps=15, v_lr=0.5)
+
+
+class TestGRACE(MethodContract):
+    method = "grace"
+
+    def config(self) -> MethodConfig:
+        return GRACEConfig(layer=1, n_iter=15, edit_lr=1.0)
+
+
+class TestWISEMerge(MethodContract):
+    method = "wise"
+
+    def config(self) -> MethodConfig:
+        return WISEConfig(layer=1, n_iter=10, edit_lr=1.0, retrieve=False, save_freq=2, merge_freq=4)
+
+
+class TestWISERetrieve(MethodContract):
+    method = "wise"
+
+    def config(self) -> MethodConfig:
+        return WISEConfig(layer=1, n_iter=10, edit_lr=1.0, retrieve=True, save_freq=2, merge_freq=4)

@@ -1,0 +1,85 @@
+"""The registry of editing methods. Adding one: its file, one line here, one subclass of the contract test.
+
+>>> get_method("wise").title
+'WISE'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from workers.methods.base import Method, MethodConfig
+from workers.models import EMBEDDED, ModelConfig
+from workers.types import JSON, SpecError
+
+REGISTRY: Mapping[str, str] = MappingProxyType(
+    {
+        "ft": "workers.methods.ft:FT",
+        "rome": "workers.methods.rome:ROME",
+        "grace": "workers.methods.grace:GRACE",
+        "wise": "workers.methods.wise:WISE",
+    }
+)
+
+
+def method_names() -> tuple[str, ...]:
+    return tuple(REGISTRY)
+
+
+def get_method(name: str) -> type[Method[Any]]:
+    """The method's class. Raises :class:`SpecError` listing the valid names."""
+    try:
+        target = REGISTRY[name]
+    except KeyError:
+        raise SpecError(f"unknown method {name!r}; choices: {', '.join(method_names())}") from None
+    module, attribute = target.split(":")
+    found: type[Method[Any]] = getattr(import_module(module), attribute)
+    return found
+
+
+def load_config(
+    method: str, hparams: Mapping[str, JSON], hparams_file: Path | None, model: ModelConfig
+) -> MethodConfig:
+    """A method's frozen config: defaults, then an EasyEdit YAML (if given), then ``hparams``.
+
+    Without a file, the embedded model starts from the hyperparameters tuned for it. Raises :class:`SpecError` naming the
+    method, the field, the value and what is allowed.
+    """
+    import yaml
+    from pydantic import ValidationError
+
+    cls = get_method(method)
+    values: dict[str, JSON] = {}
+    if hparams_file is not None:
+        try:
+            loaded = yaml.safe_load(hparams_file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(f"hparams_file: {hparams_file}: {error.strerror or error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SpecError(f"hparams_file: {hparams_file}: not valid YAML ({error})") from None
+        if not isinstance(loaded, dict):
+            raise SpecError(f"hparams_file: {hparams_file}: expected a mapping, found {type(loaded).__name__}")
+        values = cls.Config.from_easyedit(loaded, str(hparams_file))
+    elif model.name == EMBEDDED:
+        values = cls.embedded()
+    source = f"method {method}" if hparams_file is None else f"{hparams_file} (method {method})"
+    try:
+        return cls.Config.model_validate({**values, **hparams})
+    except ValidationError as error:
+        raise SpecError(f"{source}: {describe(error, cls.Config)}") from None
+
+
+def describe(error: Any, config: type[MethodConfig]) -> str:
+    """One line per problem of a pydantic error: field, value, what is expected, and for unknown keys the known ones."""
+    lines = []
+    for e in error.errors():
+        where = ".".join(str(part) for part in e["loc"]) or "config"
+        if e["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key (value {e['input']!r}); choices: {', '.join(config.model_fields)}")
+        else:
+            lines.append(f"{where}: {e['msg']} (value {e['input']!r})")
+    return "; ".join(lines)

@@ -1,0 +1,259 @@
+"""Overlays: everything a method adds to the base model, one copy per lane, none of it in a base weight.
+
+>>> overlay = DenseOverlay(site, lanes=8)
+>>> with overlay.installed(rows):                  # the edited map answers with each row's own lane
+...     hidden = base.hidden_states(rows)
+>>> saved = overlay.state(3)                       # snapshot of lane 3: only what edits touched
+>>> overlay = DenseOverlay(site, lanes=8)          # rollback: a new overlay; nothing to undo
+
+Invariant (tested): the base model's bytes and module tree are the same before, during and after.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.rows import Rows
+from workers.types import JSON
+
+if TYPE_CHECKING:
+    from workers.models import Site
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """The snapshot of one lane: named tensors and a JSON value. Independent copies, safe to keep."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, JSON] = field(default_factory=dict)
+
+
+class Overlay(ABC):
+    """Edits of ``lanes`` independent lanes at one or more linear maps of the shared base."""
+
+    def __init__(self, sites: Sequence[Site], lanes: int) -> None:
+        self.sites = tuple(sites)
+        self.lanes = lanes
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest decoder layer whose output an edit can change; replay starts here."""
+        return min(site.layer for site in self.sites)
+
+    @abstractmethod
+    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+        """What the edited linear map answers, (B, S, O). ``rows`` tells each row's lane and where its prompt ends."""
+
+    @abstractmethod
+    def state(self, lane: int) -> LaneState:
+        """Snapshot of one lane. Restoring it elsewhere continues bit-identically."""
+
+    @abstractmethod
+    def load_state(self, lane: int, state: LaneState) -> None:
+        """Restore a snapshot taken from an overlay of the same construction."""
+
+    @abstractmethod
+    def delta_norm(self, lane: int) -> float | None:
+        """Relative Frobenius norm of the weight change, ``||W' - W|| / ||W||``; None where no weight is changed."""
+
+    @contextmanager
+    def installed(self, rows: Rows) -> Iterator[None]:
+        """Let the edited maps answer through this overlay inside the ``with``; the modules are themselves again after."""
+        with ExitStack() as stack:
+            for site in self.sites:
+                stack.enter_context(_patched(self, site, rows))
+            yield
+
+    def finite(self, lane: int) -> bool:
+        """Whether every number of the lane's state is finite."""
+        return all(bool(torch.isfinite(t).all()) for t in self.state(lane).tensors.values() if t.is_floating_point())
+
+    def lane_bytes(self, lane: int) -> int:
+        """Size of one lane's snapshot."""
+        return sum(t.numel() * t.element_size() for t in self.state(lane).tensors.values())
+
+
+@contextmanager
+def _patched(overlay: Overlay, site: Site, rows: Rows) -> Iterator[None]:
+    module = site.module
+    before = module.__dict__.get("forward")
+
+    def forward(x_BSI: Tensor) -> Tensor:
+        return overlay.forward(site, x_BSI, rows)
+
+    module.__dict__["forward"] = forward  # shadows the method, as assigning an attribute would
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Rows, bias_O: Tensor | None = None) -> Tensor:
+    """Each row times the weight of its own lane, (B, S, O).
+
+    One lane uses its weight directly; lanes with equally many rows share one batched product; otherwise lane by lane.
+    Weights are cast to the activations' precision (masters may be wider than the base).
+    """
+    weight_LOI = weight_LOI.to(x_BSI.dtype)
+    lanes = weight_LOI.shape[0]
+    if len(rows.segments) == 1:
+        return F.linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
+    if rows.even(lanes):
+        x_LNI = x_BSI.reshape(lanes, -1, x_BSI.shape[-1])
+        out = torch.bmm(x_LNI, weight_LOI.transpose(1, 2)).reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
+        return out if bias_O is None else out + bias_O
+    return torch.cat([F.linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments])
+
+
+class DenseOverlay(Overlay):
+    """Replaces the weights of some linear maps, one copy per lane. Copies are made at construction."""
+
+    def __init__(self, sites: Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
+        super().__init__(sites, lanes)
+        self.weights_LOI = {
+            site.name: site.weight_OI.to(dtype).unsqueeze(0).repeat(lanes, 1, 1).contiguous() for site in sites
+        }
+        self._touched = [False] * lanes
+
+    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+        return lane_linear(x_BSI, self.weights_LOI[site.name], rows, site.bias_O)
+
+    def touch(self, lanes: Sequence[int]) -> None:
+        """Note that these lanes differ from the base now; untouched lanes have an empty snapshot."""
+        for lane in lanes:
+            self._touched[lane] = True
+
+    def state(self, lane: int) -> LaneState:
+        if not self._touched[lane]:
+            return LaneState()
+        return LaneState({name: w[lane].detach().clone() for name, w in self.weights_LOI.items()})
+
+    def load_state(self, lane: int, state: LaneState) -> None:
+        self._touched[lane] = bool(state.tensors)
+        with torch.no_grad():
+            for site in self.sites:
+                weight_LOI = self.weights_LOI[site.name]
+                weight_LOI[lane] = state.tensors.get(site.name, site.weight_OI).to(weight_LOI)
+
+    def delta_norm(self, lane: int) -> float | None:
+        return relative_norm((site.weight_OI, self.weights_LOI[site.name][lane]) for site in self.sites)
+
+    def finite(self, lane: int) -> bool:
+        return all(bool(torch.isfinite(w[lane]).all()) for w in self.weights_LOI.values())
+
+
+class LowRankOverlay(Overlay):
+    """Adds ``left @ right`` to one linear map, one pair of factors per lane, a new column and row per edit.
+
+    A dense copy of an MLP projection of a 7B model is 90 MB or more a lane; a rank-one edit is 60 kB. When the rank reaches
+    half the smaller dimension the factors cost as much as the matrix, and the change is kept dense from then on. All lanes
+    grow together (they edit in lockstep), so the switch depends on the number of edits alone.
+    """
+
+    def __init__(self, site: Site, lanes: int, dtype: torch.dtype) -> None:
+        super().__init__([site], lanes)
+        out, into = site.shape
+        self._dtype = dtype
+        self._limit = max(1, min(out, into) // 2)
+        device = site.weight_OI.device
+        self.left_LOK = torch.zeros(lanes, out, 0, dtype=dtype, device=device)
+        self.right_LKI = torch.zeros(lanes, 0, into, dtype=dtype, device=device)
+        self.dense_LOI: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.left_LOK.shape[2])
+
+    def add(self, left_LO: Tensor, right_LI: Tensor) -> None:
+        """Add the outer product of each lane's pair of vectors."""
+        self.left_LOK = torch.cat([self.left_LOK, left_LO.to(self._dtype).unsqueeze(2)], dim=2)
+        self.right_LKI = torch.cat([self.right_LKI, right_LI.to(self._dtype).unsqueeze(1)], dim=1)
+        if self.dense_LOI is not None or self.rank >= self._limit:
+            update_LOI = torch.bmm(self.left_LOK, self.right_LKI)
+            self.dense_LOI = update_LOI if self.dense_LOI is None else self.dense_LOI + update_LOI
+            self.left_LOK, self.right_LKI = self.left_LOK[:, :, :0], self.right_LKI[:, :0]
+
+    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+        out = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        if self.dense_LOI is not None:
+            out = out + lane_linear(x_BSI, self.dense_LOI, rows)
+        if self.rank:
+            out = out + lane_linear(lane_linear(x_BSI, self.right_LKI, rows), self.left_LOK, rows)
+        return out
+
+    def delta(self, lane: int) -> Tensor:
+        """The whole change of one lane, (out, in)."""
+        delta = self.left_LOK[lane] @ self.right_LKI[lane]
+        return delta if self.dense_LOI is None else delta + self.dense_LOI[lane]
+
+    def state(self, lane: int) -> LaneState:
+        tensors = {"left": self.left_LOK[lane].clone(), "right": self.right_LKI[lane].clone()} if self.rank else {}
+        if self.dense_LOI is not None:
+            tensors["dense"] = self.dense_LOI[lane].clone()
+        return LaneState(tensors)
+
+    def load_state(self, lane: int, state: LaneState) -> None:
+        left, right = state.tensors.get("left"), state.tensors.get("right")
+        if left is None and self.rank:  # a pristine lane among edited ones
+            self.left_LOK[lane], self.right_LKI[lane] = 0, 0
+        rank = self.rank if left is None else left.shape[1]
+        if rank != self.rank:  # lanes are in lockstep: the first lane restored sets the rank of all
+            self.left_LOK = self.left_LOK.new_zeros(self.lanes, self.left_LOK.shape[1], rank)
+            self.right_LKI = self.right_LKI.new_zeros(self.lanes, rank, self.right_LKI.shape[2])
+        if left is not None and right is not None:
+            self.left_LOK[lane], self.right_LKI[lane] = left.to(self.left_LOK), right.to(self.right_LKI)
+        dense = state.tensors.get("dense")
+        if dense is not None:
+            if self.dense_LOI is None:
+                out, into = self.sites[0].shape
+                self.dense_LOI = self.left_LOK.new_zeros(self.lanes, out, into)
+            self.dense_LOI[lane] = dense.to(self.dense_LOI)
+        elif self.dense_LOI is not None:
+            self.dense_LOI[lane] = 0
+
+    def delta_norm(self, lane: int) -> float | None:
+        weight_OI = self.sites[0].weight_OI.to(self._dtype)
+        return float(self.delta(lane).norm() / weight_OI.norm())
+
+
+def relative_norm(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
+    """``sqrt(sum ||after - before||^2 / sum ||before||^2)`` over (before, after) pairs."""
+    change = total = 0.0
+    for before, after in pairs:
+        change += float((after.detach() - before.to(after.dtype)).square().sum())
+        total += float(before.to(after.dtype).square().sum())
+    return (change / total) ** 0.5 if total else 0.0
+
+
+def pack_states(states: Sequence[LaneState], meta: dict[str, JSON]) -> bytes:
+    """All lanes' snapshots as one safetensors blob; JSON in its metadata. No pickle."""
+    from safetensors.torch import save
+
+    tensors = {f"{i}/{name}": t.contiguous().cpu() for i, s in enumerate(states) for name, t in s.tensors.items()}
+    header = {"lanes": [s.meta for s in states], "meta": meta}
+    return save(tensors, metadata={"editsweep": json.dumps(header, sort_keys=True)})
+
+
+def unpack_states(blob: bytes) -> tuple[list[LaneState], dict[str, JSON]]:
+    """Reverse of :func:`pack_states`."""
+    from safetensors.torch import load
+
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["editsweep"])
+    states = [LaneState(meta=meta) for meta in header["lanes"]]
+    for key, tensor in load(blob).items():
+        lane, name = key.split("/", 1)
+        states[int(lane)].tensors[name] = tensor
+    return states, header["meta"]

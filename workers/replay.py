@@ -1,0 +1,64 @@
+"""Run only the layers an edit can change (DESIGN section 5).
+
+>>> prefix = capture(base, rows, first_layer=4)         # one full forward of the pristine base, no gradients
+>>> with overlay.installed(rows):
+...     hidden_BSD = replay(base, prefix)               # layers 4.. and the final norm; gradients flow
+
+The activations entering layer L of an overlay that starts at L depend on the tokens alone, so they are computed once per
+batch and not once per optimisation step. The result has the same bits as the full forward.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from workers.models import BaseModel
+    from workers.rows import Rows
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What enters the decoder layers from ``first_layer`` on: the hidden states once, and each layer's other arguments.
+
+    ``output_BSD`` is what the pristine base made of it, after the final norm.
+    """
+
+    first_layer: int
+    hidden_BSD: Tensor
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    output_BSD: Tensor
+
+
+@torch.no_grad()
+def capture(base: BaseModel, rows: Rows, first_layer: int) -> Prefix:
+    """Run the base once and keep the inputs of every layer from ``first_layer`` on."""
+    entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append((args, kwargs))
+
+    with ExitStack() as stack:
+        for layer in base.layers[first_layer:]:
+            stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        output = base.hidden_states(rows)
+    args, kwargs = entered[0]
+    hidden = args[0] if args else kwargs["hidden_states"]
+    # the hidden states of later layers are recomputed; keeping them would hold the whole forward in memory
+    calls = tuple((a[1:], {k: v for k, v in kw.items() if k != "hidden_states"}) for a, kw in entered)
+    return Prefix(first_layer, hidden, calls, output)
+
+
+def replay(base: BaseModel, prefix: Prefix) -> Tensor:
+    """Hidden states after the final norm, (B, S, D), from the captured prefix through the layers as they are now."""
+    hidden = prefix.hidden_BSD
+    for layer, (args, kwargs) in zip(base.layers[prefix.first_layer :], prefix.calls, strict=True):
+        out = layer(hidden, *args, **kwargs)
+        hidden = out[0] if isinstance(out, tuple) else out
+    normed: Tensor = base.norm(hidden)
+    return normed

@@ -1,0 +1,358 @@
+"""Probes to scores, many sequences in one forward.
+
+Definitions (DESIGN section 8): run ``prompt + " " + target`` and compare the argmax at each position that predicts a target
+token with that token. ``token`` is the share of right tokens, ``exact`` says whether all are right (WISE, arXiv 2405.14768,
+Eq. 9, reads that on the final state of a group), ``generated`` whether greedy generation from the prompt alone, with a
+natural stop, gives the target up to case and punctuation. Locality compares with the base model's own answers instead.
+
+Greedy generation costs almost nothing: the teacher-forced forward already says what would have been generated up to and
+including the first token that leaves the target, and a text that can no longer become the target is dropped at once. Only
+the few rows that remain are run further.
+
+Scoring never changes an overlay, and every batch is a function of the requests and the config alone: the base model
+answers the very same batches, so that an untouched model has locality exactly 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from workers.job import ScoreConfig
+from workers.replay import capture, replay
+from workers.rows import Encoded, Rows, collate
+from workers.types import EditRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workers.models import BaseModel
+    from workers.overlay import Overlay
+
+Kind = Literal["reliability", "generalization", "locality", "portability"]
+KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality", "portability")
+PROTOCOLS = ("token", "exact", "generated")
+
+_HEAD_VALUES = 2**26
+"""Logits computed at once, at most (256 MB in float32)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A request to be scored on a lane's present state."""
+
+    lane: int
+    request: EditRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One sequence of one item."""
+
+    item: int
+    kind: Kind
+    lane: int
+    encoded: Encoded
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says at the target positions of one row, and one token beyond."""
+
+    argmax: tuple[int, ...]
+    logprob: float
+    margin: float
+
+    def hits(self, target: Sequence[int]) -> list[bool]:
+        return [a == t for a, t in zip(self.argmax, target, strict=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A greedy continuation: its normalised text and whether it stopped by itself. None: dropped, it cannot match."""
+
+    text: str | None
+    natural: bool
+
+
+@dataclass(frozen=True)
+class _Reply:
+    answers: tuple[Answer, ...]
+    texts: tuple[Text, ...]
+
+
+@dataclass
+class BaseAnswers:
+    """The base model's replies to scoring batches, kept by the session: least recently used out.
+
+    A batch is answered as a whole or not at all, so a hit and a miss give the same bits.
+    """
+
+    capacity: int = 4096
+    hits: int = 0
+    misses: int = 0
+    _kept: OrderedDict[tuple[object, ...], _Reply] = field(default_factory=OrderedDict)
+
+    def get(self, key: tuple[object, ...]) -> _Reply | None:
+        found = self._kept.get(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: tuple[object, ...], reply: _Reply) -> None:
+        self._kept[key] = reply
+        if len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
+
+
+@torch.no_grad()
+def score(
+    base: BaseModel,
+    overlay: Overlay | None,
+    items: Sequence[Item],
+    config: ScoreConfig,
+    base_answers: BaseAnswers | None = None,
+) -> list[dict[str, float | None]]:
+    """Score each item on its lane. One dict per item: the score columns, ``*_base`` included.
+
+    ``overlay=None`` scores the base model itself.
+    """
+    base_answers = base_answers if base_answers is not None else BaseAnswers(capacity=1)
+    probes = list(_probes(base, items))
+    found: list[_Found] = [_Found() for _ in items]
+    for batch in _batches(probes, config.rows_per_batch):
+        before, after = _both(base, overlay, batch, config, base_answers)
+        for i, probe in enumerate(batch):
+            found[probe.item].add(probe, before.answers[i], after.answers[i], before.texts[i], after.texts[i])
+    return [f.scores(config.generated) for f in found]
+
+
+def _probes(base: BaseModel, items: Sequence[Item]) -> Iterator[Probe]:
+    for i, item in enumerate(items):
+        r = item.request
+        pairs: list[tuple[Kind, str, str]] = [("reliability", r.prompt, r.target_new)]
+        pairs += [("generalization", text, r.target_new) for text in r.rephrases]
+        pairs += [("locality", p.prompt, p.target) for p in r.locality]
+        pairs += [("portability", p.prompt, p.target) for p in r.portability]
+        for kind, prompt, target in pairs:
+            yield Probe(i, kind, item.lane, base.encoder.pair(prompt, target), target)
+
+
+def _batches(probes: list[Probe], rows: int) -> Iterator[list[Probe]]:
+    """Rows of like length together; inside a batch lane by lane."""
+    by_length = sorted(probes, key=lambda p: len(p.encoded.ids))
+    for start in range(0, len(by_length), rows):
+        yield sorted(by_length[start : start + rows], key=lambda p: p.lane)
+
+
+def _both(
+    base: BaseModel, overlay: Overlay | None, batch: list[Probe], config: ScoreConfig, kept: BaseAnswers
+) -> tuple[_Reply, _Reply]:
+    """The base model's reply and the edited one's, to the identical batch."""
+    rows = collate([p.encoded for p in batch], [p.lane for p in batch], base.encoder.pad_id, base.device)
+    key = (config.generated, config.extra_tokens, *((p.encoded, p.kind, p.target) for p in batch))
+    before = kept.get(key)
+    hidden_BSD: Tensor | None = None
+    if before is None:
+        if overlay is None:
+            plain_BSD = base.hidden_states(rows)
+        else:
+            prefix = capture(base, rows, overlay.first_layer)
+            plain_BSD = prefix.output_BSD
+            with overlay.installed(rows):
+                hidden_BSD = replay(base, prefix)
+        answers = _answers(base, plain_BSD, rows, batch)
+        texts = _texts(base, None, batch, answers, config, None)
+        before = _Reply(answers, texts)
+        kept.put(key, before)
+    if overlay is None:
+        return before, before
+    if hidden_BSD is None:
+        with overlay.installed(rows):
+            hidden_BSD = base.hidden_states(rows)
+    answers = _answers(base, hidden_BSD, rows, batch)
+    return before, _Reply(answers, _texts(base, overlay, batch, answers, config, before.texts))
+
+
+def _answers(base: BaseModel, hidden_BSD: Tensor, rows: Rows, batch: list[Probe]) -> tuple[Answer, ...]:
+    """Argmax, log-probability and margin at the target positions; the head runs nowhere else."""
+    row_P: list[int] = []
+    column_P: list[int] = []
+    target_P: list[int] = []
+    counts: list[int] = []
+    for i, probe in enumerate(batch):
+        e, offset = probe.encoded, rows.offsets[i]
+        count = len(e.ids) - e.prompt_len
+        counts.append(count + 1)
+        row_P += [i] * (count + 1)
+        column_P += range(offset + e.prompt_len - 1, offset + len(e.ids))
+        target_P += [*e.target, e.ids[-1]]  # the last one only fills the slot beyond the target
+    picked_PD = hidden_BSD[row_P, column_P]
+    chunk = max(1, _HEAD_VALUES // base.vocab)
+    argmax_P, logprob_P, margin_P = [], [], []
+    for start in range(0, len(row_P), chunk):
+        logits_PV = base.logits(picked_PD[start : start + chunk])
+        targets = torch.tensor(target_P[start : start + chunk], device=logits_PV.device)
+        top_P2, ids_P2 = logits_PV.topk(2, dim=-1)
+        argmax_P += ids_P2[:, 0].tolist()
+        margin_P += (top_P2[:, 0] - top_P2[:, 1]).tolist()
+        logprob_P += (logits_PV.gather(1, targets[:, None])[:, 0] - logits_PV.logsumexp(-1)).tolist()
+    answers, at = [], 0
+    for count in counts:
+        scored = slice(at, at + count - 1)
+        answers.append(
+            Answer(
+                tuple(argmax_P[at : at + count]),
+                sum(logprob_P[scored]) / (count - 1),
+                min(margin_P[scored]),
+            )
+        )
+        at += count
+    return tuple(answers)
+
+
+class _Generation:
+    """One greedy continuation in the making."""
+
+    def __init__(self, base: BaseModel, probe: Probe, limit: int, want: str | None) -> None:
+        self.tokenizer = base.tokenizer
+        self.probe = probe
+        self.prompt = probe.encoded.ids[: probe.encoded.prompt_len]
+        self.limit = limit
+        self.want = want
+        self.ids: list[int] = []
+        self.result: Text | None = None
+
+    def absorb(self, token: int) -> None:
+        """Append one token and see whether that ends it."""
+        text = self.tokenizer.decode(self.ids)
+        natural = token == self.tokenizer.eos_token_id
+        if not natural:
+            self.ids.append(token)
+            text = self.tokenizer.decode(self.ids)
+            natural = _ends(text, self.probe.target)
+        if natural or len(self.ids) >= self.limit:
+            self.result = Text(normalise(text), natural)
+        elif self.want is not None and not self.want.startswith(normalise(text)):
+            self.result = Text(None, natural=False)
+
+
+def _texts(
+    base: BaseModel,
+    overlay: Overlay | None,
+    batch: list[Probe],
+    answers: Sequence[Answer],
+    config: ScoreConfig,
+    base_texts: Sequence[Text] | None,
+) -> tuple[Text, ...]:
+    """Greedy continuations of every probe's prompt, begun from what the teacher-forced forward already told."""
+    if not config.generated:
+        return tuple(Text(None, natural=False) for _ in batch)
+    running: list[_Generation] = []
+    for i, (probe, answer) in enumerate(zip(batch, answers, strict=True)):
+        want: str | None = normalise(probe.target)
+        if probe.kind == "locality":
+            want = None if base_texts is None else base_texts[i].text
+        g = _Generation(base, probe, len(probe.encoded.target) + config.extra_tokens, want)
+        if probe.encoded.clean:
+            for said, given in zip(answer.argmax, (*probe.encoded.target, None), strict=True):
+                g.absorb(said)
+                if g.result is not None or said != given:
+                    break
+        else:
+            g.prompt = base.encoder.prompt(_prompt_text(base, probe))
+        running.append(g)
+    while alive := [g for g in running if g.result is None]:
+        for start in range(0, len(alive), config.rows_per_batch):
+            _advance(base, overlay, alive[start : start + config.rows_per_batch])
+    return tuple(g.result for g in running if g.result is not None)
+
+
+def _prompt_text(base: BaseModel, probe: Probe) -> str:
+    """The prompt of a row whose tokens merge across the border with the target."""
+    whole: str = base.tokenizer.decode(probe.encoded.ids, skip_special_tokens=True)
+    return whole[: len(whole) - len(probe.target)].rstrip()
+
+
+def _advance(base: BaseModel, overlay: Overlay | None, alive: list[_Generation]) -> None:
+    """One more greedy token for each; the routing decision stays with the prompt."""
+    encoded = [Encoded((*g.prompt, *g.ids), len(g.prompt)) for g in alive]
+    rows = collate(encoded, [g.probe.lane for g in alive], base.encoder.pad_id, base.device)
+    with overlay.installed(rows) if overlay is not None else nullcontext():
+        last_BD = base.hidden_states(rows)[:, -1]
+    for g, token in zip(alive, base.logits(last_BD).argmax(-1).tolist(), strict=True):
+        g.absorb(token)
+
+
+def _ends(text: str, target: str) -> bool:
+    """A line or a sentence has ended; a full stop inside the target itself does not end it."""
+    if "\n" in text.lstrip("\n"):
+        return True
+    body = text.strip()
+    return body.endswith(".") and not target.casefold().startswith(body.casefold())
+
+
+def normalise(text: str) -> str:
+    """Case, runs of white space and surrounding punctuation do not count."""
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+
+
+class _Found:
+    """Gathers the probes of one item."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.extra: dict[str, float] = {}
+
+    def add(self, probe: Probe, before: Answer, after: Answer, before_text: Text, after_text: Text) -> None:
+        target = probe.encoded.target
+        if probe.kind == "locality":
+            said = before.argmax[: len(target)]
+            self._note("locality", "", after.hits(said), after_text.text is not None and after_text == before_text)
+            return
+        want = normalise(probe.target)
+        for suffix, answer, text in (("", after, after_text), ("_base", before, before_text)):
+            self._note(probe.kind, suffix, answer.hits(target), text.natural and text.text == want)
+        if probe.kind == "reliability":
+            self.extra = {
+                "target_logprob": after.logprob,
+                "target_logprob_base": before.logprob,
+                "min_margin": after.margin,
+            }
+
+    def _note(self, kind: str, suffix: str, hits: list[bool], generated: bool) -> None:
+        token = sum(hits) / len(hits)
+        for protocol, value in zip(PROTOCOLS, (token, float(all(hits)), float(generated)), strict=True):
+            self.values.setdefault(f"{kind}_{protocol}{suffix}", []).append(value)
+
+    def scores(self, generated: bool) -> dict[str, float | None]:
+        """Every score column; None where the request has no such probe (or nothing was generated)."""
+        out: dict[str, float | None] = {}
+        for name in SCORE_COLUMNS:
+            values = self.values.get(name)
+            kept = values and (generated or "generated" not in name)
+            out[name] = sum(values) / len(values) if values and kept else None
+        for name in EXTRA_COLUMNS:
+            value = self.extra.get(name)
+            out[name] = value if value is not None and math.isfinite(value) else None
+        return out
+
+
+SCORE_COLUMNS: tuple[str, ...] = tuple(
+    f"{kind}_{protocol}{suffix}"
+    for suffix in ("", "_base")
+    for kind in KINDS
+    for protocol in PROTOCOLS
+    if not (suffix and kind == "locality")
+)
+EXTRA_COLUMNS = ("target_logprob", "target_logprob_base", "min_margin")

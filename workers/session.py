@@ -1,0 +1,55 @@
+"""A session: one loaded base model and what is reused between streams. An actor keeps one for as long as it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Self
+
+import torch
+import transformers
+
+from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.models import BaseModel, ModelConfig
+from workers.scoring import BaseAnswers
+from workers.stats import KIND as SECOND_MOMENT
+from workers.stats import build_second_moment
+from workers.templates import KIND as TEMPLATES
+from workers.templates import build_templates
+from workers.types import JSON, ModelError
+
+BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON]], ArtifactData]] = MappingProxyType(
+    {SECOND_MOMENT: build_second_moment, TEMPLATES: build_templates}
+)
+
+
+class Session:
+    """Owns the base model of this process.
+
+    >>> session = Session.open(ModelConfig(name="embedded"))
+    >>> data = session.build(spec)
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self.base_answers = BaseAnswers()
+
+    @classmethod
+    def open(cls, config: ModelConfig, threads: int = 1) -> Self:
+        """Load the model. Fixes what the bits of a result depend on: thread count, no TF32, deterministic kernels."""
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return cls(BaseModel.load(config))
+
+    def build(self, spec: ArtifactSpec) -> ArtifactData:
+        """Compute an artifact from its recipe. Raises :class:`ModelError` for a kind nobody builds."""
+        try:
+            builder = BUILDERS[spec.kind]
+        except KeyError:
+            raise ModelError(
+                f"artifact kind {spec.kind!r} is unknown; choices: {', '.join(sorted(BUILDERS))}"
+            ) from None
+        return builder(self.base, dict(spec.recipe))

@@ -1,0 +1,97 @@
+"""Second-moment statistics of a layer's inputs, ``C = E[k k^T]``: what the ROME family calls the covariance.
+
+The text is cut into lines (documents); every real token of the first ``samples`` lines contributes one outer product.
+Source: Meng et al., ROME, arXiv 2202.05262, section 3.1 and appendix E.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from workers.artifacts import ArtifactData
+from workers.rows import Encoded, collate
+from workers.types import JSON, DataError
+
+if TYPE_CHECKING:
+    from workers.models import BaseModel
+
+KIND = "second_moment"
+_ROWS = 64
+
+
+def corpus_path(corpus: str) -> Path:
+    """``embedded`` means the embedded world's own text."""
+    if corpus == "embedded":
+        from workers.data.tinyworld import corpus_path as embedded
+
+        return embedded()
+    return Path(corpus).expanduser()
+
+
+def corpus_fingerprint(corpus: str) -> str:
+    """Content hash of the corpus file. Raises :class:`DataError` if it cannot be read."""
+    path = corpus_path(corpus)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise DataError(f"corpus: {path}: {error.strerror or error}; give the path of a plain text file") from None
+
+
+def build_second_moment(base: BaseModel, recipe: dict[str, JSON]) -> ArtifactData:
+    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``moment_II`` and the token count."""
+    site = base.site(recipe["layer"], recipe["module"])
+    dtype = getattr(torch, recipe["precision"])
+    width = site.shape[1]
+    limit = int(getattr(base.model.config, "max_position_embeddings", 0) or 1024)
+    total_II = torch.zeros(width, width, dtype=dtype, device=base.device)
+    count = 0
+    for batch in _batches(base, corpus_path(recipe["corpus"]), recipe["samples"], limit):
+        keys_NI = layer_inputs(base, batch, site.module)
+        keys_NI = keys_NI.to(dtype)
+        total_II += keys_NI.T @ keys_NI
+        count += keys_NI.shape[0]
+    if count <= width:
+        raise DataError(
+            f"corpus: {recipe['corpus']}: only {count} tokens for {width} x {width} statistics, so they are singular; "
+            "give a longer text or more samples"
+        )
+    return ArtifactData({"moment": total_II / count}, {"tokens": count})
+
+
+@torch.no_grad()
+def layer_inputs(base: BaseModel, encoded: list[Encoded], module: nn.Module) -> Tensor:
+    """Inputs of ``module`` at every real token of the batch, (tokens, I)."""
+    rows = collate(encoded, [0] * len(encoded), base.encoder.pad_id, base.device)
+    caught: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    try:
+        base.hidden_states(rows)
+    finally:
+        handle.remove()
+    return caught[0][rows.attention_mask_BS.bool()]
+
+
+def _batches(base: BaseModel, path: Path, samples: int, limit: int) -> Iterator[list[Encoded]]:
+    batch: list[Encoded] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = (line.strip() for line in file)
+            for i, line in enumerate(line for line in lines if line):
+                if i >= samples:
+                    break
+                ids = base.encoder.text(line)[:limit]
+                batch.append(Encoded(ids, len(ids)))
+                if len(batch) == _ROWS:
+                    yield batch
+                    batch = []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"corpus: {path}: cannot be read as UTF-8 text ({error})") from None
+    if batch:
+        yield batch

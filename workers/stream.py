@@ -1,0 +1,278 @@
+"""The protocol of the field, step by step: edit, score at the right moments, roll back.
+
+>>> stream = Stream(session, job, requests=[ordered], artifacts={})
+>>> for step in stream.run(bounds=cut_steps(job, 50)):
+...     journal(step.rows, step.state)           # whoever drives the stream makes it durable
+
+A stream knows nothing of journals, tables or Ray. Resuming gives it the state a step returned and the tick where that step
+ended; the continuation is bit-identical to never having stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from workers.artifacts import ArtifactData
+from workers.job import Lane, StreamJob, Tick, timeline
+from workers.methods import get_method
+from workers.methods.base import LaneEdit
+from workers.overlay import Overlay, pack_states, unpack_states
+from workers.rng import Draws
+from workers.rows import Encoder
+from workers.scoring import Item, score
+from workers.session import Session
+from workers.types import JSON, EditRequest
+
+
+@dataclass(frozen=True)
+class GroupFailure:
+    """A lane whose numbers stopped being finite. Its group has no complete rows; the other lanes go on."""
+
+    cell_id: str
+    group: int
+    position: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class TickProgress:
+    """Told after every tick: how far the stream is."""
+
+    tick: int
+    ticks: int
+    edits: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gives: ticks [start, stop), the rows scored in it, and the edit state to continue from.
+
+    ``state`` is None at a wave's end, where the next wave starts from the pristine model.
+    """
+
+    start: int
+    stop: int
+    rows: list[dict[str, JSON]]
+    failures: list[GroupFailure]
+    state: bytes | None
+    edits: int
+    edit_seconds: float
+    score_seconds: float
+
+
+@dataclass
+class _Wave:
+    """The lanes being edited now."""
+
+    lanes: tuple[Lane, ...]
+    overlay: Overlay
+    dead: set[int] = field(default_factory=set)
+    log: list[list[dict[str, JSON]]] = field(default_factory=list)
+    """Per lane, what editing each position cost and reported."""
+
+    def alive(self) -> list[int]:
+        return [i for i in range(len(self.lanes)) if i not in self.dead]
+
+
+class Stream:
+    """Runs one :class:`~workers.job.StreamJob` on a session's model.
+
+    ``requests`` holds, for each of the job's cells, its requests in the order of that cell's seed; ``artifacts`` everything
+    the cells name, by key.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        job: StreamJob,
+        requests: Sequence[Sequence[EditRequest]],
+        artifacts: Mapping[str, ArtifactData],
+    ) -> None:
+        self.session = session
+        self.job = job
+        self.requests = requests
+        self.ticks = timeline(job)
+        base = session.base
+        if job.chat_template:
+            base = base.with_encoder(Encoder(base.tokenizer, chat_template=True))
+        self.base = base
+        method = get_method(job.method)
+        self.config = method.Config.model_validate(job.config)
+        self._config_json = self.config.model_dump(mode="json")
+        self._inputs = [{name: artifacts[key] for name, key in cell.artifacts.items()} for cell in job.cells]
+        self.method = method.prepare(base, self.config, self._inputs[0])
+
+    def run(
+        self,
+        bounds: Sequence[int],
+        start: int = 0,
+        state: bytes | None = None,
+        on_tick: Callable[[TickProgress], None] | None = None,
+    ) -> Iterator[StepResult]:
+        """Yield one result per step. ``start`` is 0 or one of ``bounds``; ``state`` is what the step ending there gave.
+
+        Raises whatever the method raises: a bug or a device running out of memory ends the stream, and what was yielded
+        before stays valid.
+        """
+        if start not in (0, *bounds):
+            raise ValueError(f"start {start} is not a step boundary of {list(bounds)}")
+        wave = None if state is None else self._restore(state, start)
+        low = start
+        for high in (b for b in bounds if b > start):
+            rows: list[dict[str, JSON]] = []
+            failures: list[GroupFailure] = []
+            edits = 0
+            edit_seconds = score_seconds = 0.0
+            for index in range(low, high):
+                tick = self.ticks[index]
+                if wave is None:
+                    wave = self._begin(tick)
+                clock = self._now()
+                if tick.kind == "edit":
+                    edits += self._edit(wave, tick, failures)
+                    edit_seconds += self._now() - clock
+                    clock = self._now()
+                rows += self._score(wave, tick)
+                score_seconds += self._now() - clock
+                if tick.last:
+                    wave = None  # rollback: the overlay is dropped, the base was never touched
+                if on_tick is not None:
+                    on_tick(TickProgress(index + 1, len(self.ticks), edits, tick.kind))
+            yield StepResult(low, high, rows, failures, self._save(wave), edits, edit_seconds, score_seconds)
+            low = high
+
+    # --- the three verbs ---
+
+    def _begin(self, tick: Tick) -> _Wave:
+        lanes = self.job.waves[tick.wave]
+        return _Wave(lanes, self.method.new_overlay(len(lanes)), log=[[] for _ in lanes])
+
+    def _edit(self, wave: _Wave, tick: Tick, failures: list[GroupFailure]) -> int:
+        """Edit positions ``start .. stop`` of every lane; returns how many edits the living lanes made."""
+        clock = self._now()
+        outcomes = self.method.edit(wave.overlay, [self._lane_edit(lane, tick) for lane in wave.lanes])
+        alive = wave.alive()
+        size = tick.stop - tick.start
+        seconds = (self._now() - clock) / (size * max(1, len(alive)))
+        for i in alive:
+            out = outcomes[i]
+            entry: dict[str, JSON] = {
+                "edit_seconds": seconds,
+                "iterations": out.iterations,
+                "loss": out.loss,
+                "details": out.details or None,
+            }
+            wave.log[i] += [entry] * size
+            if out.loss is not None and not math.isfinite(out.loss):
+                self._fail(wave, i, tick, f"loss became {out.loss}", failures)
+            elif not wave.overlay.finite(i):
+                self._fail(wave, i, tick, "a weight became non-finite", failures)
+        return size * len(wave.alive())
+
+    def _score(self, wave: _Wave, tick: Tick) -> list[dict[str, JSON]]:
+        """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its group)."""
+        job = self.job
+        moments: list[str] = [tick.kind]
+        if tick.kind == "edit":
+            reported = job.rollback == "group" or tick.start // job.T >= wave.lanes[0].group
+            moments = ["immediate"] if job.score.immediate and reported else []
+            if job.T == job.batch_size and reported:
+                moments.append("final")
+        alive = wave.alive()
+        if not moments or not alive:
+            return []
+        clock = self._now()
+        places = [(i, position) for i in alive for position in range(tick.start, tick.stop)]
+        items = [Item(i, self._request(wave.lanes[i], position)) for i, position in places]
+        found = score(self.base, wave.overlay, items, job.score, self.session.base_answers)
+        seconds = (self._now() - clock) / len(items)
+        norms = {i: wave.overlay.delta_norm(i) for i in alive}
+        sizes = {i: wave.overlay.lane_bytes(i) for i in alive}
+        memory = self._peak_memory()
+        rows = []
+        for (i, position), item, scores in zip(places, items, found, strict=True):
+            lane = wave.lanes[i]
+            row: dict[str, JSON] = {
+                "cell_id": job.cells[lane.cell].cell_id,
+                "group": lane.group if job.rollback == "group" else position // job.T,
+                "position": position % job.T,
+                "case_id": item.request.case_id,
+                "edits_applied": tick.edits_applied,
+                **scores,
+                **wave.log[i][position],
+                "score_seconds": seconds,
+                "lanes": len(wave.lanes),
+                "device": self.base.device.type,
+                "peak_memory_bytes": memory,
+                "overlay_bytes": sizes[i],
+                "delta_norm": norms[i],
+            }
+            rows += [{**row, "scored": moment} for moment in moments]
+        return rows
+
+    def _fail(self, wave: _Wave, i: int, tick: Tick, message: str, failures: list[GroupFailure]) -> None:
+        """Freeze lane ``i``: it is put back to the pristine state and its rows are no longer reported."""
+        wave.dead.add(i)
+        wave.overlay.load_state(i, self.method.new_overlay(1).state(0))
+        lane = wave.lanes[i]
+        first = lane.group if self.job.rollback == "group" else max(lane.group, tick.start // self.job.T)
+        for group in range(first, lane.stop_group):
+            failures.append(
+                GroupFailure(
+                    self.job.cells[lane.cell].cell_id, group, tick.start, "diverged", f"at edit {tick.start}: {message}"
+                )
+            )
+
+    # --- where a lane's requests and random numbers come from ---
+
+    def _first(self, lane: Lane) -> int:
+        """Index of the first request after the lane's pristine state."""
+        return lane.group * self.job.T if self.job.rollback == "group" else 0
+
+    def _request(self, lane: Lane, position: int) -> EditRequest:
+        return self.requests[lane.cell][self._first(lane) + position]
+
+    def _lane_edit(self, lane: Lane, tick: Tick) -> LaneEdit:
+        seed = self.job.cells[lane.cell].seed
+        return LaneEdit(
+            tuple(self._request(lane, position) for position in range(tick.start, tick.stop)),
+            Draws(self.job.method, self._config_json, seed, self._first(lane), tick.start),
+            self._inputs[lane.cell],
+        )
+
+    # --- state ---
+
+    def _save(self, wave: _Wave | None) -> bytes | None:
+        if wave is None:
+            return None
+        states = [wave.overlay.state(i) for i in range(len(wave.lanes))]
+        return pack_states(states, {"dead": sorted(wave.dead), "log": wave.log})
+
+    def _restore(self, blob: bytes, start: int) -> _Wave:
+        states, meta = unpack_states(blob)
+        wave = self._begin(self.ticks[start])
+        for i, state in enumerate(states):
+            wave.overlay.load_state(i, state)
+        wave.dead = set(meta["dead"])
+        wave.log = meta["log"]
+        return wave
+
+    # --- measuring ---
+
+    def _now(self) -> float:
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _peak_memory(self) -> int:
+        if self.base.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,62 @@
+"""Plain data that streams exchange. Knows nothing of torch: the planner and the readers import it freely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+JSON = Any
+"""A value that survives ``json.dumps`` and ``json.loads`` unchanged."""
+
+
+class EditSweepError(Exception):
+    """Base of every error whose message is meant for the user: shown without a traceback, exit code 2."""
+
+
+class SpecError(EditSweepError):
+    """A sweep spec or method config is wrong; the message names file, field, value and the valid choices."""
+
+
+class DataError(EditSweepError):
+    """A data file is wrong; the message names file, record number and field."""
+
+
+class ModelError(EditSweepError):
+    """A model cannot be used: unknown architecture, missing files, a layer out of range, too large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt and the answer expected after it (joined with one space when scored)."""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class EditRequest:
+    """One fact to change, and the probes that judge the change.
+
+    ``prompt`` must contain ``subject`` (the ROME family looks its tokens up). ``unrelated`` is a sentence about something
+    else, which WISE's margin loss needs. Texts carry no leading or trailing white space.
+    """
+
+    case_id: str
+    prompt: str
+    subject: str
+    target_new: str
+    ground_truth: str | None = None
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    unrelated: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """An ordered list of requests with the fingerprint that enters every cell id."""
+
+    name: str
+    requests: tuple[EditRequest, ...]
+    fingerprint: str
+    notes: dict[str, JSON] = field(default_factory=dict)
