@@ -32,6 +32,7 @@ from workers.methods.base import LaneEdit, Method, MethodConfig
 from workers.models import BaseModel
 from workers.overlay import LaneState, Overlay, pack_states, unpack_states
 from workers.rng import Draws
+from workers.rows import collate
 from workers.scoring import Item, score
 from workers.stream import StepResult, Stream
 from workers.types import EditRequest
@@ -45,8 +46,10 @@ def stretched(request: EditRequest, words: int) -> EditRequest:
 
 
 def same(a: LaneState, b: LaneState) -> bool:
-    return a.meta == b.meta and a.tensors.keys() == b.tensors.keys() and all(
-        torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors
+    return (
+        a.meta == b.meta
+        and a.tensors.keys() == b.tensors.keys()
+        and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
     )
 
 
@@ -82,7 +85,9 @@ class MethodContract:
     def stream(self, base: BaseModel, job: StreamJob, inputs: dict[str, ArtifactData]) -> Stream:
         return Stream(session(base), job, [REQUESTS], inputs)
 
-    def run(self, base: BaseModel, inputs: dict[str, ArtifactData], T: int, groups: Any, **score: Any) -> list[StepResult]:
+    def run(
+        self, base: BaseModel, inputs: dict[str, ArtifactData], T: int, groups: Any, **score: Any
+    ) -> list[StepResult]:
         work = job(self.method, self.config(), T, groups, inputs, **score)
         stream = self.stream(base, work, inputs)
         return list(stream.run(range(1, len(stream.ticks) + 1)))
@@ -121,7 +126,9 @@ class MethodContract:
             assert timeless(a.rows) == timeless(b.rows)
             assert (a.state is None) == (b.state is None)
             if a.state is not None and b.state is not None:
-                assert all(same(x, y) for x, y in zip(unpack_states(a.state)[0], unpack_states(b.state)[0], strict=True))
+                assert all(
+                    same(x, y) for x, y in zip(unpack_states(a.state)[0], unpack_states(b.state)[0], strict=True)
+                )
 
     def test_resuming_in_mid_group_is_bit_identical(self, arch: str) -> None:
         base = random_model(arch)
@@ -201,6 +208,39 @@ class MethodContract:
         assert {row["group"] for row in rows} == {0, 2}
         expected = timeless([row for r in whole[2:] for row in r.rows if row["group"] != 1])
         assert rows == expected
+
+    def test_batched_scoring_is_one_at_a_time_scoring(self, arch: str) -> None:
+        requests = [stretched(golden, i % 6) for i, golden in enumerate(golden_requests(200))]
+        for dtype in (torch.float64, torch.float32):
+            base = random_model(arch, dtype)
+            method, inputs = self.prepared(base)
+            overlay = method.new_overlay(2)
+            self.edit(method, overlay, inputs, [requests[0:3], requests[3:6]])
+            items = [Item(i % 2, r) for i, r in enumerate(requests)]
+            batched, single = (score(base, overlay, items, ScoreConfig(rows_per_batch=n)) for n in (64, 1))
+            if dtype == torch.float64:
+                for a, b in zip(batched, single, strict=True):
+                    assert a["target_logprob"] == pytest.approx(b["target_logprob"], abs=1e-5)
+                    assert a["min_margin"] == pytest.approx(b["min_margin"], abs=1e-5)
+                self.assert_logits_agree(base, overlay, items)
+            else:
+                names = [n for n in batched[0] if n.endswith(("_token", "_token_base")) and batched[0][n] is not None]
+                differ = sum(a[n] != b[n] for a, b in zip(batched, single, strict=True) for n in names)
+                assert differ <= 0.001 * len(names) * len(items)
+
+    def assert_logits_agree(self, base: BaseModel, overlay: Overlay, items: list[Item]) -> None:
+        """Every logit of every real position, left-padded batch against the row alone."""
+        ordered = sorted(items, key=lambda item: item.lane)
+        encoded = [base.encoder.pair(item.request.prompt, item.request.target_new) for item in ordered]
+        rows = collate(encoded, [item.lane for item in ordered], base.encoder.pad_id)
+        with torch.no_grad(), overlay.installed(rows):
+            logits_BSV = base.logits(base.hidden_states(rows))
+        assert len({len(e.ids) for e in encoded}) > 10
+        for i, item in enumerate(ordered):
+            alone = collate([encoded[i]], [item.lane], base.encoder.pad_id)
+            with torch.no_grad(), overlay.installed(alone):
+                logits_SV = base.logits(base.hidden_states(alone))[0]
+            assert (logits_BSV[i, rows.offsets[i] :] - logits_SV).abs().max() <= 1e-5
 
     def test_config_and_state_survive_their_storage(self, arch: str) -> None:
         base = random_model(arch)

@@ -32,7 +32,13 @@ def random_model(model_type: str, dtype: torch.dtype = torch.float32, **sizes: A
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / _TOKENIZER.get(model_type, "tiny-llama"))
     sizes = {**_SIZES.get(model_type, _SIZES["llama"]), **sizes}
     config = AutoConfig.for_model(
-        model_type, vocab_size=1200, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes
+        model_type,
+        vocab_size=1200,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **sizes,
     )
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -40,13 +46,17 @@ def random_model(model_type: str, dtype: torch.dtype = torch.float32, **sizes: A
         for p in model.parameters():  # the default initialisation is so small that every answer is nearly uniform
             if p.dim() > 1:
                 p.data.mul_(3)
-    return BaseModel(model, tokenizer, ModelConfig(name="random", dtype=str(dtype).removeprefix("torch."), device="cpu"))
+    return BaseModel(
+        model, tokenizer, ModelConfig(name="random", dtype=str(dtype).removeprefix("torch."), device="cpu")
+    )
 
 
 def golden_model(name: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     """A trained model of the golden set: tiny-llama or tiny-gpt2."""
     config = ModelConfig(
-        name=str(GOLDEN / "models" / name), dtype=str(dtype).removeprefix("torch."), device="cpu"  # type: ignore[arg-type]
+        name=str(GOLDEN / "models" / name),
+        dtype=str(dtype).removeprefix("torch."),
+        device="cpu",  # type: ignore[arg-type]
     )
     return BaseModel.load(config)
 
@@ -110,7 +120,7 @@ def model_hash(base: BaseModel) -> str:
         digest.update(f"{name}:{type(module).__name__}:{sorted(module.__dict__)};".encode())
     for name, tensor in [*base.model.named_parameters(), *base.model.named_buffers()]:
         digest.update(f"{name}:{tensor.dtype}:{tensor.requires_grad}:{tensor.grad is None};".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

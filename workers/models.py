@@ -13,7 +13,6 @@ Only :func:`fingerprint_model` and :func:`model_shape` serve the planner: they r
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -265,14 +264,15 @@ def model_shape(config: ModelConfig) -> ModelShape:
 
 
 def _read(load: Any, config: ModelConfig) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         return load()
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         known = ", ".join(sorted(ARCHITECTURES))
+        cause = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"model.name: {config.name!r} cannot be loaded ({str(error).splitlines()[0]}); known model types: {known}"
+            f"model.name: {config.name!r} cannot be loaded ({cause}); known model types: {known}"
         ) from error
 
 

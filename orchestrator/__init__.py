@@ -1,0 +1,25 @@
+"""The grid, the engine and the table of a sweep.
+
+>>> import orchestrator
+>>> results = orchestrator.open_results("results/demo")            # doctest: +SKIP
+>>> results.sql("select method, T, avg(reliability_exact) from edits group by all")   # doctest: +SKIP
+
+Importing this package costs nothing: ``open_results`` is looked up when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.query import Results, open_results
+
+__all__ = ["Results", "open_results"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from orchestrator import query
+
+        return getattr(query, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

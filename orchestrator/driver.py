@@ -1,0 +1,440 @@
+"""The Ray engine: connect or start, prove every node, build artifacts, one Tune trial per shard.
+
+Ray gives scheduling, resources, retries and the handling of lost nodes. It is told nothing of progress: what is done is
+what the table and the journal say, so every way a run can end is followed by the same next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from orchestrator.execute import Bench, Books, StepReport, check_memory, versions
+from orchestrator.lock import LockLost
+from orchestrator.paths import ResultsPaths
+from orchestrator.spec import RaySpec, Resources
+from orchestrator.store import LocalStore, StoreError
+from workers.artifacts import ArtifactSpec
+from workers.models import ModelConfig, fingerprint_model
+from workers.types import EditSweepError
+
+_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours remembers that it was Ctrl-C
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own snapshots are never read
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",
+    "TUNE_MAX_PENDING_TRIALS_PG": "auto",
+}
+# Ray and Tune read these when they are imported.
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.experiment import Trial  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
+
+from orchestrator.trial import ShardTrial  # noqa: E402
+
+PREFLIGHT_SECONDS = 180.0
+
+
+class ClusterError(EditSweepError):
+    """Ray cannot be reached, or a node cannot do the work. The message names node and cause."""
+
+
+def run_ray(books: Books, max_actors: int | None = None) -> None:
+    """Run every shard of the plan on Ray."""
+    plan = books.plan
+    threads = plan.common.threads
+    with _ctrl_c(books), _connected(plan.spec.ray, threads, books):
+        try:
+            actors = _preflight(books)
+            wanted = max_actors or plan.spec.engine.max_actors or actors
+            _build_artifacts(books, min(wanted, actors))
+            _tune(books, min(wanted, len(plan.shards)))
+        except KeyboardInterrupt:
+            books.interrupted = True
+
+
+# --- connecting ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
+    """Ray, started here or reached at ``spec.address``; left (and if it is ours, ended) afterwards."""
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        **_ENVIRONMENT,
+    }
+    runtime = {**spec.runtime_env, "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})}}
+    options: dict[str, Any] = {
+        "runtime_env": runtime,
+        "namespace": f"editsweep-{books.run_id}",
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+    }
+    if spec.address:
+        _answers(spec)
+        books.view.note(f"connecting to Ray at {spec.address}")
+        options["address"] = spec.address
+    else:
+        books.view.note("starting a local Ray")
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as error:
+        what = f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
+        raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _answers(spec: RaySpec) -> None:
+    """Raise :class:`ClusterError` if nothing, or something else than Ray, is at the address.
+
+    ``ray.init`` waits two minutes for a silent address and then ends the process; so a child process tries first.
+    """
+    address = str(spec.address)
+    hint = "check that the cluster runs (`ray status`), or leave ray.address out to start a local Ray"
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        if not port.isdecimal():
+            raise ClusterError(f"ray.address: {address!r} is not host:port, ray://host:port or auto")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, spec.connect_seconds)).close()
+        except OSError as error:
+            raise ClusterError(f"ray.address: {address} does not answer ({error.strerror or error}); {hint}") from None
+    elif address != "auto":
+        raise ClusterError(f"ray.address: {address!r} is not host:port, ray://host:port or auto")
+    code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", code, address],
+            timeout=spec.connect_seconds,
+            capture_output=True,
+            text=True,
+            check=False,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise ClusterError(
+            f"ray.address: {address} did not answer as a Ray cluster within {spec.connect_seconds:.0f} seconds; {hint}"
+        ) from None
+    if tried.returncode:
+        said = [line for line in tried.stderr.strip().splitlines() if line.strip()]
+        raise ClusterError(f"ray.address: {address} cannot be used ({said[-1][:300] if said else 'no reason given'}); {hint}")
+
+
+@contextlib.contextmanager
+def _ctrl_c(books: Books) -> Iterator[None]:
+    """First Ctrl-C: Tune ends in good order (it listens to SIGUSR1); second, or before Tune runs: KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        listening = signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN, None)
+        if books.interrupted or not listening:
+            raise KeyboardInterrupt
+        books.interrupted = True
+        books.view.note("stopping: the steps at hand are being committed (Ctrl-C again to leave at once)")
+        signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGINT, handle)
+    before_user = signal.getsignal(signal.SIGUSR1)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGUSR1, before_user)
+
+
+# --- preflight -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What every node is asked before the first shard."""
+
+    root: str
+    nonce: str
+    run_id: str
+    model: ModelConfig
+    weight_bytes: int
+    resources: Resources
+
+
+@dataclass(frozen=True)
+class _Answer:
+    host: str
+    nonce: str
+    versions: dict[str, str]
+    fingerprint: str
+    problem: str = ""
+
+
+@ray.remote(num_cpus=0, max_retries=1)
+def _prove(question: _Question, node: str) -> _Answer:
+    """Runs on a node: reads and writes the results folder, hashes the model, looks at memory."""
+    host = socket.gethostname()
+    paths = ResultsPaths()
+    store = LocalStore(question.root)
+    try:
+        nonce = store.read(paths.log(f"preflight-{question.run_id}")).decode()
+    except StoreError as error:
+        return _Answer(host, "", versions(), "", f"it does not see the results folder ({error})")
+    try:
+        store.replace(paths.log(f"preflight-{question.run_id}-{node}"), nonce.encode())
+        fingerprint = fingerprint_model(question.model)
+        resources = question.resources
+        check_memory(question.model, question.weight_bytes, resources.gpu, resources.memory_gb, where=host)
+    except EditSweepError as error:
+        return _Answer(host, nonce, versions(), "", str(error))
+    return _Answer(host, nonce, versions(), f"{fingerprint.model}:{fingerprint.tokenizer}")
+
+
+def _preflight(books: Books) -> int:
+    """Let every node that can hold an actor prove itself; how many actors they hold together."""
+    plan, store, paths = books.plan, books.store, books.paths
+    resources = plan.spec.engine.resources
+    if plan.common.model.device == "cuda" and not resources.gpu:
+        raise ClusterError("model.device is cuda, but engine.resources.gpu is 0; set it to 1 (or a fraction)")
+    nodes = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
+    room = {node: _actors_on(info["Resources"], resources) for node, info in nodes.items()}
+    able = {node: count for node, count in room.items() if count}
+    if not able:
+        have = ", ".join(
+            f"{n['NodeManagerHostname']}: {n['Resources'].get('CPU', 0):g} cpu, {n['Resources'].get('GPU', 0):g} gpu"
+            for n in nodes.values()
+        )
+        raise ClusterError(
+            f"engine.resources: an actor needs {resources.cpu:g} cpu and {resources.gpu:g} gpu; no node has them ({have})"
+        )
+    nonce = os.urandom(16).hex()
+    store.replace(paths.log(f"preflight-{books.run_id}"), nonce.encode())
+    question = _Question(
+        store.where(), nonce, books.run_id, plan.common.model, plan.weight_bytes, plan.spec.engine.resources
+    )
+    asked = {
+        node: _prove.options(
+            num_gpus=resources.gpu, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote(question, node)
+        for node in able
+    }
+    problems = []
+    mine = versions()
+    expected = f"{plan.common.model_fingerprint}:{plan.common.tokenizer_fingerprint}"
+    for node, ref in asked.items():
+        name = nodes[node]["NodeManagerHostname"]
+        try:
+            answer: _Answer = ray.get(ref, timeout=PREFLIGHT_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            problems.append(f"{name}: no answer within {PREFLIGHT_SECONDS:.0f} seconds")
+            continue
+        except ray.exceptions.RayError as error:
+            problems.append(f"{name}: {str(error).strip().splitlines()[-1][:500]}")
+            continue
+        problems += [f"{name}: {problem}" for problem in _problems(answer, nonce, mine, expected)]
+        back = paths.log(f"preflight-{books.run_id}-{node}")
+        if not answer.problem:
+            if not store.exists(back):
+                problems.append(f"{name}: what it writes into {store.where()} is not seen here; use a shared folder")
+            store.delete(back)
+    store.delete(paths.log(f"preflight-{books.run_id}"))
+    if problems:
+        raise ClusterError("the cluster is not ready:\n  " + "\n  ".join(problems))
+    return sum(able.values())
+
+
+def _problems(answer: _Answer, nonce: str, mine: Mapping[str, str], fingerprint: str) -> Iterator[str]:
+    """What is wrong with one node's answer."""
+    different = [
+        f"{name} {answer.versions.get(name)} (here {version})"
+        for name, version in mine.items()
+        if answer.versions.get(name) != version
+    ]
+    if different:
+        yield f"other versions than the driver's: {', '.join(different)}"
+    if answer.problem:
+        yield answer.problem
+    elif answer.nonce != nonce:
+        yield "the results folder of this name is another one there; results must be on a folder that all nodes share"
+    elif answer.fingerprint != fingerprint:
+        yield "the model's files differ from the driver's (another version of the weights or the tokenizer)"
+
+
+def _actors_on(have: Mapping[str, float], need: Resources) -> int:
+    counts = [have.get("CPU", 0) // need.cpu]
+    if need.gpu:
+        gpus = have.get("GPU", 0)
+        counts.append(gpus // need.gpu if need.gpu >= 1 else gpus * (1 // need.gpu))
+    return int(min(counts))
+
+
+# --- artifacts -------------------------------------------------------------------------------------------------------
+
+
+class _Builder:
+    """An actor that builds artifacts with one loaded model."""
+
+    def __init__(self, root: str, run_id: str) -> None:
+        self.bench = Bench(root, run_id)
+
+    def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> None:
+        self.bench.build(spec, model, threads)
+
+
+def _build_artifacts(books: Books, actors: int) -> None:
+    """Build what the plan's shards need and the store lacks. A failure is told; the shards that need it fail alone."""
+    plan = books.plan
+    missing = books.missing_artifacts()
+    if not missing:
+        return
+    resources = plan.spec.engine.resources
+    make = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_restarts=1, max_task_retries=1)(_Builder)
+    builders = [make.remote(books.store.where(), books.run_id) for _ in range(min(actors, len(missing)))]
+    waiting = {
+        builders[i % len(builders)].build.remote(spec, plan.common.model, plan.common.threads): spec
+        for i, spec in enumerate(missing)
+    }
+    done = 0
+    while waiting:
+        ready, _ = ray.wait(list(waiting), num_returns=1)
+        spec = waiting.pop(ready[0])
+        done += 1
+        try:
+            ray.get(ready[0])
+            books.view.note(f"artifact {done}/{len(missing)} built: {spec.kind} {spec.key[:8]}")
+        except ray.exceptions.RayError as error:
+            cause = str(error).strip().splitlines()[-1][:500]
+            books.view.warn(f"artifact {done}/{len(missing)} failed: {spec.kind} {spec.key[:8]}: {cause}")
+    for builder in builders:
+        ray.kill(builder)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _tune(books: Books, actors: int) -> None:
+    """One trial per shard, in the plan's order."""
+    plan = books.plan
+    engine = plan.spec.engine
+    trainable = tune.with_resources(
+        tune.with_parameters(ShardTrial, plan=plan, root=books.store.where(), run_id=books.run_id),
+        {"cpu": engine.resources.cpu, "gpu": engine.resources.gpu},
+    )
+    folder = Path(books.store.where(books.paths.log(f"ray-{books.run_id}"))).with_suffix("")
+    listener = _Listener(books)
+    try:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"shard": tune.grid_search(list(range(len(plan.shards))))},
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,
+                max_concurrent_trials=max(1, actors),
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(folder),
+                failure_config=tune.FailureConfig(max_failures=engine.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+                callbacks=[listener],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if listener.stopped_by is not None:
+        raise listener.stopped_by
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"shard-{trial.config['shard']:06d}"
+
+
+class _Listener(tune.Callback):
+    """Passes what Tune learns on to the books. Called in the driver's main thread."""
+
+    def __init__(self, books: Books) -> None:
+        self.books = books
+        self.stopped_by: BaseException | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks into a file that nobody reads; the books stay here."""
+        return {}
+
+    def _shard(self, trial: Trial) -> str:
+        return self.books.plan.shards[trial.config["shard"]].shard_id
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """An error of ours (the lock is lost, the disk is full) ends the run in good order and is raised after it."""
+        try:
+            yield
+        except (LockLost, EditSweepError, OSError) as error:
+            if self.stopped_by is None:
+                self.stopped_by = error
+                signal.raise_signal(signal.SIGUSR1)
+
+    def on_trial_start(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        with self._guard():
+            self.books.started(self._shard(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: Sequence[Trial], trial: Trial, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        report = result.get("report")
+        if report:
+            with self._guard():
+                self.books.stepped(StepReport(**report))
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        with self._guard():
+            self.books.finished(self._shard(trial))
+
+    def on_trial_recover(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        with self._guard():
+            self.books.retrying(self._shard(trial), trial.num_failures, _cause(trial))
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        with self._guard():
+            self.books.failed(self._shard(trial), trial.num_failures, _cause(trial))
+
+    def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
+        with self._guard():
+            self.books.tick()
+
+
+def _cause(trial: Trial) -> str:
+    """The last line of what Tune knows about a failure, which names the exception."""
+    text = ""
+    with contextlib.suppress(Exception):
+        error = trial.get_pickled_error() or trial.get_error()
+        text = str(error or "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "the worker process or its node was lost"

@@ -1,0 +1,507 @@
+"""What both engines share: running one shard in a worker, and keeping the books in the driver.
+
+    bench = Bench(root="/data/results/demo", run_id="r1")      # in a worker process; keeps the loaded model
+    for step in bench.run(manifest):                           # each step is durable when it is yielded
+        ...
+
+    outcome = run_sweep(spec, store, local_engine, view)       # in the driver: lock, plan, engine, gather
+
+Progress lives in the journal alone: a shard that is run again, for whatever reason, continues after its last commit.
+Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import yaml
+
+import orchestrator
+import workers
+from orchestrator import lock as locking
+from orchestrator.artifacts import ArtifactStore
+from orchestrator.journal import Journal, ShardManifest, Superseded
+from orchestrator.paths import ResultsPaths
+from orchestrator.plan import Plan, Planner, Progress, Shard, Task, load_spec_dataset, requests_of
+from orchestrator.spec import DatasetSpec, SweepSpec, scoring_identity
+from orchestrator.store import LocalStore, Missing, Store, StoreError, seal_json, sha256_of, unseal_json
+from orchestrator.table import CentralTable
+from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.models import ModelConfig
+from workers.types import JSON, DataError, Dataset, EditSweepError, ModelError
+
+if TYPE_CHECKING:
+    from workers.session import Session
+
+GATHER_SHARDS = 64
+GATHER_SECONDS = 60.0
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "pydantic")
+"""Packages whose versions a result may depend on: equal on every node."""
+
+GIB = 1 << 30
+
+
+class ResultsError(EditSweepError):
+    """The results folder is not this sweep's, or not a results folder at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One committed step of a shard. The first report of an attempt commits nothing: it says where it continues."""
+
+    shard_id: str
+    tick: int
+    ticks: int
+    edits: int
+    rows: int
+    seconds: float
+    attempt: int
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardError:
+    """Why a shard did not finish, after all its attempts."""
+
+    shard_id: str
+    kind: str
+    message: str
+    attempts: int
+    log: str
+
+
+# --- in a worker -----------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """What a worker process keeps between shards: the loaded model, the data set, artifacts of the last shard."""
+
+    def __init__(self, root: str, run_id: str) -> None:
+        self.store = LocalStore(root)
+        self.paths = ResultsPaths()
+        self.journal = Journal(self.store, self.paths)
+        self.artifacts = ArtifactStore(self.store, self.paths)
+        self.run_id = run_id
+        self._session: tuple[ModelConfig, int, Session] | None = None
+        self._dataset: tuple[DatasetSpec, Dataset] | None = None
+        self._data: dict[str, ArtifactData] = {}
+
+    def session(self, model: ModelConfig, threads: int) -> Session:
+        """The session of ``model``, loaded on first use."""
+        from workers.session import Session
+
+        if self._session is None or self._session[:2] != (model, threads):
+            self._session = None  # let go of the old weights before the new ones are read
+            self._session = (model, threads, Session.open(model, threads=threads))
+        return self._session[2]
+
+    def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> ArtifactData:
+        """An artifact from the store, built and stored first if it is not there."""
+        blob = self.artifacts.get_or_build(spec, lambda: self.session(model, threads).build(spec).to_bytes())
+        return ArtifactData.from_bytes(blob)
+
+    def run(self, manifest: ShardManifest) -> Iterator[StepReport]:
+        """Run or continue a shard; every report but the first stands for a durable step.
+
+        Raises whatever the stream raises, after noting it in the journal. A superseded attempt ends quietly.
+        """
+        from workers.stream import Stream
+
+        task = Task.of(manifest)
+        common = task.common
+        self.journal.begin(manifest)
+        attempt = self.journal.claim(manifest.shard_id, self.run_id, _worker())
+        ticks = manifest.bounds[-1]
+        try:
+            yield StepReport(manifest.shard_id, attempt.position, ticks, 0, 0, 0.0, attempt.number)
+            if attempt.position == ticks:
+                return
+            session = self.session(common.model, common.threads)
+            data = self._load_dataset(common.dataset, common.dataset_fingerprint)
+            specs = task.artifact_specs()
+            self._data = {
+                key: self._data.get(key) or self.build(spec, common.model, common.threads) for key, spec in specs.items()
+            }
+            stream = Stream(session, manifest.job, requests_of(manifest, data), self._data)
+            began = time.perf_counter()
+            for step in stream.run(manifest.bounds, attempt.position, attempt.state):
+                attempt.commit(
+                    step.start,
+                    step.stop,
+                    step.rows,
+                    [dataclasses.asdict(failure) for failure in step.failures],
+                    step.state,
+                    {"edits": step.edits, "edit_seconds": step.edit_seconds, "score_seconds": step.score_seconds},
+                )
+                now = time.perf_counter()
+                yield StepReport(
+                    shard_id=manifest.shard_id,
+                    tick=step.stop,
+                    ticks=ticks,
+                    edits=step.edits,
+                    rows=len(step.rows),
+                    seconds=now - began,
+                    attempt=attempt.number,
+                    failures=len(step.failures),
+                )
+                began = now
+        except Superseded:
+            return
+        except Exception as error:
+            self.journal.record_error(
+                manifest.shard_id,
+                attempt.number,
+                {
+                    "kind": type(error).__name__,
+                    "message": str(error)[:2000],
+                    "traceback": traceback.format_exc()[-20_000:],
+                    "worker": _worker(),
+                },
+            )
+            raise
+
+    def _load_dataset(self, spec: DatasetSpec, fingerprint: str) -> Dataset:
+        if self._dataset is None or self._dataset[0] != spec or self._dataset[1].fingerprint != fingerprint:
+            self._dataset = (spec, load_spec_dataset(spec))
+        data = self._dataset[1]
+        if data.fingerprint != fingerprint:
+            raise DataError(
+                f"the data set {spec.kind} ({spec.path or 'embedded'}) is not the one this shard was planned with "
+                f"(fingerprint {data.fingerprint}, expected {fingerprint}): restore the file, or use a new results folder"
+            )
+        return data
+
+
+def _worker() -> dict[str, JSON]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def versions() -> dict[str, str]:
+    """What must be equal wherever shards run: Python, the packages, and this code itself."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return {**found, "editsweep": code_digest()}
+
+
+def code_digest() -> str:
+    """Hash of the source files of this package: two nodes with equal digests run the same code."""
+    text = []
+    for package in (orchestrator, workers):
+        folder = Path(str(package.__file__)).parent
+        text += [f"{p.relative_to(folder)}:{sha256_of(p.read_bytes())}" for p in sorted(folder.rglob("*.py"))]
+    return sha256_of("\n".join(text).encode())[:12]
+
+
+def check_memory(model: ModelConfig, weight_bytes: int, gpu: float, memory_gb: float, where: str) -> None:
+    """Refuse a model that cannot fit the device here. Raises :class:`ModelError` with the sizes."""
+    if model.device != "cpu" and (gpu or model.device == "cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ModelError(f"{where}: model.device is {model.device}, but torch finds no GPU there")
+        free = torch.cuda.get_device_properties(0).total_memory * (min(gpu, 1.0) or 1.0)
+        if weight_bytes > free:
+            raise ModelError(
+                f"{where}: the weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {model.dtype}, but an actor has "
+                f"{free / GIB:.1f} GiB of GPU memory; use a smaller dtype, a larger GPU, or engine.resources.gpu: 1"
+            )
+        return
+    import psutil
+
+    needed = memory_gb * GIB or 2 * weight_bytes
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ModelError(
+            f"{where}: an actor needs about {needed / GIB:.1f} GiB of memory for {model.name}, {available / GIB:.1f} GiB are "
+            "available"
+        )
+
+
+# --- in the driver ---------------------------------------------------------------------------------------------------
+
+
+class View(Protocol):
+    """Where progress is shown (:mod:`orchestrator.console` has the terminal's)."""
+
+    def begin(self, plan: Plan) -> None: ...
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def shard_started(self, shard: Shard, title: str) -> None: ...
+    def shard_step(self, step: StepReport) -> None: ...
+    def shard_ended(self, shard_id: str, ok: bool) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass
+class Books:
+    """The driver's account of one run: tells the view, gathers finished shards, collects failures."""
+
+    plan: Plan
+    store: Store
+    run_id: str
+    view: View
+    check: Callable[[], None] = lambda: None
+    paths: ResultsPaths = field(default_factory=ResultsPaths)
+    errors: dict[str, ShardError] = field(default_factory=dict)
+    interrupted: bool = False
+    _ready: list[str] = field(default_factory=list)
+    _gathered: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def journal(self) -> Journal:
+        return Journal(self.store, self.paths)
+
+    @cached_property
+    def table(self) -> CentralTable:
+        return CentralTable(self.store, self.paths)
+
+    @cached_property
+    def shards(self) -> dict[str, Shard]:
+        return {shard.shard_id: shard for shard in self.plan.shards}
+
+    def missing_artifacts(self) -> list[ArtifactSpec]:
+        """What the shards that are left need and the store does not have."""
+        store = ArtifactStore(self.store, self.paths)
+        keys = dict.fromkeys(key for shard in self.plan.shards for key in self.plan.artifact_keys(shard))
+        return [self.plan.artifacts[key] for key in keys if not store.has(self.plan.artifacts[key])]
+
+    def title(self, shard: Shard) -> str:
+        return f"{self.plan.variants[shard.variant].label} T={shard.T} {shard.shard_id[:6]}"
+
+    def started(self, shard_id: str) -> None:
+        shard = self.shards[shard_id]
+        self.view.shard_started(shard, self.title(shard))
+
+    def stepped(self, step: StepReport) -> None:
+        self.view.shard_step(step)
+        self.tick()
+
+    def finished(self, shard_id: str) -> None:
+        self.view.shard_ended(shard_id, ok=True)
+        self._ready.append(shard_id)
+        self.tick()
+
+    def retrying(self, shard_id: str, attempt: int, cause: str) -> None:
+        self.view.warn(f"{self.title(self.shards[shard_id])} failed ({cause}); launching it again (try {attempt + 1})")
+
+    def failed(self, shard_id: str, attempts: int, cause: str) -> None:
+        """A shard that will not be launched again in this run."""
+        error = ShardError(shard_id, "error", cause, attempts, self.store.where(self.paths.shard(shard_id)))
+        try:
+            recorded = self.journal.errors(shard_id)
+        except EditSweepError:
+            recorded = {}
+        if recorded:
+            last = max(recorded)
+            error = ShardError(
+                shard_id,
+                str(recorded[last].get("kind", "error")),
+                str(recorded[last].get("message", cause)),
+                attempts,
+                self.store.where(self.paths.error(shard_id, last)),
+            )
+        self.errors[shard_id] = error
+        self.view.shard_ended(shard_id, ok=False)
+        self.view.warn(f"{self.title(self.shards[shard_id])} failed: {error.kind}: {error.message.splitlines()[0][:200]}")
+        self.tick()
+
+    def tick(self) -> None:
+        """Called often: gathers when there is enough to gather. Raises :class:`~orchestrator.lock.LockLost`."""
+        self.check()
+        waited = time.monotonic() - self._gathered
+        if len(self._ready) >= GATHER_SHARDS or (self._ready and waited >= GATHER_SECONDS):
+            self.gather(self._ready)
+
+    def gather(self, shard_ids: list[str] | None = None) -> None:
+        """Move finished shards (None: every one there is) into the central table."""
+        done = self.table.gather(self.journal, shard_ids)
+        self._ready, self._gathered = [], time.monotonic()
+        for shard_id in done.again:
+            self.view.warn(f"a part of shard {shard_id} was damaged on disk; run the same command again to redo it")
+        for shard_id, cause in (done.refused or {}).items():
+            self.errors[shard_id] = ShardError(
+                shard_id, "TableError", cause, 0, self.store.where(self.paths.shard(shard_id))
+            )
+
+
+class Engine(Protocol):
+    """Runs the shards of ``books.plan``; returns when all ended or the user interrupted (``books.interrupted``)."""
+
+    def __call__(self, books: Books, max_actors: int | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    plan: Plan
+    run_id: str
+    unfinished: tuple[str, ...]
+    errors: Mapping[str, ShardError]
+    failed_groups: tuple[Mapping[str, JSON], ...]
+    interrupted: bool
+
+    @property
+    def exit_code(self) -> int:
+        if self.interrupted and self.unfinished:
+            return 130
+        return 1 if self.unfinished else 0
+
+
+def run_sweep(spec: SweepSpec, store: Store, engine: Engine, view: View, max_actors: int | None = None) -> Outcome:
+    """The whole of ``editsweep run``: plan, subtract what is done, run the rest, gather."""
+    paths = ResultsPaths()
+    check_folder(spec, store, paths)
+    planner = Planner(spec)  # everything that is wrong with the spec is said before anything is written
+    run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    with locking.acquire(store, run_id, say=view.warn) as lock:
+        _enter_folder(spec, store, paths)
+        table = CentralTable(store, paths)
+        journal = Journal(store, paths)
+        for number in table.verify():
+            view.warn(f"table file {number} is damaged and was put aside; its shards run again")
+        table.gather(journal)
+        plan = planner.plan(read_progress(table, journal))
+        _write_plan(plan, store, paths)
+        _write_run(plan, store, paths, run_id, max_actors)
+        books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
+        view.begin(plan)
+        try:
+            if plan.shards:
+                engine(books, max_actors)
+        finally:
+            view.end()
+            if not lock.lost:
+                books.gather()
+        lock.check()
+        outcome = _outcome(books)
+        _write_end(store, paths, run_id, outcome)
+    return outcome
+
+
+def read_progress(table: CentralTable, journal: Journal) -> Progress:
+    """What the results folder holds, as the planner wants it."""
+    listed = table.shards()
+    begun = tuple(manifest for shard_id, manifest in journal.begun().items() if shard_id not in listed)
+    return Progress(done=table.done(), begun=begun, used=frozenset(listed))
+
+
+def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
+    """Refuse a results folder that is not this sweep's. Writes nothing."""
+    try:
+        found = unseal_json(store.read(paths.sweep), store.where(paths.sweep))
+    except Missing:
+        strangers = [e.name for e in store.list("") if e.name != paths.lock]
+        if strangers:
+            raise ResultsError(
+                f"{store.where()} is not a results folder: it has no {paths.sweep} but holds {', '.join(strangers[:5])}; "
+                "give an empty or a new folder with --results"
+            ) from None
+        return
+    except StoreError as error:
+        if error.cause.startswith("a part of the path is a file"):
+            raise ResultsError(f"{store.where()} is a file, not a folder; give a folder with --results") from None
+        raise
+    if found.get("name") != spec.name:
+        raise ResultsError(
+            f"{store.where()} holds the results of the sweep {found.get('name')!r}, not of {spec.name!r}; "
+            "give another folder with --results"
+        )
+    mine = dict(scoring_identity(spec.scoring))
+    theirs = found.get("scoring", mine)
+    changed = [f"{key}: {theirs.get(key)!r} there, {mine[key]!r} here" for key in mine if theirs.get(key) != mine[key]]
+    if changed:
+        raise ResultsError(
+            f"scoring: the cells in {store.where()} were scored with other settings ({'; '.join(changed)}); "
+            "use the same settings, or a new folder with --results"
+        )
+
+
+def _enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
+    identity = {"name": spec.name, "scoring": dict(scoring_identity(spec.scoring))}
+    if not store.publish_new(paths.sweep, seal_json(identity)):
+        check_folder(spec, store, paths)
+
+
+def _write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
+    """plan.json: the definition of every cell there ever was, and which of them the last plan asked for."""
+    try:
+        known = dict(unseal_json(store.read(paths.plan), store.where(paths.plan))["cells"])
+    except (Missing, EditSweepError, KeyError, TypeError):
+        known = {}
+    for cell in plan.cells:
+        variant = plan.variants[cell.variant]
+        known[cell.cell_id] = {
+            "method": variant.label,
+            "algorithm": variant.algorithm,
+            "version": variant.version,
+            "hparams_id": variant.hparams_id,
+            "config": variant.config,
+            "T": cell.T,
+            "seed": cell.seed,
+            "groups": cell.groups,
+            "rollback": plan.common.rollback,
+            "batch_size": plan.common.batch_size,
+            "model": plan.common.model.name,
+            "model_fingerprint": plan.common.model_fingerprint,
+            "tokenizer_fingerprint": plan.common.tokenizer_fingerprint,
+            "dataset": plan.common.dataset_name,
+            "dataset_fingerprint": plan.common.dataset_fingerprint,
+        }
+    store.replace(paths.plan, seal_json({"cells": known, "current": [cell.cell_id for cell in plan.cells]}))
+
+
+def _write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_actors: int | None) -> None:
+    text = yaml.safe_dump(plan.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    store.replace(paths.run_spec(run_id), text.encode())
+    info: dict[str, JSON] = {
+        "run_id": run_id,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv[1:],
+        "max_actors": max_actors,
+        "versions": versions(),
+        "driver": _worker(),
+        "shards": len(plan.shards),
+    }
+    store.replace(paths.run_info(run_id), seal_json(info))
+
+
+def _write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome) -> None:
+    info = unseal_json(store.read(paths.run_info(run_id)), store.where(paths.run_info(run_id)))
+    info |= {
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "exit_code": outcome.exit_code,
+        "unfinished_cells": len(outcome.unfinished),
+        "errors": [dataclasses.asdict(error) for error in outcome.errors.values()],
+    }
+    store.replace(paths.run_info(run_id), seal_json(info))
+
+
+def _outcome(books: Books) -> Outcome:
+    """Compare the table with the plan: an engine's own account of how it ended is never trusted."""
+    done = books.table.done()
+    unfinished = [
+        cell.cell_id
+        for cell in books.plan.cells
+        if sum(group < cell.groups for group in done.get(cell.cell_id, ())) < cell.groups
+    ]
+    wanted = set(unfinished)
+    failed = tuple(failure for failure in books.table.failed() if failure["cell_id"] in wanted)
+    return Outcome(books.plan, books.run_id, tuple(unfinished), dict(books.errors), failed, books.interrupted)

@@ -1,0 +1,92 @@
+"""The in-process engine: the shards one after another, in this process. Same interface as the Ray engine; a debugger works.
+
+Ctrl-C once ends the run after the step at hand is committed; twice, at once (the step is redone next time).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from orchestrator.execute import Bench, Books, check_memory
+from orchestrator.lock import LockLost
+
+
+def run_local(books: Books, max_actors: int | None = None) -> None:
+    """Run every shard of the plan. ``max_actors`` means nothing here: there is one."""
+    plan = books.plan
+    resources = plan.spec.engine.resources
+    check_memory(plan.common.model, plan.weight_bytes, resources.gpu, resources.memory_gb, where="this machine")
+    bench = Bench(books.store.where(), books.run_id)
+    with _ctrl_c() as stop:
+        _build_artifacts(bench, books, stop)
+        for shard in plan.shards:
+            if stop.is_set():
+                break
+            _run_shard(bench, books, shard.shard_id, stop)
+        books.interrupted = stop.is_set()
+
+
+def _build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
+    """Build what the store lacks. A failure is told here and again by the shards that need the artifact."""
+    missing = books.missing_artifacts()
+    for done, spec in enumerate(missing, start=1):
+        if stop.is_set():
+            return
+        try:
+            bench.build(spec, books.plan.common.model, books.plan.common.threads)
+            books.view.note(f"artifact {done}/{len(missing)} built: {spec.kind} {spec.key[:8]}")
+        except KeyboardInterrupt:
+            stop.set()
+        except Exception as error:
+            books.view.warn(f"artifact {done}/{len(missing)} failed: {spec.kind} {spec.key[:8]}: {error}")
+
+
+def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event) -> None:
+    plan = books.plan
+    tries = plan.spec.engine.max_failures + 1
+    manifest = plan.manifest(books.shards[shard_id])
+    for number in range(1, tries + 1):
+        books.started(shard_id)
+        try:
+            for step in bench.run(manifest):
+                books.stepped(step)
+                if stop.is_set() and step.tick < step.ticks:
+                    return
+        except KeyboardInterrupt:
+            stop.set()
+            return
+        except LockLost:
+            raise
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            if number < tries and not stop.is_set():
+                books.retrying(shard_id, number, cause)
+                continue
+            books.failed(shard_id, number, cause)
+            return
+        books.finished(shard_id)
+        return
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, the second raises KeyboardInterrupt. Outside the main thread nothing changes."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,203 @@
+"""Questions to the table: Arrow, pandas, or SQL in a locked-down DuckDB.
+
+Queries come from users, scripts and shared notebooks, and column values from data sets; nothing in a query may reach
+files, the network or this process. Hence an in-memory database that sees the table as the view ``edits`` and nothing
+else, takes one SELECT at a time, and can be stopped.
+Knows nothing of torch or Ray.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from orchestrator.journal import Journal
+from orchestrator.paths import ResultsPaths
+from orchestrator.store import LocalStore, Store
+from orchestrator.table import COLUMNS, CentralTable, schema
+from workers.types import EditSweepError
+
+if TYPE_CHECKING:
+    import duckdb
+    import pandas as pd
+    import pyarrow as pa
+
+FORMATS: tuple[str, ...] = ("csv", "json", "parquet")
+_IN_MEMORY_BYTES = 64 << 20  # of Parquet files: below, reading all is faster than importing pyarrow.dataset (0.3 s)
+
+
+class QueryError(EditSweepError):
+    """A query is wrong, not allowed, or took too long. The message holds DuckDB's own and the valid columns."""
+
+
+class Results:
+    """A results folder, finished or still being written. Made by :func:`open_results`.
+
+    >>> results = open_results("results/demo")                        # doctest: +SKIP
+    >>> results.sql("select method, T, avg(locality_exact) from edits group by all")    # doctest: +SKIP
+    >>> results.to_pandas()                                           # doctest: +SKIP
+    """
+
+    def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
+        self.store = store
+        self.paths = paths or ResultsPaths()
+        self.journal = Journal(store, self.paths)
+        self.central = CentralTable(store, self.paths)
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Every row exactly once, of running shards too; all columns, or those asked for."""
+        return self.central.scan(self.journal, columns)
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The same as a pandas data frame."""
+        frame: pd.DataFrame = self.table(columns).to_pandas()
+        return frame
+
+    def sql(self, query: str, time_limit: float | None = 300.0) -> pa.Table:
+        """Answers one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) over the view ``edits``.
+
+        ``time_limit`` in seconds; None waits forever. Raises :class:`QueryError`.
+        """
+        import duckdb
+
+        connection = duckdb.connect(
+            ":memory:",
+            config={
+                "enable_external_access": False,
+                "python_enable_replacements": False,
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+                "allow_persistent_secrets": False,
+                "temp_directory": "",
+            },
+        )
+        try:
+            self._register(connection)
+            connection.execute("SET lock_configuration = true")
+            return _answer(connection, query, time_limit)
+        finally:
+            connection.close()
+
+    def _register(self, connection: duckdb.DuckDBPyConnection) -> None:
+        files, parts = self.central.snapshot(self.journal)
+        keys = {file.key for file in files}
+        size = sum(entry.size for entry in self.store.list(self.paths.table) if entry.key in keys)
+        if size < _IN_MEMORY_BYTES:
+            import pyarrow as pa
+
+            pieces = [self.central.read_file(file) for file in files]
+            connection.register("edits", pa.concat_tables([*pieces, parts]))
+            return
+        import pyarrow.dataset as ds
+
+        filesystem, root = self.store.filesystem()
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        dataset = ds.dataset(
+            [f"{root}/{file.key}" for file in files],
+            schema=schema(),
+            format=ds.ParquetFileFormat(default_fragment_scan_options=options),
+            filesystem=filesystem,
+        )
+        connection.register("_table", dataset)
+        connection.register("_parts", parts)
+        connection.execute("CREATE VIEW edits AS SELECT * FROM _table UNION ALL SELECT * FROM _parts")
+
+
+def open_results(folder: str | os.PathLike[str]) -> Results:
+    """Opens a results folder for reading. Raises :class:`~workers.types.EditSweepError` if it is none."""
+    path = Path(folder).expanduser().absolute()
+    paths = ResultsPaths()
+    store = LocalStore(path)
+    if not path.is_dir():
+        raise EditSweepError(f"{path} is not a results folder: {'it is a file' if path.exists() else 'no such folder'}")
+    if not store.exists(paths.sweep):
+        raise EditSweepError(f"{path} is not a results folder: it has no {paths.sweep} (`editsweep run` makes one)")
+    return Results(store, paths)
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, query: str, time_limit: float | None) -> pa.Table:
+    import duckdb
+
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        connection.interrupt()
+
+    timer = threading.Timer(time_limit, stop) if time_limit is not None else None
+    try:
+        _allow(connection, query)
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+        return connection.sql(query).to_arrow_table()
+    except duckdb.Error as error:
+        if stopped.is_set():
+            raise QueryError(f"the query took longer than {time_limit:g} s and was stopped") from error
+        message = f"SQL: {error}"
+        if isinstance(error, duckdb.BinderException) and "column" in str(error):
+            message += f"\nColumns of edits: {', '.join(c.name for c in COLUMNS)}"
+        elif isinstance(error, duckdb.CatalogException) and "Table" in str(error):
+            message += "\nThe only table is called edits."
+        raise QueryError(message) from error
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def _allow(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+    """One statement that only reads. The locked configuration stands behind this; this gives the clearer message."""
+    import duckdb
+
+    statements = connection.extract_statements(query)
+    if len(statements) != 1:
+        raise QueryError(f"SQL: one statement at a time, not {len(statements)}")
+    kind = statements[0].type
+    if kind not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+        raise QueryError(f"SQL: {kind.name} is not allowed, the table can only be read: use SELECT")
+
+
+def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
+    """Writes a query's answer as ``csv``, ``json`` (one object per line) or ``parquet`` to a binary stream.
+
+    Raises :class:`QueryError` for another format.
+    """
+    if file_format == "csv":
+        from pyarrow import csv
+
+        csv.write_csv(_plain(table), stream)
+    elif file_format == "json":
+        _write_json(table, stream)
+    elif file_format == "parquet":
+        import pyarrow.parquet as pq
+
+        pq.write_table(table, stream, compression="zstd")
+    else:
+        raise QueryError(f"unknown format {file_format!r}; valid are: {', '.join(FORMATS)}")
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Lists, structs and the like as JSON text: CSV has no notation for them."""
+    import json
+
+    import pyarrow as pa
+
+    for i, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            values = [None if v is None else json.dumps(v, default=str) for v in table.column(i).to_pylist()]
+            table = table.set_column(i, field.name, pa.array(values, pa.string()))
+    return table
+
+
+def _write_json(table: pa.Table, stream: BinaryIO) -> None:
+    import json
+
+    for batch in table.to_batches(max_chunksize=10_000):
+        for row in batch.to_pylist():
+            # not a number has no JSON notation
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            stream.write(json.dumps(finite, default=str, ensure_ascii=False).encode() + b"\n")

@@ -1,0 +1,407 @@
+"""A sweep spec: YAML -> frozen, validated models. The only module that reads a user's YAML.
+
+    spec = load_spec(Path("sweeps/demo.yaml"), overrides=("grid.T=[1,10]",))
+    spec.grid.T          # (1, 10)
+    spec.methods[0]      # MethodSpec(method="ft", label="ft", ...)
+
+Every fault is a :class:`~workers.types.SpecError` that names the file, the field, the value and the valid choices.
+What needs a model or a data set (T against the number of edits is here, N against the data set's size is not) is
+checked by :mod:`orchestrator.plan`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from yaml.constructor import ConstructorError
+
+from workers.job import Frozen, Rollback, ScoreConfig
+from workers.models import ModelConfig
+from workers.types import JSON, SpecError
+
+MAX_BYTES = 1 << 20
+"""A spec larger than this is refused before it is parsed."""
+
+MAX_NODES = 50_000
+"""YAML nodes a spec may have once its aliases are written out (a nest of aliases can stand for billions)."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+class DatasetSpec(Frozen):
+    """Which requests are edited. Relative paths are relative to the spec file."""
+
+    kind: str = Field(description="tinyworld, zsre, counterfact or jsonl")
+    edits: int = Field(ge=1, description="N: how many edits each cell makes in total")
+    order: Literal["file", "shuffle"] = "shuffle"
+    path: Path | None = None
+    train_path: Path | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
+
+
+class GridSpec(Frozen):
+    """The axes every method is run over."""
+
+    T: tuple[int, ...] = Field(min_length=1, description="edits between two rollbacks; each divides N")
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    rollback: Rollback = "group"
+    batch_size: int = Field(1, ge=1)
+
+    @field_validator("T", "seeds", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("T", "seeds")
+    @classmethod
+    def _unique(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        twice = sorted({v for v in values if values.count(v) > 1})
+        if twice:
+            raise ValueError(f"values appear twice: {', '.join(map(str, twice))}")
+        return values
+
+    @field_validator("T")
+    @classmethod
+    def _positive(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        low = [v for v in values if v < 1]
+        if low:
+            raise ValueError(f"T counts edits and is at least 1, not {low[0]}")
+        return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _small(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        bad = [v for v in values if not 0 <= v < 1 << 31]
+        if bad:
+            raise ValueError(f"a seed is between 0 and 2147483647, not {bad[0]}")
+        return values
+
+
+class MethodSpec(Frozen):
+    """One variant of a method. A bare name in the YAML is ``{method: name}``."""
+
+    method: str
+    label: str = ""
+    hparams: dict[str, Any] = Field(default_factory=dict)
+    hparams_file: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = {"method": value}
+        if isinstance(value, dict) and not value.get("label") and isinstance(value.get("method"), str):
+            value = {**value, "label": value["method"]}
+        return value
+
+    @field_validator("label")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        return _plain_name(value)
+
+
+class Resources(Frozen):
+    """What one actor reserves. Fractions of a GPU are allowed."""
+
+    cpu: float = Field(1, gt=0)
+    gpu: float = Field(0, ge=0)
+    memory_gb: float = Field(0, ge=0, description="memory an actor needs (0: twice the model's weights)")
+
+
+class EngineSpec(Frozen):
+    """How the work is cut and run. Changes speed, never which cells there are."""
+
+    lanes: int = Field(10, ge=1, description="groups edited in lockstep")
+    threads: int = Field(1, ge=1, description="torch threads of one actor")
+    shard_edits: int = Field(250, ge=1, description="edits of one shard, about")
+    step_edits: int = Field(50, ge=1, description="edits between two commits, about")
+    max_actors: int | None = Field(None, ge=1)
+    resources: Resources = Resources()
+    max_failures: int = Field(2, ge=0, description="launches again after a failure (a lost node counts)")
+
+
+class RaySpec(Frozen):
+    """Which Ray. Without an address a local one is started and shut down at the end."""
+
+    address: str | None = None
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    connect_seconds: float = Field(15, gt=0)
+
+
+class SweepSpec(Frozen):
+    """A whole sweep, as written by the user and completed with defaults."""
+
+    name: str
+    model: ModelConfig
+    dataset: DatasetSpec
+    grid: GridSpec
+    methods: tuple[MethodSpec, ...] = Field(min_length=1)
+    scoring: ScoreConfig = ScoreConfig()
+    chat_template: bool = False
+    engine: EngineSpec = EngineSpec()
+    ray: RaySpec = RaySpec()
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        return _plain_name(value)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        n, size = self.dataset.edits, self.grid.batch_size
+        for t in self.grid.T:
+            if n % t:
+                raise ValueError(_not_a_divisor(t, n))
+            if t % size:
+                near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
+                raise ValueError(f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels(self) -> Self:
+        labels = [m.label for m in self.methods]
+        twice = sorted({name for name in labels if labels.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"methods: the label {twice[0]!r} is used {labels.count(twice[0])} times; "
+                "give each variant its own `label:`"
+            )
+        return self
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Read, override and validate one spec file."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise SpecError(f"{path}: {size} bytes; a spec has at most {MAX_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such spec file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise SpecError(f"{path}: cannot be read: {e}") from None
+    return parse_spec(text, source=str(path), base=path.resolve().parent, overrides=overrides)
+
+
+def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """The spec in ``text``; ``source`` names it in errors, relative paths start at ``base``."""
+    raw = parse_yaml(text, source)
+    if not isinstance(raw, dict):
+        raise SpecError(f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {_short(raw)}")
+    for override in overrides:
+        _override(raw, override)
+    origin = source if not overrides else f"{source} (with --set)"
+    try:
+        spec = SweepSpec.model_validate(_with_paths(raw, base))
+    except ValidationError as e:
+        raise SpecError(f"{origin}: {_explain(e, SweepSpec)}") from None
+    return spec
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses repeated keys and reads ``1e-4`` as the number it looks like."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
+            if key in seen:
+                raise ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, source: str) -> JSON:
+    """Safely loaded YAML of bounded size."""
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}, 0) > MAX_NODES:
+            raise SpecError(f"{source}: more than {MAX_NODES} values once its aliases are written out")
+        return loader.construct_document(node)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise SpecError(f"{source}: not valid YAML{where}: {getattr(e, 'problem', None) or e}") from None
+    except (ValueError, RecursionError) as e:
+        raise SpecError(f"{source}: not valid YAML: {e or 'nested too deeply'}") from None
+    finally:
+        loader.dispose()
+
+
+def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Nodes below and including ``node`` with every alias written out; an alias to its own parent raises."""
+    if depth > 50:
+        raise ValueError("nested more than 50 levels deep")
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError("an alias contains itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    total = 1
+    if isinstance(node, yaml.SequenceNode):
+        total += sum(_written_out(child, known, depth + 1) for child in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        total += sum(_written_out(child, known, depth + 1) for pair in node.value for child in pair)
+    known[id(node)] = total
+    return total
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Apply one ``dotted.path=value`` in place. The value is YAML."""
+    path, sign, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not sign or not all(keys):
+        raise SpecError(f"--set {text!r}: expected key=value, for example grid.T=[1,10]")
+    parsed = parse_yaml(value, f"--set {path}")
+    here: Any = raw
+    for i, key in enumerate(keys):
+        last = i == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                raise SpecError(f"--set {text!r}: {'.'.join(keys[:i])} has entries 0 to {len(here) - 1}, not {key!r}")
+            if isinstance(here[int(key)], str) and not last:
+                here[int(key)] = {"method": here[int(key)]}
+            if last:
+                here[int(key)] = parsed
+            else:
+                here = here[int(key)]
+        elif isinstance(here, dict):
+            if last:
+                here[key] = parsed
+            else:
+                if here.get(key) is None:
+                    here[key] = {}
+                here = here[key]
+        else:
+            raise SpecError(f"--set {text!r}: {'.'.join(keys[:i])} is {_short(here)} and has no fields")
+
+
+def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
+    """A copy whose relative paths are absolute (actors work in other directories)."""
+    raw = dict(raw)
+
+    def absolute(value: object) -> object:
+        return str((base / Path(value).expanduser()).resolve()) if isinstance(value, str) and value else value
+
+    dataset = raw.get("dataset")
+    if isinstance(dataset, dict):
+        raw["dataset"] = {k: absolute(v) if k in ("path", "train_path") else v for k, v in dataset.items()}
+    model = raw.get("model")
+    if isinstance(model, str):
+        raw["model"] = model = {"name": model}
+    if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"].startswith((".", "~", "/")):
+        raw["model"] = {**model, "name": absolute(model["name"])}
+    methods = raw.get("methods")
+    if isinstance(methods, (str, dict)):
+        methods = [methods]
+    if isinstance(methods, list):
+        raw["methods"] = [
+            {**m, "hparams_file": absolute(m["hparams_file"])} if isinstance(m, dict) and m.get("hparams_file") else m
+            for m in methods
+        ]
+    return raw
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """All problems of one validation, a line each."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"])
+        kind = problem["type"]
+        if kind == "extra_forbidden":
+            key = str(problem["loc"][-1])
+            valid = _fields_at(root, problem["loc"][:-1])
+            close = difflib.get_close_matches(key, valid, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            lines.append(f"{field}: unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
+        elif kind == "missing":
+            lines.append(f"{field}: this field is required")
+        elif kind == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{field}: {message}" if field else message)
+        elif kind == "literal_error":
+            choices = problem.get("ctx", {}).get("expected", "")
+            lines.append(f"{field}: {_short(problem['input'])} is not valid; choose {choices}")
+        else:
+            message = problem["msg"][:1].lower() + problem["msg"][1:]
+            lines.append(f"{field}: {message}, found {_short(problem['input'])}")
+    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The keys a mapping at ``loc`` may have."""
+    here: Any = root
+    for part in loc:
+        if isinstance(part, int):
+            here = next((a for a in get_args(here) if isinstance(a, type)), None)
+        elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
+            here = here.model_fields[part].annotation
+    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(model.model_fields)
+
+
+def _plain_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError(
+            f"{_short(value)} is not a plain name: start with a letter or digit, then letters, digits and . _ + - "
+            "(at most 100)"
+        )
+    return value
+
+
+def _not_a_divisor(t: int, n: int) -> str:
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    if t > n:
+        return f"grid.T: {t} is larger than dataset.edits={n}; the largest valid value is {n} (or set dataset.edits to {t})"
+    up = ((n + t - 1) // t) * t
+    down = n // t * t
+    return (
+        f"grid.T: {t} does not divide dataset.edits={n}; the nearest valid values of T are {_nearest(t, divisors)} "
+        f"(or set dataset.edits to {down} or {up})"
+    )
+
+
+def _nearest(value: int, valid: Sequence[int]) -> str:
+    below = [v for v in valid if v < value]
+    above = [v for v in valid if v > value]
+    return " and ".join(str(v) for v in (*below[-1:], *above[:1]))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def scoring_identity(score: ScoreConfig) -> Mapping[str, JSON]:
+    """The scoring settings that change which numbers are in the table; the batching ones only change how fast."""
+    return score.model_dump(mode="json", include={"immediate", "generated", "score_at", "extra_tokens"})

@@ -1,0 +1,138 @@
+"""What the parity tests share: the golden records, a run of recorded groups as lanes, and the tolerances.
+
+Groups are independent, so all groups of a record run at once, one lane each. The tolerances are those of the golden README.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.small import GOLDEN, golden_model, golden_requests
+from workers.artifacts import ArtifactData
+from workers.job import ScoreConfig
+from workers.methods.base import EditOutcome, LaneEdit, Method
+from workers.models import BaseModel
+from workers.overlay import Overlay
+from workers.rng import Draws
+from workers.scoring import Item, score
+
+MODELS = {"llama": "tiny-llama", "gpt2": "tiny-gpt2"}
+
+Scores = list[dict[str, float | None]]
+
+
+@cache
+def model(short: str) -> BaseModel:
+    """``llama`` or ``gpt2`` in float32 on one thread, as the records were made."""
+    torch.set_num_threads(1)
+    return golden_model(MODELS[short])
+
+
+@cache
+def record(short: str, method: str, T: int) -> Mapping[str, Any]:
+    """One record of the reference."""
+    records = json.loads((GOLDEN / "reference.json").read_text())["records"]
+    (found,) = (r for r in records if (r["model"], r["method"], r["T"]) == (MODELS[short], method, T))
+    return dict(found)
+
+
+@cache
+def meta(short: str) -> Mapping[str, Any]:
+    """Losses, templates and hyperparameters that belong to the core tensors."""
+    (path,) = (GOLDEN / "core").glob(f"{short}_meta_*ROME*.json")
+    return dict(json.loads(path.read_text()))
+
+
+def core(short: str, name: str) -> dict[str, Tensor]:
+    """Tensors of one deterministic core."""
+    return load_file(GOLDEN / "core" / f"{short}_{name}.safetensors")
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def lane_edits(
+    editor: Method[Any], groups: Sequence[int], T: int, position: int, inputs: Mapping[str, ArtifactData], seed: int = 0
+) -> list[LaneEdit]:
+    """Edit ``position`` of every group."""
+    requests = golden_requests()
+    config = editor.config.model_dump(mode="json")
+    return [
+        LaneEdit((requests[g * T + position],), Draws(editor.name, config, seed, g * T, position), inputs)
+        for g in groups
+    ]
+
+
+def run_groups(
+    editor: Method[Any], T: int, groups: int, inputs: Mapping[str, ArtifactData] | None = None, seed: int = 0
+) -> tuple[Overlay, list[list[EditOutcome]]]:
+    """Edit ``groups`` groups of T requests, one lane each. Outcomes by position, then by lane."""
+    overlay = editor.new_overlay(groups)
+    outcomes = [
+        editor.edit(overlay, lane_edits(editor, range(groups), T, position, inputs or {}, seed)) for position in range(T)
+    ]
+    return overlay, outcomes
+
+
+def final_scores(editor: Method[Any], overlay: Overlay, T: int, groups: int) -> Scores:
+    """All requests of all groups, scored on the final state of their group, in file order."""
+    requests = golden_requests()
+    items = [Item(g, requests[g * T + i]) for g in range(groups) for i in range(T)]
+    return score(editor.base, overlay, items, ScoreConfig(generated=False, rows_per_batch=64))
+
+
+PAIRS = (
+    ("rewrite", "rewrite_acc", "reliability_token"),
+    ("rephrase", "rephrase_acc", "generalization_token"),
+    ("locality", "locality_acc", "locality_token"),
+)
+
+
+def check_scores(scores: Scores, expected: Mapping[str, Any]) -> dict[str, tuple[float, float, int]]:
+    """Assert the README's tolerances of methods without randomness; returns (mean, recorded mean, differing)."""
+    n = len(scores)
+    assert n == len(expected["per_request"])
+    found = {}
+    for per_request, mean_name, column in PAIRS:
+        ours = [float(s[column] or 0) for s in scores]
+        theirs = [r[per_request] for r in expected["per_request"]]
+        differing = sum(abs(a - b) > 1e-6 for a, b in zip(ours, theirs, strict=True))
+        found[per_request] = (sum(ours) / n, float(expected[mean_name]), differing)
+    for per_request, (mean, recorded, differing) in found.items():
+        if expected["T"] < 100:
+            assert differing <= max(1, 0.05 * n), (per_request, found)
+            assert abs(mean - recorded) <= max(0.02, 1 / n) + 1e-6, (per_request, found)
+        else:
+            assert abs(mean - recorded) <= 0.05, (per_request, found)
+    return found
+
+
+def delta_norms(overlay: Any, lane: int) -> dict[str, float]:
+    """Frobenius norm of each changed tensor of one lane, by the recorded names."""
+    out = {}
+    for site in overlay.sites:
+        if hasattr(overlay, "delta"):
+            change = overlay.delta(lane)
+        else:
+            change = overlay.weights_LOI[site.name][lane] - site.weight_OI
+        out[f"{site.name}.weight"] = float(change.norm())
+    return out
+
+
+def check_norms(overlay: Any, expected: Mapping[str, Any], tolerance: float = 0.1) -> float:
+    """Every recorded delta norm within ``tolerance``; returns the largest relative difference."""
+    worst = 0.0
+    for lane, recorded in enumerate(expected["delta_fro_per_group"]):
+        for name, value in delta_norms(overlay, lane).items():
+            worst = max(worst, abs(value / recorded[name] - 1))
+    assert worst <= tolerance, worst
+    return worst

@@ -1,0 +1,232 @@
+"""Shards for tests of journal and table: a stand-in for a stream whose numbers depend on its whole past.
+
+Every score is drawn from a hash over all edits since the lane was pristine, so a resume from a wrong state, a step that
+is skipped and a step that is done twice all change the table. Functions at module level are targets of real processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from orchestrator.journal import Attempt, Journal, ShardManifest
+from orchestrator.store import LocalStore
+from orchestrator.table import STREAM_COLUMNS, VARYING, CentralTable, sort_rows
+from workers.job import Lane, Rollback, ScoreConfig, StreamCell, StreamJob, Tick, cut_steps, timeline
+
+Row = dict[str, Any]
+
+
+def processes() -> Any:
+    """Starts processes quickly (imports done once) and cleanly (no threads of this process are copied)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.shards", "pandas"])  # Arrow imports pandas on first use
+    return context
+
+
+def make_manifest(
+    shard_id: str = "s0",
+    T: int = 6,
+    groups: int = 4,
+    seeds: Sequence[int] = (0, 1),
+    first_group: int = 0,
+    rollback: Rollback = "group",
+    step_edits: int = 4,
+    score_at: tuple[int, ...] = (),
+    cell: str = "cell",
+    batch_size: int = 1,
+) -> ShardManifest:
+    """A shard that runs ``groups`` groups of one cell per seed, the seeds being the lanes of each wave."""
+    cells = tuple(StreamCell(cell_id=f"{cell}-{seed}", seed=seed) for seed in seeds)
+    stop = first_group + groups
+    spans = [(g, g + 1) for g in range(first_group, stop)] if rollback == "group" else [(first_group, stop)]
+    waves = tuple(tuple(Lane(cell=i, group=low, stop_group=high) for i in range(len(cells))) for low, high in spans)
+    score = ScoreConfig(score_at=score_at, requests_per_tick=4)
+    job = StreamJob(
+        method="ft", config={}, cells=cells, T=T, batch_size=batch_size, rollback=rollback, waves=waves, score=score
+    )
+    columns = {
+        c.cell_id: {
+            "sweep": "test",
+            "model": "embedded",
+            "dataset": "tinyworld",
+            "method": "ft",
+            "algorithm": "ft",
+            "hparams_id": "h",
+            "T": T,
+            "seed": c.seed,
+            "batch_size": batch_size,
+            "rollback": rollback,
+        }
+        for c in cells
+    }
+    return ShardManifest(shard_id=shard_id, job=job, bounds=cut_steps(job, step_edits), columns=columns)
+
+
+def run_steps(
+    manifest: ShardManifest, start: int = 0, state: bytes | None = None, fail: tuple[str, int] | None = None
+) -> Iterator[tuple[int, int, list[Row], list[Row], bytes | None]]:
+    """start, stop, rows, failures, state of every step from tick ``start`` on. Group ``fail`` (cell, group) fails."""
+    job = manifest.job
+    ticks = timeline(job)
+    lanes: dict[str, str] = json.loads(state) if state else {}
+    for stop in (bound for bound in manifest.bounds if bound > start):
+        rows: list[Row] = []
+        failures: list[Row] = []
+        for tick in ticks[start:stop]:
+            for lane in job.waves[tick.wave]:
+                cell = job.cells[lane.cell].cell_id
+                past = lanes.get(cell, "pristine")
+                if past == "failed":
+                    continue
+                if tick.kind == "edit":
+                    for position in range(tick.start, tick.stop):
+                        past = hashlib.sha256(f"{past} {cell} {lane.group} {position}".encode()).hexdigest()
+                    lanes[cell] = past
+                    group = lane.group if job.rollback == "group" else tick.start // job.T
+                    if fail == (cell, group) and tick.start % job.T >= job.T // 2:
+                        lanes[cell] = "failed"
+                        failures.append(
+                            {
+                                "cell_id": cell,
+                                "group": group,
+                                "position": tick.start,
+                                "kind": "nan",
+                                "message": "loss is nan",
+                            }
+                        )
+                        continue
+                rows.extend(_rows(job, tick, lane, cell, past))
+            if tick.last:
+                lanes = {}
+        yield start, stop, rows, failures, json.dumps(lanes).encode() if lanes else None
+        start = stop
+
+
+def _rows(job: StreamJob, tick: Tick, lane: Lane, cell: str, past: str) -> Iterator[Row]:
+    moments = [tick.kind]
+    if tick.kind == "edit":
+        reported = job.rollback == "group" or tick.start // job.T >= lane.group
+        moments = ["immediate"] * job.score.immediate + ["final"] * (job.batch_size == job.T) if reported else []
+    for place in range(tick.start, tick.stop):
+        group = lane.group if job.rollback == "group" else place // job.T
+        for moment in moments:
+            number = int(hashlib.sha256(f"{past} {group} {place} {moment}".encode()).hexdigest()[:12], 16) / 16**12
+            row: Row = dict.fromkeys(STREAM_COLUMNS)
+            yield row | {
+                "cell_id": cell,
+                "group": group,
+                "position": place % job.T,
+                "case_id": f"case-{group * job.T + place % job.T}",
+                "edits_applied": tick.edits_applied,
+                "scored": moment,
+                "reliability_token": number,
+                "target_logprob": -number,
+                "edit_seconds": 0.5,
+                "score_seconds": 0.25,
+                "lanes": len(job.waves[tick.wave]),
+                "iterations": 3,
+                "device": "cpu",
+                "overlay_bytes": 10,
+                "details": {"past": past[:4]} if moment == "final" else None,
+            }
+
+
+STATS = {"edits": 2, "edit_seconds": 1.0, "score_seconds": 0.5}
+
+
+def commit_steps(attempt: Attempt, steps: int | None = None, fail: tuple[str, int] | None = None) -> None:
+    """Commits the next ``steps`` steps, or all that are left."""
+    for number, step in enumerate(run_steps(attempt.manifest, attempt.position, attempt.state, fail)):
+        if number == steps:
+            return
+        start, stop, rows, failures, state = step
+        attempt.commit(start, stop, rows, failures, state, STATS)
+
+
+def finish(journal: Journal, *manifests: ShardManifest, fail: tuple[str, int] | None = None) -> None:
+    """Runs shards to their end."""
+    for manifest in manifests:
+        journal.begin(manifest)
+        commit_steps(journal.claim(manifest.shard_id, "r1"), fail=fail)
+
+
+def undisturbed(folder: Path, *manifests: ShardManifest) -> pa.Table:
+    """The table that nothing interfered with."""
+    store = LocalStore(folder)
+    journal = Journal(store)
+    finish(journal, *manifests)
+    CentralTable(store).gather(journal)
+    return comparable(CentralTable(store).scan())
+
+
+def comparable(table: pa.Table) -> pa.Table:
+    """Sorted rows without the columns that may differ between two runs."""
+    rows = sort_rows(table)
+    return rows.select([name for name in rows.column_names if name not in VARYING])
+
+
+# -- what real processes do
+
+
+def run_shard(root: str, manifest: str) -> None:
+    """Resumes a shard and runs it to its end; made to be killed."""
+    shard = ShardManifest.model_validate_json(manifest)
+    journal = Journal(LocalStore(root))
+    journal.begin(shard)
+    commit_steps(journal.claim(shard.shard_id, "r1", {"host": "h"}))
+
+
+def gather_shards(root: str, shards: Sequence[Sequence[str]], barrier: Any = None) -> None:
+    """Gathers batch after batch."""
+    store = LocalStore(root)
+    table, journal = CentralTable(store), Journal(store)
+    if barrier is not None:
+        barrier.wait()
+    for batch in shards:
+        table.gather(journal, batch)
+
+
+def claim_attempts(root: str, shard_id: str, times: int, barrier: Any, answer: Any) -> None:
+    """Claims a shard again and again."""
+    journal = Journal(LocalStore(root))
+    barrier.wait()
+    answer.put([journal.claim(shard_id, "r1").number for _ in range(times)])
+
+
+def publish_keys(root: str, me: str, keys: int, barrier: Any, answer: Any) -> None:
+    """Tries to publish every key; answers which it got."""
+    store = LocalStore(root)
+    barrier.wait()
+    answer.put((me, [key for key in range(keys) if store.publish_new(f"race/{key}", me.encode() * 1000)]))
+
+
+def publish_unprivileged(root: str, answer: Any) -> None:
+    """Writes as a user who may not."""
+    import os
+
+    if os.geteuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    try:
+        LocalStore(root).publish_new("table/x", b"data")
+    except Exception as error:
+        answer.put((type(error).__name__, str(error)))
+
+
+def publish_beyond_limit(root: str, answer: Any) -> None:
+    """Writes more than the operating system lets this process write."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    store = LocalStore(root)
+    try:
+        store.publish_new("table/big", b"x" * 5000)
+    except Exception as error:
+        answer.put((type(error).__name__, str(error)))

@@ -1,0 +1,405 @@
+"""The files around the code: what is installed, what CI runs, how a cluster is made, who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+CONTRACTS = {contract["id"]: contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"]}
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(pair) == 2 for pair in pairs), "every constraint is an exact version"
+    return {canonical(name): version for name, version in pairs}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras["test"], *extras["plots"]]]
+
+
+# --- pyproject and constraints -------------------------------------------------------------------------------------
+
+
+def test_distribution() -> None:
+    assert (PROJECT["name"], PROJECT["version"]) == ("editsweep", "0.1.0")
+    assert PROJECT["scripts"] == {"editsweep": "orchestrator.cli:main"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "plots"}
+
+
+def test_console_script_exists() -> None:
+    """Read, not imported: the command must exist without this test paying for its imports."""
+    module, _, function = PROJECT["scripts"]["editsweep"].partition(":")
+    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    names |= {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert function in names
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
+def test_every_requirement_is_pinned_to_a_version_it_allows(requirement: Requirement) -> None:
+    pinned = constraints()
+    assert canonical(requirement.name) in pinned
+    assert requirement.specifier.contains(pinned[canonical(requirement.name)])
+
+
+def test_pins_fit_any_build_of_torch() -> None:
+    pinned = constraints()
+    assert pinned["torch"] == "2.13.0"
+    assert all(Version(version).local is None for version in pinned.values())
+    assert "editsweep" not in pinned
+
+
+def third_party_imports(package: str) -> set[str]:
+    found: set[str] = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"orchestrator", "workers"}
+
+
+def test_code_imports_only_what_is_required() -> None:
+    """An import that works because some other library happens to bring it breaks when that library stops doing so."""
+    named = {canonical(Requirement(text).name) for text in PROJECT["dependencies"]}
+    named |= {"yaml"} if "pyyaml" in named else set()
+    named |= {"pandas"}  # ray[tune] requires it; Results.to_pandas() is all that needs it
+    optional = {"matplotlib"}
+    used = {canonical(name) for name in third_party_imports("orchestrator") | third_party_imports("workers")}
+    assert used - named - optional == set()
+
+
+def test_package_data_pattern_finds_the_shipped_model() -> None:
+    (pattern,) = PYPROJECT["tool"]["setuptools"]["package-data"]["workers.data"]
+    found = [path for path in (ROOT / "workers" / "data").glob(pattern) if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in found)
+    assert sum(path.stat().st_size for path in found) < 12 * 2**20
+
+
+@pytest.mark.slow
+def test_wheel_holds_packages_and_assets(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for name in ("orchestrator", "workers"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, timeout=280)
+    (wheel,) = tmp_path.glob("editsweep-0.1.0-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("orchestrator", "workers")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and (path.suffix == ".py" or "assets" in path.parts)
+    }
+    assert expected <= names
+    assert not [name for name in names if name.startswith(("tests/", "results/", "benchmarks/"))]
+
+
+# --- Makefile and CI -----------------------------------------------------------------------------------------------
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("target", ["help", "setup", "demo", "test", "test-slow", "test-gpu", "lint", "format"])
+def test_make_targets_exist(target: str) -> None:
+    ran = make("--dry-run", target)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_make_help_lists_the_targets() -> None:
+    assert {line.split()[1] for line in make().stdout.splitlines()} >= {"demo", "test", "test-slow", "lint", "setup"}
+
+
+def test_make_demo_sets_up_runs_and_asks(tmp_path: Path) -> None:
+    commands = make("--dry-run", "demo", f"VENV={tmp_path / 'venv'}").stdout
+    steps = ["-m venv", "-c constraints.txt", "run sweeps/demo.yaml --results results/demo", "query results/demo"]
+    positions = [commands.find(step) for step in steps]
+    assert -1 not in positions
+    assert positions == sorted(positions)
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_make_refuses_an_old_python(tmp_path: Path) -> None:
+    old = executable(tmp_path / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\nexit 1\n')
+    ran = make("setup", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}")
+    assert ran.returncode != 0
+    assert "editsweep needs Python 3.11 or newer; found: Python 3.9.1." in ran.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def fake_venv(tmp_path: Path, pip: str) -> Path:
+    """A virtual environment whose interpreter only pretends to install: ``pip`` is the shell text it runs instead."""
+    venv = tmp_path / "venv"
+    executable(venv / "bin" / "python", f"#!/bin/sh\necho \"$@\" >> '{tmp_path}/calls'\n{pip}\n")
+    return venv
+
+
+def test_set_up_is_done_once(tmp_path: Path) -> None:
+    venv = fake_venv(tmp_path, 'echo "Collecting torch==2.13.0 (from editsweep)"')
+    first = make("setup", f"VENV={venv}")
+    assert first.returncode == 0, first.stderr
+    assert "torch==2.13.0\n" in first.stdout, "progress is shown"
+    assert make("setup", f"VENV={venv}").returncode == 0
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+
+
+def test_a_failed_set_up_is_not_taken_for_done(tmp_path: Path) -> None:
+    venv = fake_venv(tmp_path, "echo 'no network' >&2; exit 1")
+    for _ in range(2):
+        ran = make("setup", f"VENV={venv}")
+        assert ran.returncode != 0
+        assert "no network" in ran.stderr
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("failing", [None, "lint", "test", "test-slow"])
+def test_ci_runs_its_stages_in_order_and_stops_at_a_failure(failing: str | None, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    executable(tmp_path / "bin" / "make", f'#!/bin/sh\necho "$1" >> "{log}"\n[ "$1" != "{failing}" ]\n')
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    ran = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, check=False, timeout=60)
+    stages = ["lint", "test", "test-slow"]
+    assert (ran.returncode == 0) == (failing is None)
+    assert log.read_text().split() == (stages if failing is None else stages[: stages.index(failing) + 1])
+
+
+# --- cluster.yaml --------------------------------------------------------------------------------------------------
+
+
+def cluster() -> dict[str, Any]:
+    loaded = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def validate_cluster(config: dict[str, Any]) -> None:
+    """Ray's own check, offline. It fills in a missing cluster_name, so that is checked here."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    if not config.get("cluster_name"):
+        raise ValueError("cluster_name is missing")
+    validate_config(prepare_config(copy.deepcopy(config)))
+
+
+def test_cluster_file_is_valid() -> None:
+    validate_cluster(cluster())
+
+
+def no_name(config: dict[str, Any]) -> None:
+    del config["cluster_name"]
+
+
+def no_provider_type(config: dict[str, Any]) -> None:
+    del config["provider"]["type"]
+
+
+def misspelt_key(config: dict[str, Any]) -> None:
+    config["setup_comands"] = config.pop("setup_commands")
+
+
+def unknown_head(config: dict[str, Any]) -> None:
+    config["head_node_type"] = "haed"
+
+
+def text_for_a_number(config: dict[str, Any]) -> None:
+    config["idle_timeout_minutes"] = "fifteen"
+
+
+def too_many_workers(config: dict[str, Any]) -> None:
+    config["max_workers"] = 1
+
+
+def no_container(config: dict[str, Any]) -> None:
+    del config["docker"]["container_name"]
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [no_name, no_provider_type, misspelt_key, unknown_head, text_for_a_number, too_many_workers, no_container],
+)
+def test_a_broken_cluster_file_is_noticed(break_it: Callable[[dict[str, Any]], None]) -> None:
+    config = cluster()
+    break_it(config)
+    with pytest.raises(Exception):  # noqa: B017  (Ray raises whatever it finds fitting)
+        validate_cluster(config)
+
+
+def test_cluster_has_a_head_without_gpu_and_gpu_workers_on_one_ray_version() -> None:
+    config = cluster()
+    assert config["head_node_type"] == "head"
+    assert set(config["available_node_types"]) == {"head", "gpu"}
+    assert config["available_node_types"]["gpu"]["min_workers"] >= 1
+    version = constraints()["ray"]
+    for image, kind in (("head_image", "cpu"), ("worker_image", "gpu")):
+        assert config["docker"][image] == f"rayproject/ray:{version}-py311-{kind}"
+
+
+def test_cluster_keeps_to_the_security_rules() -> None:
+    config = cluster()
+    starts = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
+    assert all("RAY_AUTH_MODE=token" in start and "RAY_USAGE_STATS_ENABLED=0" in start for start in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert {".git", ".venv", "results"} <= set(config["rsync_exclude"])
+
+
+# --- who may import whom -------------------------------------------------------------------------------------------
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--config", folder / "pyproject.toml", "--no-cache"],
+        cwd=folder,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_contracts_hold() -> None:
+    ran = lint_imports(ROOT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_every_light_module_stands_in_the_contract() -> None:
+    light = ("store", "journal", "table", "query", "report", "paths")
+    written = {f"orchestrator.{name}" for name in light if (ROOT / "orchestrator" / f"{name}.py").exists()}
+    assert written == set(CONTRACTS["reading-results-is-light"]["source_modules"])
+
+
+def test_every_method_stands_in_the_contract() -> None:
+    """``base`` is what methods share; whatever else lies in the folder is a method, and methods stand alone."""
+    files = {path.stem for path in (ROOT / "workers" / "methods").glob("*.py")} - {"__init__", "base"}
+    assert {f"workers.methods.{name}" for name in files} == set(CONTRACTS["methods-stand-alone"]["modules"])
+
+
+@pytest.fixture
+def skeleton(tmp_path: Path) -> Path:
+    """Empty modules under the real contracts: what they forbid can be planted one at a time."""
+    modules = {"orchestrator.driver", "orchestrator.trial", "orchestrator.plan", "workers.types"}
+    for contract in CONTRACTS.values():
+        modules |= set(contract.get("source_modules", [])) | set(contract.get("modules", []))
+    for module in sorted(modules):
+        *packages, name = module.split(".")
+        folder = tmp_path
+        for package in packages:
+            folder /= package
+            folder.mkdir(exist_ok=True)
+            (folder / "__init__.py").touch()
+        if packages:
+            (folder / f"{name}.py").touch()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("planted", "broken"),
+    [
+        ({"orchestrator/driver.py": "import ray", "orchestrator/trial.py": "import ray.tune"}, None),
+        ({"orchestrator/plan.py": "import torch, workers.types"}, None),
+        ({"workers/types.py": "import ray"}, "streams-run-in-a-notebook"),
+        ({"workers/methods/ft.py": "def f():\n    import pyarrow.parquet"}, "streams-run-in-a-notebook"),
+        ({"workers/types.py": "from orchestrator import plan"}, "streams-run-in-a-notebook"),
+        ({"orchestrator/plan.py": "from ray import tune"}, "ray-in-two-modules"),
+        ({"orchestrator/table.py": "import transformers"}, "reading-results-is-light"),
+        (
+            {"orchestrator/query.py": "import orchestrator.plan", "orchestrator/plan.py": "import torch"},
+            "reading-results-is-light",
+        ),
+        ({"orchestrator/query.py": "import orchestrator.driver", "orchestrator/driver.py": "import ray"},
+         "reading-results-is-light"),
+        ({"workers/methods/wise.py": "from workers.methods.ft import x"}, "methods-stand-alone"),
+    ],
+)  # fmt: skip
+def test_contracts_notice_what_they_forbid(planted: dict[str, str], broken: str | None, skeleton: Path) -> None:
+    for path, text in planted.items():
+        (skeleton / path).write_text(text + "\n", encoding="utf-8")
+    ran = lint_imports(skeleton)
+    said = {CONTRACTS[name]["name"]: name for name in CONTRACTS}
+    failed = {
+        name for title, name in said.items() if re.search(rf"{re.escape(title)} BROKEN", " ".join(ran.stdout.split()))
+    }
+    assert failed == ({broken} if broken else set()), ran.stdout + ran.stderr
+    assert (ran.returncode == 0) == (broken is None)
+
+
+# --- results/README.md ---------------------------------------------------------------------------------------------
+
+
+def test_results_page_shows_every_path() -> None:
+    """Whatever ``ResultsPaths`` can name stands in the page's tree."""
+    from orchestrator.paths import ResultsPaths
+
+    paths = ResultsPaths()
+    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    named = [paths.sweep, paths.plan, paths.lock, paths.table_bad, paths.artifacts_bad]
+    for key in (
+        paths.run_spec("r"),
+        paths.run_info("r"),
+        paths.manifest("s"),
+        paths.attempt_info("s", 1),
+        paths.error("s", 1),
+    ):
+        named.append(key.rpartition("/")[2])
+    for folder in (paths.runs, paths.parts, paths.table, paths.artifacts, paths.logs):
+        named.append(f"{folder}/<")
+    missing = [name for name in named if name not in page]
+    assert not missing
+    assert "0001" in page
+    assert paths.attempt("s", 1).endswith("/0001")
+    assert paths.table_file(1).rpartition("/")[2] in page

@@ -1,0 +1,192 @@
+"""The protocol: what is scored when, and what a stream does not need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small import golden_model, golden_requests, job, random_model, session, timeless
+from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, cut_steps, expected_rows, timeline
+from workers.methods.ft import FTConfig
+from workers.models import BaseModel
+from workers.scoring import Item, normalise, score
+from workers.stream import StepResult, Stream
+from workers.types import EditRequest, Probe
+
+REQUESTS = golden_requests(60)
+FT = FTConfig(layers=(1,), lr=1e-2, num_steps=4, objective="target_new")
+
+
+def run(base: BaseModel, work: StreamJob, step: int = 1) -> list[StepResult]:
+    stream = Stream(session(base), work, [REQUESTS], {})
+    return list(stream.run(cut_steps(work, step)))
+
+
+def rows_of(results: list[StepResult]) -> list[dict[str, object]]:
+    return timeless([row for r in results for row in r.rows])
+
+
+def test_both_moments_are_recorded_and_the_final_state_is_what_final_scores_see() -> None:
+    base = random_model("llama")
+    work = job("ft", FT, 5, [[0, 1], [2]])
+    rows = rows_of(run(base, work))
+    assert len(rows) == expected_rows(work) == 30
+    final = {(r["group"], r["position"]): r for r in rows if r["scored"] == "final"}
+    immediate = {(r["group"], r["position"]): r for r in rows if r["scored"] == "immediate"}
+    assert set(final) == set(immediate) == {(g, p) for g in range(3) for p in range(5)}
+    assert all(r["edits_applied"] == 5 for r in final.values())
+    assert all(r["edits_applied"] == key[1] + 1 for key, r in immediate.items())
+    assert [final[2, p]["case_id"] for p in range(5)] == [str(i) for i in range(10, 15)]
+    # the last edit's immediate state is the final one; the first one's has been edited over since
+    assert immediate[0, 4]["target_logprob"] == pytest.approx(final[0, 4]["target_logprob"], abs=1e-5)
+    assert immediate[0, 0]["target_logprob"] != pytest.approx(final[0, 0]["target_logprob"], abs=1e-3)
+
+
+def test_groups_start_from_the_pristine_model() -> None:
+    base = random_model("llama")
+    together = rows_of(run(base, job("ft", FT, 3, [[0], [1]])))
+    alone = rows_of(run(random_model("llama"), job("ft", FT, 3, [[1]])))
+    assert [r for r in together if r["group"] == 1] == alone
+
+
+def test_one_edit_a_group_takes_one_forward_and_gives_two_rows() -> None:
+    work = job("ft", FT, 1, [[0, 1, 2]])
+    assert len(timeline(work)) == 1
+    rows = rows_of(run(random_model("llama"), work))
+    assert len(rows) == 6
+    pairs = {(r["group"], r["scored"]): r for r in rows}
+    for g in range(3):
+        a, b = dict(pairs[g, "immediate"]), dict(pairs[g, "final"])
+        assert a.pop("scored") != b.pop("scored")
+        assert a == b
+
+
+def test_checkpoints_score_everything_edited_so_far() -> None:
+    rows = rows_of(run(random_model("llama"), job("ft", FT, 6, [[0]], score_at=(2, 4), requests_per_tick=3)))
+    marks = [(r["edits_applied"], r["position"]) for r in rows if r["scored"] == "checkpoint"]
+    assert marks == [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
+
+
+def test_never_rolling_back_scores_every_t_edits_and_extends() -> None:
+    base = random_model("llama")
+
+    def work(first: int, stop: int, T: int = 3) -> StreamJob:
+        return StreamJob(
+            method="ft",
+            config=FT.model_dump(mode="json"),
+            cells=(StreamCell(cell_id="cell", seed=0),),
+            T=T,
+            rollback="never",
+            waves=((Lane(group=first, stop_group=stop),),),
+            score=ScoreConfig(score_at=(4, 9)),
+        )
+
+    whole = rows_of(run(base, work(0, 4)))
+    assert len(whole) == expected_rows(work(0, 4))
+    final = [(r["group"], r["position"], r["edits_applied"]) for r in whole if r["scored"] == "final"]
+    assert final == [(g, p, 3 * g + 3) for g in range(4) for p in range(3)]
+    # more edits later: the new groups of a longer stream are the whole stream's, bit for bit
+    later = rows_of(run(random_model("llama"), work(2, 4)))
+    assert len(later) == expected_rows(work(2, 4))
+    key = lambda r: (r["scored"], r["edits_applied"], r["group"], r["position"])  # noqa: E731
+    assert sorted(later, key=key) == sorted(
+        (r for r in whole if r["group"] >= 2 or (r["scored"] == "checkpoint" and r["edits_applied"] > 6)), key=key
+    )
+    # T only says when to score: the same edits
+    assert [r["loss"] for r in whole if r["scored"] == "immediate"] == [
+        r["loss"] for r in rows_of(run(random_model("llama"), work(0, 2, T=6))) if r["scored"] == "immediate"
+    ]
+
+
+def test_steps_cut_anywhere_give_the_same_rows() -> None:
+    work = job("ft", FT, 4, [[0, 1], [2]])
+    whole = rows_of(run(random_model("llama"), work, step=1000))
+    assert rows_of(run(random_model("llama"), work, step=1)) == whole
+    assert cut_steps(work, 1000)[-1] == cut_steps(work, 1)[-1] == len(timeline(work))
+
+
+def test_a_batch_never_crosses_a_group_border() -> None:
+    with pytest.raises(ValueError, match="batch_size 4 does not divide T=10"):
+        job("ft", FT, 10, [[0]], batch_size=4)
+    rows = rows_of(run(random_model("llama"), job("ft", FT, 4, [[0]], batch_size=2)))
+    assert [r["edits_applied"] for r in rows if r["scored"] == "immediate"] == [2, 2, 4, 4]
+
+
+def test_generation_is_greedy_decoding() -> None:
+    """The shortcut through the teacher-forced forward against plain token-by-token decoding."""
+    base = golden_model("tiny-llama")
+    requests = REQUESTS[:40]
+    # half of the requests ask for what the model knows already, so that both outcomes occur
+    asked = [
+        EditRequest(r.case_id, r.prompt, r.subject, r.ground_truth if i % 2 else r.target_new, locality=r.locality)
+        for i, r in enumerate(requests)
+        if r.ground_truth is not None
+    ]
+    scores = score(base, None, [Item(0, r) for r in asked], ScoreConfig())
+    expected = []
+    for r in asked:
+        ids = list(base.encoder.prompt(r.prompt))
+        start = len(ids)
+        for _ in range(12):
+            with torch.no_grad():
+                token = int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            if token == base.tokenizer.eos_token_id:
+                break
+            ids.append(token)
+            if base.tokenizer.decode(ids[start:]).strip().endswith("."):
+                break
+        expected.append(float(normalise(base.tokenizer.decode(ids[start:])) == normalise(r.target_new)))
+    assert [s["reliability_generated"] for s in scores] == expected
+    assert 0 < sum(expected) < len(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("Paris", True),
+        (" paris. ", True),
+        ('"Paris"', True),
+        ("Paris,  ", True),
+        ("Paris France", False),
+        ("Pari", False),
+    ],
+)
+def test_normalisation_forgives_case_and_punctuation(text: str, same: bool) -> None:
+    assert (normalise(text) == normalise("Paris")) is same
+
+
+def test_requests_without_probes_have_empty_columns() -> None:
+    base = golden_model("tiny-llama")
+    bare = EditRequest("x", REQUESTS[0].prompt, REQUESTS[0].subject, "clock maker")
+    two = EditRequest("y", bare.prompt, bare.subject, "harp", locality=(Probe("A b", "c"), Probe("D e", "f g")))
+    first, second = score(base, None, [Item(0, bare), Item(0, two)], ScoreConfig(generated=False))
+    assert first["locality_token"] is first["generalization_exact"] is first["portability_token_base"] is None
+    assert first["reliability_generated"] is None
+    assert second["locality_token"] == 1.0
+
+
+def test_a_stream_needs_neither_ray_nor_pyarrow(tmp_path: Path) -> None:
+    """In a process where importing them fails, a whole stream runs."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "pyarrow", "duckdb", "orchestrator"):
+            raise ImportError(f"{name} is not for streams")
+sys.meta_path.insert(0, Refuse())
+from tests.test_stream import FT, job, random_model, rows_of, run
+assert len(rows_of(run(random_model("llama"), job("ft", FT, 2, [[0, 1]])))) == 8
+from workers.session import Session
+from workers.models import ModelConfig
+assert not {"ray", "pyarrow", "duckdb", "orchestrator"} & {m.split(".")[0] for m in sys.modules}
+print("ran")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("ran")

@@ -1,0 +1,305 @@
+"""The central table: each shard exactly once, whoever gathers, reads, dies or damages files meanwhile."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from orchestrator.journal import Journal, ShardManifest
+from orchestrator.store import Damaged, LocalStore
+from orchestrator.table import (
+    COLUMNS,
+    KEY,
+    CentralTable,
+    TableError,
+    decode,
+    docs,
+    encode,
+    expected_contents,
+    has_duplicates,
+    schema,
+    sort_rows,
+)
+from tests.shards import (
+    commit_steps,
+    comparable,
+    finish,
+    gather_shards,
+    make_manifest,
+    processes,
+    run_steps,
+    undisturbed,
+)
+from workers.job import expected_rows
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "results")
+
+
+@pytest.fixture
+def journal(store: LocalStore) -> Journal:
+    return Journal(store)
+
+
+def small(count: int) -> list[ShardManifest]:
+    return [make_manifest(f"s{i:02}", T=2, groups=2, cell=f"c{i:02}", step_edits=100) for i in range(count)]
+
+
+def keys(table: pa.Table) -> list[tuple[object, ...]]:
+    return sorted(zip(*(table[name].to_pylist() for name in KEY), strict=True))
+
+
+def test_columns_are_the_schema() -> None:
+    assert schema().names == [c.name for c in COLUMNS]
+    assert len(set(schema().names)) == len(COLUMNS)
+    assert "locality_token_base" not in schema().names  # 1 by definition
+    for c in COLUMNS:
+        assert f"| `{c.name}` |" in docs()
+        assert c.meaning
+        assert schema().field(c.name).nullable == c.nullable
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        make_manifest(),
+        make_manifest(T=10, score_at=(3, 5)),
+        make_manifest(T=1, groups=5),
+        make_manifest(T=4, batch_size=4),
+        make_manifest(T=4, batch_size=2),
+        make_manifest(T=5, groups=3, first_group=2, rollback="never", score_at=(15, 25)),
+    ],
+)
+def test_expected_contents_match_the_job(manifest: ShardManifest) -> None:
+    expected = expected_contents(manifest.job, ())
+    assert sum(expected.rows.values()) == expected_rows(manifest.job)
+    assert sum(len(rows) for _, _, rows, _, _ in run_steps(manifest)) == expected_rows(manifest.job)
+    assert not any(expected.failed.values())
+
+
+def test_every_changed_byte_is_noticed() -> None:
+    rows = sort_rows(schema().empty_table())
+    data = encode(rows, {"version": 1, "kind": "part"})
+    assert data == encode(rows, {"version": 1, "kind": "part"})
+    assert decode(data, "x")[1] == {"version": 1, "kind": "part"}
+    chance = random.Random(3)
+    for _ in range(300):
+        bad = bytearray(data)
+        bad[chance.randrange(len(bad))] ^= 1 << chance.randrange(8)
+        with pytest.raises(Damaged, match="the-file"):
+            decode(bytes(bad), "the-file")
+        with pytest.raises(Damaged, match="the-file"):
+            decode(data[: chance.randrange(len(data))], "the-file")
+
+
+def test_gather_moves_finished_shards_once(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+    manifests = small(4)
+    finish(journal, *manifests[:3])
+    journal.begin(manifests[3])
+    commit_steps(journal.claim("s03", "r1"), 0)
+    table = CentralTable(store)
+    gathered = table.gather(journal)
+    assert (gathered.files, gathered.shards) == ((1,), ("s00", "s01", "s02"))
+    assert gathered.rows == table.scan().num_rows == sum(expected_rows(m.job) for m in manifests[:3])
+    assert journal.shard_ids() == ["s03"]
+    assert table.gather(journal).files == ()
+    assert table.done() == {f"c{i:02}-{seed}": {0, 1} for i in range(3) for seed in (0, 1)}
+    shard = table.shards()["s01"]
+    assert (shard.file, shard.attempts, shard.edits) == (1, 1, 2)
+    finish(journal, manifests[3])
+    assert table.gather(journal, ["s03", "never heard of"]).files == (2,)
+    assert comparable(table.scan()) == undisturbed(tmp_path / "clean", *manifests)
+    rows = decode((store.root / "table" / "000001.parquet").read_bytes(), "")[0]
+    assert rows == sort_rows(rows)
+
+
+def test_a_gather_that_died_before_dropping_parts(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+    import shutil
+
+    manifests = small(3)
+    finish(journal, *manifests)
+    shutil.copytree(store.root / "parts", tmp_path / "parts")
+    table = CentralTable(store)
+    table.gather(journal)
+    rows = comparable(table.scan())
+    shutil.copytree(tmp_path / "parts", store.root / "parts", dirs_exist_ok=True)
+    assert comparable(table.scan(journal)) == rows
+    (store.root / "parts" / "s01" / "manifest.json").unlink()  # or while dropping them
+    assert comparable(table.scan(journal)) == rows
+    assert table.gather(journal).files == ()
+    assert journal.shard_ids() == []
+
+
+def test_gatherers_at_once_and_killed_never_lose_or_double(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+    manifests = small(24)
+    finish(journal, *manifests)
+    names = [[m.shard_id] for m in manifests]
+    context, chance, kills = processes(), random.Random(1), 0
+    for round_ in range(6):
+        barrier = context.Barrier(2)
+        order = names if round_ % 2 else names[::-1]
+        runs = [context.Process(target=gather_shards, args=(str(store.root), o, barrier)) for o in (names, order)]
+        for run in runs:
+            run.start()
+        if round_ < 5:
+            runs[0].join(timeout=chance.uniform(0.1, 0.6))
+            for run in runs:
+                kills += run.is_alive()
+                run.kill()
+        for run in runs:
+            run.join()
+    assert kills
+    table = CentralTable(store)
+    listed = [shard.shard_id for file in table._files() for shard in file.shards]
+    assert sorted(listed) == [m.shard_id for m in manifests]
+    assert journal.shard_ids() == []
+    assert comparable(table.scan()) == undisturbed(tmp_path / "clean", *manifests)
+
+
+def test_readers_see_every_row_exactly_once_while_gathering(store: LocalStore, journal: Journal) -> None:
+    manifests = small(20)
+    finish(journal, *manifests)
+    expected = keys(CentralTable(store).scan(journal))
+    process = processes().Process(target=gather_shards, args=(str(store.root), [[m.shard_id] for m in manifests]))
+    process.start()
+    reads = 0
+    while process.is_alive():
+        assert keys(CentralTable(store).scan(journal)) == expected
+        reads += 1
+    process.join()
+    assert reads >= 2
+    assert journal.shard_ids() == []
+    assert keys(CentralTable(store).scan(journal)) == expected
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "foreign"])
+def test_a_bad_table_file_is_put_aside_and_its_shards_run_again(
+    tmp_path: Path, store: LocalStore, journal: Journal, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifests = small(4)
+    expected = undisturbed(tmp_path / "clean", *manifests)
+    table = CentralTable(store)
+    for manifest in manifests[:3]:
+        finish(journal, manifest)
+        table.gather(journal)
+    path = store.root / "table" / "000002.parquet"
+    data = path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
+    elif damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.write_bytes((store.root / "table" / "000001.parquet").read_bytes())
+
+    table = CentralTable(store)
+    assert table.verify() == [2]
+    assert "000002.parquet" in caplog.text
+    assert (store.root / "table" / "bad" / "000002.parquet").exists()
+    assert table.verify() == []
+    assert set(table.shards()) == set(CentralTable(store).shards()) == {"s00", "s02"}
+    assert duckdb.sql(f"select count(distinct shard_id) from '{store.root}/table/*.parquet'").fetchall() == [(2,)]
+    finish(journal, manifests[1], manifests[3])
+    assert table.gather(journal).files == (4,)  # the number of the bad file is never used again
+    assert comparable(table.scan()) == expected
+
+
+def test_a_bad_file_met_by_a_gatherer_or_a_reader(
+    store: LocalStore, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    finish(journal, *small(2))
+    CentralTable(store).gather(journal, ["s00"])
+    (store.root / "table" / "000001.parquet").write_bytes(b"PAR1 nothing PAR1")
+    assert CentralTable(store).scan(journal)["shard_id"].unique().to_pylist() == ["s01"]
+    assert not (store.root / "table" / "bad").exists()  # readers change nothing
+    assert CentralTable(store).gather(journal).files == (2,)
+    assert (store.root / "table" / "bad" / "000001.parquet").exists()
+    assert set(CentralTable(store).shards()) == {"s01"}
+
+
+def test_failures_are_listed_and_can_be_run_again(store: LocalStore, journal: Journal) -> None:
+    finish(journal, make_manifest(), fail=("cell-1", 2))
+    table = CentralTable(store)
+    assert table.gather(journal).refused is None
+    assert table.done() == {"cell-0": {0, 1, 2, 3}, "cell-1": {0, 1, 3}}
+    assert table.given_up() == {"cell-1": {2}}
+    (failure,) = table.failed()
+    assert (failure["cell_id"], failure["group"], failure["shard_id"], failure["attempts"]) == ("cell-1", 2, "s0", 1)
+
+    retry = make_manifest("s1", groups=1, first_group=2, seeds=(1,))
+    finish(journal, retry)
+    assert table.gather(journal).refused is None
+    assert table.failed() == []
+    assert table.given_up() == {}
+    assert not has_duplicates(sort_rows(table.scan()))
+    assert table.scan().num_rows == expected_rows(make_manifest().job)
+
+
+def test_a_continual_lane_that_failed_is_continued(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+    whole = make_manifest(T=4, groups=4, seeds=(0,), rollback="never", score_at=(4, 8, 12, 16))
+    expected = undisturbed(tmp_path / "clean", whole)
+    finish(journal, whole, fail=("cell-0", 2))
+    table = CentralTable(store)
+    assert table.gather(journal).refused is None
+    assert table.done() == {"cell-0": {0, 1}}
+    assert table.given_up() == {"cell-0": {2, 3}}
+    rest = make_manifest("s1", T=4, groups=2, first_group=2, seeds=(0,), rollback="never", score_at=(4, 8, 12, 16))
+    finish(journal, rest)
+    assert table.gather(journal).refused is None
+    assert table.scan().num_rows == expected.num_rows
+    assert keys(table.scan()) == keys(expected)
+
+
+def test_rows_that_are_not_the_plan_are_refused(store: LocalStore, journal: Journal) -> None:
+    short, twice, other = make_manifest("short"), make_manifest("twice", cell="b"), make_manifest("other", cell="c")
+    for manifest in (short, twice):
+        journal.begin(manifest)
+        attempt = journal.claim(manifest.shard_id, "r1")
+        for start, stop, rows, failures, state in run_steps(manifest):
+            if manifest is short and start == 0:
+                rows.pop()
+            elif manifest is twice and start == 0:
+                rows[1] = rows[0]
+            attempt.commit(start, stop, rows, failures, state, {"edits": 1, "edit_seconds": 0, "score_seconds": 0})
+    finish(journal, other)
+    table = CentralTable(store)
+    gathered = table.gather(journal)
+    assert gathered.shards == ("other",)
+    assert gathered.refused is not None
+    assert "asks for rows per cell" in gathered.refused["short"]
+    assert gathered.refused["twice"]
+    assert set(journal.shard_ids()) == {"short", "twice"}  # nothing is thrown away
+    finish(journal, make_manifest("again", cell="c"))
+    assert "in the table already" in (table.gather(journal, ["again"]).refused or {})["again"]
+
+
+def test_columns_can_be_chosen(store: LocalStore, journal: Journal) -> None:
+    finish(journal, *small(2))
+    table = CentralTable(store)
+    table.gather(journal, ["s00"])
+    rows = table.scan(journal, ["seed", "cell_id"])
+    assert rows.column_names == ["seed", "cell_id"]
+    assert set(rows["cell_id"].to_pylist()) == {"c00-0", "c00-1", "c01-0", "c01-1"}
+    with pytest.raises(TableError, match=r"unknown columns.*nothing.*valid are.*cell_id"):
+        table.scan(journal, ["nothing"])
+
+
+def test_plain_tools_read_the_files(store: LocalStore, journal: Journal) -> None:
+    finish(journal, *small(2))
+    table = CentralTable(store)
+    table.gather(journal, ["s00"])
+    table.gather(journal, ["s01"])
+    rows = table.scan().num_rows
+    folder = store.root / "table"
+    assert len(pd.read_parquet(folder)) == rows
+    assert len(pl.read_parquet(folder / "*.parquet")) == rows
+    assert duckdb.sql(f"select count(*) from read_parquet('{folder}/*.parquet')").fetchall() == [(rows,)]
+    assert pl.read_parquet(folder / "*.parquet")["T"].dtype == pl.Int32

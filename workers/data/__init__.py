@@ -1,0 +1,102 @@
+"""Data sets of edit requests, read from the files the field uses. Free of torch: the planner imports it.
+
+    dataset = load_dataset("zsre", path=Path("zsre_mend_eval.json"), train_path=Path("zsre_mend_train.json"))
+    first_1000 = [dataset.requests[i] for i in order_requests(dataset, "shuffle", seed=0)[:1000]]
+    count_conflicts(first_1000)
+
+Kinds: ``tinyworld`` (the embedded one, no file needed), ``zsre``, ``counterfact`` and ``jsonl``. Every fault of a file
+is a :class:`~workers.types.DataError` that names the file, the record and the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from workers.data import counterfact, jsonl, zsre
+from workers.data.records import (
+    OnBadRecord,
+    count_conflicts,
+    count_duplicates,
+    count_edited_locality,
+    fingerprint,
+    order_requests,
+)
+from workers.types import DataError, Dataset
+
+__all__ = [
+    "DATASETS",
+    "OnBadRecord",
+    "count_conflicts",
+    "count_duplicates",
+    "count_edited_locality",
+    "fingerprint",
+    "load_dataset",
+    "order_requests",
+]
+
+Loader = Callable[[Path | None, Path | None, OnBadRecord], Dataset]
+
+
+def _needed(kind: str, path: Path | None) -> Path:
+    if path is None:
+        raise DataError(f"data set {kind!r} is read from a file: `path` is missing")
+    return path
+
+
+def _refuse(kind: str, field: str, path: Path | None, why: str) -> None:
+    if path is not None:
+        raise DataError(f"data set {kind!r} does not take `{field}` (got {str(path)!r}): {why}")
+
+
+def _tinyworld(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    # Imported here: making the world takes a moment, and the kinds that read files need none of it.
+    from workers.data import tinyworld
+
+    _refuse("tinyworld", "path", path, "it ships with the package")
+    _refuse("tinyworld", "train_path", train_path, "it ships with the package")
+    return tinyworld.load_dataset(split="edit")
+
+
+def _zsre(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    return zsre.load(_needed("zsre", path), train_path, on_bad_record)
+
+
+def _counterfact(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    _refuse("counterfact", "train_path", train_path, "its unrelated sentences come from other records of `path`")
+    return counterfact.load(_needed("counterfact", path), on_bad_record)
+
+
+def _jsonl(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    _refuse("jsonl", "train_path", train_path, "each line carries its own `unrelated` sentence")
+    return jsonl.load(_needed("jsonl", path), on_bad_record)
+
+
+DATASETS: Mapping[str, Loader] = MappingProxyType(
+    {"tinyworld": _tinyworld, "zsre": _zsre, "counterfact": _counterfact, "jsonl": _jsonl}
+)
+"""Every kind of data set a spec can name. A new one is a module with a ``load`` and a line here."""
+
+
+def load_dataset(
+    kind: str,
+    path: Path | None = None,
+    train_path: Path | None = None,
+    on_bad_record: OnBadRecord = "error",
+) -> Dataset:
+    """The requests of one data set, validated and in file order.
+
+    ``train_path`` (zsRE only) is where unrelated sentences come from. With ``on_bad_record="skip"`` records that cannot
+    be used are left out; ``notes["skipped"]`` counts them and ``notes["skipped_records"]`` lists their numbers.
+    """
+    loader = DATASETS.get(kind)
+    if loader is None:
+        raise DataError(f"unknown data set {kind!r}; valid kinds: {', '.join(sorted(DATASETS))}")
+    if on_bad_record not in ("error", "skip"):
+        raise DataError(f"on_bad_record: {on_bad_record!r} is not valid; choose error or skip")
+    return loader(
+        None if path is None else Path(path),
+        None if train_path is None else Path(train_path),
+        on_bad_record,
+    )

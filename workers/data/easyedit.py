@@ -1,0 +1,89 @@
+"""EasyEdit's own record layout, in which zsRE, CounterFact and the KnowEdit sets are also published.
+
+Two dialects differ in where the probes stand, and both are read:
+
+- flat: ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``;
+- grouped: ``locality`` and ``portability`` hold lists of ``{prompt, ground_truth}`` by category, where a prompt is a
+  text or a list of which the first counts, and a ground truth is nested in one or two lists of accepted answers.
+
+Grouped probes without an answer are left out, as no score could be given for them; the loader counts them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from workers.data.records import BadRecord, CaseId, Draft, Entry, Record, Text, subject_as_in, validate
+from workers.types import EditRequest, Probe
+
+
+def _first(value: object) -> object:
+    """The first of arbitrarily nested accepted answers."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return value
+
+
+def _first_or_none(value: object) -> object:
+    first = _first(value)
+    return None if first in ([], None) or (isinstance(first, str) and not first.strip()) else first
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+FirstText = Annotated[Text, BeforeValidator(_first)]
+FirstTextOrNone = Annotated[Text | None, BeforeValidator(_first_or_none)]
+
+
+class GroupedProbe(Record):
+    prompt: FirstText
+    ground_truth: FirstTextOrNone
+
+
+class EasyEditRecord(Record):
+    case_id: CaseId | None = None
+    subject: Text
+    prompt: Text
+    target_new: FirstText
+    ground_truth: FirstTextOrNone = None
+    rephrase_prompt: Annotated[list[Text], BeforeValidator(_listed)] = Field(default_factory=list)
+    locality_prompt: Text | None = None
+    locality_ground_truth: FirstTextOrNone = None
+    locality: dict[str, list[GroupedProbe]] = Field(default_factory=dict)
+    portability: dict[str, list[GroupedProbe]] = Field(default_factory=dict)
+
+
+def is_easyedit(raw: object) -> bool:
+    """Whether a raw record is in this layout rather than in MEND's or ROME's."""
+    return isinstance(raw, dict) and "prompt" in raw and not {"src", "requested_rewrite"} & raw.keys()
+
+
+def parse(entry: Entry) -> Draft:
+    record = validate(EasyEditRecord, entry.value)
+    locality, locality_dropped = _probes(record.locality)
+    portability, portability_dropped = _probes(record.portability)
+    if (record.locality_prompt is None) != (record.locality_ground_truth is None):
+        raise BadRecord("locality_prompt", "expected together with `locality_ground_truth`, or neither")
+    if record.locality_prompt is not None and record.locality_ground_truth is not None:
+        locality = (Probe(record.locality_prompt, record.locality_ground_truth), *locality)
+    request = EditRequest(
+        case_id=record.case_id or str(entry.number - 1),
+        prompt=record.prompt,
+        subject=subject_as_in(record.prompt, record.subject),
+        target_new=record.target_new,
+        ground_truth=record.ground_truth,
+        rephrases=tuple(record.rephrase_prompt),
+        locality=locality,
+        portability=portability,
+    )
+    return Draft(request, unanswered=locality_dropped + portability_dropped)
+
+
+def _probes(categories: dict[str, list[GroupedProbe]]) -> tuple[tuple[Probe, ...], int]:
+    probes = [probe for category in categories.values() for probe in category]
+    answered = tuple(Probe(probe.prompt, probe.ground_truth) for probe in probes if probe.ground_truth is not None)
+    return answered, len(probes) - len(answered)

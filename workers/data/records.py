@@ -1,0 +1,419 @@
+"""What all loaders share: reading a file, validating its records one by one, and facts about lists of requests.
+
+A loader is a *parse* function from one raw JSON value to a :class:`Draft`; this module calls it for every record, turns
+each refusal into one message with file, record number, field and value, and finishes the data set:
+
+    drafts = parse_drafts(path, read_json_list(path), parse, on_bad_record)
+    return build_dataset("counterfact", path, drafts, locality_of(drafts))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from workers.types import JSON, DataError, Dataset, EditRequest, Probe
+
+OnBadRecord = Literal["error", "skip"]
+Order = Literal["file", "shuffle"]
+
+OFFENDERS_SHOWN = 3
+"""How many bad records one error message describes; the rest are counted."""
+
+T = TypeVar("T")
+RecordT = TypeVar("RecordT", bound=BaseModel)
+
+
+# --- one record ----------------------------------------------------------------------------------------------------
+
+
+class BadRecord(Exception):
+    """One record cannot be used. Becomes part of a DataError, or a skipped record; never leaves this package."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"field `{field}`: {problem}" if field else problem)
+
+
+def _text(value: str) -> str:
+    """Strip, and refuse what a tokenizer or the results table could not hold."""
+    stripped = value.strip()
+    if not stripped:
+        raise ValueError("expected a text that is not empty")
+    try:
+        stripped.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("expected valid Unicode text, found half of a surrogate pair") from None
+    return stripped
+
+
+def _id(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+CaseId = Annotated[str, BeforeValidator(_id), AfterValidator(_text)]
+
+
+class Record(BaseModel):
+    """Base of the record models. Foreign files carry keys we have no use for; our own JSONL refuses them."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+def short(value: object) -> str:
+    """A value as it may stand in an error message: escaped, on one line, at most 60 characters or so."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = shortener.maxlong = 60
+    shortener.maxlist = shortener.maxdict = 3
+    shortener.maxlevel = 2
+    return shortener.repr(value)
+
+
+_EXPECTED = {
+    "string_type": "expected a text",
+    "string_unicode": "expected valid Unicode text",
+    "list_type": "expected a list",
+    "dict_type": "expected an object",
+    "model_type": "expected an object",
+    "model_attributes_type": "expected an object",
+    "too_short": "expected at least one entry",
+}
+
+
+def validate(model: type[RecordT], raw: object) -> RecordT:
+    """Validate one raw JSON value; the first fault becomes a BadRecord with the path of the field."""
+    if not isinstance(raw, dict):
+        raise BadRecord("", f"expected an object with the keys {', '.join(model.model_fields)}; got {short(raw)}")
+    try:
+        return model.model_validate(raw)
+    except ValidationError as failure:
+        fault = failure.errors(include_url=False, include_context=True)[0]
+        field = ".".join(str(step) for step in fault["loc"])
+        got = short(fault["input"])
+        if fault["type"] == "missing":
+            raise BadRecord(field, f"is missing (the record has {short(sorted(map(str, raw)))})") from None
+        if fault["type"] == "extra_forbidden":
+            known = model if len(fault["loc"]) == 1 else ProbeRecord
+            raise BadRecord(field, f"unknown key; valid keys: {', '.join(known.model_fields)}") from None
+        if fault["type"] == "value_error":
+            raise BadRecord(field, f"{fault['msg'].removeprefix('Value error, ')}; got {got}") from None
+        raise BadRecord(field, f"{_EXPECTED.get(fault['type'], fault['msg'])}; got {got}") from None
+
+
+class ProbeRecord(Record):
+    """A probe as our own JSONL writes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Text
+    target: Text
+
+    def probe(self) -> Probe:
+        return Probe(self.prompt, self.target)
+
+
+def subject_as_in(prompt: str, subject: str, field: str = "subject") -> str:
+    """The subject in the prompt's own spelling, which the ROME family needs to find its tokens.
+
+    An exact occurrence wins; otherwise one that differs in upper and lower case only and stands as whole words (so that
+    "Ian" is not found inside "Asian").
+    """
+    if subject in prompt:
+        return subject
+    match = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt, re.IGNORECASE)
+    if match is None:
+        raise BadRecord(field, f"{short(subject)} does not occur in the prompt {short(prompt)}, where it must stand")
+    return match.group()
+
+
+# --- one file ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A raw JSON value and where it stands. ``fault`` says why there is no value (a line that is not JSON)."""
+
+    number: int
+    value: JSON
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed(Generic[T]):
+    """What became of a file: the usable records, and the numbers of those left out."""
+
+    items: tuple[T, ...]
+    skipped: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A request that may still lack its unrelated sentence, and how many of its probes had no answer to score."""
+
+    request: EditRequest
+    unanswered: int = 0
+
+
+def read_text(path: Path) -> str:
+    """The file as text. A UTF-8 byte order mark is harmless and dropped; any other encoding is refused."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder, expected a file") from None
+    except (OSError, ValueError) as failure:
+        raise DataError(f"{path}: cannot be read ({failure})") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as failure:
+        start = failure.start
+        line = data.count(b"\n", 0, start) + 1
+        raise DataError(
+            f"{path}: expected UTF-8 text, found byte 0x{data[start]:02x} at offset {start} (line {line})"
+        ) from None
+
+
+def _parse_json(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> JSON:
+    """``json.loads`` with every way it can fail turned into a ValueError with a short message."""
+    try:
+        return json.loads(text, object_pairs_hook=pairs_hook)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as failure:
+        raise ValueError(f"{failure.msg} at line {failure.lineno}, column {failure.colno}") from None
+
+
+def read_json_list(path: Path) -> list[Entry]:
+    """A file that is one JSON list; entries are numbered from 1."""
+    text = read_text(path)
+    try:
+        value = _parse_json(text)
+    except ValueError as failure:
+        raise DataError(f"{path}: not valid JSON: {failure}") from None
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected a JSON list of records, got {short(value)}")
+    if not value:
+        raise DataError(f"{path}: the list of records is empty")
+    return [Entry(number, item) for number, item in enumerate(value, start=1)]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {short(next(key for key in keys if keys.count(key) > 1))} occurs twice")
+    return seen
+
+
+def read_json_lines(path: Path) -> list[Entry]:
+    """A file with one JSON value per line, numbered by line; blank lines are passed over."""
+    entries = []
+    # Only real line ends: str.splitlines would also cut at U+2028, which JSON allows inside a text.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entries.append(Entry(number, _parse_json(line, _unique_keys)))
+        except ValueError as failure:
+            entries.append(Entry(number, None, f"not valid JSON: {failure}; got {short(line.strip())}"))
+    if not entries:
+        raise DataError(f"{path}: the file has no records")
+    return entries
+
+
+def parse_records(
+    path: Path,
+    entries: Sequence[Entry],
+    parse: Callable[[Entry], T],
+    on_bad_record: OnBadRecord,
+    unit: Literal["record", "line"] = "record",
+) -> Parsed[T]:
+    """Parse every entry; refuse the file if one is bad, or leave the bad ones out and say which."""
+    items: list[T] = []
+    bad: list[tuple[int, str]] = []
+    for entry in entries:
+        try:
+            if entry.fault is not None:
+                raise BadRecord("", entry.fault)
+            items.append(parse(entry))
+        except BadRecord as failure:
+            bad.append((entry.number, str(failure)))
+    if bad and (on_bad_record == "error" or not items):
+        _refuse_records(path, len(entries), bad, unit, can_skip=bool(items))
+    return Parsed(tuple(items), tuple(number for number, _ in bad))
+
+
+def parse_drafts(
+    path: Path,
+    entries: Sequence[Entry],
+    parse: Callable[[Entry], Draft],
+    on_bad_record: OnBadRecord,
+    unit: Literal["record", "line"] = "record",
+) -> Parsed[Draft]:
+    """Parse the records of a data set; a case id that an earlier record has is a fault of the later one."""
+    first_with: dict[str, int] = {}
+
+    def parse_unique(entry: Entry) -> Draft:
+        draft = parse(entry)
+        case_id = draft.request.case_id
+        earlier = first_with.setdefault(case_id, entry.number)
+        if earlier != entry.number:
+            raise BadRecord("case_id", f"{short(case_id)} is taken by {unit} {earlier}; expected unique ids")
+        return draft
+
+    return parse_records(path, entries, parse_unique, on_bad_record, unit)
+
+
+def locality_of(drafts: Parsed[Draft]) -> list[Probe]:
+    """All locality probes of a file: where unrelated sentences come from when there is no other source."""
+    return [probe for draft in drafts.items for probe in draft.request.locality]
+
+
+def _refuse_records(path: Path, total: int, bad: list[tuple[int, str]], unit: str, can_skip: bool) -> NoReturn:
+    shown = [f"{path}, {unit} {number}: {problem}" for number, problem in bad[:OFFENDERS_SHOWN]]
+    if len(bad) > OFFENDERS_SHOWN:
+        shown.append(f"... and {len(bad) - OFFENDERS_SHOWN} more")
+    if can_skip:
+        shown.append(
+            f"{len(bad)} of {total} {unit}s cannot be used; "
+            "mend the file, or set `on_bad_record: skip` to leave them out"
+        )
+    else:
+        shown.append(f"none of the {total} {unit}s can be used: is this the right kind of file?")
+    raise DataError("\n".join(shown))
+
+
+# --- one data set --------------------------------------------------------------------------------------------------
+
+
+def build_dataset(
+    name: str,
+    path: Path,
+    drafts: Parsed[Draft],
+    pool: Sequence[Probe] | None = None,
+    notes: dict[str, JSON] | None = None,
+) -> Dataset:
+    """Finish a data set: unrelated sentences drawn from ``pool`` (when given), fingerprint, notes."""
+    requests = tuple(draft.request for draft in drafts.items)
+    if pool is not None:
+        requests = with_unrelated(requests, pool)
+    return Dataset(
+        name=name,
+        requests=requests,
+        fingerprint=fingerprint(requests),
+        notes={
+            "path": str(path),
+            "skipped": len(drafts.skipped),
+            "skipped_records": list(drafts.skipped),
+            "probes_without_answer": sum(draft.unanswered for draft in drafts.items),
+            "without_unrelated": sum(request.unrelated is None for request in requests),
+            **(notes or {}),
+        },
+    )
+
+
+def with_unrelated(requests: Sequence[EditRequest], pool: Sequence[Probe]) -> tuple[EditRequest, ...]:
+    """Give every request a sentence (question and answer) about something else.
+
+    The choice is a hash of the request's position, so it depends on nothing but the files. A sentence whose question
+    is one of the request's own locality probes, or is edited anywhere in the list, is never taken: WISE's margin loss
+    would then train on the very probe that judges it, or on a fact that changes.
+    """
+    edited = {request.prompt for request in requests}
+    sentences = {probe.prompt: f"{probe.prompt} {probe.target}" for probe in pool if probe.prompt not in edited}
+    questions = list(sentences)
+    finished = []
+    for index, request in enumerate(requests):
+        own = {probe.prompt for probe in request.locality}
+        start = _integer("unrelated", index)
+        # Questions are distinct, so one of the first len(own) + 1 is not the request's own.
+        tries = (questions[(start + step) % len(questions)] for step in range(min(len(own) + 1, len(questions))))
+        chosen = next((question for question in tries if question not in own), None)
+        finished.append(replace(request, unrelated=None if chosen is None else sentences[chosen]))
+    return tuple(finished)
+
+
+def _integer(*parts: str | int) -> int:
+    """A large integer that depends on the parts alone: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest())
+
+
+def _request_json(request: EditRequest) -> JSON:
+    return {
+        "case_id": request.case_id,
+        "prompt": request.prompt,
+        "subject": request.subject,
+        "target_new": request.target_new,
+        "ground_truth": request.ground_truth,
+        "rephrases": list(request.rephrases),
+        "locality": [{"prompt": probe.prompt, "target": probe.target} for probe in request.locality],
+        "portability": [{"prompt": probe.prompt, "target": probe.target} for probe in request.portability],
+        "unrelated": request.unrelated,
+    }
+
+
+def fingerprint(requests: Iterable[EditRequest]) -> str:
+    """SHA-256 (hex) of the canonical JSON of a list of requests: keys sorted, no spaces, ASCII escapes."""
+    rows = [_request_json(request) for request in requests]
+    canonical = json.dumps(rows, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def order_requests(dataset: Dataset, order: Order, seed: int) -> tuple[int, ...]:
+    """The order in which a cell meets the requests: a permutation of record indices.
+
+    Everything is shuffled and a sweep takes the first N, so raising N keeps the edits that are already done.
+    """
+    indices = list(range(len(dataset.requests)))
+    if order == "shuffle":
+        random.Random(_integer("order", seed, dataset.fingerprint)).shuffle(indices)
+    elif order != "file":
+        raise DataError(f"order: {order!r} is not valid; choose file or shuffle")
+    return tuple(indices)
+
+
+# --- what `plan` warns about ---------------------------------------------------------------------------------------
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def count_duplicates(requests: Iterable[EditRequest]) -> int:
+    """Requests whose prompt occurred before."""
+    prompts = [request.prompt for request in requests]
+    return len(prompts) - len(set(prompts))
+
+
+def count_conflicts(requests: Iterable[EditRequest]) -> int:
+    """Requests that ask for another answer than an earlier one about the same thing: not both can hold at the end.
+
+    "The same thing" is the same prompt, or the same subject in the same phrasing (the prompt with the subject cut out);
+    upper and lower case and runs of spaces do not count, neither there nor in the answers.
+    """
+    earlier: dict[tuple[str, str], set[str]] = {}
+    conflicts = 0
+    for request in requests:
+        subject, prompt, target = _normal(request.subject), _normal(request.prompt), _normal(request.target_new)
+        keys = [("", prompt), (subject, _normal(prompt.replace(subject, " {} ")))]
+        if any(earlier.get(key, set()) - {target} for key in keys):
+            conflicts += 1
+        for key in keys:
+            earlier.setdefault(key, set()).add(target)
+    return conflicts
+
+
+def count_edited_locality(requests: Sequence[EditRequest]) -> int:
+    """Locality probes whose prompt is itself edited in this list: their answers *should* change."""
+    edited = {request.prompt for request in requests}
+    return sum(probe.prompt in edited for request in requests for probe in request.locality)

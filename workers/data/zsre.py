@@ -1,0 +1,92 @@
+"""zsRE, the question-answering data set of relation extraction, in the format published with MEND.
+
+Source: Levy et al., "Zero-Shot Relation Extraction via Reading Comprehension" (2017); edits, rephrasings and locality
+questions from Mitchell et al., "Fast Model Editing at Scale" (2022). A record:
+
+    {"subject": ..., "src": question, "pred": ..., "rephrase": ..., "alt": new answer, "answers": [old answer, ...],
+     "loc": "nq question: ...", "loc_ans": ..., "cond": ...}
+
+The locality question keeps its ``nq question:`` prefix and gets no question mark: this is how the published numbers
+were made. Files in EasyEdit's layout are read too. Case ids are positions in the file, counted from 0 as usual.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from workers.data import easyedit
+from workers.data.records import (
+    Draft,
+    Entry,
+    OnBadRecord,
+    Record,
+    Text,
+    build_dataset,
+    locality_of,
+    parse_drafts,
+    parse_records,
+    read_json_list,
+    subject_as_in,
+    validate,
+)
+from workers.types import JSON, Dataset, EditRequest, Probe
+
+
+class LocalityRecord(Record):
+    """All that is needed of a record of the training file."""
+
+    loc: Text
+    loc_ans: Text
+
+
+class PortabilityRecord(Record):
+    """The second hop that EasyEdit adds to some zsRE files."""
+
+    question: Annotated[Text, Field(alias="New Question")]
+    answer: Annotated[Text, Field(alias="New Answer")]
+
+
+class ZsreRecord(LocalityRecord):
+    subject: Text
+    src: Text
+    rephrase: Text
+    alt: Text
+    answers: Annotated[list[Text], Field(min_length=1)]
+    portability: PortabilityRecord | None = None
+
+
+def load(path: Path, train_path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
+    """Requests in file order; unrelated sentences from ``train_path``, else from other records of the same file."""
+    drafts = parse_drafts(path, read_json_list(path), _parse, on_bad_record)
+    if train_path is None:
+        return build_dataset("zsre", path, drafts, locality_of(drafts))
+    train = parse_records(train_path, read_json_list(train_path), _parse_locality, on_bad_record)
+    notes: dict[str, JSON] = {"train_path": str(train_path), "train_skipped": len(train.skipped)}
+    return build_dataset("zsre", path, drafts, train.items, notes)
+
+
+def _parse(entry: Entry) -> Draft:
+    if easyedit.is_easyedit(entry.value):
+        return easyedit.parse(entry)
+    record = validate(ZsreRecord, entry.value)
+    hop = record.portability
+    return Draft(
+        EditRequest(
+            case_id=str(entry.number - 1),
+            prompt=record.src,
+            subject=subject_as_in(record.src, record.subject),
+            target_new=record.alt,
+            ground_truth=record.answers[0],
+            rephrases=(record.rephrase,),
+            locality=(Probe(record.loc, record.loc_ans),),
+            portability=() if hop is None else (Probe(hop.question, hop.answer),),
+        )
+    )
+
+
+def _parse_locality(entry: Entry) -> Probe:
+    record = validate(LocalityRecord, entry.value)
+    return Probe(record.loc, record.loc_ans)

@@ -1,0 +1,231 @@
+"""FT: fine-tuning of a few linear maps on the request itself, with an optional box around the starting weights.
+
+The weights ``W`` of the chosen maps minimise, by Adam with early stopping,
+
+- ``target_new`` (FT-M): the mean over the target's tokens of ``-log P(target_j | prompt, target_<j)``;
+- ``prompt_last`` (FT-L): the mean over the target's tokens of ``-log P(target_j | prompt)``, every token scored at the
+  last prompt position, as the code published with ROME does (its "FT"/"FT+L" baselines);
+
+after every step ``W`` is clamped to ``W0 - c <= W <= W0 + c`` if ``norm_constraint`` is ``c``: the projection onto the
+L-infinity ball of Zhu et al., Modifying Memories in Transformer Models, arXiv 2012.00363 (constrained
+fine-tuning). The names FT-L and FT-M are those of Zhang et al., arXiv 2401.01286.
+
+Differences from paper and public code, all deliberate:
+
+1. ``W0`` is the pristine weight, as in Zhu et al., for the whole sequence of edits. The public code clamps around the
+   weight before each edit, so that a sequence of T edits may drift by ``T * c``: ``constraint_around: edit``.
+2. Target tokens are those of ``prompt + " " + target`` tokenised jointly. The public FT-L tokenises the target alone:
+   a tokenizer that adds BOS then makes BOS a target (golden README, fault 7): ``public_bos: true``.
+3. Padding is never a target (the public FT-L scores padding tokens in batches).
+4. Only the weight is trained. Where a public YAML names a module without ``.weight`` (gpt2-xl, gpt-j), the public code
+   trains its bias too.
+5. ``kl_factor`` is in every public YAML, is read by nobody, and is accepted as 0 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.models import BaseModel, ModelShape
+from workers.optim import Adam
+from workers.overlay import DenseOverlay, Overlay
+from workers.replay import capture, replay
+from workers.rows import Encoded, Rows, collate
+from workers.types import JSON, EditRequest, SpecError
+
+STOP_LOSS = 1e-2
+"""A lane whose loss is below this makes no further step (the public code's constant)."""
+
+
+class FTConfig(MethodConfig):
+    """Hyperparameters of FT-L and FT-M."""
+
+    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers whose map is trained")
+    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    objective: Literal["target_new", "prompt_last"] = Field(
+        "target_new", description="target_new: FT-M; prompt_last: FT-L, every token at the last prompt position"
+    )
+    num_steps: int = Field(25, ge=1, description="optimiser steps at most")
+    lr: float = Field(5e-4, gt=0, description="Adam's step size")
+    weight_decay: float = Field(0.0, ge=0, description="L2 decay added to the gradient")
+    norm_constraint: float | None = Field(None, gt=0, description="largest change of one weight; null: no constraint")
+    constraint_around: Literal["base", "edit"] = Field(
+        "base", description="base: the pristine weight (paper); edit: the weight before each edit (public code)"
+    )
+    public_bos: bool = Field(False, description="prompt_last: tokenise the target alone, BOS included (public code)")
+
+    alg_names: ClassVar[tuple[str, ...]] = ("FT",)
+    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"objective_optimization": "objective", "rewrite_module_tmp": "module", "kl_factor": IGNORED}
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if min(layers) < 0 or len(set(layers)) < len(layers):
+            raise ValueError("layers must be distinct and not negative")
+        return layers
+
+    @field_validator("norm_constraint", mode="before")
+    @classmethod
+    def _no_bool(cls, value: JSON) -> JSON:
+        if isinstance(value, bool):
+            raise ValueError("expected a number or null")
+        return value
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        if float(values.get("kl_factor") or 0) != 0:
+            raise SpecError(f"{source}: kl_factor: {values['kl_factor']!r} has no effect in FT; expected 0")
+        out = super().from_easyedit(values, source)
+        if out.get("norm_constraint") is False:
+            out["norm_constraint"] = None
+        if "module" in out:
+            _, out["module"] = split_module(out["module"], source)
+        return out
+
+
+class FT(Method[FTConfig]):
+    """Fine-tuning, lane by lane on one shared forward and backward.
+
+    >>> editor = FT.prepare(base, FTConfig(layers=(3,), objective="prompt_last"), inputs={})
+    """
+
+    name: ClassVar[str] = "ft"
+    title: ClassVar[str] = "FT"
+    paper: ClassVar[str] = "Zhu et al., Modifying Memories in Transformer Models, arXiv 2012.00363"
+    version: ClassVar[int] = 1
+    batch_edits: ClassVar[bool] = True
+    Config: ClassVar[type[MethodConfig]] = FTConfig
+
+    def new_overlay(self, lanes: int) -> DenseOverlay:
+        sites = [self.base.site(layer, self.config.module) for layer in self.config.layers]
+        return DenseOverlay(sites, lanes, self.base.master_dtype)
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, DenseOverlay):
+            raise TypeError(f"FT edits a DenseOverlay, not a {type(overlay).__name__}")
+        config = self.config
+        batch = _Batch.of(self.base, edits, config)
+        prefix = capture(self.base, batch.rows, overlay.first_layer)
+        weights = list(overlay.weights_LOI.values())
+        origins = self._origins(overlay)
+        optimizer = Adam(weights, config.lr, config.weight_decay)
+        active_L = torch.ones(overlay.lanes, dtype=torch.bool, device=self.base.device)
+        loss_L = first_L = torch.zeros(overlay.lanes, device=self.base.device)
+        overlay.touch(range(overlay.lanes))
+        try:
+            for weight_LOI in weights:
+                weight_LOI.requires_grad_(True)
+            for step in range(config.num_steps):
+                optimizer.zero_grad()
+                with overlay.installed(batch.rows):
+                    now_L = batch.loss(self.base, replay(self.base, prefix))
+                first_L = now_L.detach() if step == 0 else first_L
+                loss_L = torch.where(active_L, now_L.detach(), loss_L)
+                active_L = active_L & (now_L.detach() >= STOP_LOSS)  # a loss that is not a number stops its lane, too
+                if not bool(active_L.any()):
+                    break
+                torch.where(active_L, now_L, 0).sum().backward()  # type: ignore[no-untyped-call]
+                optimizer.step(active_L)
+                self._clamp(weights, origins)
+        finally:
+            optimizer.zero_grad()
+            for weight_LOI in weights:
+                weight_LOI.requires_grad_(False)
+        return [
+            EditOutcome(steps, loss, {"first_loss": first})
+            for steps, loss, first in zip(optimizer.steps_L.tolist(), loss_L.tolist(), first_L.tolist(), strict=True)
+        ]
+
+    def _origins(self, overlay: DenseOverlay) -> list[Tensor]:
+        """The centre of the box, one tensor per trained map."""
+        if self.config.norm_constraint is None:
+            return []
+        if self.config.constraint_around == "edit":
+            return [w.clone() for w in overlay.weights_LOI.values()]
+        return [site.weight_OI.to(overlay.weights_LOI[site.name].dtype) for site in overlay.sites]
+
+    @torch.no_grad()
+    def _clamp(self, weights: Sequence[Tensor], origins: Sequence[Tensor]) -> None:
+        bound = self.config.norm_constraint
+        if bound is not None:
+            for weight_LOI, origin in zip(weights, origins, strict=True):
+                weight_LOI.copy_(torch.clamp(weight_LOI, min=origin - bound, max=origin + bound))
+
+    @classmethod
+    def embedded(cls) -> dict[str, JSON]:
+        return {"layers": [3], "objective": "target_new", "lr": 1e-3, "num_steps": 25}
+
+    @classmethod
+    def check(cls, config: Any, shape: ModelShape) -> None:
+        for layer in config.layers:
+            shape.check_layer(layer, "layers")
+        shape.site(config.module)
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        out, into = shape.site(config.module)
+        copies = 4 + 2  # weight, gradient, two moments; temporaries of one step
+        return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
+
+
+class _Batch:
+    """The rows of one call and where their loss is read: ``P`` (row, column, target token) triples."""
+
+    def __init__(self, rows: Rows, places: Sequence[tuple[int, int, int, int, float]], lanes: int) -> None:
+        row, column, token, lane, share = zip(*places, strict=True)
+        device = rows.input_ids_BS.device
+        self.rows = rows
+        self.lanes = lanes
+        self.row_P = torch.tensor(row, device=device)
+        self.column_P = torch.tensor(column, device=device)
+        self.token_P = torch.tensor(token, device=device)
+        self.lane_P = torch.tensor(lane, device=device)
+        self.share_P = torch.tensor(share, dtype=torch.float64, device=device)
+
+    @classmethod
+    def of(cls, base: BaseModel, edits: Sequence[LaneEdit], config: FTConfig) -> Self:
+        encoded: list[Encoded] = []
+        lanes: list[int] = []
+        columns: list[list[int]] = []
+        tokens: list[tuple[int, ...]] = []
+        for lane, edit in enumerate(edits):
+            for request in edit.requests:
+                sequence, target = _encode(base, request, config)
+                n = sequence.prompt_len
+                encoded.append(sequence)
+                lanes.append(lane)
+                tokens.append(target)
+                columns.append([n - 1 + j * (config.objective == "target_new") for j in range(len(target))])
+        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
+        places = [
+            (i, rows.offsets[i] + column, token, lanes[i], 1 / (len(tokens[i]) * len(edits[lanes[i]].requests)))
+            for i in range(len(encoded))
+            for column, token in zip(columns[i], tokens[i], strict=True)
+        ]
+        return cls(rows, places, len(edits))
+
+    def loss(self, base: BaseModel, hidden_BSD: Tensor) -> Tensor:
+        """Mean over a request's tokens, then over a lane's requests, (L,). The head runs only where it is read."""
+        logits_PV = base.logits(hidden_BSD[self.row_P, self.column_P])
+        nll_P = -logits_PV.log_softmax(-1).gather(1, self.token_P[:, None])[:, 0]
+        return nll_P.new_zeros(self.lanes).index_add(0, self.lane_P, nll_P * self.share_P.to(nll_P.dtype))
+
+
+def _encode(base: BaseModel, request: EditRequest, config: FTConfig) -> tuple[Encoded, tuple[int, ...]]:
+    """The sequence to run and the target tokens to score."""
+    pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
+    if config.objective == "target_new":
+        # the last token predicts nothing that is scored
+        return Encoded(pair.ids[:-1], pair.prompt_len), pair.target
+    prompt = base.encoder.prompt(request.prompt)
+    target = base.encoder.text(f" {request.target_new}") if config.public_bos else pair.target
+    return Encoded(prompt, len(prompt)), target

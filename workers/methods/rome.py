@@ -1,0 +1,439 @@
+"""ROME: one fact is written into one MLP layer as a rank-one change of its output projection.
+
+Meng et al., Locating and Editing Factual Associations in GPT, NeurIPS 2022, arXiv 2202.05262, section 3.1. With the
+projection ``W`` of the chosen layer seen as a key-value memory:
+
+- key ``k``: the input of ``W`` at the subject's last token, averaged over context templates before the prompt (Eq. 3);
+- value ``v = W k0 + d``: ``d`` is found by Adam so that, added to the output of ``W`` at the subject's last token, the
+  target becomes likely in every context while the next-token distribution of ``p' = "{subject} is a"`` stays (Eq. 4):
+  ``mean_contexts mean_tokens -log P(target) + kl_factor * KL(P_edited[x | p'] || P_before[x | p'])
+  + v_weight_decay * ||d|| / ||W k0||^2``, with ``||d|| <= clamp_norm_factor * ||W k0||`` after each step;
+- change (Eq. 2): ``W' = W + d u^T / (u^T k0)`` with ``u = C^-1 k`` and ``C = E[k k^T]`` over ordinary text.
+
+``k0`` is the key without a template. Edits of a sequence go on top of each other: keys do not depend on earlier edits
+(they enter below the edited map), the optimisation of ``d`` and both distributions of the KL term do.
+
+Differences from paper and public code, all deliberate:
+
+1. The KL term is read at the subject's last token of ``p'``, as the authors' own code does, from which all published
+   ROME numbers come. Eq. 4 to the letter is the prediction that follows ``p'``: ``kl_position: prompt_last``.
+2. ``mom2_adjustment`` (``C^-1``) is on, as in the paper; EasyEdit's hyperparameter files switch it off.
+3. ``C^-1`` is computed in float64 and rounded to the overlay's precision (public: inverted in float32).
+4. ``v_loss_layer`` has no effect in the public code (the loss is always the final layer's) and is dropped.
+5. Rows are padded on the left with the right position ids (public: on the right). Same numbers up to rounding.
+6. ``C`` comes from the first ``samples`` lines of ``corpus`` (public: as many random documents of Wikipedia).
+7. Context templates are ``length`` *new* tokens long (public: start word and BOS included), sampled once per model and
+   seed.
+8. Tokens of target and prompt are those of the joint text. A subject that stands in the prompt more than once is edited
+   at its first place (the public code refuses it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from workers import stats, templates
+from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.models import EMBEDDED, BaseModel, ModelConfig, ModelFingerprint, ModelShape
+from workers.optim import Adam
+from workers.overlay import LowRankOverlay, Overlay
+from workers.replay import capture, replay
+from workers.rows import Encoded, Rows, collate
+from workers.types import JSON, DataError, EditRequest, SpecError
+
+STOP_LOSS = 5e-2
+"""A lane whose loss is below this makes no further step (the published constant)."""
+
+STARTS = ("The", "Therefore", "Because", "I", "You")
+"""First words of the context templates, as published."""
+
+MOMENT = "moment"
+TEMPLATES = "templates"
+
+
+class ROMEConfig(MethodConfig):
+    """Hyperparameters of ROME, under the names the field uses."""
+
+    layer: int = Field(ge=0, description="decoder layer that is edited")
+    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    fact_token: Literal["subject_last", "last"] = Field(
+        "subject_last", description="where the fact is looked up: the subject's or the prompt's last token"
+    )
+    v_num_grad_steps: int = Field(20, ge=1, description="evaluations of the loss that finds the value (one step fewer)")
+    v_lr: float = Field(0.5, gt=0, description="Adam's step size for the value")
+    v_weight_decay: float = Field(1e-3, ge=0, description="weight of the value change's norm in the loss")
+    clamp_norm_factor: float = Field(4.0, gt=0, description="largest norm of the value change, relative to the value")
+    kl_factor: float = Field(0.0625, ge=0, description="weight of the KL term")
+    kl_position: Literal["prompt_last", "subject_last"] = Field(
+        "subject_last",
+        description="token of '{subject} is a' whose prediction is kept (prompt_last: Eq. 4 to the letter)",
+    )
+    context_template_length_params: tuple[tuple[int, int], ...] = Field(
+        ((5, 10), (10, 10)), description="[length in tokens, how many templates] pairs; a multiple of five each"
+    )
+    mom2_adjustment: bool = Field(True, description="multiply the key by the inverse second moment")
+    samples: int = Field(100_000, ge=1, description="lines of the corpus that enter the second moment")
+    precision: Literal["float32", "float64"] = Field("float32", description="precision of the sums")
+    corpus: str | None = Field(
+        None, description="plain text file for the second moment; null: the embedded model's own text, for it alone"
+    )
+
+    alg_names: ClassVar[tuple[str, ...]] = ("ROME",)
+    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "layers": "layer",
+            "rewrite_module_tmp": "module",
+            "v_loss_layer": IGNORED,
+            "mom2_dataset": IGNORED,  # ours is a text file: ``corpus``
+            "mom2_n_samples": "samples",
+            "mom2_dtype": "precision",
+        }
+    )
+
+    @field_validator("context_template_length_params")
+    @classmethod
+    def _fives(cls, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        for length, count in pairs:
+            if length < 1 or count < 1 or count % len(STARTS):
+                raise ValueError(
+                    f"[{length}, {count}]: needs a length of 1 or more, a multiple of {len(STARTS)} templates"
+                )
+        return pairs
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        out = super().from_easyedit(values, source)
+        if "layer" in out:
+            layers = out["layer"] if isinstance(out["layer"], list) else [out["layer"]]
+            if len(layers) != 1:
+                raise SpecError(f"{source}: layers: {layers!r}: ROME edits exactly one layer")
+            out["layer"] = layers[0]
+        if "module" in out:
+            _, out["module"] = split_module(out["module"], source)
+        return out
+
+
+class ROME(Method[ROMEConfig]):
+    """Rank-one model editing.
+
+    >>> editor = ROME.prepare(base, ROMEConfig(layer=5), inputs={"moment": moment, "templates": texts})
+    """
+
+    name: ClassVar[str] = "rome"
+    title: ClassVar[str] = "ROME"
+    paper: ClassVar[str] = "Meng et al., Locating and Editing Factual Associations in GPT, arXiv 2202.05262"
+    version: ClassVar[int] = 1
+    relative_cost: ClassVar[float] = 2.5
+    Config: ClassVar[type[MethodConfig]] = ROMEConfig
+
+    def __init__(
+        self,
+        base: BaseModel,
+        config: ROMEConfig,
+        inputs: Mapping[str, ArtifactData],
+        inverse_II: Tensor | None = None,
+    ) -> None:
+        """``inverse_II`` is the inverse second moment; None stands for the identity."""
+        super().__init__(base, config, inputs)
+        self.site = base.site(config.layer, config.module)
+        self.inverse_II = None if inverse_II is None else inverse_II.to(base.device, base.master_dtype)
+
+    @classmethod
+    def prepare(cls, base: BaseModel, config: ROMEConfig, inputs: Mapping[str, ArtifactData]) -> Self:
+        if not config.mom2_adjustment:
+            return cls(base, config, inputs)
+        return cls(base, config, inputs, inverse_moment(inputs[MOMENT].tensors["moment"].to(base.device)))
+
+    def new_overlay(self, lanes: int) -> LowRankOverlay:
+        return LowRankOverlay(self.site, lanes, self.base.master_dtype)
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, LowRankOverlay):
+            raise TypeError(f"ROME edits a LowRankOverlay, not a {type(overlay).__name__}")
+        batch = _Batch.of(self.base, edits, self.config, self.inputs)
+        found = self._find_value(overlay, batch)
+        key_LI = found.keys_LI if self.inverse_II is None else found.keys_LI @ self.inverse_II.T
+        key_LI = key_LI / key_LI.norm(dim=1, keepdim=True)
+        scale_L1 = (found.key0_LI * key_LI).sum(1, keepdim=True)
+        overlay.add(found.delta_LO / scale_L1, key_LI)
+        change_L = found.delta_LO.norm(dim=1) / found.value_norm_L
+        columns = (found.steps_L, found.loss_L, found.first_L, change_L)
+        return [
+            EditOutcome(steps, loss, {"first_loss": first, "value_change": change})
+            for steps, loss, first, change in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    def _find_value(self, overlay: LowRankOverlay, batch: _Batch) -> _Found:
+        """Optimise each lane's change of the value (Eq. 4)."""
+        base, config = self.base, self.config
+        prefix = capture(base, batch.rows, overlay.first_layer)
+        delta_LO = torch.zeros(overlay.lanes, self.site.shape[0], dtype=base.master_dtype, device=base.device)
+        delta_LO.requires_grad_(True)
+        optimizer = Adam([delta_LO], config.v_lr)
+        active_L = torch.ones(overlay.lanes, dtype=torch.bool, device=base.device)
+        loss_L = first_L = value_norm_L = torch.zeros(overlay.lanes, dtype=base.master_dtype, device=base.device)
+        before_LV: Tensor | None = None
+        shift = _Shift(batch, delta_LO)
+        for step in range(config.v_num_grad_steps):
+            optimizer.zero_grad()
+            with overlay.installed(batch.rows), shift.installed(self.site.module):
+                hidden_BSD = replay(base, prefix)
+            nll_L, kept_LV = batch.read(base, hidden_BSD)
+            if before_LV is None:
+                before_LV = kept_LV.detach()
+                value_norm_L = shift.values_BO[batch.plain_L].norm(dim=1)
+            kl_L = F.kl_div(before_LV, kept_LV, log_target=True, reduction="none").sum(1)
+            decay_L = delta_LO.norm(dim=1) / value_norm_L.square()
+            now_L = nll_L + config.kl_factor * kl_L + config.v_weight_decay * decay_L
+            first_L = now_L.detach() if step == 0 else first_L
+            loss_L = torch.where(active_L, now_L.detach(), loss_L)
+            active_L = active_L & (now_L.detach() >= STOP_LOSS)  # a loss that is not a number stops its lane, too
+            if step == config.v_num_grad_steps - 1 or not bool(active_L.any()):
+                break
+            torch.where(active_L, now_L, 0).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step(active_L)
+            self._project(delta_LO, config.clamp_norm_factor * value_norm_L)
+        keys_BI = shift.keys_BI
+        lane_sum_LI = keys_BI.new_zeros(overlay.lanes, keys_BI.shape[1]).index_add(
+            0, batch.rows.lane_B, torch.where(batch.edited_B[:, None], keys_BI, 0)
+        )
+        return _Found(
+            keys_LI=lane_sum_LI / batch.contexts_L[:, None],
+            key0_LI=keys_BI[batch.plain_L],
+            delta_LO=delta_LO.detach(),
+            value_norm_L=value_norm_L,
+            steps_L=optimizer.steps_L,
+            loss_L=loss_L,
+            first_L=first_L,
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def _project(delta_LO: Tensor, bound_L: Tensor) -> None:
+        """Back into the ball; a lane inside it keeps its bits."""
+        norm_L = delta_LO.norm(dim=1)
+        shrunk_LO = delta_LO * (bound_L / norm_L)[:, None]
+        delta_LO.copy_(torch.where((norm_L > bound_L)[:, None], shrunk_LO, delta_LO))
+
+    @classmethod
+    def embedded(cls) -> dict[str, JSON]:
+        return {
+            "layer": 0,
+            "v_num_grad_steps": 15,
+            "v_lr": 1.0,
+            "clamp_norm_factor": 10.0,
+            "context_template_length_params": [[5, 5], [10, 5]],
+            "samples": 4000,
+        }
+
+    @classmethod
+    def check(cls, config: Any, shape: ModelShape) -> None:
+        shape.check_layer(config.layer, "layer")
+        shape.site(config.module)
+
+    @classmethod
+    def artifacts(
+        cls, config: Any, fingerprint: ModelFingerprint, model: ModelConfig, seed: int
+    ) -> tuple[ArtifactSpec, ...]:
+        made_by = {"model": fingerprint.model, "tokenizer": fingerprint.tokenizer, "dtype": model.dtype}
+        specs = [
+            ArtifactSpec(
+                name=TEMPLATES,
+                kind=templates.KIND,
+                recipe={
+                    **made_by,
+                    "starts": list(STARTS),
+                    "lengths": [[n, count // len(STARTS)] for n, count in config.context_template_length_params],
+                    "joiner": ". ",
+                    "top_k": 5,
+                    "seed": seed if config.context_template_length_params else 0,
+                },
+            )
+        ]
+        if config.mom2_adjustment:
+            corpus = config.corpus
+            if corpus is None:
+                if model.name != EMBEDDED:
+                    raise SpecError(
+                        f"corpus: ROME needs a plain text file for the second moment of {model.name!r} "
+                        "(a few thousand lines or more); or mom2_adjustment: false"
+                    )
+                corpus = EMBEDDED
+            specs.append(
+                ArtifactSpec(
+                    name=MOMENT,
+                    kind=stats.KIND,
+                    recipe={
+                        **made_by,
+                        "corpus": corpus,
+                        "corpus_hash": stats.corpus_fingerprint(corpus),
+                        "samples": config.samples,
+                        "layer": config.layer,
+                        "module": config.module,
+                        "precision": config.precision,
+                    },
+                )
+            )
+        return tuple(specs)
+
+    @classmethod
+    def uses_seed(cls, config: Any) -> bool:
+        return bool(config.context_template_length_params)
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        out, into = shape.site(config.module)
+        value = max(4, shape.bytes_per_value)
+        if edits >= min(out, into) // 2:
+            return 3 * out * into * value  # dense, and two temporaries while a change is added
+        return 2 * edits * (out + into) * value
+
+
+def inverse_moment(moment_II: Tensor) -> Tensor:
+    """``C^-1`` in float64. Raises :class:`DataError` if ``C`` is singular."""
+    inverse_II, info = torch.linalg.inv_ex(moment_II.to(torch.float64))
+    if int(info) or not bool(torch.isfinite(inverse_II).all()):
+        raise DataError("corpus: the second moment of ROME's layer is singular; give a longer text or more samples")
+    symmetric: Tensor = (inverse_II + inverse_II.T) / 2
+    return symmetric
+
+
+class _Batch:
+    """The rows of one call: per lane its contexts (the bare prompt first), then ``p'``; and where losses are read."""
+
+    def __init__(self, base: BaseModel, lanes: Sequence[Sequence[_Line]]) -> None:
+        lines = [(lane, line) for lane, of_lane in enumerate(lanes) for line in of_lane]
+        device = base.device
+        self.lanes = len(lanes)
+        self.rows: Rows = collate(
+            [line.encoded for _, line in lines], [lane for lane, _ in lines], base.encoder.pad_id, device
+        )
+        offsets = self.rows.offsets
+        lookup = [offset + line.lookup for offset, (_, line) in zip(offsets, lines, strict=True)]
+        self.lookup_B = torch.tensor(lookup, device=device)
+        self.edited_B = torch.tensor([bool(line.target) for _, line in lines], device=device)
+        self.contexts_L = torch.tensor([len(of_lane) - 1 for of_lane in lanes], device=device)
+        starts = [start for _, start, _ in self.rows.segments]
+        stops = [stop for _, _, stop in self.rows.segments]
+        self.plain_L = torch.tensor(starts, device=device)
+        self.kept_L = torch.tensor([stop - 1 for stop in stops], device=device)
+        kept = [lines[stop - 1][1].read for stop in stops]
+        self.kept_column_L = torch.tensor([offsets[s - 1] + k for s, k in zip(stops, kept, strict=True)], device=device)
+        places = [
+            (i, offsets[i] + line.read + j, token, lane, 1 / (len(line.target) * (len(lanes[lane]) - 1)))
+            for i, (lane, line) in enumerate(lines)
+            for j, token in enumerate(line.target)
+        ]
+        row, column, token, lane, share = zip(*places, strict=True)
+        self.row_P = torch.tensor(row, device=device)
+        self.column_P = torch.tensor(column, device=device)
+        self.token_P = torch.tensor(token, device=device)
+        self.lane_P = torch.tensor(lane, device=device)
+        self.share_P = torch.tensor(share, dtype=base.master_dtype, device=device)
+
+    @classmethod
+    def of(
+        cls, base: BaseModel, edits: Sequence[LaneEdit], config: ROMEConfig, inputs: Mapping[str, ArtifactData]
+    ) -> Self:
+        lanes = []
+        for edit in edits:
+            if len(edit.requests) != 1:
+                raise ValueError("ROME edits one request at a time")
+            texts = edit.inputs.get(TEMPLATES) or inputs[TEMPLATES]
+            lanes.append(_lines(base, edit.requests[0], texts.meta["templates"], config))
+        return cls(base, lanes)
+
+    def read(self, base: BaseModel, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Per lane: mean negative log-likelihood (L,), log-probabilities of the kept distribution (L, V)."""
+        logits_PV = base.logits(hidden_BSD[self.row_P, self.column_P])
+        nll_P = -logits_PV.log_softmax(-1).gather(1, self.token_P[:, None])[:, 0]
+        nll_L = nll_P.new_zeros(self.lanes).index_add(0, self.lane_P, nll_P * self.share_P)
+        kept_LV = base.logits(hidden_BSD[self.kept_L, self.kept_column_L]).log_softmax(-1)
+        return nll_L, kept_LV
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One row: its tokens, where the fact is looked up, where reading starts, and the target tokens read from there."""
+
+    encoded: Encoded
+    lookup: int
+    read: int
+    target: tuple[int, ...] = ()
+
+
+def _lines(base: BaseModel, request: EditRequest, texts: Sequence[str], config: ROMEConfig) -> list[_Line]:
+    at = request.prompt.find(request.subject)
+    if at < 0 or not request.subject:
+        raise DataError(f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}")
+    encoder = base.encoder
+    lines = []
+    for text in ["{}", *(text for text in texts if text != "{}")]:
+        slot = text.index("{}")
+        prompt = text[:slot] + request.prompt + text[slot + 2 :]
+        pair = encoder.pair(prompt, request.target_new)
+        lookup = pair.prompt_len
+        if config.fact_token == "subject_last":
+            lookup = encoder.tokens_until(prompt, slot + at + len(request.subject))
+        # the last token predicts nothing that is scored
+        encoded = Encoded(pair.ids[:-1], pair.prompt_len, pair.clean)
+        lines.append(_Line(encoded, lookup - 1, pair.prompt_len - 1, pair.target))
+    essence = f"{request.subject} is a"
+    ids = encoder.prompt(essence)
+    lookup = encoder.tokens_until(essence, len(request.subject)) if config.fact_token == "subject_last" else len(ids)
+    read = len(ids) if config.kl_position == "prompt_last" else lookup
+    lines.append(_Line(Encoded(ids, len(ids)), lookup - 1, read - 1))
+    return lines
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the optimisation gives, per lane."""
+
+    keys_LI: Tensor
+    key0_LI: Tensor
+    delta_LO: Tensor
+    value_norm_L: Tensor
+    steps_L: Tensor
+    loss_L: Tensor
+    first_L: Tensor
+
+
+class _Shift:
+    """Adds each lane's vector to the edited map's output at the lookup token, and notes key and value found there."""
+
+    def __init__(self, batch: _Batch, delta_LO: Tensor) -> None:
+        rows = batch.rows
+        self.rows = rows
+        self.delta_LO = delta_LO
+        self.row_B = torch.arange(rows.size, device=delta_LO.device)
+        self.lookup_B = batch.lookup_B
+        self.here_BS1 = F.one_hot(batch.lookup_B, rows.input_ids_BS.shape[1]).bool()[:, :, None]
+        self.keys_BI = self.values_BO = delta_LO.new_zeros(0)
+
+    @contextmanager
+    def installed(self, module: nn.Module) -> Iterator[None]:
+        handle = module.register_forward_hook(self._add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _add(self, _: nn.Module, args: tuple[Tensor, ...], out_BSO: Tensor) -> Tensor:
+        if not self.keys_BI.numel():  # the first pass, where nothing is added yet
+            dtype = self.delta_LO.dtype
+            self.keys_BI = args[0][self.row_B, self.lookup_B].detach().to(dtype)
+            self.values_BO = out_BSO[self.row_B, self.lookup_B].detach().to(dtype)
+        shift_B1O = self.delta_LO[self.rows.lane_B].to(out_BSO.dtype)[:, None]
+        shifted: Tensor = out_BSO + torch.where(self.here_BS1, shift_B1O, 0)
+        return shifted

@@ -1,0 +1,661 @@
+"""WISE: a side memory beside one linear map, trained on the edits and reached through activation routing.
+
+Wang et al., WISE: Rethinking the Knowledge Memory for Lifelong Model Editing, arXiv 2405.14768. The side memory is a
+copy ``W'`` of an MLP output projection ``W``; here its change ``D = W' - W`` is stored and trained. Section 2.3:
+
+- routing (Eq. 4-5): ``act(x) = |A(x) D|_2``, where ``A(x)`` is the map's input, averaged over the tokens of the row's
+  prompt; the row is answered by the side memory if ``act(x)`` reaches the threshold, else by ``W``. The threshold is
+  the smallest ``act`` of the memory's own edits (times ``act_ratio``);
+- loss (Eq. 5-6): ``-log P(target | prompt)`` averaged over the target's tokens and over context templates, plus the
+  margin ``max(0, act(x_i) - alpha) + max(0, beta - act(x_e)) + max(0, gamma - (act(x_e) - act(x_i)))`` averaged over
+  the rows ``x_e`` of an edit, with ``x_i`` the request's unrelated sentence. Batches: the mean over the requests;
+- sharding: the gradient is masked by a random mask (share ``mask_ratio``) drawn once per side memory; SGD; each
+  weight stays within ``norm_constraint`` of ``W``. A lane stops once its loss is below 0.02 and moved by less than
+  1e-4.
+
+**When memories are saved and merged**: at the end of the edit that completes ``save_freq`` edits in the current side
+memory, it is saved and a fresh one begins (``D = 0``, new mask); when ``merge_freq / save_freq`` saved memories are
+waiting, they are merged at the end of that same edit. Never in a forward pass. With ``retrieve: true``
+(WISE-Retrieve) each merge leaves one more memory. With ``retrieve: false`` (WISE-Merge) there is one merged memory:
+later merges take it in with weight 0.6, the new ones sharing 0.4, as the public code does. In between, saved memories
+that wait for their merge and the current side memory all answer, so that no edit is ever out of reach.
+
+**Who answers a row**: of the memories whose threshold the row's activation reaches, the one with the largest
+activation; ``W`` if there is none. WISE-Retrieve has a threshold per memory, WISE-Merge one: the smallest activation
+of all edits.
+
+Differences from paper and public code, all deliberate. The switches exist for parity tests; ``PUBLIC`` turns on all:
+
+1. Routing and margin use the prompt's real tokens. The public code averages over prompt, target and padding (golden
+   README, fault 11), so that teacher forcing leaks the answer into the routing: ``routing: all_tokens``.
+2. ``act`` is the norm of ``A(x) D``. The public code passes both outputs of the map through the MLP's activation
+   function first, ``|s(A(x) W') - s(A(x) W)|``: ``activation: public``. The published margins were used with that
+   form.
+3. The margin is averaged over all rows of an edit; the public code averages each term over the rows that violate it,
+   which makes the last violators count more: ``public_margin``.
+4. The target loss is divided by the number of target tokens; the public code's mask starts one token early, so it
+   divides by one more (fault 6): ``public_loss_mask``.
+5. Weight decay acts inside the mask only, so that a memory's changes stay in its own shard. The public optimiser
+   decays every weight, and TIES then averages an edit with the other memory's decay: ``public_decay``.
+6. Every sequence gets true positions; the public code counts padding columns: ``public_positions``.
+7. Dropping at random in ``dare_linear`` rescales by ``1 / density``, as DARE (arXiv 2311.03099) says; the public one
+   does not: ``public_dare``. ``linear`` and ``slerp`` merge all saved memories; the public ones read the first and
+   ignore the rest.
+8. The threshold is measured on the weights an edit ends with; the public code measures before the last step. It also
+   lets the current side memory block saved ones even when it fails its own threshold.
+9. Scoring never saves or merges (fault 6), nothing lives at module level (fault 5), ``batch_edits`` are supported
+   (the public code reads a batch as one request), and edits count by request.
+10. Not here: ``replay`` (appendix B.3), the public code's subject masks (used there when the unrelated sentence is
+    part of the prompt) and its top-token routing beyond 100 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from workers.artifacts import ArtifactSpec
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, split_module
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
+from workers.optim import SGD
+from workers.overlay import LaneState, Overlay, lane_linear
+from workers.replay import capture, replay
+from workers.rows import Encoded, Rows, collate
+from workers.templates import KIND as TEMPLATES
+from workers.types import JSON, DataError, EditRequest, SpecError
+
+MergeRule = Literal["ties", "magnitude_norm", "magnitude", "sign", "dare_ties", "dare_linear", "linear", "slerp"]
+
+PUBLIC: Mapping[str, JSON] = MappingProxyType(
+    {
+        "routing": "all_tokens",
+        "activation": "public",
+        "public_margin": True,
+        "public_loss_mask": True,
+        "public_decay": True,
+        "public_positions": True,
+        "public_dare": True,
+    }
+)
+"""Config values under which the public code's numbers come out."""
+
+STOP_LOSS, STOP_CHANGE = 0.02, 1e-4
+"""The public code's early stopping."""
+
+MERGED_SHARE = 0.6
+"""Weight of what is already merged in a later merge of WISE-Merge (the public code's constant)."""
+
+TEMPLATE_STARTS = ("I", "You", "Because", "Yes", "Q: ")
+TEMPLATE_LENGTHS = ((5, 1), (10, 1))
+
+
+class WISEConfig(MethodConfig):
+    """Hyperparameters of WISE-Merge and WISE-Retrieve."""
+
+    layer: int = Field(ge=0, description="decoder layer that gets the side memory")
+    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    lr: float = Field(1.0, gt=0, description="step size of gradient descent")
+    n_iter: int = Field(70, ge=1, description="optimiser steps of one edit at most")
+    weight_decay: float = Field(1e-5, ge=0, description="L2 decay added to the gradient (the public code's constant)")
+    mask_ratio: float = Field(0.2, gt=0, le=1, description="share of weights a side memory may change")
+    norm_constraint: float | None = Field(
+        1.0, gt=0, description="largest change of a single weight; null: unconstrained"
+    )
+    alpha: float = Field(5.0, ge=0, description="margin: activation an unrelated sentence may reach")
+    beta: float = Field(20.0, ge=0, description="margin: activation an edit has to reach")
+    gamma: float = Field(10.0, ge=0, description="margin: least distance between the two")
+    act_ratio: float = Field(0.88, gt=0, description="threshold as a share of the smallest activation of the edits")
+    retrieve: bool = Field(True, description="true: WISE-Retrieve, several memories; false: WISE-Merge, one")
+    save_freq: int = Field(500, ge=1, description="edits after which a side memory is saved")
+    merge_freq: int = Field(1000, ge=1, description="edits after which the saved memories are merged")
+    merge_alg: MergeRule = Field("ties", description="how memories are merged")
+    merge_weight: float = Field(1.0, gt=0, description="weight of the merged change, shared by the memories")
+    density: float = Field(0.53, gt=0, le=1, description="share of a change that trimming keeps")
+    replay: bool = Field(False, description="replaying earlier edits (appendix B.3): not supported, must be false")
+    routing: Literal["prompt", "all_tokens"] = Field("prompt", description="tokens whose activations are averaged")
+    activation: Literal["difference", "public"] = Field(
+        "difference", description="|A(x)D|, or behind the MLP's function"
+    )
+    public_margin: bool = Field(False, description="parity: average margin terms over violating rows only")
+    public_loss_mask: bool = Field(False, description="parity: divide the target loss by one token more")
+    public_decay: bool = Field(False, description="parity: decay weights outside the mask, too")
+    public_positions: bool = Field(False, description="parity: position ids count padding columns while editing")
+    public_dare: bool = Field(False, description="parity: dare_linear does not rescale")
+
+    alg_names: ClassVar[tuple[str, ...]] = ("WISE",)
+    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "edit_lr": "lr",
+            "inner_params": "module",
+            "weights": "merge_weight",
+            "densities": "density",
+            "hidden_act": IGNORED,  # read from the model
+            "sequential_edit": IGNORED,  # the sweep's grid says it
+        }
+    )
+
+    @field_validator("replay")
+    @classmethod
+    def _no_replay(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("replaying earlier edits (appendix B.3 of the paper) is not supported; choices: false")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_merges(self) -> Self:
+        if self.merge_freq % self.save_freq:
+            raise ValueError(f"merge_freq {self.merge_freq} must be a multiple of save_freq {self.save_freq}")
+        return self
+
+    @property
+    def memories_per_merge(self) -> int:
+        return self.merge_freq // self.save_freq
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        rest = dict(values)
+        objective = rest.pop("objective_optimization", "only_label")
+        if objective != "only_label":
+            raise SpecError(f"{source}: objective_optimization: {objective!r} is not supported; choices: 'only_label'")
+        margin = rest.pop("act_margin", None)
+        out = super().from_easyedit(rest, source)
+        if margin is not None:
+            if not isinstance(margin, list) or len(margin) != 3:
+                raise SpecError(f"{source}: act_margin: expected [alpha, beta, gamma], found {margin!r}")
+            out["alpha"], out["beta"], out["gamma"] = margin
+        if "module" in out:
+            names = out["module"]
+            if not isinstance(names, list) or len(names) != 1:
+                raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
+            out["layer"], out["module"] = split_module(str(names[0]), source)
+        return out
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A saved change of the map. ``activation`` is the smallest of its own edits."""
+
+    delta_OI: Tensor
+    activation: float
+    merged: bool
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What a training forward saw at the map: input, answer of the base, change of the answer."""
+
+    x_BSI: Tensor
+    plain_BSO: Tensor
+    change_BSO: Tensor
+
+
+class SideMemories(Overlay):
+    """Per lane the current side memory and the saved ones, each stored as a change of the base weight."""
+
+    def __init__(self, base: BaseModel, site: Site, lanes: int, config: WISEConfig) -> None:
+        super().__init__([site], lanes)
+        out, into = site.shape
+        self.config = config
+        self.delta_LOI = torch.zeros(lanes, out, into, dtype=base.master_dtype, device=base.device)
+        self.masks_OI: list[Tensor | None] = [None] * lanes
+        self.edits = [0] * lanes
+        """Edits in the current side memory."""
+        self.activation = [math.inf] * lanes
+        """Smallest activation of those edits."""
+        self.saved: list[list[Memory]] = [[] for _ in range(lanes)]
+        self._function = base.activation if config.activation == "public" else None
+        self._traces: list[_Trace] | None = None
+
+    # --- answering ---
+
+    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+        with torch.no_grad():
+            plain_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        if self._traces is not None:
+            # computed from D, so that a fresh memory changes exactly nothing, whatever kernel runs
+            change_BSO = lane_linear(x_BSI, self.delta_LOI, rows)
+            self._traces.append(_Trace(x_BSI, plain_BSO, change_BSO))
+            return plain_BSO + change_BSO
+        if not any(self._memories(lane) for lane, _, _ in rows.segments):
+            return plain_BSO
+        token_BS = rows.prompt_mask_BS if self.config.routing == "prompt" else rows.attention_mask_BS.bool()
+        parts = [self._route(lane, x_BSI[a:b], plain_BSO[a:b], token_BS[a:b]) for lane, a, b in rows.segments]
+        return torch.cat(parts)
+
+    def _route(self, lane: int, x_RSI: Tensor, plain_RSO: Tensor, token_RS: Tensor) -> Tensor:
+        """Rows of one lane, each by the memory with the largest activation among those it reaches the threshold of."""
+        answer_RSO = plain_RSO
+        best_R = torch.zeros(x_RSI.shape[0], dtype=self.delta_LOI.dtype, device=x_RSI.device)
+        for delta_OI, threshold in self._memories(lane):
+            change_RSO = F.linear(x_RSI, delta_OI.to(x_RSI.dtype))
+            activation_R = token_mean(self.strength(plain_RSO, change_RSO), token_RS)
+            wins_R = (activation_R >= threshold) & (activation_R > best_R)
+            answer_RSO = torch.where(wins_R[:, None, None], plain_RSO + change_RSO, answer_RSO)
+            best_R = torch.where(wins_R, activation_R, best_R)
+        return answer_RSO
+
+    def _memories(self, lane: int) -> list[tuple[Tensor, float]]:
+        """Every memory of a lane that holds edits, with its threshold."""
+        found = [(m.delta_OI, m.activation) for m in self.saved[lane]]
+        if self.edits[lane]:
+            found.append((self.delta_LOI[lane], self.activation[lane]))
+        if not self.config.retrieve and found:
+            smallest = min(activation for _, activation in found)
+            found = [(delta_OI, smallest) for delta_OI, _ in found]
+        return [(delta_OI, activation * self.config.act_ratio) for delta_OI, activation in found]
+
+    def strength(self, plain_BSO: Tensor, change_BSO: Tensor) -> Tensor:
+        """The routing activation of each token, (B, S)."""
+        dtype = self.delta_LOI.dtype
+        if self._function is not None:
+            plain_BSO = plain_BSO.to(dtype)
+            change_BSO = self._function(plain_BSO + change_BSO.to(dtype)) - self._function(plain_BSO)
+        norm: Tensor = torch.linalg.vector_norm(change_BSO.to(dtype), dim=-1)
+        return norm
+
+    # --- editing ---
+
+    @contextmanager
+    def training(self) -> Iterator[list[_Trace]]:
+        """Inside, every row is answered by its lane's side memory; the list receives what each forward saw."""
+        self._traces = []
+        try:
+            yield self._traces
+        finally:
+            self._traces = None
+
+    def begin(self, lane: int, draw: Tensor) -> None:
+        """Give a fresh side memory its mask: the weights whose uniform draw, (O, I), is below ``mask_ratio``."""
+        self.masks_OI[lane] = (draw < self.config.mask_ratio).to(self.delta_LOI.device)
+
+    def finish(self, lane: int, activations: Sequence[float], generator: torch.Generator) -> None:
+        """Count a lane's edits; save and merge where they are due. The generator serves the random merge rules."""
+        self.edits[lane] += len(activations)
+        self.activation[lane] = min(self.activation[lane], *activations)
+        if self.edits[lane] < self.config.save_freq:
+            return
+        self.saved[lane].append(Memory(self.delta_LOI[lane].clone(), self.activation[lane], merged=False))
+        self._reset(lane)
+        waiting = [m for m in self.saved[lane] if not m.merged]
+        if len(waiting) < self.config.memories_per_merge:
+            return
+        done = [m for m in self.saved[lane] if m.merged]
+        absorbed = [] if self.config.retrieve else done
+        share = (1 - MERGED_SHARE) if absorbed else self.config.merge_weight
+        weights = [share / len(waiting)] * len(waiting) + [MERGED_SHARE] * len(absorbed)
+        parts = waiting + absorbed
+        delta_OI = merge_deltas(self.config, self.sites[0], [m.delta_OI for m in parts], weights, generator)
+        merged = Memory(delta_OI, min(m.activation for m in parts), merged=True)
+        self.saved[lane] = [*done, merged] if self.config.retrieve else [merged]
+
+    def _reset(self, lane: int) -> None:
+        with torch.no_grad():
+            self.delta_LOI[lane] = 0
+        self.masks_OI[lane] = None
+        self.edits[lane] = 0
+        self.activation[lane] = math.inf
+
+    # --- state ---
+
+    def state(self, lane: int) -> LaneState:
+        meta: dict[str, JSON] = {}
+        if self.edits[lane]:
+            meta["side"] = {"edits": self.edits[lane], "activation": self.activation[lane]}
+        if self.saved[lane]:
+            meta["saved"] = [{"activation": m.activation, "merged": m.merged} for m in self.saved[lane]]
+        return LaneState({name: t.detach().clone() for name, t in self._tensors(lane)}, meta)
+
+    def _tensors(self, lane: int) -> list[tuple[str, Tensor]]:
+        tensors = [(f"saved.{i}", m.delta_OI) for i, m in enumerate(self.saved[lane])]
+        mask_OI = self.masks_OI[lane]
+        if self.edits[lane] and mask_OI is not None:
+            tensors += [("side", self.delta_LOI[lane]), ("mask", mask_OI)]
+        return tensors
+
+    def load_state(self, lane: int, state: LaneState) -> None:
+        self._reset(lane)
+        side = state.meta.get("side")
+        if side is not None:
+            with torch.no_grad():
+                self.delta_LOI[lane] = state.tensors["side"].to(self.delta_LOI)
+            self.masks_OI[lane] = state.tensors["mask"].to(self.delta_LOI.device, torch.bool)
+            self.edits[lane], self.activation[lane] = side["edits"], side["activation"]
+        self.saved[lane] = [
+            Memory(state.tensors[f"saved.{i}"].to(self.delta_LOI, copy=True), m["activation"], m["merged"])
+            for i, m in enumerate(state.meta.get("saved", []))
+        ]
+
+    def finite(self, lane: int) -> bool:
+        return all(bool(torch.isfinite(t).all()) for _, t in self._tensors(lane) if t.is_floating_point())
+
+    def lane_bytes(self, lane: int) -> int:
+        return sum(t.numel() * t.element_size() for _, t in self._tensors(lane))
+
+    def delta_norm(self, lane: int) -> float | None:
+        """Norm of all memories' changes together, relative to the base weight."""
+        changes = [t for name, t in self._tensors(lane) if name != "mask"]
+        total = sum(float(t.detach().square().sum()) for t in changes)
+        base = float(self.sites[0].weight_OI.to(self.delta_LOI.dtype).square().sum())
+        return math.sqrt(total / base) if base else 0.0
+
+
+def token_mean(value_BS: Tensor, token_BS: Tensor) -> Tensor:
+    """Mean over the marked tokens of each row, (B,)."""
+    return (value_BS * token_BS).sum(1) / token_BS.sum(1).clamp_min(1)
+
+
+# --- merging ---
+
+
+def merge_deltas(
+    config: WISEConfig, site: Site, deltas_OI: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator
+) -> Tensor:
+    """One change from several, (O, I).
+
+    TIES: Yadav et al., arXiv 2306.01708 (trim by magnitude, elect signs, mean of those that agree). DARE: Yu et al.,
+    arXiv 2311.03099 (drop at random and rescale). ``sign`` elects without trimming; ``magnitude`` trims and adds,
+    ``magnitude_norm`` averages. ``linear`` adds. ``slerp`` interpolates on the sphere between whole weights.
+    """
+    rule = config.merge_alg
+    weight_K = torch.tensor(weights, dtype=deltas_OI[0].dtype, device=deltas_OI[0].device)[:, None, None]
+    if rule == "slerp":
+        base_OI = site.weight_OI.to(deltas_OI[0])
+        merged_OI, total = base_OI + deltas_OI[0], weights[0]
+        for delta_OI, weight in zip(deltas_OI[1:], weights[1:], strict=True):
+            total += weight
+            merged_OI = slerp(merged_OI, base_OI + delta_OI, weight / total)
+        return slerp(base_OI, merged_OI, total) - base_OI
+    parts = list(deltas_OI)
+    if rule in ("ties", "magnitude", "magnitude_norm"):
+        parts = [_largest(delta_OI, config.density) for delta_OI in parts]
+    elif rule in ("dare_ties", "dare_linear"):
+        rescale = not (config.public_dare and rule == "dare_linear")
+        parts = [_dropped(delta_OI, config.density, rescale, generator) for delta_OI in parts]
+    weighted_KOI = torch.stack(parts) * weight_K
+    if rule in ("ties", "sign", "dare_ties"):
+        elected_OI = torch.where(weighted_KOI.sum(0) >= 0, 1.0, -1.0).to(weighted_KOI.dtype)
+        agree_KOI = weighted_KOI.sign() == elected_OI
+        merged_OI = (weighted_KOI * agree_KOI).sum(0)
+        if rule == "dare_ties":
+            return merged_OI
+        share_OI = (weight_K * agree_KOI).sum(0)
+        return merged_OI / torch.where(share_OI == 0, 1, share_OI)
+    merged_OI = weighted_KOI.sum(0)
+    return merged_OI / weight_K.sum() if rule == "magnitude_norm" else merged_OI
+
+
+def _largest(delta_OI: Tensor, density: float) -> Tensor:
+    """Keep the share ``density`` of largest magnitude."""
+    if density >= 1:
+        return delta_OI
+    keep = max(1, int(density * delta_OI.numel()))
+    flat = delta_OI.flatten()
+    kept = flat.abs().topk(keep).indices
+    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(delta_OI)
+
+
+def _dropped(delta_OI: Tensor, density: float, rescale: bool, generator: torch.Generator) -> Tensor:
+    """Keep each entry with probability ``density``."""
+    if density >= 1:
+        return delta_OI
+    keep_OI = (torch.rand(delta_OI.shape, generator=generator) < density).to(delta_OI.device)
+    return delta_OI * keep_OI / (density if rescale else 1)
+
+
+def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Spherical interpolation of whole tensors; linear where they are nearly parallel (cosine above 0.9995)."""
+    cosine = float((start / start.norm().clamp_min(1e-8) * (end / end.norm().clamp_min(1e-8))).sum())
+    if not abs(cosine) <= 0.9995:
+        return start + share * (end - start)
+    angle = math.acos(cosine)
+    return (math.sin((1 - share) * angle) * start + math.sin(share * angle) * end) / math.sin(angle)
+
+
+# --- the method ---
+
+
+class WISE(Method[WISEConfig]):
+    """Side memories with activation routing.
+
+    >>> editor = WISE.prepare(base, WISEConfig(layer=4, retrieve=False), inputs={"templates": templates})
+    """
+
+    name: ClassVar[str] = "wise"
+    title: ClassVar[str] = "WISE"
+    paper: ClassVar[str] = "Wang et al., WISE, NeurIPS 2024, arXiv 2405.14768"
+    version: ClassVar[int] = 1
+    batch_edits: ClassVar[bool] = True
+    relative_cost: ClassVar[float] = 6.0
+    Config: ClassVar[type[MethodConfig]] = WISEConfig
+
+    def new_overlay(self, lanes: int) -> SideMemories:
+        return SideMemories(self.base, self.base.site(self.config.layer, self.config.module), lanes, self.config)
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, SideMemories):
+            raise TypeError(f"WISE edits SideMemories, not a {type(overlay).__name__}")
+        config = self.config
+        batch = _Batch(self.base, config, edits, [self._templates(edit) for edit in edits])
+        prefix = capture(self.base, batch.rows, overlay.first_layer)
+        for lane, edit in enumerate(edits):
+            if not overlay.edits[lane]:
+                overlay.begin(lane, self.draw_mask(edit))
+        delta_LOI = overlay.delta_LOI
+        mask_LOI = torch.stack([mask for mask in overlay.masks_OI if mask is not None])
+        optimizer = SGD([delta_LOI], config.lr)
+        active_L = torch.ones(overlay.lanes, dtype=torch.bool, device=delta_LOI.device)
+        loss_L = torch.full((overlay.lanes,), 1e9, device=delta_LOI.device, dtype=delta_LOI.dtype)
+        before_L = torch.zeros_like(loss_L)
+        delta_LOI.requires_grad_(True)
+        try:
+            for _ in range(config.n_iter):
+                active_L = active_L & ~(((loss_L - before_L).abs() <= STOP_CHANGE) & (loss_L <= STOP_LOSS))
+                if not bool(active_L.any()):
+                    break
+                optimizer.zero_grad()
+                with overlay.training() as traces, overlay.installed(batch.rows):
+                    now_L = batch.target_loss(self.base, replay(self.base, prefix))
+                (trace,) = traces
+                now_L = now_L + batch.margin_loss(overlay.strength(trace.plain_BSO, trace.change_BSO))
+                before_L = torch.where(active_L, loss_L, before_L)
+                loss_L = torch.where(active_L, now_L.detach(), loss_L)
+                active_L = active_L & torch.isfinite(now_L.detach())
+                torch.where(active_L, now_L, 0).sum().backward()  # type: ignore[no-untyped-call]
+                self._mask_gradient(overlay, mask_LOI)
+                optimizer.step(active_L)
+                if config.norm_constraint is not None:
+                    with torch.no_grad():
+                        delta_LOI.clamp_(-config.norm_constraint, config.norm_constraint)
+        finally:
+            optimizer.zero_grad()
+            delta_LOI.requires_grad_(False)
+        with torch.no_grad():
+            change_BSO = lane_linear(trace.x_BSI, delta_LOI, batch.rows)
+            activations = batch.activations(overlay.strength(trace.plain_BSO, change_BSO))
+        outcomes = []
+        for lane, (edit, steps) in enumerate(zip(edits, optimizer.steps_L.tolist(), strict=True)):
+            loss = as_float(loss_L[lane])
+            overlay.finish(lane, activations[lane], edit.draws.generator("merge"))
+            details: dict[str, JSON] = {"activation": min(activations[lane]), "memories": len(overlay.saved[lane])}
+            outcomes.append(EditOutcome(steps, loss, details))
+        return outcomes
+
+    def draw_mask(self, edit: LaneEdit) -> Tensor:
+        """Uniform numbers that decide a fresh side memory's mask, (O, I)."""
+        site = self.base.site(self.config.layer, self.config.module)
+        return torch.rand(site.shape, generator=edit.draws.generator("mask"))
+
+    @torch.no_grad()
+    def _mask_gradient(self, overlay: SideMemories, mask_LOI: Tensor) -> None:
+        """Confine the gradient (decay included, unless as published) to each memory's mask."""
+        delta_LOI, config = overlay.delta_LOI, self.config
+        if delta_LOI.grad is None:
+            raise RuntimeError("no gradient: was backward() called?")
+        decay_LOI: Tensor | float = 0.0
+        if config.weight_decay:
+            decay_LOI = config.weight_decay * (overlay.sites[0].weight_OI.to(delta_LOI.dtype) + delta_LOI)
+        if config.public_decay:
+            delta_LOI.grad = delta_LOI.grad * mask_LOI + decay_LOI
+        else:
+            delta_LOI.grad = (delta_LOI.grad + decay_LOI) * mask_LOI
+
+    def _templates(self, edit: LaneEdit) -> list[str]:
+        data = edit.inputs.get("templates") or self.inputs["templates"]
+        return [str(text) for text in data.meta["templates"]]
+
+    @classmethod
+    def embedded(cls) -> dict[str, JSON]:
+        return {
+            "layer": 4,
+            "lr": 0.3,
+            "n_iter": 20,
+            "alpha": 0.2,
+            "beta": 0.8,
+            "gamma": 0.4,
+            "save_freq": 25,
+            "merge_freq": 50,
+        }
+
+    @classmethod
+    def check(cls, config: Any, shape: ModelShape) -> None:
+        shape.check_layer(config.layer, "layer")
+        shape.site(config.module)
+
+    @classmethod
+    def artifacts(
+        cls, config: Any, fingerprint: ModelFingerprint, model: ModelConfig, seed: int
+    ) -> tuple[ArtifactSpec, ...]:
+        """The context templates. Written greedily, so every seed shares them."""
+        recipe: dict[str, JSON] = {
+            "model": fingerprint.model,
+            "tokenizer": fingerprint.tokenizer,
+            "dtype": model.dtype,
+            "starts": list(TEMPLATE_STARTS),
+            "lengths": [list(pair) for pair in TEMPLATE_LENGTHS],
+            "joiner": " ",
+            "top_k": 0,
+            "seed": 0,
+        }
+        return (ArtifactSpec(name="templates", kind=TEMPLATES, recipe=recipe),)
+
+    @classmethod
+    def uses_seed(cls, config: Any) -> bool:
+        return True
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        out, into = shape.site(config.module)
+        size = out * into * max(4, shape.bytes_per_value)
+        waiting = min(config.memories_per_merge - 1, edits // config.save_freq)
+        merged = edits // config.merge_freq if config.retrieve else min(1, edits // config.merge_freq)
+        # change, gradient, two temporaries of a step, the mask as bytes, and the saved memories
+        return int(size * (4 + waiting + merged) + out * into)
+
+
+class _Batch:
+    """The rows of one call: per request its prompt in every context template, then its unrelated sentence."""
+
+    def __init__(
+        self, base: BaseModel, config: WISEConfig, edits: Sequence[LaneEdit], templates: Sequence[Sequence[str]]
+    ) -> None:
+        encoded: list[Encoded] = []
+        lanes: list[int] = []
+        owner_E: list[int] = []  # of each edit row, its request in the call
+        row_E: list[int] = []
+        unrelated_G: list[int] = []
+        lane_G: list[int] = []
+        places: list[tuple[int, int, int, float]] = []
+        for lane, edit in enumerate(edits):
+            for request in edit.requests:
+                pairs = [
+                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new) for t in templates[lane]
+                ]
+                for pair in pairs:
+                    count = len(pair.target)
+                    share = 1 / ((count + int(config.public_loss_mask)) * len(pairs) * len(edit.requests))
+                    places += [(len(encoded), pair.prompt_len - 1 + j, t, share) for j, t in enumerate(pair.target)]
+                    row_E.append(len(encoded))
+                    owner_E.append(len(lane_G))
+                    # the last token predicts nothing that is scored; only public routing looks at it
+                    encoded.append(pair if config.routing == "all_tokens" else Encoded(pair.ids[:-1], pair.prompt_len))
+                unrelated_G.append(len(encoded))
+                encoded.append(_unrelated(base, request))
+                lane_G.append(lane)
+                lanes += [lane] * (len(pairs) + 1)
+        device = base.device
+        self.config = config
+        self.lanes = len(edits)
+        self.sizes = [len(edit.requests) for edit in edits]
+        self.rows = collate(encoded, lanes, base.encoder.pad_id, device, public_positions=config.public_positions)
+        row, column, token, share_of = zip(*places, strict=True)
+        self.row_P = torch.tensor(row, device=device)
+        self.column_P = torch.tensor(
+            [self.rows.offsets[r] + c for r, c in zip(row, column, strict=True)], device=device
+        )
+        self.token_P = torch.tensor(token, device=device)
+        self.lane_P = self.rows.lane_B[self.row_P]
+        self.share_P = torch.tensor(share_of, dtype=torch.float64, device=device)
+        self.row_E = torch.tensor(row_E, device=device)
+        self.owner_E = torch.tensor(owner_E, device=device)
+        self.unrelated_G = torch.tensor(unrelated_G, device=device)
+        self.lane_G = torch.tensor(lane_G, device=device)
+        # public training averages over padding, too
+        everything = torch.ones_like(self.rows.prompt_mask_BS)
+        self.token_BS = everything if config.routing == "all_tokens" else self.rows.prompt_mask_BS
+
+    def target_loss(self, base: BaseModel, hidden_BSD: Tensor) -> Tensor:
+        """Mean over a row's target tokens, a request's rows and a lane's requests, (L,)."""
+        logits_PV = base.logits(hidden_BSD[self.row_P, self.column_P])
+        nll_P = -logits_PV.log_softmax(-1).gather(1, self.token_P[:, None])[:, 0]
+        return nll_P.new_zeros(self.lanes).index_add(0, self.lane_P, nll_P * self.share_P.to(nll_P.dtype))
+
+    def margin_loss(self, strength_BS: Tensor) -> Tensor:
+        """Mean over a lane's requests, (L,)."""
+        config = self.config
+        activation_B = token_mean(strength_BS, self.token_BS)
+        outside_G = activation_B[self.unrelated_G]
+        inside_E = activation_B[self.row_E]
+        loss_G = (
+            (outside_G - config.alpha).relu()
+            + self._mean(config.beta - inside_E)
+            + self._mean(config.gamma - (inside_E - outside_G[self.owner_E]))
+        )
+        share_G = 1 / torch.tensor(self.sizes, device=loss_G.device, dtype=loss_G.dtype)[self.lane_G]
+        return loss_G.new_zeros(self.lanes).index_add(0, self.lane_G, loss_G * share_G)
+
+    def _mean(self, excess_E: Tensor) -> Tensor:
+        """Mean hinge over each request's rows, (G,)."""
+        counted_E = (excess_E > 0 if self.config.public_margin else torch.ones_like(excess_E)).to(excess_E.dtype)
+        return self._sum(excess_E.relu()) / self._sum(counted_E).clamp_min(1)
+
+    def _sum(self, value_E: Tensor) -> Tensor:
+        return value_E.new_zeros(len(self.lane_G)).index_add(0, self.owner_E, value_E)
+
+    def activations(self, strength_BS: Tensor) -> list[list[float]]:
+        """Per lane, for each request the mean activation of its rows."""
+        activation_E = token_mean(strength_BS, self.token_BS)[self.row_E]
+        mean_G = (self._sum(activation_E) / self._sum(torch.ones_like(activation_E))).tolist()
+        at, out = 0, []
+        for size in self.sizes:
+            out.append(mean_G[at : at + size])
+            at += size
+        return out
+
+
+def _unrelated(base: BaseModel, request: EditRequest) -> Encoded:
+    if request.unrelated is None:
+        raise DataError(
+            f"case {request.case_id}: no unrelated sentence; WISE's margin loss needs one "
+            "(field 'unrelated'; for zsRE it comes from train_path or other records)"
+        )
+    ids = base.encoder.text(request.unrelated)
+    return Encoded(ids, len(ids))
