@@ -23,7 +23,7 @@ from workers.session import Session
 from workers.stream import Stream
 
 LOG = logging.getLogger("tune")
-GROUPS = {1: 50, 10: 8, 100: 1}
+GROUPS = {1: 30, 10: 3, 100: 1}
 
 
 def measure(session: Session, method: str, hparams: dict[str, Any], Ts: list[int], lanes: int) -> str:

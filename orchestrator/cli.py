@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,7 +37,8 @@ app = typer.Typer(
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="a results folder", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. grid.T=[1,10]; repeatable")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. grid.T=[1,10]; repeatable"),
 ]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)")
@@ -111,7 +112,9 @@ def plan(
     header = ("method", "is", "cells", "shards", "lanes", "edits", "edits left", "memory/lane", "artifacts")
     out.table("", header, rows, right=range(2, 9))
     most = max((s.lanes * made.lane_bytes[s.variant] for s in made.shards), default=max(made.lane_bytes))
-    out.say(f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; overlays of one actor: up to {size(most)}")
+    out.say(
+        f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; overlays of one actor: up to {size(most)}"
+    )
     for note in made.notes:
         out.say(f"data set: {note}")
     for warning in made.warnings:
@@ -180,13 +183,17 @@ def _conclude(out: Output, spec_file: Path, folder: Path, outcome: Outcome, seco
             "WHERE scored = 'final' GROUP BY ALL ORDER BY ALL\""
         )
         return
-    again = f"editsweep {' '.join(_quoted(word) for word in sys.argv[1:])}" if sys.argv[1:2] == ["run"] else "editsweep run"
+    again = (
+        f"editsweep {' '.join(_quoted(word) for word in sys.argv[1:])}" if sys.argv[1:2] == ["run"] else "editsweep run"
+    )
     left = f"{len(outcome.unfinished)} of {len(cells)} cells are not finished"
     if outcome.interrupted:
         out.say(f"interrupted: {left}; everything committed so far is kept")
         out.say(f"continue with:  {again}")
         return
-    titles = {cell.cell_id: f"{outcome.plan.variants[cell.variant].label} T={cell.T} seed={cell.seed}" for cell in cells}
+    titles = {
+        cell.cell_id: f"{outcome.plan.variants[cell.variant].label} T={cell.T} seed={cell.seed}" for cell in cells
+    }
     out.error(left)
     by_cell = _failures_by_cell(outcome)
     for cell_id in outcome.unfinished:
@@ -275,8 +282,10 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
     if shards:
         out.table("shards begun", ("shard", "method", "T", "ticks", "attempts", "last error"), shards, right=(2, 3, 4))
     if found["failures"]:
-        rows = [(str(f["cell_id"]), str(f["group"]), str(f["position"]), f["kind"], f["message"]) for f in found["failures"]]
-        out.table("failed groups", ("cell", "group", "edit", "kind", "cause"), rows, right=(1, 2))
+        failed = [
+            (str(f["cell_id"]), str(f["group"]), str(f["position"]), f["kind"], f["message"]) for f in found["failures"]
+        ]
+        out.table("failed groups", ("cell", "group", "edit", "kind", "cause"), failed, right=(1, 2))
 
 
 def read_status(folder: Path) -> dict[str, JSON]:
@@ -338,8 +347,12 @@ def read_status(folder: Path) -> dict[str, JSON]:
 @app.command()
 def query(
     folder: Folder,
-    sql: Annotated[str, typer.Argument(metavar="SQL", help="a question; the table is called edits", show_default=False)],
-    output: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option("--format", help="how to answer")] = "table",
+    sql: Annotated[
+        str, typer.Argument(metavar="SQL", help="a question; the table is called edits", show_default=False)
+    ],
+    output: Annotated[
+        Literal["table", "csv", "json", "parquet"], typer.Option("--format", help="how to answer")
+    ] = "table",
     limit: Annotated[int, typer.Option(min=1, help="rows shown by --format table")] = 200,
 ) -> None:
     """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included."""
@@ -351,7 +364,9 @@ def query(
         write(table, output, out.raw())
         return
     shown = table.slice(0, limit)
-    numbers = [i for i, kind in enumerate(table.schema.types) if str(kind).startswith(("int", "uint", "double", "float"))]
+    numbers = [
+        i for i, kind in enumerate(table.schema.types) if str(kind).startswith(("int", "uint", "double", "float"))
+    ]
     rows = [tuple(_cell(value) for value in row.values()) for row in shown.to_pylist()]
     out.table("", table.column_names, rows, right=numbers)
     if table.num_rows > limit:
@@ -414,6 +429,10 @@ def _existing(folder: Path) -> Results:
 # --- how a call ends -------------------------------------------------------------------------------------------------
 
 
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Base of the errors about the command line itself; newer Typers carry their own copy of click."""
+
+
 class Bug(Exception):
     """An exception nobody expected, with the results folder whose log gets the traceback."""
 
@@ -424,14 +443,12 @@ class Bug(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
-    import click
-
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except click.ClickException as error:
+    except _USAGE as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
     except EditSweepError as error:
         Output().error(str(error))

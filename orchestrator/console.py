@@ -41,24 +41,26 @@ class Output:
         self.asides = _console(stderr=True)
 
     def say(self, text: str = "") -> None:
-        self.answers.print(Text(text), soft_wrap=True)
+        self.answers.print(plain(text), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.asides.print(Text(text), soft_wrap=True)
+        self.asides.print(plain(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.asides.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+        self.asides.print(Text.assemble(("warning: ", "yellow"), plain(text)), soft_wrap=True)
 
     def error(self, text: str) -> None:
-        self.asides.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+        self.asides.print(Text.assemble(("error: ", "bold red"), plain(text)), soft_wrap=True)
 
-    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> None:
+    def table(
+        self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+    ) -> None:
         """A table; ``right`` lists the columns aligned to the right."""
-        table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=plain(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for i, name in enumerate(header):
-            table.add_column(Text(name), justify="right" if i in right else "left", overflow="fold")
+            table.add_column(plain(name), justify="right" if i in right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(plain(cell) for cell in row))
         self.answers.print(table)
 
     def raw(self) -> BinaryIO:
@@ -68,6 +70,11 @@ class Output:
 
     def view(self) -> RunView:
         return LiveView(self.asides) if self.asides.is_terminal else RunView(self.asides)
+
+
+def plain(text: str) -> Text:
+    """Text as it is: no markup, and no control characters, with which a data set could steer the terminal."""
+    return Text("".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else repr(c)[1:-1] for c in text))
 
 
 def _console(stderr: bool) -> Console:
@@ -103,6 +110,8 @@ class RunView:
     cost_skipped: float = 0.0
     began: float = 0.0
     _last: float = 0.0
+    _reached: dict[str, int] = field(default_factory=dict)
+    """Per shard the furthest tick seen: one that is launched again is not counted twice."""
 
     def begin(self, plan: Plan) -> None:
         self.plan = plan
@@ -110,10 +119,10 @@ class RunView:
         self.note(begin_line(plan))
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(plain(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+        self.console.print(Text.assemble(("warning: ", "yellow"), plain(text)), soft_wrap=True)
 
     def shard_started(self, shard: Shard, title: str) -> None:
         if not self.flights and not self.edits:
@@ -125,7 +134,9 @@ class RunView:
         flight = self.flights.get(step.shard_id)
         if flight is None:
             return
-        share = (step.tick - flight.tick) / max(1, step.ticks) * flight.shard.cost
+        before = self._reached.get(step.shard_id, 0)
+        self._reached[step.shard_id] = max(before, step.tick)
+        share = max(0, step.tick - before) / max(1, step.ticks) * flight.shard.cost
         if step.edits or step.seconds:
             self.cost_done += share
         else:

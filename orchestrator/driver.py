@@ -7,6 +7,8 @@ what the table and the journal say, so every way a run can end is followed by th
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import shutil
 import signal
@@ -106,9 +108,27 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         what = f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
         raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
     try:
-        yield
+        with _chatter_kept(books):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _chatter_kept(books: Books) -> Iterator[None]:
+    """Ray and Tune print tracebacks of every lost worker; they go into a log of the run instead of the view."""
+    text = io.StringIO()
+    logger = logging.getLogger("ray")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    logger.handlers, logger.propagate = [logging.StreamHandler(text)], False
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        if text.getvalue():
+            with contextlib.suppress(EditSweepError):
+                books.store.replace(books.paths.log(f"ray-{books.run_id}"), text.getvalue().encode())
 
 
 def _answers(spec: RaySpec) -> None:
@@ -118,33 +138,49 @@ def _answers(spec: RaySpec) -> None:
     """
     address = str(spec.address)
     hint = "check that the cluster runs (`ray status`), or leave ray.address out to start a local Ray"
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon:
-        if not port.isdecimal():
-            raise ClusterError(f"ray.address: {address!r} is not host:port, ray://host:port or auto")
+    wrong = f"ray.address: {address!r} is not host:port or auto"
+    if address.startswith("ray://"):
+        raise ClusterError(f"{wrong}: Ray Client is not supported; run editsweep on a node of the cluster")
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, spec.connect_seconds)).close()
         except OSError as error:
             raise ClusterError(f"ray.address: {address} does not answer ({error.strerror or error}); {hint}") from None
     elif address != "auto":
-        raise ClusterError(f"ray.address: {address!r} is not host:port, ray://host:port or auto")
-    code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+        raise ClusterError(f"{wrong}; {hint}")
+    # The alarm starts after the import, which alone can take many seconds on a busy machine.
+    code = (
+        "import ray, signal, sys\n"
+        "signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))\n"
+        "ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+    )
+    silent = ClusterError(
+        f"ray.address: {address} did not answer as a Ray cluster within {spec.connect_seconds:.0f} seconds; {hint}"
+    )
     try:
         tried = subprocess.run(
-            [sys.executable, "-c", code, address],
-            timeout=spec.connect_seconds,
+            [sys.executable, "-c", code, address, str(spec.connect_seconds)],
+            timeout=spec.connect_seconds + 60,
             capture_output=True,
             text=True,
             check=False,
             start_new_session=True,
         )
     except subprocess.TimeoutExpired:
+        raise silent from None
+    if tried.returncode and "InvalidAuthToken" in tried.stderr:
         raise ClusterError(
-            f"ray.address: {address} did not answer as a Ray cluster within {spec.connect_seconds:.0f} seconds; {hint}"
-        ) from None
+            f"ray.address: {address} asks for an authentication token; set RAY_AUTH_MODE=token and put the cluster's token "
+            "where Ray looks for it (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+        )
+    if tried.returncode == -signal.SIGALRM:
+        raise silent
     if tried.returncode:
         said = [line for line in tried.stderr.strip().splitlines() if line.strip()]
-        raise ClusterError(f"ray.address: {address} cannot be used ({said[-1][:300] if said else 'no reason given'}); {hint}")
+        raise ClusterError(
+            f"ray.address: {address} cannot be used ({said[-1][:300] if said else 'no reason given'}); {hint}"
+        )
 
 
 @contextlib.contextmanager
@@ -221,7 +257,8 @@ def _preflight(books: Books) -> int:
     resources = plan.spec.engine.resources
     if plan.common.model.device == "cuda" and not resources.gpu:
         raise ClusterError("model.device is cuda, but engine.resources.gpu is 0; set it to 1 (or a fraction)")
-    nodes = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
+    alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = {n["NodeID"]: n for n in alive if n["Alive"]}
     room = {node: _actors_on(info["Resources"], resources) for node, info in nodes.items()}
     able = {node: count for node, count in room.items() if count}
     if not able:
@@ -314,7 +351,7 @@ def _build_artifacts(books: Books, actors: int) -> None:
         return
     resources = plan.spec.engine.resources
     make = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_restarts=1, max_task_retries=1)(_Builder)
-    builders = [make.remote(books.store.where(), books.run_id) for _ in range(min(actors, len(missing)))]
+    builders: list[Any] = [make.remote(books.store.where(), books.run_id) for _ in range(min(actors, len(missing)))]
     waiting = {
         builders[i % len(builders)].build.remote(spec, plan.common.model, plan.common.threads): spec
         for i, spec in enumerate(missing)
@@ -389,7 +426,8 @@ class _Listener(tune.Callback):
         return {}
 
     def _shard(self, trial: Trial) -> str:
-        return self.books.plan.shards[trial.config["shard"]].shard_id
+        index: int = trial.config["shard"]
+        return self.books.plan.shards[index].shard_id
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:

@@ -133,7 +133,8 @@ class Bench:
             data = self._load_dataset(common.dataset, common.dataset_fingerprint)
             specs = task.artifact_specs()
             self._data = {
-                key: self._data.get(key) or self.build(spec, common.model, common.threads) for key, spec in specs.items()
+                key: self._data.get(key) or self.build(spec, common.model, common.threads)
+                for key, spec in specs.items()
             }
             stream = Stream(session, manifest.job, requests_of(manifest, data), self._data)
             began = time.perf_counter()
@@ -319,7 +320,9 @@ class Books:
             )
         self.errors[shard_id] = error
         self.view.shard_ended(shard_id, ok=False)
-        self.view.warn(f"{self.title(self.shards[shard_id])} failed: {error.kind}: {error.message.splitlines()[0][:200]}")
+        self.view.warn(
+            f"{self.title(self.shards[shard_id])} failed: {error.kind}: {error.message.splitlines()[0][:200]}"
+        )
         self.tick()
 
     def tick(self) -> None:

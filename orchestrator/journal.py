@@ -30,9 +30,9 @@ from orchestrator.table import (
     complete_rows,
     decode,
     encode,
+    no_rows,
     read_footer,
     rows_to_table,
-    schema,
 )
 from workers.job import Frozen, StreamJob, timeline
 from workers.types import JSON, EditSweepError
@@ -275,12 +275,12 @@ class Journal:
             manifest = self.manifest(shard_id)
         except Damaged as error:
             log.warning("%s; the rows of its shard are left out", error)
-            return schema().empty_table()
+            return no_rows()
         except Missing:
             if self.store.exists(self.paths.shard(shard_id)) and not chain:
-                return schema().empty_table()  # an empty folder that an interrupted clean-up left
+                return no_rows()  # an empty folder that an interrupted clean-up left
             raise
-        pieces = [schema().empty_table()]
+        pieces = [no_rows()]
         totals = _Totals()
         for step in chain:
             try:

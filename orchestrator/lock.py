@@ -62,7 +62,7 @@ class Owner:
         if (self.host, self.space) != (socket.gethostname(), _process_space()):
             return None
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 2
+            return abs(float(psutil.Process(self.pid).create_time()) - self.started) < 2
         except psutil.NoSuchProcess:
             return False
         except psutil.Error:

@@ -208,7 +208,8 @@ def expand(
         method=variant.algorithm,
         config=variant.config,
         cells=tuple(
-            StreamCell(cell_id=cells[c].cell_id, seed=cells[c].seed, artifacts=dict(names[cells[c].seed])) for c in index
+            StreamCell(cell_id=cells[c].cell_id, seed=cells[c].seed, artifacts=dict(names[cells[c].seed]))
+            for c in index
         ),
         T=shard.T,
         batch_size=common.batch_size,
@@ -590,4 +591,3 @@ def requests_of(manifest: ShardManifest, dataset: Dataset) -> list[list[EditRequ
         [dataset.requests[i] for i in order_requests(dataset, order, cell.seed)[:n]]
         for cell, n in zip(manifest.job.cells, need, strict=True)
     ]
-

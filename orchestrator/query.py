@@ -8,18 +8,20 @@ Knows nothing of torch or Ray.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from orchestrator.journal import Journal
 from orchestrator.paths import ResultsPaths
 from orchestrator.store import LocalStore, Store
 from orchestrator.table import COLUMNS, CentralTable, schema
-from workers.types import EditSweepError
+from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:
     import duckdb
@@ -182,22 +184,38 @@ def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
 
 def _plain(table: pa.Table) -> pa.Table:
     """Lists, structs and the like as JSON text: CSV has no notation for them."""
-    import json
-
     import pyarrow as pa
 
     for i, field in enumerate(table.schema):
         if pa.types.is_nested(field.type):
-            values = [None if v is None else json.dumps(v, default=str) for v in table.column(i).to_pylist()]
+            values = [None if value is None else _json(value) for value in table.column(i).to_pylist()]
             table = table.set_column(i, field.name, pa.array(values, pa.string()))
     return table
 
 
 def _write_json(table: pa.Table, stream: BinaryIO) -> None:
-    import json
-
     for batch in table.to_batches(max_chunksize=10_000):
         for row in batch.to_pylist():
-            # not a number has no JSON notation
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            stream.write(json.dumps(finite, default=str, ensure_ascii=False).encode() + b"\n")
+            stream.write(_json(row).encode() + b"\n")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), default=_number_or_text, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    """Null for what is not a number, which has no JSON notation."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _number_or_text(value: Any) -> JSON:
+    """DuckDB sums integers and writes 0.5 as decimals; times, dates and bytes become text."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return str(value)

@@ -1,7 +1,7 @@
 """The summary of a sweep: methods x T with mean scores. Reads the table through SQL; knows nothing of torch or Ray.
 
-    rows = summary(open_results("results/demo"))
-    markdown(rows)
+rows = summary(open_results("results/demo"))
+markdown(rows)
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ class MethodContract:
     """Subclasses give ``method`` and ``config``; every test below is then theirs."""
 
     method: str
-    changes_answer = True
+    whole_answer = True
+    """Whether the method has the means to teach an untrained model a target of two tokens."""
 
     def config(self) -> MethodConfig:
         raise AssertionError("a subclass gives the config")
@@ -112,9 +113,10 @@ class MethodContract:
             handle.remove()
         assert during and set(during) == {pristine}
         edited = score(base, overlay, [Item(0, request)], ScoreConfig())[0]
-        assert edited["reliability_exact_base"] == 0
-        if self.changes_answer:
-            assert edited["reliability_exact"] == 1
+        # one vector at one token cannot write two tokens into an untrained model, but the answer has to move
+        assert edited["reliability_token_base"] == 0
+        assert edited["reliability_token"] >= (1 if self.whole_answer else 0.5)
+        assert edited["target_logprob"] > edited["target_logprob_base"] + 1
         assert model_hash(base) == before
 
     def test_two_runs_are_bit_identical(self, arch: str) -> None:

@@ -43,9 +43,10 @@ def random_model(model_type: str, dtype: torch.dtype = torch.float32, **sizes: A
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(config).to(dtype)
-        for p in model.parameters():  # the default initialisation is so small that every answer is nearly uniform
+        for p in model.parameters():  # the default initialisation is so small that tokens hardly see each other
             if p.dim() > 1:
-                p.data.mul_(3)
+                p.data.mul_(4)
+        model.get_output_embeddings().weight.data.mul_(5)  # and that every answer is nearly uniform
     return BaseModel(
         model, tokenizer, ModelConfig(name="random", dtype=str(dtype).removeprefix("torch."), device="cpu")
     )

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from orchestrator.journal import Journal, JournalError, ShardManifest, Superseded
 from orchestrator.paths import ResultsPaths
 from orchestrator.store import LocalStore
@@ -66,7 +67,7 @@ def test_manifest_round_trip_and_checks() -> None:
     with pytest.raises(ValueError, match="cells of the job"):
         ShardManifest(**{**dict(manifest), "columns": {}})
     with pytest.raises(ValueError, match=sorted(CELL_COLUMNS)[0]):
-        ShardManifest(**{**dict(manifest), "columns": dict.fromkeys(manifest.columns, {})})
+        ShardManifest(**{**dict(manifest), "columns": {cell: {} for cell in manifest.columns}})
 
 
 def test_begin_is_idempotent_and_keeps_the_composition(journal: Journal) -> None:
@@ -95,7 +96,7 @@ def test_progress_counts_what_is_durable(journal: Journal) -> None:
     assert progress.commit_seconds > 0
     assert attempt.commit_seconds > progress.commit_seconds
     assert journal.finished() == []
-    commit_steps(attempt.__class__ and journal.claim("s0", "r2"))
+    commit_steps(journal.claim("s0", "r2"))
     assert journal.progress("s0").finished
     assert journal.finished() == ["s0"]
     assert journal.claim("s0", "r3").finished
@@ -123,7 +124,7 @@ def test_continual_lanes_continue_exactly(tmp_path: Path, store: LocalStore, jou
 
 
 def test_killed_at_random_moments(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
-    manifest = make_manifest(T=12, groups=8, step_edits=2, score_at=(6,))
+    manifest = make_manifest(T=12, groups=4, step_edits=2, score_at=(6,))
     chance = random.Random(7)
     kills = 0
     context = processes()
@@ -131,7 +132,7 @@ def test_killed_at_random_moments(tmp_path: Path, store: LocalStore, journal: Jo
     while not journal.progress("s0").finished:
         process = context.Process(target=run_shard, args=(str(store.root), manifest.model_dump_json()))
         process.start()
-        process.join(timeout=chance.uniform(0.0, 0.15))
+        process.join(timeout=chance.uniform(0.0, 0.5))
         if process.is_alive():
             process.kill()
             kills += 1

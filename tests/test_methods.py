@@ -13,7 +13,7 @@ from workers.methods.wise import WISEConfig
 
 class TestFTL(MethodContract):
     method = "ft"
-    changes_answer = False  # its loss puts every target token at the last prompt position: two tokens cannot both win
+    whole_answer = False  # its loss puts every target token at the last prompt position: two cannot both win
 
     def config(self) -> MethodConfig:
         return FTConfig(layers=(1,), lr=1e-2, num_steps=8, objective="prompt_last")
@@ -28,27 +28,36 @@ class TestFTM(MethodContract):
 
 class TestROME(MethodContract):
     method = "rome"
+    whole_answer = False
 
     def config(self) -> MethodConfig:
-        return ROMEConfig(layer=0, corpus=str(GOLDEN / "corpus.txt"), samples=100, v_num_grad_steps=15, v_lr=0.5)
+        return ROMEConfig(
+            layer=0,
+            corpus=str(GOLDEN / "corpus.txt"),
+            samples=100,
+            fact_token="last",
+            v_num_grad_steps=12,
+            context_template_length_params=((3, 5),),
+        )
 
 
 class TestGRACE(MethodContract):
     method = "grace"
+    whole_answer = False
 
     def config(self) -> MethodConfig:
-        return GRACEConfig(layer=1, n_iter=15, edit_lr=1.0)
+        return GRACEConfig(layer=1, n_iter=15, lr=1.0)
 
 
 class TestWISEMerge(MethodContract):
     method = "wise"
 
     def config(self) -> MethodConfig:
-        return WISEConfig(layer=1, n_iter=10, edit_lr=1.0, retrieve=False, save_freq=2, merge_freq=4)
+        return WISEConfig(layer=1, n_iter=10, lr=1.0, retrieve=False, save_freq=2, merge_freq=4)
 
 
 class TestWISERetrieve(MethodContract):
     method = "wise"
 
     def config(self) -> MethodConfig:
-        return WISEConfig(layer=1, n_iter=10, edit_lr=1.0, retrieve=True, save_freq=2, merge_freq=4)
+        return WISEConfig(layer=1, n_iter=10, lr=1.0, retrieve=True, save_freq=2, merge_freq=4)

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from orchestrator import open_results
 from orchestrator.paths import ResultsPaths
 from orchestrator.query import QueryError, Results, write
@@ -32,9 +33,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     store = LocalStore(root)
     store.publish_new(ResultsPaths().sweep, b"{}")
     opened = open_results(root)
-    finish(opened.journal, make_manifest("s0", cell="a"))
+    finish(opened.journal, make_manifest("s0", cell="a", step_edits=50))
     CentralTable(store).gather(opened.journal)
-    finish(opened.journal, make_manifest("s1", cell="b"))
+    finish(opened.journal, make_manifest("s1", cell="b", step_edits=50))
     opened.journal.begin(make_manifest("s2", cell="c"))
     commit_steps(opened.journal.claim("s2", "r1"), 2)
     return opened

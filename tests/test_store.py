@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.paths import ResultsPaths
 from orchestrator.store import Damaged, LocalStore, Missing, StoreError, put_aside, seal_json, unseal_json

@@ -78,7 +78,8 @@ def run_groups(
     """Edit ``groups`` groups of T requests, one lane each. Outcomes by position, then by lane."""
     overlay = editor.new_overlay(groups)
     outcomes = [
-        editor.edit(overlay, lane_edits(editor, range(groups), T, position, inputs or {}, seed)) for position in range(T)
+        editor.edit(overlay, lane_edits(editor, range(groups), T, position, inputs or {}, seed))
+        for position in range(T)
     ]
     return overlay, outcomes
 

@@ -91,7 +91,10 @@ def share(a: Sequence[int], b: Sequence[int]) -> float:
     return sum(x == y for x, y in zip(a, b, strict=True)) / len(b)
 
 
-@pytest.mark.parametrize(("short", "T"), [("gpt2", 1), ("llama", 1), ("llama", 10), ("llama", 100)])
+@pytest.mark.parametrize(
+    ("short", "T"),
+    [("gpt2", 1), ("llama", 1), ("llama", 10), pytest.param("llama", 100, marks=pytest.mark.slow)],
+)
 def test_scores(short: str, T: int) -> None:
     """Mean over five seeds of the greedy token scores within 0.05 of the record."""
     record = common.record(short, "GRACE", T)
@@ -124,7 +127,7 @@ def test_scores(short: str, T: int) -> None:
 
 def edit_one(editor: GRACE, overlay: Codebook, prompt: str, target: str, position: int) -> dict[str, Any]:
     request = golden_requests()[0]
-    changed = type(request)("x", prompt, prompt.split()[0], target)
+    changed = type(request)("x", prompt, prompt.split(maxsplit=1)[0], target)
     (outcome,) = editor.edit(overlay, [LaneEdit((changed,), Draws("grace", {}, 0, 0, position))])
     return outcome.details
 

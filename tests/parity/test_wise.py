@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -25,7 +27,6 @@ from workers.rows import Encoder
 from workers.scoring import Item, score
 from workers.types import DataError, SpecError
 
-SEEDS = range(5)
 HPARAMS = {"layer": 4, "lr": 0.3, "n_iter": 8, "alpha": 0.2, "beta": 0.8, "gamma": 0.4}
 
 
@@ -85,7 +86,7 @@ def test_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LaneOptimizer, "step", watched)
     weight_OI = base.site(4).weight_OI
-    for n_iter in (1, 2, 3, 10, 20):
+    for n_iter in (1, 2, 10, 20):
         gradients.clear()
         editor, overlay, edit = public_request0(base, n_iter)
         (outcome,) = editor.edit(overlay, [edit])
@@ -95,15 +96,16 @@ def test_core(monkeypatch: pytest.MonkeyPatch) -> None:
         for i, gradient_OI in enumerate(gradients[:2]):
             masked_OI = gradient_OI * editor.mask_OI
             assert common.relative_error(masked_OI, expected[f"masked_grad_iter{i}"]) <= 1e-3
-        if n_iter in (2, 20):
-            name = "new_weight_iter1" if n_iter == 2 else "new_weight_after"
-            side_OI = weight_OI + overlay.delta_LOI[0]
-            assert common.relative_error(side_OI, expected[name]) <= 1e-3
-            assert common.relative_error(overlay.delta_LOI[0], expected[name] - weight_OI) <= 1e-2
-    assert overlay.activation[0] == pytest.approx(recorded["min_act"], rel=1e-2)
+        if n_iter == 1:
+            changed_OI = expected["new_weight_iter1"] - weight_OI
+            assert common.relative_error(overlay.delta_LOI[0], changed_OI) <= 1e-3
+        if n_iter == 20:
+            assert common.relative_error(weight_OI + overlay.delta_LOI[0], expected["new_weight_after"]) <= 1e-2
+            # ours is measured after the last step, the recorded one before it
+            assert overlay.activation[0] == pytest.approx(recorded["min_act"], rel=5e-2)
 
 
-def edited(editor: WISE, T: int, groups: int, seeds: Sequence[int] = SEEDS) -> SideMemories:
+def edited(editor: WISE, T: int, groups: int, seeds: Sequence[int]) -> SideMemories:
     """Every (seed, group) a lane, seeds outermost."""
     requests = golden_requests()
     cells = [(seed, group) for seed in seeds for group in range(groups)]
@@ -117,36 +119,281 @@ def edited(editor: WISE, T: int, groups: int, seeds: Sequence[int] = SEEDS) -> S
     return overlay
 
 
-def check_scores(base: BaseModel, overlay: SideMemories, record: Mapping[str, Any]) -> None:
-    """Means over the seeds within 0.05 of the record, or two standard errors."""
-    requests, T, groups = golden_requests(), record["T"], record["n_groups"]
+def scores_of(base: BaseModel, overlay: SideMemories, T: int, groups: int) -> common.Scores:
+    requests = golden_requests()
     items = [Item(lane, requests[lane % groups * T + i]) for lane in range(overlay.lanes) for i in range(T)]
-    found = score(base, overlay, items, ScoreConfig(generated=False))
-    n = groups * T
-    for _, name, column in common.PAIRS:
-        values = [
-            sum(float(s[column] or 0) for s in found[i : i + n]) / n for i in range(0, len(found), n)
-        ]
-        mean = sum(values) / len(values)
-        error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-        print(name, round(mean, 3), "+-", round(error, 3), "recorded", record[name])
-        assert abs(mean - record[name]) <= max(0.05, 2 * error) + 1e-6, (name, values, record[name])
+    return score(base, overlay, items, ScoreConfig(generated=False))
+
+
+class Recorded(WISE):
+    """Masks drawn as in the recorded runs: one NumPy stream per group."""
+
+    T: int
+    streams: dict[int, np.random.RandomState]
+
+    def draw_mask(self, edit: LaneEdit) -> Tensor:
+        site = self.base.site(self.config.layer)
+        out, into = site.shape
+        group = edit.draws.first // self.T
+        stream = self.streams.setdefault(group, np.random.RandomState(1000 + group))
+        ratio = self.config.mask_ratio
+        mask = torch.from_numpy(stream.choice([1, 0], size=out * into, p=[ratio, 1 - ratio])).float()
+        return 1 - (mask.view(into, out).T if site.transposed else mask.view(out, into))
 
 
 @pytest.mark.parametrize(
     ("short", "T"),
     [("llama", 1), ("gpt2", 1), ("llama", 10), pytest.param("llama", 100, marks=pytest.mark.slow)],
 )
-def test_scores(short: str, T: int) -> None:
-    """Five seeds. Up to the first merge WISE-Merge trains what WISE-Retrieve trains, so one run serves both records."""
+def test_scores_with_the_recorded_masks(short: str, T: int) -> None:
+    """With every draw replayed, the tolerances of methods without randomness apply.
+
+    Up to the first merge WISE-Merge trains what WISE-Retrieve trains, so one run serves both records.
+    """
     record = common.record(short, "WISE", T)
-    base = public_base(short)
+    base, groups = public_base(short), record["n_groups"]
     config, inputs = config_of("WISE", record["hparams"], **PUBLIC), templates(record["context_templates"])
-    overlay = edited(WISE(base, config, inputs), T, record["n_groups"])
-    check_scores(base, overlay, record)
+    editor = Recorded(base, config, inputs)
+    editor.T, editor.streams = T, {}
+    overlay = edited(editor, T, groups, [0])
+    common.check_scores(scores_of(base, overlay, T, groups), record)
+    norm = float(base.site(4).weight_OI.norm())
+    for lane, norms in enumerate(record["delta_fro_per_group"]):
+        recorded = math.sqrt(sum(value**2 for value in norms.values()))
+        assert float(overlay.delta_norm(lane) or 0) * norm == pytest.approx(recorded, rel=0.1 if T == 100 else 0.02)
     if short == "llama" and T <= 10:
         record = common.record(short, "WISE-merge", T)
         merge = WISE(base, config_of("WISE-merge", record["hparams"], **PUBLIC), inputs).new_overlay(overlay.lanes)
         for lane in range(overlay.lanes):
             merge.load_state(lane, overlay.state(lane))
-        check_scores(base, merge, record)
+        common.check_scores(scores_of(base, merge, T, groups), record)
+
+
+@pytest.mark.parametrize("short", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_scores_with_our_masks(short: str) -> None:
+    """The mean of five seeds within 0.05 of the record or two standard errors; the record is one more seed."""
+    record = common.record(short, "WISE", 1)
+    base, n = public_base(short), record["n_groups"]
+    config, inputs = config_of("WISE", record["hparams"], **PUBLIC), templates(record["context_templates"])
+    found = scores_of(base, edited(WISE(base, config, inputs), 1, n, range(5)), 1, n)
+    for _, name, column in common.PAIRS:
+        values = [sum(float(s[column] or 0) for s in found[i : i + n]) / n for i in range(0, len(found), n)]
+        error = statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
+        assert abs(statistics.mean(values) - record[name]) <= max(0.05, 2 * error) + 1e-6, (name, values, record[name])
+
+
+# --- when memories are saved and merged ---
+
+
+def edit_all(editor: WISE, overlay: SideMemories, start: int, stop: int, batch: int = 1) -> list[dict[str, Any]]:
+    requests = golden_requests()
+    config = editor.config.model_dump(mode="json")
+    details = []
+    for position in range(start, stop, batch):
+        members = tuple(requests[position : position + batch])
+        (outcome,) = editor.edit(overlay, [LaneEdit(members, Draws("wise", config, 0, 0, position))])
+        details.append(outcome.details)
+    return details
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, ArtifactData]:
+    return templates(["{}", "You found a river and a {}"])
+
+
+@pytest.mark.parametrize("retrieve", [True, False])
+def test_saving_and_merging(texts: dict[str, ArtifactData], retrieve: bool) -> None:
+    """Saved every 2 edits, merged every 4; a snapshot in the middle of a memory goes on bit for bit."""
+    hparams = {**HPARAMS, "save_freq": 2, "merge_freq": 4, "retrieve": retrieve}
+    editor = WISE(common.model("llama"), WISEConfig.model_validate(hparams), texts)
+    overlay = editor.new_overlay(1)
+    kept = [(len(overlay.saved[0]), overlay.edits[0])]
+    for position in range(9):
+        edit_all(editor, overlay, position, position + 1)
+        kept.append((len(overlay.saved[0]), overlay.edits[0]))
+        if position == 4:
+            saved = overlay.state(0)
+    two = 2 if retrieve else 1
+    assert kept == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 0), (1, 1), (2, 0), (2, 1), (two, 0), (two, 1)]
+    assert [m.merged for m in overlay.saved[0]] == [True] * two
+    again = editor.new_overlay(1)
+    again.load_state(0, saved)
+    edit_all(editor, again, 5, 9)
+    ours, theirs = overlay.state(0), again.state(0)
+    assert ours.meta == theirs.meta
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(torch.equal(ours.tensors[k], theirs.tensors[k]) for k in ours.tensors)
+    before = overlay.state(0)
+    score(editor.base, overlay, [Item(0, r) for r in golden_requests()[:9]], ScoreConfig())
+    assert all(torch.equal(before.tensors[k], v) for k, v in overlay.state(0).tensors.items())
+    assert overlay.delta_norm(0)
+
+
+@pytest.mark.parametrize(
+    "rule", ["ties", "magnitude_norm", "magnitude", "sign", "dare_ties", "dare_linear", "linear", "slerp"]
+)
+def test_merge_rules(rule: str, texts: dict[str, ArtifactData]) -> None:
+    """Every rule gives a finite, repeatable memory; random ones draw from the edit's generator."""
+    hparams = {**HPARAMS, "n_iter": 3, "save_freq": 1, "merge_freq": 2, "merge_alg": rule, "retrieve": False}
+    editor = WISE(common.model("llama"), WISEConfig.model_validate(hparams), texts)
+    first, second = editor.new_overlay(1), editor.new_overlay(1)
+    for overlay in (first, second):
+        edit_all(editor, overlay, 0, 4)
+    (a,), (b,) = first.saved[0], second.saved[0]
+    assert torch.equal(a.delta_OI, b.delta_OI)
+    assert torch.isfinite(a.delta_OI).all()
+    assert a.delta_OI.norm() > 0
+
+
+def merged(rule: str, deltas: Sequence[Sequence[float]], density: float = 1.0, **more: Any) -> list[float]:
+    config = WISEConfig.model_validate({**HPARAMS, "merge_alg": rule, "density": density, **more})
+    tensors = [torch.tensor([d], dtype=torch.float64) for d in deltas]
+    generator = torch.Generator().manual_seed(0)
+    site = common.model("llama").site(4)
+    return [float(x) for x in merge_deltas(config, site, tensors, [1 / len(deltas)] * len(deltas), generator)[0]]
+
+
+def test_merge_arithmetic() -> None:
+    a, b = [4.0, -2.0, 0.0, 1.0], [2.0, 3.0, 5.0, -0.5]
+    assert merged("linear", [a, b]) == pytest.approx([3.0, 0.5, 2.5, 0.25])
+    assert merged("ties", [a, b]) == pytest.approx([3.0, 3.0, 5.0, 1.0])
+    # half of each is kept: (4, -2, 0, 0) and (0, 3, 5, 0); in the second place 3 outvotes -2
+    assert merged("ties", [a, b], density=0.5) == pytest.approx([4.0, 3.0, 5.0, 0.0])
+    assert merged("sign", [a, b]) == merged("ties", [a, b])
+    assert merged("magnitude", [a, b], density=0.5) == pytest.approx([2.0, 0.5, 2.5, 0.0])
+    assert merged("magnitude_norm", [a, b], density=0.5) == pytest.approx([2.0, 0.5, 2.5, 0.0])
+    long = [[1.0] * 4000]
+    assert sum(merged("dare_linear", long, density=0.5)) == pytest.approx(4000, rel=0.1)
+    assert sum(merged("dare_linear", long, density=0.5, public_dare=True)) == pytest.approx(2000, rel=0.1)
+
+
+def test_slerp() -> None:
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    assert torch.allclose(slerp(x, y, 0.0), x)
+    assert torch.allclose(slerp(x, y, 1.0), y)
+    assert torch.allclose(slerp(x, y, 0.5), torch.tensor([math.sqrt(0.5), 2 * math.sqrt(0.5)]))
+    assert torch.allclose(slerp(x, 3 * x, 0.5), 2 * x)
+
+
+# --- batches, lanes, inputs ---
+
+
+def test_batch(texts: dict[str, ArtifactData]) -> None:
+    """A batch is one edit of all its requests; each has its own margin and counts towards saving."""
+    hparams = {**HPARAMS, "n_iter": 20, "save_freq": 4, "merge_freq": 8}
+    editor = WISE(common.model("llama"), WISEConfig.model_validate(hparams), texts)
+    overlay = editor.new_overlay(1)
+    edit_all(editor, overlay, 0, 4, batch=4)
+    assert len(overlay.saved[0]) == 1
+    found = score(editor.base, overlay, [Item(0, r) for r in golden_requests()[:4]], ScoreConfig(generated=False))
+    assert sum(float(s["reliability_token"] or 0) for s in found) > sum(
+        float(s["reliability_token_base"] or 0) for s in found
+    )
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_lanes_are_independent(public: bool) -> None:
+    """In float64, lanes of different lengths and batch sizes equal each lane alone."""
+    base = golden_model("tiny-gpt2", torch.float64)
+    hparams = {**HPARAMS, "n_iter": 4, **(PUBLIC if public else {})}
+    editor = WISE(base, WISEConfig.model_validate(hparams), {})
+    requests = golden_requests()
+    starts = ["{}", "You found a river and a window near the harbour. {}", "Yes, {}"]
+    edits = [LaneEdit((requests[i],), Draws("wise", {}, 0, i, 0), templates(starts[: 1 + i % 3])) for i in range(8)]
+    together = editor.new_overlay(8)
+    editor.edit(together, edits)
+    for lane, edit in enumerate(edits):
+        alone = editor.new_overlay(1)
+        editor.edit(alone, [edit])
+        assert common.relative_error(together.delta_LOI[lane], alone.delta_LOI[0]) <= 1e-6
+        assert together.activation[lane] == pytest.approx(alone.activation[0], rel=1e-9)
+
+
+def test_unrelated_sentence_is_needed(texts: dict[str, ArtifactData]) -> None:
+    editor = WISE(common.model("llama"), WISEConfig.model_validate(HPARAMS), texts)
+    request = golden_requests()[0]
+    bare = type(request)("case-7", request.prompt, request.subject, request.target_new)
+    with pytest.raises(DataError, match="case-7"):
+        editor.edit(editor.new_overlay(1), [LaneEdit((bare,), Draws("wise", {}, 0, 0, 0))])
+
+
+def test_templates_are_the_recorded_ones() -> None:
+    """Greedy continuations of the five starts, as the public code samples them."""
+    base = common.model("llama")
+    built = build_inputs(base, "wise", WISEConfig.model_validate(HPARAMS))["templates"].meta["templates"]
+    recorded = common.meta("llama")["wise_req0"]["templates"]
+    same = sum(a.split() == b.split() for a, b in zip(built, recorded, strict=True))
+    assert same == len(recorded), (built, recorded)
+
+
+# --- EasyEdit's files ---
+
+LLAMA = {
+    "alg_name": "WISE",
+    "model_name": "./hugging_cache/llama-2-7b",
+    "device": 1,
+    "mask_ratio": 0.2,
+    "edit_lr": 1.0,
+    "n_iter": 70,
+    "norm_constraint": 1.0,
+    "act_margin": [5.0, 20.0, 10.0],
+    "act_ratio": 0.88,
+    "save_freq": 500,
+    "merge_freq": 1000,
+    "merge_alg": "ties",
+    "objective_optimization": "only_label",
+    "inner_params": ["model.layers[27].mlp.down_proj.weight"],
+    "densities": 0.53,
+    "weights": 1.0,
+    "retrieve": True,
+    "replay": False,
+    "model_parallel": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer", "module", "margin"),
+    [
+        ({}, 27, "mlp.down_proj", (5.0, 20.0, 10.0)),
+        (
+            {"inner_params": ["transformer.h[21].mlp.fc_out.weight"], "act_margin": [15.0, 40.0, 20.0]},
+            21,
+            "mlp.fc_out",
+            (15.0, 40.0, 20.0),
+        ),
+        ({"inner_params": ["transformer.h[8].mlp.c_fc.weight"], "n_iter": 40}, 8, "mlp.c_fc", (5.0, 20.0, 10.0)),
+        (
+            {
+                "inner_params": ["model.layers[29].mlp.down_proj.weight"],
+                "act_margin": [2.0, 20.0, 10.0],
+                "use_chat_template": True,
+                "edit_lr": 0.9,
+            },
+            29,
+            "mlp.down_proj",
+            (2.0, 20.0, 10.0),
+        ),
+    ],
+)
+def test_easyedit_files(changes: dict[str, Any], layer: int, module: str, margin: tuple[float, float, float]) -> None:
+    config = config_of("file", {**LLAMA, **changes})
+    assert (config.layer, config.module) == (layer, module)
+    assert (config.alpha, config.beta, config.gamma) == margin
+    assert (config.merge_weight, config.density, config.retrieve) == (1.0, 0.53, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("objective_optimization", "all"), ("act_margin", [1.0]), ("inner_params", "x"), ("alg_name", "ROME"), ("hue", 1)],
+)
+def test_easyedit_refusals(key: str, value: Any) -> None:
+    with pytest.raises(SpecError, match=key):
+        config_of("file", {**LLAMA, key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("replay", True), ("merge_freq", 750), ("merge_alg", "mean"), ("mask_ratio", 0), ("layer", -1)]
+)
+def test_config_refusals(key: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=key):
+        WISEConfig.model_validate({**HPARAMS, "save_freq": 500, key: value})

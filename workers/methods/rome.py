@@ -228,11 +228,13 @@ class ROME(Method[ROMEConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {
-            "layer": 0,
-            "v_num_grad_steps": 15,
-            "v_lr": 1.0,
+            # this small model reads a person's fact at the prompt's last token, not at the name
+            "layer": 4,
+            "fact_token": "last",
+            "v_num_grad_steps": 20,
+            "v_lr": 0.5,
             "clamp_norm_factor": 10.0,
-            "context_template_length_params": [[5, 5], [10, 5]],
+            "context_template_length_params": [[5, 5]],
             "samples": 4000,
         }
 

@@ -54,7 +54,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -95,7 +95,6 @@ MERGED_SHARE = 0.6
 """Weight of what is already merged in a later merge of WISE-Merge (the public code's constant)."""
 
 TEMPLATE_STARTS = ("I", "You", "Because", "Yes", "Q: ")
-TEMPLATE_LENGTHS = ((5, 1), (10, 1))
 
 
 class WISEConfig(MethodConfig):
@@ -120,6 +119,9 @@ class WISEConfig(MethodConfig):
     merge_alg: MergeRule = Field("ties", description="how memories are merged")
     merge_weight: float = Field(1.0, gt=0, description="weight of the merged change, shared by the memories")
     density: float = Field(0.53, gt=0, le=1, description="share of a change that trimming keeps")
+    context_template_length_params: tuple[tuple[int, int], ...] = Field(
+        ((5, 5), (10, 5)), description="[length in tokens, how many templates] pairs; five templates each"
+    )
     replay: bool = Field(False, description="replaying earlier edits (appendix B.3): not supported, must be false")
     routing: Literal["prompt", "all_tokens"] = Field("prompt", description="tokens whose activations are averaged")
     activation: Literal["difference", "public"] = Field(
@@ -142,6 +144,17 @@ class WISEConfig(MethodConfig):
             "sequential_edit": IGNORED,  # the sweep's grid says it
         }
     )
+
+    @field_validator("context_template_length_params")
+    @classmethod
+    def _fives(cls, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        for length, count in pairs:
+            if length < 1 or count != len(TEMPLATE_STARTS):
+                raise ValueError(
+                    f"[{length}, {count}]: needs a length of 1 or more and {len(TEMPLATE_STARTS)} templates, one for each "
+                    "first word: they are written greedily, so more would be repetitions"
+                )
+        return pairs
 
     @field_validator("replay")
     @classmethod
@@ -221,8 +234,7 @@ class SideMemories(Overlay):
         with torch.no_grad():
             plain_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
         if self._traces is not None:
-            # computed from D, so that a fresh memory changes exactly nothing, whatever kernel runs
-            change_BSO = lane_linear(x_BSI, self.delta_LOI, rows)
+            change_BSO = self.change(x_BSI, rows)
             self._traces.append(_Trace(x_BSI, plain_BSO, change_BSO))
             return plain_BSO + change_BSO
         if not any(self._memories(lane) for lane, _, _ in rows.segments):
@@ -263,6 +275,17 @@ class SideMemories(Overlay):
         return norm
 
     # --- editing ---
+
+    def change(self, x_BSI: Tensor, rows: Rows) -> Tensor:
+        """``A(x) D`` by each lane's current side memory, (B, S, O). A fresh memory changes exactly nothing.
+
+        Parity needs the public code's rounding, too (the margin's hinges amplify it to percents in 20 steps): it subtracts
+        two outputs.
+        """
+        if self.config.activation == "difference":
+            return lane_linear(x_BSI, self.delta_LOI, rows)
+        weight_LOI = self.sites[0].weight_OI.to(self.delta_LOI).expand_as(self.delta_LOI).contiguous()
+        return lane_linear(x_BSI, weight_LOI + self.delta_LOI, rows) - lane_linear(x_BSI, weight_LOI, rows)
 
     @contextmanager
     def training(self) -> Iterator[list[_Trace]]:
@@ -479,7 +502,7 @@ class WISE(Method[WISEConfig]):
             optimizer.zero_grad()
             delta_LOI.requires_grad_(False)
         with torch.no_grad():
-            change_BSO = lane_linear(trace.x_BSI, delta_LOI, batch.rows)
+            change_BSO = overlay.change(trace.x_BSI, batch.rows)
             activations = batch.activations(overlay.strength(trace.plain_BSO, change_BSO))
         outcomes = []
         for lane, (edit, steps) in enumerate(zip(edits, optimizer.steps_L.tolist(), strict=True)):
@@ -540,7 +563,7 @@ class WISE(Method[WISEConfig]):
             "tokenizer": fingerprint.tokenizer,
             "dtype": model.dtype,
             "starts": list(TEMPLATE_STARTS),
-            "lengths": [list(pair) for pair in TEMPLATE_LENGTHS],
+            "lengths": [[n, count // len(TEMPLATE_STARTS)] for n, count in config.context_template_length_params],
             "joiner": " ",
             "top_k": 0,
             "seed": 0,
@@ -595,7 +618,14 @@ class _Batch:
         self.config = config
         self.lanes = len(edits)
         self.sizes = [len(edit.requests) for edit in edits]
-        self.rows = collate(encoded, lanes, base.encoder.pad_id, device, public_positions=config.public_positions)
+        self.rows = collate(encoded, lanes, base.encoder.pad_id, device)
+        self.token_BS = self.rows.prompt_mask_BS
+        if config.public_positions or config.routing == "all_tokens":
+            column_BS = _own_columns(encoded, self.rows)
+            if config.public_positions:
+                self.rows = replace(self.rows, position_ids_BS=column_BS.clamp_min(0))
+            if config.routing == "all_tokens":
+                self.token_BS = column_BS >= 0
         row, column, token, share_of = zip(*places, strict=True)
         self.row_P = torch.tensor(row, device=device)
         self.column_P = torch.tensor(
@@ -608,9 +638,6 @@ class _Batch:
         self.owner_E = torch.tensor(owner_E, device=device)
         self.unrelated_G = torch.tensor(unrelated_G, device=device)
         self.lane_G = torch.tensor(lane_G, device=device)
-        # public training averages over padding, too
-        everything = torch.ones_like(self.rows.prompt_mask_BS)
-        self.token_BS = everything if config.routing == "all_tokens" else self.rows.prompt_mask_BS
 
     def target_loss(self, base: BaseModel, hidden_BSD: Tensor) -> Tensor:
         """Mean over a row's target tokens, a request's rows and a lane's requests, (L,)."""
@@ -649,6 +676,14 @@ class _Batch:
             out.append(mean_G[at : at + size])
             at += size
         return out
+
+
+def _own_columns(encoded: Sequence[Encoded], rows: Rows) -> Tensor:
+    """Columns as each lane alone would count them, (B, S): negative in padding that only other lanes need."""
+    total = rows.input_ids_BS.shape[1]
+    widths = [max(len(e.ids) for e in encoded[a:b]) for _, a, b in rows.segments for _ in range(a, b)]
+    gap_B = total - torch.tensor(widths, device=rows.lane_B.device)
+    return torch.arange(total, device=rows.lane_B.device)[None] - gap_B[:, None]
 
 
 def _unrelated(base: BaseModel, request: EditRequest) -> Encoded:

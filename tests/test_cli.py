@@ -1,0 +1,343 @@
+"""The command line: what it prints, where it goes, how it ends."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from orchestrator import cli
+from orchestrator.cli import main
+from orchestrator.console import duration, size
+from orchestrator.query import open_results
+
+ROOT = Path(__file__).resolve().parent.parent
+RAW: dict[str, Any] = {
+    "name": "cli",
+    "model": {"name": "embedded", "device": "cpu"},
+    "dataset": {"kind": "tinyworld", "edits": 4},
+    "grid": {"T": [1, 4], "seeds": [0]},
+    "methods": [{"method": "ft", "label": "ft-3", "hparams": {"num_steps": 3}}],
+    "scoring": {"generated": False},
+}
+
+Result = tuple[int, str, str]
+
+
+@pytest.fixture
+def call(capfdbinary: pytest.CaptureFixture[bytes]) -> Any:
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        out, err = capfdbinary.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return code, out.decode(), err.decode()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("spec") / "cli.yaml"
+    path.write_text(yaml.safe_dump(RAW))
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results") / "r"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(spec), "--engine", "local", "--results", str(folder)])
+    assert ended.value.code == 0
+    return folder
+
+
+def fails(result: Result, code: int, words: Sequence[str]) -> None:
+    assert result[0] == code, result
+    for word in words:
+        assert word in result[2], result[2]
+    assert "Traceback" not in result[1] + result[2]
+
+
+# --- plan and run ----------------------------------------------------------------------------------------------------
+
+
+def test_plan_runs_and_writes_nothing(call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("plan", spec)
+    assert code == 0
+    for word in (
+        "2 cells",
+        "2 shards",
+        "8 edits",
+        "ft-3",
+        "memory/lane",
+        "4 of 1000 requests of tinyworld",
+        "results/cli",
+    ):
+        assert word in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_subtracts_what_is_done(call: Any, spec: Path, results: Path) -> None:
+    assert "2 cells: all done" in call("plan", spec, "--results", results)[1]
+    assert "4 edits to make" in call("plan", spec, "--results", results, "--set", "grid.T=[1,2]")[1]
+
+
+def test_run_prints_the_summary_and_what_to_do_next(call: Any, spec: Path, results: Path) -> None:
+    code, out, err = call("run", spec, "--engine", "local", "--results", results)
+    assert code == 0
+    assert "all done" in err
+    for word in ("reliability", "right after the edit", "all 2 cells finished", "editsweep query", "editsweep status"):
+        assert word in out
+
+
+def test_default_results_folder(call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, _ = call("run", spec, "--engine", "local", "--set", "grid.T=[4]")
+    assert code == 0
+    assert (tmp_path / "results" / "cli" / "sweep.json").is_file()
+
+
+def test_a_failed_cell_is_named(call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.methods.ft import FT
+
+    def broken(*_: object) -> None:
+        raise FloatingPointError("[bold]out of luck[/bold]")
+
+    monkeypatch.setattr(FT, "edit", broken)
+    code, _, err = call("run", spec, "--engine", "local", "--results", tmp_path / "r", "--set", "engine.max_failures=1")
+    assert code == 1
+    for word in ("2 of 2 cells", "ft-3 T=4 seed=0", "FloatingPointError: [bold]out of luck[/bold]", "2 attempts"):
+        assert word in err
+    log = re.search(r"see (\S+error\.json)", err)
+    assert log is not None
+    assert "out of luck" in Path(log[1]).read_text()
+    status = json.loads(call("status", tmp_path / "r", "--json")[1])
+    assert status["finished"] == 0
+    assert {shard["error"] for shard in status["shards"]} == {"FloatingPointError: [bold]out of luck[/bold]"}
+
+
+def test_a_bug_leaves_its_traceback_in_the_logs(
+    call: Any, spec: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import execute
+
+    def bug(*_: object, **__: object) -> None:
+        raise KeyError("nobody expected this")
+
+    monkeypatch.setattr(execute, "run_sweep", bug)
+    result = call("run", spec, "--engine", "local", "--results", results)
+    fails(result, 1, ["this is a bug in editsweep", "KeyError"])
+    path = Path(result[2].rsplit(" ", 1)[1].strip())
+    assert path.parent == results / "logs"
+    assert "nobody expected this" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "grid.T=[3]"], ["grid.T", "3 does not divide dataset.edits=4", "2 and 4"]),
+        (["--set", "dataset.edits=5000", "--set", "grid.T=1"], ["dataset.edits", "5000", "1000"]),
+        (["--set", "gird=1"], ["gird", "did you mean 'grid'"]),
+        (["--set", "methods=[ice]"], ["ice", "choices: ft, rome, grace, wise"]),
+        (["--set", "model.trust_remote_code=true"], ["trust_remote_code", "--trust-remote-code"]),
+        (["--engine", "cloud"], ["cloud", "ray", "local"]),
+        (["--max-actors", "0"], ["max-actors"]),
+    ],
+)
+def test_bad_input(call: Any, spec: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    fails(call("run", spec, "--results", tmp_path / "r", "--engine", "local", *arguments), 2, words)
+    assert not (tmp_path / "r").exists()
+
+
+def test_missing_spec_and_malformed_record(call: Any, tmp_path: Path) -> None:
+    fails(call("run", tmp_path / "no.yaml"), 2, ["no.yaml", "no such spec file"])
+    (tmp_path / "data.jsonl").write_text('{"case_id": "1"}\n')
+    bad = {**RAW, "dataset": {"kind": "jsonl", "path": "data.jsonl", "edits": 4}}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(bad))
+    fails(call("plan", tmp_path / "bad.yaml"), 2, [str(tmp_path / "data.jsonl"), "prompt"])
+
+
+def test_unknown_model_type(call: Any, spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 10}))
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    fails(call("plan", spec, "--set", f"model.name={tmp_path / 'm'}"), 2, ["bert", "llama"])
+
+
+def test_folder_of_another_sweep(call: Any, spec: Path, results: Path) -> None:
+    result = call("run", spec, "--engine", "local", "--results", results, "--set", "name=other")
+    fails(result, 2, ["'cli'", "'other'", "--results"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_write_permission(call: Any, spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "shut").mkdir(mode=0o500)
+    result = call("run", spec, "--engine", "local", "--results", tmp_path / "shut" / "r")
+    fails(result, 2, ["permission denied", str(tmp_path / "shut")])
+
+
+def test_a_store_that_refuses_is_told_before_anything_is_written(
+    call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a folder without write permission does, also where the tests run as root."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    result = call("run", spec, "--engine", "local", "--results", tmp_path / "r")
+    fails(result, 2, ["permission denied", str(tmp_path / "r")])
+    assert not (tmp_path / "r").exists()
+
+
+# --- reading results -------------------------------------------------------------------------------------------------
+
+
+def test_status(call: Any, results: Path) -> None:
+    code, out, _ = call("status", results)
+    assert code == 0
+    assert "2 of 2 cells finished; no run is at work" in out
+    found = json.loads(call("status", results, "--json")[1])
+    assert [cell["T"] for cell in found["cells"]] == [1, 4]
+    assert all(cell["done"] == cell["groups"] for cell in found["cells"])
+    fails(call("status", results / "nowhere"), 2, ["nowhere", "not a results folder"])
+
+
+QUESTION = "SELECT method, T, count(*) AS n FROM edits GROUP BY ALL ORDER BY T"
+
+
+def test_query_formats(call: Any, results: Path) -> None:
+    code, out, _ = call("query", results, QUESTION)
+    assert code == 0
+    assert re.search(r"ft-3\s+1\s+8", out)
+    rows = list(csv.DictReader(io.StringIO(call("query", results, QUESTION, "--format", "csv")[1])))
+    assert [(row["T"], row["n"]) for row in rows] == [("1", "8"), ("4", "8")]
+    lines = call("query", results, QUESTION, "--format", "json")[1].splitlines()
+    assert [json.loads(line)["n"] for line in lines] == [8, 8]
+
+
+def test_query_parquet_and_limit(results: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "query", str(results), QUESTION, "--format", "parquet"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    assert pq.read_table(io.BytesIO(done.stdout)).num_rows == 2
+
+
+def test_query_limit_and_errors(call: Any, results: Path) -> None:
+    _, out, err = call("query", results, "SELECT case_id FROM edits", "--limit", "3")
+    assert len([line for line in out.splitlines() if line.strip()]) == 2 + 3
+    assert "3 of 16 rows" in err
+    fails(call("query", results, "SELECT nothing FROM edits"), 2, ["nothing"])
+    fails(call("query", results, "SELECT * FROM read_csv('/etc/passwd')"), 2, [])
+
+
+def test_text_is_never_markup(call: Any, results: Path) -> None:
+    _, out, _ = call("query", results, "SELECT '[red]x[/red] [link=http://e]' AS t, chr(27) || '[31m' AS e")
+    assert "[red]x[/red] [link=http://e]" in out
+    assert "\x1b" not in out
+    assert r"\x1b[31m" in out
+
+
+def test_report(call: Any, results: Path) -> None:
+    code, out, _ = call("report", results, "--format", "markdown")
+    assert code == 0
+    assert out.startswith("| method | T |")
+    assert len([line for line in out.splitlines() if line.startswith("|")]) == 4
+    assert "ft-3" in call("report", results)[1]
+
+
+def test_methods_help_and_version(call: Any) -> None:
+    out = call("methods")[1]
+    for word in ("wise", "grace", "rome", "ft", "needs pretraining", "batch edits", "arXiv"):
+        assert word in out
+    assert "editsweep" in call("--version")[1]
+    code, out, _ = call("--help")
+    assert code == 0
+    for command in ("plan", "run", "status", "query", "report", "methods"):
+        assert command in out
+    assert call("frobnicate")[0] == 2
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["query", "SELECT 1 FROM edits"], ["report"]])
+def test_reading_is_light(results: Path, arguments: list[str]) -> None:
+    command, *rest = arguments
+    code = (
+        "import sys; from orchestrator.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, str(results), *rest],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_open_results_agrees(results: Path) -> None:
+    assert open_results(results).sql(QUESTION).to_pydict()["n"] == [8, 8]
+
+
+def test_live_view_on_a_terminal(spec: Path, tmp_path: Path) -> None:
+    """On a pseudo-terminal the view is drawn with escape codes, and the summary still comes."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "orchestrator.cli",
+            "run",
+            str(spec),
+            "--engine",
+            "local",
+            "--results",
+            str(tmp_path / "r"),
+        ],
+        cwd=ROOT,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(slave)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(master)
+    assert process.wait() == 0
+    assert b"\x1b[" in seen
+    assert b"ft-3 T=4" in seen
+    assert b"all 2 cells finished" in seen
+
+
+def test_units() -> None:
+    assert [duration(s) for s in (5, 200, 9000)] == ["5 s", "3 min", "2.5 h"]
+    assert [size(b) for b in (5, 2048, 3 << 30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
+    assert cli.app is not None

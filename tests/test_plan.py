@@ -1,0 +1,280 @@
+"""Cells, shards and steps: identities that may never change by accident, and arithmetic that must add up."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.journal import ShardManifest
+from orchestrator.plan import Plan, Planner, Progress, Task, make_plan, requests_of
+from orchestrator.spec import SweepSpec, parse_spec
+from workers.data import load_dataset
+from workers.job import cut_steps, expected_rows
+from workers.types import Dataset, SpecError
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return load_dataset("tinyworld")
+
+
+def spec_of(**changes: Any) -> SweepSpec:
+    raw: dict[str, Any] = {
+        "name": "p",
+        "model": {"name": "embedded", "device": "cpu"},
+        "dataset": {"kind": "tinyworld", "edits": 50},
+        "grid": {"T": [1, 10, 50], "seeds": [0, 1]},
+        "methods": ["ft", "grace"],
+        "engine": {"lanes": 4, "shard_edits": 100, "step_edits": 20},
+    }
+    for path, value in changes.items():
+        here = raw
+        *parents, last = path.split("__")
+        for key in parents:
+            here = here.setdefault(key, {})
+        here[last] = value
+    return parse_spec(yaml.safe_dump(raw), "p.yaml", Path("/"))
+
+
+def lanes_of(manifests: Iterable[ShardManifest]) -> Counter[tuple[str, int]]:
+    return Counter(
+        (manifest.job.cells[lane.cell].cell_id, group)
+        for manifest in manifests
+        for wave in manifest.job.waves
+        for lane in wave
+        for group in range(lane.group, lane.stop_group)
+    )
+
+
+def groups_of(plan: Plan) -> Counter[tuple[str, int]]:
+    return Counter((cell.cell_id, group) for cell in plan.cells for group in range(cell.groups))
+
+
+def by_name(plan: Plan) -> dict[tuple[str, int, int], str]:
+    return {(plan.variants[c.variant].label, c.T, c.seed): c.cell_id for c in plan.cells}
+
+
+def test_every_group_is_planned_once(dataset: Dataset) -> None:
+    plan = make_plan(spec_of(), dataset=dataset)
+    manifests = [plan.manifest(shard) for shard in plan.shards]
+    assert lanes_of(manifests) == groups_of(plan)
+    assert len({shard.shard_id for shard in plan.shards}) == len(plan.shards)
+    assert plan.edits == plan.edits_left == 2 * 3 * 2 * 50
+    for shard, manifest in zip(plan.shards, manifests, strict=True):
+        task = Task.of(manifest)
+        assert manifest.bounds == cut_steps(manifest.job, 20)
+        assert task.expected_rows == expected_rows(manifest.job)
+        assert task.edits == shard.edits == sum(manifest.job.T * len(wave) for wave in manifest.job.waves)
+        assert shard.lanes == max(map(len, manifest.job.waves)) <= 4
+        assert shard.edits <= max(100, shard.T)
+        assert ShardManifest.model_validate_json(manifest.model_dump_json()) == manifest
+    costs = [shard.cost for shard in plan.shards]
+    assert costs == sorted(costs, reverse=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lanes=st.integers(1, 12),
+    shard_edits=st.integers(1, 200),
+    T=st.sampled_from([1, 2, 5, 10, 25, 50]),
+    seeds=st.integers(1, 4),
+    rollback=st.sampled_from(["group", "never"]),
+    done=st.sets(st.tuples(st.integers(0, 3), st.integers(0, 49)), max_size=40),
+)
+def test_any_cut_covers_what_is_left(
+    lanes: int, shard_edits: int, T: int, seeds: int, rollback: str, done: set[tuple[int, int]]
+) -> None:
+    spec = spec_of(
+        methods=["ft"],
+        grid={"T": [T], "seeds": list(range(seeds)), "rollback": rollback},
+        engine={"lanes": lanes, "shard_edits": shard_edits},
+    )
+    planner = _planner(spec)
+    ids = [cell.cell_id for cell in planner.cells]
+    finished: dict[str, set[int]] = {}
+    for cell, group in done:
+        if cell < len(ids):
+            finished.setdefault(ids[cell], set()).add(group)
+    plan = planner.plan(Progress(done=finished))
+    left = Counter(key for key in groups_of(plan) if key[1] not in finished.get(key[0], ()))
+    manifests = [plan.manifest(shard) for shard in plan.shards]
+    assert lanes_of(manifests) == left
+    for manifest in manifests:
+        assert max(map(len, manifest.job.waves)) <= lanes
+    if rollback == "group":
+        sizes = [sum(map(len, manifest.job.waves)) for manifest in manifests]
+        assert all(size <= max(1, shard_edits // T) for size in sizes)
+
+
+def _planner(spec: SweepSpec) -> Planner:
+    return Planner(spec, load_dataset("tinyworld"))
+
+
+def test_cell_ids_depend_on_what_decides_the_numbers(dataset: Dataset) -> None:
+    base = by_name(make_plan(spec_of(), dataset=dataset))
+    same = [
+        spec_of(dataset__edits=100),
+        spec_of(engine__lanes=9, engine__threads=2, engine__shard_edits=7),
+        spec_of(scoring={"generated": False}),
+        spec_of(name="other"),
+        spec_of(methods=["grace", "ft", {"method": "ft", "label": "x", "hparams": {"num_steps": 3}}]),
+    ]
+    for spec in same:
+        found = by_name(make_plan(spec, dataset=dataset))
+        assert {key: found[key] for key in base} == base
+    other = [
+        spec_of(dataset__order="file"),
+        spec_of(model__dtype="float64"),
+        spec_of(chat_template=True),
+        spec_of(grid__rollback="never"),
+    ]
+    for spec in other:
+        assert not set(by_name(make_plan(spec, dataset=dataset)).values()) & set(base.values())
+    steps = by_name(make_plan(spec_of(methods=[{"method": "ft", "hparams": {"num_steps": 3}}]), dataset=dataset))
+    assert not set(steps.values()) & set(base.values())
+    labelled = make_plan(spec_of(methods=[{"method": "ft", "label": "FT"}]), dataset=dataset)
+    assert {c.cell_id for c in labelled.cells} == {v for k, v in base.items() if k[0] == "ft"}
+
+
+def test_growth_plans_only_what_is_new(dataset: Dataset) -> None:
+    first = make_plan(spec_of(), dataset=dataset)
+    done = {cell.cell_id: set(range(cell.groups)) for cell in first.cells}
+    assert make_plan(spec_of(), Progress(done=done), dataset).shards == ()
+    longer = make_plan(spec_of(dataset__edits=100), Progress(done=done), dataset)
+    assert lanes_of(map(longer.manifest, longer.shards)) == groups_of(longer) - groups_of(first)
+    wider = make_plan(spec_of(grid__seeds=[0, 1, 2]), Progress(done=done), dataset)
+    assert {cell.seed for s in wider.shards for cell in wider.manifest(s).job.cells} == {2}
+
+
+def test_a_shard_that_has_begun_keeps_its_composition(dataset: Dataset) -> None:
+    first = make_plan(spec_of(), dataset=dataset)
+    begun = [first.manifest(first.shards[0]), first.manifest(first.shards[5])]
+    again = make_plan(spec_of(engine__lanes=2, engine__shard_edits=30), Progress(begun=begun), dataset)
+    assert [s.shard_id for s in again.shards[:2]] == [
+        m.shard_id for m in sorted(begun, key=lambda m: -Task.of(m).edits)
+    ]
+    manifests = [again.manifest(shard) for shard in again.shards]
+    assert begun[0] in manifests
+    assert lanes_of(manifests) == groups_of(again)
+    narrow = make_plan(spec_of(methods=["grace"], grid__T=[1]), Progress(begun=begun), dataset)
+    wanted = {cell.cell_id for cell in narrow.cells}
+    for shard in narrow.shards:
+        assert wanted & {cell.cell_id for cell in narrow.manifest(shard).job.cells}
+
+
+def test_failed_groups_get_a_fresh_shard(dataset: Dataset) -> None:
+    spec = spec_of(methods=["ft"], grid={"T": [50], "seeds": [0]})
+    first = make_plan(spec, dataset=dataset)
+    again = make_plan(spec, Progress(used={first.shards[0].shard_id}), dataset)
+    assert len(again.shards) == 1
+    assert again.shards[0].shard_id != first.shards[0].shard_id
+    assert again.manifest(again.shards[0]).job == first.manifest(first.shards[0]).job
+
+
+def test_seeds_that_differ_in_nothing_run_once(dataset: Dataset) -> None:
+    plan = make_plan(spec_of(dataset__order="file", methods=["ft", "wise"]), dataset=dataset)
+    seeds = {(plan.variants[c.variant].label, c.seed) for c in plan.cells}
+    assert seeds == {("ft", 0), ("wise", 0), ("wise", 1)}
+    assert len(plan.warnings) == 1
+    assert "ft" in plan.warnings[0]
+    assert "0, 1" in plan.warnings[0]
+
+
+def test_continued_lanes(dataset: Dataset) -> None:
+    spec = spec_of(methods=["ft"], grid={"T": [10], "seeds": [0, 1, 2], "rollback": "never"})
+    plan = make_plan(spec, dataset=dataset)
+    assert [(len(s.runs), s.lanes, s.edits) for s in plan.shards] == [(2, 2, 100), (1, 1, 50)]
+    done = {cell.cell_id: {0, 1, 2} for cell in plan.cells}
+    rest = make_plan(spec, Progress(done=done), dataset)
+    lane = rest.manifest(rest.shards[0]).job.waves[0][0]
+    assert (lane.group, lane.stop_group) == (3, 5)
+    assert rest.shards[0].edits == 2 * 50  # everything is edited again, only the last groups are reported
+
+
+def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) -> None:
+    plan = make_plan(spec_of(methods=["ft"], grid={"T": [10], "seeds": [0, 1]}), dataset=dataset)
+    manifest = max(map(plan.manifest, plan.shards), key=lambda m: len(m.job.cells))
+    lists = requests_of(manifest, dataset)
+    assert lists[0] != lists[1]
+    more = make_plan(spec_of(methods=["ft"], dataset__edits=100, grid={"T": [100], "seeds": [0]}), dataset=dataset)
+    long = requests_of(more.manifest(more.shards[0]), dataset)[0]
+    short = lists[[c.seed for c in manifest.job.cells].index(0)]
+    assert long[: len(short)] == short
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset__edits": 5000}, ["dataset.edits", "5000", "1000"]),
+        ({"methods": ["memit-typo"]}, ["memit-typo", "ft", "grace", "rome", "wise"]),
+        ({"methods": [{"method": "ft", "hparams": {"layers": [99]}}]}, ["ft", "99", "0 to 5"]),
+        ({"methods": [{"method": "ft", "hparams": {"steps": 3}}]}, ["ft", "steps", "num_steps"]),
+        ({"methods": [{"method": "ft", "hparams": {"num_steps": "x"}}]}, ["ft", "num_steps", "'x'"]),
+        ({"methods": ["ft", {"method": "ft", "label": "twin"}]}, ["ft", "twin", "same settings"]),
+        ({"methods": ["grace"], "grid": {"T": [10], "batch_size": 5}}, ["batch_size", "grace", "one request"]),
+        ({"methods": [{"method": "ft", "hparams_file": "/nowhere.yaml"}]}, ["/nowhere.yaml"]),
+        ({"dataset": {"kind": "zsre", "edits": 50, "path": "/nowhere.json"}}, ["/nowhere.json"]),
+        ({"dataset": {"kind": "zrse", "edits": 50}}, ["zrse", "zsre"]),
+        ({"model__name": "/nowhere/model"}, ["/nowhere/model"]),
+    ],
+)
+def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
+    from workers.types import EditSweepError
+
+    with pytest.raises(EditSweepError) as caught:
+        make_plan(spec_of(**changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_spec_errors_are_spec_errors(dataset: Dataset) -> None:
+    with pytest.raises(SpecError):
+        make_plan(spec_of(dataset__edits=5000), dataset=dataset)
+
+
+def test_a_plan_travels_between_processes(dataset: Dataset) -> None:
+    plan = make_plan(spec_of(methods=["ft", "rome"]), dataset=dataset)
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy == plan
+    assert copy.manifest(copy.shards[-1]) == plan.manifest(plan.shards[-1])
+
+
+def test_artifacts_are_named_per_cell(dataset: Dataset) -> None:
+    plan = make_plan(spec_of(methods=["rome"], grid={"T": [10], "seeds": [0, 1]}), dataset=dataset)
+    manifest = max(map(plan.manifest, plan.shards), key=lambda m: len(m.job.cells))
+    specs = Task.of(manifest).artifact_specs()
+    for cell in manifest.job.cells:
+        assert cell.artifacts
+        assert set(cell.artifacts.values()) <= set(specs)
+    assert set(specs) == set(plan.artifact_keys(next(s for s in plan.shards if s.shard_id == manifest.shard_id)))
+
+
+def test_ten_thousand_cells(dataset: Dataset) -> None:
+    spec = spec_of(
+        dataset__edits=1000,
+        grid={"T": [1, 10, 100, 1000], "seeds": list(range(500))},
+        methods=[{"method": "ft", "label": f"ft{i}", "hparams": {"num_steps": i + 1}} for i in range(5)],
+        engine={"shard_edits": 1000},
+    )
+    make_plan(spec_of(), dataset=dataset)  # imports, once
+    began = time.process_time()
+    plan = make_plan(spec, dataset=dataset)
+    assert time.process_time() - began < 5
+    assert len(plan.cells) == 10_000
+    assert len({cell.cell_id for cell in plan.cells}) == 10_000
+
+
+def test_specs_and_manifests_need_no_torch() -> None:
+    code = "import sys, orchestrator.spec, orchestrator.plan; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0

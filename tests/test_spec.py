@@ -1,0 +1,197 @@
+"""What a sweep spec accepts, and what it says about what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.spec import MAX_BYTES, SweepSpec, load_spec, parse_spec, parse_yaml, scoring_identity
+from workers.types import SpecError
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD: dict[str, Any] = {
+    "name": "s",
+    "model": {"name": "embedded"},
+    "dataset": {"kind": "tinyworld", "edits": 50},
+    "grid": {"T": [1, 10], "seeds": [0, 1]},
+    "methods": ["ft", {"method": "wise", "label": "wise-merge", "hparams": {"retrieve": False}}],
+}
+
+
+def parse(text: str, overrides: tuple[str, ...] = (), base: Path = Path("/base")) -> SweepSpec:
+    return parse_spec(text, source="s.yaml", base=base, overrides=overrides)
+
+
+def changed(path: str, value: Any) -> str:
+    raw = copy.deepcopy(GOOD)
+    here = raw
+    *parents, last = path.split(".")
+    for key in parents:
+        here = here.setdefault(key, {})
+    here[last] = value
+    return yaml.safe_dump(raw)
+
+
+def refusal(text: str, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse(text, overrides)
+    return str(caught.value)
+
+
+def test_defaults_and_labels() -> None:
+    spec = parse(yaml.safe_dump(GOOD))
+    assert [m.label for m in spec.methods] == ["ft", "wise-merge"]
+    assert spec.grid.rollback == "group"
+    assert spec.engine.max_failures == 2
+    assert spec.methods[1].hparams == {"retrieve": False}
+
+
+def test_round_trip() -> None:
+    spec = parse(yaml.safe_dump(GOOD))
+    assert SweepSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert parse(yaml.safe_dump(spec.model_dump(mode="json"))) == spec
+
+
+@pytest.mark.parametrize("name", ["demo", "continual"])
+def test_specs_that_ship(name: str) -> None:
+    spec = load_spec(ROOT / "sweeps" / f"{name}.yaml")
+    assert spec.name == name
+    assert [m.label for m in spec.methods] == ["ft", "rome", "grace", "wise-merge", "wise-retrieve"]
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    raw = copy.deepcopy(GOOD)
+    raw["dataset"] = {"kind": "zsre", "edits": 50, "path": "data/z.json"}
+    raw["model"] = {"name": "./model"}
+    raw["methods"] = [{"method": "rome", "hparams_file": "h.yaml"}]
+    spec = parse(yaml.safe_dump(raw), base=tmp_path)
+    assert spec.dataset.path == tmp_path / "data" / "z.json"
+    assert spec.model.name == str(tmp_path / "model")
+    assert spec.methods[0].hparams_file == tmp_path / "h.yaml"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("gird", {}, ["gird", "unknown key", "'grid'", "methods"]),
+        ("grid.seed", [0], ["grid.seed", "unknown key", "seeds"]),
+        ("engine.resources.gpus", 1, ["engine.resources.gpus", "valid keys: cpu, gpu"]),
+        ("dataset.edits", "many", ["dataset.edits", "integer", "'many'"]),
+        ("dataset.edits", 0, ["dataset.edits", "greater than or equal to 1"]),
+        ("grid.T", [7], ["grid.T", "7 does not divide", "50", "5 and 10"]),
+        ("grid.T", [100], ["grid.T", "100 is larger", "50"]),
+        ("grid.T", [], ["grid.T"]),
+        ("grid.T", [1, 1], ["grid.T", "twice"]),
+        ("grid.T", [0], ["grid.T", "at least 1", "0"]),
+        ("grid.seeds", [0, 0], ["grid.seeds", "twice: 0"]),
+        ("grid.seeds", [-1], ["grid.seeds", "-1"]),
+        ("grid.batch_size", 3, ["grid.batch_size", "3", "T=1"]),
+        ("grid.rollback", "always", ["grid.rollback", "'always'", "'group' or 'never'"]),
+        ("dataset.order", "random", ["dataset.order", "'file' or 'shuffle'"]),
+        ("model.dtype", "int8", ["model.dtype", "'int8'", "float32"]),
+        ("methods", ["wise", {"method": "wise"}], ["'wise'", "2 times", "label"]),
+        ("methods", [], ["methods"]),
+        ("methods", [{"label": "x"}], ["methods.0.method", "required"]),
+        ("methods", [{"method": "ft", "hparam": {}}], ["methods.0.hparam", "did you mean 'hparams'"]),
+        ("name", "../up", ["name", "../up", "plain name"]),
+        ("scoring.score_at", ["x"], ["scoring.score_at.0", "'x'"]),
+    ],
+)
+def test_refusals_name_field_value_and_choices(path: str, value: Any, words: list[str]) -> None:
+    message = refusal(changed(path, value))
+    for word in ["s.yaml", *words]:
+        assert word in message, message
+
+
+def test_missing_field_and_wrong_shape() -> None:
+    raw = {k: v for k, v in GOOD.items() if k != "dataset"}
+    assert "dataset: this field is required" in refusal(yaml.safe_dump(raw))
+    assert "expected a mapping" in refusal("- 1\n- 2\n")
+    assert "expected a mapping" in refusal("")
+
+
+def test_missing_and_large_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"nowhere\.yaml: no such spec file"):
+        load_spec(tmp_path / "nowhere.yaml")
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(tmp_path)
+    big = tmp_path / "big.yaml"
+    big.write_text("#" * (MAX_BYTES + 1))
+    with pytest.raises(SpecError, match="at most"):
+        load_spec(big)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(binary)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "line"),
+        ("a: 1\na: 2", "'a' appears twice"),
+        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("a: &a [*a]", "contains itself"),
+        ("a: " + "[" * 200 + "]" * 200, "nested"),
+        ("? [1, 2]\n: 3", "plain word"),
+        ("a: 2020-13-45", "month"),
+        ("a: 1\n---\nb: 2", "document"),
+    ],
+)
+def test_yaml_that_is_refused(text: str, words: str) -> None:
+    with pytest.raises(SpecError, match=r"s\.yaml") as caught:
+        parse_yaml(text, "s.yaml")
+    assert words in str(caught.value)
+
+
+def test_a_nest_of_aliases_is_not_written_out() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(SpecError, match="aliases"):
+        parse_yaml("\n".join(lines), "s.yaml")
+    assert parse_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}", "s.yaml")["c"] == {"x": 1, "y": 2}
+
+
+def test_numbers_in_scientific_notation() -> None:
+    assert parse_yaml("[1e-4, 5E3, -2e+1, 1.5e-2]", "s.yaml") == [1e-4, 5e3, -20.0, 0.015]
+
+
+def test_overrides() -> None:
+    text = yaml.safe_dump(GOOD)
+    spec = parse(text, ("grid.T=[1,50]", "engine.lanes=3", "methods.0.label=mine", "ray.address=auto", "grid.seeds=7"))
+    assert spec.grid.T == (1, 50)
+    assert spec.grid.seeds == (7,)
+    assert spec.engine.lanes == 3
+    assert spec.methods[0].label == "mine"
+    assert spec.methods[0].method == "ft"
+    assert spec.ray.address == "auto"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("grid.T", "key=value"),
+        ("=3", "key=value"),
+        ("grid.X=3", "unknown key 'X'"),
+        ("methods.9.label=a", "entries 0 to 1"),
+        ("name.x=1", "has no fields"),
+        ("grid.T=[1", "not valid YAML"),
+        ("grid.T=[3]", "3 does not divide"),
+    ],
+)
+def test_bad_overrides(override: str, words: str) -> None:
+    message = refusal(yaml.safe_dump(GOOD), (override,))
+    assert words in message
+    assert "--set" in message
+
+
+def test_scoring_identity_leaves_batching_out() -> None:
+    one = parse(changed("scoring", {"rows_per_batch": 8, "requests_per_tick": 5}))
+    other = parse(changed("scoring", {"generated": False}))
+    plain = parse(yaml.safe_dump(GOOD))
+    assert scoring_identity(one.scoring) == scoring_identity(plain.scoring)
+    assert scoring_identity(other.scoring) != scoring_identity(plain.scoring)
