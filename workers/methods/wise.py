@@ -539,13 +539,16 @@ class WISE(Method[WISEConfig]):
     def embedded(cls) -> dict[str, JSON]:
         return {
             "layer": 4,
-            "lr": 0.3,
+            "lr": 0.1,
             "n_iter": 20,
-            "alpha": 0.2,
-            "beta": 0.8,
-            "gamma": 0.4,
+            # a small map has no room to spare: at 0.2 the edits of one memory overwrite each other
+            "mask_ratio": 0.5,
+            "alpha": 4.0,
+            "beta": 8.0,
+            "gamma": 3.0,
             "save_freq": 25,
             "merge_freq": 50,
+            "context_template_length_params": [[5, 5]],
         }
 
     @classmethod
