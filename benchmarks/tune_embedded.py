@@ -59,7 +59,7 @@ def measure(session: Session, method: str, hparams: dict[str, Any], Ts: list[int
         steps = sum(r["iterations"] for r in final) / max(1, len(final))
         parts.append(
             f"T={T}: rel {means[0]:.2f} gen {means[1]:.2f} loc {means[2]:.2f} port {means[3]:.2f} "
-            f"(at once {sum(now) / max(1, len(now)):.2f}; {steps:.0f} it; {seconds:.2f} s{'; FAILED ' + str(failed) if failed else ''})"
+            f"(at once {sum(now) / max(1, len(now)):.2f}; {steps:.0f} it; {seconds:.2f} s; {failed} failed)"
         )
     return " | ".join(parts)
 

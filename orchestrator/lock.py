@@ -94,7 +94,7 @@ class Lock:
         if self._thread is not None:
             self._thread.join()
         if not self.lost:
-            self.store.replace(_beat(self.paths, self.number), b"%d" % _RELEASED)
+            self.store.replace(self.paths.lock_beat(self.number), b"%d" % _RELEASED)
 
     def check(self) -> None:
         """Raise :class:`LockLost` if the folder has another owner by now."""
@@ -111,7 +111,7 @@ class Lock:
                 if _highest(self.store, self.paths) > self.number:
                     self.lost = True
                     return
-                self.store.replace(_beat(self.paths, self.number), b"%d" % count)
+                self.store.replace(self.paths.lock_beat(self.number), b"%d" % count)
             except EditSweepError:
                 continue  # a full disk or a pause of the file system: the next beat may come through
             count += 1
@@ -141,11 +141,11 @@ def acquire(
             "space": _process_space(),
             "started": psutil.Process().create_time(),
         }
-        if store.publish_new(_claim(paths, number + 1), json.dumps(mine, sort_keys=True).encode()):
+        if store.publish_new(paths.lock_claim(number + 1), json.dumps(mine, sort_keys=True).encode()):
             for old in _claims(store, paths):
                 if old <= number:
-                    store.delete(_claim(paths, old))
-                    store.delete(_beat(paths, old))
+                    store.delete(paths.lock_claim(old))
+                    store.delete(paths.lock_beat(old))
             return Lock(store, number + 1, paths, beat_seconds)
 
 
@@ -203,7 +203,7 @@ def _highest(store: Store, paths: ResultsPaths) -> int:
 
 def _read(store: Store, paths: ResultsPaths, number: int) -> Owner | None:
     try:
-        value: Mapping[str, JSON] = json.loads(store.read(_claim(paths, number)))
+        value: Mapping[str, JSON] = json.loads(store.read(paths.lock_claim(number)))
         return Owner(
             number=number,
             owner=str(value["owner"]),
@@ -219,17 +219,9 @@ def _read(store: Store, paths: ResultsPaths, number: int) -> Owner | None:
 
 def _count(store: Store, paths: ResultsPaths, number: int) -> int:
     try:
-        return int(store.read(_beat(paths, number)))
+        return int(store.read(paths.lock_beat(number)))
     except (Missing, ValueError):
         return 0
-
-
-def _claim(paths: ResultsPaths, number: int) -> str:
-    return f"{paths.lock}/{number:08d}.json"
-
-
-def _beat(paths: ResultsPaths, number: int) -> str:
-    return f"{paths.lock}/{number:08d}.beat"
 
 
 def _process_space() -> str:

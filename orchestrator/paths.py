@@ -5,7 +5,7 @@ files of a disk or objects of a bucket. ::
 
     sweep.json                                  which sweep this folder belongs to
     plan.json                                   cell id -> definition, only ever added to
-    lock                                        the driver that owns the folder
+    lock/<number>.json, <number>.beat           who owns the folder (the highest number), and its heartbeat
     runs/<run_id>/spec.yaml, run.json           one call of ``editsweep run``
     parts/<shard>/manifest.json                 what the shard consists of; written before its first attempt
     parts/<shard>/<attempt>/attempt.json        who claimed it, and where it continues
@@ -63,6 +63,12 @@ class ResultsPaths:
 
     def run_info(self, run_id: str) -> str:
         return f"{self.run(run_id)}/run.json"
+
+    def lock_claim(self, number: int) -> str:
+        return f"{self.lock}/{number:08d}.json"
+
+    def lock_beat(self, number: int) -> str:
+        return f"{self.lock}/{number:08d}.beat"
 
     def log(self, name: str) -> str:
         return f"{self.logs}/{_name(name)}.log"

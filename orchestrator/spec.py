@@ -11,25 +11,17 @@ checked by :mod:`orchestrator.plan`.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from yaml.constructor import ConstructorError
 
+from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Frozen, Rollback, ScoreConfig
 from workers.models import ModelConfig
 from workers.types import JSON, SpecError
-
-MAX_BYTES = 1 << 20
-"""A spec larger than this is refused before it is parsed."""
-
-MAX_NODES = 50_000
-"""YAML nodes a spec may have once its aliases are written out (a nest of aliases can stand for billions)."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
@@ -194,80 +186,15 @@ def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()
     """The spec in ``text``; ``source`` names it in errors, relative paths start at ``base``."""
     raw = parse_yaml(text, source)
     if not isinstance(raw, dict):
-        raise SpecError(f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {_short(raw)}")
+        raise SpecError(f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {short(raw)}")
     for override in overrides:
         _override(raw, override)
     origin = source if not overrides else f"{source} (with --set)"
     try:
         spec = SweepSpec.model_validate(_with_paths(raw, base))
     except ValidationError as e:
-        raise SpecError(f"{origin}: {_explain(e, SweepSpec)}") from None
+        raise SpecError(f"{origin}: {explain(e, SweepSpec)}") from None
     return spec
-
-
-# --- YAML ------------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses repeated keys and reads ``1e-4`` as the number it looks like."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, (str, int, float, bool, type(None))):
-                raise ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
-            if key in seen:
-                raise ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, source: str) -> JSON:
-    """Safely loaded YAML of bounded size."""
-    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
-        raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _written_out(node, {}, 0) > MAX_NODES:
-            raise SpecError(f"{source}: more than {MAX_NODES} values once its aliases are written out")
-        return loader.construct_document(node)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
-        raise SpecError(f"{source}: not valid YAML{where}: {getattr(e, 'problem', None) or e}") from None
-    except (ValueError, RecursionError) as e:
-        raise SpecError(f"{source}: not valid YAML: {e or 'nested too deeply'}") from None
-    finally:
-        loader.dispose()
-
-
-def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Nodes below and including ``node`` with every alias written out; an alias to its own parent raises."""
-    if depth > 50:
-        raise ValueError("nested more than 50 levels deep")
-    if id(node) in known:
-        if known[id(node)] == 0:
-            raise ValueError("an alias contains itself")
-        return known[id(node)]
-    known[id(node)] = 0
-    total = 1
-    if isinstance(node, yaml.SequenceNode):
-        total += sum(_written_out(child, known, depth + 1) for child in node.value)
-    elif isinstance(node, yaml.MappingNode):
-        total += sum(_written_out(child, known, depth + 1) for pair in node.value for child in pair)
-    known[id(node)] = total
-    return total
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -297,7 +224,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
                     here[key] = {}
                 here = here[key]
         else:
-            raise SpecError(f"--set {text!r}: {'.'.join(keys[:i])} is {_short(here)} and has no fields")
+            raise SpecError(f"--set {text!r}: {'.'.join(keys[:i])} is {short(here)} and has no fields")
 
 
 def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -329,43 +256,6 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """All problems of one validation, a line each."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"])
-        kind = problem["type"]
-        if kind == "extra_forbidden":
-            key = str(problem["loc"][-1])
-            valid = _fields_at(root, problem["loc"][:-1])
-            close = difflib.get_close_matches(key, valid, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            lines.append(f"{field}: unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
-        elif kind == "missing":
-            lines.append(f"{field}: this field is required")
-        elif kind == "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{field}: {message}" if field else message)
-        elif kind == "literal_error":
-            choices = problem.get("ctx", {}).get("expected", "")
-            lines.append(f"{field}: {_short(problem['input'])} is not valid; choose {choices}")
-        else:
-            message = problem["msg"][:1].lower() + problem["msg"][1:]
-            lines.append(f"{field}: {message}, found {_short(problem['input'])}")
-    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
-
-
-def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """The keys a mapping at ``loc`` may have."""
-    here: Any = root
-    for part in loc:
-        if isinstance(part, int):
-            here = next((a for a in get_args(here) if isinstance(a, type)), None)
-        elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
-            here = here.model_fields[part].annotation
-    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
-
-
 def _keys(model: type[BaseModel]) -> str:
     return ", ".join(model.model_fields)
 
@@ -373,7 +263,7 @@ def _keys(model: type[BaseModel]) -> str:
 def _plain_name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError(
-            f"{_short(value)} is not a plain name: start with a letter or digit, then letters, digits and . _ + - "
+            f"{short(value)} is not a plain name: start with a letter or digit, then letters, digits and . _ + - "
             "(at most 100)"
         )
     return value
@@ -395,11 +285,6 @@ def _nearest(value: int, valid: Sequence[int]) -> str:
     below = [v for v in valid if v < value]
     above = [v for v in valid if v > value]
     return " and ".join(str(v) for v in (*below[-1:], *above[:1]))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def scoring_identity(score: ScoreConfig) -> Mapping[str, JSON]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.spec import MAX_BYTES, SweepSpec, load_spec, parse_spec, parse_yaml, scoring_identity
+from orchestrator.spec import SweepSpec, load_spec, parse_spec, scoring_identity
+from workers.inputs import MAX_BYTES, parse_yaml
 from workers.types import SpecError
 
 ROOT = Path(__file__).resolve().parent.parent

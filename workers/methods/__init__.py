@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from workers.inputs import MAX_BYTES, explain, parse_yaml
 from workers.methods.base import Method, MethodConfig
 from workers.models import EMBEDDED, ModelConfig
 from workers.types import JSON, SpecError
@@ -49,18 +50,18 @@ def load_config(
     Without a file, the embedded model starts from the hyperparameters tuned for it. Raises :class:`SpecError` naming the
     method, the field, the value and what is allowed.
     """
-    import yaml
     from pydantic import ValidationError
 
     cls = get_method(method)
     values: dict[str, JSON] = {}
     if hparams_file is not None:
         try:
-            loaded = yaml.safe_load(hparams_file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SpecError(f"hparams_file: {hparams_file}: {error.strerror or error}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SpecError(f"hparams_file: {hparams_file}: not valid YAML ({error})") from None
+            if hparams_file.stat().st_size > MAX_BYTES:
+                raise SpecError(f"hparams_file: {hparams_file}: larger than {MAX_BYTES} bytes")
+            text = hparams_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"hparams_file: {hparams_file}: cannot be read: {error}") from None
+        loaded = parse_yaml(text, f"hparams_file: {hparams_file}")
         if not isinstance(loaded, dict):
             raise SpecError(f"hparams_file: {hparams_file}: expected a mapping, found {type(loaded).__name__}")
         values = cls.Config.from_easyedit(loaded, str(hparams_file))
@@ -70,16 +71,4 @@ def load_config(
     try:
         return cls.Config.model_validate({**values, **hparams})
     except ValidationError as error:
-        raise SpecError(f"{source}: {describe(error, cls.Config)}") from None
-
-
-def describe(error: Any, config: type[MethodConfig]) -> str:
-    """One line per problem of a pydantic error: field, value, what is expected, and for unknown keys the known ones."""
-    lines = []
-    for e in error.errors():
-        where = ".".join(str(part) for part in e["loc"]) or "config"
-        if e["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key (value {e['input']!r}); choices: {', '.join(config.model_fields)}")
-        else:
-            lines.append(f"{where}: {e['msg']} (value {e['input']!r})")
-    return "; ".join(lines)
+        raise SpecError(f"{source}: {explain(error, cls.Config)}") from None

@@ -1,0 +1,124 @@
+"""Reading what people write: YAML of bounded size, and a validation's complaints as one message that can be acted on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from yaml.constructor import ConstructorError
+
+from workers.types import JSON, SpecError
+
+MAX_BYTES = 1 << 20
+"""A file larger than this is refused before it is parsed."""
+
+MAX_NODES = 50_000
+"""YAML nodes a file may have once its aliases are written out (a nest of aliases can stand for billions)."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses repeated keys and reads ``1e-4`` as the number it looks like."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
+            if key in seen:
+                raise ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, source: str) -> JSON:
+    """Safely loaded YAML of bounded size."""
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}, 0) > MAX_NODES:
+            raise SpecError(f"{source}: more than {MAX_NODES} values once its aliases are written out")
+        return loader.construct_document(node)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise SpecError(f"{source}: not valid YAML{where}: {getattr(e, 'problem', None) or e}") from None
+    except (ValueError, RecursionError) as e:
+        raise SpecError(f"{source}: not valid YAML: {e or 'nested too deeply'}") from None
+    finally:
+        loader.dispose()
+
+
+def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Nodes below and including ``node`` with every alias written out; an alias to its own parent raises."""
+    if depth > 50:
+        raise ValueError("nested more than 50 levels deep")
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError("an alias contains itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    total = 1
+    if isinstance(node, yaml.SequenceNode):
+        total += sum(_written_out(child, known, depth + 1) for child in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        total += sum(_written_out(child, known, depth + 1) for pair in node.value for child in pair)
+    known[id(node)] = total
+    return total
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """All problems of one validation, a line each."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"])
+        kind = problem["type"]
+        if kind == "extra_forbidden":
+            key = str(problem["loc"][-1])
+            valid = _fields_at(root, problem["loc"][:-1])
+            close = difflib.get_close_matches(key, valid, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            lines.append(f"{field}: unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
+        elif kind == "missing":
+            lines.append(f"{field}: this field is required")
+        elif kind == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{field}: {message}" if field else message)
+        elif kind == "literal_error":
+            choices = problem.get("ctx", {}).get("expected", "")
+            lines.append(f"{field}: {short(problem['input'])} is not valid; choose {choices}")
+        else:
+            message = problem["msg"][:1].lower() + problem["msg"][1:]
+            lines.append(f"{field}: {message}, found {short(problem['input'])}")
+    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The keys a mapping at ``loc`` may have."""
+    here: Any = root
+    for part in loc:
+        if isinstance(part, int):
+            here = next((a for a in get_args(here) if isinstance(a, type)), None)
+        elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
+            here = here.model_fields[part].annotation
+    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+
+
+def short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
