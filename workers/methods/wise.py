@@ -546,6 +546,7 @@ class WISE(Method[WISEConfig]):
             "alpha": 4.0,
             "beta": 8.0,
             "gamma": 3.0,
+            "act_ratio": 0.7,
             "save_freq": 25,
             "merge_freq": 50,
             "context_template_length_params": [[5, 5]],
