@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -79,18 +79,7 @@ ARCHITECTURES: Mapping[str, Arch] = MappingProxyType(
         "qwen2": _LLAMA,
         "qwen3": _LLAMA,
         "gemma": _LLAMA,
-        "phi3": Arch(
-            backbone="model",
-            layers="model.layers",
-            norm="model.norm",
-            head="lm_head",
-            attn="self_attn",
-            attn_in=("self_attn.qkv_proj",),
-            attn_out="self_attn.o_proj",
-            mlp="mlp",
-            mlp_in=("mlp.gate_up_proj",),
-            mlp_out="mlp.down_proj",
-        ),
+        "phi3": replace(_LLAMA, attn_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
         "gpt2": Arch(
             backbone="transformer",
             layers="transformer.h",

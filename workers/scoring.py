@@ -95,7 +95,7 @@ class BaseAnswers:
     A batch is answered as a whole or not at all, so a hit and a miss give the same bits.
     """
 
-    capacity: int = 4096
+    capacity: int = 1024
     hits: int = 0
     misses: int = 0
     _kept: OrderedDict[tuple[object, ...], _Reply] = field(default_factory=OrderedDict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Self
@@ -38,6 +39,9 @@ class Session:
     def open(cls, config: ModelConfig, threads: int = 1) -> Self:
         """Load the model. Fixes what the bits of a result depend on: thread count, no TF32, deterministic kernels."""
         torch.set_num_threads(threads)
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is deterministic with a fixed workspace only
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.use_deterministic_algorithms(True, warn_only=True)

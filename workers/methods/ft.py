@@ -26,12 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.models import BaseModel, ModelShape
 from workers.optim import Adam
@@ -113,8 +114,8 @@ class FT(Method[FTConfig]):
         if not isinstance(overlay, DenseOverlay):
             raise TypeError(f"FT edits a DenseOverlay, not a {type(overlay).__name__}")
         config = self.config
-        batch = _Batch.of(self.base, edits, config)
-        prefix = capture(self.base, batch.rows, overlay.first_layer)
+        rows, targets = _batch(self.base, edits, config)
+        prefix = capture(self.base, rows, overlay.first_layer)
         weights = list(overlay.weights_LOI.values())
         origins = self._origins(overlay)
         optimizer = Adam(weights, config.lr, config.weight_decay)
@@ -126,8 +127,8 @@ class FT(Method[FTConfig]):
                 weight_LOI.requires_grad_(True)
             for step in range(config.num_steps):
                 optimizer.zero_grad()
-                with overlay.installed(batch.rows):
-                    now_L = batch.loss(self.base, replay(self.base, prefix))
+                with overlay.installed(rows):
+                    now_L = targets.nll(self.base, replay(self.base, prefix))
                 first_L = now_L.detach() if step == 0 else first_L
                 loss_L = torch.where(active_L, now_L.detach(), loss_L)
                 active_L = active_L & (now_L.detach() >= STOP_LOSS)  # a loss that is not a number stops its lane, too
@@ -177,47 +178,22 @@ class FT(Method[FTConfig]):
         return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
 
 
-class _Batch:
-    """The rows of one call and where their loss is read: ``P`` (row, column, target token) triples."""
-
-    def __init__(self, rows: Rows, places: Sequence[tuple[int, int, int, int, float]], lanes: int) -> None:
-        row, column, token, lane, share = zip(*places, strict=True)
-        device = rows.input_ids_BS.device
-        self.rows = rows
-        self.lanes = lanes
-        self.row_P = torch.tensor(row, device=device)
-        self.column_P = torch.tensor(column, device=device)
-        self.token_P = torch.tensor(token, device=device)
-        self.lane_P = torch.tensor(lane, device=device)
-        self.share_P = torch.tensor(share, dtype=torch.float64, device=device)
-
-    @classmethod
-    def of(cls, base: BaseModel, edits: Sequence[LaneEdit], config: FTConfig) -> Self:
-        encoded: list[Encoded] = []
-        lanes: list[int] = []
-        columns: list[list[int]] = []
-        tokens: list[tuple[int, ...]] = []
-        for lane, edit in enumerate(edits):
-            for request in edit.requests:
-                sequence, target = _encode(base, request, config)
-                n = sequence.prompt_len
-                encoded.append(sequence)
-                lanes.append(lane)
-                tokens.append(target)
-                columns.append([n - 1 + j * (config.objective == "target_new") for j in range(len(target))])
-        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
-        places = [
-            (i, rows.offsets[i] + column, token, lanes[i], 1 / (len(tokens[i]) * len(edits[lanes[i]].requests)))
-            for i in range(len(encoded))
-            for column, token in zip(columns[i], tokens[i], strict=True)
-        ]
-        return cls(rows, places, len(edits))
-
-    def loss(self, base: BaseModel, hidden_BSD: Tensor) -> Tensor:
-        """Mean over a request's tokens, then over a lane's requests, (L,). The head runs only where it is read."""
-        logits_PV = base.logits(hidden_BSD[self.row_P, self.column_P])
-        nll_P = -logits_PV.log_softmax(-1).gather(1, self.token_P[:, None])[:, 0]
-        return nll_P.new_zeros(self.lanes).index_add(0, self.lane_P, nll_P * self.share_P.to(nll_P.dtype))
+def _batch(base: BaseModel, edits: Sequence[LaneEdit], config: FTConfig) -> tuple[Rows, TargetTokens]:
+    """The rows of one call and where their loss is read: mean over a request's tokens, then over a lane's requests."""
+    encoded: list[Encoded] = []
+    lanes: list[int] = []
+    places: list[tuple[int, int, int, float]] = []
+    step = int(config.objective == "target_new")
+    for lane, edit in enumerate(edits):
+        for request in edit.requests:
+            sequence, target = _encode(base, request, config)
+            share = 1 / (len(target) * len(edit.requests))
+            start = sequence.prompt_len - 1
+            places += [(len(encoded), start + j * step, token, share) for j, token in enumerate(target)]
+            encoded.append(sequence)
+            lanes.append(lane)
+    rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
+    return rows, TargetTokens(rows, places, len(edits))
 
 
 def _encode(base: BaseModel, request: EditRequest, config: FTConfig) -> tuple[Encoded, tuple[int, ...]]:

@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, split_module
 from workers.models import BaseModel, ModelShape, Site
 from workers.optim import Adam
@@ -251,7 +252,7 @@ class GRACE(Method[GRACEConfig]):
         for i in range(self.config.n_iter):
             optimizer.zero_grad()
             with overlay.training(value_LO), overlay.installed(batch.rows):
-                now_L = batch.loss(self.base, replay(self.base, prefix))
+                now_L = batch.targets.nll(self.base, replay(self.base, prefix))
             loss_L = torch.where(active_L, now_L.detach(), loss_L) if i else now_L.detach()
             active_L = active_L & torch.isfinite(now_L.detach())
             if not bool(active_L.any()):
@@ -317,34 +318,23 @@ class GRACE(Method[GRACEConfig]):
 
 
 class _Batch:
-    """One row per lane, and where its loss is read: ``P`` (row, column, target token) triples."""
+    """One row per lane, its label, and where its loss is read."""
 
     def __init__(self, base: BaseModel, edits: Sequence[LaneEdit]) -> None:
         pairs = []
         for edit in edits:
             (request,) = edit.requests  # the method edits one at a time (batch_edits is False)
             pairs.append(base.encoder.pair(request.prompt, request.target_new))
-        self.lanes = len(pairs)
         self.labels = [pair.target for pair in pairs]
         # the last token predicts nothing that is scored
         encoded = [Encoded(pair.ids[:-1], pair.prompt_len) for pair in pairs]
-        self.rows = collate(encoded, range(self.lanes), base.encoder.pad_id, base.device)
+        self.rows = collate(encoded, range(len(pairs)), base.encoder.pad_id, base.device)
         places = [
-            (lane, self.rows.offsets[lane] + pair.prompt_len - 1 + j, token, 1 / len(pair.target))
+            (lane, pair.prompt_len - 1 + j, token, 1 / len(pair.target))
             for lane, pair in enumerate(pairs)
             for j, token in enumerate(pair.target)
         ]
-        row, column, token_ids, share = zip(*places, strict=True)
-        self.row_P = torch.tensor(row, device=base.device)
-        self.column_P = torch.tensor(column, device=base.device)
-        self.token_P = torch.tensor(token_ids, device=base.device)
-        self.share_P = torch.tensor(share, dtype=torch.float64, device=base.device)
-
-    def loss(self, base: BaseModel, hidden_BSD: Tensor) -> Tensor:
-        """Mean over the target's tokens, (L,)."""
-        logits_PV = base.logits(hidden_BSD[self.row_P, self.column_P])
-        nll_P = -logits_PV.log_softmax(-1).gather(1, self.token_P[:, None])[:, 0]
-        return nll_P.new_zeros(self.lanes).index_add(0, self.row_P, nll_P * self.share_P.to(nll_P.dtype))
+        self.targets = TargetTokens(self.rows, places, len(pairs))
 
 
 def _key(base: BaseModel, site: Site, rows: Rows, first_layer: int) -> tuple[Tensor, Any]:

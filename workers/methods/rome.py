@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from workers import stats, templates
 from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.models import EMBEDDED, BaseModel, ModelConfig, ModelFingerprint, ModelShape
 from workers.optim import Adam
@@ -316,7 +317,6 @@ class _Batch:
     def __init__(self, base: BaseModel, lanes: Sequence[Sequence[_Line]]) -> None:
         lines = [(lane, line) for lane, of_lane in enumerate(lanes) for line in of_lane]
         device = base.device
-        self.lanes = len(lanes)
         self.rows: Rows = collate(
             [line.encoded for _, line in lines], [lane for lane, _ in lines], base.encoder.pad_id, device
         )
@@ -332,16 +332,11 @@ class _Batch:
         kept = [lines[stop - 1][1].read for stop in stops]
         self.kept_column_L = torch.tensor([offsets[s - 1] + k for s, k in zip(stops, kept, strict=True)], device=device)
         places = [
-            (i, offsets[i] + line.read + j, token, lane, 1 / (len(line.target) * (len(lanes[lane]) - 1)))
+            (i, line.read + j, token, 1 / (len(line.target) * (len(lanes[lane]) - 1)))
             for i, (lane, line) in enumerate(lines)
             for j, token in enumerate(line.target)
         ]
-        row, column, token, lane, share = zip(*places, strict=True)
-        self.row_P = torch.tensor(row, device=device)
-        self.column_P = torch.tensor(column, device=device)
-        self.token_P = torch.tensor(token, device=device)
-        self.lane_P = torch.tensor(lane, device=device)
-        self.share_P = torch.tensor(share, dtype=base.master_dtype, device=device)
+        self.targets = TargetTokens(self.rows, places, len(lanes))
 
     @classmethod
     def of(
@@ -357,9 +352,7 @@ class _Batch:
 
     def read(self, base: BaseModel, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Per lane: mean negative log-likelihood (L,), log-probabilities of the kept distribution (L, V)."""
-        logits_PV = base.logits(hidden_BSD[self.row_P, self.column_P])
-        nll_P = -logits_PV.log_softmax(-1).gather(1, self.token_P[:, None])[:, 0]
-        nll_L = nll_P.new_zeros(self.lanes).index_add(0, self.lane_P, nll_P * self.share_P)
+        nll_L = self.targets.nll(base, hidden_BSD)
         kept_LV = base.logits(hidden_BSD[self.kept_L, self.kept_column_L]).log_softmax(-1)
         return nll_L, kept_LV
 

@@ -64,6 +64,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from workers.artifacts import ArtifactSpec
+from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, split_module
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
 from workers.optim import SGD
@@ -486,7 +487,7 @@ class WISE(Method[WISEConfig]):
                     break
                 optimizer.zero_grad()
                 with overlay.training() as traces, overlay.installed(batch.rows):
-                    now_L = batch.target_loss(self.base, replay(self.base, prefix))
+                    now_L = batch.targets.nll(self.base, replay(self.base, prefix))
                 (trace,) = traces
                 now_L = now_L + batch.margin_loss(overlay.strength(trace.plain_BSO, trace.change_BSO))
                 before_L = torch.where(active_L, loss_L, before_L)
@@ -630,24 +631,11 @@ class _Batch:
                 self.rows = replace(self.rows, position_ids_BS=column_BS.clamp_min(0))
             if config.routing == "all_tokens":
                 self.token_BS = column_BS >= 0
-        row, column, token, share_of = zip(*places, strict=True)
-        self.row_P = torch.tensor(row, device=device)
-        self.column_P = torch.tensor(
-            [self.rows.offsets[r] + c for r, c in zip(row, column, strict=True)], device=device
-        )
-        self.token_P = torch.tensor(token, device=device)
-        self.lane_P = self.rows.lane_B[self.row_P]
-        self.share_P = torch.tensor(share_of, dtype=torch.float64, device=device)
+        self.targets = TargetTokens(self.rows, places, len(edits))
         self.row_E = torch.tensor(row_E, device=device)
         self.owner_E = torch.tensor(owner_E, device=device)
         self.unrelated_G = torch.tensor(unrelated_G, device=device)
         self.lane_G = torch.tensor(lane_G, device=device)
-
-    def target_loss(self, base: BaseModel, hidden_BSD: Tensor) -> Tensor:
-        """Mean over a row's target tokens, a request's rows and a lane's requests, (L,)."""
-        logits_PV = base.logits(hidden_BSD[self.row_P, self.column_P])
-        nll_P = -logits_PV.log_softmax(-1).gather(1, self.token_P[:, None])[:, 0]
-        return nll_P.new_zeros(self.lanes).index_add(0, self.lane_P, nll_P * self.share_P.to(nll_P.dtype))
 
     def margin_loss(self, strength_BS: Tensor) -> Tensor:
         """Mean over a lane's requests, (L,)."""
