@@ -383,9 +383,17 @@ def _cell(value: JSON) -> str:
 def report(
     folder: Folder,
     output: Annotated[Literal["table", "markdown"], typer.Option("--format", help="how to show it")] = "table",
+    picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw it: .png, .pdf or .svg")] = None,
 ) -> None:
     """The summary: methods x T with mean scores on the final state and right after the edit."""
     results = _existing(folder)
+    if picture is not None:
+        from orchestrator.plots import plot
+        from orchestrator.report import summary
+
+        plot(summary(results), picture)
+        Output().say(f"written: {picture}")
+        return
     if output == "table":
         _show_summary(Output(), results, None)
         return
