@@ -27,6 +27,9 @@ QUESTION := SELECT method, T, round(avg(reliability_exact), 3) AS reliability, \
 PROGRESS := awk '/^Collecting/ { printf "      %s\n", $$2; fflush() } /^Installing collected/ { print "      unpacking ..."; fflush() }'
 INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
+# Two test files at a time, each with one thread: what two cores are good for.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: help
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -69,12 +72,12 @@ demo: $(VENV)/.ready ## Run the demonstration sweep on this machine and ask it a
 .PHONY: test
 test: $(VENV)/.ready-test ## Run the tests (minutes)
 	@echo "==> Tests"
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.ready-test ## Run the slow tests: Ray, crashes, long sequences
 	@echo "==> Slow tests"
-	@$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	@$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.ready-test ## Run the tests that need a CUDA device

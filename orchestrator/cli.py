@@ -296,10 +296,7 @@ def read_status(folder: Path) -> dict[str, JSON]:
     results = _existing(folder)
     store, paths = results.store, results.paths
     name = unseal_json(store.read(paths.sweep), store.where(paths.sweep)).get("name")
-    try:
-        plan_file = unseal_json(store.read(paths.plan), store.where(paths.plan))
-    except Missing:
-        plan_file = {"cells": {}, "current": []}
+    planned, current = results.plan()
     shards = []
     for shard_id, manifest in results.journal.begun().items():
         try:
@@ -323,8 +320,8 @@ def read_status(folder: Path) -> dict[str, JSON]:
     done = results.central.done()
     failed = results.central.failed()
     cells = []
-    for cell_id in plan_file["current"]:
-        cell = plan_file["cells"][cell_id]
+    for cell_id in current:
+        cell = planned[cell_id]
         cells.append(
             {
                 "cell_id": cell_id,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from orchestrator.journal import Journal
 from orchestrator.paths import ResultsPaths
-from orchestrator.store import LocalStore, Store
+from orchestrator.store import LocalStore, Missing, Store, unseal_json
 from orchestrator.table import COLUMNS, CentralTable, schema
 from workers.types import JSON, EditSweepError
 
@@ -49,6 +49,14 @@ class Results:
         self.paths = paths or ResultsPaths()
         self.journal = Journal(store, self.paths)
         self.central = CentralTable(store, self.paths)
+
+    def plan(self) -> tuple[dict[str, JSON], list[str]]:
+        """Definitions of all cells this folder ever planned, by id, and the ids of those the last run asked for."""
+        try:
+            found = unseal_json(self.store.read(self.paths.plan), self.store.where(self.paths.plan))
+        except Missing:
+            return {}, []
+        return found["cells"], found["current"]
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Every row exactly once, of running shards too; all columns, or those asked for."""

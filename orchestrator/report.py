@@ -22,8 +22,13 @@ Row = Mapping[str, JSON]
 def summary(results: Results) -> list[Row]:
     """One row per method and T, in that order: mean scores on the final state, and reliability right after the edit.
 
-    ``*_exact`` and ``*_token`` as in the table; a score that no request has is None.
+    ``*_exact`` and ``*_token`` as in the table; a score that no request has is None. Cells of earlier definitions (a
+    hyperparameter has changed since) stay in the table but are left out here: a mean over both would be of neither.
     """
+    _, current = results.plan()
+    if not current:
+        return []
+    wanted = ", ".join(f"'{cell_id}'" for cell_id in current)
     final = ", ".join(
         f"avg({score}_{protocol}) FILTER (scored = 'final') AS {score}_{protocol}"
         for score in SCORES
@@ -34,7 +39,7 @@ def summary(results: Results) -> list[Row]:
         SELECT method, T, count(DISTINCT cell_id) AS cells, count(*) FILTER (scored = 'final') AS edits, {final},
                avg(reliability_exact) FILTER (scored = 'immediate') AS immediate_exact,
                avg(reliability_token) FILTER (scored = 'immediate') AS immediate_token
-        FROM edits GROUP BY method, T ORDER BY method, T
+        FROM edits WHERE cell_id IN ({wanted}) GROUP BY method, T ORDER BY method, T
         """
     )
     rows: list[Row] = table.to_pylist()

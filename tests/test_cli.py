@@ -106,6 +106,29 @@ def test_run_prints_the_summary_and_what_to_do_next(call: Any, spec: Path, resul
         assert word in out
 
 
+def test_a_changed_hyperparameter_makes_new_cells_and_the_summary_shows_those(
+    call: Any, spec: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "r"
+    base = ("run", spec, "--engine", "local", "--results", folder, "--set", "grid.T=[4]")
+    assert call(*base)[0] == 0
+    code, out, _ = call(*base, "--set", "methods.0.hparams.num_steps=2")
+    assert code == 0
+    assert "all 1 cells finished" in out
+    count = "SELECT count(DISTINCT cell_id) AS n, count(DISTINCT hparams_id) AS h FROM edits"
+    assert json.loads(call("query", folder, count, "--format", "json")[1]) == {"n": 2, "h": 2}
+    (line,) = [line.split() for line in call("report", folder)[1].splitlines() if "ft-3" in line]
+    assert line[1:4] == ["4", "1", "4"]  # T, cells, edits
+
+
+def test_the_summary_can_be_drawn(call: Any, results: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "summary.png"
+    assert call("report", results, "--plot", picture)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    fails(call("report", results, "--plot", tmp_path / "x.gif"), 2, ["x.gif", ".png, .pdf, .svg"])
+    fails(call("report", results, "--plot", tmp_path / "no" / "x.png"), 2, ["no folder"])
+
+
 def test_default_results_folder(call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, _ = call("run", spec, "--engine", "local", "--set", "grid.T=[4]")
