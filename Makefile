@@ -66,7 +66,7 @@ demo: $(VENV)/.ready ## Run the demonstration sweep on this machine and ask it a
 	@echo "==> Running sweeps/demo.yaml into $(DEMO) (stop it and run it again: it continues)"
 	@$(BIN)/editsweep run sweeps/demo.yaml --results $(DEMO)
 	@echo
-	@echo '==> editsweep query $(DEMO) "$(QUESTION)"'
+	@echo "==> editsweep query $(DEMO) \"$(QUESTION)\""
 	@$(BIN)/editsweep query $(DEMO) "$(QUESTION)"
 
 .PHONY: test
