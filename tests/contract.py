@@ -219,16 +219,16 @@ class MethodContract:
             overlay = method.new_overlay(2)
             self.edit(method, overlay, inputs, [requests[0:3], requests[3:6]])
             items = [Item(i % 2, r) for i, r in enumerate(requests)]
-            batched, single = (score(base, overlay, items, ScoreConfig(rows_per_batch=n)) for n in (64, 1))
             if dtype == torch.float64:
-                for a, b in zip(batched, single, strict=True):
-                    assert a["target_logprob"] == pytest.approx(b["target_logprob"], abs=1e-5)
-                    assert a["min_margin"] == pytest.approx(b["min_margin"], abs=1e-5)
                 self.assert_logits_agree(base, overlay, items)
-            else:
-                names = [n for n in batched[0] if n.endswith(("_token", "_token_base")) and batched[0][n] is not None]
-                differ = sum(a[n] != b[n] for a, b in zip(batched, single, strict=True) for n in names)
-                assert differ <= 0.001 * len(names) * len(items)
+                continue
+            batched, single = (
+                score(base, overlay, items, ScoreConfig(rows_per_batch=n, generated=False)) for n in (64, 1)
+            )
+            names = [n for n in batched[0] if n.endswith(("_token", "_token_base")) and batched[0][n] is not None]
+            differ = sum(a[n] != b[n] for a, b in zip(batched, single, strict=True) for n in names)
+            assert len(names) >= 5
+            assert differ <= 0.001 * len(names) * len(items)
 
     def assert_logits_agree(self, base: BaseModel, overlay: Overlay, items: list[Item]) -> None:
         """Every logit of every real position, left-padded batch against the row alone."""
