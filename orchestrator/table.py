@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from orchestrator.paths import ResultsPaths
-from orchestrator.store import Damaged, Missing, Store, StoreError, put_aside, seal_json, sha256_of, unseal_json
+from orchestrator.store import Damaged, Entry, Missing, Store, StoreError, put_aside, seal_json, sha256_of, unseal_json
 from workers.job import StreamJob, timeline
 from workers.types import JSON, EditSweepError
 
@@ -496,25 +496,45 @@ class CentralTable:
             if failure["group"] not in done.get(str(failure["cell_id"]), ())
         ]
 
-    def _files(self, repair: bool = False) -> list[_File]:
+    def _files(self) -> list[_File]:
+        """For readers, who change nothing: a damaged file is left out with a warning."""
+        return self._read_listed(self._list(), self._leave_out)
+
+    def _listing(self) -> tuple[list[_File], int]:
+        """For gatherers: the files, and the first number above all of them. Damaged ones are put aside.
+
+        Number and contents must come from one listing: a file that appeared between two of them would be numbered over
+        without having been read, and its shards could be listed twice.
+        """
+        while True:
+            entries = self._list()
+            highest = max(entries, default=0)
+            # a listing taken while files appear may show a later one and miss an earlier one; by its name it is found
+            missed = set(range(1, highest)) - entries.keys()
+            if not any(self.store.exists(self.paths.table_file(number)) for number in missed):
+                return self._read_listed(entries, self._put_aside), highest + 1
+
+    def _list(self) -> dict[int, Entry]:
+        numbered = {self.paths.table_number(entry.name): entry for entry in self.store.list(self.paths.table)}
+        return {number: entry for number, entry in numbered.items() if number is not None and not entry.folder}
+
+    def _read_listed(self, entries: Mapping[int, Entry], damaged: Callable[[int, Damaged], None]) -> list[_File]:
         files = []
-        for entry in self.store.list(self.paths.table):
-            number = self.paths.table_number(entry.name)
-            if number is None or entry.folder:
-                continue
+        for number, entry in entries.items():
             known = self._footers.get((entry.name, entry.size))
             if known is None:
                 try:
                     known = self._read_footer(number, entry.key)
                 except Damaged as error:
-                    if repair:
-                        self._put_aside(number, error)
-                    else:
-                        log.warning("%s; its rows are left out until `editsweep run` mends it", error)
+                    damaged(number, error)
                     continue
                 self._footers[(entry.name, entry.size)] = known
             files.append(known)
         return files
+
+    @staticmethod
+    def _leave_out(_: int, error: Damaged) -> None:
+        log.warning("%s; its rows are left out until `editsweep run` mends it", error)
 
     def _read_footer(self, number: int, key: str) -> _File:
         name = self.store.where(key)
@@ -532,10 +552,7 @@ class CentralTable:
         The shards of those run again. Call only as the folder's owner.
         """
         bad = []
-        for entry in self.store.list(self.paths.table):
-            number = self.paths.table_number(entry.name)
-            if number is None or entry.folder:
-                continue
+        for number, entry in self._list().items():
             try:
                 check_seal(self.store.read(entry.key), self.store.where(entry.key))
                 self._read_footer(number, entry.key)
@@ -572,7 +589,7 @@ class CentralTable:
         return replace(total, seconds=time.perf_counter() - began)
 
     def _drop_listed(self, journal: Journal, asked: Iterable[str]) -> set[str]:
-        listed = {shard.shard_id for file in self._files(repair=True) for shard in file.shards}
+        listed = {shard.shard_id for file in self._listing()[0] for shard in file.shards}
         found = listed.intersection(asked)
         for shard_id in sorted(found):
             journal.drop(shard_id)
@@ -603,11 +620,9 @@ class CentralTable:
     def _write(self, journal: Journal, batch: list[FinishedShard], total: Gathered) -> Gathered:
         refused = dict(total.refused or {})
         while True:
-            files = self._files(repair=True)
+            files, number = self._listing()
             listed = {shard.shard_id for file in files for shard in file.shards}
             done = {(c, g): s.shard_id for file in files for s in file.shards for c, gs in s.cells.items() for g in gs}
-            names = [self.paths.table_number(entry.name) for entry in self.store.list(self.paths.table)]
-            number = 1 + max((n for n in names if n is not None), default=0)
             entries: list[TableShard] = []
             pieces: list[pa.Table] = []
             for shard in batch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+import time
 from pathlib import Path
 
 import duckdb
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from orchestrator.journal import Journal, ShardManifest
-from orchestrator.store import Damaged, LocalStore
+from orchestrator.store import Damaged, Entry, LocalStore
 from orchestrator.table import (
     COLUMNS,
     KEY,
@@ -125,8 +127,6 @@ def test_gather_moves_finished_shards_once(tmp_path: Path, store: LocalStore, jo
 
 
 def test_a_gather_that_died_before_dropping_parts(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
-    import shutil
-
     manifests = small(3)
     finish(journal, *manifests)
     shutil.copytree(store.root / "parts", tmp_path / "parts")
@@ -153,7 +153,9 @@ def test_gatherers_at_once_and_killed_never_lose_or_double(tmp_path: Path, store
         for run in runs:
             run.start()
         if round_ < 5:
-            runs[0].join(timeout=chance.uniform(0.1, 0.6))
+            goal = 3 * round_ + chance.randrange(3)
+            while runs[0].is_alive() and len(list(store.root.glob("table/*.parquet"))) < goal:
+                time.sleep(0.001)
             for run in runs:
                 kills += run.is_alive()
                 run.kill()
@@ -165,6 +167,72 @@ def test_gatherers_at_once_and_killed_never_lose_or_double(tmp_path: Path, store
     assert sorted(listed) == [m.shard_id for m in manifests]
     assert journal.shard_ids() == []
     assert comparable(table.scan()) == undisturbed(tmp_path / "clean", *manifests)
+
+
+class _Overtaken(LocalStore):
+    """Lets another gatherer finish right after the ``when``-th listing of the table was taken."""
+
+    def __init__(self, root: Path, when: int, shard: str) -> None:
+        super().__init__(root)
+        self.when, self.shard = when, shard
+
+    def list(self, folder: str) -> list[Entry]:
+        entries = super().list(folder)
+        if folder == "table":
+            self.when -= 1
+            if self.when == 0:
+                other = LocalStore(self.root)
+                assert CentralTable(other).gather(Journal(other), [self.shard]).shards == (self.shard,)
+        return entries
+
+
+@pytest.mark.parametrize("when", [1, 2])  # what is dropped at once; what the new file is written above
+def test_a_gatherer_overtaken_at_any_listing_lists_nothing_twice(
+    tmp_path: Path, store: LocalStore, journal: Journal, when: int
+) -> None:
+    manifests = small(2)
+    finish(journal, *manifests)
+    slow = _Overtaken(store.root, when, "s00")
+    CentralTable(slow).gather(Journal(slow))
+    table = CentralTable(store)
+    listed = [shard.shard_id for file in table._files() for shard in file.shards]
+    assert slow.when <= 0
+    assert sorted(listed) == ["s00", "s01"]
+    assert comparable(table.scan()) == undisturbed(tmp_path / "clean", *manifests)
+
+
+class _Hiding(LocalStore):
+    """Between its first two listings of the table two files appear, and the second listing misses the earlier one."""
+
+    def __init__(self, root: Path, copy: Path) -> None:
+        super().__init__(root)
+        self.copy, self.listings = copy, 0
+
+    def list(self, folder: str) -> list[Entry]:
+        entries = super().list(folder)
+        if folder != "table":
+            return entries
+        self.listings += 1
+        if self.listings == 1:
+            other = LocalStore(self.root)
+            for shard in ("s00", "s01"):
+                CentralTable(other).gather(Journal(other), [shard])
+            shutil.copytree(self.copy, self.root / "parts", dirs_exist_ok=True)  # it died before it dropped them
+        elif self.listings == 2:
+            return [entry for entry in entries if entry.name != "000001.parquet"]
+        return entries
+
+
+def test_a_file_that_a_listing_missed_is_looked_for(store: LocalStore, journal: Journal, tmp_path: Path) -> None:
+    """A folder may be listed while files appear: the later one is seen and the earlier one is not."""
+    finish(journal, *small(3))
+    shutil.copytree(store.root / "parts", tmp_path / "parts")
+    hiding = _Hiding(store.root, tmp_path / "parts")
+    gathered = CentralTable(hiding).gather(Journal(hiding))
+    assert hiding.listings == 3
+    assert (gathered.files, gathered.shards) == ((3,), ("s02",))
+    listed = [shard.shard_id for file in CentralTable(store)._files() for shard in file.shards]
+    assert listed == ["s00", "s01", "s02"]
 
 
 def test_readers_see_every_row_exactly_once_while_gathering(store: LocalStore, journal: Journal) -> None:
