@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -124,19 +125,25 @@ def test_continual_lanes_continue_exactly(tmp_path: Path, store: LocalStore, jou
 
 
 def test_killed_at_random_moments(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
-    manifest = make_manifest(T=12, groups=4, step_edits=2, score_at=(6,))
+    """Each process is killed after a random number of commits, so that fast and slow machines are hit alike."""
+    manifest = make_manifest(T=40, groups=4, step_edits=2, score_at=(6,))
     chance = random.Random(7)
     kills = 0
     context = processes()
     journal.begin(manifest)
-    while not journal.progress("s0").finished:
+    committed = 0
+    while committed < manifest.bounds[-1]:
         process = context.Process(target=run_shard, args=(str(store.root), manifest.model_dump_json()))
         process.start()
-        process.join(timeout=chance.uniform(0.0, 0.5))
+        goal = committed + chance.randrange(1, manifest.bounds[-1] // 6)
+        while process.is_alive() and journal.progress("s0").committed < goal:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.0, 0.005))
         if process.is_alive():
             process.kill()
             kills += 1
         process.join()
+        committed = journal.progress("s0").committed
     assert kills >= 5
     assert len(files(store, "parts/s0/*/.tmp-*")) <= kills
     assert result(store) == undisturbed(tmp_path / "clean", manifest)

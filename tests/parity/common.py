@@ -5,7 +5,10 @@ Groups are independent, so all groups of a record run at once, one lane each. Th
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -60,6 +63,24 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+def rounded_copies(base: BaseModel, count: int) -> list[BaseModel]:
+    """The model, and ``count - 1`` copies of it with half of the weights moved to a neighbouring float.
+
+    A record is one float32 run on one processor. Where a long optimisation amplifies rounding, two correct runs differ, too;
+    these copies tell by how much.
+    """
+    copies = [base]
+    for seed in range(1, count):
+        generator = torch.Generator().manual_seed(seed)
+        model = copy.deepcopy(base.model)
+        for parameter in model.parameters():
+            chance = torch.rand(parameter.shape, generator=generator)
+            toward = torch.full_like(parameter, math.inf) * (chance < 0.25).float().sub(0.5).sign()
+            parameter.data = torch.where(chance < 0.5, torch.nextafter(parameter.data, toward), parameter.data)
+        copies.append(BaseModel(model, base.tokenizer, base.config).with_encoder(base.encoder))
+    return copies
+
+
 def lane_edits(
     editor: Method[Any], groups: Sequence[int], T: int, position: int, inputs: Mapping[str, ArtifactData], seed: int = 0
 ) -> list[LaneEdit]:
@@ -98,23 +119,27 @@ PAIRS = (
 )
 
 
-def check_scores(scores: Scores, expected: Mapping[str, Any]) -> dict[str, tuple[float, float, int]]:
-    """Assert the README's tolerances of methods without randomness; returns (mean, recorded mean, differing)."""
-    n = len(scores)
-    assert n == len(expected["per_request"])
-    found = {}
+def check_scores(runs: Scores | Sequence[Scores], expected: Mapping[str, Any]) -> None:
+    """Assert the README's tolerances of methods without randomness.
+
+    ``runs``: one run, or several that differ by rounding alone (:func:`rounded_copies`). Of several, the requests on which
+    they agree are compared one by one, and they have to be three quarters of all; means are allowed two standard errors.
+    """
+    several: Sequence[Scores] = [runs] if isinstance(runs[0], dict) else runs  # type: ignore[list-item, assignment]
+    n = len(expected["per_request"])
     for per_request, mean_name, column in PAIRS:
-        ours = [float(s[column] or 0) for s in scores]
+        ours = [[float(s[column] or 0) for s in scores] for scores in several]
         theirs = [r[per_request] for r in expected["per_request"]]
-        differing = sum(abs(a - b) > 1e-6 for a, b in zip(ours, theirs, strict=True))
-        found[per_request] = (sum(ours) / n, float(expected[mean_name]), differing)
-    for per_request, (mean, recorded, differing) in found.items():
+        agreed = [i for i in range(n) if all(abs(run[i] - ours[0][i]) <= 1e-6 for run in ours)]
+        differing = sum(abs(ours[0][i] - theirs[i]) > 1e-6 for i in agreed)
+        means = [sum(run) / n for run in ours]
+        error = statistics.stdev(means) * math.sqrt(1 + 1 / len(means)) if len(means) > 1 else 0.0
+        bound = 0.05 if expected["T"] == 100 else max(0.02, 1 / n)
+        said = (per_request, means, expected[mean_name], f"{differing} of {len(agreed)} of {n} differ")
+        assert abs(statistics.mean(means) - expected[mean_name]) <= max(bound, 2 * error) + 1e-6, said
         if expected["T"] < 100:
-            assert differing <= max(1, 0.05 * n), (per_request, found)
-            assert abs(mean - recorded) <= max(0.02, 1 / n) + 1e-6, (per_request, found)
-        else:
-            assert abs(mean - recorded) <= 0.05, (per_request, found)
-    return found
+            assert len(agreed) >= 0.75 * n, said
+            assert differing <= max(1, 0.05 * n), said
 
 
 def delta_norms(overlay: Any, lane: int) -> dict[str, float]:

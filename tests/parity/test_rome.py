@@ -21,12 +21,13 @@ from tests.parity.common import (
     model,
     record,
     relative_error,
+    rounded_copies,
     run_groups,
 )
 from workers.artifacts import ArtifactData
 from workers.methods import load_config
 from workers.methods.rome import ROME, ROMEConfig, inverse_moment
-from workers.models import ModelConfig, ModelFingerprint, model_shape
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, model_shape
 from workers.stats import build_second_moment
 from workers.types import DataError, SpecError
 
@@ -46,11 +47,11 @@ def recorded_templates(short: str) -> dict[str, ArtifactData]:
     return {"templates": ArtifactData(meta={"templates": meta(short)["rome_req0"]["templates"]})}
 
 
-def prepared(short: str, **changes: Any) -> ROME:
+def prepared(short: str, base: BaseModel | None = None, **changes: Any) -> ROME:
     """With the recorded templates and the recorded inverse second moment."""
     config = ROMEConfig.model_validate({**RECORDED, **changes})
     inverse_II = core(short, "rome_req0")["inv_cov"] if config.mom2_adjustment else None
-    return ROME(model(short), config, recorded_templates(short), inverse_II)
+    return ROME(base or model(short), config, recorded_templates(short), inverse_II)
 
 
 @pytest.mark.parametrize("short", ["llama", "gpt2"])
@@ -71,14 +72,17 @@ def test_vectors_and_losses_of_one_edit(short: str) -> None:
     assert early.loss == pytest.approx(losses[4], rel=1e-2)
 
 
-@pytest.mark.parametrize("T", [1, 10])
-@pytest.mark.parametrize("short", ["llama", "gpt2"])
-def test_scores(short: str, T: int) -> None:
+@pytest.mark.parametrize(("short", "T", "copies"), [("llama", 1, 1), ("llama", 10, 1), ("gpt2", 1, 1), ("gpt2", 10, 5)])
+def test_scores(short: str, T: int, copies: int) -> None:
+    """Ten edits on top of each other amplify rounding on GPT-2: there, correct runs differ in up to 3 of 20 requests."""
     expected = record(short, "ROME", T)
-    editor = prepared(short)
-    overlay, _ = run_groups(editor, T, expected["n_groups"])
-    check_scores(final_scores(editor, overlay, T, expected["n_groups"]), expected)
-    check_norms(overlay, expected, 1e-2)
+    runs = []
+    for base in rounded_copies(model(short), copies):
+        editor = prepared(short, base)
+        overlay, _ = run_groups(editor, T, expected["n_groups"])
+        runs.append(final_scores(editor, overlay, T, expected["n_groups"]))
+        check_norms(overlay, expected, 1e-2 if copies == 1 else 0.1)
+    check_scores(runs, expected)
 
 
 @pytest.mark.parametrize(("short", "tolerance"), [("llama", 1e-3), ("gpt2", 2e-3)])
