@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,25 +15,60 @@ if TYPE_CHECKING:
     from workers.models import BaseModel
 
 
+@dataclass(frozen=True)
 class TargetTokens:
     """Target tokens and the positions that predict them.
 
-    ``places`` lists (row, position in the row's own tokens, target token, share); shares of one lane add up to 1, so that a
-    lane's loss is a weighted mean. The head runs at these positions and nowhere else.
+    ``row_P`` and ``column_P`` (in the padded batch) say where the head runs; shares of one lane add up to 1, so that a lane's
+    loss is a weighted mean.
     """
 
-    def __init__(self, rows: Rows, places: Sequence[tuple[int, int, int, float]], lanes: int) -> None:
+    row_P: tuple[int, ...]
+    column_P: tuple[int, ...]
+    token_P: Tensor
+    share_P: Tensor
+    lane_P: Tensor
+    lanes: int
+
+    @classmethod
+    def of(cls, rows: Rows, places: Sequence[tuple[int, int, int, float]], lanes: int) -> TargetTokens:
+        """``places``: (row, position in the row's own tokens, target token, share)."""
         row, position, token, share = zip(*places, strict=True)
         device = rows.input_ids_BS.device
-        self.lanes = lanes
-        self.row_P = torch.tensor(row, device=device)
-        self.column_P = torch.tensor([rows.offsets[r] + p for r, p in zip(row, position, strict=True)], device=device)
-        self.token_P = torch.tensor(token, device=device)
-        self.share_P = torch.tensor(share, dtype=torch.float64, device=device)
-        self.lane_P = rows.lane_B[self.row_P]
+        lane_B = [lane for lane, start, stop in rows.segments for _ in range(start, stop)]
+        return cls(
+            tuple(row),
+            tuple(rows.offsets[r] + p for r, p in zip(row, position, strict=True)),
+            torch.tensor(token, device=device),
+            torch.tensor(share, dtype=torch.float64, device=device),
+            torch.tensor([lane_B[r] for r in row], device=device),
+            lanes,
+        )
 
-    def nll(self, base: BaseModel, hidden_BSD: Tensor) -> Tensor:
-        """Weighted mean of ``-log P(token)`` within each lane, (L,), from the hidden states after the final norm."""
-        logits_PV = base.logits(hidden_BSD[self.row_P, self.column_P])
-        nll_P = -logits_PV.log_softmax(-1).gather(1, self.token_P[:, None])[:, 0]
+    @property
+    def reads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows and columns whose hidden states :meth:`nll` wants."""
+        return self.row_P, self.column_P
+
+    def part(self, lanes: Sequence[int], kept: Sequence[int]) -> tuple[TargetTokens, list[int]]:
+        """The tokens of some lanes, whose rows are now ``kept`` of the batch; and which tokens those are."""
+        place = {row: i for i, row in enumerate(kept)}
+        chosen = [p for p, row in enumerate(self.row_P) if row in place]
+        index = torch.tensor(chosen, device=self.lane_P.device)
+        lane_L = torch.zeros(self.lanes, dtype=torch.long)
+        lane_L[list(lanes)] = torch.arange(len(lanes))
+        part = TargetTokens(
+            tuple(place[self.row_P[p]] for p in chosen),
+            tuple(self.column_P[p] for p in chosen),
+            self.token_P[index],
+            self.share_P[index],
+            lane_L.to(index.device)[self.lane_P[index]],
+            len(lanes),
+        )
+        return part, chosen
+
+    def nll(self, base: BaseModel, hidden_PD: Tensor) -> Tensor:
+        """Weighted mean of ``-log P(token)`` within each lane, (L,), from the hidden states at :attr:`reads`."""
+        logits_PV = base.logits(hidden_PD)
+        nll_P = logits_PV.logsumexp(-1) - logits_PV.gather(1, self.token_P[:, None])[:, 0]
         return nll_P.new_zeros(self.lanes).index_add(0, self.lane_P, nll_P * self.share_P.to(nll_P.dtype))

@@ -279,6 +279,10 @@ class Site:
         self.layer = layer
         self.transposed = isinstance(module, Conv1D)
 
+    def is_mlp_output(self, arch: Arch) -> bool:
+        """Whether this is the map whose answer its layer adds to the sum it passes on."""
+        return self.name.endswith(f"{arch.layers}.{self.layer}.{arch.mlp_out}")
+
     @property
     def weight_OI(self) -> Tensor:
         """A view of the base weight. Never write into it."""

@@ -11,6 +11,7 @@ Invariant (tested): the base model's bytes and module tree are the same before, 
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -112,7 +113,9 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Rows, bias_O: Tensor | 
         return F.linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
     if rows.even(lanes):
         x_LNI = x_BSI.reshape(lanes, -1, x_BSI.shape[-1])
-        out = torch.bmm(x_LNI, weight_LOI.transpose(1, 2)).reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
+        # weights first: their gradient then comes out in their own layout, which saves a strided copy of it
+        out_LNO = torch.bmm(weight_LOI, x_LNI.transpose(1, 2)).transpose(1, 2)
+        out = out_LNO.reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
         return out if bias_O is None else out + bias_O
     return torch.cat([F.linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments])
 
@@ -129,6 +132,14 @@ class DenseOverlay(Overlay):
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
         return lane_linear(x_BSI, self.weights_LOI[site.name], rows, site.bias_O)
+
+    def part(self, lanes: Sequence[int]) -> DenseOverlay:
+        """An overlay of some of the lanes, with copies of their weights."""
+        other = copy.copy(self)
+        other.lanes = len(lanes)
+        other.weights_LOI = {name: w[list(lanes)] for name, w in self.weights_LOI.items()}
+        other._touched = [self._touched[lane] for lane in lanes]
+        return other
 
     def touch(self, lanes: Sequence[int]) -> None:
         """Note that these lanes differ from the base now; untouched lanes have an empty snapshot."""

@@ -34,6 +34,18 @@ class Prefix:
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
     output_BSD: Tensor
 
+    def part(self, index_R: Tensor) -> Prefix:
+        """The same for some of the rows. An argument that all rows share stays."""
+        size = self.hidden_BSD.shape[0]
+
+        def chosen(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return tuple(chosen(v) for v in value)
+            return value[index_R] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == size else value
+
+        calls = tuple((chosen(args), {k: chosen(v) for k, v in kwargs.items()}) for args, kwargs in self.calls)
+        return Prefix(self.first_layer, self.hidden_BSD[index_R], calls, self.output_BSD[index_R])
+
 
 @torch.no_grad()
 def capture(base: BaseModel, rows: Rows, first_layer: int) -> Prefix:

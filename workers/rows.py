@@ -121,6 +121,31 @@ class Rows:
             stop - start == self.segments[0][2] for _, start, stop in self.segments
         )
 
+    def part(self, lanes: Sequence[int]) -> tuple[Rows, list[int]]:
+        """The rows of some lanes (ascending), which become lanes 0, 1, ..., and where they stood."""
+        spans = {lane: (start, stop) for lane, start, stop in self.segments}
+        kept: list[int] = []
+        segments: list[tuple[int, int, int]] = []
+        for i, lane in enumerate(lanes):
+            start, stop = spans[lane]
+            segments.append((i, len(kept), len(kept) + stop - start))
+            kept += range(start, stop)
+        index = torch.tensor(kept, device=self.lane_B.device)
+        lane_B = torch.tensor([i for i, a, b in segments for _ in range(a, b)], device=self.lane_B.device)
+        return (
+            Rows(
+                input_ids_BS=self.input_ids_BS[index],
+                attention_mask_BS=self.attention_mask_BS[index],
+                position_ids_BS=self.position_ids_BS[index],
+                prompt_mask_BS=self.prompt_mask_BS[index],
+                prompt_end_B=self.prompt_end_B[index],
+                lane_B=lane_B,
+                segments=tuple(segments),
+                offsets=tuple(self.offsets[b] for b in kept),
+            ),
+            kept,
+        )
+
     def without_lanes(self) -> Rows:
         """The same rows, all in lane 0 (for forwards on the pristine base)."""
         return replace(self, lane_B=torch.zeros_like(self.lane_B), segments=((0, 0, self.size),))

@@ -80,9 +80,9 @@ def test_core(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: list[Tensor] = []
     step = LaneOptimizer.step
 
-    def watched(self: LaneOptimizer, active_L: Tensor) -> None:
+    def watched(self: LaneOptimizer, active_L: Tensor, moving: Sequence[int] | None = None) -> None:
         gradients.append(self.params[0].grad[0].clone())  # type: ignore[index]
-        step(self, active_L)
+        step(self, active_L, moving)
 
     monkeypatch.setattr(LaneOptimizer, "step", watched)
     weight_OI = base.site(4).weight_OI

@@ -24,21 +24,24 @@ Differences from paper and public code, all deliberate:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.models import BaseModel, ModelShape
-from workers.optim import Adam
+from workers.optim import Adam, LaneOptimizer
 from workers.overlay import DenseOverlay, Overlay
-from workers.replay import capture, replay
-from workers.rows import Encoded, Rows, collate
+from workers.rows import Encoded, collate
+from workers.suffix import Suffix
 from workers.types import JSON, EditRequest, SpecError
 
 STOP_LOSS = 1e-2
@@ -114,52 +117,46 @@ class FT(Method[FTConfig]):
         if not isinstance(overlay, DenseOverlay):
             raise TypeError(f"FT edits a DenseOverlay, not a {type(overlay).__name__}")
         config = self.config
-        rows, targets = _batch(self.base, edits, config)
-        prefix = capture(self.base, rows, overlay.first_layer)
-        weights = list(overlay.weights_LOI.values())
-        origins = self._origins(overlay)
-        optimizer = Adam(weights, config.lr, config.weight_decay)
-        active_L = torch.ones(overlay.lanes, dtype=torch.bool, device=self.base.device)
-        loss_L = first_L = torch.zeros(overlay.lanes, device=self.base.device)
+        problem = _Problem.of(self.base, overlay, edits, config)
         overlay.touch(range(overlay.lanes))
-        try:
-            for weight_LOI in weights:
-                weight_LOI.requires_grad_(True)
-            for step in range(config.num_steps):
-                optimizer.zero_grad()
-                with overlay.installed(rows):
-                    now_L = targets.nll(self.base, replay(self.base, prefix))
-                first_L = now_L.detach() if step == 0 else first_L
-                loss_L = torch.where(active_L, now_L.detach(), loss_L)
-                active_L = active_L & (now_L.detach() >= STOP_LOSS)  # a loss that is not a number stops its lane, too
-                if not bool(active_L.any()):
+        optimizer: LaneOptimizer = Adam(problem.weights, config.lr, config.weight_decay)
+        box = self._box(overlay)
+        steps = Lockstep(overlay.lanes, self.base.device)
+        steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=self.base.device)
+        for _ in range(config.num_steps):
+            if steps.halved():
+                steps_L[steps.live] = optimizer.steps_L
+                problem.write_back(overlay, steps.live)
+                kept = steps.compact()
+                problem = problem.part(kept)
+                optimizer = optimizer.part(kept, problem.weights)
+                box = [(low[kept], high[kept]) if low.dim() == 3 else (low, high) for low, high in box]
+            with problem.training():
+                now_K = problem.loss(self.base)
+                steps.record(now_K)
+                steps.keep(now_K.detach() >= STOP_LOSS)
+                if steps.ended():
                     break
-                torch.where(active_L, now_L, 0).sum().backward()  # type: ignore[no-untyped-call]
-                optimizer.step(active_L)
-                self._clamp(weights, origins)
-        finally:
-            optimizer.zero_grad()
-            for weight_LOI in weights:
-                weight_LOI.requires_grad_(False)
+                steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]
+                optimizer.step(steps.active_K, steps.moving)
+            for weight_KOI, (low, high) in zip(problem.weights, box, strict=False):
+                weight_KOI.clamp_(low, high)
+        steps_L[steps.live] = optimizer.steps_L
+        problem.write_back(overlay, steps.live)
         return [
-            EditOutcome(steps, loss, {"first_loss": first})
-            for steps, loss, first in zip(optimizer.steps_L.tolist(), loss_L.tolist(), first_L.tolist(), strict=True)
+            EditOutcome(count, loss, {"first_loss": first})
+            for count, loss, first in zip(steps_L.tolist(), steps.loss_L.tolist(), steps.first_L.tolist(), strict=True)
         ]
 
-    def _origins(self, overlay: DenseOverlay) -> list[Tensor]:
-        """The centre of the box, one tensor per trained map."""
-        if self.config.norm_constraint is None:
+    def _box(self, overlay: DenseOverlay) -> list[tuple[Tensor, Tensor]]:
+        """Least and largest values of each trained map; empty without a constraint."""
+        bound = self.config.norm_constraint
+        if bound is None:
             return []
         if self.config.constraint_around == "edit":
-            return [w.clone() for w in overlay.weights_LOI.values()]
-        return [site.weight_OI.to(overlay.weights_LOI[site.name].dtype) for site in overlay.sites]
-
-    @torch.no_grad()
-    def _clamp(self, weights: Sequence[Tensor], origins: Sequence[Tensor]) -> None:
-        bound = self.config.norm_constraint
-        if bound is not None:
-            for weight_LOI, origin in zip(weights, origins, strict=True):
-                weight_LOI.copy_(torch.clamp(weight_LOI, min=origin - bound, max=origin + bound))
+            return [(w - bound, w + bound) for w in overlay.weights_LOI.values()]
+        centres = [site.weight_OI.to(overlay.weights_LOI[site.name].dtype) for site in overlay.sites]
+        return [(centre - bound, centre + bound) for centre in centres]
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -178,22 +175,65 @@ class FT(Method[FTConfig]):
         return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
 
 
-def _batch(base: BaseModel, edits: Sequence[LaneEdit], config: FTConfig) -> tuple[Rows, TargetTokens]:
-    """The rows of one call and where their loss is read: mean over a request's tokens, then over a lane's requests."""
-    encoded: list[Encoded] = []
-    lanes: list[int] = []
-    places: list[tuple[int, int, int, float]] = []
-    step = int(config.objective == "target_new")
-    for lane, edit in enumerate(edits):
-        for request in edit.requests:
-            sequence, target = _encode(base, request, config)
-            share = 1 / (len(target) * len(edit.requests))
-            start = sequence.prompt_len - 1
-            places += [(len(encoded), start + j * step, token, share) for j, token in enumerate(target)]
-            encoded.append(sequence)
-            lanes.append(lane)
-    rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
-    return rows, TargetTokens(rows, places, len(edits))
+@dataclass(frozen=True)
+class _Problem:
+    """The lanes in one batch: what they train, and how their losses are found."""
+
+    overlay: DenseOverlay
+    suffix: Suffix
+    targets: TargetTokens
+
+    @classmethod
+    def of(cls, base: BaseModel, overlay: DenseOverlay, edits: Sequence[LaneEdit], config: FTConfig) -> Self:
+        """Mean over a request's tokens, then over a lane's requests."""
+        encoded: list[Encoded] = []
+        lanes: list[int] = []
+        places: list[tuple[int, int, int, float]] = []
+        step = int(config.objective == "target_new")
+        for lane, edit in enumerate(edits):
+            for request in edit.requests:
+                sequence, target = _encode(base, request, config)
+                share = 1 / (len(target) * len(edit.requests))
+                start = sequence.prompt_len - 1
+                places += [(len(encoded), start + j * step, token, share) for j, token in enumerate(target)]
+                encoded.append(sequence)
+                lanes.append(lane)
+        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
+        targets = TargetTokens.of(rows, places, len(edits))
+        lowest = min(overlay.sites, key=lambda site: site.layer)
+        return cls(overlay, Suffix.capture(base, lowest, rows, targets.reads), targets)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return list(self.overlay.weights_LOI.values())
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside, gradients flow to the weights and to nothing else; afterwards there are none."""
+        for weight_KOI in self.weights:
+            weight_KOI.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight_KOI in self.weights:
+                weight_KOI.requires_grad_(False)
+                weight_KOI.grad = None
+
+    def loss(self, base: BaseModel) -> Tensor:
+        """Each lane's loss, (K,)."""
+        with self.overlay.installed(self.suffix.rows):
+            return self.targets.nll(base, self.suffix.hidden())
+
+    def part(self, kept: Sequence[int]) -> _Problem:
+        rows, row_B = self.suffix.rows.part(kept)
+        targets, read_P = self.targets.part(kept, row_B)
+        return _Problem(self.overlay.part(kept), self.suffix.part(row_B, rows, read_P), targets)
+
+    def write_back(self, overlay: DenseOverlay, lanes: Sequence[int]) -> None:
+        """Copy the trained weights into the overlay of all lanes."""
+        if self.overlay is not overlay:
+            for name, weight_KOI in self.overlay.weights_LOI.items():
+                overlay.weights_LOI[name][list(lanes)] = weight_KOI
 
 
 def _encode(base: BaseModel, request: EditRequest, config: FTConfig) -> tuple[Encoded, tuple[int, ...]]:

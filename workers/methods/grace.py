@@ -35,8 +35,7 @@ Differences from paper and public code, all deliberate:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -45,13 +44,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, split_module
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.models import BaseModel, ModelShape, Site
 from workers.optim import Adam
 from workers.overlay import LaneState, Overlay
-from workers.replay import capture, replay
 from workers.rows import Encoded, Rows, collate
+from workers.suffix import Suffix
 from workers.types import JSON, SpecError
 
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
@@ -121,17 +121,13 @@ class Codebook(Overlay):
         self.values_LKO = torch.zeros(lanes, 0, out, dtype=dtype, device=device)
         self.radii_LK = torch.zeros(lanes, 0, dtype=dtype, device=device)
         self.labels: list[list[tuple[int, ...]]] = [[] for _ in range(lanes)]
-        self._trained_LO: Tensor | None = None
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
         out_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
-        if self._trained_LO is not None:
-            value_BO, where_BS = self._trained_LO[rows.lane_B], self._replaced(rows)
-        elif any(self.labels[lane] for lane, _, _ in rows.segments):
-            value_BO, hit_B = self._answer(x_BSI, rows)
-            where_BS = self._replaced(rows) & hit_B[:, None]
-        else:
+        if not any(self.labels[lane] for lane, _, _ in rows.segments):
             return out_BSO
+        value_BO, hit_B = self._answer(x_BSI, rows)
+        where_BS = self.replaced(rows) & hit_B[:, None]
         return torch.where(where_BS[:, :, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
 
     def _answer(self, x_BSI: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -149,7 +145,11 @@ class Codebook(Overlay):
                 hits.append(torch.zeros(stop - start, dtype=torch.bool, device=x_BSI.device))
         return torch.cat(values), torch.cat(hits)
 
-    def _replaced(self, rows: Rows) -> Tensor:
+    def first_change(self, rows: Rows) -> int:
+        """The first column at which a value can stand."""
+        return int(rows.prompt_end_B.min()) if self.replacement == "replace_last" else 0
+
+    def replaced(self, rows: Rows) -> Tensor:
         """The positions that get a value if their row matches, (B, S)."""
         if self.replacement == "replace_all":
             return rows.attention_mask_BS.bool()
@@ -178,15 +178,6 @@ class Codebook(Overlay):
         self.keys_LKI = F.pad(self.keys_LKI, (0, 0, 0, more))
         self.values_LKO = F.pad(self.values_LKO, (0, 0, 0, more))
         self.radii_LK = F.pad(self.radii_LK, (0, more), value=-1.0)
-
-    @contextmanager
-    def training(self, value_LO: Tensor) -> Iterator[None]:
-        """Inside, every row gets its lane's row of ``value_LO``, whatever its key."""
-        self._trained_LO = value_LO
-        try:
-            yield
-        finally:
-            self._trained_LO = None
 
     def state(self, lane: int) -> LaneState:
         count = len(self.labels[lane])
@@ -234,8 +225,10 @@ class GRACE(Method[GRACEConfig]):
         if not isinstance(overlay, Codebook):
             raise TypeError(f"GRACE edits a Codebook, not a {type(overlay).__name__}")
         batch = _Batch(self.base, edits)
-        key_LI, prefix = _key(self.base, overlay.sites[0], batch.rows, overlay.first_layer)
-        key_LI = key_LI.to(overlay.keys_LKI.dtype)
+        rows, site = batch.rows, overlay.sites[0]
+        row_B = torch.arange(rows.size, device=self.base.device)
+        suffix = Suffix.capture(self.base, site, rows, batch.targets.reads, overlay.first_change(rows))
+        key_LI = suffix.input_BSI[row_B, rows.prompt_end_B].to(overlay.keys_LKI.dtype)
         rules, slots, starts = [], [], []
         for lane, edit in enumerate(edits):
             rule, slot = self._place(overlay, lane, key_LI[lane], batch.labels[lane])
@@ -247,23 +240,26 @@ class GRACE(Method[GRACEConfig]):
 
         value_LO = torch.stack(starts).requires_grad_(True)
         optimizer = Adam([value_LO], self.config.lr)
-        active_L = torch.tensor(trained, device=value_LO.device)
-        loss_L = torch.zeros(overlay.lanes, device=value_LO.device)
-        for i in range(self.config.n_iter):
+        steps = Lockstep(overlay.lanes, self.base.device, trained)
+        plain_BSO = suffix.output_BSO[:, suffix.first :]
+        where_BS1 = overlay.replaced(rows)[:, suffix.first :, None]
+        for _ in range(self.config.n_iter):
             optimizer.zero_grad()
-            with overlay.training(value_LO), overlay.installed(batch.rows):
-                now_L = batch.targets.nll(self.base, replay(self.base, prefix))
-            loss_L = torch.where(active_L, now_L.detach(), loss_L) if i else now_L.detach()
-            active_L = active_L & torch.isfinite(now_L.detach())
-            if not bool(active_L.any()):
+            output_BSO = torch.where(where_BS1, value_LO.to(plain_BSO.dtype)[:, None], plain_BSO)
+            now_L = batch.targets.nll(self.base, suffix.hidden(output_BSO))
+            steps.record(now_L)
+            steps.keep(torch.isfinite(now_L.detach()))
+            if steps.ended():
                 break
-            torch.where(active_L, now_L, 0).sum().backward()  # type: ignore[no-untyped-call]
-            optimizer.step(active_L)
+            steps.masked(now_L).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step(steps.active_K, steps.moving)
         for lane, slot in enumerate(slots):
             overlay.values_LKO[lane, slot] = value_LO[lane].detach()
         return [
-            EditOutcome(steps, as_float(loss), {"rule": rule, "keys": len(labels)})
-            for steps, loss, rule, labels in zip(optimizer.steps_L.tolist(), loss_L, rules, overlay.labels, strict=True)
+            EditOutcome(count, loss, {"rule": rule, "keys": len(labels)})
+            for count, loss, rule, labels in zip(
+                optimizer.steps_L.tolist(), steps.loss_L.tolist(), rules, overlay.labels, strict=True
+            )
         ]
 
     def _place(self, overlay: Codebook, lane: int, key_I: Tensor, label: tuple[int, ...]) -> tuple[str, int]:
@@ -334,15 +330,4 @@ class _Batch:
             for lane, pair in enumerate(pairs)
             for j, token in enumerate(pair.target)
         ]
-        self.targets = TargetTokens(self.rows, places, len(pairs))
-
-
-def _key(base: BaseModel, site: Site, rows: Rows, first_layer: int) -> tuple[Tensor, Any]:
-    """The map's input at each row's last prompt token, (B, I), and the prefix to replay from."""
-    caught: list[Tensor] = []
-    handle = site.module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-    try:
-        prefix = capture(base, rows, first_layer)
-    finally:
-        handle.remove()
-    return caught[0][torch.arange(rows.size, device=base.device), rows.prompt_end_B].detach(), prefix
+        self.targets = TargetTokens.of(self.rows, places, len(pairs))

@@ -30,8 +30,7 @@ Differences from paper and public code, all deliberate:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
@@ -39,17 +38,18 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers import stats, templates
 from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.models import EMBEDDED, BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.optim import Adam
+from workers.optim import Adam, LaneOptimizer
 from workers.overlay import LowRankOverlay, Overlay
-from workers.replay import capture, replay
 from workers.rows import Encoded, Rows, collate
+from workers.suffix import Suffix
 from workers.types import JSON, DataError, EditRequest, SpecError
 
 STOP_LOSS = 5e-2
@@ -177,45 +177,44 @@ class ROME(Method[ROMEConfig]):
     def _find_value(self, overlay: LowRankOverlay, batch: _Batch) -> _Found:
         """Optimise each lane's change of the value (Eq. 4)."""
         base, config = self.base, self.config
-        prefix = capture(base, batch.rows, overlay.first_layer)
+        lookup_B, rows = batch.lookup_B, batch.rows
+        suffix = Suffix.capture(base, self.site, rows, batch.reads, int(lookup_B.min()), overlay)
+        row_B = torch.arange(rows.size, device=base.device)
+        keys_BI = suffix.input_BSI[row_B, lookup_B].to(base.master_dtype)
+        value_LO = suffix.output_BSO[batch.plain_L, lookup_B[batch.plain_L]].to(base.master_dtype)
+        problem = _Problem.of(suffix, batch, value_LO.norm(dim=1))
         delta_LO = torch.zeros(overlay.lanes, self.site.shape[0], dtype=base.master_dtype, device=base.device)
-        delta_LO.requires_grad_(True)
-        optimizer = Adam([delta_LO], config.v_lr)
-        active_L = torch.ones(overlay.lanes, dtype=torch.bool, device=base.device)
-        loss_L = first_L = value_norm_L = torch.zeros(overlay.lanes, dtype=base.master_dtype, device=base.device)
-        before_LV: Tensor | None = None
-        shift = _Shift(batch, delta_LO)
+        steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=base.device)
+        delta_KO = delta_LO.clone().requires_grad_(True)
+        optimizer: LaneOptimizer = Adam([delta_KO], config.v_lr)
+        steps = Lockstep(overlay.lanes, base.device)
         for step in range(config.v_num_grad_steps):
+            if steps.halved():
+                steps_L[steps.live], delta_LO[steps.live] = optimizer.steps_L, delta_KO.detach()
+                kept = steps.compact()
+                problem, delta_KO = problem.part(kept), delta_KO.detach()[kept].requires_grad_(True)
+                optimizer = optimizer.part(kept, [delta_KO])
             optimizer.zero_grad()
-            with overlay.installed(batch.rows), shift.installed(self.site.module):
-                hidden_BSD = replay(base, prefix)
-            nll_L, kept_LV = batch.read(base, hidden_BSD)
-            if before_LV is None:
-                before_LV = kept_LV.detach()
-                value_norm_L = shift.values_BO[batch.plain_L].norm(dim=1)
-            kl_L = F.kl_div(before_LV, kept_LV, log_target=True, reduction="none").sum(1)
-            decay_L = delta_LO.norm(dim=1) / value_norm_L.square()
-            now_L = nll_L + config.kl_factor * kl_L + config.v_weight_decay * decay_L
-            first_L = now_L.detach() if step == 0 else first_L
-            loss_L = torch.where(active_L, now_L.detach(), loss_L)
-            active_L = active_L & (now_L.detach() >= STOP_LOSS)  # a loss that is not a number stops its lane, too
-            if step == config.v_num_grad_steps - 1 or not bool(active_L.any()):
+            now_K = problem.loss(base, config, delta_KO)
+            steps.record(now_K)
+            steps.keep(now_K.detach() >= STOP_LOSS)
+            if step == config.v_num_grad_steps - 1 or steps.ended():
                 break
-            torch.where(active_L, now_L, 0).sum().backward()  # type: ignore[no-untyped-call]
-            optimizer.step(active_L)
-            self._project(delta_LO, config.clamp_norm_factor * value_norm_L)
-        keys_BI = shift.keys_BI
+            steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step(steps.active_K, steps.moving)
+            self._project(delta_KO, config.clamp_norm_factor * problem.value_norm_K)
+        steps_L[steps.live], delta_LO[steps.live] = optimizer.steps_L, delta_KO.detach()
         lane_sum_LI = keys_BI.new_zeros(overlay.lanes, keys_BI.shape[1]).index_add(
-            0, batch.rows.lane_B, torch.where(batch.edited_B[:, None], keys_BI, 0)
+            0, rows.lane_B, torch.where(batch.edited_B[:, None], keys_BI, 0)
         )
         return _Found(
             keys_LI=lane_sum_LI / batch.contexts_L[:, None],
             key0_LI=keys_BI[batch.plain_L],
-            delta_LO=delta_LO.detach(),
-            value_norm_L=value_norm_L,
-            steps_L=optimizer.steps_L,
-            loss_L=loss_L,
-            first_L=first_L,
+            delta_LO=delta_LO,
+            value_norm_L=value_LO.norm(dim=1),
+            steps_L=steps_L,
+            loss_L=steps.loss_L,
+            first_L=steps.first_L,
         )
 
     @staticmethod
@@ -328,15 +327,14 @@ class _Batch:
         starts = [start for _, start, _ in self.rows.segments]
         stops = [stop for _, _, stop in self.rows.segments]
         self.plain_L = torch.tensor(starts, device=device)
-        self.kept_L = torch.tensor([stop - 1 for stop in stops], device=device)
-        kept = [lines[stop - 1][1].read for stop in stops]
-        self.kept_column_L = torch.tensor([offsets[s - 1] + k for s, k in zip(stops, kept, strict=True)], device=device)
+        self.kept_L = tuple(stop - 1 for stop in stops)
+        self.kept_column_L = tuple(offsets[row] + lines[row][1].read for row in self.kept_L)
         places = [
             (i, line.read + j, token, 1 / (len(line.target) * (len(lanes[lane]) - 1)))
             for i, (lane, line) in enumerate(lines)
             for j, token in enumerate(line.target)
         ]
-        self.targets = TargetTokens(self.rows, places, len(lanes))
+        self.targets = TargetTokens.of(self.rows, places, len(lanes))
 
     @classmethod
     def of(
@@ -350,11 +348,52 @@ class _Batch:
             lanes.append(_lines(base, edit.requests[0], texts.meta["templates"], config))
         return cls(base, lanes)
 
-    def read(self, base: BaseModel, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Per lane: mean negative log-likelihood (L,), log-probabilities of the kept distribution (L, V)."""
-        nll_L = self.targets.nll(base, hidden_BSD)
-        kept_LV = base.logits(hidden_BSD[self.kept_L, self.kept_column_L]).log_softmax(-1)
-        return nll_L, kept_LV
+    @property
+    def reads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows and columns that the loss reads: those of the targets, then each lane's kept prediction."""
+        row_P, column_P = self.targets.reads
+        return (*row_P, *self.kept_L), (*column_P, *self.kept_column_L)
+
+
+@dataclass
+class _Problem:
+    """The lanes in one batch: where their vector is added, and how their losses are found."""
+
+    suffix: Suffix
+    targets: TargetTokens
+    here_BS1: Tensor
+    """Whether a position is its row's lookup token, from column ``suffix.first`` on."""
+    value_norm_K: Tensor
+    before_KV: Tensor | None = None
+    """Log-probabilities of the kept prediction, before anything is added."""
+
+    @classmethod
+    def of(cls, suffix: Suffix, batch: _Batch, value_norm_L: Tensor) -> Self:
+        here_BS = F.one_hot(batch.lookup_B, batch.rows.input_ids_BS.shape[1]).bool()
+        return cls(suffix, batch.targets, here_BS[:, suffix.first :, None], value_norm_L)
+
+    def loss(self, base: BaseModel, config: ROMEConfig, delta_KO: Tensor) -> Tensor:
+        """Eq. 4 per lane, (K,). The first call notes the predictions to keep."""
+        plain_BSO = self.suffix.output_BSO[:, self.suffix.first :]
+        shift_B1O = delta_KO[self.suffix.rows.lane_B].to(plain_BSO.dtype)[:, None]
+        hidden_PD = self.suffix.hidden(plain_BSO + torch.where(self.here_BS1, shift_B1O, 0))
+        count = len(self.targets.row_P)
+        nll_K = self.targets.nll(base, hidden_PD[:count])
+        kept_KV = base.logits(hidden_PD[count:]).log_softmax(-1)
+        if self.before_KV is None:
+            self.before_KV = kept_KV.detach()
+        kl_K = F.kl_div(self.before_KV, kept_KV, log_target=True, reduction="none").sum(1)
+        decay_K = delta_KO.norm(dim=1) / self.value_norm_K.square()
+        loss_K: Tensor = nll_K + config.kl_factor * kl_K + config.v_weight_decay * decay_K
+        return loss_K
+
+    def part(self, lanes: Sequence[int]) -> _Problem:
+        rows, row_B = self.suffix.rows.part(lanes)
+        targets, read_P = self.targets.part(lanes, row_B)
+        read_P += [len(self.targets.row_P) + lane for lane in lanes]
+        before_KV = None if self.before_KV is None else self.before_KV[list(lanes)]
+        suffix = self.suffix.part(row_B, rows, read_P)
+        return _Problem(suffix, targets, self.here_BS1[row_B], self.value_norm_K[list(lanes)], before_KV)
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,33 +441,3 @@ class _Found:
     steps_L: Tensor
     loss_L: Tensor
     first_L: Tensor
-
-
-class _Shift:
-    """Adds each lane's vector to the edited map's output at the lookup token, and notes key and value found there."""
-
-    def __init__(self, batch: _Batch, delta_LO: Tensor) -> None:
-        rows = batch.rows
-        self.rows = rows
-        self.delta_LO = delta_LO
-        self.row_B = torch.arange(rows.size, device=delta_LO.device)
-        self.lookup_B = batch.lookup_B
-        self.here_BS1 = F.one_hot(batch.lookup_B, rows.input_ids_BS.shape[1]).bool()[:, :, None]
-        self.keys_BI = self.values_BO = delta_LO.new_zeros(0)
-
-    @contextmanager
-    def installed(self, module: nn.Module) -> Iterator[None]:
-        handle = module.register_forward_hook(self._add)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _add(self, _: nn.Module, args: tuple[Tensor, ...], out_BSO: Tensor) -> Tensor:
-        if not self.keys_BI.numel():  # the first pass, where nothing is added yet
-            dtype = self.delta_LO.dtype
-            self.keys_BI = args[0][self.row_B, self.lookup_B].detach().to(dtype)
-            self.values_BO = out_BSO[self.row_B, self.lookup_B].detach().to(dtype)
-        shift_B1O = self.delta_LO[self.rows.lane_B].to(out_BSO.dtype)[:, None]
-        shifted: Tensor = out_BSO + torch.where(self.here_BS1, shift_B1O, 0)
-        return shifted

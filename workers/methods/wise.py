@@ -52,8 +52,7 @@ Differences from paper and public code, all deliberate. The switches exist for p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
@@ -64,13 +63,14 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from workers.artifacts import ArtifactSpec
+from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, split_module
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.optim import SGD
+from workers.optim import SGD, LaneOptimizer
 from workers.overlay import LaneState, Overlay, lane_linear
-from workers.replay import capture, replay
 from workers.rows import Encoded, Rows, collate
+from workers.suffix import Suffix
 from workers.templates import KIND as TEMPLATES
 from workers.types import JSON, DataError, EditRequest, SpecError
 
@@ -203,15 +203,6 @@ class Memory:
     merged: bool
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """What a training forward saw at the map: input, answer of the base, change of the answer."""
-
-    x_BSI: Tensor
-    plain_BSO: Tensor
-    change_BSO: Tensor
-
-
 class SideMemories(Overlay):
     """Per lane the current side memory and the saved ones, each stored as a change of the base weight."""
 
@@ -227,17 +218,12 @@ class SideMemories(Overlay):
         """Smallest activation of those edits."""
         self.saved: list[list[Memory]] = [[] for _ in range(lanes)]
         self._function = base.activation if config.activation == "public" else None
-        self._traces: list[_Trace] | None = None
 
     # --- answering ---
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
         with torch.no_grad():
             plain_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
-        if self._traces is not None:
-            change_BSO = self.change(x_BSI, rows)
-            self._traces.append(_Trace(x_BSI, plain_BSO, change_BSO))
-            return plain_BSO + change_BSO
         if not any(self._memories(lane) for lane, _, _ in rows.segments):
             return plain_BSO
         token_BS = rows.prompt_mask_BS if self.config.routing == "prompt" else rows.attention_mask_BS.bool()
@@ -277,25 +263,16 @@ class SideMemories(Overlay):
 
     # --- editing ---
 
-    def change(self, x_BSI: Tensor, rows: Rows) -> Tensor:
-        """``A(x) D`` by each lane's current side memory, (B, S, O). A fresh memory changes exactly nothing.
+    def change(self, delta_KOI: Tensor, x_BSI: Tensor, rows: Rows) -> Tensor:
+        """``A(x) D`` of some lanes' side memories, (B, S, O). A fresh memory changes exactly nothing.
 
         Parity needs the public code's rounding, too (the margin's hinges amplify it to percents in 20 steps): it subtracts
         two outputs.
         """
         if self.config.activation == "difference":
-            return lane_linear(x_BSI, self.delta_LOI, rows)
-        weight_LOI = self.sites[0].weight_OI.to(self.delta_LOI).expand_as(self.delta_LOI).contiguous()
-        return lane_linear(x_BSI, weight_LOI + self.delta_LOI, rows) - lane_linear(x_BSI, weight_LOI, rows)
-
-    @contextmanager
-    def training(self) -> Iterator[list[_Trace]]:
-        """Inside, every row is answered by its lane's side memory; the list receives what each forward saw."""
-        self._traces = []
-        try:
-            yield self._traces
-        finally:
-            self._traces = None
+            return lane_linear(x_BSI, delta_KOI, rows)
+        weight_KOI = self.sites[0].weight_OI.to(delta_KOI).expand_as(delta_KOI).contiguous()
+        return lane_linear(x_BSI, weight_KOI + delta_KOI, rows) - lane_linear(x_BSI, weight_KOI, rows)
 
     def begin(self, lane: int, draw: Tensor) -> None:
         """Give a fresh side memory its mask: the weights whose uniform draw, (O, I), is below ``mask_ratio``."""
@@ -461,76 +438,87 @@ class WISE(Method[WISEConfig]):
     relative_cost: ClassVar[float] = 6.0
     Config: ClassVar[type[MethodConfig]] = WISEConfig
 
+    @property
+    def site(self) -> Site:
+        """The map that gets the side memory."""
+        return self.base.site(self.config.layer, self.config.module)
+
     def new_overlay(self, lanes: int) -> SideMemories:
-        return SideMemories(self.base, self.base.site(self.config.layer, self.config.module), lanes, self.config)
+        return SideMemories(self.base, self.site, lanes, self.config)
 
     def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if not isinstance(overlay, SideMemories):
             raise TypeError(f"WISE edits SideMemories, not a {type(overlay).__name__}")
-        config = self.config
-        batch = _Batch(self.base, config, edits, [self._templates(edit) for edit in edits])
-        prefix = capture(self.base, batch.rows, overlay.first_layer)
+        config, device = self.config, self.base.device
+        whole = problem = _Problem.of(self.base, overlay, edits, [self._templates(edit) for edit in edits])
         for lane, edit in enumerate(edits):
             if not overlay.edits[lane]:
                 overlay.begin(lane, self.draw_mask(edit))
-        delta_LOI = overlay.delta_LOI
-        mask_LOI = torch.stack([mask for mask in overlay.masks_OI if mask is not None])
-        optimizer = SGD([delta_LOI], config.lr)
-        active_L = torch.ones(overlay.lanes, dtype=torch.bool, device=delta_LOI.device)
-        loss_L = torch.full((overlay.lanes,), 1e9, device=delta_LOI.device, dtype=delta_LOI.dtype)
-        before_L = torch.zeros_like(loss_L)
-        delta_LOI.requires_grad_(True)
-        try:
-            for _ in range(config.n_iter):
-                active_L = active_L & ~(((loss_L - before_L).abs() <= STOP_CHANGE) & (loss_L <= STOP_LOSS))
-                if not bool(active_L.any()):
+        delta_LOI = delta_KOI = overlay.delta_LOI
+        mask_KOI = torch.stack([mask for mask in overlay.masks_OI if mask is not None]).to(delta_LOI.dtype)
+        optimizer: LaneOptimizer = SGD([delta_KOI], config.lr)
+        steps = Lockstep(overlay.lanes, device)
+        steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=device)
+        before_K = torch.zeros(overlay.lanes, dtype=delta_LOI.dtype, device=device)
+        for step in range(config.n_iter):
+            if steps.halved():
+                steps_L[steps.live] = optimizer.steps_L
+                if delta_KOI is not delta_LOI:
+                    delta_LOI[steps.live] = delta_KOI
+                kept = steps.compact()
+                problem, delta_KOI, mask_KOI = problem.part(kept), delta_KOI[kept], mask_KOI[kept]
+                before_K = before_K[kept]
+                optimizer = optimizer.part(kept, [delta_KOI])
+            delta_KOI.requires_grad_(True)
+            try:
+                now_K = problem.loss(self.base, delta_KOI)
+                steps.record(now_K)
+                steps.keep(torch.isfinite(now_K.detach()))
+                if steps.ended():
                     break
+                steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]
+                self._descend(optimizer, delta_KOI, mask_KOI, steps)
+            finally:
+                delta_KOI.requires_grad_(False)
                 optimizer.zero_grad()
-                with overlay.training() as traces, overlay.installed(batch.rows):
-                    now_L = batch.targets.nll(self.base, replay(self.base, prefix))
-                (trace,) = traces
-                now_L = now_L + batch.margin_loss(overlay.strength(trace.plain_BSO, trace.change_BSO))
-                before_L = torch.where(active_L, loss_L, before_L)
-                loss_L = torch.where(active_L, now_L.detach(), loss_L)
-                active_L = active_L & torch.isfinite(now_L.detach())
-                torch.where(active_L, now_L, 0).sum().backward()  # type: ignore[no-untyped-call]
-                self._mask_gradient(overlay, mask_LOI)
-                optimizer.step(active_L)
-                if config.norm_constraint is not None:
-                    with torch.no_grad():
-                        delta_LOI.clamp_(-config.norm_constraint, config.norm_constraint)
-        finally:
-            optimizer.zero_grad()
-            delta_LOI.requires_grad_(False)
+            loss_K = now_K.detach()
+            if step:
+                steps.keep(~(((loss_K - before_K).abs() <= STOP_CHANGE) & (loss_K <= STOP_LOSS)))
+                if steps.ended():
+                    break
+            before_K = loss_K
+        steps_L[steps.live] = optimizer.steps_L
+        if delta_KOI is not delta_LOI:
+            delta_LOI[steps.live] = delta_KOI
         with torch.no_grad():
-            change_BSO = overlay.change(trace.x_BSI, batch.rows)
-            activations = batch.activations(overlay.strength(trace.plain_BSO, change_BSO))
+            activations = whole.activations(delta_LOI)
         outcomes = []
-        for lane, (edit, steps) in enumerate(zip(edits, optimizer.steps_L.tolist(), strict=True)):
-            loss = as_float(loss_L[lane])
+        for lane, (edit, count) in enumerate(zip(edits, steps_L.tolist(), strict=True)):
             overlay.finish(lane, activations[lane], edit.draws.generator("merge"))
             details: dict[str, JSON] = {"activation": min(activations[lane]), "memories": len(overlay.saved[lane])}
-            outcomes.append(EditOutcome(steps, loss, details))
+            outcomes.append(EditOutcome(count, as_float(steps.loss_L[lane]), details))
         return outcomes
 
     def draw_mask(self, edit: LaneEdit) -> Tensor:
         """Uniform numbers that decide a fresh side memory's mask, (O, I)."""
-        site = self.base.site(self.config.layer, self.config.module)
-        return torch.rand(site.shape, generator=edit.draws.generator("mask"))
+        return torch.rand(self.site.shape, generator=edit.draws.generator("mask"))
 
     @torch.no_grad()
-    def _mask_gradient(self, overlay: SideMemories, mask_LOI: Tensor) -> None:
-        """Confine the gradient (decay included, unless as published) to each memory's mask."""
-        delta_LOI, config = overlay.delta_LOI, self.config
-        if delta_LOI.grad is None:
+    def _descend(self, optimizer: LaneOptimizer, delta_KOI: Tensor, mask_KOI: Tensor, steps: Lockstep) -> None:
+        """One step inside each memory's mask (decay included, unless as published), then back into the box."""
+        config, grad_KOI = self.config, delta_KOI.grad
+        if grad_KOI is None:
             raise RuntimeError("no gradient: was backward() called?")
-        decay_LOI: Tensor | float = 0.0
-        if config.weight_decay:
-            decay_LOI = config.weight_decay * (overlay.sites[0].weight_OI.to(delta_LOI.dtype) + delta_LOI)
         if config.public_decay:
-            delta_LOI.grad = delta_LOI.grad * mask_LOI + decay_LOI
-        else:
-            delta_LOI.grad = (delta_LOI.grad + decay_LOI) * mask_LOI
+            grad_KOI.mul_(mask_KOI)
+        if config.weight_decay:
+            weight_OI = self.site.weight_OI.to(delta_KOI.dtype)
+            grad_KOI.add_(weight_OI, alpha=config.weight_decay).add_(delta_KOI, alpha=config.weight_decay)
+        if not config.public_decay:
+            grad_KOI.mul_(mask_KOI)
+        optimizer.step(steps.active_K, steps.moving)
+        if config.norm_constraint is not None:
+            delta_KOI.clamp_(-config.norm_constraint, config.norm_constraint)
 
     def _templates(self, edit: LaneEdit) -> list[str]:
         data = edit.inputs.get("templates") or self.inputs["templates"]
@@ -589,15 +577,37 @@ class WISE(Method[WISEConfig]):
         return int(size * (4 + waiting + merged) + out * into)
 
 
-class _Batch:
-    """The rows of one call: per request its prompt in every context template, then its unrelated sentence."""
+@dataclass(frozen=True)
+class _Problem:
+    """The lanes in one batch. Rows: per request its prompt in every context template, then its unrelated sentence."""
 
-    def __init__(
-        self, base: BaseModel, config: WISEConfig, edits: Sequence[LaneEdit], templates: Sequence[Sequence[str]]
-    ) -> None:
+    overlay: SideMemories
+    suffix: Suffix
+    targets: TargetTokens
+    token_BS: Tensor
+    """The tokens whose activations are averaged."""
+    row_E: Tensor
+    """Of each edit row, its row in the batch."""
+    owner_E: Tensor
+    """Of each edit row, its request."""
+    unrelated_G: Tensor
+    """Of each request, the row of its unrelated sentence."""
+    lane_G: Tensor
+    sizes: tuple[int, ...]
+    """Requests of each lane."""
+
+    @classmethod
+    def of(
+        cls,
+        base: BaseModel,
+        overlay: SideMemories,
+        edits: Sequence[LaneEdit],
+        templates: Sequence[Sequence[str]],
+    ) -> Self:
+        config, device = overlay.config, base.device
         encoded: list[Encoded] = []
         lanes: list[int] = []
-        owner_E: list[int] = []  # of each edit row, its request in the call
+        owner_E: list[int] = []
         row_E: list[int] = []
         unrelated_G: list[int] = []
         lane_G: list[int] = []
@@ -619,27 +629,37 @@ class _Batch:
                 encoded.append(_unrelated(base, request))
                 lane_G.append(lane)
                 lanes += [lane] * (len(pairs) + 1)
-        device = base.device
-        self.config = config
-        self.lanes = len(edits)
-        self.sizes = [len(edit.requests) for edit in edits]
-        self.rows = collate(encoded, lanes, base.encoder.pad_id, device)
-        self.token_BS = self.rows.prompt_mask_BS
+        rows = collate(encoded, lanes, base.encoder.pad_id, device)
+        token_BS = rows.prompt_mask_BS
         if config.public_positions or config.routing == "all_tokens":
-            column_BS = _own_columns(encoded, self.rows)
+            column_BS = _own_columns(encoded, rows)
             if config.public_positions:
-                self.rows = replace(self.rows, position_ids_BS=column_BS.clamp_min(0))
+                rows = replace(rows, position_ids_BS=column_BS.clamp_min(0))
             if config.routing == "all_tokens":
-                self.token_BS = column_BS >= 0
-        self.targets = TargetTokens(self.rows, places, len(edits))
-        self.row_E = torch.tensor(row_E, device=device)
-        self.owner_E = torch.tensor(owner_E, device=device)
-        self.unrelated_G = torch.tensor(unrelated_G, device=device)
-        self.lane_G = torch.tensor(lane_G, device=device)
+                token_BS = column_BS >= 0
+        targets = TargetTokens.of(rows, places, len(edits))
+        return cls(
+            overlay,
+            Suffix.capture(base, overlay.sites[0], rows, targets.reads),
+            targets,
+            token_BS,
+            torch.tensor(row_E, device=device),
+            torch.tensor(owner_E, device=device),
+            torch.tensor(unrelated_G, device=device),
+            torch.tensor(lane_G, device=device),
+            tuple(len(edit.requests) for edit in edits),
+        )
 
-    def margin_loss(self, strength_BS: Tensor) -> Tensor:
-        """Mean over a lane's requests, (L,)."""
-        config = self.config
+    def loss(self, base: BaseModel, delta_KOI: Tensor) -> Tensor:
+        """Target loss and margin of each lane, (K,)."""
+        suffix = self.suffix
+        change_BSO = self.overlay.change(delta_KOI, suffix.input_BSI, suffix.rows)
+        nll_K = self.targets.nll(base, suffix.hidden(suffix.output_BSO + change_BSO))
+        return nll_K + self._margin(self.overlay.strength(suffix.output_BSO, change_BSO))
+
+    def _margin(self, strength_BS: Tensor) -> Tensor:
+        """Mean over a lane's requests, (K,)."""
+        config = self.overlay.config
         activation_B = token_mean(strength_BS, self.token_BS)
         outside_G = activation_B[self.unrelated_G]
         inside_E = activation_B[self.row_E]
@@ -649,18 +669,21 @@ class _Batch:
             + self._mean(config.gamma - (inside_E - outside_G[self.owner_E]))
         )
         share_G = 1 / torch.tensor(self.sizes, device=loss_G.device, dtype=loss_G.dtype)[self.lane_G]
-        return loss_G.new_zeros(self.lanes).index_add(0, self.lane_G, loss_G * share_G)
+        return loss_G.new_zeros(len(self.sizes)).index_add(0, self.lane_G, loss_G * share_G)
 
     def _mean(self, excess_E: Tensor) -> Tensor:
         """Mean hinge over each request's rows, (G,)."""
-        counted_E = (excess_E > 0 if self.config.public_margin else torch.ones_like(excess_E)).to(excess_E.dtype)
+        public = self.overlay.config.public_margin
+        counted_E = (excess_E > 0 if public else torch.ones_like(excess_E)).to(excess_E.dtype)
         return self._sum(excess_E.relu()) / self._sum(counted_E).clamp_min(1)
 
     def _sum(self, value_E: Tensor) -> Tensor:
         return value_E.new_zeros(len(self.lane_G)).index_add(0, self.owner_E, value_E)
 
-    def activations(self, strength_BS: Tensor) -> list[list[float]]:
+    def activations(self, delta_KOI: Tensor) -> list[list[float]]:
         """Per lane, for each request the mean activation of its rows."""
+        change_BSO = self.overlay.change(delta_KOI, self.suffix.input_BSI, self.suffix.rows)
+        strength_BS = self.overlay.strength(self.suffix.output_BSO, change_BSO)
         activation_E = token_mean(strength_BS, self.token_BS)[self.row_E]
         mean_G = (self._sum(activation_E) / self._sum(torch.ones_like(activation_E))).tolist()
         at, out = 0, []
@@ -668,6 +691,31 @@ class _Batch:
             out.append(mean_G[at : at + size])
             at += size
         return out
+
+    def part(self, lanes: Sequence[int]) -> _Problem:
+        rows, row_B = self.suffix.rows.part(lanes)
+        targets, read_P = self.targets.part(lanes, row_B)
+        device = self.row_E.device
+        index_B = torch.tensor(row_B, device=device)
+        place_B = torch.zeros(self.token_BS.shape[0], dtype=torch.long, device=device)
+        place_B[index_B] = torch.arange(len(row_B), device=device)
+        lane_L = torch.full((len(self.sizes),), -1, dtype=torch.long, device=device)
+        lane_L[list(lanes)] = torch.arange(len(lanes), device=device)
+        keep_G = torch.nonzero(lane_L[self.lane_G] >= 0)[:, 0]
+        request_G = torch.full((len(self.lane_G),), -1, dtype=torch.long, device=device)
+        request_G[keep_G] = torch.arange(len(keep_G), device=device)
+        keep_E = torch.nonzero(request_G[self.owner_E] >= 0)[:, 0]
+        return _Problem(
+            self.overlay,
+            self.suffix.part(row_B, rows, read_P),
+            targets,
+            self.token_BS[index_B],
+            place_B[self.row_E[keep_E]],
+            request_G[self.owner_E[keep_E]],
+            place_B[self.unrelated_G[keep_G]],
+            lane_L[self.lane_G[keep_G]],
+            tuple(self.sizes[lane] for lane in lanes),
+        )
 
 
 def _own_columns(encoded: Sequence[Encoded], rows: Rows) -> Tensor:

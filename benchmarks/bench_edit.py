@@ -1,0 +1,307 @@
+"""Seconds per edit: a plain loop of the field against replay, lanes and both.
+
+    python benchmarks/bench_edit.py [--quick] [--models embedded llama-60m gpt2-124m] [--methods ft rome grace wise]
+
+(a) the plain loop of benchmarks/reference.py, (b) replay with one lane, (c) lanes without replay, (d) both. Each figure is the
+median over rounds in which (a) to (d) take turns, each on the same requests, one torch thread; a ratio is the median of the
+rounds' own ratios. Both sides are checked to end with the same change. Edited layers are those of the golden records on the
+embedded model, and the depth published for LLaMA-2-7B elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from common import Target, conclude, describe_machine, start
+from reference import LOOPS, Loop, agrees
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from workers.artifacts import ArtifactData
+from workers.data.tinyworld import load_dataset
+from workers.methods import get_method
+from workers.methods.base import LaneEdit, Method
+from workers.models import BaseModel, ModelConfig, ModelFingerprint
+from workers.overlay import Overlay
+from workers.rng import Draws
+from workers.session import BUILDERS, Session
+from workers.types import EditRequest
+
+LOG = logging.getLogger("bench_edit")
+
+GOLDEN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "ft": {"layers": [3], "objective": "prompt_last", "num_steps": 25, "lr": 1e-3},
+        "rome": {
+            "layer": 0,
+            "v_num_grad_steps": 15,
+            "v_lr": 1.0,
+            "clamp_norm_factor": 10,
+            "context_template_length_params": [[5, 5], [10, 5]],
+            "corpus": "embedded",
+            "samples": 2000,
+        },
+        "grace": {"layer": 4, "lr": 1.0, "n_iter": 25, "eps": 2.0},
+        "wise": {
+            "layer": 4,
+            "lr": 0.3,
+            "n_iter": 20,
+            "alpha": 0.2,
+            "beta": 0.8,
+            "gamma": 0.4,
+            "context_template_length_params": [[5, 5], [10, 5]],
+        },
+    }
+)
+"""Hyperparameters of the golden records."""
+
+DEPTH: Mapping[str, float] = MappingProxyType({"ft": 21 / 32, "rome": 5 / 32, "grace": 27 / 32, "wise": 27 / 32})
+"""Published layer of LLaMA-2-7B as a share of the model's depth."""
+
+TITLES = {"ft": "FT-L", "rome": "ROME", "grace": "GRACE", "wise": "WISE"}
+GOALS = {
+    ("embedded", "ft"): 12.0,
+    ("embedded", "wise"): 8.0,
+    ("embedded", "grace"): 8.0,
+    ("embedded", "rome"): 4.0,
+    ("llama-60m", "ft"): 4.0,
+    ("llama-60m", "wise"): 3.0,
+}
+LANES = {"embedded": 25, "llama-60m": 10, "gpt2-124m": 8}
+
+
+def model(name: str) -> BaseModel:
+    """The embedded model, or random weights of a larger shape with the embedded tokenizer."""
+    embedded = Session.open(ModelConfig(device="cpu")).base
+    if name == "embedded":
+        return embedded
+    if name == "llama-60m":
+        sizes = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
+        config = AutoConfig.for_model("llama", vocab_size=8192, max_position_embeddings=256, **sizes)
+    else:
+        config = AutoConfig.for_model("gpt2")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(config)
+    return BaseModel(made, embedded.tokenizer, ModelConfig(name=name, device="cpu"))
+
+
+def config_of(base: BaseModel, name: str, method: str) -> Any:
+    values = dict(GOLDEN[method])
+    if name != "embedded":
+        layer = int(DEPTH[method] * len(base.layers))
+        values |= {"layers": [layer]} if method == "ft" else {"layer": layer}
+    return get_method(method).Config.model_validate(values)
+
+
+@contextmanager
+def without_replay(overlay: Overlay) -> Iterator[None]:
+    """Inside, replay starts at the first layer, which is a full forward but for the embedding."""
+    kind = type(overlay)
+    overlay.__class__ = type(kind.__name__, (kind,), {"first_layer": property(lambda self: 0)})
+    try:
+        yield
+    finally:
+        overlay.__class__ = kind
+
+
+@dataclass
+class Bench:
+    """One method on one model."""
+
+    name: str
+    base: BaseModel
+    editor: Method[Any]
+    loop: Loop
+    requests: list[EditRequest]
+
+    def draws(self, first: int, position: int) -> Draws:
+        return Draws(self.editor.name, self.editor.config.model_dump(mode="json"), 0, first, position)
+
+    def lanes(self, T: int, groups: list[int], whole: bool) -> Callable[[], Overlay]:
+        """Edit ``groups`` in lockstep, T edits each."""
+
+        def run() -> Overlay:
+            overlay = self.editor.new_overlay(len(groups))
+            for position in range(T):
+                edits = [
+                    LaneEdit((self.requests[g * T + position],), self.draws(g * T, position), self.editor.inputs)
+                    for g in groups
+                ]
+                if whole:
+                    with without_replay(overlay):
+                        self.editor.edit(overlay, edits)
+                else:
+                    self.editor.edit(overlay, edits)
+            return overlay
+
+        return run
+
+    def one_by_one(self, T: int, groups: list[int], whole: bool) -> Callable[[], None]:
+        runs = [self.lanes(T, [g], whole) for g in groups]
+
+        def run() -> None:
+            for group in runs:
+                group()
+
+        return run
+
+    def plain(self, T: int, groups: list[int]) -> Callable[[], None]:
+        def run() -> None:
+            for g in groups:
+                for position in range(T):
+                    self.loop.edit(self.requests[g * T + position], self.draws(g * T, position))
+                self.loop.restore()
+
+        return run
+
+    def difference(self) -> float:
+        """How far both sides end from each other after one edit."""
+        overlay: Any = self.lanes(1, [0], whole=False)()
+        self.loop.edit(self.requests[0], self.draws(0, 0))
+        expected = self.loop.delta()
+        self.loop.restore()
+        if hasattr(overlay, "values_LKO"):
+            found = overlay.values_LKO[0, :1]
+        elif hasattr(overlay, "delta"):
+            found = overlay.delta(0)
+        elif hasattr(overlay, "delta_LOI"):
+            found = overlay.delta_LOI[0]
+        else:
+            site = overlay.sites[0]
+            found = overlay.weights_LOI[site.name][0] - site.weight_OI
+        return agrees(found, expected)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    clock = time.perf_counter()
+    run()
+    return time.perf_counter() - clock
+
+
+def compare(runs: Mapping[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per edit of each run, round by round, taking turns after one warm-up."""
+    for run, _ in runs.values():
+        run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (run, edits) in runs.items():
+            found[name].append(seconds(run) / edits)
+    return found
+
+
+def ratio(found: Mapping[str, list[float]], name: str) -> float:
+    return statistics.median(a / b for a, b in zip(found["plain"], found[name], strict=True))
+
+
+def share_of_attainable(bench: Bench, measured: float) -> tuple[float, float]:
+    """What replay with one lane can gain by the layer count, and the share of it that was reached.
+
+    (all layers forward + 2 x suffix layers backward + head) / (suffix forward + 2 x suffix backward + head where scored), in
+    multiply-adds of one row; the head runs at every position in the plain loop.
+    """
+    base, overlay = bench.base, bench.editor.new_overlay(1)
+    layers, suffix = len(base.layers), len(base.layers) - overlay.first_layer
+    per_layer = sum(p.numel() for p in base.layers[0].parameters() if p.dim() > 1)
+    pair = base.encoder.pair(bench.requests[0].prompt, bench.requests[0].target_new)
+    head = base.vocab * base.hidden
+    scored = len(pair.target) / len(pair.ids)
+    plain = layers * per_layer + 2 * suffix * per_layer + head
+    ours = suffix * per_layer + 2 * suffix * per_layer + head * scored
+    return plain / ours, measured / (plain / ours)
+
+
+def measure(name: str, base: BaseModel, method: str, quick: bool, targets: list[Target]) -> None:
+    config = config_of(base, name, method)
+    kind = get_method(method)
+    fingerprint = ModelFingerprint(name, "embedded")
+    specs = kind.artifacts(config, fingerprint, base.config, 0)
+    inputs: dict[str, ArtifactData] = {spec.name: BUILDERS[spec.kind](base, dict(spec.recipe)) for spec in specs}
+    bench = Bench(name, base, kind.prepare(base, config, inputs), LOOPS[method](base, config, inputs), [])
+    bench.requests = list(load_dataset("tune").requests)
+    layer = bench.editor.new_overlay(1).first_layer
+    title = f"{TITLES[method]} layer {layer} of {len(base.layers)}, {name}"
+    LOG.info("%s: both sides' change differs by %.1e", title, bench.difference())
+    lanes = LANES[name]
+    few = 4 if quick or name != "embedded" else 10
+    rounds = 3 if quick else 5
+    for T, sampled in ((1, lanes), (10, lanes)) if not quick else ((1, lanes),):
+        groups = list(range(min(sampled, len(bench.requests) // T)))
+        some = groups[:few] if T == 1 else groups[:1]
+        runs = {
+            "plain": (bench.plain(T, some), len(some) * T),
+            "replay": (bench.one_by_one(T, some, whole=False), len(some) * T),
+            "lanes": (bench.lanes(T, groups, whole=True), len(groups) * T),
+            "both": (bench.lanes(T, groups, whole=False), len(groups) * T),
+        }
+        found = compare(runs, rounds if T == 1 else max(1, rounds // 2))
+        ms = {key: 1e3 * statistics.median(values) for key, values in found.items()}
+        LOG.info(
+            "%s, T=%d: ms/edit plain %.1f, replay %.1f (%.1fx), %d lanes %.1f (%.1fx), both %.2f (%.1fx)",
+            *(title, T, ms["plain"], ms["replay"], ratio(found, "replay"), len(groups)),
+            *(ms["lanes"], ratio(found, "lanes"), ms["both"], ratio(found, "both")),
+        )
+        if T == 1 and (name, method) in GOALS:
+            goal = GOALS[name, method]
+            value = ratio(found, "both")
+            targets.append(
+                Target(
+                    f"{title}, T=1: replay + {len(groups)} lanes against the plain loop",
+                    f"{value:.1f}x",
+                    f">= {goal:g}x",
+                    value >= goal,
+                )
+            )
+    length = 10 if quick else 50
+    runs = {"plain": (bench.plain(length, [0]), length), "replay": (bench.lanes(length, [0], whole=False), length)}
+    found = compare(runs, 3)
+    value = ratio(found, "replay")
+    attainable, share = share_of_attainable(bench, value)
+    LOG.info(
+        "%s, one group of %d, one lane: ms/edit plain %.1f, replay %.1f (%.2fx; the layer count allows %.2fx)",
+        *(
+            title,
+            length,
+            1e3 * statistics.median(found["plain"]),
+            1e3 * statistics.median(found["replay"]),
+            value,
+            attainable,
+        ),
+    )
+    if name == "embedded":
+        targets.append(
+            Target(
+                f"{title}, one group, one lane: share of the {attainable:.2f}x the layer count allows",
+                f"{share:.0%}",
+                ">= 80%",
+                share >= 0.8,
+            )
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=sorted(LANES), default=["embedded", "llama-60m", "gpt2-124m"])
+    parser.add_argument("--methods", nargs="*", choices=sorted(LOOPS), default=sorted(LOOPS))
+    args = start(parser)
+    describe_machine(LOG)
+    targets: list[Target] = []
+    for name in args.models:
+        base = model(name)
+        for method in args.methods:
+            if name == "gpt2-124m" and args.quick:
+                continue
+            measure(name, base, method, args.quick, targets)
+    conclude(LOG, targets, args.out)
+
+
+if __name__ == "__main__":
+    main()

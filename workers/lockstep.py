@@ -1,0 +1,84 @@
+"""Which lanes of one edit call still move, and when to look.
+
+>>> steps = Lockstep(lanes=8, device=base.device)
+>>> for step in range(25):
+...     if steps.halved():                  # half of the batch stands still: go on with the others alone
+...         problem = problem.part(steps.compact())
+...     now_K = problem.loss()              # K lanes are left in the batch
+...     steps.record(now_K)
+...     steps.keep(now_K >= STOP)
+...     if steps.ended():
+...         break
+...     steps.masked(now_K).sum().backward()
+...     optimizer.step(steps.active_K, steps.moving)
+
+The stopping rule is applied on the device after every step; on a GPU its outcome is read back every few steps only, because
+reading waits for the device. A lane that has stopped does not move, so looking later changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_READ_EVERY = 4
+"""Steps between two looks, where looking waits for the device."""
+
+_WORTH_HALVING = 8
+"""A batch of fewer lanes is as quick as half of it."""
+
+
+class Lockstep:
+    """The lanes that are left in the batch (``live``, ascending), which of them move, and every lane's last loss."""
+
+    def __init__(self, lanes: int, device: torch.device, start: Sequence[bool] | None = None) -> None:
+        """``start``: lanes that move at all; None: all of them."""
+        self._flags = [True] * lanes if start is None else list(start)
+        self.live = list(range(lanes))
+        self.active_K = torch.tensor(self._flags, device=device)
+        self.loss_L = self.first_L = torch.zeros(lanes, device=device)
+        self._every = 1 if device.type == "cpu" else _READ_EVERY
+        self._step = 0
+
+    def record(self, now_K: Tensor) -> None:
+        """Note a step's losses, of the lanes that move."""
+        now_K = now_K.detach()
+        if self._step == 0:
+            self.loss_L = self.first_L = now_K
+        else:
+            live_K = torch.tensor(self.live, device=now_K.device)
+            self.loss_L = self.loss_L.index_copy(0, live_K, torch.where(self.active_K, now_K, self.loss_L[live_K]))
+        self._step += 1
+
+    def keep(self, goes_on_K: Tensor) -> None:
+        """Stop the lanes where ``goes_on_K`` is false (as a comparison with a loss that is not a number is)."""
+        self.active_K = self.active_K & goes_on_K
+        if self._step % self._every == 0:
+            self._flags = self.active_K.tolist()
+
+    @property
+    def moving(self) -> list[int] | None:
+        """The lanes of the batch that move, by their place in it; None while the device has not been asked."""
+        return None if self._every > 1 else [k for k, moves in enumerate(self._flags) if moves]
+
+    def ended(self) -> bool:
+        """Whether every lane is known to stand still."""
+        return not any(self._flags)
+
+    def masked(self, now_K: Tensor) -> Tensor:
+        """Losses of the lanes that move, zero elsewhere."""
+        return torch.where(self.active_K, now_K, 0)
+
+    def halved(self) -> bool:
+        """Whether half of the lanes in the batch stand still, so that going on without them pays."""
+        return len(self._flags) >= _WORTH_HALVING and 2 * sum(self._flags) <= len(self._flags)
+
+    def compact(self) -> list[int]:
+        """Leave the lanes that stand still; returns which lanes of the batch, by their place in it, go on."""
+        kept = [k for k, moves in enumerate(self._flags) if moves]
+        self.live = [self.live[k] for k in kept]
+        self.active_K = self.active_K[torch.tensor(kept, device=self.active_K.device)]
+        self._flags = [True] * len(kept)
+        return kept
