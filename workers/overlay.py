@@ -113,8 +113,11 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Rows, bias_O: Tensor | 
         return F.linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
     if rows.even(lanes):
         x_LNI = x_BSI.reshape(lanes, -1, x_BSI.shape[-1])
-        # weights first: their gradient then comes out in their own layout, which saves a strided copy of it
-        out_LNO = torch.bmm(weight_LOI, x_LNI.transpose(1, 2)).transpose(1, 2)
+        if weight_LOI.requires_grad:
+            # weights first: their gradient then comes out in their own layout, which saves a strided copy of it
+            out_LNO = torch.bmm(weight_LOI, x_LNI.transpose(1, 2)).transpose(1, 2)
+        else:
+            out_LNO = torch.bmm(x_LNI, weight_LOI.transpose(1, 2))
         out = out_LNO.reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
         return out if bias_O is None else out + bias_O
     return torch.cat([F.linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments])
