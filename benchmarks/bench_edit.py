@@ -10,18 +10,16 @@ embedded model, and the depth published for LLaMA-2-7B elsewhere.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from common import Target, conclude, describe_machine, start
+from common import LOG, Report, alternate, median_ratio, parser
 from reference import LOOPS, Loop, agrees
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,13 +27,12 @@ from workers.artifacts import ArtifactData
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, Site
 from workers.overlay import Overlay
+from workers.replay import capture
 from workers.rng import Draws
 from workers.session import BUILDERS, Session
 from workers.types import EditRequest
-
-LOG = logging.getLogger("bench_edit")
 
 GOLDEN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -103,21 +100,17 @@ def config_of(base: BaseModel, name: str, method: str) -> Any:
 
 
 @contextmanager
-def without_replay(overlay: Overlay) -> Iterator[None]:
-    """Inside, replay starts at the first layer, which is a full forward but for the embedding."""
-    kind = type(overlay)
-    overlay.__class__ = type(kind.__name__, (kind,), {"first_layer": property(lambda self: 0)})
-    try:
+def without_replay() -> Iterator[None]:
+    """Inside, every step runs all layers, rows and columns: a full forward but for the embedding."""
+    from_the_first = lambda base, rows, _: capture(base, rows, 0)  # noqa: E731
+    with patch("workers.suffix.capture", from_the_first), patch.object(Site, "is_mlp_output", lambda *_: False):
         yield
-    finally:
-        overlay.__class__ = kind
 
 
 @dataclass
 class Bench:
     """One method on one model."""
 
-    name: str
     base: BaseModel
     editor: Method[Any]
     loop: Loop
@@ -136,10 +129,7 @@ class Bench:
                     LaneEdit((self.requests[g * T + position],), self.draws(g * T, position), self.editor.inputs)
                     for g in groups
                 ]
-                if whole:
-                    with without_replay(overlay):
-                        self.editor.edit(overlay, edits)
-                else:
+                with without_replay() if whole else nullcontext():
                     self.editor.edit(overlay, edits)
             return overlay
 
@@ -181,126 +171,101 @@ class Bench:
         return agrees(found, expected)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    clock = time.perf_counter()
-    run()
-    return time.perf_counter() - clock
-
-
-def compare(runs: Mapping[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per edit of each run, round by round, taking turns after one warm-up."""
-    for run, _ in runs.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, (run, edits) in runs.items():
-            found[name].append(seconds(run) / edits)
-    return found
-
-
-def ratio(found: Mapping[str, list[float]], name: str) -> float:
-    return statistics.median(a / b for a, b in zip(found["plain"], found[name], strict=True))
-
-
-def share_of_attainable(bench: Bench, measured: float) -> tuple[float, float]:
-    """What replay with one lane can gain by the layer count, and the share of it that was reached.
+def attainable_gain(bench: Bench) -> float:
+    """What replay with one lane gains if time is the layers that are run.
 
     (all layers forward + 2 x suffix layers backward + head) / (suffix forward + 2 x suffix backward + head where scored), in
-    multiply-adds of one row; the head runs at every position in the plain loop.
+    multiply-adds of one token; the head runs at every position in the plain loop.
     """
     base, overlay = bench.base, bench.editor.new_overlay(1)
     layers, suffix = len(base.layers), len(base.layers) - overlay.first_layer
     per_layer = sum(p.numel() for p in base.layers[0].parameters() if p.dim() > 1)
     pair = base.encoder.pair(bench.requests[0].prompt, bench.requests[0].target_new)
     head = base.vocab * base.hidden
-    scored = len(pair.target) / len(pair.ids)
     plain = layers * per_layer + 2 * suffix * per_layer + head
-    ours = suffix * per_layer + 2 * suffix * per_layer + head * scored
-    return plain / ours, measured / (plain / ours)
+    ours = suffix * per_layer + 2 * suffix * per_layer + head * len(pair.target) / len(pair.ids)
+    return plain / ours
 
 
-def measure(name: str, base: BaseModel, method: str, quick: bool, targets: list[Target]) -> None:
+def measure(name: str, base: BaseModel, method: str, size: Size, report: Report) -> None:
     config = config_of(base, name, method)
     kind = get_method(method)
-    fingerprint = ModelFingerprint(name, "embedded")
-    specs = kind.artifacts(config, fingerprint, base.config, 0)
+    specs = kind.artifacts(config, ModelFingerprint(name, "embedded"), base.config, 0)
     inputs: dict[str, ArtifactData] = {spec.name: BUILDERS[spec.kind](base, dict(spec.recipe)) for spec in specs}
-    bench = Bench(name, base, kind.prepare(base, config, inputs), LOOPS[method](base, config, inputs), [])
-    bench.requests = list(load_dataset("tune").requests)
+    requests = list(load_dataset("tune").requests)
+    bench = Bench(base, kind.prepare(base, config, inputs), LOOPS[method](base, config, inputs), requests)
     layer = bench.editor.new_overlay(1).first_layer
     title = f"{TITLES[method]} layer {layer} of {len(base.layers)}, {name}"
     LOG.info("%s: both sides' change differs by %.1e", title, bench.difference())
-    lanes = LANES[name]
-    few = 4 if quick or name != "embedded" else 10
-    rounds = 3 if quick else 5
-    for T, sampled in ((1, lanes), (10, lanes)) if not quick else ((1, lanes),):
-        groups = list(range(min(sampled, len(bench.requests) // T)))
-        some = groups[:few] if T == 1 else groups[:1]
-        runs = {
+    for T in size.Ts:
+        groups = list(range(min(size.lanes or LANES[name], len(requests) // T)))
+        some = groups[: size.plain] if T == 1 else groups[:1]
+        runs: dict[str, tuple[Callable[[], object], int]] = {
             "plain": (bench.plain(T, some), len(some) * T),
             "replay": (bench.one_by_one(T, some, whole=False), len(some) * T),
             "lanes": (bench.lanes(T, groups, whole=True), len(groups) * T),
             "both": (bench.lanes(T, groups, whole=False), len(groups) * T),
         }
-        found = compare(runs, rounds if T == 1 else max(1, rounds // 2))
+        found = per_edit(runs, size.rounds if T == 1 else 1)
+        gain = {key: median_ratio(found["plain"], values) for key, values in found.items()}
         ms = {key: 1e3 * statistics.median(values) for key, values in found.items()}
         LOG.info(
             "%s, T=%d: ms/edit plain %.1f, replay %.1f (%.1fx), %d lanes %.1f (%.1fx), both %.2f (%.1fx)",
-            *(title, T, ms["plain"], ms["replay"], ratio(found, "replay"), len(groups)),
-            *(ms["lanes"], ratio(found, "lanes"), ms["both"], ratio(found, "both")),
+            *(title, T, ms["plain"], ms["replay"], gain["replay"], len(groups)),
+            *(ms["lanes"], gain["lanes"], ms["both"], gain["both"]),
         )
         if T == 1 and (name, method) in GOALS:
-            goal = GOALS[name, method]
-            value = ratio(found, "both")
-            targets.append(
-                Target(
-                    f"{title}, T=1: replay + {len(groups)} lanes against the plain loop",
-                    f"{value:.1f}x",
-                    f">= {goal:g}x",
-                    value >= goal,
-                )
-            )
-    length = 10 if quick else 50
-    runs = {"plain": (bench.plain(length, [0]), length), "replay": (bench.lanes(length, [0], whole=False), length)}
-    found = compare(runs, 3)
-    value = ratio(found, "replay")
-    attainable, share = share_of_attainable(bench, value)
+            what = f"{title}, T=1: replay and {len(groups)} lanes against the plain loop"
+            report.at_least(what, gain["both"], GOALS[name, method], "x")
+    length = size.long
+    found = per_edit(
+        {"plain": (bench.plain(length, [0]), length), "replay": (bench.lanes(length, [0], whole=False), length)}, 3
+    )
+    gain_one = median_ratio(found["plain"], found["replay"])
+    attainable = attainable_gain(bench)
     LOG.info(
         "%s, one group of %d, one lane: ms/edit plain %.1f, replay %.1f (%.2fx; the layer count allows %.2fx)",
-        *(
-            title,
-            length,
-            1e3 * statistics.median(found["plain"]),
-            1e3 * statistics.median(found["replay"]),
-            value,
-            attainable,
-        ),
+        *(title, length, 1e3 * statistics.median(found["plain"]), 1e3 * statistics.median(found["replay"])),
+        *(gain_one, attainable),
     )
-    if name == "embedded":
-        targets.append(
-            Target(
-                f"{title}, one group, one lane: share of the {attainable:.2f}x the layer count allows",
-                f"{share:.0%}",
-                ">= 80%",
-                share >= 0.8,
-            )
-        )
+    what = f"{title}, one group of {length}, one lane: share of the {attainable:.2f}x the layer count allows"
+    report.at_least(what, 100 * gain_one / attainable, 80, "%")
+
+
+def per_edit(runs: Mapping[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per edit of each run, round by round."""
+    seconds = alternate({name: run for name, (run, _) in runs.items()}, rounds)
+    return {name: [value / runs[name][1] for value in values] for name, values in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: lengths of groups, rounds, requests of the plain loop, and lanes (0: the model's usual)."""
+
+    Ts: tuple[int, ...]
+    rounds: int
+    plain: int
+    long: int
+    lanes: int = 0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", choices=sorted(LANES), default=["embedded", "llama-60m", "gpt2-124m"])
-    parser.add_argument("--methods", nargs="*", choices=sorted(LOOPS), default=sorted(LOOPS))
-    args = start(parser)
-    describe_machine(LOG)
-    targets: list[Target] = []
-    for name in args.models:
+    made = parser(__doc__)
+    made.add_argument("--models", nargs="*", choices=sorted(LANES), default=["embedded", "llama-60m", "gpt2-124m"])
+    made.add_argument("--methods", nargs="*", choices=sorted(LOOPS), default=sorted(LOOPS))
+    args = made.parse_args()
+    report = Report("bench_edit", args)
+    size = Size(Ts=(1, 10), rounds=5, plain=8, long=50)
+    models = args.models
+    if args.quick:
+        size, models = Size(Ts=(1,), rounds=3, plain=3, long=5), [name for name in models if name != "gpt2-124m"]
+    if args.smoke:
+        size, models = Size(Ts=(1,), rounds=1, plain=1, long=2, lanes=2), ["embedded"]
+    for name in models:
         base = model(name)
         for method in args.methods:
-            if name == "gpt2-124m" and args.quick:
-                continue
-            measure(name, base, method, args.quick, targets)
-    conclude(LOG, targets, args.out)
+            measure(name, base, method, size, report)
+    report.close()
 
 
 if __name__ == "__main__":

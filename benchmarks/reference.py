@@ -49,8 +49,8 @@ class Loop(ABC):
         self.saved = {name: p.detach().clone() for name, p in self.model.named_parameters() if p is self.weight}
         self.prepare()
 
-    def prepare(self) -> None:
-        """What is made once before the first edit."""
+    def prepare(self) -> None:  # noqa: B027  (most methods need nothing)
+        """What is made once before the first edit, and again by :meth:`restore`."""
 
     @abstractmethod
     def edit(self, request: EditRequest, draws: Draws) -> int:

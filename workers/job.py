@@ -27,7 +27,8 @@ class ScoreConfig(Frozen):
     immediate: bool = Field(True, description="score every edit right after it is made")
     generated: bool = Field(True, description="fill the *_generated columns by greedy generation")
     score_at: tuple[int, ...] = Field((), description="edit counts at which everything edited so far is scored too")
-    rows_per_batch: int = Field(64, ge=1, description="sequences of one scoring forward")
+    rows_per_batch: int = Field(256, ge=1, description="sequences of one scoring forward, at most")
+    tokens_per_batch: int = Field(4096, ge=1, description="tokens of one scoring forward, padding included, at most")
     requests_per_tick: int = Field(25, ge=1, description="requests a lane has scored between two possible commits")
     extra_tokens: int = Field(
         4, ge=1, description="tokens greedy generation may run beyond the target before it is cut"

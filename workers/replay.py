@@ -34,6 +34,22 @@ class Prefix:
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
     output_BSD: Tensor
 
+    def bytes(self) -> int:
+        """Memory held, in bytes; what several layers share counts once."""
+        found: dict[int, int] = {}
+
+        def add(value: Any) -> None:
+            if isinstance(value, Tensor):
+                found[value.data_ptr()] = value.numel() * value.element_size()
+            elif isinstance(value, tuple | list):
+                for v in value:
+                    add(v)
+            elif isinstance(value, dict):
+                add(list(value.values()))
+
+        add([self.hidden_BSD, self.output_BSD, self.calls])
+        return sum(found.values())
+
     def part(self, index_R: Tensor) -> Prefix:
         """The same for some of the rows. An argument that all rows share stays."""
         size = self.hidden_BSD.shape[0]

@@ -19,13 +19,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from workers.job import ScoreConfig
-from workers.replay import capture, replay
+from workers.replay import Prefix, capture, replay
 from workers.rows import Encoded, Rows, collate
 from workers.types import EditRequest
 
@@ -115,6 +115,42 @@ class BaseAnswers:
             self._kept.popitem(last=False)
 
 
+@dataclass
+class Prefixes:
+    """What enters the first layer an overlay can change, for scoring batches seen before: least recently used out.
+
+    Layers below an edit answer the same in every group, method and seed, so they need not run again for the same batch. Kept
+    by batch and never by sequence: a hit and a miss then compute the same batch, with the same bits.
+    """
+
+    budget: int = 0
+    """Bytes that may be kept. 0: nothing is."""
+    hits: int = 0
+    misses: int = 0
+    used: int = 0
+    _kept: OrderedDict[tuple[object, ...], tuple[Prefix, int]] = field(default_factory=OrderedDict)
+
+    def get(self, key: tuple[object, ...]) -> Prefix | None:
+        found = self._kept.get(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(key)
+        return found[0]
+
+    def put(self, key: tuple[object, ...], prefix: Prefix) -> None:
+        prefix = replace(prefix, output_BSD=prefix.output_BSD[:0])
+        size = prefix.bytes()
+        if size > self.budget:
+            return
+        self._kept[key] = (prefix, size)
+        self.used += size
+        while self.used > self.budget:
+            _, (_, freed) = self._kept.popitem(last=False)
+            self.used -= freed
+
+
 @torch.no_grad()
 def score(
     base: BaseModel,
@@ -122,16 +158,19 @@ def score(
     items: Sequence[Item],
     config: ScoreConfig,
     base_answers: BaseAnswers | None = None,
+    prefixes: Prefixes | None = None,
 ) -> list[dict[str, float | None]]:
     """Score each item on its lane. One dict per item: the score columns, ``*_base`` included.
 
-    ``overlay=None`` scores the base model itself.
+    ``overlay=None`` scores the base model itself. ``base_answers`` and ``prefixes`` keep what later calls can use again; they
+    change no bit.
     """
     base_answers = base_answers if base_answers is not None else BaseAnswers(capacity=1)
+    prefixes = prefixes if prefixes is not None else Prefixes()
     probes = list(_probes(base, items))
     found: list[_Found] = [_Found() for _ in items]
-    for batch in _batches(probes, config.rows_per_batch):
-        before, after = _both(base, overlay, batch, config, base_answers)
+    for batch in _batches(probes, config):
+        before, after = _both(base, overlay, batch, config, base_answers, prefixes)
         for i, probe in enumerate(batch):
             found[probe.item].add(probe, before.answers[i], after.answers[i], before.texts[i], after.texts[i])
     return [f.scores(config.generated) for f in found]
@@ -148,40 +187,66 @@ def _probes(base: BaseModel, items: Sequence[Item]) -> Iterator[Probe]:
             yield Probe(i, kind, item.lane, base.encoder.pair(prompt, target), target)
 
 
-def _batches(probes: list[Probe], rows: int) -> Iterator[list[Probe]]:
-    """Rows of like length together; inside a batch lane by lane."""
-    by_length = sorted(probes, key=lambda p: len(p.encoded.ids))
-    for start in range(0, len(by_length), rows):
-        yield sorted(by_length[start : start + rows], key=lambda p: p.lane)
+def _batches(probes: list[Probe], config: ScoreConfig) -> Iterator[list[Probe]]:
+    """Rows of like length together, as many as fit the budget of padded tokens; inside a batch lane by lane."""
+    batch: list[Probe] = []
+    for probe in sorted(probes, key=lambda p: len(p.encoded.ids)):
+        tokens = (len(batch) + 1) * len(probe.encoded.ids)  # ascending lengths: the newest row is the longest
+        if batch and (len(batch) == config.rows_per_batch or tokens > config.tokens_per_batch):
+            yield sorted(batch, key=lambda p: p.lane)
+            batch = []
+        batch.append(probe)
+    if batch:
+        yield sorted(batch, key=lambda p: p.lane)
 
 
 def _both(
-    base: BaseModel, overlay: Overlay | None, batch: list[Probe], config: ScoreConfig, kept: BaseAnswers
+    base: BaseModel,
+    overlay: Overlay | None,
+    batch: list[Probe],
+    config: ScoreConfig,
+    kept: BaseAnswers,
+    prefixes: Prefixes,
 ) -> tuple[_Reply, _Reply]:
     """The base model's reply and the edited one's, to the identical batch."""
     rows = collate([p.encoded for p in batch], [p.lane for p in batch], base.encoder.pad_id, base.device)
-    key = (config.generated, config.extra_tokens, *((p.encoded, p.kind, p.target) for p in batch))
+    texts = tuple(p.encoded for p in batch)
+    key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target) for p in batch))
     before = kept.get(key)
-    hidden_BSD: Tensor | None = None
-    if before is None:
-        if overlay is None:
-            plain_BSD = base.hidden_states(rows)
-        else:
-            prefix = capture(base, rows, overlay.first_layer)
-            plain_BSD = prefix.output_BSD
-            with overlay.installed(rows):
-                hidden_BSD = replay(base, prefix)
-        answers = _answers(base, plain_BSD, rows, batch)
-        texts = _texts(base, None, batch, answers, config, None)
-        before = _Reply(answers, texts)
-        kept.put(key, before)
     if overlay is None:
+        if before is None:
+            before = _reply(base, None, base.hidden_states(rows), rows, batch, config, None)
+            kept.put(key, before)
         return before, before
-    if hidden_BSD is None:
-        with overlay.installed(rows):
-            hidden_BSD = base.hidden_states(rows)
+    place = (overlay.first_layer, texts)
+    prefix = prefixes.get(place)
+    if before is None:
+        pristine = capture(base, rows, overlay.first_layer)
+        before = _reply(base, None, pristine.output_BSD, rows, batch, config, None)
+        kept.put(key, before)
+        prefix = pristine if prefix is None else prefix
+        prefixes.put(place, prefix)
+    with overlay.installed(rows):
+        if prefix is not None:
+            hidden_BSD = replay(base, prefix)
+        else:  # the layers below an edit answer the same with it
+            prefix = capture(base, rows, overlay.first_layer)
+            hidden_BSD = prefix.output_BSD
+            prefixes.put(place, prefix)
+    return before, _reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
+
+
+def _reply(
+    base: BaseModel,
+    overlay: Overlay | None,
+    hidden_BSD: Tensor,
+    rows: Rows,
+    batch: list[Probe],
+    config: ScoreConfig,
+    base_texts: Sequence[Text] | None,
+) -> _Reply:
     answers = _answers(base, hidden_BSD, rows, batch)
-    return before, _Reply(answers, _texts(base, overlay, batch, answers, config, before.texts))
+    return _Reply(answers, _texts(base, overlay, batch, answers, config, base_texts))
 
 
 def _answers(base: BaseModel, hidden_BSD: Tensor, rows: Rows, batch: list[Probe]) -> tuple[Answer, ...]:

@@ -192,7 +192,8 @@ class Stream:
         clock = self._now()
         places = [(i, position) for i in alive for position in range(tick.start, tick.stop)]
         items = [Item(i, self._request(wave.lanes[i], position)) for i, position in places]
-        found = score(self.base, wave.overlay, items, job.score, self.session.base_answers)
+        session = self.session
+        found = score(self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes)
         seconds = (self._now() - clock) / len(items)
         norms = {i: wave.overlay.delta_norm(i) for i in alive}
         sizes = {i: wave.overlay.lane_bytes(i) for i in alive}

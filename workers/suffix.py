@@ -107,8 +107,10 @@ class Suffix:
             layers = _prepare(base, rows, prefix, site.layer + 1, kept_R, first, min(column), recorders)
         if layers is None:
             row_P, kept_R, first = torch.tensor(list(row), device=device), None, 0
-        rest_BSD = (hidden_BSD - output_BSO)[:, first:]
-        rest_BSD = rest_BSD if kept_R is None else rest_BSD[kept_R]
+        rest_BSD = hidden_BSD[:0]
+        if layers is not None:
+            rest_BSD = (hidden_BSD - output_BSO)[:, first:]
+            rest_BSD = rest_BSD if kept_R is None else rest_BSD[kept_R]
         return cls(base, site, rows, entered_BSI, output_BSO, row_P, column_P, first, layers, rest_BSD, kept_R, prefix)
 
     def hidden(self, output_BSO: Tensor | None = None) -> Tensor:
@@ -155,7 +157,7 @@ class Suffix:
             row_P=row_P,
             column_P=self.column_P[chosen],
             _layers=None if self._layers is None else tuple(layer.part(inner) for layer in self._layers),
-            _rest_BSD=self._rest_BSD[inner],
+            _rest_BSD=self._rest_BSD if self._layers is None else self._rest_BSD[inner],
             _kept_R=kept_R,
             _prefix=self._prefix.part(index) if self._layers is None else self._prefix,
         )
