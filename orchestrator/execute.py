@@ -309,7 +309,8 @@ class Books:
         return [self.plan.artifacts[key] for key in keys if not store.has(self.plan.artifacts[key])]
 
     def title(self, shard: Shard) -> str:
-        return f"{self.plan.variants[shard.variant].label} T={shard.T} {shard.shard_id[:6]}"
+        sizes = "/".join(map(str, self.plan.group_sizes(shard)))
+        return f"{self.plan.variants[shard.variant].label} T={sizes} {shard.shard_id[:6]}"
 
     def started(self, shard_id: str) -> None:
         shard = self.shards[shard_id]

@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -31,9 +31,11 @@ from orchestrator.schedule import Clock, Simulation, Timing, calibrate, simulate
 from orchestrator.spec import DatasetSpec, MethodSpec, SweepSpec
 from workers.artifacts import ArtifactSpec
 from workers.data import count_conflicts, count_duplicates, count_edited_locality, load_dataset, order_requests
-from workers.job import Frozen, Lane, Rollback, ScoreConfig, StreamCell, StreamJob, cut_steps, expected_rows
+from workers.job import Frozen, Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows
 from workers.models import ModelConfig, ModelFingerprint, ModelShape, fingerprint_model, model_shape
 from workers.types import JSON, Dataset, EditRequest, SpecError
+
+Member = TypeVar("Member")
 
 SCHEMA = 1
 """Version of what enters a cell id. Raising it makes every result stale."""
@@ -105,11 +107,19 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one variant and T."""
+    """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one variant and T.
+
+    Without rollback it is one wave, and ``also`` holds what its lanes report to cells of other T, seeds in the same order.
+    """
 
     cells: tuple[int, ...]
     start: int
     stop: int
+    also: tuple[Run, ...] = ()
+
+    @property
+    def shares(self) -> tuple[Run, ...]:
+        return (self, *self.also)
 
     def __len__(self) -> int:
         return (self.stop - self.start) * len(self.cells)
@@ -129,6 +139,7 @@ class Run:
 class Shard:
     """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the journal.
 
+    ``T`` is the largest one it serves (several only without rollback).
     ``width`` is how many lanes a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the
     whole shard, of which the share ``committed`` is durable already.
     """
@@ -227,6 +238,13 @@ class Plan:
             return tuple(cell.cell_id for cell in self.begun[shard.shard_id].job.cells)
         return tuple(self.cells[i].cell_id for i in _members(shard))
 
+    def group_sizes(self, shard: Shard) -> tuple[int, ...]:
+        """Every T a shard serves, ascending."""
+        if shard.begun:
+            job = self.begun[shard.shard_id].job
+            return tuple(sorted({cell.T or job.T for cell in job.cells}))
+        return tuple(sorted({self.cells[i].T for i in _members(shard)}))
+
     def artifact_keys(self, shard: Shard) -> tuple[str, ...]:
         """The artifacts a shard needs, in the order its cells need them."""
         if shard.begun:
@@ -272,14 +290,30 @@ def expand(
         )
     else:
         waves = tuple(
-            tuple(Lane(cell=index[cell], group=run.start, stop_group=run.stop) for cell in run.cells)
+            tuple(
+                Lane(
+                    cell=index[cell],
+                    group=run.start,
+                    stop_group=run.stop,
+                    also=tuple(
+                        Share(cell=index[other.cells[i]], group=other.start, stop_group=other.stop)
+                        for other in run.also
+                    ),
+                )
+                for i, cell in enumerate(run.cells)
+            )
             for run in shard.runs
         )
     job = StreamJob(
         method=variant.algorithm,
         config=variant.config,
         cells=tuple(
-            StreamCell(cell_id=cells[c].cell_id, seed=cells[c].seed, artifacts=dict(names[cells[c].seed]))
+            StreamCell(
+                cell_id=cells[c].cell_id,
+                seed=cells[c].seed,
+                T=None if cells[c].T == shard.T else cells[c].T,
+                artifacts=dict(names[cells[c].seed]),
+            )
             for c in index
         ),
         T=shard.T,
@@ -309,7 +343,7 @@ def expand(
 
 def _members(shard: Shard) -> tuple[int, ...]:
     """Numbers of the cells a new shard serves, in the order of its runs."""
-    return tuple(dict.fromkeys(cell for run in shard.runs for cell in run.cells))
+    return tuple(dict.fromkeys(cell for run in shard.runs for share in run.shares for cell in share.cells))
 
 
 def cell_columns(common: Common, variant: Variant, cell: Cell) -> dict[str, JSON]:
@@ -374,7 +408,7 @@ class Planner:
 
     def plan(self, progress: Progress) -> Plan:
         grid, cells = self.grid, self.cells
-        effort = Effort(self.spec, grid.costs, grid.widths)
+        effort = Effort(self.spec, cells, grid.costs, grid.widths)
         clock = calibrate(_timings(progress, cells, effort))
         shards = _begun(progress, cells, effort, clock)
         new = _cut(self.spec, cells, _subtract(cells, progress), effort, progress.used)
@@ -546,8 +580,9 @@ def _subtract(cells: Sequence[Cell], progress: Progress) -> list[list[tuple[int,
     for manifest in progress.begun:
         for wave in manifest.job.waves:
             for lane in wave:
-                cell_id = manifest.job.cells[lane.cell].cell_id
-                taken.setdefault(cell_id, set()).update(range(lane.group, lane.stop_group))
+                for share in lane.shares:
+                    cell_id = manifest.job.cells[share.cell].cell_id
+                    taken.setdefault(cell_id, set()).update(range(share.group, share.stop_group))
     return [list(_gaps(taken.get(cell.cell_id), cell.groups)) for cell in cells]
 
 
@@ -569,20 +604,28 @@ class Effort:
     """How much work waves are: a function of the spec and the methods alone (see :mod:`orchestrator.schedule`)."""
 
     spec: SweepSpec
+    cells: Sequence[Cell]
     costs: Sequence[float]
     widths: Mapping[tuple[int, int], int]
     """The number of lanes a wave of this variant and T may have."""
 
-    def edits(self, wave: Run, T: int) -> int:
-        """Edits all lanes of a wave make; without rollback each starts at the very first request."""
-        return self.lanes(wave) * T * (1 if self.spec.grid.rollback == "group" else wave.stop)
-
-    def work(self, variant: int, T: int, wave: Run) -> float:
-        start, stop = (0, 1) if self.spec.grid.rollback == "group" else (wave.start, wave.stop)
-        return self._work(variant, T, start, stop, self.lanes(wave))
-
     def lanes(self, wave: Run) -> int:
         return len(wave) if self.spec.grid.rollback == "group" else len(wave.cells)
+
+    def edits(self, wave: Run, T: int) -> int:
+        """Edits all lanes of a wave make; without rollback each starts at the very first request."""
+        if self.spec.grid.rollback == "group":
+            return self.lanes(wave) * T
+        return self.lanes(wave) * max(edits for edits, _ in self._spans(wave))
+
+    def work(self, variant: int, T: int, wave: Run) -> float:
+        if self.spec.grid.rollback == "group":
+            return self._work(variant, self.lanes(wave), [(T, 0)], [T])
+        return self._work(variant, self.lanes(wave), self._spans(wave), [self.cells[s.cells[0]].T for s in wave.shares])
+
+    def _spans(self, wave: Run) -> list[tuple[int, int]]:
+        """For each share of a continued wave, the edit counts at which it ends and begins."""
+        return [(s.stop * self.cells[s.cells[0]].T, s.start * self.cells[s.cells[0]].T) for s in wave.shares]
 
     def waves(self, variant: int, T: int, run: Run) -> Iterator[tuple[Run, int]]:
         """A run's waves as (first of them, how many alike follow each other): full ones, then what remains."""
@@ -598,25 +641,31 @@ class Effort:
 
     def of_manifest(self, variant: int, manifest: ShardManifest) -> float:
         """Work of a whole shard that has begun, whose lanes may differ from today's."""
-        total = 0.0
-        for wave in manifest.job.waves:
-            start, stop = (0, 1) if manifest.job.rollback == "group" else (wave[0].group, wave[0].stop_group)
-            total += self._work(variant, manifest.job.T, start, stop, len(wave))
+        job, total = manifest.job, 0.0
+        for wave in job.waves:
+            Ts = [job.T_of(share) for share in wave[0].shares]
+            spans = [(s.stop_group * T, s.group * T) for s, T in zip(wave[0].shares, Ts, strict=True)]
+            total += self._work(variant, len(wave), [(job.T, 0)] if job.rollback == "group" else spans, Ts)
         return total
 
-    def of_edits(self, variant: int, T: int, edits: int, cells: int) -> float:
-        """About how much work a finished shard was of which only edits and the number of cells are known."""
+    def of_edits(self, cells: Sequence[Cell], edits: int) -> float:
+        """About how much work a finished shard was, of which only its cells and the edits it made are known."""
+        variant, T = cells[0].variant, max(cell.T for cell in cells)
         if self.spec.grid.rollback == "never":
-            return self._work(variant, T, 0, max(1, edits // (T * cells)), cells)
+            lanes, Ts = len({cell.seed for cell in cells}), sorted({cell.T for cell in cells})
+            return self._work(variant, lanes, [(edits // lanes, 0)] * len(Ts), Ts)
         lanes = max(1, min(self.widths[variant, T], edits // T))
-        return self._work(variant, T, 0, 1, lanes) * edits / (T * lanes)
+        return self._work(variant, lanes, [(T, 0)], [T]) * edits / (T * lanes)
 
-    def _work(self, variant: int, T: int, start: int, stop: int, lanes: int) -> float:
-        """Of ``lanes`` lanes that make groups 0 .. ``stop`` and report those from ``start`` on."""
+    def _work(self, variant: int, lanes: int, spans: Sequence[tuple[int, int]], Ts: Sequence[int]) -> float:
+        """Of ``lanes`` lanes that edit up to the last span's end; each span (end, begin) is scored in groups of its T."""
         score, size = self.spec.scoring, self.spec.grid.batch_size
-        moments = int(score.immediate) + int(size < T)  # one forward serves both where an edit ends its group
-        scored = max(moments, 1) * (stop - start) * T + sum(m for m in score.score_at if start * T < m <= stop * T)
-        return wave_work(self.costs[variant], stop * T, scored, lanes)
+        scored = max(end - begin for end, begin in spans) if score.immediate else 0  # once for all T
+        for (end, begin), T in zip(spans, Ts, strict=True):
+            if T > size or not score.immediate:  # otherwise one forward serves both moments
+                scored += end - begin
+            scored += sum(mark for mark in score.score_at if begin < mark <= end)
+        return wave_work(self.costs[variant], max(end for end, _ in spans), scored, lanes)
 
 
 def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Iterator[Timing]:
@@ -624,15 +673,16 @@ def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Itera
     known = {cell.cell_id: cell for cell in cells}
     begun = {manifest.shard_id: manifest for manifest in progress.begun}
     for spent in progress.spent:
-        cell = next((known[c] for c in spent.cells if c in known), None)
-        if cell is None:
+        of_shard = [known[c] for c in spent.cells if c in known]
+        if not of_shard:
             continue
+        variant, T = of_shard[0].variant, max(cell.T for cell in of_shard)
         manifest = begun.get(spent.shard_id)
         if manifest is None:
-            work = effort.of_edits(cell.variant, cell.T, spent.edits, len(spent.cells))
+            work = effort.of_edits(of_shard, spent.edits)
         else:
-            work = effort.of_manifest(cell.variant, manifest) * spent.edits / Task.of(manifest).edits
-        yield Timing(cell.variant, cell.T, work, spent.seconds)
+            work = effort.of_manifest(variant, manifest) * spent.edits / Task.of(manifest).edits
+        yield Timing(variant, T, work, spent.seconds)
 
 
 def _begun(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clock) -> list[Shard]:
@@ -655,7 +705,7 @@ def _begun(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clo
                 width=lanes,
                 lanes=lanes,
                 edits=edits,
-                cost=clock.seconds(cell.variant, cell.T, effort.of_manifest(cell.variant, manifest)),
+                cost=clock.seconds(cell.variant, manifest.job.T, effort.of_manifest(cell.variant, manifest)),
                 begun=True,
                 committed=min(1.0, committed.get(manifest.shard_id, 0) / edits),
             )
@@ -679,7 +729,8 @@ def _cut(
         width = effort.widths[variant, T]
         for piece in _pack(variant, T, runs, effort, most_work):
             composition = f"{common}:{width}:" + ",".join(
-                f"{'+'.join(cells[i].cell_id for i in run.cells)}/{run.start}-{run.stop}" for run in piece.runs
+                "&".join(f"{'+'.join(cells[i].cell_id for i in s.cells)}/{s.start}-{s.stop}" for s in run.shares)
+                for run in piece.runs
             )
             retry = 0
             shard_id = _shard_id(composition, retry)
@@ -703,6 +754,8 @@ def _families(
     spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Sequence[tuple[int, int]]], effort: Effort
 ) -> dict[tuple[int, int], list[Run]]:
     """Per variant and T, what is left as runs: of one cell each, or of seeds that have the same groups left."""
+    if spec.grid.rollback == "never":
+        return _streams(spec, cells, left, effort)
     alike: dict[tuple[int, int], dict[tuple[int, ...], list[int]]] = {}
     for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
         family = alike.setdefault((cell.variant, cell.T), {})
@@ -719,7 +772,34 @@ def _families(
     }
 
 
-def _even(members: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
+def _streams(
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Sequence[tuple[int, int]]], effort: Effort
+) -> dict[tuple[int, int], list[Run]]:
+    """Without rollback T only says when to score: one lane per variant and seed makes the edits for every T that is left.
+
+    Runs stand under the largest T they serve.
+    """
+    lanes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
+        for start, stop in ranges:
+            lanes.setdefault((cell.variant, cell.seed), []).append((i, start, stop))
+    alike: dict[tuple[object, ...], list[list[tuple[int, int, int]]]] = {}
+    for (variant, seed), shares in lanes.items():
+        shares.sort(key=lambda share: (-cells[share[0]].T, share[1]))
+        shape = tuple((cells[i].T, start, stop) for i, start, stop in shares)
+        key = (variant, shape) if spec.engine.lanes_across_seeds else (variant, shape, seed)
+        alike.setdefault(key, []).append(shares)
+    runs: dict[tuple[int, int], list[Run]] = {}
+    for members in alike.values():
+        first = cells[members[0][0][0]]
+        for team in _even(members, effort.widths[first.variant, first.T]):
+            # share by share: the cell of each lane, and the groups, which are the same in all of them
+            parts = [Run(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)]
+            runs.setdefault((first.variant, first.T), []).append(replace(parts[0], also=tuple(parts[1:])))
+    return runs
+
+
+def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
     """As few teams of at most ``most`` as there can be, of even sizes: dropping some leaves the others as they were."""
     teams = -(-len(members) // most)
     size, larger = divmod(len(members), teams)
@@ -753,7 +833,7 @@ class _Piece:
 
     def add(self, run: Run, edits: int, work: float, lanes: int) -> None:
         last = self.runs[-1] if self.runs else None
-        if last is not None and last.cells == run.cells and last.stop == run.start:
+        if last is not None and last.cells == run.cells and last.stop == run.start and not run.also:
             self.runs[-1] = Run(run.cells, last.start, run.stop)
         else:
             self.runs.append(run)
@@ -782,7 +862,7 @@ def _pack(variant: int, T: int, runs: Sequence[Run], effort: Effort, most_work: 
                     piece = _Piece()
                     continue
                 fit = max(1, fit)  # a single wave is taken whatever its size
-                piece.add(Run(run.cells, start, start + fit * step), fit * edits, fit * work, lanes)
+                piece.add(Run(run.cells, start, start + fit * step, run.also), fit * edits, fit * work, lanes)
                 start += fit * step
                 waves -= fit
     if piece.runs:
@@ -830,7 +910,9 @@ def requests_of(manifest: ShardManifest, dataset: Dataset) -> list[list[EditRequ
     need = [0] * len(manifest.job.cells)
     for wave in manifest.job.waves:
         for lane in wave:
-            need[lane.cell] = max(need[lane.cell], lane.stop_group * manifest.job.T)
+            last = max(share.stop_group * manifest.job.T_of(share) for share in lane.shares)
+            for share in lane.shares:
+                need[share.cell] = max(need[share.cell], last)
     return [
         [dataset.requests[i] for i in order_requests(dataset, order, cell.seed)[:n]]
         for cell, n in zip(manifest.job.cells, need, strict=True)

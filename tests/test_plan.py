@@ -54,11 +54,12 @@ def spec_of(**changes: Any) -> SweepSpec:
 
 def lanes_of(manifests: Iterable[ShardManifest]) -> Counter[tuple[str, int]]:
     return Counter(
-        (manifest.job.cells[lane.cell].cell_id, group)
+        (manifest.job.cells[share.cell].cell_id, group)
         for manifest in manifests
         for wave in manifest.job.waves
         for lane in wave
-        for group in range(lane.group, lane.stop_group)
+        for share in lane.shares
+        for group in range(share.group, share.stop_group)
     )
 
 
@@ -130,7 +131,11 @@ def seeds_of(manifest: ShardManifest, wave: tuple[Lane, ...]) -> int:
 def waves_of(plan: Plan) -> Counter[tuple[tuple[str, int, int], ...]]:
     """Every wave as its lanes in order: what decides the bits of their rows."""
     return Counter(
-        tuple((manifest.job.cells[lane.cell].cell_id, lane.group, lane.stop_group) for lane in wave)
+        tuple(
+            (manifest.job.cells[share.cell].cell_id, share.group, share.stop_group)
+            for lane in wave
+            for share in lane.shares
+        )
         for manifest in map(plan.manifest, plan.shards)
         for wave in manifest.job.waves
     )
@@ -139,7 +144,7 @@ def waves_of(plan: Plan) -> Counter[tuple[tuple[str, int, int], ...]]:
 @settings(max_examples=20, deadline=None)
 @given(
     lanes=st.integers(1, 12),
-    T=st.sampled_from([1, 2, 5, 10, 25, 50]),
+    T=st.lists(st.sampled_from([1, 2, 5, 10, 25, 50]), min_size=1, max_size=3, unique=True),
     seeds=st.integers(1, 5),
     across=st.booleans(),
     rollback=st.sampled_from(["group", "never"]),
@@ -147,7 +152,7 @@ def waves_of(plan: Plan) -> Counter[tuple[tuple[str, int, int], ...]]:
     data=st.data(),
 )
 def test_waves_follow_from_the_spec_whatever_cuts_clocks_and_interruptions_do(
-    lanes: int, T: int, seeds: int, across: bool, rollback: str, cuts: Any, data: st.DataObject
+    lanes: int, T: list[int], seeds: int, across: bool, rollback: str, cuts: Any, data: st.DataObject
 ) -> None:
     """Shards are cut between waves, and running some of them first leaves the waves of the others as they were."""
 
@@ -156,7 +161,7 @@ def test_waves_follow_from_the_spec_whatever_cuts_clocks_and_interruptions_do(
         return _planner(
             spec_of(
                 methods=["ft", "rome"],
-                grid={"T": [T], "seeds": list(range(seeds)), "rollback": rollback},
+                grid={"T": T, "seeds": list(range(seeds)), "rollback": rollback},
                 engine={**engine, "step_edits": step_edits, "max_actors": max_actors},
             )
         )
@@ -422,6 +427,34 @@ def test_continued_lanes(dataset: Dataset) -> None:
     lane = rest.manifest(rest.shards[0]).job.waves[0][0]
     assert (lane.group, lane.stop_group) == (3, 5)
     assert rest.shards[0].edits == 2 * 50  # everything is edited again, only the last groups are reported
+
+
+def test_one_stream_serves_every_T_without_rollback(dataset: Dataset) -> None:
+    def plan_of(Ts: list[int], progress: Progress | None = None, **engine: Any) -> Plan:
+        grid = {"T": Ts, "seeds": [0, 1], "rollback": "never"}
+        return make_plan(spec_of(methods=["ft"], grid=grid, engine={"lanes": 4, **engine}), progress, dataset)
+
+    plan = plan_of([1, 10, 50])
+    assert lanes_of(map(plan.manifest, plan.shards)) == groups_of(plan)
+    assert plan.edits_left == 2 * 50  # each seed's fifty edits are made once
+    assert [(plan.group_sizes(s), s.T, s.lanes) for s in plan.shards] == [((1, 10, 50), 50, 1)] * 2
+    assert [(s.lanes, s.edits) for s in plan_of([1, 10, 50], lanes_across_seeds=True).shards] == [(2, 100)]
+    assert plan.shards[0].cost < sum(plan_of([T]).shards[0].cost for T in (1, 10, 50))
+    done = {cell.cell_id: set(range(cell.groups)) for cell in plan.cells}
+    more = plan_of([1, 5, 10, 50], Progress(done=done))
+    assert {more.group_sizes(shard) for shard in more.shards} == {(5,)}
+    # a lane that failed at edit 23: every T goes on from the group it was in
+    ids = by_name(plan)
+    kept = {1: 23, 10: 2, 50: 0}
+    failed = {**done, **{ids["ft", T, 1]: set(range(n)) for T, n in kept.items()}}
+    (rest,) = plan_of([1, 10, 50], Progress(done=failed)).shards
+    (lane,) = plan_of([1, 10, 50], Progress(done=failed)).manifest(rest).job.waves[0]
+    assert [(share.group, share.stop_group) for share in lane.shares] == [(0, 1), (2, 5), (23, 50)]
+    begun = plan.manifest(plan.shards[0])
+    again = plan_of([1, 5, 10, 50], Progress(begun=[begun]))
+    assert again.manifest(again.shards[0]) == begun
+    assert again.group_sizes(again.shards[0]) == (1, 10, 50)
+    assert lanes_of(map(again.manifest, again.shards)) == groups_of(again)
 
 
 def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) -> None:
