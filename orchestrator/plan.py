@@ -665,7 +665,7 @@ class Effort:
             if T > size or not score.immediate:  # otherwise one forward serves both moments
                 scored += end - begin
             scored += sum(mark for mark in score.score_at if begin < mark <= end)
-        return wave_work(self.costs[variant], max(end for end, _ in spans), scored, lanes)
+        return wave_work(self.costs[variant], max(end for end, _ in spans), scored, lanes, self.spec.on_gpu)
 
 
 def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Iterator[Timing]:

@@ -15,9 +15,10 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-LANE_SHARE = 0.25
-"""What one more lane adds to a lockstep step, as a share of a single lane's step: the base model's weights are read, and
-its kernels started, once for all lanes."""
+GPU_LANE_SHARE, CPU_LANE_SHARE = 0.25, 0.8
+"""What one more lane adds to a lockstep step, as a share of a single lane's step. On a GPU the base model's weights are
+read, and its kernels started, once for all lanes; a core is busy with the products of one (measured: the demo's waves of
+ten lanes against those of two)."""
 
 SCORE_SHARE = 0.2
 """Scoring one request, in FT edits (the same figure by which :func:`workers.job.cut_steps` sets commits)."""
@@ -26,9 +27,10 @@ GUESSED_SECONDS = 1.0
 """Seconds of one unit of work where nothing at all has been measured. Only the ratio of a schedule means anything then."""
 
 
-def wave_work(cost: float, edits: int, scored: int, lanes: int) -> float:
+def wave_work(cost: float, edits: int, scored: int, lanes: int, on_gpu: bool) -> float:
     """Work of one wave: ``edits`` steps of a method ``cost`` times as dear as FT, and ``scored`` requests, in each lane."""
-    return (edits * cost + scored * SCORE_SHARE) * (1 + (lanes - 1) * LANE_SHARE)
+    more = GPU_LANE_SHARE if on_gpu else CPU_LANE_SHARE
+    return (edits * cost + scored * SCORE_SHARE) * (1 + (lanes - 1) * more)
 
 
 @dataclass(frozen=True, slots=True)

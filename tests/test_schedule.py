@@ -59,8 +59,10 @@ def test_what_was_measured_is_used_and_the_rest_follows_it() -> None:
 
 
 def test_lanes_make_an_edit_cheaper_and_a_wave_longer() -> None:
-    works = [wave_work(2.0, 10, 20, lanes) for lanes in (1, 2, 8, 32)]
-    assert works == sorted(works)
-    shares = [work / lanes for work, lanes in zip(works, (1, 2, 8, 32), strict=True)]
-    assert shares == sorted(shares, reverse=True)
-    assert wave_work(2.0, 10, 0, 1) == 20
+    for on_gpu in (False, True):
+        works = [wave_work(2.0, 10, 20, lanes, on_gpu) for lanes in (1, 2, 8, 32)]
+        assert works == sorted(works)
+        shares = [work / lanes for work, lanes in zip(works, (1, 2, 8, 32), strict=True)]
+        assert shares == sorted(shares, reverse=True)
+        assert wave_work(2.0, 10, 0, 1, on_gpu) == 20
+    assert wave_work(2.0, 10, 20, 8, True) < wave_work(2.0, 10, 20, 8, False)
