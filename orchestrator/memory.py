@@ -27,9 +27,6 @@ CPU_MEMORY_GB = 4.0
 USABLE = 0.9
 """Share of the declared memory that is planned for; the rest is the runtime's context and fragmentation."""
 
-ROWS_PER_EDIT = 16
-"""Sequences in one optimisation step per request: methods with context templates have about a dozen, others one."""
-
 SCORED_TOKENS = 16
 """Positions of a sequence at which the head runs: those of the target."""
 
@@ -69,7 +66,7 @@ def estimate(
     ) * value
     logits = SCORED_TOKENS * shape.vocab * 4
     suffix = shape.layers - first_layer(config)
-    edited = ROWS_PER_EDIT * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
+    edited = rows_per_edit(config) * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
     scored = rows_per_batch * (tokens * (layer + 2 * shape.hidden * value) + 2 * logits)
     return Memory(weights=shape.weight_bytes, overlay=overlay_bytes, edit=edited, score=scored)
 
@@ -78,6 +75,11 @@ def first_layer(config: Mapping[str, JSON]) -> int:
     """The first decoder layer a config names (``layers`` or ``layer``); 0, the dearest, if it names none."""
     named = config.get("layers") or [config.get("layer") or 0]
     return min(int(layer) for layer in named)
+
+
+def rows_per_edit(config: Mapping[str, JSON]) -> int:
+    """Sequences of one request in an optimisation step: its prompt, one more for locality, and one per context template."""
+    return 2 + sum(int(count) for _, count in config.get("context_template_length_params") or ())
 
 
 def lane_edits(rollback: Rollback, T: int, edits: int) -> int:

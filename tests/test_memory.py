@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.execute import check_declared
-from orchestrator.memory import GIB, MOST_LANES, Memory, estimate, first_layer, lane_edits
+from orchestrator.memory import GIB, MOST_LANES, Memory, estimate, first_layer, lane_edits, rows_per_edit
 from workers.models import ModelConfig, model_shape
 from workers.types import ModelError
 
@@ -36,6 +36,8 @@ def test_what_an_estimate_grows_with() -> None:
 
 
 def test_which_layer_and_how_many_edits() -> None:
+    assert rows_per_edit({"layer": 3}) == 2
+    assert rows_per_edit({"context_template_length_params": [[5, 10], [10, 10]]}) == 22
     assert [first_layer(c) for c in ({"layer": 7}, {"layers": [3, 2]}, {"layers": []}, {"x": 1})] == [7, 2, 0, 0]
     assert (lane_edits("group", 10, 1000), lane_edits("never", 10, 1000)) == (10, 1000)
 
