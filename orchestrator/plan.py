@@ -139,7 +139,7 @@ class Run:
 class Shard:
     """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the journal.
 
-    ``T`` is the largest one it serves (several only without rollback).
+    ``T`` is the largest one it serves of those that the spec asks for (several only without rollback).
     ``width`` is how many lanes a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the
     whole shard, of which the share ``committed`` is durable already.
     """
@@ -691,21 +691,22 @@ def _begun(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clo
     committed = {spent.shard_id: spent.edits for spent in progress.spent}
     shards = []
     for manifest in progress.begun:
-        cell = next((wanted[c.cell_id] for c in manifest.job.cells if c.cell_id in wanted), None)
-        if cell is None:
-            continue  # of a cell that the spec no longer asks for: it stays as it is
+        served = [wanted[c.cell_id] for c in manifest.job.cells if c.cell_id in wanted]
+        if not served:
+            continue  # of cells that the spec no longer asks for: it stays as it is
+        variant, T = served[0].variant, max(cell.T for cell in served)
         edits = Task.of(manifest).edits
         lanes = max(len(wave) for wave in manifest.job.waves)
         shards.append(
             Shard(
                 shard_id=manifest.shard_id,
-                variant=cell.variant,
-                T=manifest.job.T,
+                variant=variant,
+                T=T,
                 runs=(),
                 width=lanes,
                 lanes=lanes,
                 edits=edits,
-                cost=clock.seconds(cell.variant, manifest.job.T, effort.of_manifest(cell.variant, manifest)),
+                cost=clock.seconds(variant, T, effort.of_manifest(variant, manifest)),
                 begun=True,
                 committed=min(1.0, committed.get(manifest.shard_id, 0) / edits),
             )

@@ -455,6 +455,9 @@ def test_one_stream_serves_every_T_without_rollback(dataset: Dataset) -> None:
     assert again.manifest(again.shards[0]) == begun
     assert again.group_sizes(again.shards[0]) == (1, 10, 50)
     assert lanes_of(map(again.manifest, again.shards)) == groups_of(again)
+    fewer = plan_of([10], Progress(begun=[begun]))  # the stream that has begun goes on for the T that is still wanted
+    assert [(s.T, s.begun) for s in fewer.shards] == [(10, True), (10, False)]
+    assert fewer.peak_bytes(0) > fewer.weight_bytes
 
 
 def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) -> None:
