@@ -22,6 +22,7 @@ from workers.types import JSON, EditSweepError, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.execute import Outcome
+    from orchestrator.plan import Plan
     from orchestrator.query import Results
     from orchestrator.spec import SweepSpec
 
@@ -71,10 +72,13 @@ def _root(
 def plan(
     spec_file: SpecFile,
     results: Annotated[Path | None, typer.Option(help="subtract what this results folder already holds")] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="simulate so many actors (default: engine.max_actors)")
+    ] = None,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Show cells, shards, lanes, edits and memory; run nothing, write nothing."""
+    """Show cells, shards, lanes, edits, memory and time; run nothing, write nothing."""
     from orchestrator.console import begin_line
     from orchestrator.execute import check_folder, read_progress
     from orchestrator.journal import Journal
@@ -102,19 +106,23 @@ def plan(
                 variant.algorithm if variant.algorithm != variant.label else "",
                 str(len(cells)),
                 str(len(shards)),
-                str(max((shard.lanes for shard in shards), default=0)),
+                "/".join(str(made.widths[v, T]) for T in spec.grid.T),
                 str(sum(cell.groups * cell.T for cell in cells)),
                 str(sum(shard.edits for shard in shards)),
-                size(made.lane_bytes[v]),
+                size(max(made.memory[v, T].overlay for T in spec.grid.T)),
+                size(made.peak_bytes(v)),
                 str(len(artifacts)),
             )
         )
-    header = ("method", "is", "cells", "shards", "lanes", "edits", "edits left", "memory/lane", "artifacts")
-    out.table("", header, rows, right=range(2, 9))
-    most = max((s.lanes * made.lane_bytes[s.variant] for s in made.shards), default=max(made.lane_bytes))
+    header = ("method", "is", "cells", "shards", "lanes", "edits", "edits left", "memory/lane", "peak", "artifacts")
+    out.table("", header, rows, right=range(2, 10))
+    out.say(f"lanes: for T={'/'.join(map(str, spec.grid.T))}, as far as there are groups")
     out.say(
-        f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; overlays of one actor: up to {size(most)}"
+        f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; peak memory of one actor, estimated: up to "
+        f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + lanes x memory/lane + one batch's activations"
     )
+    if made.shards:
+        _show_schedule(out, made, actors)
     for note in made.notes:
         out.say(f"data set: {note}")
     for warning in made.warnings:
@@ -128,6 +136,23 @@ def plan(
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
         out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present")
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
+
+
+def _show_schedule(out: Output, made: Plan, actors: int | None) -> None:
+    """How long what is left may take: resources reserved, and the makespan on a number of actors."""
+    reserved = made.spec.engine.resources
+    seconds = sum(shard.seconds_left for shard in made.shards)
+    kind, share = ("GPU", reserved.gpu) if reserved.gpu else ("CPU", reserved.cpu)
+    out.say(f"time: about {seconds / 3600 * share:.3g} {kind}-hours of editing and scoring")
+    wanted = actors or made.spec.engine.max_actors
+    if wanted is not None:
+        found = made.simulate(wanted)
+        out.say(
+            f"schedule: {wanted} actors end after about {duration(found.makespan)}; lower bound {duration(found.bound)} "
+            f"(longest shard {duration(found.longest)}, total/{wanted} {duration(found.total / wanted)}); "
+            f"ratio {found.ratio:.3f}"
+        )
+    out.say(f"estimate: {made.clock.note({(shard.variant, shard.T) for shard in made.shards})}")
 
 
 @app.command()
@@ -210,12 +235,7 @@ def _failures_by_cell(outcome: Outcome) -> dict[str, list[str]]:
             continue
         lines = error.message.splitlines() or [""]
         text = f"{error.kind}: {lines[0][:300]} ({error.attempts} attempts; see {error.log})"
-        manifest_cells = (
-            [cell.cell_id for cell in outcome.plan.begun[shard.shard_id].job.cells]
-            if shard.begun
-            else [outcome.plan.cells[run.cell].cell_id for run in shard.runs]
-        )
-        for cell_id in dict.fromkeys(manifest_cells):
+        for cell_id in outcome.plan.cell_ids(shard):
             found.setdefault(cell_id, []).append(text)
     for failure in outcome.failed_groups:
         found.setdefault(str(failure["cell_id"]), []).append(

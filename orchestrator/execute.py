@@ -33,12 +33,12 @@ import orchestrator
 import workers
 from orchestrator import lock as locking
 from orchestrator.artifacts import ArtifactStore
-from orchestrator.journal import Journal, ShardManifest, Superseded
+from orchestrator.journal import Journal, ShardManifest, ShardProgress, Superseded
 from orchestrator.paths import ResultsPaths
-from orchestrator.plan import Plan, Planner, Progress, Shard, Task, load_spec_dataset, requests_of
+from orchestrator.plan import Plan, Planner, Progress, Shard, Spent, Task, load_spec_dataset, requests_of
 from orchestrator.spec import DatasetSpec, SweepSpec, scoring_identity
 from orchestrator.store import LocalStore, Missing, Store, StoreError, seal_json, sha256_of, unseal_json
-from orchestrator.table import CentralTable
+from orchestrator.table import CentralTable, TableShard
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.models import ModelConfig
 from workers.types import JSON, DataError, Dataset, EditSweepError, ModelError
@@ -129,6 +129,7 @@ class Bench:
             yield StepReport(manifest.shard_id, attempt.position, ticks, 0, 0, 0.0, attempt.number)
             if attempt.position == ticks:
                 return
+            check_declared(manifest.shard_id, task.gpu_memory_gb, _gpu_bytes(common.model))
             session = self.session(common.model, common.threads)
             data = self._load_dataset(common.dataset, common.dataset_fingerprint)
             specs = task.artifact_specs()
@@ -235,6 +236,30 @@ def check_memory(model: ModelConfig, weight_bytes: int, gpu: float, memory_gb: f
         )
 
 
+def check_declared(shard_id: str, declared_gb: float | None, present: int | None) -> None:
+    """Refuse a shard whose lanes were chosen for a larger GPU than the one here, of ``present`` bytes (None: no GPU).
+
+    A card of a nominal size reports up to 5% less. Raises :class:`ModelError`.
+    """
+    if declared_gb is None or present is None or present >= 0.95 * declared_gb * GIB:
+        return
+    raise ModelError(
+        f"shard {shard_id} was planned for GPUs with engine.gpu_memory_gb: {declared_gb:g}, but the GPU here has "
+        f"{present / GIB:.1f} GiB. A shard that has begun keeps its lanes: continue it on a GPU of {declared_gb:g} GiB. "
+        f"Shards that have not begun are planned anew for this GPU by running again with "
+        f"--set engine.gpu_memory_gb={int(present / GIB)} (with engine.lanes: auto) or with fewer engine.lanes"
+    )
+
+
+def _gpu_bytes(model: ModelConfig) -> int | None:
+    """Memory of the GPU that this process edits on."""
+    if model.device == "cpu":
+        return None
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
 # --- in the driver ---------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +309,8 @@ class Books:
         return [self.plan.artifacts[key] for key in keys if not store.has(self.plan.artifacts[key])]
 
     def title(self, shard: Shard) -> str:
-        return f"{self.plan.variants[shard.variant].label} T={shard.T} {shard.shard_id[:6]}"
+        sizes = "/".join(map(str, self.plan.group_sizes(shard)))
+        return f"{self.plan.variants[shard.variant].label} T={sizes} {shard.shard_id[:6]}"
 
     def started(self, shard_id: str) -> None:
         shard = self.shards[shard_id]
@@ -403,7 +429,22 @@ def read_progress(table: CentralTable, journal: Journal) -> Progress:
     """What the results folder holds, as the planner wants it."""
     listed = table.shards()
     begun = tuple(manifest for shard_id, manifest in journal.begun().items() if shard_id not in listed)
-    return Progress(done=table.done(), begun=begun, used=frozenset(listed))
+    spent = [
+        Spent(shard.shard_id, tuple(shard.cells), shard.edits, _seconds(shard))
+        for shard in listed.values()
+        if shard.cells
+    ]
+    for manifest in begun:
+        try:
+            progress = journal.progress(manifest.shard_id)
+        except (Missing, EditSweepError):
+            continue  # gathered meanwhile, or damaged: it only lacks in the estimates
+        spent.append(Spent(manifest.shard_id, tuple(manifest.columns), progress.edits, _seconds(progress)))
+    return Progress(done=table.done(), begun=begun, used=frozenset(listed), spent=spent)
+
+
+def _seconds(shard: TableShard | ShardProgress) -> float:
+    return shard.edit_seconds + shard.score_seconds + shard.commit_seconds
 
 
 def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:

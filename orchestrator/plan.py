@@ -9,6 +9,10 @@ Only launching a shard writes its ranges out into a :class:`~workers.job.StreamJ
 
 Plans only ever grow: groups that are in the table, or that belong to a shard which has begun, are subtracted, and what
 is left is cut into new shards. So a shard's composition never changes, whatever happens to the spec in the meantime.
+
+Which lanes share a wave decides bits, which waves share a shard does not. Waves therefore follow from the spec and from
+what is left alone, and removing whole waves leaves the others as they were; shards are cut between waves only, by the
+spec and by work (never by the clock or the size of a cluster). What was measured decides the order of launch.
 """
 
 from __future__ import annotations
@@ -16,21 +20,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from pydantic import Field
 
 from orchestrator.journal import ShardManifest
+from orchestrator.memory import CPU_MEMORY_GB, GIB, TEMPLATE_TOKENS, USABLE, Memory, estimate, lane_edits
+from orchestrator.schedule import Clock, Simulation, Timing, calibrate, simulate, wave_work
 from orchestrator.spec import DatasetSpec, MethodSpec, SweepSpec
 from workers.artifacts import ArtifactSpec
 from workers.data import count_conflicts, count_duplicates, count_edited_locality, load_dataset, order_requests
-from workers.job import Frozen, Lane, Rollback, ScoreConfig, StreamCell, StreamJob, cut_steps, expected_rows
+from workers.job import Frozen, Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows
 from workers.models import ModelConfig, ModelFingerprint, ModelShape, fingerprint_model, model_shape
 from workers.types import JSON, Dataset, EditRequest, SpecError
+
+Member = TypeVar("Member")
 
 SCHEMA = 1
 """Version of what enters a cell id. Raising it makes every result stale."""
 
-GIB = 1 << 30
+TAIL = 0.1
+"""A shard of several waves takes at most this share of the sweep's lower bound, so that the last ones end close together."""
+
+UNKNOWN_ACTORS = 64
+"""The number of actors for which the tail is cut short where the spec names none (``engine.max_actors``)."""
 
 
 class Variant(Frozen):
@@ -70,6 +84,7 @@ class Task(Frozen):
     edits: int
     expected_rows: int
     retry: int = 0
+    gpu_memory_gb: float | None = Field(None, description="what the spec declared when lanes were chosen; GPU only")
 
     @classmethod
     def of(cls, manifest: ShardManifest) -> Task:
@@ -92,29 +107,68 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Groups ``start .. stop`` (exclusive) of one cell."""
+    """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one variant and T.
 
-    cell: int
+    Without rollback it is one wave, and ``also`` holds what its lanes report to cells of other T, seeds in the same order.
+    """
+
+    cells: tuple[int, ...]
     start: int
     stop: int
+    also: tuple[Run, ...] = ()
+
+    @property
+    def shares(self) -> tuple[Run, ...]:
+        return (self, *self.also)
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return (self.stop - self.start) * len(self.cells)
+
+    def step(self, width: int) -> int:
+        """How many groups of each cell one wave of at most ``width`` lanes holds."""
+        return max(1, width // len(self.cells))
+
+    def waves(self, width: int) -> Iterator[Run]:
+        """Its waves with at most ``width`` lanes: whole group indices of all cells."""
+        step = self.step(width)
+        for start in range(self.start, self.stop, step):
+            yield Run(self.cells, start, min(start + step, self.stop))
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the journal."""
+    """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the journal.
+
+    ``T`` is the largest one it serves of those that the spec asks for (several only without rollback).
+    ``width`` is how many lanes a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the
+    whole shard, of which the share ``committed`` is durable already.
+    """
 
     shard_id: str
     variant: int
     T: int
     runs: tuple[Run, ...]
+    width: int
     lanes: int
     edits: int
     cost: float
     begun: bool = False
     retry: int = 0
+    committed: float = 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        return self.cost * (1 - self.committed)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the edits of one shard have taken so far."""
+
+    shard_id: str
+    cells: tuple[str, ...]
+    edits: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -122,12 +176,13 @@ class Progress:
     """What a results folder already holds.
 
     ``done``: per cell the groups whose rows are complete in the table. ``begun``: manifests of shards that are not in
-    the table yet. ``used``: ids of shards that may not be used again.
+    the table yet. ``used``: ids of shards that may not be used again. ``spent``: time of shards in the table and under way.
     """
 
     done: Mapping[str, Collection[int]] = field(default_factory=dict)
     begun: Sequence[ShardManifest] = ()
     used: Collection[str] = ()
+    spent: Sequence[Spent] = ()
 
 
 @dataclass(frozen=True)
@@ -143,8 +198,11 @@ class Plan:
     artifacts: Mapping[str, ArtifactSpec]
     cell_artifacts: Mapping[tuple[int, int], tuple[tuple[str, str], ...]]
     """For each variant and seed, what the method calls an artifact and the artifact's key."""
-    lane_bytes: tuple[int, ...]
+    widths: Mapping[tuple[int, int], int]
+    """For each variant and T, how many lanes a wave may have: the spec's number, or what `auto` came to."""
+    memory: Mapping[tuple[int, int], Memory]
     weight_bytes: int
+    clock: Clock = field(default_factory=Clock)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     begun: Mapping[str, ShardManifest] = field(default_factory=dict)
@@ -163,12 +221,36 @@ class Plan:
         """The widest lockstep of any shard that is left."""
         return max((shard.lanes for shard in self.shards), default=0)
 
+    def peak_bytes(self, variant: int) -> int:
+        """Estimated peak memory of an actor that runs any shard of a variant that is left."""
+        return max(
+            (self.memory[variant, s.T].peak(s.lanes) for s in self.shards if s.variant == variant),
+            default=self.weight_bytes,
+        )
+
+    def simulate(self, actors: int) -> Simulation:
+        """What is left, in launch order, on so many actors (artifacts and start-up not counted)."""
+        return simulate([shard.seconds_left for shard in self.shards], actors)
+
+    def cell_ids(self, shard: Shard) -> tuple[str, ...]:
+        """The cells a shard serves."""
+        if shard.begun:
+            return tuple(cell.cell_id for cell in self.begun[shard.shard_id].job.cells)
+        return tuple(self.cells[i].cell_id for i in _members(shard))
+
+    def group_sizes(self, shard: Shard) -> tuple[int, ...]:
+        """Every T a shard serves, ascending."""
+        if shard.begun:
+            job = self.begun[shard.shard_id].job
+            return tuple(sorted({cell.T or job.T for cell in job.cells}))
+        return tuple(sorted({self.cells[i].T for i in _members(shard)}))
+
     def artifact_keys(self, shard: Shard) -> tuple[str, ...]:
         """The artifacts a shard needs, in the order its cells need them."""
         if shard.begun:
             return tuple(Task.of(self.begun[shard.shard_id]).artifact_specs())
-        cells = dict.fromkeys(self.cells[run.cell].seed for run in shard.runs)
-        return tuple(dict.fromkeys(key for seed in cells for _, key in self.cell_artifacts[shard.variant, seed]))
+        seeds = dict.fromkeys(self.cells[i].seed for i in _members(shard))
+        return tuple(dict.fromkeys(key for seed in seeds for _, key in self.cell_artifacts[shard.variant, seed]))
 
     def manifest(self, shard: Shard) -> ShardManifest:
         """Write a shard's ranges out into the job its actor executes."""
@@ -179,11 +261,9 @@ class Plan:
             self.variants[shard.variant],
             shard,
             self.cells,
-            {
-                self.cells[run.cell].seed: self.cell_artifacts[shard.variant, self.cells[run.cell].seed]
-                for run in shard.runs
-            },
+            {self.cells[i].seed: self.cell_artifacts[shard.variant, self.cells[i].seed] for i in _members(shard)},
             tuple(self.artifacts[key] for key in self.artifact_keys(shard)),
+            self.spec.engine.gpu_memory_gb if self.spec.on_gpu else None,
         )
 
 
@@ -194,21 +274,46 @@ def expand(
     cells: Sequence[Cell],
     names: Mapping[int, tuple[tuple[str, str], ...]],
     artifacts: tuple[ArtifactSpec, ...],
+    gpu_memory_gb: float | None,
 ) -> ShardManifest:
     """The manifest of a new shard: a pure function of its composition. ``names``: per seed, name and key of artifacts."""
-    index = {cell: i for i, cell in enumerate(dict.fromkeys(run.cell for run in shard.runs))}
+    index = {cell: i for i, cell in enumerate(_members(shard))}
     if common.rollback == "group":
-        lanes = [
-            Lane(cell=index[r.cell], group=g, stop_group=g + 1) for r in shard.runs for g in range(r.start, r.stop)
-        ]
-        waves = tuple(tuple(lanes[i : i + shard.lanes]) for i in range(0, len(lanes), shard.lanes))
+        waves = tuple(
+            tuple(
+                Lane(cell=index[cell], group=group, stop_group=group + 1)
+                for group in range(wave.start, wave.stop)
+                for cell in wave.cells
+            )
+            for run in shard.runs
+            for wave in run.waves(shard.width)
+        )
     else:
-        waves = (tuple(Lane(cell=index[r.cell], group=r.start, stop_group=r.stop) for r in shard.runs),)
+        waves = tuple(
+            tuple(
+                Lane(
+                    cell=index[cell],
+                    group=run.start,
+                    stop_group=run.stop,
+                    also=tuple(
+                        Share(cell=index[other.cells[i]], group=other.start, stop_group=other.stop)
+                        for other in run.also
+                    ),
+                )
+                for i, cell in enumerate(run.cells)
+            )
+            for run in shard.runs
+        )
     job = StreamJob(
         method=variant.algorithm,
         config=variant.config,
         cells=tuple(
-            StreamCell(cell_id=cells[c].cell_id, seed=cells[c].seed, artifacts=dict(names[cells[c].seed]))
+            StreamCell(
+                cell_id=cells[c].cell_id,
+                seed=cells[c].seed,
+                T=None if cells[c].T == shard.T else cells[c].T,
+                artifacts=dict(names[cells[c].seed]),
+            )
             for c in index
         ),
         T=shard.T,
@@ -225,6 +330,7 @@ def expand(
         edits=shard.edits,
         expected_rows=expected_rows(job),
         retry=shard.retry,
+        gpu_memory_gb=gpu_memory_gb,
     )
     return ShardManifest(
         shard_id=shard.shard_id,
@@ -233,6 +339,11 @@ def expand(
         columns={cells[c].cell_id: cell_columns(common, variant, cells[c]) for c in index},
         task=task.model_dump(mode="json"),
     )
+
+
+def _members(shard: Shard) -> tuple[int, ...]:
+    """Numbers of the cells a new shard serves, in the order of its runs."""
+    return tuple(dict.fromkeys(cell for run in shard.runs for share in run.shares for cell in share.cells))
 
 
 def cell_columns(common: Common, variant: Variant, cell: Cell) -> dict[str, JSON]:
@@ -292,14 +403,16 @@ class Planner:
             step_edits=spec.engine.step_edits,
         )
         self.notes = _dataset_notes(spec, data)
-        self.grid = _Grid(spec, self.common, fingerprint, self.shape)
+        self.grid = _Grid(spec, self.common, fingerprint, self.shape, _longest_tokens(data))
         self.cells = self.grid.cells()
 
     def plan(self, progress: Progress) -> Plan:
         grid, cells = self.grid, self.cells
-        left = _subtract(cells, progress)
-        shards = _begun(progress, cells, grid.costs)
-        new = _cut(self.spec, cells, left, grid.costs, progress.used)
+        effort = Effort(self.spec, cells, grid.costs, grid.widths)
+        clock = calibrate(_timings(progress, cells, effort))
+        shards = _begun(progress, cells, effort, clock)
+        new = _cut(self.spec, cells, _subtract(cells, progress), effort, progress.used)
+        new = (replace(shard, cost=clock.seconds(shard.variant, shard.T, shard.cost)) for shard in new)
         shards += sorted(new, key=lambda s: (-s.cost, -s.T))
         needed = dict(grid.artifacts)
         for manifest in progress.begun:
@@ -316,8 +429,10 @@ class Planner:
             },
             artifacts=needed,
             cell_artifacts=grid.keys,
-            lane_bytes=tuple(grid.lane_bytes),
+            widths=dict(grid.widths),
+            memory=dict(grid.memory),
             weight_bytes=self.shape.weight_bytes,
+            clock=clock,
             notes=self.notes,
             warnings=tuple(grid.warnings),
             begun={m.shard_id: m for m in progress.begun},
@@ -331,11 +446,15 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
 class _Grid:
     """Resolves the spec's methods and enumerates cells; collects artifacts, sizes and warnings."""
 
-    def __init__(self, spec: SweepSpec, common: Common, fingerprint: ModelFingerprint, shape: ModelShape) -> None:
+    def __init__(
+        self, spec: SweepSpec, common: Common, fingerprint: ModelFingerprint, shape: ModelShape, tokens: int
+    ) -> None:
         self.spec = spec
+        self.tokens = tokens
         self.variants: list[Variant] = []
         self.costs: list[float] = []
-        self.lane_bytes: list[int] = []
+        self.widths: dict[tuple[int, int], int] = {}
+        self.memory: dict[tuple[int, int], Memory] = {}
         self.artifacts: dict[str, ArtifactSpec] = {}
         self.keys: dict[tuple[int, int], tuple[tuple[str, str], ...]] = {}
         self.warnings: list[str] = []
@@ -388,7 +507,12 @@ class _Grid:
             )
         )
         self.costs.append(float(kind.relative_cost))
-        self.lane_bytes.append(int(kind.overlay_bytes(config, shape, max(self.spec.grid.T))))
+        for T in self.spec.grid.T:
+            overlay = kind.overlay_bytes(config, shape, lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits))
+            size, rows = self.spec.grid.batch_size, self.spec.scoring.rows_per_batch
+            need = estimate(shape, resolved, int(overlay), size, rows, self.tokens)
+            self.memory[number, T] = need
+            self.widths[number, T] = self._lanes(method.label, T, need)
         self._seeds.append(self._distinct_seeds(method.label, uses_seed=kind.uses_seed(config)))
         body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
         for seed in self._seeds[number]:
@@ -403,6 +527,26 @@ class _Grid:
             if keys not in digests:
                 digests[keys] = _digest({**body, "artifacts": sorted(keys)})
             self._digests[number, seed] = digests[keys]
+
+    def _lanes(self, label: str, T: int, need: Memory) -> int:
+        """The spec's number of lanes, or as many as the declared memory holds."""
+        engine = self.spec.engine
+        if engine.lanes != "auto":
+            return engine.lanes
+        if engine.gpu_memory_gb is not None and self.spec.on_gpu:
+            field_name, declared = "engine.gpu_memory_gb", engine.gpu_memory_gb * min(engine.resources.gpu or 1.0, 1.0)
+        else:
+            weights = 2 * need.weights / GIB
+            field_name = "engine.resources.memory_gb"
+            declared = engine.resources.memory_gb or max(CPU_MEMORY_GB, weights)
+        lanes = need.lanes_within(USABLE * declared * GIB)
+        if not lanes:
+            raise SpecError(
+                f"{field_name}: an actor has {declared:g} GiB, but {label} at T={T} needs about {need.peak(1) / GIB:.1f} GiB "
+                f"for one lane ({need.weights / GIB:.1f} of weights, {need.overlay / GIB:.1f} of overlay, the rest activations) "
+                f"and {1 - USABLE:.0%} are kept free; declare more, use a smaller dtype, or set engine.lanes: 1 to try"
+            )
+        return lanes
 
     def _distinct_seeds(self, label: str, uses_seed: bool) -> tuple[int, ...]:
         seeds = self.spec.grid.seeds
@@ -436,8 +580,9 @@ def _subtract(cells: Sequence[Cell], progress: Progress) -> list[list[tuple[int,
     for manifest in progress.begun:
         for wave in manifest.job.waves:
             for lane in wave:
-                cell_id = manifest.job.cells[lane.cell].cell_id
-                taken.setdefault(cell_id, set()).update(range(lane.group, lane.stop_group))
+                for share in lane.shares:
+                    cell_id = manifest.job.cells[share.cell].cell_id
+                    taken.setdefault(cell_id, set()).update(range(share.group, share.stop_group))
     return [list(_gaps(taken.get(cell.cell_id), cell.groups)) for cell in cells]
 
 
@@ -454,51 +599,140 @@ def _gaps(taken: Collection[int] | None, groups: int) -> Iterator[tuple[int, int
         yield start, groups
 
 
-def _begun(progress: Progress, cells: Sequence[Cell], costs: Sequence[float]) -> list[Shard]:
+@dataclass(frozen=True)
+class Effort:
+    """How much work waves are: a function of the spec and the methods alone (see :mod:`orchestrator.schedule`)."""
+
+    spec: SweepSpec
+    cells: Sequence[Cell]
+    costs: Sequence[float]
+    widths: Mapping[tuple[int, int], int]
+    """The number of lanes a wave of this variant and T may have."""
+
+    def lanes(self, wave: Run) -> int:
+        return len(wave) if self.spec.grid.rollback == "group" else len(wave.cells)
+
+    def edits(self, wave: Run, T: int) -> int:
+        """Edits all lanes of a wave make; without rollback each starts at the very first request."""
+        if self.spec.grid.rollback == "group":
+            return self.lanes(wave) * T
+        return self.lanes(wave) * max(edits for edits, _ in self._spans(wave))
+
+    def work(self, variant: int, T: int, wave: Run) -> float:
+        if self.spec.grid.rollback == "group":
+            return self._work(variant, self.lanes(wave), [(T, 0)], [T])
+        return self._work(variant, self.lanes(wave), self._spans(wave), [self.cells[s.cells[0]].T for s in wave.shares])
+
+    def _spans(self, wave: Run) -> list[tuple[int, int]]:
+        """For each share of a continued wave, the edit counts at which it ends and begins."""
+        return [(s.stop * self.cells[s.cells[0]].T, s.start * self.cells[s.cells[0]].T) for s in wave.shares]
+
+    def waves(self, variant: int, T: int, run: Run) -> Iterator[tuple[Run, int]]:
+        """A run's waves as (first of them, how many alike follow each other): full ones, then what remains."""
+        if self.spec.grid.rollback == "never":
+            yield run, 1
+            return
+        step = run.step(self.widths[variant, T])
+        full, rest = divmod(run.stop - run.start, step)
+        if full:
+            yield Run(run.cells, run.start, run.start + step), full
+        if rest:
+            yield Run(run.cells, run.stop - rest, run.stop), 1
+
+    def of_manifest(self, variant: int, manifest: ShardManifest) -> float:
+        """Work of a whole shard that has begun, whose lanes may differ from today's."""
+        job, total = manifest.job, 0.0
+        for wave in job.waves:
+            Ts = [job.T_of(share) for share in wave[0].shares]
+            spans = [(s.stop_group * T, s.group * T) for s, T in zip(wave[0].shares, Ts, strict=True)]
+            total += self._work(variant, len(wave), [(job.T, 0)] if job.rollback == "group" else spans, Ts)
+        return total
+
+    def of_edits(self, cells: Sequence[Cell], edits: int) -> float:
+        """About how much work a finished shard was, of which only its cells and the edits it made are known."""
+        variant, T = cells[0].variant, max(cell.T for cell in cells)
+        if self.spec.grid.rollback == "never":
+            lanes, Ts = len({cell.seed for cell in cells}), sorted({cell.T for cell in cells})
+            return self._work(variant, lanes, [(edits // lanes, 0)] * len(Ts), Ts)
+        lanes = max(1, min(self.widths[variant, T], edits // T))
+        return self._work(variant, lanes, [(T, 0)], [T]) * edits / (T * lanes)
+
+    def _work(self, variant: int, lanes: int, spans: Sequence[tuple[int, int]], Ts: Sequence[int]) -> float:
+        """Of ``lanes`` lanes that edit up to the last span's end; each span (end, begin) is scored in groups of its T."""
+        score, size = self.spec.scoring, self.spec.grid.batch_size
+        scored = max(end - begin for end, begin in spans) if score.immediate else 0  # once for all T
+        for (end, begin), T in zip(spans, Ts, strict=True):
+            if T > size or not score.immediate:  # otherwise one forward serves both moments
+                scored += end - begin
+            scored += sum(mark for mark in score.score_at if begin < mark <= end)
+        return wave_work(self.costs[variant], max(end for end, _ in spans), scored, lanes, self.spec.on_gpu)
+
+
+def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Iterator[Timing]:
+    """What the folder's shards took, as far as this plan knows their cells."""
+    known = {cell.cell_id: cell for cell in cells}
+    begun = {manifest.shard_id: manifest for manifest in progress.begun}
+    for spent in progress.spent:
+        of_shard = [known[c] for c in spent.cells if c in known]
+        if not of_shard:
+            continue
+        variant, T = of_shard[0].variant, max(cell.T for cell in of_shard)
+        manifest = begun.get(spent.shard_id)
+        if manifest is None:
+            work = effort.of_edits(of_shard, spent.edits)
+        else:
+            work = effort.of_manifest(variant, manifest) * spent.edits / Task.of(manifest).edits
+        yield Timing(variant, T, work, spent.seconds)
+
+
+def _begun(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clock) -> list[Shard]:
     """Shards under way that serve a cell of this plan. They go first: their work is half done."""
     wanted = {cell.cell_id: cell for cell in cells}
+    committed = {spent.shard_id: spent.edits for spent in progress.spent}
     shards = []
     for manifest in progress.begun:
-        cell = next((wanted[c.cell_id] for c in manifest.job.cells if c.cell_id in wanted), None)
-        if cell is None:
-            continue  # of a cell that the spec no longer asks for: it stays as it is
+        served = [wanted[c.cell_id] for c in manifest.job.cells if c.cell_id in wanted]
+        if not served:
+            continue  # of cells that the spec no longer asks for: it stays as it is
+        variant, T = served[0].variant, max(cell.T for cell in served)
         edits = Task.of(manifest).edits
+        lanes = max(len(wave) for wave in manifest.job.waves)
         shards.append(
             Shard(
                 shard_id=manifest.shard_id,
-                variant=cell.variant,
-                T=manifest.job.T,
+                variant=variant,
+                T=T,
                 runs=(),
-                lanes=max(len(wave) for wave in manifest.job.waves),
+                width=lanes,
+                lanes=lanes,
                 edits=edits,
-                cost=edits * costs[cell.variant],
+                cost=clock.seconds(variant, T, effort.of_manifest(variant, manifest)),
                 begun=True,
+                committed=min(1.0, committed.get(manifest.shard_id, 0) / edits),
             )
         )
-    return sorted(shards, key=lambda s: -s.cost)
+    return sorted(shards, key=lambda s: -s.seconds_left)
 
 
 def _cut(
     spec: SweepSpec,
     cells: Sequence[Cell],
     left: Sequence[Sequence[tuple[int, int]]],
-    costs: Sequence[float],
+    effort: Effort,
     used: Collection[str],
 ) -> Iterator[Shard]:
-    """New shards: of one variant and one T each, because the lanes of a wave run the same code in lockstep."""
-    families: dict[tuple[int, int], list[Run]] = {}
-    for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
-        families.setdefault((cell.variant, cell.T), []).extend(Run(i, a, b) for a, b in ranges)
+    """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the same code in lockstep."""
     engine = [spec.engine.threads, spec.engine.step_edits]
     common = _digest([spec.scoring.model_dump(mode="json"), *engine, spec.grid.rollback])
-    for (variant, T), runs in families.items():
-        pieces = _by_group(spec, T, runs) if spec.grid.rollback == "group" else _continued(spec, T, runs)
-        for piece, lanes in pieces:
-            if spec.grid.rollback == "group":
-                edits = T * sum(len(run) for run in piece)
-            else:
-                edits = T * sum(run.stop for run in piece)
-            composition = f"{common}:{lanes}:" + ",".join(f"{cells[r.cell].cell_id}/{r.start}-{r.stop}" for r in piece)
+    whole = _families(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
+    most_work = TAIL * _lower_bound(whole, effort)
+    for (variant, T), runs in _families(spec, cells, left, effort).items():
+        width = effort.widths[variant, T]
+        for piece in _pack(variant, T, runs, effort, most_work):
+            composition = f"{common}:{width}:" + ",".join(
+                "&".join(f"{'+'.join(cells[i].cell_id for i in s.cells)}/{s.start}-{s.stop}" for s in run.shares)
+                for run in piece.runs
+            )
             retry = 0
             shard_id = _shard_id(composition, retry)
             while shard_id in used:  # it ran before and some of its groups failed: a fresh try is a fresh shard
@@ -508,51 +742,142 @@ def _cut(
                 shard_id=shard_id,
                 variant=variant,
                 T=T,
-                runs=tuple(piece),
-                lanes=lanes,
-                edits=edits,
-                cost=edits * costs[variant],
+                runs=tuple(piece.runs),
+                width=width,
+                lanes=piece.lanes,
+                edits=piece.edits,
+                cost=piece.work,
                 retry=retry,
             )
 
 
-def _by_group(spec: SweepSpec, T: int, runs: Sequence[Run]) -> Iterator[tuple[list[Run], int]]:
-    """Cut groups into shards of about ``shard_edits`` edits, of even sizes, with full waves where there is a choice."""
-    total = sum(len(run) for run in runs)
-    if not total:
-        return
-    most = max(1, spec.engine.shard_edits // T)
-    lanes = min(spec.engine.lanes, most)
-    pieces = -(-total // most)
-    size = -(-total // pieces)
-    if size > lanes:
-        size = min(-(-size // lanes) * lanes, max(lanes, most // lanes * lanes))
-    piece: list[Run] = []
-    room = size
-    for run in runs:
-        start = run.start
-        while start < run.stop:
-            stop = min(run.stop, start + room)
-            piece.append(Run(run.cell, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield piece, min(lanes, size)
-                piece, room = [], size
-    if piece:
-        yield piece, min(lanes, size - room)
+def _families(
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Sequence[tuple[int, int]]], effort: Effort
+) -> dict[tuple[int, int], list[Run]]:
+    """Per variant and T, what is left as runs: of one cell each, or of seeds that have the same groups left."""
+    if spec.grid.rollback == "never":
+        return _streams(spec, cells, left, effort)
+    alike: dict[tuple[int, int], dict[tuple[int, ...], list[int]]] = {}
+    for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
+        family = alike.setdefault((cell.variant, cell.T), {})
+        for start, stop in ranges:
+            key = (start, stop) if spec.engine.lanes_across_seeds else (start, stop, i)
+            family.setdefault(key, []).append(i)
+    return {
+        (variant, T): [
+            Run(team, start, stop)
+            for (start, stop, *_), members in family.items()
+            for team in _even(members, effort.widths[variant, T])
+        ]
+        for (variant, T), family in alike.items()
+    }
 
 
-def _continued(spec: SweepSpec, T: int, runs: Sequence[Run]) -> Iterator[tuple[list[Run], int]]:
-    """Without rollback a cell is one lane; lanes that cover the same groups may share a shard."""
-    alike: dict[tuple[int, int], list[Run]] = {}
+def _streams(
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Sequence[tuple[int, int]]], effort: Effort
+) -> dict[tuple[int, int], list[Run]]:
+    """Without rollback T only says when to score: one lane per variant and seed makes the edits for every T that is left.
+
+    Runs stand under the largest T they serve.
+    """
+    lanes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
+        for start, stop in ranges:
+            lanes.setdefault((cell.variant, cell.seed), []).append((i, start, stop))
+    alike: dict[tuple[object, ...], list[list[tuple[int, int, int]]]] = {}
+    for (variant, seed), shares in lanes.items():
+        shares.sort(key=lambda share: (-cells[share[0]].T, share[1]))
+        shape = tuple((cells[i].T, start, stop) for i, start, stop in shares)
+        key = (variant, shape) if spec.engine.lanes_across_seeds else (variant, shape, seed)
+        alike.setdefault(key, []).append(shares)
+    runs: dict[tuple[int, int], list[Run]] = {}
+    for members in alike.values():
+        first = cells[members[0][0][0]]
+        for team in _even(members, effort.widths[first.variant, first.T]):
+            # share by share: the cell of each lane, and the groups, which are the same in all of them
+            parts = [Run(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)]
+            runs.setdefault((first.variant, first.T), []).append(replace(parts[0], also=tuple(parts[1:])))
+    return runs
+
+
+def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
+    """As few teams of at most ``most`` as there can be, of even sizes: dropping some leaves the others as they were."""
+    teams = -(-len(members) // most)
+    size, larger = divmod(len(members), teams)
+    start = 0
+    for team in range(teams):
+        stop = start + size + (team < larger)
+        yield tuple(members[start:stop])
+        start = stop
+
+
+def _lower_bound(families: Mapping[tuple[int, int], Sequence[Run]], effort: Effort) -> float:
+    """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of everything."""
+    longest = total = 0.0
+    for (variant, T), runs in families.items():
+        for run in runs:
+            for wave, count in effort.waves(variant, T, run):
+                work = effort.work(variant, T, wave)
+                longest = max(longest, work)
+                total += work * count
+    return max(longest, total / (effort.spec.engine.max_actors or UNKNOWN_ACTORS))
+
+
+@dataclass
+class _Piece:
+    """A shard being filled."""
+
+    runs: list[Run] = field(default_factory=list)
+    edits: int = 0
+    work: float = 0.0
+    lanes: int = 0
+
+    def add(self, run: Run, edits: int, work: float, lanes: int) -> None:
+        last = self.runs[-1] if self.runs else None
+        if last is not None and last.cells == run.cells and last.stop == run.start and not run.also:
+            self.runs[-1] = Run(run.cells, last.start, run.stop)
+        else:
+            self.runs.append(run)
+        self.edits += edits
+        self.work += work
+        self.lanes = max(self.lanes, lanes)
+
+
+def _pack(variant: int, T: int, runs: Sequence[Run], effort: Effort, most_work: float) -> Iterator[_Piece]:
+    """Fill shards with whole waves, in order, up to ``shard_edits`` and ``most_work``.
+
+    The limit on work gives way to ``step_edits``: what is shorter than the time between two commits is not worth a launch.
+    """
+    engine = effort.spec.engine
+    piece = _Piece()
     for run in runs:
-        alike.setdefault((run.start, run.stop), []).append(run)
-    for (_, stop), members in alike.items():
-        size = max(1, min(spec.engine.lanes, spec.engine.shard_edits // (stop * T)))
-        for i in range(0, len(members), size):
-            piece = members[i : i + size]
-            yield piece, len(piece)
+        for block, count in effort.waves(variant, T, run):
+            edits, work, lanes = effort.edits(block, T), effort.work(variant, T, block), effort.lanes(block)
+            step = block.stop - block.start
+            start, waves = block.start, count
+            while waves:
+                by_work = max((most_work - piece.work) / work, -(-(engine.step_edits - piece.edits) // edits))
+                fit = min(waves, (engine.shard_edits - piece.edits) // edits, int(by_work))
+                if fit < 1 and piece.runs:
+                    yield piece
+                    piece = _Piece()
+                    continue
+                fit = max(1, fit)  # a single wave is taken whatever its size
+                piece.add(Run(run.cells, start, start + fit * step, run.also), fit * edits, fit * work, lanes)
+                start += fit * step
+                waves -= fit
+    if piece.runs:
+        yield piece
+
+
+def _longest_tokens(data: Dataset) -> int:
+    """A bound on a sequence's tokens: three characters make at least one, and templates may stand before a prompt."""
+    longest = 0
+    for request in data.requests:
+        targets = [request.target_new, *(p.target for p in (*request.locality, *request.portability))]
+        prompts = [request.prompt, *request.rephrases, *(p.prompt for p in (*request.locality, *request.portability))]
+        longest = max(longest, max(map(len, prompts)) + max(map(len, targets)), len(request.unrelated or ""))
+    return longest // 3 + TEMPLATE_TOKENS
 
 
 def _dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
@@ -586,7 +911,9 @@ def requests_of(manifest: ShardManifest, dataset: Dataset) -> list[list[EditRequ
     need = [0] * len(manifest.job.cells)
     for wave in manifest.job.waves:
         for lane in wave:
-            need[lane.cell] = max(need[lane.cell], lane.stop_group * manifest.job.T)
+            last = max(share.stop_group * manifest.job.T_of(share) for share in lane.shares)
+            for share in lane.shares:
+                need[share.cell] = max(need[share.cell], last)
     return [
         [dataset.requests[i] for i in order_requests(dataset, order, cell.seed)[:n]]
         for cell, n in zip(manifest.job.cells, need, strict=True)

@@ -109,13 +109,24 @@ class Resources(Frozen):
 class EngineSpec(Frozen):
     """How the work is cut and run. Changes speed, never which cells there are."""
 
-    lanes: int = Field(10, ge=1, description="groups edited in lockstep")
+    lanes: int | Literal["auto"] = Field(10, description="groups edited in lockstep; auto: what memory holds")
+    lanes_across_seeds: bool = Field(
+        False, description="true: the seeds of a cell share waves; false: a wave holds groups of one cell"
+    )
+    gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU in GiB, as declared")
     threads: int = Field(1, ge=1, description="torch threads of one actor")
-    shard_edits: int = Field(250, ge=1, description="edits of one shard, about")
+    shard_edits: int = Field(250, ge=1, description="edits of one shard, about; a wave is never cut")
     step_edits: int = Field(50, ge=1, description="edits between two commits, about")
     max_actors: int | None = Field(None, ge=1)
     resources: Resources = Resources()
     max_failures: int = Field(2, ge=0, description="launches again after a failure (a lost node counts)")
+
+    @field_validator("lanes", mode="before")
+    @classmethod
+    def _count_or_auto(cls, value: object) -> object:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"{short(value)} is not valid; give a whole number of at least 1, or auto")
 
 
 class RaySpec(Frozen):
@@ -153,6 +164,20 @@ class SweepSpec(Frozen):
             if t % size:
                 near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
                 raise ValueError(f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}")
+        return self
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether actors edit on a GPU, as far as the spec says: `device: auto` follows what an actor reserves."""
+        return self.model.device == "cuda" or (self.model.device == "auto" and self.engine.resources.gpu > 0)
+
+    @model_validator(mode="after")
+    def _declares_memory(self) -> Self:
+        if self.engine.lanes == "auto" and self.on_gpu and self.engine.gpu_memory_gb is None:
+            raise ValueError(
+                "engine.gpu_memory_gb: required with engine.lanes: auto on a GPU, because lanes follow the declared memory "
+                "and not what happens to be free; give one GPU's memory in GiB, for example 80, or a number of lanes"
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.paths import ResultsPaths
 from orchestrator.store import Damaged, Entry, Missing, Store, StoreError, put_aside, seal_json, sha256_of, unseal_json
-from workers.job import StreamJob, timeline
+from workers.job import StreamJob, moments, timeline
 from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:
@@ -302,10 +302,13 @@ def complete_rows(table: pa.Table, job: StreamJob, failures: Iterable[Mapping[st
     In continual editing a failure ends the lane: what was scored after its group began goes too.
     """
     keep = None
+    T_of = {cell.cell_id: cell.T or job.T for cell in job.cells}
     for cell, group in sorted(_first_failures(job, failures)):
         bad = pc.and_(pc.equal(table["cell_id"], cell), pc.equal(table["group"], group))
         if job.rollback == "never":
-            later = pc.or_(pc.greater_equal(table["group"], group), pc.greater(table["edits_applied"], group * job.T))
+            later = pc.or_(
+                pc.greater_equal(table["group"], group), pc.greater(table["edits_applied"], group * T_of[cell])
+            )
             bad = pc.and_(pc.equal(table["cell_id"], cell), later)
         keep = pc.invert(bad) if keep is None else pc.and_(keep, pc.invert(bad))
     return table if keep is None else table.filter(keep)
@@ -337,26 +340,24 @@ def expected_contents(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) ->
     rows: Counter[str] = Counter({cell.cell_id: 0 for cell in job.cells})
     failed = _first_failures(job, failures)
     ends: dict[str, int] = dict(failed) if job.rollback == "never" else {}
-    ticks: dict[int, list[tuple[int, int]]] = {w: [] for w in range(len(job.waves))}
+    ticks: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for tick in timeline(job):
-        per_request = 1
-        if tick.kind == "edit":
-            reported = job.rollback == "group" or tick.start // job.T >= job.waves[tick.wave][0].group
-            per_request = (int(job.score.immediate) + int(job.batch_size == job.T)) if reported else 0
-        ticks[tick.wave].append((tick.edits_applied, per_request * (tick.stop - tick.start)))
+        for number in tick.shares:
+            count = (tick.stop - tick.start) * len(moments(job, tick, number))
+            ticks.setdefault((tick.wave, number), []).append((tick.edits_applied, count))
     for w, wave in enumerate(job.waves):
-        whole = sum(count for _, count in ticks[w])
         for lane in wave:
-            cell = job.cells[lane.cell].cell_id
-            planned[cell].update(range(lane.group, lane.stop_group))
-            if job.rollback == "group":
-                if (cell, lane.group) not in failed:
-                    groups[cell].add(lane.group)
-                    rows[cell] += whole
-            else:
-                end = min(lane.stop_group, ends.get(cell, lane.stop_group))
-                groups[cell].update(range(lane.group, end))
-                rows[cell] += sum(count for applied, count in ticks[w] if applied <= end * job.T)
+            for number, share in enumerate(lane.shares):
+                cell = job.cells[share.cell].cell_id
+                planned[cell].update(range(share.group, share.stop_group))
+                if job.rollback == "group":
+                    end = share.group + ((cell, share.group) not in failed)
+                else:
+                    end = min(share.stop_group, ends.get(cell, share.stop_group))
+                if end > share.group:
+                    groups[cell].update(range(share.group, end))
+                    counts = ticks[w, number]
+                    rows[cell] += sum(count for applied, count in counts if applied <= end * job.T_of(share))
     return Expected(
         groups={cell: tuple(sorted(found)) for cell, found in groups.items()},
         failed={cell: tuple(sorted(planned[cell] - found)) for cell, found in groups.items()},

@@ -18,7 +18,7 @@ import pyarrow as pa
 from orchestrator.journal import Attempt, Journal, ShardManifest
 from orchestrator.store import LocalStore
 from orchestrator.table import STREAM_COLUMNS, VARYING, CentralTable, sort_rows
-from workers.job import Lane, Rollback, ScoreConfig, StreamCell, StreamJob, Tick, cut_steps, timeline
+from workers.job import Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, Tick, cut_steps, moments, timeline
 
 Row = dict[str, Any]
 
@@ -41,12 +41,25 @@ def make_manifest(
     score_at: tuple[int, ...] = (),
     cell: str = "cell",
     batch_size: int = 1,
+    also_T: tuple[int, ...] = (),
 ) -> ShardManifest:
-    """A shard that runs ``groups`` groups of one cell per seed, the seeds being the lanes of each wave."""
+    """A shard that runs ``groups`` groups of one cell per seed, the seeds being the lanes of each wave.
+
+    Without rollback its lanes may report the same edits to cells of other T, named ``<cell>-<seed>-T<T>``.
+    """
     cells = tuple(StreamCell(cell_id=f"{cell}-{seed}", seed=seed) for seed in seeds)
+    cells += tuple(StreamCell(cell_id=f"{cell}-{seed}-T{t}", seed=seed, T=t) for t in also_T for seed in seeds)
     stop = first_group + groups
     spans = [(g, g + 1) for g in range(first_group, stop)] if rollback == "group" else [(first_group, stop)]
-    waves = tuple(tuple(Lane(cell=i, group=low, stop_group=high) for i in range(len(cells))) for low, high in spans)
+
+    def also(i: int, low: int, high: int) -> tuple[Share, ...]:
+        numbers = [(t, (n + 1) * len(seeds) + i) for n, t in enumerate(also_T)]
+        return tuple(Share(cell=c, group=low * T // t, stop_group=high * T // t) for t, c in numbers)
+
+    waves = tuple(
+        tuple(Lane(cell=i, group=low, stop_group=high, also=also(i, low, high)) for i in range(len(seeds)))
+        for low, high in spans
+    )
     score = ScoreConfig(score_at=score_at, requests_per_tick=4)
     job = StreamJob(
         method="ft", config={}, cells=cells, T=T, batch_size=batch_size, rollback=rollback, waves=waves, score=score
@@ -59,7 +72,7 @@ def make_manifest(
             "method": "ft",
             "algorithm": "ft",
             "hparams_id": "h",
-            "T": T,
+            "T": c.T or T,
             "seed": c.seed,
             "batch_size": batch_size,
             "rollback": rollback,
@@ -81,49 +94,54 @@ def run_steps(
         failures: list[Row] = []
         for tick in ticks[start:stop]:
             for lane in job.waves[tick.wave]:
-                cell = job.cells[lane.cell].cell_id
+                cell = job.cells[lane.cell].cell_id  # names the lane
                 past = lanes.get(cell, "pristine")
                 if past == "failed":
                     continue
                 if tick.kind == "edit":
+                    seed, first = job.cells[lane.cell].seed, lane.group if job.rollback == "group" else 0
                     for position in range(tick.start, tick.stop):
-                        past = hashlib.sha256(f"{past} {cell} {lane.group} {position}".encode()).hexdigest()
+                        past = hashlib.sha256(f"{past} {seed} {first} {position}".encode()).hexdigest()
                     lanes[cell] = past
                     group = lane.group if job.rollback == "group" else tick.start // job.T
                     if fail == (cell, group) and tick.start % job.T >= job.T // 2:
                         lanes[cell] = "failed"
-                        failures.append(
-                            {
-                                "cell_id": cell,
-                                "group": group,
-                                "position": tick.start,
-                                "kind": "nan",
-                                "message": "loss is nan",
-                            }
-                        )
+                        failures += _failures(job, tick, lane)
                         continue
-                rows.extend(_rows(job, tick, lane, cell, past))
+                for number in tick.shares:
+                    rows.extend(_rows(job, tick, lane, number, past))
             if tick.last:
                 lanes = {}
         yield start, stop, rows, failures, json.dumps(lanes).encode() if lanes else None
         start = stop
 
 
-def _rows(job: StreamJob, tick: Tick, lane: Lane, cell: str, past: str) -> Iterator[Row]:
-    moments = [tick.kind]
-    if tick.kind == "edit":
-        reported = job.rollback == "group" or tick.start // job.T >= lane.group
-        moments = ["immediate"] * job.score.immediate + ["final"] * (job.batch_size == job.T) if reported else []
+def _failures(job: StreamJob, tick: Tick, lane: Lane) -> Iterator[Row]:
+    """What a stream reports for a lane that is frozen at ``tick``."""
+    for share in lane.shares:
+        reached = 0 if job.rollback == "group" else tick.start // job.T_of(share)
+        for group in range(max(share.group, reached), share.stop_group):
+            yield {
+                "cell_id": job.cells[share.cell].cell_id,
+                "group": group,
+                "position": tick.start,
+                "kind": "nan",
+                "message": "loss is nan",
+            }
+
+
+def _rows(job: StreamJob, tick: Tick, lane: Lane, share: int, past: str) -> Iterator[Row]:
+    T, cell = job.T_of(lane.shares[share]), job.cells[lane.shares[share].cell].cell_id
     for place in range(tick.start, tick.stop):
-        group = lane.group if job.rollback == "group" else place // job.T
-        for moment in moments:
-            number = int(hashlib.sha256(f"{past} {group} {place} {moment}".encode()).hexdigest()[:12], 16) / 16**12
+        group = lane.group if job.rollback == "group" else place // T
+        for moment in moments(job, tick, share):
+            number = int(hashlib.sha256(f"{past} {place} {moment}".encode()).hexdigest()[:12], 16) / 16**12
             row: Row = dict.fromkeys(STREAM_COLUMNS)
             yield row | {
                 "cell_id": cell,
                 "group": group,
-                "position": place % job.T,
-                "case_id": f"case-{group * job.T + place % job.T}",
+                "position": place % T,
+                "case_id": f"case-{group * T + place % T}",
                 "edits_applied": tick.edits_applied,
                 "scored": moment,
                 "reliability_token": number,

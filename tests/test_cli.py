@@ -93,6 +93,29 @@ def test_plan_runs_and_writes_nothing(call: Any, spec: Path, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_simulates_actors_and_learns_from_what_was_measured(call: Any, spec: Path, results: Path) -> None:
+    code, out, _ = call("plan", spec, "--actors", 3, "--results", results / "none")
+    assert code == 0
+    for word in (
+        "schedule: 3 actors",
+        "lower bound",
+        "total/3",
+        "ratio 1.",
+        "CPU-hours",
+        "nothing has been measured",
+        "peak",
+    ):
+        assert word in out
+    assert "schedule:" not in call("plan", spec, "--results", results / "none")[1]
+    more = call("plan", spec, "--results", results, "--set", "grid.T=[1,2]", "--set", "engine.max_actors=2")[1]
+    for word in (
+        "schedule: 2 actors",
+        "of 1 (method, T) left, 0 were measured in this folder, 1 follow their method's",
+    ):
+        assert word in " ".join(more.split())
+    fails(call("plan", spec, "--actors", 0), 2, ["--actors", "greater than or equal to 1"])
+
+
 def test_plan_subtracts_what_is_done(call: Any, spec: Path, results: Path) -> None:
     assert "2 cells: all done" in call("plan", spec, "--results", results)[1]
     assert "4 edits to make" in call("plan", spec, "--results", results, "--set", "grid.T=[1,2]")[1]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from orchestrator.execute import Bench
+from orchestrator.plan import make_plan
+from orchestrator.spec import parse_spec
 from tests.small import GOLDEN, build_inputs, golden_requests, job, timeless
 from workers.job import cut_steps
 from workers.methods import get_method
 from workers.models import ModelConfig
 from workers.session import Session
 from workers.stream import Stream
+from workers.types import ModelError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 
@@ -32,6 +37,18 @@ def rows_on(device: Any, method: str) -> list[dict[str, Any]]:
     work = job(method, config, 5, [[0, 1], [2]], inputs)
     stream = Stream(session, work, [golden_requests(15)], inputs)
     return timeless([row for step in stream.run(cut_steps(work, 10)) for row in step.rows])
+
+
+def test_a_shard_planned_for_a_larger_gpu_is_refused(tmp_path: Path) -> None:
+    spec = parse_spec(
+        "{name: g, model: {name: embedded, device: cuda}, dataset: {kind: tinyworld, edits: 2}, grid: {T: [1]}, "
+        "methods: [ft], engine: {lanes: auto, gpu_memory_gb: 5000}}",
+        "g.yaml",
+        tmp_path,
+    )
+    plan = make_plan(spec)
+    with pytest.raises(ModelError, match=r"gpu_memory_gb: 5000.*--set engine\.gpu_memory_gb="):
+        list(Bench(str(tmp_path), "r").run(plan.manifest(plan.shards[0])))
 
 
 @pytest.mark.parametrize("method", sorted(CONFIGS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -17,11 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.journal import ShardManifest
-from orchestrator.plan import Plan, Planner, Progress, Task, make_plan, requests_of
-from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.memory import CPU_MEMORY_GB, GIB, MOST_LANES, USABLE
+from orchestrator.plan import Plan, Planner, Progress, Spent, Task, make_plan, requests_of
+from orchestrator.schedule import simulate
+from orchestrator.spec import SweepSpec, load_spec, parse_spec
 from workers.data import load_dataset
-from workers.job import cut_steps, expected_rows
-from workers.types import Dataset, SpecError
+from workers.job import Lane, cut_steps, expected_rows
+from workers.types import Dataset, EditSweepError, SpecError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +54,12 @@ def spec_of(**changes: Any) -> SweepSpec:
 
 def lanes_of(manifests: Iterable[ShardManifest]) -> Counter[tuple[str, int]]:
     return Counter(
-        (manifest.job.cells[lane.cell].cell_id, group)
+        (manifest.job.cells[share.cell].cell_id, group)
         for manifest in manifests
         for wave in manifest.job.waves
         for lane in wave
-        for group in range(lane.group, lane.stop_group)
+        for share in lane.shares
+        for group in range(share.group, share.stop_group)
     )
 
 
@@ -77,7 +83,7 @@ def test_every_group_is_planned_once(dataset: Dataset) -> None:
         assert task.expected_rows == expected_rows(manifest.job)
         assert task.edits == shard.edits == sum(manifest.job.T * len(wave) for wave in manifest.job.waves)
         assert shard.lanes == max(map(len, manifest.job.waves)) <= 4
-        assert shard.edits <= max(100, shard.T)
+        assert shard.edits <= max(100, shard.T * shard.lanes)
         assert ShardManifest.model_validate_json(manifest.model_dump_json()) == manifest
     costs = [shard.cost for shard in plan.shards]
     assert costs == sorted(costs, reverse=True)
@@ -113,8 +119,222 @@ def test_any_cut_covers_what_is_left(
     for manifest in manifests:
         assert max(map(len, manifest.job.waves)) <= lanes
     if rollback == "group":
-        sizes = [sum(map(len, manifest.job.waves)) for manifest in manifests]
-        assert all(size <= max(1, shard_edits // T) for size in sizes)
+        for manifest in manifests:
+            assert len(manifest.job.waves) == 1 or T * sum(map(len, manifest.job.waves)) <= shard_edits
+        assert all(seeds_of(manifest, wave) == 1 for manifest in manifests for wave in manifest.job.waves)
+
+
+def seeds_of(manifest: ShardManifest, wave: tuple[Lane, ...]) -> int:
+    return len({manifest.job.cells[lane.cell].seed for lane in wave})
+
+
+def waves_of(plan: Plan) -> Counter[tuple[tuple[str, int, int], ...]]:
+    """Every wave as its lanes in order: what decides the bits of their rows."""
+    return Counter(
+        tuple(
+            (manifest.job.cells[share.cell].cell_id, share.group, share.stop_group)
+            for lane in wave
+            for share in lane.shares
+        )
+        for manifest in map(plan.manifest, plan.shards)
+        for wave in manifest.job.waves
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lanes=st.integers(1, 12),
+    T=st.lists(st.sampled_from([1, 2, 5, 10, 25, 50]), min_size=1, max_size=3, unique=True),
+    seeds=st.integers(1, 5),
+    across=st.booleans(),
+    rollback=st.sampled_from(["group", "never"]),
+    cuts=st.tuples(st.integers(1, 200), st.integers(1, 60), st.none() | st.integers(1, 9)),
+    data=st.data(),
+)
+def test_waves_follow_from_the_spec_whatever_cuts_clocks_and_interruptions_do(
+    lanes: int, T: list[int], seeds: int, across: bool, rollback: str, cuts: Any, data: st.DataObject
+) -> None:
+    """Shards are cut between waves, and running some of them first leaves the waves of the others as they were."""
+
+    def planner(shard_edits: int = 100, step_edits: int = 20, max_actors: int | None = None) -> Planner:
+        engine = {"lanes": lanes, "lanes_across_seeds": across, "shard_edits": shard_edits}
+        return _planner(
+            spec_of(
+                methods=["ft", "rome"],
+                grid={"T": T, "seeds": list(range(seeds)), "rollback": rollback},
+                engine={**engine, "step_edits": step_edits, "max_actors": max_actors},
+            )
+        )
+
+    first = planner().plan(Progress())
+    assert waves_of(first) == waves_of(planner(*cuts).plan(Progress()))
+    gone = [shard for shard in first.shards if data.draw(st.booleans())]
+    begun = [first.manifest(shard) for shard in gone if data.draw(st.booleans())]
+    finished: dict[str, set[int]] = {}
+    for shard in gone:
+        for cell, group in lanes_of([first.manifest(shard)]):
+            finished.setdefault(cell, set()).add(group)
+    spent = [
+        Spent(shard.shard_id, first.cell_ids(shard), shard.edits, data.draw(st.floats(0.1, 1e4))) for shard in gone
+    ]
+    again = planner(*cuts).plan(Progress(done=finished, spent=spent, used={s.shard_id for s in gone}))
+    assert waves_of(again) <= waves_of(first)
+    assert lanes_of(map(again.manifest, again.shards)) + lanes_of(map(first.manifest, gone)) == groups_of(first)
+    # timings order the shards and are nowhere else
+    plain = planner(*cuts).plan(Progress(done=finished, used={s.shard_id for s in gone}))
+    assert {s.shard_id for s in again.shards} == {s.shard_id for s in plain.shards}
+    assert [s.cost for s in again.shards] == sorted((s.cost for s in again.shards), reverse=True)
+    resumed = planner().plan(Progress(begun=begun, spent=spent))
+    assert waves_of(resumed) == waves_of(first)
+
+
+def test_seeds_share_waves_only_where_the_spec_says_so(dataset: Dataset) -> None:
+    def waves(T: int, across: bool, **engine: Any) -> list[list[tuple[int, int]]]:
+        spec = spec_of(
+            methods=["ft"],
+            grid={"T": [T], "seeds": [0, 1, 2]},
+            engine={"lanes": 4, "lanes_across_seeds": across, **engine},
+        )
+        plan = make_plan(spec, dataset=dataset)
+        return [
+            [(manifest.job.cells[lane.cell].seed, lane.group) for lane in wave]
+            for manifest in map(plan.manifest, plan.shards)
+            for wave in manifest.job.waves
+        ]
+
+    assert waves(50, False) == [[(0, 0)], [(1, 0)], [(2, 0)]]
+    assert waves(50, True) == [[(0, 0), (1, 0), (2, 0)]]
+    assert waves(50, True, lanes=2) == [[(0, 0), (1, 0)], [(2, 0)]]
+    assert sorted(waves(10, False)) == sorted([(s, g) for g in groups] for s in range(3) for groups in (range(4), [4]))
+    assert sorted(waves(10, True)) == [[(s, g) for s in range(3)] for g in range(5)]
+    assert sorted(waves(10, True, lanes=6))[0] == [(s, g) for g in range(2) for s in range(3)]
+
+
+def test_long_shards_start_first_and_short_cells_fill_the_gaps(dataset: Dataset) -> None:
+    """At any number of seeds, one launch order serves: little idles at the end, and time measured decides the order."""
+    for seeds, actors in ((1, 4), (4, 16), (12, 24), (40, 64)):
+        spec = spec_of(
+            dataset__edits=1000,
+            methods=["ft", "rome", "grace", "wise"],
+            grid={"T": [1, 10, 100, 1000], "seeds": list(range(seeds))},
+            engine={"lanes": 10, "max_actors": actors},
+        )
+        plan = make_plan(spec, dataset=dataset)
+        assert plan.simulate(actors).ratio <= 1.1, (seeds, actors)
+        # the reverse order is far from that where neither a single shard nor the total decides alone
+    assert simulate([s.seconds_left for s in reversed(plan.shards)], actors).ratio > 1.1
+
+
+def test_measured_seconds_decide_the_order_of_launch(dataset: Dataset) -> None:
+    spec = spec_of(methods=["ft", "wise"], grid={"T": [10], "seeds": [0, 1]}, engine={"lanes": 1})
+    first = make_plan(spec, dataset=dataset)
+    assert first.variants[first.shards[0].variant].label == "wise"  # it is dearer by its relative cost
+    gone = [next(s for s in first.shards if s.variant == v) for v in (0, 1)]
+    done: dict[str, set[int]] = {}
+    for cell, group in lanes_of(map(first.manifest, gone)):
+        done.setdefault(cell, set()).add(group)
+    spent = [Spent(s.shard_id, first.cell_ids(s), s.edits, 400.0 if s.variant == 0 else 3.0) for s in gone]
+    again = make_plan(spec, Progress(done=done, spent=spent, used={s.shard_id for s in gone}), dataset)
+    assert [s.variant for s in again.shards] == sorted(s.variant for s in again.shards)
+    ft = next(s for s in again.shards if s.variant == 0)
+    assert ft.cost == pytest.approx(400.0 * ft.edits / gone[0].edits)
+
+
+def test_what_a_begun_shard_has_done_is_not_counted_again(dataset: Dataset) -> None:
+    first = make_plan(spec_of(), dataset=dataset)
+    shard = first.shards[0]
+    spent = [Spent(shard.shard_id, first.cell_ids(shard), shard.edits // 2, 30.0)]
+    again = make_plan(spec_of(), Progress(begun=[first.manifest(shard)], spent=spent), dataset)
+    assert (again.shards[0].shard_id, again.shards[0].begun, again.shards[0].committed) == (shard.shard_id, True, 0.5)
+    assert again.shards[0].seconds_left == pytest.approx(30.0)
+    assert again.shards[0].cost == pytest.approx(60.0)
+
+
+@pytest.fixture(scope="module")
+def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides that give `wise_table2.yaml` a model of LLaMA-2-7B's geometry, without weights, and a thousand requests."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("geometry")
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # its defaults are LLaMA-2-7B's sizes
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    records = [
+        {
+            "subject": f"Person {i}",
+            "src": f"Where was Person {i} born?",
+            "pred": "",
+            "rephrase": f"What is the birthplace of Person {i}?",
+            "alt": "Paris",
+            "answers": ["Rome"],
+            "loc": f"nq question: who sang song {i}",
+            "loc_ans": "Somebody",
+            "cond": "",
+        }
+        for i in range(1000)
+    ]
+    (folder / "zsre.json").write_text(json.dumps(records))
+    return (
+        f"model.name={folder}",
+        f"dataset.path={folder / 'zsre.json'}",
+        f"dataset.train_path={folder / 'zsre.json'}",
+    )
+
+
+def table2(overrides: Iterable[str]) -> SweepSpec:
+    return load_spec(ROOT / "sweeps" / "wise_table2.yaml", tuple(overrides))
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 10, 13, 30])
+def test_wise_table_2_on_64_actors_ends_within_a_tenth_of_the_bound(seven_billion: tuple[str, ...], seeds: int) -> None:
+    plan = make_plan(table2((*seven_billion, f"grid.seeds={list(range(seeds))}")))
+    found = plan.simulate(64)
+    assert found.bound <= found.makespan <= 1.1 * found.bound, found
+    assert plan.edits_left == plan.edits == 5 * 4 * seeds * 1000
+    if seeds == 3:  # as it ships, the streams of a thousand edits are the critical path: all of them start at once
+        assert {shard.T for shard in plan.shards[:6]} == {1000}
+        assert found.longest > found.total / 64
+
+
+def test_auto_lanes_follow_the_declared_memory(seven_billion: tuple[str, ...]) -> None:
+    large = make_plan(table2(seven_billion))
+    assert 12.4 < large.weight_bytes / GIB < 12.7
+    small = make_plan(table2((*seven_billion, "engine.gpu_memory_gb=24")))
+    for key, need in large.memory.items():
+        assert 1 <= small.widths[key] <= large.widths[key] <= MOST_LANES
+        assert need.peak(large.widths[key]) <= 80 * GIB
+        assert small.memory[key].peak(small.widths[key]) <= 24 * GIB
+    assert small.widths != large.widths
+    wise = next(v for v, variant in enumerate(large.variants) if variant.label == "wise-retrieve")
+    assert small.widths[wise, 1000] < small.widths[wise, 1]  # saved memories take room
+    assert [c.cell_id for c in small.cells] == [c.cell_id for c in large.cells]
+    manifest = small.manifest(small.shards[0])
+    assert Task.of(manifest).gpu_memory_gb == 24
+    halves = make_plan(table2((*seven_billion, "engine.gpu_memory_gb=48", "engine.resources.gpu=0.5")))
+    assert halves.widths == small.widths
+    with pytest.raises(SpecError) as caught:
+        make_plan(table2((*seven_billion, "engine.gpu_memory_gb=14")))
+    for word in ("engine.gpu_memory_gb", "14 GiB", "ft-l at T=1", "12.6 of weights", "engine.lanes: 1"):
+        assert word in str(caught.value)
+
+
+def test_auto_lanes_on_the_cpu_count_on_what_is_declared_or_a_modest_default(dataset: Dataset) -> None:
+    plan = make_plan(spec_of(engine={"lanes": "auto"}), dataset=dataset)
+    assert set(plan.widths.values()) == {MOST_LANES}
+    assert max(need.peak(MOST_LANES) for need in plan.memory.values()) < USABLE * CPU_MEMORY_GB * GIB
+    tight = make_plan(spec_of(engine={"lanes": "auto", "resources": {"memory_gb": 0.13}}), dataset=dataset)
+    assert all(1 <= lanes < MOST_LANES for lanes in tight.widths.values())
+    assert Task.of(tight.manifest(tight.shards[0])).gpu_memory_gb is None
+    with pytest.raises(SpecError, match=r"engine\.resources\.memory_gb: an actor has 0\.01 GiB, but ft at T=1"):
+        make_plan(spec_of(engine={"lanes": "auto", "resources": {"memory_gb": 0.01}}), dataset=dataset)
+
+
+def test_wise_table_2_says_what_is_missing() -> None:
+    with pytest.raises(EditSweepError, match=r"zsre_mend_eval\.json"):
+        make_plan(table2(()))
+    with pytest.raises(EditSweepError, match="/nowhere/llama"):
+        make_plan(table2(("model.name=/nowhere/llama", "dataset={kind: tinyworld, edits: 1000}")))
 
 
 def _planner(spec: SweepSpec) -> Planner:
@@ -194,12 +414,50 @@ def test_seeds_that_differ_in_nothing_run_once(dataset: Dataset) -> None:
 def test_continued_lanes(dataset: Dataset) -> None:
     spec = spec_of(methods=["ft"], grid={"T": [10], "seeds": [0, 1, 2], "rollback": "never"})
     plan = make_plan(spec, dataset=dataset)
-    assert [(len(s.runs), s.lanes, s.edits) for s in plan.shards] == [(2, 2, 100), (1, 1, 50)]
+    assert [(len(s.runs), s.lanes, s.edits) for s in plan.shards] == [(1, 1, 50)] * 3
+    spec = spec_of(
+        methods=["ft"],
+        grid={"T": [10], "seeds": [0, 1, 2], "rollback": "never"},
+        engine={"lanes": 2, "lanes_across_seeds": True},
+    )
+    plan = make_plan(spec, dataset=dataset)
+    assert [(len(s.runs), s.lanes, s.edits) for s in plan.shards] == [(1, 2, 100), (1, 1, 50)]
     done = {cell.cell_id: {0, 1, 2} for cell in plan.cells}
     rest = make_plan(spec, Progress(done=done), dataset)
     lane = rest.manifest(rest.shards[0]).job.waves[0][0]
     assert (lane.group, lane.stop_group) == (3, 5)
     assert rest.shards[0].edits == 2 * 50  # everything is edited again, only the last groups are reported
+
+
+def test_one_stream_serves_every_T_without_rollback(dataset: Dataset) -> None:
+    def plan_of(Ts: list[int], progress: Progress | None = None, **engine: Any) -> Plan:
+        grid = {"T": Ts, "seeds": [0, 1], "rollback": "never"}
+        return make_plan(spec_of(methods=["ft"], grid=grid, engine={"lanes": 4, **engine}), progress, dataset)
+
+    plan = plan_of([1, 10, 50])
+    assert lanes_of(map(plan.manifest, plan.shards)) == groups_of(plan)
+    assert plan.edits_left == 2 * 50  # each seed's fifty edits are made once
+    assert [(plan.group_sizes(s), s.T, s.lanes) for s in plan.shards] == [((1, 10, 50), 50, 1)] * 2
+    assert [(s.lanes, s.edits) for s in plan_of([1, 10, 50], lanes_across_seeds=True).shards] == [(2, 100)]
+    assert plan.shards[0].cost < sum(plan_of([T]).shards[0].cost for T in (1, 10, 50))
+    done = {cell.cell_id: set(range(cell.groups)) for cell in plan.cells}
+    more = plan_of([1, 5, 10, 50], Progress(done=done))
+    assert {more.group_sizes(shard) for shard in more.shards} == {(5,)}
+    # a lane that failed at edit 23: every T goes on from the group it was in
+    ids = by_name(plan)
+    kept = {1: 23, 10: 2, 50: 0}
+    failed = {**done, **{ids["ft", T, 1]: set(range(n)) for T, n in kept.items()}}
+    (rest,) = plan_of([1, 10, 50], Progress(done=failed)).shards
+    (lane,) = plan_of([1, 10, 50], Progress(done=failed)).manifest(rest).job.waves[0]
+    assert [(share.group, share.stop_group) for share in lane.shares] == [(0, 1), (2, 5), (23, 50)]
+    begun = plan.manifest(plan.shards[0])
+    again = plan_of([1, 5, 10, 50], Progress(begun=[begun]))
+    assert again.manifest(again.shards[0]) == begun
+    assert again.group_sizes(again.shards[0]) == (1, 10, 50)
+    assert lanes_of(map(again.manifest, again.shards)) == groups_of(again)
+    fewer = plan_of([10], Progress(begun=[begun]))  # the stream that has begun goes on for the T that is still wanted
+    assert [(s.T, s.begun) for s in fewer.shards] == [(10, True), (10, False)]
+    assert fewer.peak_bytes(0) > fewer.weight_bytes
 
 
 def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) -> None:
@@ -230,8 +488,6 @@ def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) 
     ],
 )
 def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
-    from workers.types import EditSweepError
-
     with pytest.raises(EditSweepError) as caught:
         make_plan(spec_of(**changes))
     for word in words:

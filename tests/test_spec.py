@@ -57,11 +57,31 @@ def test_round_trip() -> None:
     assert parse(yaml.safe_dump(spec.model_dump(mode="json"))) == spec
 
 
-@pytest.mark.parametrize("name", ["demo", "continual"])
-def test_specs_that_ship(name: str) -> None:
+@pytest.mark.parametrize(("name", "ft"), [("demo", "ft"), ("continual", "ft"), ("wise_table2", "ft-l")])
+def test_specs_that_ship(name: str, ft: str) -> None:
     spec = load_spec(ROOT / "sweeps" / f"{name}.yaml")
     assert spec.name == name
-    assert [m.label for m in spec.methods] == ["ft", "rome", "grace", "wise-merge", "wise-retrieve"]
+    assert [m.label for m in spec.methods] == [ft, "rome", "grace", "wise-merge", "wise-retrieve"]
+
+
+def test_automatic_lanes_need_declared_memory_on_a_gpu_only() -> None:
+    auto = {"engine": {"lanes": "auto"}}
+    for model, resources, on_gpu in (
+        ({"device": "cpu"}, {"gpu": 1}, False),
+        ({"device": "auto"}, {}, False),
+        ({"device": "auto"}, {"gpu": 0.5}, True),
+        ({"device": "cuda"}, {}, True),
+    ):
+        raw = {**GOOD, "model": {"name": "embedded", **model}, "engine": {**auto["engine"], "resources": resources}}
+        if on_gpu:
+            message = refusal(yaml.safe_dump(raw))
+            for word in ("engine.gpu_memory_gb", "required", "engine.lanes: auto", "80"):
+                assert word in message
+            raw["engine"]["gpu_memory_gb"] = 24
+        spec = parse(yaml.safe_dump(raw))
+        assert spec.engine.lanes == "auto"
+        assert spec.on_gpu == on_gpu
+        assert parse(yaml.safe_dump(spec.model_dump(mode="json"))) == spec
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -100,6 +120,11 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("methods", [{"method": "ft", "hparam": {}}], ["methods.0.hparam", "did you mean 'hparams'"]),
         ("name", "../up", ["name", "../up", "plain name"]),
         ("scoring.score_at", ["x"], ["scoring.score_at.0", "'x'"]),
+        ("engine.lanes", 0, ["engine.lanes", "0 is not valid", "at least 1", "auto"]),
+        ("engine.lanes", "many", ["engine.lanes", "'many' is not valid", "auto"]),
+        ("engine.lanes", True, ["engine.lanes", "True is not valid", "auto"]),
+        ("engine.lanes_across_seeds", "perhaps", ["engine.lanes_across_seeds", "'perhaps'"]),
+        ("engine.gpu_memory_gb", 0, ["engine.gpu_memory_gb", "greater than 0"]),
     ],
 )
 def test_refusals_name_field_value_and_choices(path: str, value: Any, words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import time
@@ -39,7 +40,7 @@ from tests.shards import (
     run_steps,
     undisturbed,
 )
-from workers.job import expected_rows
+from workers.job import Lane, Share, cut_steps, expected_rows
 
 
 @pytest.fixture
@@ -81,6 +82,8 @@ def test_columns_are_the_schema() -> None:
         make_manifest(T=4, batch_size=4),
         make_manifest(T=4, batch_size=2),
         make_manifest(T=5, groups=3, first_group=2, rollback="never", score_at=(15, 25)),
+        make_manifest(T=6, groups=2, rollback="never", score_at=(5, 6, 12), also_T=(1, 3, 12)),
+        make_manifest(T=6, groups=2, first_group=2, rollback="never", score_at=(6, 15), also_T=(2, 12), batch_size=2),
     ],
 )
 def test_expected_contents_match_the_job(manifest: ShardManifest) -> None:
@@ -328,6 +331,52 @@ def test_a_continual_lane_that_failed_is_continued(tmp_path: Path, store: LocalS
     assert table.gather(journal).refused is None
     assert table.scan().num_rows == expected.num_rows
     assert keys(table.scan()) == keys(expected)
+
+
+def test_one_stream_for_many_T_fills_every_cell_as_streams_of_their_own_do(tmp_path: Path) -> None:
+    """Also after a failure in mid-lane: each cell keeps the groups that were whole, and a later shard runs the rest."""
+    score_at = (5, 12, 24)
+
+    def alone(T: int, seed: int) -> ShardManifest:
+        cell = make_manifest(T=T, groups=24 // T, seeds=(seed,), rollback="never", score_at=score_at)
+        raw = cell.model_dump(mode="json")
+        text = json.dumps(raw).replace(f'"cell-{seed}"', f'"cell-{seed}-T{T}"' if T != 12 else f'"cell-{seed}"')
+        return ShardManifest.model_validate({**json.loads(text), "shard_id": f"T{T}-{seed}"})
+
+    def scores(table: pa.Table) -> list[tuple[object, ...]]:
+        names = [*KEY, "T", "case_id", "reliability_token", "details"]
+        return sorted(zip(*(table[name].to_pylist() for name in names), strict=True), key=str)
+
+    expected = scores(undisturbed(tmp_path / "alone", *(alone(T, seed) for T in (1, 4, 12, 24) for seed in (0, 1))))
+    shared = make_manifest(T=12, groups=2, rollback="never", score_at=score_at, also_T=(1, 4, 24))
+    assert scores(undisturbed(tmp_path / "shared", shared)) == expected
+
+    store = LocalStore(tmp_path / "failed")
+    journal, table = Journal(store), CentralTable(store)
+    finish(journal, shared, fail=("cell-1", 1))  # at edit 18 of seed 1
+    assert table.gather(journal).refused is None
+    done = table.done()
+    assert {cell: len(groups) for cell, groups in done.items() if "-0" in cell} == {
+        "cell-0": 2,
+        "cell-0-T1": 24,
+        "cell-0-T4": 6,
+        "cell-0-T24": 1,
+    }
+    assert (done["cell-1"], done["cell-1-T1"], done["cell-1-T4"]) == ({0}, set(range(18)), set(range(4)))
+    assert "cell-1-T24" not in done
+    assert table.given_up()["cell-1-T24"] == {0}
+    kept = scores(table.scan())
+    assert set(kept) < set(expected)
+    starts = {"cell-1": 1, "cell-1-T1": 18, "cell-1-T4": 4, "cell-1-T24": 0}
+    cells = tuple(cell for cell in shared.job.cells if cell.seed == 1)
+    first, *also = (Share(cell=i, group=starts[c.cell_id], stop_group=24 // (c.T or 12)) for i, c in enumerate(cells))
+    lane = Lane(**first.model_dump(), also=tuple(also))
+    job = shared.job.model_copy(update={"cells": cells, "waves": ((lane,),)})
+    columns = {cell: shared.columns[cell] for cell in starts}
+    finish(journal, ShardManifest(shard_id="rest", job=job, bounds=cut_steps(job, 4), columns=columns))
+    assert table.gather(journal).refused is None
+    assert scores(table.scan()) == expected
+    assert table.given_up() == {}
 
 
 def test_rows_that_are_not_the_plan_are_refused(store: LocalStore, journal: Journal) -> None:

@@ -40,19 +40,31 @@ class StreamCell(Frozen):
 
     cell_id: str
     seed: int
+    T: int | None = Field(None, ge=1, description="where it is not the job's: several T of one continual stream")
     artifacts: dict[str, str] = Field(default_factory=dict, description="what the method calls it -> artifact key")
 
 
-class Lane(Frozen):
-    """One lane of one wave: groups ``group .. stop_group`` (exclusive) of ``cells[cell]``.
-
-    With ``rollback: group`` a lane holds exactly one group. With ``rollback: never`` it edits from the very first
-    request up to ``stop_group * T`` and reports only the groups asked for.
-    """
+class Share(Frozen):
+    """What a lane reports: groups ``group .. stop_group`` (exclusive) of ``cells[cell]``."""
 
     cell: int = 0
     group: int
     stop_group: int
+
+
+class Lane(Share):
+    """One lane of one wave, and what it reports first of all.
+
+    With ``rollback: group`` a lane holds exactly one group. With ``rollback: never`` it edits from the very first
+    request up to the end of the last group and reports only the groups asked for. There T says nothing but when to
+    score, so one lane may report ``also`` to cells of other T: each gets the rows a lane of its own would give.
+    """
+
+    also: tuple[Share, ...] = ()
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        return (self, *self.also)
 
 
 class StreamJob(Frozen):
@@ -68,23 +80,42 @@ class StreamJob(Frozen):
     score: ScoreConfig = ScoreConfig()
     chat_template: bool = False
 
+    def T_of(self, share: Share) -> int:
+        """Edits of a group of the cell that ``share`` is of."""
+        return self.cells[share.cell].T or self.T
+
+    def lane_edits(self, lane: Lane) -> int:
+        """Edits a lane makes from its pristine state on."""
+        return self.T if self.rollback == "group" else max(s.stop_group * self.T_of(s) for s in lane.shares)
+
     @model_validator(mode="after")
     def _lockstep(self) -> Self:
-        if self.T % self.batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} does not divide T={self.T}: batches never cross a group border"
-            )
+        for T in (self.T, *(cell.T for cell in self.cells if cell.T is not None)):
+            if T % self.batch_size:
+                raise ValueError(
+                    f"batch_size {self.batch_size} does not divide T={T}: batches never cross a group border"
+                )
+        if self.rollback == "group" and any(cell.T not in (None, self.T) for cell in self.cells):
+            raise ValueError("with rollback 'group' all cells have the job's T")
         for wave in self.waves:
             if not wave:
                 raise ValueError("a wave needs at least one lane")
             for lane in wave:
-                if not 0 <= lane.cell < len(self.cells):
-                    raise ValueError(f"lane refers to cell {lane.cell} of {len(self.cells)}")
-                if self.rollback == "group" and lane.stop_group != lane.group + 1:
+                for share in lane.shares:
+                    if not 0 <= share.cell < len(self.cells):
+                        raise ValueError(f"lane refers to cell {share.cell} of {len(self.cells)}")
+                    if self.cells[share.cell].seed != self.cells[lane.cell].seed:
+                        raise ValueError(
+                            "a lane reports to cells of one seed: another has its requests in another order"
+                        )
+                if self.rollback == "group" and (lane.stop_group != lane.group + 1 or lane.also):
                     raise ValueError("with rollback 'group' a lane holds exactly one group")
-                if self.rollback == "never" and (lane.group, lane.stop_group) != (wave[0].group, wave[0].stop_group):
+                if self.rollback == "never" and self._spans(lane) != self._spans(wave[0]):
                     raise ValueError("with rollback 'never' the lanes of a wave cover the same groups")
         return self
+
+    def _spans(self, lane: Lane) -> list[tuple[int, int, int]]:
+        return [(self.T_of(share), share.group, share.stop_group) for share in lane.shares]
 
 
 class Tick(Frozen):
@@ -92,7 +123,8 @@ class Tick(Frozen):
 
     ``edit``: positions ``start .. stop`` are edited in one call (and scored at once if asked).
     ``final``/``checkpoint``: positions ``start .. stop`` are scored on the present state.
-    Positions count from the lane's pristine state. ``last`` marks the tick after which the lanes are rolled back.
+    Positions count from the lane's pristine state. ``shares``: which of a lane's shares (by their number) it is reported
+    to. ``last`` marks the tick after which the lanes are rolled back.
     """
 
     wave: int
@@ -100,7 +132,19 @@ class Tick(Frozen):
     start: int
     stop: int
     edits_applied: int
+    shares: tuple[int, ...] = (0,)
     last: bool = False
+
+
+def moments(job: StreamJob, tick: Tick, share: int) -> tuple[str, ...]:
+    """The kinds of rows a tick gives for each of its requests to a lane's share (by its number)."""
+    if share not in tick.shares:
+        return ()
+    if tick.kind != "edit":
+        return (tick.kind,)
+    T = job.T_of(job.waves[tick.wave][0].shares[share])
+    # where one call edits a whole group, its own scores are the final ones
+    return ("immediate",) * job.score.immediate + ("final",) * (job.batch_size == T)
 
 
 def timeline(job: StreamJob) -> list[Tick]:
@@ -114,27 +158,35 @@ def timeline(job: StreamJob) -> list[Tick]:
 
 
 def _wave_ticks(job: StreamJob, w: int, lane: Lane) -> Iterator[Tick]:
-    edits = job.T if job.rollback == "group" else lane.stop_group * job.T
     marks = set(job.score.score_at)
-    for start in range(0, edits, job.batch_size):
+    for start in range(0, job.lane_edits(lane), job.batch_size):
         stop = start + job.batch_size
-        yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop)
-        ends_group = stop % job.T == 0
-        if job.rollback == "never" and start // job.T < lane.group:
-            continue  # an earlier group of a continued lane: edited again, but its rows are in the table already
-        if ends_group and job.T > job.batch_size:  # otherwise the edit tick's own scores are the final ones
-            yield from _scoring(job, w, "final", stop - job.T, stop, stop)
-        # at a group's end the final scores already cover a first group's checkpoint
-        if stop in marks and not (ends_group and stop == job.T):
-            yield from _scoring(job, w, "checkpoint", 0, stop, stop)
+        # groups that are not reported are edited all the same: their rows are in the table, or another shard's
+        told = [i for i, share in enumerate(lane.shares) if _reports(job, share, start)]
+        yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop, shares=tuple(told))
+        spans: dict[tuple[Literal["final", "checkpoint"], int, int], list[int]] = {}
+        for i in told:
+            T = job.T_of(lane.shares[i])
+            ends_group = stop % T == 0
+            if ends_group and T > job.batch_size:  # otherwise the edit tick's own scores are the final ones
+                for low, high in _pieces(job, stop - T, stop):
+                    spans.setdefault(("final", low, high), []).append(i)
+            # at a group's end the final scores already cover a first group's checkpoint
+            if stop in marks and not (ends_group and stop == T):
+                for low, high in _pieces(job, 0, stop):
+                    spans.setdefault(("checkpoint", low, high), []).append(i)
+        for (kind, low, high), shares in spans.items():
+            yield Tick(wave=w, kind=kind, start=low, stop=high, edits_applied=stop, shares=tuple(shares))
 
 
-def _scoring(
-    job: StreamJob, w: int, kind: Literal["final", "checkpoint"], start: int, stop: int, applied: int
-) -> Iterator[Tick]:
+def _reports(job: StreamJob, share: Share, position: int) -> bool:
+    return job.rollback == "group" or share.group <= position // job.T_of(share) < share.stop_group
+
+
+def _pieces(job: StreamJob, start: int, stop: int) -> Iterator[tuple[int, int]]:
     size = job.score.requests_per_tick
     for low in range(start, stop, size):
-        yield Tick(wave=w, kind=kind, start=low, stop=min(low + size, stop), edits_applied=applied)
+        yield low, min(low + size, stop)
 
 
 def cut_steps(job: StreamJob, step_edits: int) -> tuple[int, ...]:
@@ -156,12 +208,7 @@ def cut_steps(job: StreamJob, step_edits: int) -> tuple[int, ...]:
 
 def expected_rows(job: StreamJob) -> int:
     """Rows the job writes if no lane fails."""
-    total = 0
-    for tick in timeline(job):
-        wave = job.waves[tick.wave]
-        size = len(wave) * (tick.stop - tick.start)
-        if tick.kind != "edit":
-            total += size
-        elif job.rollback == "group" or tick.start // job.T >= wave[0].group:
-            total += size * (int(job.score.immediate) + int(job.T == job.batch_size))
-    return total
+    return sum(
+        len(job.waves[tick.wave]) * (tick.stop - tick.start) * sum(len(moments(job, tick, i)) for i in tick.shares)
+        for tick in timeline(job)
+    )

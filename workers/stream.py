@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from workers.artifacts import ArtifactData
-from workers.job import Lane, StreamJob, Tick, timeline
+from workers.job import Lane, StreamJob, Tick, moments, timeline
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.overlay import Overlay, pack_states, unpack_states
@@ -180,14 +180,9 @@ class Stream:
     def _score(self, wave: _Wave, tick: Tick) -> list[dict[str, JSON]]:
         """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its group)."""
         job = self.job
-        moments: list[str] = [tick.kind]
-        if tick.kind == "edit":
-            reported = job.rollback == "group" or tick.start // job.T >= wave.lanes[0].group
-            moments = ["immediate"] if job.score.immediate and reported else []
-            if job.T == job.batch_size and reported:
-                moments.append("final")
+        asked = [(share, scored) for share in tick.shares for scored in moments(job, tick, share)]
         alive = wave.alive()
-        if not moments or not alive:
+        if not asked or not alive:
             return []
         clock = self._now()
         places = [(i, position) for i in alive for position in range(tick.start, tick.stop)]
@@ -202,9 +197,6 @@ class Stream:
         for (i, position), item, scores in zip(places, items, found, strict=True):
             lane = wave.lanes[i]
             row: dict[str, JSON] = {
-                "cell_id": job.cells[lane.cell].cell_id,
-                "group": lane.group if job.rollback == "group" else position // job.T,
-                "position": position % job.T,
                 "case_id": item.request.case_id,
                 "edits_applied": tick.edits_applied,
                 **scores,
@@ -216,21 +208,29 @@ class Stream:
                 "overlay_bytes": sizes[i],
                 "delta_norm": norms[i],
             }
-            rows += [{**row, "scored": moment} for moment in moments]
+            for number, scored in asked:
+                share = lane.shares[number]
+                T = job.T_of(share)
+                place: dict[str, JSON] = {
+                    "cell_id": job.cells[share.cell].cell_id,
+                    "group": share.group if job.rollback == "group" else position // T,
+                    "position": position % T,
+                    "scored": scored,
+                }
+                rows.append(place | row)
         return rows
 
     def _fail(self, wave: _Wave, i: int, tick: Tick, message: str, failures: list[GroupFailure]) -> None:
         """Freeze lane ``i``: it is put back to the pristine state and its rows are no longer reported."""
         wave.dead.add(i)
         wave.overlay.load_state(i, self.method.new_overlay(1).state(0))
-        lane = wave.lanes[i]
-        first = lane.group if self.job.rollback == "group" else max(lane.group, tick.start // self.job.T)
-        for group in range(first, lane.stop_group):
-            failures.append(
-                GroupFailure(
-                    self.job.cells[lane.cell].cell_id, group, tick.start, "diverged", f"at edit {tick.start}: {message}"
-                )
-            )
+        for share in wave.lanes[i].shares:
+            cell = self.job.cells[share.cell].cell_id
+            reached = 0 if self.job.rollback == "group" else tick.start // self.job.T_of(share)
+            failures += [
+                GroupFailure(cell, group, tick.start, "diverged", f"at edit {tick.start}: {message}")
+                for group in range(max(share.group, reached), share.stop_group)
+            ]
 
     # --- where a lane's requests and random numbers come from ---
 
