@@ -106,6 +106,8 @@ class RunView:
     failed_shards: int = 0
     failed_groups: int = 0
     edits: int = 0
+    kept: int = 0
+    batches: int = 0
     cost_done: float = 0.0
     cost_skipped: float = 0.0
     began: float = 0.0
@@ -145,6 +147,8 @@ class RunView:
         flight.edits += step.edits
         flight.seconds += step.seconds
         self.edits += step.edits
+        self.kept += step.kept
+        self.batches += step.batches
         self.failed_groups += step.failures
         self.show()
 
@@ -156,6 +160,12 @@ class RunView:
 
     def end(self) -> None:
         self.show(force=True)
+        self._say_kept()
+
+    def _say_kept(self) -> None:
+        if self.batches:
+            share = percent(self.kept, self.batches)
+            self.note(f"scoring: {share} of {self.batches} batches found the layers below their edit in the cache")
 
     def show(self, force: bool = False) -> None:
         now = time.monotonic()
@@ -204,6 +214,7 @@ class LiveView(RunView):
             self._live.stop()
             self._live = None
         RunView.show(self, force=True)
+        self._say_kept()
 
     def _render(self) -> Group:
         if self.plan is None:

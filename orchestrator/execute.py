@@ -70,6 +70,9 @@ class StepReport:
     seconds: float
     attempt: int
     failures: int = 0
+    kept: int = 0
+    """Scoring batches whose activations below the edit were kept from before, of ``batches``."""
+    batches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,9 @@ class Bench:
                 for key, spec in specs.items()
             }
             stream = Stream(session, manifest.job, requests_of(manifest, data), self._data)
+            prefixes = session.prefixes
+            prefixes.resize(common.cache_bytes)
+            hits, misses = prefixes.hits, prefixes.misses
             began = time.perf_counter()
             for step in stream.run(manifest.bounds, attempt.position, attempt.state):
                 attempt.commit(
@@ -158,8 +164,11 @@ class Bench:
                     seconds=now - began,
                     attempt=attempt.number,
                     failures=len(step.failures),
+                    kept=prefixes.hits - hits,
+                    batches=prefixes.hits + prefixes.misses - hits - misses,
                 )
                 began = now
+                hits, misses = prefixes.hits, prefixes.misses
         except Superseded:
             return
         except Exception as error:

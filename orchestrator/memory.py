@@ -1,6 +1,6 @@
 """How much memory an actor needs, and how many lanes fit into what the spec declares. Estimates; torch-free.
 
-    need = estimate(shape, config, overlay_bytes=..., batch_size=1, rows_per_batch=64, tokens=40)
+    need = estimate(shape, config, overlay_bytes=..., batch_size=1, score=ScoreConfig(), tokens=40)
     need.peak(lanes=8)                       # bytes: weights + 8 lanes + activations of one batch
     need.lanes_within(80 * GIB)              # 0: not even one
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from workers.job import Rollback
+from workers.job import Rollback, ScoreConfig
 from workers.models import ModelShape
 from workers.types import JSON
 
@@ -42,10 +42,11 @@ class Memory:
     overlay: int
     edit: int
     score: int
+    kept: int = 0
 
     def peak(self, lanes: int) -> int:
-        """Weights + lanes x overlay + the activations of one batch: of an optimisation step or of scoring."""
-        return self.weights + lanes * self.overlay + max(lanes * self.edit, self.score)
+        """Weights + lanes x overlay + what is kept of scoring + the activations of one batch: of an edit or of scoring."""
+        return self.weights + self.kept + lanes * self.overlay + max(lanes * self.edit, self.score)
 
     def lanes_within(self, budget: float) -> int:
         """The most lanes whose peak stays within ``budget`` bytes, :data:`MOST_LANES` at most; 0 if one does not fit."""
@@ -53,7 +54,13 @@ class Memory:
 
 
 def estimate(
-    shape: ModelShape, config: Mapping[str, JSON], overlay_bytes: int, batch_size: int, rows_per_batch: int, tokens: int
+    shape: ModelShape,
+    config: Mapping[str, JSON],
+    overlay_bytes: int,
+    batch_size: int,
+    score: ScoreConfig,
+    tokens: int,
+    cache_bytes: int = 0,
 ) -> Memory:
     """The memory of a method's config on a model; ``tokens`` bounds a sequence's length.
 
@@ -67,8 +74,9 @@ def estimate(
     logits = SCORED_TOKENS * shape.vocab * 4
     suffix = shape.layers - first_layer(config)
     edited = rows_per_edit(config) * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
-    scored = rows_per_batch * (tokens * (layer + 2 * shape.hidden * value) + 2 * logits)
-    return Memory(weights=shape.weight_bytes, overlay=overlay_bytes, edit=edited, score=scored)
+    rows = max(1, min(score.rows_per_batch, score.tokens_per_batch // tokens))
+    scored = rows * (tokens * (layer + 2 * shape.hidden * value) + 2 * logits)
+    return Memory(weights=shape.weight_bytes, overlay=overlay_bytes, edit=edited, score=scored, kept=cache_bytes)
 
 
 def first_layer(config: Mapping[str, JSON]) -> int:

@@ -72,6 +72,7 @@ class Common(Frozen):
     score: ScoreConfig
     chat_template: bool
     threads: int
+    cache_bytes: int = 0
     step_edits: int
 
 
@@ -400,6 +401,7 @@ class Planner:
             score=spec.scoring,
             chat_template=spec.chat_template,
             threads=spec.engine.threads,
+            cache_bytes=spec.engine.cache_bytes,
             step_edits=spec.engine.step_edits,
         )
         self.notes = _dataset_notes(spec, data)
@@ -509,8 +511,15 @@ class _Grid:
         self.costs.append(float(kind.relative_cost))
         for T in self.spec.grid.T:
             overlay = kind.overlay_bytes(config, shape, lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits))
-            size, rows = self.spec.grid.batch_size, self.spec.scoring.rows_per_batch
-            need = estimate(shape, resolved, int(overlay), size, rows, self.tokens)
+            need = estimate(
+                shape,
+                resolved,
+                overlay_bytes=int(overlay),
+                batch_size=self.spec.grid.batch_size,
+                score=self.spec.scoring,
+                tokens=self.tokens,
+                cache_bytes=self.spec.engine.cache_bytes,
+            )
             self.memory[number, T] = need
             self.widths[number, T] = self._lanes(method.label, T, need)
         self._seeds.append(self._distinct_seeds(method.label, uses_seed=kind.uses_seed(config)))

@@ -115,6 +115,9 @@ class EngineSpec(Frozen):
     )
     gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU in GiB, as declared")
     threads: int = Field(1, ge=1, description="torch threads of one actor")
+    cache_bytes: int = Field(
+        256 << 20, ge=0, description="activations of scoring batches an actor may keep for when they come again"
+    )
     shard_edits: int = Field(250, ge=1, description="edits of one shard, about; a wave is never cut")
     step_edits: int = Field(50, ge=1, description="edits between two commits, about")
     max_actors: int | None = Field(None, ge=1)

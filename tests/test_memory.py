@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.execute import check_declared
 from orchestrator.memory import GIB, MOST_LANES, Memory, estimate, first_layer, lane_edits, rows_per_edit
+from workers.job import ScoreConfig
 from workers.models import ModelConfig, model_shape
 from workers.types import ModelError
 
@@ -24,15 +25,27 @@ def test_as_many_lanes_as_fit_and_not_one_more(weights: int, overlay: int, edit:
 
 def test_what_an_estimate_grows_with() -> None:
     shape = model_shape(ModelConfig(name="embedded", device="cpu"))
-    base = estimate(shape, {"layer": 4}, overlay_bytes=100, batch_size=1, rows_per_batch=8, tokens=40)
+    base = estimate(
+        shape, {"layer": 4}, overlay_bytes=100, batch_size=1, score=ScoreConfig(rows_per_batch=8), tokens=40
+    )
     assert base.weights == shape.weight_bytes
     assert base.overlay == 100
-    below = estimate(shape, {"layers": [5, 2]}, overlay_bytes=100, batch_size=1, rows_per_batch=8, tokens=40)
+    below = estimate(
+        shape, {"layers": [5, 2]}, overlay_bytes=100, batch_size=1, score=ScoreConfig(rows_per_batch=8), tokens=40
+    )
     assert below.edit > base.edit  # four layers are replayed with gradients instead of two
-    wider = estimate(shape, {"layer": 4}, overlay_bytes=100, batch_size=3, rows_per_batch=16, tokens=40)
+    wider = estimate(
+        shape, {"layer": 4}, overlay_bytes=100, batch_size=3, score=ScoreConfig(rows_per_batch=16), tokens=40
+    )
     assert (wider.edit, wider.score) == (3 * base.edit, 2 * base.score)
-    longer = estimate(shape, {"layer": 4}, overlay_bytes=100, batch_size=1, rows_per_batch=8, tokens=80)
+    longer = estimate(
+        shape, {"layer": 4}, overlay_bytes=100, batch_size=1, score=ScoreConfig(rows_per_batch=8), tokens=80
+    )
     assert longer.edit > base.edit and longer.score > base.score
+    capped = estimate(shape, {"layer": 4}, 100, 1, ScoreConfig(rows_per_batch=8, tokens_per_batch=160), tokens=40)
+    assert capped.score == base.score // 2
+    keeps = estimate(shape, {"layer": 4}, 100, 1, ScoreConfig(rows_per_batch=8), tokens=40, cache_bytes=1000)
+    assert keeps.peak(3) == base.peak(3) + 1000
 
 
 def test_which_layer_and_how_many_edits() -> None:

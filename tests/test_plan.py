@@ -323,7 +323,7 @@ def test_auto_lanes_on_the_cpu_count_on_what_is_declared_or_a_modest_default(dat
     plan = make_plan(spec_of(engine={"lanes": "auto"}), dataset=dataset)
     assert set(plan.widths.values()) == {MOST_LANES}
     assert max(need.peak(MOST_LANES) for need in plan.memory.values()) < USABLE * CPU_MEMORY_GB * GIB
-    tight = make_plan(spec_of(engine={"lanes": "auto", "resources": {"memory_gb": 0.13}}), dataset=dataset)
+    tight = make_plan(spec_of(engine={"lanes": "auto", "resources": {"memory_gb": 0.4}}), dataset=dataset)
     assert all(1 <= lanes < MOST_LANES for lanes in tight.widths.values())
     assert Task.of(tight.manifest(tight.shards[0])).gpu_memory_gb is None
     with pytest.raises(SpecError, match=r"engine\.resources\.memory_gb: an actor has 0\.01 GiB, but ft at T=1"):

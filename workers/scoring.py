@@ -130,6 +130,11 @@ class Prefixes:
     used: int = 0
     _kept: OrderedDict[tuple[object, ...], tuple[Prefix, int]] = field(default_factory=OrderedDict)
 
+    def resize(self, budget: int) -> None:
+        """Change the budget; what no longer fits goes."""
+        self.budget = budget
+        self._shrink()
+
     def get(self, key: tuple[object, ...]) -> Prefix | None:
         found = self._kept.get(key)
         if found is None:
@@ -146,6 +151,9 @@ class Prefixes:
             return
         self._kept[key] = (prefix, size)
         self.used += size
+        self._shrink()
+
+    def _shrink(self) -> None:
         while self.used > self.budget:
             _, (_, freed) = self._kept.popitem(last=False)
             self.used -= freed

@@ -31,14 +31,13 @@ class Session:
     >>> data = session.build(spec)
     """
 
-    def __init__(self, base: BaseModel, cache_bytes: int = 0) -> None:
-        """``cache_bytes``: activations of scoring batches that may be kept (:class:`~workers.scoring.Prefixes`)."""
+    def __init__(self, base: BaseModel) -> None:
         self.base = base
         self.base_answers = BaseAnswers()
-        self.prefixes = Prefixes(cache_bytes)
+        self.prefixes = Prefixes()
 
     @classmethod
-    def open(cls, config: ModelConfig, threads: int = 1, cache_bytes: int = 0) -> Self:
+    def open(cls, config: ModelConfig, threads: int = 1) -> Self:
         """Load the model. Fixes what the bits of a result depend on: thread count, no TF32, deterministic kernels."""
         torch.set_num_threads(threads)
         os.environ.setdefault(
@@ -51,7 +50,7 @@ class Session:
         # reads memory that was not written
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return cls(BaseModel.load(config), cache_bytes)
+        return cls(BaseModel.load(config))
 
     def build(self, spec: ArtifactSpec) -> ArtifactData:
         """Compute an artifact from its recipe. Raises :class:`ModelError` for a kind nobody builds."""
