@@ -568,7 +568,7 @@ class CentralTable:
         key = self.paths.table_file(number)
         aside = self.paths.table_aside(number)
         log.warning("%s; put aside as %s, its shards will run again", error, self.store.where(aside))
-        put_aside(self.store, key, aside, instead=encode(no_rows(), _table_meta(number, [], 0)))
+        put_aside(self.store, key, aside, instead=encode(no_rows(), table_meta(number, [], 0)))
 
     def gather(self, journal: Journal, shard_ids: Iterable[str] | None = None) -> Gathered:
         """Moves finished shards (those of ``shard_ids``, or all) into new table files and drops their parts.
@@ -640,7 +640,7 @@ class CentralTable:
             if not entries:
                 break
             rows = sort_rows(pa.concat_tables(pieces))
-            data = encode(rows, _table_meta(number, entries, rows.num_rows))
+            data = encode(rows, table_meta(number, entries, rows.num_rows))
             if not self.store.publish_new(self.paths.table_file(number), data):
                 continue  # another gatherer took the number: read again what is listed now
             self._read_back(number, rows)
@@ -735,7 +735,8 @@ def check_columns(columns: Sequence[str] | None) -> None:
         raise TableError(f"unknown columns {unknown}; valid are: {', '.join(names)}")
 
 
-def _table_meta(number: int, shards: Sequence[TableShard], rows: int) -> dict[str, JSON]:
+def table_meta(number: int, shards: Sequence[TableShard], rows: int) -> dict[str, JSON]:
+    """What :func:`encode` is given for a table file: its number, and the shards of which it holds every row."""
     listed = [shard.to_json() for shard in shards]
     return {"version": VERSION, "kind": "table", "number": number, "rows": rows, "shards": listed}
 
