@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ def ours(base: BaseModel, name: str) -> Callable[[], object]:
     def rollback() -> float:
         for lane, state in enumerate(edited):  # not timed: the group that is rolled back had made an edit
             held[0].load_state(lane, state)
-        began = _now()
+        began = time.perf_counter()
         held.clear()
         overlay = method.new_overlay(LANES)
         held.append(overlay)
@@ -109,7 +110,7 @@ def ours(base: BaseModel, name: str) -> Callable[[], object]:
             edit.draws.generator("edit")
             if name == "wise":
                 overlay.begin(lane, method.draw_mask(edit))  # type: ignore[attr-defined]
-        return _now() - began
+        return time.perf_counter() - began
 
     return rollback
 
@@ -122,12 +123,6 @@ def deep_copy(base: BaseModel) -> Callable[[], object]:
         base.model.load_state_dict(kept)
 
     return rollback
-
-
-def _now() -> float:
-    import time
-
-    return time.perf_counter()
 
 
 def measure(sizes: list[BaseModel], repeats: int, copies: int, label: Callable[[BaseModel], str]) -> dict[str, Any]:

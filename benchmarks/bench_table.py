@@ -63,9 +63,7 @@ def manifest_of(number: int) -> ShardManifest:
         "batch_size": 1,
         "rollback": "group",
     }
-    return ShardManifest(
-        shard_id=f"{number:016x}", job=job, bounds=cut_steps(job, STEP_EDITS), columns={cell: columns}
-    )
+    return ShardManifest(shard_id=f"{number:016x}", job=job, bounds=cut_steps(job, STEP_EDITS), columns={cell: columns})
 
 
 def steps_of(manifest: ShardManifest, rng: random.Random) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:

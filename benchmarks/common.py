@@ -128,9 +128,7 @@ def clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def alternate(
-    functions: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+def alternate(functions: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each function, called in turn: A B C A B C ... A function that returns a float timed itself."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warm_up + repeats):
