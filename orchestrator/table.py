@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import pyarrow as pa
@@ -438,12 +439,22 @@ class Gathered:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _File:
+    """A table file by its footer. Readers of rows need the shards' ids alone; what else is listed is read on demand."""
+
     number: int
     key: str
     rows: int
-    shards: tuple[TableShard, ...]
+    listed: tuple[dict[str, JSON], ...]
+
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        return frozenset(shard["shard_id"] for shard in self.listed)
+
+    @cached_property
+    def shards(self) -> tuple[TableShard, ...]:
+        return tuple(TableShard.from_json(shard, self.number) for shard in self.listed)
 
 
 class CentralTable:
@@ -542,7 +553,7 @@ class CentralTable:
             meta, rows = read_footer(file, name)
         if meta.get("kind") != "table" or meta.get("number") != number or meta.get("rows") != rows:
             raise Damaged(f"{name}: a foreign file, or one that was renamed")
-        return _File(number, key, rows, tuple(TableShard.from_json(shard, number) for shard in meta["shards"]))
+        return _File(number, key, rows, tuple(meta["shards"]))
 
     # -- writing
 
@@ -589,8 +600,7 @@ class CentralTable:
         return replace(total, seconds=time.perf_counter() - began)
 
     def _drop_listed(self, journal: Journal, asked: Iterable[str]) -> set[str]:
-        listed = {shard.shard_id for file in self._listing()[0] for shard in file.shards}
-        found = listed.intersection(asked)
+        found = _ids(self._listing()[0]).intersection(asked)
         for shard_id in sorted(found):
             journal.drop(shard_id)
         return found
@@ -621,7 +631,7 @@ class CentralTable:
         refused = dict(total.refused or {})
         while True:
             files, number = self._listing()
-            listed = {shard.shard_id for file in files for shard in file.shards}
+            listed = _ids(files)
             done = {(c, g): s.shard_id for file in files for s in file.shards for c, gs in s.cells.items() for g in gs}
             entries: list[TableShard] = []
             pieces: list[pa.Table] = []
@@ -692,7 +702,7 @@ class CentralTable:
         if journal is None:
             return files, no_rows()
         for _ in range(100):
-            listed = {shard.shard_id for file in files for shard in file.shards}
+            listed = _ids(files)
             read: dict[str, pa.Table] = {}
             vanished = False
             for shard_id in journal.shard_ids():
@@ -704,7 +714,7 @@ class CentralTable:
                         break
             files = self._files()
             if not vanished:
-                listed = {shard.shard_id for file in files for shard in file.shards}
+                listed = _ids(files)
                 pieces = [rows for shard_id, rows in read.items() if shard_id not in listed]
                 return files, pa.concat_tables([no_rows(), *pieces])
         raise StoreError("read", self.store.where(self.paths.parts), "it keeps changing; try again")
@@ -725,6 +735,11 @@ class CentralTable:
                 f"{name}: has {rows.num_rows} rows where {file.rows} were listed; was it put aside meanwhile?"
             )
         return rows
+
+
+def _ids(files: Iterable[_File]) -> set[str]:
+    """The shards that any of the files lists."""
+    return set().union(*(file.ids for file in files))
 
 
 def check_columns(columns: Sequence[str] | None) -> None:
