@@ -3,9 +3,9 @@
     python benchmarks/bench_gpu.py                      # minutes; needs no Ray, no download
     python benchmarks/bench_gpu.py --device cpu --tiny  # checks the code; its figures mean nothing
 
-Without a GPU it says so and ends well. Layers and hyperparameters are the published ones for this model; weights are
-random, so what an edit achieves means nothing, only what it costs. ROME runs without the second moment (one more
-product per edit). Per method and number of lanes:
+Without a GPU it says so, and its targets are skipped. Layers and hyperparameters are the published ones for this model;
+weights are random, so what an edit achieves means nothing, only what it costs. ROME runs without the second moment (one
+more product per edit). Per method and number of lanes:
 
 - T=1: a fresh overlay and one edit of every lane, masks and generators included;
 - in a group: one more edit of the same overlay (the second edit of a T=10 group);
@@ -34,7 +34,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import LOG, Report, clock, parser
+from common import LOG, Report, alternate, parser
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,7 +42,7 @@ from workers.artifacts import ArtifactData
 from workers.data import load_dataset
 from workers.job import ScoreConfig
 from workers.methods import get_method, method_names
-from workers.methods.base import LaneEdit, Method
+from workers.methods.base import EditOutcome, LaneEdit, Method
 from workers.models import BaseModel, ModelConfig
 from workers.overlay import Overlay
 from workers.rng import Draws
@@ -67,6 +67,9 @@ TINY: dict[str, dict[str, Any]] = {
 LABELS = {"ft": "FT-L"}
 JUDGED = ("wise", "ft")
 """Methods with a target against the floor."""
+
+WIDE = 8
+"""The number of lanes at which targets are judged."""
 
 TRAINED_BYTES = {
     # weight read forward, gradient written; Adam reads gradient, weight and two moments and writes three of them
@@ -186,7 +189,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds per edit and per scored request at one number of lanes, and what the floor says."""
+    """Seconds of one call that edits every lane, seconds per scored request, and what the floors of both say."""
 
     lanes: int
     first: float
@@ -202,11 +205,18 @@ class Result:
         return self.floor / self.later
 
 
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds of one call, the device's own work included."""
+    _wait(device)
+    began = time.perf_counter()
+    function()
+    _wait(device)
+    return time.perf_counter() - began
+
+
 def _best(function: Callable[[], object], device: torch.device) -> float:
     """Least seconds of ten calls after three: what the device can do, not what it usually does."""
-    for _ in range(3):
-        function()
-    return min(clock(lambda: (function(), _wait(device))) for _ in range(10))
+    return min([timed(function, device) for _ in range(13)][3:])
 
 
 def _wait(device: torch.device) -> None:
@@ -239,62 +249,57 @@ def templates_of(requests: Sequence[EditRequest], lengths: Sequence[tuple[int, i
 
 
 def measure(base: BaseModel, name: str, hparams: dict[str, Any], lanes: int, device: Device, repeats: int) -> Result:
+    """One method at one number of lanes: count what it runs, which also warms it up, then time it."""
     requests = load_dataset("tinyworld").requests
     kind = get_method(name)
     config = kind.Config.model_validate(hparams)
     inputs = {"templates": templates_of(requests, getattr(config, "context_template_length_params", ()))}
     method: Method[Any] = kind.prepare(base, config, inputs)
     plain = config.model_dump(mode="json")
-    target = base.device
+    items = [Item(lane, requests[lane]) for lane in range(lanes)]
+    settings = ScoreConfig(generated=False)
+    held: list[Overlay] = []
 
     def edits(position: int) -> list[LaneEdit]:
-        chosen = [requests[(lane + position * lanes) % len(requests)] for lane in range(lanes)]
+        chosen = requests[position * lanes : (position + 1) * lanes]
         return [
             LaneEdit((request,), Draws(name, plain, 0, lane, position), inputs) for lane, request in enumerate(chosen)
         ]
 
-    if target.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    first, later, scored = [], [], []
+    def first() -> None:
+        held.clear()
+        held.append(method.new_overlay(lanes))
+        method.edit(held[0], edits(0))
+
+    def later() -> list[EditOutcome]:
+        return method.edit(held[0], edits(1))
+
+    def scored() -> None:
+        score(base, held[0], items, settings)
+
+    calls: dict[str, Callable[[], object]] = {"first": first, "later": later, "scored": scored}
     work, scoring = Work(), Work()
-    settings = ScoreConfig(generated=False)
-    for number in range(repeats + 1):  # the first round warms up and counts
-        _wait(target)
-        began = time.perf_counter()
-        overlay = method.new_overlay(lanes)
-        method.edit(overlay, edits(0))
-        _wait(target)
-        first.append(time.perf_counter() - began)
-        if number:
-            began = time.perf_counter()
-            method.edit(overlay, edits(1))
-            _wait(target)
-            later.append(time.perf_counter() - began)
-        else:
-            with work.counted(base):
-                iterations = [outcome.iterations for outcome in method.edit(overlay, edits(1))]
-            work.steps, work.lane_steps = max(iterations), sum(iterations)
-        items = [Item(lane, edit.requests[0]) for lane, edit in enumerate(edits(0))]
-        _wait(target)
-        began = time.perf_counter()
-        if number:
-            score(base, overlay, items, settings)
-            _wait(target)
-            scored.append(time.perf_counter() - began)
-        else:
-            with scoring.counted(base):
-                score(base, overlay, items, settings)
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    first()
+    with work.counted(base):
+        iterations = [outcome.iterations for outcome in later()]
+    work.steps, work.lane_steps = max(iterations), sum(iterations)
+    with scoring.counted(base):
+        scored()
+    rounds = {call: partial(timed, function, base.device) for call, function in calls.items()}
+    found = {call: statistics.median(s) for call, s in alternate(rounds, repeats, warm_up=0).items()}
+    overlay = held[0]
     floor, score_floor = Floor.of_edit(base, name, overlay, work), Floor.of_scores(base, overlay, scoring)
-    seconds = statistics.median(later)
     return Result(
         lanes=lanes,
-        first=statistics.median(first[1:]),
-        later=seconds,
+        first=found["first"],
+        later=found["later"],
         floor=floor.seconds(device),
-        scored=statistics.median(scored) / lanes,
+        scored=found["scored"] / lanes,
         score_floor=score_floor.seconds(device) / lanes,
-        rate_share=(floor.operations + floor.head_operations) / seconds / device.rate,
-        peak=torch.cuda.max_memory_allocated() if target.type == "cuda" else 0,
+        rate_share=(floor.operations + floor.head_operations) / found["later"] / device.rate,
+        peak=torch.cuda.max_memory_allocated() if base.device.type == "cuda" else 0,
     )
 
 
@@ -333,18 +338,21 @@ def run(
     return found
 
 
-def judge(report: Report, name: str, layers: str, found: Sequence[Result], lanes: int) -> None:
+def judge(report: Report, name: str, found: Sequence[Result], why_not: str) -> None:
+    """The targets of one method; those without results are skipped, and ``why_not`` says why."""
+    layers = HPARAMS[name].get("layers", [HPARAMS[name].get("layer")])
+    label = f"{LABELS.get(name, name)} at layer {','.join(map(str, layers))} of 7B geometry, bfloat16"
+    share, gain = f"{label}: share of the roofline at {WIDE} lanes", f"{label}: edits per second, {WIDE} lanes, T=1"
     by_lanes = {r.lanes: r for r in found}
-    label = f"{LABELS.get(name, name)} at {layers}, 7B geometry, bfloat16"
-    wide = by_lanes.get(lanes)
-    if wide is None:
-        LOG.info("%s: %d lanes did not fit, nothing to judge", label, lanes)
-        return
-    if name in JUDGED:
-        report.at_least(f"{label}: share of the roofline, {lanes} lanes", 100 * wide.share, 70, "%")
-    if 1 in by_lanes:
-        gain = (by_lanes[1].first / 1) / (wide.first / lanes)
-        report.at_least(f"{label}: edits per second, {lanes} lanes against one, T=1", gain, 3, "x")
+    one, wide = by_lanes.get(1), by_lanes.get(WIDE)
+    if name in JUDGED and wide is not None:
+        report.at_least(share, 100 * wide.share, 70, "%")
+    elif name in JUDGED:
+        report.skipped(share, why_not)
+    if one is not None and wide is not None:
+        report.at_least(gain, WIDE * one.first / wide.first, 3, "x of one lane")
+    else:
+        report.skipped(gain, why_not)
 
 
 def settle(args: argparse.Namespace) -> torch.device | None:
@@ -369,7 +377,10 @@ def main() -> None:
     report = Report("bench_gpu", args)
     target = settle(args)
     if target is None:
-        LOG.info("skipped: torch finds no GPU here (--device cpu --tiny checks the code)")
+        LOG.info("torch finds no GPU here: nothing is measured (--device cpu --tiny checks the code)")
+        for name in HPARAMS:
+            judge(report, name, [], "torch finds no GPU here")
+        report.close()
         return
     device = Device.measure(target, torch.bfloat16)
     LOG.info(
@@ -391,8 +402,7 @@ def main() -> None:
         hparams = {**HPARAMS[name], **(TINY[name] if args.tiny else {})}
         found = run(base, name, hparams, args.lanes, device, repeats)
         if not args.tiny:
-            layers = ",".join(str(layer) for layer in hparams.get("layers", [hparams.get("layer")]))
-            judge(report, name, f"layer {layers}", found, 8)
+            judge(report, name, found, f"1 and {WIDE} lanes were not both asked for, or did not fit into memory")
     report.close()
 
 

@@ -59,6 +59,10 @@ class Report:
     def at_least(self, target: str, measured: float, goal: float, unit: str, note: str = "") -> None:
         self._add(target, measured, goal, unit, ">=", measured >= goal, note)
 
+    def skipped(self, target: str, why: str) -> None:
+        """A target that cannot be judged here: it is told, not left out."""
+        self.lines.append({"benchmark": self.name, "verdict": "SKIP", "target": target, "note": why})
+
     def _add(self, target: str, measured: float, goal: float, unit: str, sign: str, met: bool, note: str) -> None:
         self.lines.append(
             {
@@ -85,8 +89,10 @@ class Report:
 
 def verdict(line: Mapping[str, Any]) -> str:
     """One target as people read it."""
-    unit = f" {line['unit']}" if line["unit"] else ""
     note = f"  [{line['note']}]" if line["note"] else ""
+    if line["verdict"] == "SKIP":
+        return f"SKIP   {line['target']}{note}"
+    unit = f" {line['unit']}" if line["unit"] else ""
     goal = f"({line['sign']} {line['goal']:g}{unit})"
     return f"{line['verdict']:<5}  {line['target']}  {line['measured']:.3g}{unit}  {goal}{note}"
 
