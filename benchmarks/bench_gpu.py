@@ -37,6 +37,7 @@ import torch
 from common import LOG, Report, alternate, parser
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from workers.artifacts import ArtifactData
 from workers.data import load_dataset
@@ -359,6 +360,7 @@ def settle(args: argparse.Namespace) -> torch.device | None:
     """The device, set up as an actor sets it up (:meth:`workers.session.Session.open`); None without a GPU."""
     if args.device == "cuda" and not torch.cuda.is_available():
         return None
+    disable_progress_bar()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
