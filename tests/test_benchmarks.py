@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
+pytestmark = pytest.mark.slow
+
 JUDGED = {"engine": 2, "plan": 2, "rollback": 4, "table": 2}
 """How many targets each judges."""
 
@@ -24,7 +26,6 @@ def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(JUDGED))
 def test_a_benchmark_runs_and_judges_its_targets(name: str, tmp_path: Path) -> None:
     out = tmp_path / "targets.jsonl"
@@ -38,7 +39,6 @@ def test_a_benchmark_runs_and_judges_its_targets(name: str, tmp_path: Path) -> N
         assert line["verdict"] == ("PASS" if met else "SHORT")
 
 
-@pytest.mark.slow
 def test_the_gpu_benchmark_runs_without_a_gpu_and_without_ray(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); sys.argv = ['bench_gpu.py', '--smoke']\n"
