@@ -79,7 +79,7 @@ class Report:
 
     def close(self) -> None:
         """The verdicts: one line per target, and into ``--out``."""
-        LOG.info("")
+        LOG.info("\nload at the end: %s", _load())
         for line in self.lines:
             LOG.info("%s", verdict(line))
         if self.out is not None:
@@ -99,7 +99,6 @@ def verdict(line: Mapping[str, Any]) -> str:
 
 def machine() -> str:
     """Processor, load, threads, versions, GPUs: what a figure cannot be read without."""
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     versions = [f"Python {sys.version.split()[0]}"]
     for package in PACKAGES:
         try:
@@ -107,13 +106,17 @@ def machine() -> str:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {package}")
     lines = [
-        f"processor: {_processor()}, {os.cpu_count()} cores; load {load} (1, 5, 15 minutes)",
+        f"processor: {_processor()}, {os.cpu_count()} cores; load {_load()}",
         f"torch threads: {torch.get_num_threads()}; {'; '.join(versions)}",
     ]
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
         lines.append(f"GPU {i}: {found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
     return "\n".join(lines if torch.cuda.is_available() else [*lines, "GPU: none"])
+
+
+def _load() -> str:
+    return ", ".join(f"{value:.2f}" for value in os.getloadavg()) + " (1, 5, 15 minutes)"
 
 
 def _processor() -> str:

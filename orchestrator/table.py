@@ -443,20 +443,21 @@ class Gathered:
 
 @dataclass(frozen=True)
 class _File:
-    """A table file by its footer. Readers of rows need the shards' ids alone; what else is listed is read on demand."""
+    """A table file by its footer.
+
+    Who reads rows needs the shards' ids alone. The rest stays JSON text until it is asked for: as objects, the footers of
+    a few hundred files keep the garbage collector as busy as reading them.
+    """
 
     number: int
     key: str
     rows: int
-    listed: tuple[dict[str, JSON], ...]
-
-    @cached_property
-    def ids(self) -> frozenset[str]:
-        return frozenset(shard["shard_id"] for shard in self.listed)
+    ids: frozenset[str]
+    listed: str
 
     @cached_property
     def shards(self) -> tuple[TableShard, ...]:
-        return tuple(TableShard.from_json(shard, self.number) for shard in self.listed)
+        return tuple(TableShard.from_json(shard, self.number) for shard in json.loads(self.listed))
 
 
 class CentralTable:
@@ -555,7 +556,8 @@ class CentralTable:
             meta, rows = read_footer(file, name)
         if meta.get("kind") != "table" or meta.get("number") != number or meta.get("rows") != rows:
             raise Damaged(f"{name}: a foreign file, or one that was renamed")
-        return _File(number, key, rows, tuple(meta["shards"]))
+        ids = frozenset(shard["shard_id"] for shard in meta["shards"])
+        return _File(number, key, rows, ids, json.dumps(meta["shards"]))
 
     # -- writing
 
