@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 # Extra words for pytest, for instance `make test PYTEST_ARGS="-k data -x"`.
 PYTEST_ARGS ?=
+# Which benchmarks `make bench` runs; empty: all.
+BENCH ?=
 # The interpreter that makes .venv; the first of these that is new enough unless you name one (make PYTHON=... demo).
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
@@ -83,6 +85,10 @@ test-slow: $(VENV)/.ready-test ## Run the slow tests: Ray, crashes, long sequenc
 test-gpu: $(VENV)/.ready-test ## Run the tests that need a CUDA device
 	@echo "==> GPU tests"
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: $(VENV)/.ready ## Measure speed against its targets (about 20 minutes; BENCH="table plan" runs some)
+	@$(BIN)/python benchmarks/run.py $(BENCH)
 
 .PHONY: lint
 lint: $(VENV)/.ready-test ## Style, types, and who may import whom

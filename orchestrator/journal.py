@@ -543,7 +543,7 @@ class Attempt:
             "so_far": totals.to_json(),
         }
         key = self.paths.part(self.shard_id, self.number, start, stop)
-        data = encode(table, meta)
+        data = encode(table, meta, compression="snappy")
         # the name is ours alone: it can only be taken by our own commit whose success was not reported
         if not self.store.publish_new(key, data) and self.store.read(key) != data:
             raise JournalError(f"{self.store.where(key)} has other contents: two workers share attempt {self.number}")

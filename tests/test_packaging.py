@@ -148,7 +148,9 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("target", ["help", "setup", "demo", "test", "test-slow", "test-gpu", "lint", "format"])
+@pytest.mark.parametrize(
+    "target", ["help", "setup", "demo", "test", "test-slow", "test-gpu", "bench", "lint", "format"]
+)
 def test_make_targets_exist(target: str) -> None:
     ran = make("--dry-run", target)
     assert ran.returncode == 0, ran.stderr

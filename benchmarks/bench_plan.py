@@ -1,0 +1,100 @@
+"""Planning sweeps of 1,000, 10,000 and 100,000 cells: seconds and memory.
+
+    python benchmarks/bench_plan.py
+
+Five method variants, four T, and as many seeds as the number of cells asks for; N = 1000, so that ten thousand cells are
+ten million edits in tens of thousands of shards. Each size runs in a process of its own, whose peak memory is taken with
+and without the plan. Timed is :class:`orchestrator.plan.Planner` with its ``plan`` of an empty results folder: reading the
+data set, hashing the model, cells, shards, launch order. Importing torch is not (it does not grow).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+from common import LOG, Report, parser
+
+VARIANTS = 5
+T_VALUES = (1, 10, 100, 1000)
+
+
+def plan_once(cells: int) -> dict[str, float]:
+    """Plan ``cells`` cells in this process."""
+    from orchestrator.plan import Planner, Progress
+    from orchestrator.spec import parse_spec
+    from workers import methods, stream
+
+    assert methods.method_names() and stream.Stream  # torch is imported before the clock starts
+    raw = {
+        "name": "plan",
+        "model": {"name": "embedded", "device": "cpu"},
+        "dataset": {"kind": "tinyworld", "edits": 1000},
+        "grid": {"T": list(T_VALUES), "seeds": list(range(cells // (VARIANTS * len(T_VALUES))))},
+        "methods": [{"method": "ft", "label": f"ft-{i}", "hparams": {"num_steps": 10 + i}} for i in range(VARIANTS)],
+    }
+    spec = parse_spec(yaml.safe_dump(raw), "bench_plan", Path("/"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, busy = time.perf_counter(), time.process_time()
+    plan = Planner(spec).plan(Progress())
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(plan.cells) == cells
+    return {"seconds": seconds, "processor": busy, "megabytes": (after - before) / 1024, "shards": len(plan.shards)}
+
+
+def in_own_process(cells: int) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", str(cells)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = made.parse_args()
+    if args.one is not None:
+        sys.stdout.write(json.dumps(plan_once(args.one)) + "\n")
+        return
+    report = Report("bench_plan", args)
+    sizes = (20, 200, 2000) if args.smoke else (1000, 10_000, 100_000)
+    repeats = 1 if args.smoke else 3 if args.quick else 5
+    seconds: dict[int, float] = {}
+    processor: dict[int, float] = {}
+    for cells in sizes:
+        runs = [in_own_process(cells) for _ in range(repeats)]
+        seconds[cells] = statistics.median(run["seconds"] for run in runs)
+        processor[cells] = min(run["processor"] for run in runs)
+        LOG.info(
+            "%7d cells, %7d shards: %6.2f s (%.2f s processor), %6.0f MB more",
+            cells,
+            runs[0]["shards"],
+            seconds[cells],
+            processor[cells],
+            runs[0]["megabytes"],
+        )
+    (low, middle), (_, high) = pairwise(sizes)
+    report.at_most(f"planning {middle:,} cells", seconds[middle], 5, "s")
+    # what every plan costs, reading the data set and hashing the model, cancels in the differences
+    more = [(processor[b] - processor[a]) / (b - a) for a, b in pairwise(sizes)]
+    report.at_most(
+        f"processor seconds of a further cell, {middle:,} to {high:,} cells against {low:,} to {middle:,} (linear: 1)",
+        more[1] / more[0],
+        1.5,
+        "x",
+    )
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

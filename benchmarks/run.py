@@ -1,0 +1,82 @@
+"""Every benchmark of this folder, one after another; ends with one line per target. ``make bench`` calls it.
+
+    python benchmarks/run.py                    # all of bench_*.py, with --quick
+    python benchmarks/run.py table plan         # some of them
+
+Each runs in a process of its own with one torch thread and has ``--minutes`` of its own. One that fails or takes longer
+is told, the others go on; then the exit code is 1. A target that is missed (SHORT) is a measurement, not a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import LOG, verdict
+
+HERE = Path(__file__).resolve().parent
+TOTAL_MINUTES = 20.0
+
+
+def run(script: Path, arguments: Sequence[str], seconds: float) -> str:
+    """Run one benchmark; what went wrong, or nothing."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    process = subprocess.Popen(
+        [sys.executable, str(script), *arguments], env=environment, cwd=HERE.parent, start_new_session=True
+    )
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"took longer than {seconds / 60:.0f} minutes"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the actors it may have started
+            process.wait()
+    return f"ended with exit code {code}" if code else ""
+
+
+def main() -> int:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("names", nargs="*", help="without bench_ and .py (default: all)")
+    made.add_argument("--full", action="store_true", help="without --quick: more repeats, longer than twenty minutes")
+    made.add_argument("--minutes", type=float, default=6.0, help="at most this long for each (default: 6)")
+    args = made.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    known = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
+    unknown = [name for name in args.names if name not in known]
+    if unknown:
+        LOG.error("unknown benchmarks %s; choices: %s", ", ".join(unknown), ", ".join(known))
+        return 2
+    chosen = {name: known[name] for name in args.names or known}
+    began = time.perf_counter()
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        out = Path(folder) / "targets.jsonl"
+        for name, script in chosen.items():
+            clock = time.perf_counter()
+            problem = run(script, [*([] if args.full else ["--quick"]), "--out", str(out)], 60 * args.minutes)
+            if problem:
+                failed[name] = problem
+            LOG.info("# %s: %.0f s%s\n", script.name, time.perf_counter() - clock, f", {problem}" if problem else "")
+        lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    minutes = (time.perf_counter() - began) / 60
+    over = f" (meant to fit into {TOTAL_MINUTES:.0f})" if minutes > TOTAL_MINUTES and not args.full else ""
+    LOG.info("# targets, after %.1f minutes%s", minutes, over)
+    for line in lines:
+        LOG.info("%s", verdict(line))
+    for name, problem in failed.items():
+        LOG.info("FAILED %s %s", known[name].name, problem)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The benchmarks run (at sizes whose figures mean nothing), and one that fails does not take the others with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+pytestmark = pytest.mark.slow
+
+JUDGED = {"engine": 2, "plan": 2, "rollback": 4, "table": 2}
+"""How many targets each judges."""
+
+
+def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", sorted(JUDGED))
+def test_a_benchmark_runs_and_judges_its_targets(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "targets.jsonl"
+    done = python(str(BENCHMARKS / f"bench_{name}.py"), "--smoke", "--out", str(out), home=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == JUDGED[name]
+    assert done.stdout.count("\nPASS ") + done.stdout.count("\nSHORT") == len(lines)
+    for line in lines:
+        met = line["measured"] <= line["goal"] if line["sign"] == "<=" else line["measured"] >= line["goal"]
+        assert line["verdict"] == ("PASS" if met else "SHORT")
+
+
+def test_the_gpu_benchmark_runs_without_a_gpu_and_without_ray(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); sys.argv = ['bench_gpu.py', '--smoke']\n"
+        "import bench_gpu; bench_gpu.main()\n"
+        "assert not {'ray', 'orchestrator', 'duckdb'} & set(sys.modules)"
+    )
+    done = python("-c", code, home=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_one_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    for name in ("common.py", "run.py"):
+        shutil.copy(BENCHMARKS / name, tmp_path)
+    (tmp_path / "bench_a.py").write_text("raise RuntimeError('broken')\n")
+    (tmp_path / "bench_b.py").write_text(
+        "from common import Report, parser\n"
+        "report = Report('bench_b', parser(__doc__).parse_args())\n"
+        "report.at_least('speed', 5.0, 4.0, 'x')\n"
+        "report.at_most('cost', 5.0, 4.0, 'ms', 'a note')\n"
+        "report.close()\n"
+    )
+    done = python(str(tmp_path / "run.py"), home=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-3:] == [
+        "PASS   speed  5 x  (>= 4 x)",
+        "SHORT  cost  5 ms  (<= 4 ms)  [a note]",
+        "FAILED bench_a.py ended with exit code 1",
+    ]
+    done = python(str(tmp_path / "run.py"), "b", home=tmp_path)
+    assert done.returncode == 0  # a target that is missed is a measurement
+    assert python(str(tmp_path / "run.py"), "c", home=tmp_path).returncode == 2
