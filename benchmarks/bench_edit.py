@@ -72,7 +72,14 @@ GOALS = {
     ("llama-60m", "ft"): 4.0,
     ("llama-60m", "wise"): 3.0,
 }
-LANES = {"embedded": 25, "llama-60m": 10, "gpt2-124m": 8}
+LANES: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "embedded": {"ft": 50, "grace": 50, "rome": 4, "wise": 4},
+        "llama-60m": {"ft": 10, "grace": 25, "rome": 4, "wise": 4},
+        "gpt2-124m": {"ft": 8, "grace": 25, "rome": 4, "wise": 4},
+    }
+)
+"""Lanes in lockstep: many where an edit is one short row, few where it is a dozen (a core's cache holds a thousand tokens)."""
 
 
 def model(name: str) -> BaseModel:
@@ -198,7 +205,7 @@ def measure(name: str, base: BaseModel, method: str, size: Size, report: Report)
     title = f"{TITLES[method]} layer {layer} of {len(base.layers)}, {name}"
     LOG.info("%s: both sides' change differs by %.1e", title, bench.difference())
     for T in size.Ts:
-        groups = list(range(min(size.lanes or LANES[name], len(requests) // T)))
+        groups = list(range(min(size.lanes or LANES[name][method], len(requests) // T)))
         some = groups[: size.plain] if T == 1 else groups[:1]
         runs: dict[str, tuple[Callable[[], object], int]] = {
             "plain": (bench.plain(T, some), len(some) * T),

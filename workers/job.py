@@ -28,7 +28,7 @@ class ScoreConfig(Frozen):
     generated: bool = Field(True, description="fill the *_generated columns by greedy generation")
     score_at: tuple[int, ...] = Field((), description="edit counts at which everything edited so far is scored too")
     rows_per_batch: int = Field(256, ge=1, description="sequences of one scoring forward, at most")
-    tokens_per_batch: int = Field(4096, ge=1, description="tokens of one scoring forward, padding included, at most")
+    tokens_per_batch: int = Field(1024, ge=1, description="tokens of one scoring forward, padding included, at most")
     requests_per_tick: int = Field(25, ge=1, description="requests a lane has scored between two possible commits")
     extra_tokens: int = Field(
         4, ge=1, description="tokens greedy generation may run beyond the target before it is cut"

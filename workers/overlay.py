@@ -17,12 +17,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.replay import answering
 from workers.rows import Rows
 from workers.types import JSON
 
@@ -71,8 +73,11 @@ class Overlay(ABC):
         """Let the edited maps answer through this overlay inside the ``with``; the modules are themselves again after."""
         with ExitStack() as stack:
             for site in self.sites:
-                stack.enter_context(_patched(self, site, rows))
+                stack.enter_context(answering(site.module, partial(self._answer_at, site, rows)))
             yield
+
+    def _answer_at(self, site: Site, rows: Rows, x_BSI: Tensor) -> Tensor:
+        return self.forward(site, x_BSI, rows)
 
     def finite(self, lane: int) -> bool:
         """Whether every number of the lane's state is finite."""
@@ -81,24 +86,6 @@ class Overlay(ABC):
     def lane_bytes(self, lane: int) -> int:
         """Size of one lane's snapshot."""
         return sum(t.numel() * t.element_size() for t in self.state(lane).tensors.values())
-
-
-@contextmanager
-def _patched(overlay: Overlay, site: Site, rows: Rows) -> Iterator[None]:
-    module = site.module
-    before = module.__dict__.get("forward")
-
-    def forward(x_BSI: Tensor) -> Tensor:
-        return overlay.forward(site, x_BSI, rows)
-
-    module.__dict__["forward"] = forward  # shadows the method, as assigning an attribute would
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 class _LaneProduct(torch.autograd.Function):

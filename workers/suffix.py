@@ -19,8 +19,8 @@ map's answer to a sum; any other map (attention projections, the MLP's input) is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workers.replay import Prefix, capture, replay
+from workers.replay import Prefix, answering, capture, replay
 from workers.rows import Rows
 
 if TYPE_CHECKING:
@@ -81,19 +81,24 @@ class Suffix:
         a step changes the map's answer. ``overlay``: earlier edits that stay as they are in all steps.
         """
         caught: list[tuple[Tensor, Tensor]] = []
-        layer_out: list[Tensor] = []
-        recorders = {i: _Recorder() for i in range(site.layer + 1, len(base.layers))} if first else {}
+        layer_out: list[Any] = []
+        additive = site.is_mlp_output(base.arch)
+        upper = base.layers[site.layer + 1 :]
+        recorders = {i: _Recorder() for i in range(site.layer + 1, len(base.layers))} if first and additive else {}
         with ExitStack() as stack:
             if overlay is not None:
                 stack.enter_context(overlay.installed(rows))
             note = site.module.register_forward_hook(lambda _, args, out: caught.append((args[0], out)))
             stack.callback(note.remove)
-            last = base.layers[site.layer].register_forward_hook(lambda _, args, out: layer_out.append(_hidden(out)))
+            last = base.layers[site.layer].register_forward_hook(lambda _, args, out: layer_out.append(out))
             stack.callback(last.remove)
             for i, recorder in recorders.items():
                 stack.callback(_record(base.layers[i], recorder))
+            if additive and not recorders:
+                for layer in upper:  # only their other arguments are wanted
+                    stack.enter_context(answering(layer, lambda *_, **__: layer_out[0]))
             prefix = capture(base, rows, site.layer)
-        (entered_BSI, output_BSO), (hidden_BSD,) = caught[0], layer_out
+        (entered_BSI, output_BSO), hidden_BSD = caught[0], _hidden(layer_out[0])
         row, column = reads
         device = rows.input_ids_BS.device
         kept = sorted(set(row))
@@ -103,9 +108,11 @@ class Suffix:
         row_P = torch.tensor([place[r] for r in row], device=device)
         column_P = torch.tensor(list(column), device=device)
         layers = None
-        if site.is_mlp_output(base.arch):
+        if additive:
             layers = _prepare(base, rows, prefix, site.layer + 1, kept_R, first, min(column), recorders)
         if layers is None:
+            if additive and not recorders:  # the upper layers were skipped in vain
+                prefix = capture(base, rows, site.layer)
             row_P, kept_R, first = torch.tensor(list(row), device=device), None, 0
         rest_BSD = hidden_BSD[:0]
         if layers is not None:
@@ -119,7 +126,8 @@ class Suffix:
         ``output_BSO``: what the map answers now, from column ``first`` on; None asks the site's module.
         """
         if self._layers is None:
-            with _answering(self.site.module, output_BSO) if output_BSO is not None else nullcontext():
+            answer = output_BSO
+            with answering(self.site.module, lambda *_: answer) if answer is not None else nullcontext():
                 return replay(self.base, self._prefix)[self.row_P, self.column_P]
         if output_BSO is None:
             output_BSO = self.site.module(self.input_BSI[:, self.first :])
@@ -177,15 +185,18 @@ class _Layer:
     key_arguments: Mapping[str, Any] | None
     given: int
     past: tuple[Tensor, Tensor] | None
+    query: nn.Module | None
+    """The attention's query projection, where it is a map of its own: columns that only give keys ask nothing."""
 
     def __call__(self, hidden_RSD: Tensor) -> Tensor:
         past = self.past
         if self.key_arguments is not None:
             recorder = _Recorder(stop=True)
-            try:
-                self.module(hidden_RSD[:, : self.given], **{**self.key_arguments, self.cache: recorder})
-            except _Recorded:
-                past = recorder.joined(past)
+            with answering(self.query, _nothing(self.query)) if self.query is not None else nullcontext():
+                try:
+                    self.module(hidden_RSD[:, : self.given], **{**self.key_arguments, self.cache: recorder})
+                except _Recorded:
+                    past = recorder.joined(past)
             hidden_RSD = hidden_RSD[:, self.given :]
         arguments = dict(self.arguments)
         if past is not None:
@@ -243,7 +254,9 @@ def _prepare(
         if given:
             key_arguments = {name: _columns(value, name, first, first + given) for name, value in arguments.items()}
         cut = {name: _columns(value, name, first + given, None) for name, value in arguments.items()}
-        prepared.append(_Layer(module, cache, cut, key_arguments, given, past))
+        attention = base.arch.attn_in
+        query = module.get_submodule(attention[0]) if len(attention) == 3 else None  # query, key, value
+        prepared.append(_Layer(module, cache, cut, key_arguments, given, past, query))
     return tuple(prepared)
 
 
@@ -333,14 +346,10 @@ def _record(layer: nn.Module, recorder: _Recorder) -> Any:
     return layer.register_forward_pre_hook(give, with_kwargs=True).remove
 
 
-@contextmanager
-def _answering(module: nn.Module, output_BSO: Tensor) -> Iterator[None]:
-    """Let a module answer ``output_BSO`` inside."""
-    handle = module.register_forward_hook(lambda *_: output_BSO)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _nothing(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Answers with zeros of the module's shape, which take no memory."""
+    width = int(module.get_parameter("weight").shape[0])
+    return lambda x_BSD: x_BSD.new_zeros(()).expand(*x_BSD.shape[:-1], width)
 
 
 def _hidden(out: Any) -> Tensor:
