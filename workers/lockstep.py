@@ -37,6 +37,7 @@ class Lockstep:
         """``start``: lanes that move at all; None: all of them."""
         self._flags = [True] * lanes if start is None else list(start)
         self.live = list(range(lanes))
+        self._live_K = torch.arange(lanes, device=device)
         self.active_K = torch.tensor(self._flags, device=device)
         self.loss_L = self.first_L = torch.zeros(lanes, device=device)
         self._every = 1 if device.type == "cpu" else _READ_EVERY
@@ -48,8 +49,8 @@ class Lockstep:
         if self._step == 0:
             self.loss_L = self.first_L = now_K
         else:
-            live_K = torch.tensor(self.live, device=now_K.device)
-            self.loss_L = self.loss_L.index_copy(0, live_K, torch.where(self.active_K, now_K, self.loss_L[live_K]))
+            now_K = torch.where(self.active_K, now_K, self.loss_L[self._live_K])
+            self.loss_L = self.loss_L.index_copy(0, self._live_K, now_K)
         self._step += 1
 
     def keep(self, goes_on_K: Tensor) -> None:
@@ -79,6 +80,7 @@ class Lockstep:
         """Leave the lanes that stand still; returns which lanes of the batch, by their place in it, go on."""
         kept = [k for k, moves in enumerate(self._flags) if moves]
         self.live = [self.live[k] for k in kept]
-        self.active_K = self.active_K[torch.tensor(kept, device=self.active_K.device)]
+        self._live_K = self._live_K[kept]
+        self.active_K = self.active_K[kept]
         self._flags = [True] * len(kept)
         return kept

@@ -214,7 +214,7 @@ class GRACE(Method[GRACEConfig]):
     title: ClassVar[str] = "GRACE"
     paper: ClassVar[str] = "Hartvigsen et al., Aging with GRACE, NeurIPS 2023, arXiv 2211.11031"
     version: ClassVar[int] = 1
-    relative_cost: ClassVar[float] = 1.0
+    relative_cost: ClassVar[float] = 0.4
     Config: ClassVar[type[MethodConfig]] = GRACEConfig
 
     def new_overlay(self, lanes: int) -> Codebook:

@@ -134,7 +134,7 @@ class ROME(Method[ROMEConfig]):
     title: ClassVar[str] = "ROME"
     paper: ClassVar[str] = "Meng et al., Locating and Editing Factual Associations in GPT, arXiv 2202.05262"
     version: ClassVar[int] = 1
-    relative_cost: ClassVar[float] = 2.5
+    relative_cost: ClassVar[float] = 1.3
     Config: ClassVar[type[MethodConfig]] = ROMEConfig
 
     def __init__(

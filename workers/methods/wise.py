@@ -435,7 +435,7 @@ class WISE(Method[WISEConfig]):
     paper: ClassVar[str] = "Wang et al., WISE, NeurIPS 2024, arXiv 2405.14768"
     version: ClassVar[int] = 1
     batch_edits: ClassVar[bool] = True
-    relative_cost: ClassVar[float] = 6.0
+    relative_cost: ClassVar[float] = 2.2
     Config: ClassVar[type[MethodConfig]] = WISEConfig
 
     @property
@@ -593,6 +593,8 @@ class _Problem:
     unrelated_G: Tensor
     """Of each request, the row of its unrelated sentence."""
     lane_G: Tensor
+    share_G: Tensor
+    """Of each request, one over how many its lane has."""
     sizes: tuple[int, ...]
     """Requests of each lane."""
 
@@ -638,6 +640,8 @@ class _Problem:
             if config.routing == "all_tokens":
                 token_BS = column_BS >= 0
         targets = TargetTokens.of(rows, places, len(edits))
+        sizes = tuple(len(edit.requests) for edit in edits)
+        share_G = torch.tensor([1 / sizes[lane] for lane in lane_G], dtype=base.master_dtype, device=device)
         return cls(
             overlay,
             Suffix.capture(base, overlay.sites[0], rows, targets.reads),
@@ -647,7 +651,8 @@ class _Problem:
             torch.tensor(owner_E, device=device),
             torch.tensor(unrelated_G, device=device),
             torch.tensor(lane_G, device=device),
-            tuple(len(edit.requests) for edit in edits),
+            share_G,
+            sizes,
         )
 
     def loss(self, base: BaseModel, delta_KOI: Tensor) -> Tensor:
@@ -668,8 +673,7 @@ class _Problem:
             + self._mean(config.beta - inside_E)
             + self._mean(config.gamma - (inside_E - outside_G[self.owner_E]))
         )
-        share_G = 1 / torch.tensor(self.sizes, device=loss_G.device, dtype=loss_G.dtype)[self.lane_G]
-        return loss_G.new_zeros(len(self.sizes)).index_add(0, self.lane_G, loss_G * share_G)
+        return loss_G.new_zeros(len(self.sizes)).index_add(0, self.lane_G, loss_G * self.share_G)
 
     def _mean(self, excess_E: Tensor) -> Tensor:
         """Mean hinge over each request's rows, (G,)."""
@@ -714,6 +718,7 @@ class _Problem:
             request_G[self.owner_E[keep_E]],
             place_B[self.unrelated_G[keep_G]],
             lane_L[self.lane_G[keep_G]],
+            self.share_G[keep_G],
             tuple(self.sizes[lane] for lane in lanes),
         )
 
