@@ -192,25 +192,33 @@ def test_scores_with_the_recorded_masks(short: str, T: int) -> None:
         common.check_scores(scores_of(base, merge, T, groups), record)
 
 
-@pytest.mark.parametrize("short", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_scores_with_our_masks(short: str) -> None:
-    """The mean of five seeds within 0.05 of the record or two standard errors; the record is one more seed.
+@pytest.mark.parametrize(
+    ("short", "T", "seeds"),
+    [
+        ("llama", 1, 5),
+        pytest.param("gpt2", 1, 20, marks=pytest.mark.slow),
+        pytest.param("llama", 10, 20, marks=pytest.mark.slow),
+    ],
+)
+def test_scores_with_our_masks(short: str, T: int, seeds: int) -> None:
+    """The mean over seeds within 0.05 of the record or two standard errors; the record is one more seed.
 
-    Records of few requests are granted one request, as those of methods without randomness are: GPT-2's is of 15, and misses
-    0.05 by 0.01 (0.273 against 0.333).
+    Records of 15 and 20 requests scatter by 0.03 to 0.05 from seed to seed, which five seeds hardly tell: there are twenty.
     """
-    record = common.record(short, "WISE", 1)
-    base, n = public_base(short), record["n_groups"]
+    record = common.record(short, "WISE", T)
+    base, groups = public_base(short), record["n_groups"]
+    n = groups * T
     config, inputs = config_of("WISE", record["hparams"], **PUBLIC), templates(record["context_templates"])
-    found = scores_of(base, edited(WISE(base, config, inputs), 1, n, range(5)), 1, n)
+    found: common.Scores = []
+    for first in range(0, seeds, 5):
+        lanes = edited(WISE(base, config, inputs), T, groups, range(first, first + 5))
+        found += scores_of(base, lanes, T, groups)
     for _, name, column in common.PAIRS:
         values = [sum(float(s[column] or 0) for s in found[i : i + n]) / n for i in range(0, len(found), n)]
         error = statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
-        assert abs(statistics.mean(values) - record[name]) <= max(0.05, 2 * error, 1 / n) + 1e-6, (
-            name,
-            values,
-            record[name],
-        )
+        said = (name, values, record[name])
+        assert len(values) == seeds
+        assert abs(statistics.mean(values) - record[name]) <= max(0.05, 2 * error) + 1e-6, said
 
 
 # --- when memories are saved and merged ---
