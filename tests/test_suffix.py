@@ -69,6 +69,18 @@ def test_the_reduced_pass_is_the_whole_pass(model_type: str, layer: int) -> None
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_in_half_precision_an_answer_that_did_not_change_gives_the_same_bits(model_type: str) -> None:
+    base = model_of(model_type)
+    base = BaseModel(base.model.to(torch.bfloat16), base.tokenizer, base.config)
+    rows = batch(base, [0, 1, 2])
+    width = rows.input_ids_BS.shape[1]
+    reads = ([row for row in range(3) for _ in range(width)], list(range(width)) * 3)
+    suffix = Suffix.capture(base, base.site(2), rows, reads)  # no layer above, so nothing else rounds
+    with torch.no_grad():
+        assert torch.equal(suffix.hidden(suffix.output_BSO), base.hidden_states(rows)[reads])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_a_map_that_is_not_added_to_the_sum_is_replayed_from_its_layer(model_type: str) -> None:
     base = double(model_type)
     rows = batch(base, [0, 0, 1])

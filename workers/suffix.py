@@ -116,7 +116,9 @@ class Suffix:
             row_P, kept_R, first = torch.tensor(list(row), device=device), None, 0
         rest_BSD = hidden_BSD[:0]
         if layers is not None:
-            rest_BSD = (hidden_BSD - output_BSO)[:, first:]
+            # in the masters' precision: in bfloat16 taking the answer off and adding it again would not give the sum back
+            wide = base.master_dtype
+            rest_BSD = (hidden_BSD.to(wide) - output_BSO.to(wide))[:, first:]
             rest_BSD = rest_BSD if kept_R is None else rest_BSD[kept_R]
         return cls(base, site, rows, entered_BSI, output_BSO, row_P, column_P, first, layers, rest_BSD, kept_R, prefix)
 
@@ -131,7 +133,8 @@ class Suffix:
                 return replay(self.base, self._prefix)[self.row_P, self.column_P]
         if output_BSO is None:
             output_BSO = self.site.module(self.input_BSI[:, self.first :])
-        hidden_RSD = self._rest_BSD + (output_BSO if self._kept_R is None else output_BSO[self._kept_R])
+        output_RSO = output_BSO if self._kept_R is None else output_BSO[self._kept_R]
+        hidden_RSD = (self._rest_BSD + output_RSO.to(self._rest_BSD.dtype)).to(self.base.dtype)
         start = self.first
         for layer in self._layers:
             hidden_RSD = layer(hidden_RSD)
