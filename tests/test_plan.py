@@ -220,9 +220,10 @@ def test_long_shards_start_first_and_short_cells_fill_the_gaps(dataset: Dataset)
             engine={"lanes": 10, "max_actors": actors},
         )
         plan = make_plan(spec, dataset=dataset)
-        assert plan.simulate(actors).ratio <= 1.1, (seeds, actors)
-        # the reverse order is far from that where neither a single shard nor the total decides alone
-    assert simulate([s.seconds_left for s in reversed(plan.shards)], actors).ratio > 1.1
+        found = plan.simulate(actors).ratio
+        assert found <= 1.1, (seeds, actors)
+    # the reverse order is far from that where neither a single shard nor the total decides alone
+    assert simulate([s.seconds_left for s in reversed(plan.shards)], actors).ratio > found + 0.05
 
 
 def test_measured_seconds_decide_the_order_of_launch(dataset: Dataset) -> None:
