@@ -9,6 +9,8 @@ from tests.small import golden_requests, random_model
 from workers.job import ScoreConfig
 from workers.models import BaseModel
 from workers.overlay import DenseOverlay
+from workers.replay import capture
+from workers.rows import collate
 from workers.scoring import BaseAnswers, Item, Prefixes, score
 
 REQUESTS = golden_requests(40)
@@ -75,6 +77,21 @@ def test_prefixes_stay_within_their_bytes() -> None:
         assert small.used == sum(prefix.bytes() for prefix, _ in small._kept.values())
     assert len(small._kept) < len(whole._kept)
     assert small.hits == 0  # least recently used out: one pass in order pushes out what the next one asks for first
+
+
+def test_a_batch_that_is_kept_again_weighs_once_and_holds_no_output() -> None:
+    base = random_model("llama")
+    rows = collate([base.encoder.pair("Yes,", "no")], [0], base.encoder.pad_id)
+    prefix = capture(base, rows, 1)
+    kept = Prefixes(budget=1 << 20)
+    for _ in range(3):
+        kept.put(("batch",), prefix)
+    held = kept.get(("batch",))
+    assert held is not None
+    assert kept.used == held.bytes()
+    assert held.output_BSD.untyped_storage().nbytes() == 0
+    kept.resize(0)
+    assert (kept.used, len(kept._kept)) == (0, 0)
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1000, 200), (7, 10_000), (1, 1), (1000, 1)])

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -145,10 +145,6 @@ class Rows:
             ),
             kept,
         )
-
-    def without_lanes(self) -> Rows:
-        """The same rows, all in lane 0 (for forwards on the pristine base)."""
-        return replace(self, lane_B=torch.zeros_like(self.lane_B), segments=((0, 0, self.size),))
 
 
 def collate(

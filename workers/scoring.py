@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 
@@ -88,54 +88,28 @@ class _Reply:
     texts: tuple[Text, ...]
 
 
-@dataclass
-class BaseAnswers:
-    """The base model's replies to scoring batches, kept by the session: least recently used out.
-
-    A batch is answered as a whole or not at all, so a hit and a miss give the same bits.
-    """
-
-    capacity: int = 1024
-    hits: int = 0
-    misses: int = 0
-    _kept: OrderedDict[tuple[object, ...], _Reply] = field(default_factory=OrderedDict)
-
-    def get(self, key: tuple[object, ...]) -> _Reply | None:
-        found = self._kept.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._kept.move_to_end(key)
-        return found
-
-    def put(self, key: tuple[object, ...], reply: _Reply) -> None:
-        self._kept[key] = reply
-        if len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+V = TypeVar("V")
 
 
 @dataclass
-class Prefixes:
-    """What enters the first layer an overlay can change, for scoring batches seen before: least recently used out.
+class _Recent(Generic[V]):
+    """Values by scoring batch, least recently used out; what is kept weighs ``budget`` at most.
 
-    Layers below an edit answer the same in every group, method and seed, so they need not run again for the same batch. Kept
-    by batch and never by sequence: a hit and a miss then compute the same batch, with the same bits.
+    Kept by batch and never by sequence: a hit and a miss then compute the same batch, with the same bits.
     """
 
     budget: int = 0
-    """Bytes that may be kept. 0: nothing is."""
     hits: int = 0
     misses: int = 0
     used: int = 0
-    _kept: OrderedDict[tuple[object, ...], tuple[Prefix, int]] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[tuple[object, ...], tuple[V, int]] = field(default_factory=OrderedDict)
 
     def resize(self, budget: int) -> None:
         """Change the budget; what no longer fits goes."""
         self.budget = budget
         self._shrink()
 
-    def get(self, key: tuple[object, ...]) -> Prefix | None:
+    def get(self, key: tuple[object, ...]) -> V | None:
         found = self._kept.get(key)
         if found is None:
             self.misses += 1
@@ -144,19 +118,41 @@ class Prefixes:
         self._kept.move_to_end(key)
         return found[0]
 
-    def put(self, key: tuple[object, ...], prefix: Prefix) -> None:
-        prefix = replace(prefix, output_BSD=prefix.output_BSD[:0])
-        size = prefix.bytes()
-        if size > self.budget:
+    def _keep(self, key: tuple[object, ...], value: V, weight: int) -> None:
+        if weight > self.budget:
             return
-        self._kept[key] = (prefix, size)
-        self.used += size
+        _, freed = self._kept.pop(key, (None, 0))
+        self._kept[key] = (value, weight)
+        self.used += weight - freed
         self._shrink()
 
     def _shrink(self) -> None:
         while self.used > self.budget:
             _, (_, freed) = self._kept.popitem(last=False)
             self.used -= freed
+
+
+@dataclass
+class BaseAnswers(_Recent[_Reply]):
+    """The base model's replies to scoring batches, kept by the session. ``budget`` counts batches."""
+
+    budget: int = 1024
+
+    def put(self, key: tuple[object, ...], reply: _Reply) -> None:
+        self._keep(key, reply, 1)
+
+
+@dataclass
+class Prefixes(_Recent[Prefix]):
+    """What enters the first layer an overlay can change: layers below an edit answer the same in every group, method and seed.
+
+    ``budget`` is in bytes; 0 keeps nothing.
+    """
+
+    def put(self, key: tuple[object, ...], prefix: Prefix) -> None:
+        # a new tensor: an empty view would hold the whole output's memory
+        prefix = replace(prefix, output_BSD=prefix.output_BSD.new_empty(0))
+        self._keep(key, prefix, prefix.bytes())
 
 
 @torch.no_grad()
@@ -173,7 +169,7 @@ def score(
     ``overlay=None`` scores the base model itself. ``base_answers`` and ``prefixes`` keep what later calls can use again; they
     change no bit.
     """
-    base_answers = base_answers if base_answers is not None else BaseAnswers(capacity=1)
+    base_answers = base_answers if base_answers is not None else BaseAnswers(budget=1)
     prefixes = prefixes if prefixes is not None else Prefixes()
     probes = list(_probes(base, items))
     found: list[_Found] = [_Found() for _ in items]
@@ -232,8 +228,9 @@ def _both(
         pristine = capture(base, rows, overlay.first_layer)
         before = _reply(base, None, pristine.output_BSD, rows, batch, config, None)
         kept.put(key, before)
-        prefix = pristine if prefix is None else prefix
-        prefixes.put(place, prefix)
+        if prefix is None:
+            prefix = pristine
+            prefixes.put(place, prefix)
     with overlay.installed(rows):
         if prefix is not None:
             hidden_BSD = replay(base, prefix)
