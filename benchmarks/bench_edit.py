@@ -23,7 +23,6 @@ from common import LOG, Report, alternate, median_ratio, parser
 from reference import LOOPS, Loop, agrees
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from workers.artifacts import ArtifactData
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method
@@ -31,7 +30,7 @@ from workers.models import BaseModel, ModelConfig, ModelFingerprint, Site
 from workers.overlay import Overlay
 from workers.replay import capture
 from workers.rng import Draws
-from workers.session import BUILDERS, Session
+from workers.session import Session, build_inputs
 from workers.types import EditRequest
 
 GOLDEN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -198,7 +197,7 @@ def measure(name: str, base: BaseModel, method: str, size: Size, report: Report)
     config = config_of(base, name, method)
     kind = get_method(method)
     specs = kind.artifacts(config, ModelFingerprint(name, "embedded"), base.config, 0)
-    inputs: dict[str, ArtifactData] = {spec.name: BUILDERS[spec.kind](base, dict(spec.recipe)) for spec in specs}
+    inputs = build_inputs(base, specs)
     requests = list(load_dataset("tune").requests)
     bench = Bench(base, kind.prepare(base, config, inputs), LOOPS[method](base, config, inputs), requests)
     layer = bench.editor.new_overlay(1).first_layer

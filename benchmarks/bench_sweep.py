@@ -33,7 +33,7 @@ from workers.methods import get_method
 from workers.models import fingerprint_model
 from workers.overlay import DenseOverlay
 from workers.rng import Draws
-from workers.session import BUILDERS, Session
+from workers.session import Session, build_inputs
 
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 
@@ -99,7 +99,7 @@ def plain_seconds(spec: SweepSpec, sample: int) -> float:
         kind = get_method(variant.algorithm)
         config = kind.Config.model_validate(variant.config)
         specs = kind.artifacts(config, fingerprint_model(spec.model), spec.model, 0)
-        inputs = {s.name: BUILDERS[s.kind](base, dict(s.recipe)) for s in specs}
+        inputs = build_inputs(base, specs)
         loop = LOOPS[variant.algorithm](base, config, inputs)
         seconds = []
         for i, request in enumerate(requests):

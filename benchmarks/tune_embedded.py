@@ -19,7 +19,7 @@ from workers.data.tinyworld import load_dataset
 from workers.job import Lane, StreamCell, StreamJob, cut_steps
 from workers.methods import get_method, load_config, method_names
 from workers.models import ModelConfig, fingerprint_model
-from workers.session import Session
+from workers.session import Session, build_inputs
 from workers.stream import Stream
 
 LOG = logging.getLogger("tune")
@@ -31,8 +31,8 @@ def measure(session: Session, method: str, hparams: dict[str, Any], Ts: list[int
     model = session.base.config
     config = load_config(method, hparams, None, model)
     specs = get_method(method).artifacts(config, fingerprint_model(model), model, seed=0)
-    artifacts = {spec.key: session.build(spec) for spec in specs}
-    cell = StreamCell(cell_id="tune", seed=0, artifacts={spec.name: spec.key for spec in specs})
+    artifacts = build_inputs(session.base, specs)
+    cell = StreamCell(cell_id="tune", seed=0, artifacts={name: name for name in artifacts})
     requests = load_dataset("tune").requests
     parts = []
     for T in Ts:
@@ -43,6 +43,7 @@ def measure(session: Session, method: str, hparams: dict[str, Any], Ts: list[int
             config=config.model_dump(mode="json"),
             cells=(cell,),
             T=T,
+            batch_size=T if get_method(method).whole_group else 1,
             waves=tuple(tuple(Lane(group=g, stop_group=g + 1) for g in wave) for wave in waves),
         )
         clock = time.perf_counter()

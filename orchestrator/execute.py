@@ -39,7 +39,7 @@ from orchestrator.plan import Plan, Planner, Progress, Shard, Spent, Task, load_
 from orchestrator.spec import DatasetSpec, SweepSpec, scoring_identity
 from orchestrator.store import LocalStore, Missing, Store, StoreError, seal_json, sha256_of, unseal_json
 from orchestrator.table import CentralTable, TableShard
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
 from workers.models import ModelConfig
 from workers.types import JSON, DataError, Dataset, EditSweepError, ModelError
 
@@ -113,8 +113,12 @@ class Bench:
 
     def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> ArtifactData:
         """An artifact from the store, built and stored first if it is not there."""
-        blob = self.artifacts.get_or_build(spec, lambda: self.session(model, threads).build(spec).to_bytes())
-        return ArtifactData.from_bytes(blob)
+
+        def make() -> bytes:
+            inputs = {need.name: self.build(need, model, threads) for need in spec.needs}
+            return self.session(model, threads).build(spec, Workbench(inputs)).to_bytes()
+
+        return ArtifactData.from_bytes(self.artifacts.get_or_build(spec, make))
 
     def run(self, manifest: ShardManifest) -> Iterator[StepReport]:
         """Run or continue a shard; every report but the first stands for a durable step.

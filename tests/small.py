@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from workers import session as session_module
 from workers.artifacts import ArtifactData
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob
 from workers.methods import get_method
 from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.session import BUILDERS, Session
+from workers.session import Session
 from workers.types import EditRequest, Probe
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,7 +84,7 @@ def golden_requests(count: int = 200) -> list[EditRequest]:
 def build_inputs(base: BaseModel, method: str, config: Any, seed: int = 0) -> dict[str, ArtifactData]:
     """Really build what a method asks for, by name."""
     specs = get_method(method).artifacts(config, ModelFingerprint("random", "golden"), base.config, seed)
-    return {spec.name: BUILDERS[spec.kind](base, dict(spec.recipe)) for spec in specs}
+    return session_module.build_inputs(base, specs)
 
 
 def job(

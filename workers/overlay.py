@@ -29,7 +29,7 @@ from workers.rows import Rows
 from workers.types import JSON
 
 if TYPE_CHECKING:
-    from workers.models import Site
+    from workers.models import BaseModel, Site
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,23 @@ class Overlay(ABC):
     @abstractmethod
     def delta_norm(self, lane: int) -> float | None:
         """Relative Frobenius norm of the weight change, ``||W' - W|| / ||W||``; None where no weight is changed."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether layers from :attr:`first_layer` on, run on the pristine base's activations, give the edited answer. Not so
+        where an edit changes the tokens that are read; such an overlay gives its own :meth:`hidden_states`."""
+        return True
+
+    def hidden_states(self, base: BaseModel, rows: Rows) -> Tensor:
+        """The edited model's hidden states after the final norm at the rows' columns, (B, S, D)."""
+        with self.installed(rows):
+            return base.hidden_states(rows)
+
+    def logits(
+        self, base: BaseModel, hidden_PD: Tensor, rows: Rows, row_P: Sequence[int], column_P: Sequence[int]
+    ) -> Tensor:
+        """The edited model's logits (P, V) at some positions of ``rows``, where its hidden states are ``hidden_PD``."""
+        return base.logits(hidden_PD)
 
     @contextmanager
     def installed(self, rows: Rows) -> Iterator[None]:

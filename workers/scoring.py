@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
@@ -222,6 +221,12 @@ def _both(
             before = _reply(base, None, base.hidden_states(rows), rows, batch, config, None)
             kept.put(key, before)
         return before, before
+    if not overlay.replays:
+        if before is None:
+            before = _reply(base, None, base.hidden_states(rows), rows, batch, config, None)
+            kept.put(key, before)
+        hidden_BSD = overlay.hidden_states(base, rows)
+        return before, _reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
     place = (overlay.first_layer, texts)
     prefix = prefixes.get(place)
     if before is None:
@@ -250,11 +255,13 @@ def _reply(
     config: ScoreConfig,
     base_texts: Sequence[Text] | None,
 ) -> _Reply:
-    answers = _answers(base, hidden_BSD, rows, batch)
+    answers = _answers(base, overlay, hidden_BSD, rows, batch)
     return _Reply(answers, _texts(base, overlay, batch, answers, config, base_texts))
 
 
-def _answers(base: BaseModel, hidden_BSD: Tensor, rows: Rows, batch: list[Probe]) -> tuple[Answer, ...]:
+def _answers(
+    base: BaseModel, overlay: Overlay | None, hidden_BSD: Tensor, rows: Rows, batch: list[Probe]
+) -> tuple[Answer, ...]:
     """Argmax, log-probability and margin at the target positions; the head runs nowhere else."""
     row_P: list[int] = []
     column_P: list[int] = []
@@ -271,8 +278,9 @@ def _answers(base: BaseModel, hidden_BSD: Tensor, rows: Rows, batch: list[Probe]
     chunk = max(1, _HEAD_VALUES // base.vocab)
     argmax_P, logprob_P, margin_P = [], [], []
     for start in range(0, len(row_P), chunk):
-        logits_PV = base.logits(picked_PD[start : start + chunk])
-        targets = torch.tensor(target_P[start : start + chunk], device=logits_PV.device)
+        part = slice(start, start + chunk)
+        logits_PV = _logits(base, overlay, picked_PD[part], rows, row_P[part], column_P[part])
+        targets = torch.tensor(target_P[part], device=logits_PV.device)
         top_P2, ids_P2 = logits_PV.topk(2, dim=-1)
         argmax_P += ids_P2[:, 0].tolist()
         margin_P += (top_P2[:, 0] - top_P2[:, 1]).tolist()
@@ -289,6 +297,17 @@ def _answers(base: BaseModel, hidden_BSD: Tensor, rows: Rows, batch: list[Probe]
         )
         at += count
     return tuple(answers)
+
+
+def _logits(
+    base: BaseModel,
+    overlay: Overlay | None,
+    hidden_PD: Tensor,
+    rows: Rows,
+    row_P: Sequence[int],
+    column_P: Sequence[int],
+) -> Tensor:
+    return base.logits(hidden_PD) if overlay is None else overlay.logits(base, hidden_PD, rows, row_P, column_P)
 
 
 class _Generation:
@@ -358,9 +377,10 @@ def _advance(base: BaseModel, overlay: Overlay | None, alive: list[_Generation])
     """One more greedy token for each; the routing decision stays with the prompt."""
     encoded = [Encoded((*g.prompt, *g.ids), len(g.prompt)) for g in alive]
     rows = collate(encoded, [g.probe.lane for g in alive], base.encoder.pad_id, base.device)
-    with overlay.installed(rows) if overlay is not None else nullcontext():
-        last_BD = base.hidden_states(rows)[:, -1]
-    for g, token in zip(alive, base.logits(last_BD).argmax(-1).tolist(), strict=True):
+    hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
+    last = hidden_BSD.shape[1] - 1
+    logits_BV = _logits(base, overlay, hidden_BSD[:, last], rows, range(rows.size), [last] * rows.size)
+    for g, token in zip(alive, logits_BV.argmax(-1).tolist(), strict=True):
         g.absorb(token)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Self
 
 import torch
 import transformers
 
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
 from workers.models import BaseModel, ModelConfig
 from workers.scoring import BaseAnswers, Prefixes
 from workers.stats import KIND as SECOND_MOMENT
@@ -19,7 +19,7 @@ from workers.templates import KIND as TEMPLATES
 from workers.templates import build_templates
 from workers.types import JSON, ModelError
 
-BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON]], ArtifactData]] = MappingProxyType(
+BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], ArtifactData]] = MappingProxyType(
     {SECOND_MOMENT: build_second_moment, TEMPLATES: build_templates}
 )
 
@@ -28,7 +28,7 @@ class Session:
     """Owns the base model of this process.
 
     >>> session = Session.open(ModelConfig(name="embedded"))
-    >>> data = session.build(spec)
+    >>> data = session.build(spec, Workbench())
     """
 
     def __init__(self, base: BaseModel) -> None:
@@ -52,12 +52,21 @@ class Session:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         return cls(BaseModel.load(config))
 
-    def build(self, spec: ArtifactSpec) -> ArtifactData:
-        """Compute an artifact from its recipe. Raises :class:`ModelError` for a kind nobody builds."""
-        try:
-            builder = BUILDERS[spec.kind]
-        except KeyError:
-            raise ModelError(
-                f"artifact kind {spec.kind!r} is unknown; choices: {', '.join(sorted(BUILDERS))}"
-            ) from None
-        return builder(self.base, dict(spec.recipe))
+    def build(self, spec: ArtifactSpec, bench: Workbench) -> ArtifactData:
+        """Compute an artifact from its recipe and what ``bench.inputs`` holds of its needs.
+
+        Raises :class:`ModelError` for a kind nobody builds.
+        """
+        return _build(self.base, spec, bench)
+
+
+def build_inputs(base: BaseModel, specs: Sequence[ArtifactSpec]) -> dict[str, ArtifactData]:
+    """Everything a method asks for, by the names it gave, built here and now and kept nowhere."""
+    return {spec.name: _build(base, spec, Workbench(build_inputs(base, spec.needs))) for spec in specs}
+
+
+def _build(base: BaseModel, spec: ArtifactSpec, bench: Workbench) -> ArtifactData:
+    builder = BUILDERS.get(spec.kind)
+    if builder is None:
+        raise ModelError(f"artifact kind {spec.kind!r} is unknown; choices: {', '.join(sorted(BUILDERS))}")
+    return builder(base, dict(spec.recipe), bench)

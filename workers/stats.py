@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData
+from workers.artifacts import ArtifactData, Workbench
 from workers.rows import Encoded, collate
 from workers.types import JSON, DataError
 
@@ -44,7 +44,7 @@ def corpus_fingerprint(corpus: str) -> str:
         raise DataError(f"corpus: {path}: {error.strerror or error}; give the path of a plain text file") from None
 
 
-def build_second_moment(base: BaseModel, recipe: dict[str, JSON]) -> ArtifactData:
+def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
     """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``moment_II`` and the token count."""
     site = base.site(recipe["layer"], recipe["module"])
     dtype = getattr(torch, recipe["precision"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workers.artifacts import ArtifactData
+from workers.artifacts import ArtifactData, Workbench
 from workers.rng import derive_generator
 from workers.rows import Encoded, collate
 from workers.types import JSON
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KIND = "context_templates"
 
 
-def build_templates(base: BaseModel, recipe: dict[str, JSON]) -> ArtifactData:
+def build_templates(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
     """Recipe: starts (first words), lengths ([new tokens, texts per start] pairs), joiner, top_k (0: greedy), seed.
 
     The order is by length, then by start; the bare ``{}`` comes first.

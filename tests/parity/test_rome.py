@@ -24,7 +24,7 @@ from tests.parity.common import (
     rounded_copies,
     run_groups,
 )
-from workers.artifacts import ArtifactData
+from workers.artifacts import ArtifactData, Workbench
 from workers.methods import load_config
 from workers.methods.rome import ROME, ROMEConfig, inverse_moment
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, model_shape
@@ -93,7 +93,7 @@ def test_second_moment(short: str, tolerance: float, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(lines))
     recipe = {"corpus": str(corpus), "samples": 4000, "layer": 0, "module": None, "precision": "float32"}
-    moment_II = build_second_moment(model(short), recipe).tensors["moment"]
+    moment_II = build_second_moment(model(short), recipe, Workbench()).tensors["moment"]
     assert relative_error(inverse_moment(moment_II), core(short, "rome_req0")["inv_cov"]) <= tolerance
     inputs = {**recorded_templates(short), "moment": ArtifactData({"moment": moment_II})}
     editor = ROME.prepare(model(short), ROMEConfig.model_validate(RECORDED), inputs)

@@ -25,6 +25,7 @@ from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.job import Frozen
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
 from workers.overlay import Overlay
+from workers.pretrain import TrainingSource
 from workers.rng import Draws
 from workers.types import JSON, EditRequest, SpecError
 
@@ -145,6 +146,8 @@ class Method(ABC, Generic[C]):
     needs_pretraining: ClassVar[bool] = False
     batch_edits: ClassVar[bool] = False
     """Whether several requests can be edited in one call."""
+    whole_group: ClassVar[bool] = False
+    """Whether a call always edits all T requests of a group (then there is nothing between the first and the last)."""
     relative_cost: ClassVar[float] = 1.0
     """Rough seconds per edit relative to FT, for ordering shards before anything was measured."""
     Config: ClassVar[type[MethodConfig]]
@@ -180,9 +183,14 @@ class Method(ABC, Generic[C]):
 
     @classmethod
     def artifacts(
-        cls, config: Any, fingerprint: ModelFingerprint, model: ModelConfig, seed: int
+        cls,
+        config: Any,
+        fingerprint: ModelFingerprint,
+        model: ModelConfig,
+        seed: int,
+        training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
-        """What must be built before an edit, each under its own name."""
+        """What must be built before an edit, each under its own name. ``training`` is where networks are to learn."""
         return ()
 
     @classmethod

@@ -48,6 +48,7 @@ from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodC
 from workers.models import EMBEDDED, BaseModel, ModelConfig, ModelFingerprint, ModelShape
 from workers.optim import Adam, LaneOptimizer
 from workers.overlay import LowRankOverlay, Overlay
+from workers.pretrain import TrainingSource
 from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
 from workers.types import JSON, DataError, EditRequest, SpecError
@@ -245,7 +246,12 @@ class ROME(Method[ROMEConfig]):
 
     @classmethod
     def artifacts(
-        cls, config: Any, fingerprint: ModelFingerprint, model: ModelConfig, seed: int
+        cls,
+        config: Any,
+        fingerprint: ModelFingerprint,
+        model: ModelConfig,
+        seed: int,
+        training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
         made_by = {"model": fingerprint.model, "tokenizer": fingerprint.tokenizer, "dtype": model.dtype}
         specs = [

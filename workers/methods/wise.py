@@ -69,6 +69,7 @@ from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodC
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
 from workers.optim import SGD, LaneOptimizer
 from workers.overlay import LaneState, Overlay, lane_linear
+from workers.pretrain import TrainingSource
 from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
 from workers.templates import KIND as TEMPLATES
@@ -548,7 +549,12 @@ class WISE(Method[WISEConfig]):
 
     @classmethod
     def artifacts(
-        cls, config: Any, fingerprint: ModelFingerprint, model: ModelConfig, seed: int
+        cls,
+        config: Any,
+        fingerprint: ModelFingerprint,
+        model: ModelConfig,
+        seed: int,
+        training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
         """The context templates. Written greedily, so every seed shares them."""
         recipe: dict[str, JSON] = {
