@@ -36,7 +36,18 @@ app = typer.Typer(
 )
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="a results folder", show_default=False)]
+Folder = Annotated[
+    str, typer.Argument(metavar="DIR", help="a results folder, or s3://bucket/prefix", show_default=False)
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        metavar="CELLS",
+        help="only these cells, e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
+    ),
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="also what failed in an earlier run")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. grid.T=[1,10]; repeatable"),
@@ -44,6 +55,13 @@ Overrides = Annotated[
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)")
 ]
+
+
+_LISTED = 10
+"""Cells, or failures of a cell, that are listed one by one."""
+
+_CELL_CHARACTERS = 1000
+"""What is shown of one value in a terminal."""
 
 
 @app.callback(invoke_without_command=True)
@@ -71,10 +89,12 @@ def _root(
 @app.command()
 def plan(
     spec_file: SpecFile,
-    results: Annotated[Path | None, typer.Option(help="subtract what this results folder already holds")] = None,
+    results: Annotated[str | None, typer.Option(help="subtract what this results folder already holds")] = None,
     actors: Annotated[
         int | None, typer.Option(min=1, help="simulate so many actors (default: engine.max_actors)")
     ] = None,
+    only: Only = None,
+    retry_failed: RetryFailed = False,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -83,17 +103,20 @@ def plan(
     from orchestrator.execute import check_folder, read_progress
     from orchestrator.journal import Journal
     from orchestrator.paths import ResultsPaths
-    from orchestrator.plan import make_plan
-    from orchestrator.store import LocalStore
+    from orchestrator.plan import Planner, Progress
+    from orchestrator.select import select
+    from orchestrator.store import open_store
     from orchestrator.table import CentralTable
 
     out = Output()
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
-    store = LocalStore(folder)
+    store = open_store(folder)
     check_folder(spec, store, ResultsPaths())
-    progress = read_progress(CentralTable(store), Journal(store)) if folder.exists() else None
-    made = make_plan(spec, progress)
+    there = store.exists(ResultsPaths().sweep)
+    progress = read_progress(CentralTable(store), Journal(store), retry_failed) if there else Progress()
+    planner = Planner(spec)
+    made = planner.plan(progress, select(only, planner.described(), "--only") if only else None)
     out.say(f"sweep {spec.name}: {begin_line(made)}")
     rows: list[tuple[str, ...]] = []
     for v, variant in enumerate(made.variants):
@@ -125,13 +148,16 @@ def plan(
         _show_schedule(out, made, actors)
     for note in made.notes:
         out.say(f"data set: {note}")
+    failed = sum(len(progress.given_up.get(cell.cell_id, ())) for cell in made.asked)
+    if failed:
+        out.warn(f"{failed} groups failed before and are left alone; --retry-failed runs them again")
     for warning in made.warnings:
         out.warn(warning)
     from orchestrator.artifacts import ArtifactStore
 
     artifact_store = ArtifactStore(store)
     needed = {key: made.artifacts[key] for shard in made.shards for key in made.artifact_keys(shard)}
-    present = sum(artifact_store.has(spec) for spec in needed.values()) if folder.exists() else 0
+    present = sum(artifact_store.has(spec) for spec in needed.values()) if there else 0
     if needed:
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
         out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present")
@@ -158,9 +184,13 @@ def _show_schedule(out: Output, made: Plan, actors: int | None) -> None:
 @app.command()
 def run(
     spec_file: SpecFile,
-    results: Annotated[Path | None, typer.Option(help="results folder (default: results/<name of the sweep>)")] = None,
+    results: Annotated[
+        str | None, typer.Option(help="results folder, or s3://bucket/prefix (default: results/<name of the sweep>)")
+    ] = None,
     engine: Annotated[Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")] = "ray",
     max_actors: Annotated[int | None, typer.Option(min=1, help="shards in flight at most")] = None,
+    only: Only = None,
+    retry_failed: RetryFailed = False,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
@@ -172,7 +202,7 @@ def run(
     folder = results or default_results(spec)
 
     from orchestrator.execute import Engine, run_sweep
-    from orchestrator.store import LocalStore
+    from orchestrator.store import open_store
 
     chosen: Engine
     if engine == "local":
@@ -181,7 +211,9 @@ def run(
         from orchestrator.driver import run_ray as chosen
     began = time.monotonic()
     try:
-        outcome = run_sweep(spec, LocalStore(folder), chosen, out.view(), max_actors)
+        outcome = run_sweep(
+            spec, open_store(folder), chosen, out.view(), max_actors, only=only or (), retry_failed=retry_failed
+        )
     except EditSweepError:
         raise
     except KeyboardInterrupt:
@@ -193,12 +225,12 @@ def run(
     raise typer.Exit(outcome.exit_code)
 
 
-def _conclude(out: Output, spec_file: Path, folder: Path, outcome: Outcome, seconds: float) -> None:
+def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
     """The summary, what failed and how to go on."""
     from orchestrator.query import open_results
 
     _show_summary(out, open_results(folder), outcome.run_id if outcome.unfinished else None)
-    cells = outcome.plan.cells
+    cells = outcome.plan.asked
     if not outcome.unfinished:
         out.say(f"all {len(cells)} cells finished in {duration(seconds)}")
         out.say("next:")
@@ -224,6 +256,9 @@ def _conclude(out: Output, spec_file: Path, folder: Path, outcome: Outcome, seco
     for cell_id in outcome.unfinished:
         for line in by_cell.get(cell_id) or ["not run to its end"]:
             out.note(f"  {titles[cell_id]} ({cell_id}): {line}")
+    if outcome.failed_groups and "--retry-failed" not in sys.argv:
+        again += " --retry-failed"  # what failed is otherwise left alone
+    out.note(f"details:  editsweep status {_quoted(folder)}")
     out.note(f"try again with:  {again}")
 
 
@@ -256,8 +291,8 @@ def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: b
     return spec
 
 
-def default_results(spec: SweepSpec) -> Path:
-    return Path("results") / spec.name
+def default_results(spec: SweepSpec) -> str:
+    return str(Path("results") / spec.name)
 
 
 # --- reading results -------------------------------------------------------------------------------------------------
@@ -301,14 +336,26 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
     ]
     if shards:
         out.table("shards begun", ("shard", "method", "T", "ticks", "attempts", "last error"), shards, right=(2, 3, 4))
-    if found["failures"]:
-        failed = [
-            (str(f["cell_id"]), str(f["group"]), str(f["position"]), f["kind"], f["message"]) for f in found["failures"]
-        ]
-        out.table("failed groups", ("cell", "group", "edit", "kind", "cause"), failed, right=(1, 2))
+    failed = [
+        (
+            f"{cell['method']} T={cell['T']} seed={cell['seed']}",
+            str(failure["attempts"]),
+            failure["step"],
+            f"{failure['kind']}: {_shortened(str(failure['message']), 300)}",
+            failure["log"] or "-",
+        )
+        for cell in found["failed_cells"]
+        for failure in cell["failures"][:_LISTED]
+    ]
+    if failed:
+        out.table("failed cells", ("cell", "attempts", "last step", "exception", "log"), failed, right=(1,))
+        more = sum(max(0, len(cell["failures"]) - _LISTED) for cell in found["failed_cells"])
+        if more:
+            out.say(f"{more} further failures: --json lists all")
+        out.say("run them again with: editsweep run SPEC --retry-failed")
 
 
-def read_status(folder: Path) -> dict[str, JSON]:
+def read_status(folder: str) -> dict[str, JSON]:
     """What `status --json` prints."""
     from orchestrator import lock
     from orchestrator.store import Missing, unseal_json
@@ -335,10 +382,12 @@ def read_status(folder: Path) -> dict[str, JSON]:
                 "attempts": progress.attempts,
                 "edits": progress.edits,
                 "error": f"{error.get('kind')}: {error.get('message')}" if error else None,
+                "last_error": progress.error,
             }
         )
     done = results.central.done()
     failed = results.central.failed()
+    failures = _failures_of_cells(results, shards, failed)
     cells = []
     for cell_id in current:
         cell = planned[cell_id]
@@ -351,6 +400,12 @@ def read_status(folder: Path) -> dict[str, JSON]:
             }
         )
     holder = lock.owner(store, paths)
+    keys = ("cell_id", "method", "T", "seed")
+    wrong = [
+        {**{key: cell[key] for key in keys}, "failures": failures[cell["cell_id"]]}
+        for cell in cells
+        if cell["done"] < cell["groups"] and cell["cell_id"] in failures
+    ]
     return {
         "sweep": name,
         "running": str(holder) if holder else None,
@@ -358,7 +413,47 @@ def read_status(folder: Path) -> dict[str, JSON]:
         "cells": cells,
         "shards": shards,
         "failures": failed,
+        "failed_cells": wrong,
     }
+
+
+def _failures_of_cells(
+    results: Results, shards: Sequence[dict[str, JSON]], failed: Sequence[dict[str, JSON]]
+) -> dict[str, list[dict[str, JSON]]]:
+    """Per cell, what went wrong: groups that failed, and shards under way whose last attempt raised."""
+    store, paths = results.store, results.paths
+    logs: dict[str, str] = {}
+    for entry in store.list(paths.logs):
+        of_shard = paths.log_of_shard(entry.name)
+        if of_shard is not None:
+            logs[of_shard[0]] = store.where(entry.key)  # by name: the newest attempt's comes last
+    found: dict[str, list[dict[str, JSON]]] = {}
+    for failure in sorted(failed, key=lambda failure: int(failure["group"])):
+        found.setdefault(str(failure["cell_id"]), []).append(
+            {
+                "shard_id": failure["shard_id"],
+                "group": failure["group"],
+                "attempts": failure["attempts"],
+                "step": f"group {failure['group']}, edit {failure['position']}",
+                "kind": failure["kind"],
+                "message": failure["message"],
+                "log": logs.get(str(failure["shard_id"])),
+            }
+        )
+    for shard in shards:
+        error = shard["last_error"]
+        for cell_id in shard["cells"] if error else ():
+            found.setdefault(str(cell_id), []).append(
+                {
+                    "shard_id": shard["shard_id"],
+                    "attempts": shard["attempts"],
+                    "step": f"tick {shard['committed']} of {shard['ticks']}",
+                    "kind": error.get("kind"),
+                    "message": error.get("message"),
+                    "log": logs.get(str(shard["shard_id"])),
+                }
+            )
+    return found
 
 
 @app.command()
@@ -371,29 +466,34 @@ def query(
         Literal["table", "csv", "json", "parquet"], typer.Option("--format", help="how to answer")
     ] = "table",
     limit: Annotated[int, typer.Option(min=1, help="rows shown by --format table")] = 200,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds after which the query is stopped")] = 300.0,
 ) -> None:
     """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included."""
     from orchestrator.query import write
 
-    table = _existing(folder).sql(sql)
+    results = _existing(folder)
     out = Output()
     if output != "table":
-        write(table, output, out.raw())
+        write(results.sql(sql, time_limit), output, out.raw())
         return
-    shown = table.slice(0, limit)
+    shown, total = results.first_rows(sql, limit, time_limit)
     numbers = [
-        i for i, kind in enumerate(table.schema.types) if str(kind).startswith(("int", "uint", "double", "float"))
+        i for i, kind in enumerate(shown.schema.types) if str(kind).startswith(("int", "uint", "double", "float"))
     ]
     rows = [tuple(_cell(value) for value in row.values()) for row in shown.to_pylist()]
-    out.table("", table.column_names, rows, right=numbers)
-    if table.num_rows > limit:
-        out.note(f"{limit} of {table.num_rows} rows shown; --limit or --format csv gives more")
+    out.table("", shown.column_names, rows, right=numbers)
+    if total > limit:
+        out.note(f"{limit} of {total} rows shown; --limit or --format csv gives more")
 
 
 def _cell(value: JSON) -> str:
     if value is None:
         return "-"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else _shortened(str(value), _CELL_CHARACTERS)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
 @app.command()
@@ -445,10 +545,51 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _existing(folder: Path) -> Results:
+def _existing(folder: str) -> Results:
     from orchestrator.query import open_results
 
     return open_results(folder)
+
+
+# --- removing results ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def forget(
+    folder: Folder,
+    cells: Annotated[
+        list[str],
+        typer.Option(
+            "--cells",
+            metavar="CELLS",
+            help="cell ids, or e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
+            show_default=False,
+        ),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Remove cells from the results, after asking. If the spec still has them, the next run makes them again."""
+    from orchestrator import forget as forgetting
+
+    results = _existing(folder)
+    out = Output()
+    found = forgetting.look_up(results, cells)
+    for title in found.titles[:_LISTED]:
+        out.say(f"  {title}")
+    if len(found.titles) > _LISTED:
+        out.say(f"  and {len(found.titles) - _LISTED} more")
+    out.say(
+        f"{len(found.cells)} cells with {found.rows} rows of the table would be removed from {results.store.where()}"
+    )
+    if found.shards:
+        out.say(f"{len(found.shards)} shards under way lose their progress")
+    if found.others:
+        out.warn(f"that progress is also of {len(found.others)} other cells: {', '.join(found.others[:_LISTED])}")
+    if not yes and not typer.confirm("Remove them for good?", err=True):
+        out.note("nothing was removed")
+        raise typer.Exit(1)
+    removed = forgetting.forget(results, found, out.note)
+    out.say(f"removed: {len(found.cells)} cells, {removed} rows")
 
 
 # --- how a call ends -------------------------------------------------------------------------------------------------
@@ -461,8 +602,8 @@ _USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ 
 class Bug(Exception):
     """An exception nobody expected, with the results folder whose log gets the traceback."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
         self.folder = folder
 
 
@@ -497,14 +638,16 @@ def _bug(error: Exception) -> int:
     return 1
 
 
-def _keep(text: str, folder: Path | None) -> str:
+def _keep(text: str, folder: str | None) -> str:
     from orchestrator.paths import ResultsPaths
-    from orchestrator.store import LocalStore
+    from orchestrator.store import open_store
 
     name = f"bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    if folder is not None and folder.is_dir():
-        store = LocalStore(folder)
+    if folder is not None:
+        store = open_store(folder)
         try:
+            if not store.exists(ResultsPaths().sweep):
+                raise EditSweepError("no results folder to keep it in")
             store.replace(ResultsPaths().log(name), text.encode())
             return store.where(ResultsPaths().log(name))
         except EditSweepError:

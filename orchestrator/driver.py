@@ -15,10 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,7 +26,7 @@ from orchestrator.execute import Bench, Books, StepReport, check_memory, version
 from orchestrator.lock import LockLost
 from orchestrator.paths import ResultsPaths
 from orchestrator.spec import RaySpec, Resources
-from orchestrator.store import LocalStore, StoreError
+from orchestrator.store import StoreError, open_store
 from workers.artifacts import ArtifactSpec
 from workers.models import ModelConfig, fingerprint_model
 from workers.types import EditSweepError
@@ -236,7 +236,7 @@ def _prove(question: _Question, node: str) -> _Answer:
     """Runs on a node: reads and writes the results folder, hashes the model, looks at memory."""
     host = socket.gethostname()
     paths = ResultsPaths()
-    store = LocalStore(question.root)
+    store = open_store(question.root)
     try:
         nonce = store.read(paths.log(f"preflight-{question.run_id}")).decode()
     except StoreError as error:
@@ -382,7 +382,7 @@ def _tune(books: Books, actors: int) -> None:
         tune.with_parameters(ShardTrial, plan=plan, root=books.store.where(), run_id=books.run_id),
         {"cpu": engine.resources.cpu, "gpu": engine.resources.gpu},
     )
-    folder = Path(books.store.where(books.paths.log(f"ray-{books.run_id}"))).with_suffix("")
+    folder = tempfile.mkdtemp(prefix=f"editsweep-{books.run_id}-")  # Tune's own files, which nobody reads
     listener = _Listener(books)
     try:
         tuner = tune.Tuner(
@@ -396,7 +396,7 @@ def _tune(books: Books, actors: int) -> None:
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(folder),
+                storage_path=folder,
                 failure_config=tune.FailureConfig(max_failures=engine.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 callbacks=[listener],
@@ -452,8 +452,12 @@ class _Listener(tune.Callback):
                 self.books.stepped(StepReport(**report))
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        failed = (trial.last_result or {}).get("failed")
         with self._guard():
-            self.books.finished(self._shard(trial))
+            if failed:
+                self.books.failed(self._shard(trial), trial.num_failures + 1, str(failed))
+            else:
+                self.books.finished(self._shard(trial))
 
     def on_trial_recover(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
         with self._guard():

@@ -12,16 +12,18 @@ Knows nothing of Ray.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import platform
+import re
 import secrets
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,22 +38,30 @@ from orchestrator.artifacts import ArtifactStore
 from orchestrator.journal import Journal, ShardManifest, ShardProgress, Superseded
 from orchestrator.paths import ResultsPaths
 from orchestrator.plan import Plan, Planner, Progress, Shard, Spent, Task, load_spec_dataset, requests_of
+from orchestrator.select import select
 from orchestrator.spec import DatasetSpec, SweepSpec, scoring_identity
-from orchestrator.store import LocalStore, Missing, Store, StoreError, seal_json, sha256_of, unseal_json
+from orchestrator.store import Missing, Store, StoreError, open_store, seal_json, sha256_of, unseal_json
 from orchestrator.table import CentralTable, TableShard
 from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.failures import may_pass
 from workers.models import ModelConfig
 from workers.types import JSON, DataError, Dataset, EditSweepError, ModelError
 
 if TYPE_CHECKING:
     from workers.session import Session
+    from workers.stream import GroupFailure
 
 GATHER_SHARDS = 64
 GATHER_SECONDS = 60.0
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "pydantic")
 """Packages whose versions a result may depend on: equal on every node."""
 
+BACKOFF_SECONDS = 1.0
+BACKOFF_MOST = 30.0
+"""A shard that is launched again in the same run waits 1 s, then 2 s, 4 s and so on."""
+
 GIB = 1 << 30
+_LOG_CHARACTERS = 1_000_000
 
 
 class ResultsError(EditSweepError):
@@ -93,7 +103,7 @@ class Bench:
     """What a worker process keeps between shards: the loaded model, the data set, artifacts of the last shard."""
 
     def __init__(self, root: str, run_id: str) -> None:
-        self.store = LocalStore(root)
+        self.store = open_store(root)
         self.paths = ResultsPaths()
         self.journal = Journal(self.store, self.paths)
         self.artifacts = ArtifactStore(self.store, self.paths)
@@ -123,13 +133,17 @@ class Bench:
     def run(self, manifest: ShardManifest) -> Iterator[StepReport]:
         """Run or continue a shard; every report but the first stands for a durable step.
 
-        Raises whatever the stream raises, after noting it in the journal. A superseded attempt ends quietly.
+        A launch again within one run waits first, longer each time: what may pass needs time to pass. Raises whatever the
+        stream raises, after noting it in the journal, and :class:`~orchestrator.journal.Superseded`.
         """
         from workers.stream import Stream
 
         task = Task.of(manifest)
         common = task.common
         self.journal.begin(manifest)
+        launches = self.journal.launches(manifest.shard_id, self.run_id)
+        if launches:
+            time.sleep(min(BACKOFF_SECONDS * 2 ** (launches - 1), BACKOFF_MOST))
         attempt = self.journal.claim(manifest.shard_id, self.run_id, _worker())
         ticks = manifest.bounds[-1]
         try:
@@ -150,11 +164,13 @@ class Bench:
             hits, misses = prefixes.hits, prefixes.misses
             began = time.perf_counter()
             for step in stream.run(manifest.bounds, attempt.position, attempt.state):
+                if step.failures:
+                    self._log(manifest.shard_id, attempt.number, _failures_text(step.failures))
                 attempt.commit(
                     step.start,
                     step.stop,
                     step.rows,
-                    [dataclasses.asdict(failure) for failure in step.failures],
+                    [_failure_json(failure) for failure in step.failures],
                     step.state,
                     {"edits": step.edits, "edit_seconds": step.edit_seconds, "score_seconds": step.score_seconds},
                 )
@@ -174,19 +190,28 @@ class Bench:
                 began = now
                 hits, misses = prefixes.hits, prefixes.misses
         except Superseded:
-            return
-        except Exception as error:
-            self.journal.record_error(
-                manifest.shard_id,
-                attempt.number,
-                {
-                    "kind": type(error).__name__,
-                    "message": str(error)[:2000],
-                    "traceback": traceback.format_exc()[-20_000:],
-                    "worker": _worker(),
-                },
-            )
             raise
+        except Exception as error:
+            note: dict[str, JSON] = {
+                "kind": type(error).__name__,
+                "message": str(error)[:2000],
+                "traceback": traceback.format_exc()[-20_000:],
+                "tick": attempt.position,
+                "worker": _worker(),
+            }
+            with contextlib.suppress(StoreError):  # the storage may be what failed
+                self._log(manifest.shard_id, attempt.number, f"{note['traceback']}\n")
+                self.journal.record_error(manifest.shard_id, attempt.number, note)
+            raise
+
+    def _log(self, shard_id: str, attempt: int, text: str) -> None:
+        """Append to an attempt's log, which outlives the shard's parts."""
+        key = self.paths.shard_log(shard_id, attempt)
+        try:
+            before = self.store.read(key).decode()
+        except Missing:
+            before = f"shard {shard_id}, attempt {attempt}, run {self.run_id}, {_worker()}\n\n"
+        self.store.replace(key, (before + text)[-_LOG_CHARACTERS:].encode())
 
     def _load_dataset(self, spec: DatasetSpec, fingerprint: str) -> Dataset:
         if self._dataset is None or self._dataset[0] != spec or self._dataset[1].fingerprint != fingerprint:
@@ -198,6 +223,21 @@ class Bench:
                 f"(fingerprint {data.fingerprint}, expected {fingerprint}): restore the file, or use a new results folder"
             )
         return data
+
+
+def passing(error: BaseException) -> bool:
+    """Whether launching a shard again may help (see :func:`workers.failures.may_pass`)."""
+    return may_pass(error) or isinstance(error, (StoreError, Superseded))
+
+
+def _failure_json(failure: GroupFailure) -> dict[str, JSON]:
+    return {name: value for name, value in dataclasses.asdict(failure).items() if name != "trace"}
+
+
+def _failures_text(failures: Sequence[GroupFailure]) -> str:
+    """One line per failed group, and every traceback once."""
+    lines = [f"group {f.group} of cell {f.cell_id}: {f.kind}: {f.message}" for f in failures]
+    return "\n".join([*lines, *dict.fromkeys(f.trace for f in failures if f.trace)]) + "\n"
 
 
 def _worker() -> dict[str, JSON]:
@@ -326,6 +366,8 @@ class Books:
         return f"{self.plan.variants[shard.variant].label} T={sizes} {shard.shard_id[:6]}"
 
     def started(self, shard_id: str) -> None:
+        """Raises :class:`~orchestrator.lock.LockLost`: who has lost the folder must not claim a shard of it."""
+        self.check()
         shard = self.shards[shard_id]
         self.view.shard_started(shard, self.title(shard))
 
@@ -342,7 +384,13 @@ class Books:
         self.view.warn(f"{self.title(self.shards[shard_id])} failed ({cause}); launching it again (try {attempt + 1})")
 
     def failed(self, shard_id: str, attempts: int, cause: str) -> None:
-        """A shard that will not be launched again in this run."""
+        """A shard that will not be launched again in this run.
+
+        Raises :class:`~workers.types.EditSweepError` if the storage is what failed: every other shard would fail too.
+        """
+        storage = _STORAGE.search(cause)
+        if storage:
+            raise EditSweepError(f"{cause[storage.end() :]}; mend it and run the same command again: it continues")
         error = ShardError(shard_id, "error", cause, attempts, self.store.where(self.paths.shard(shard_id)))
         try:
             recorded = self.journal.errors(shard_id)
@@ -355,7 +403,7 @@ class Books:
                 str(recorded[last].get("kind", "error")),
                 str(recorded[last].get("message", cause)),
                 attempts,
-                self.store.where(self.paths.error(shard_id, last)),
+                self.store.where(self.paths.shard_log(shard_id, last)),
             )
         self.errors[shard_id] = error
         self.view.shard_ended(shard_id, ok=False)
@@ -383,6 +431,10 @@ class Books:
             )
 
 
+_STORAGE = re.compile(r"(^|\.)StoreError: ")
+"""A cause as `Class: message`, or as the last line of a traceback."""
+
+
 class Engine(Protocol):
     """Runs the shards of ``books.plan``; returns when all ended or the user interrupted (``books.interrupted``)."""
 
@@ -407,11 +459,24 @@ class Outcome:
         return 1 if self.unfinished else 0
 
 
-def run_sweep(spec: SweepSpec, store: Store, engine: Engine, view: View, max_actors: int | None = None) -> Outcome:
-    """The whole of ``editsweep run``: plan, subtract what is done, run the rest, gather."""
+def run_sweep(
+    spec: SweepSpec,
+    store: Store,
+    engine: Engine,
+    view: View,
+    max_actors: int | None = None,
+    only: Sequence[str] = (),
+    retry_failed: bool = False,
+) -> Outcome:
+    """The whole of ``editsweep run``: plan, subtract what is done, run the rest, gather.
+
+    ``only``: run the cells that these fit (:mod:`orchestrator.select`). ``retry_failed``: also the groups that failed in an
+    earlier run, which are otherwise left alone: what diverged or raised would do so again.
+    """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
     planner = Planner(spec)  # everything that is wrong with the spec is said before anything is written
+    chosen = select(only, planner.described(), "--only") if only else None
     run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     with locking.acquire(store, run_id, say=view.warn) as lock:
         _enter_folder(spec, store, paths)
@@ -420,7 +485,8 @@ def run_sweep(spec: SweepSpec, store: Store, engine: Engine, view: View, max_act
         for number in table.verify():
             view.warn(f"table file {number} is damaged and was put aside; its shards run again")
         table.gather(journal)
-        plan = planner.plan(read_progress(table, journal))
+        plan = planner.plan(read_progress(table, journal, retry_failed), chosen)
+        lock.check()
         _write_plan(plan, store, paths)
         _write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
@@ -428,18 +494,25 @@ def run_sweep(spec: SweepSpec, store: Store, engine: Engine, view: View, max_act
         try:
             if plan.shards:
                 engine(books, max_actors)
-        finally:
+        except BaseException:
             view.end()
             if not lock.lost:
-                books.gather()
+                with contextlib.suppress(
+                    StoreError
+                ):  # the storage may be what ended the run: that is the better message
+                    books.gather()
+            raise
+        view.end()
+        lock.check()
+        books.gather()
         lock.check()
         outcome = _outcome(books)
         _write_end(store, paths, run_id, outcome)
     return outcome
 
 
-def read_progress(table: CentralTable, journal: Journal) -> Progress:
-    """What the results folder holds, as the planner wants it."""
+def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = False) -> Progress:
+    """What the results folder holds, as the planner wants it. ``retry_failed``: failed groups count as not run."""
     listed = table.shards()
     begun = tuple(manifest for shard_id, manifest in journal.begun().items() if shard_id not in listed)
     spent = [
@@ -453,7 +526,8 @@ def read_progress(table: CentralTable, journal: Journal) -> Progress:
         except (Missing, EditSweepError):
             continue  # gathered meanwhile, or damaged: it only lacks in the estimates
         spent.append(Spent(manifest.shard_id, tuple(manifest.columns), progress.edits, _seconds(progress)))
-    return Progress(done=table.done(), begun=begun, used=frozenset(listed), spent=spent)
+    given_up = {} if retry_failed else table.given_up()
+    return Progress(done=table.done(), given_up=given_up, begun=begun, used=frozenset(listed), spent=spent)
 
 
 def _seconds(shard: TableShard | ShardProgress) -> float:
@@ -556,7 +630,7 @@ def _outcome(books: Books) -> Outcome:
     done = books.table.done()
     unfinished = [
         cell.cell_id
-        for cell in books.plan.cells
+        for cell in books.plan.asked
         if sum(group < cell.groups for group in done.get(cell.cell_id, ())) < cell.groups
     ]
     wanted = set(unfinished)

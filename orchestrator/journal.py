@@ -349,6 +349,17 @@ class Journal:
         totals = _Totals.from_json(chain[-1][1]["so_far"]) if chain else _Totals()
         return Attempt(self.store, self.paths, manifest, number, run_id, start, state, totals, kept)
 
+    def launches(self, shard_id: str, run_id: str) -> int:
+        """How many attempts a run has made of a shard."""
+        count = 0
+        for number in self._attempts(shard_id):
+            key = self.paths.attempt_info(shard_id, number)
+            try:
+                count += unseal_json(self.store.read(key), self.store.where(key)).get("run_id") == run_id
+            except (Missing, Damaged):
+                continue
+        return count
+
     def record_error(self, shard_id: str, attempt: int, error: Mapping[str, JSON]) -> None:
         """Keeps why an attempt ended (exception class, message, path of the log, ...) for ``status``."""
         self.store.replace(self.paths.error(shard_id, attempt), seal_json(error))

@@ -1,6 +1,7 @@
 """The in-process engine: the shards one after another, in this process. Same interface as the Ray engine; a debugger works.
 
-Ctrl-C once ends the run after the step at hand is committed; twice, at once (the step is redone next time).
+Ctrl-C once ends the run after the step at hand is committed, if that takes less than ten seconds; twice, at once. A step
+that was not committed is done again next time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from orchestrator.execute import Bench, Books, check_memory
+from orchestrator.execute import Bench, Books, check_memory, passing
 from orchestrator.lock import LockLost
+
+LEAVE_SECONDS = 10.0
+"""How long the first Ctrl-C waits for the step at hand."""
 
 
 def run_local(books: Books, max_actors: int | None = None) -> None:
@@ -21,12 +25,15 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
     resources = plan.spec.engine.resources
     check_memory(plan.common.model, plan.weight_bytes, resources.gpu, resources.memory_gb, where="this machine")
     bench = Bench(books.store.where(), books.run_id)
-    with _ctrl_c() as stop:
-        _build_artifacts(bench, books, stop)
-        for shard in plan.shards:
-            if stop.is_set():
-                break
-            _run_shard(bench, books, shard.shard_id, stop)
+    with _ctrl_c(books) as stop:
+        try:
+            _build_artifacts(bench, books, stop)
+            for shard in plan.shards:
+                if stop.is_set():
+                    break
+                _run_shard(bench, books, shard.shard_id, stop)
+        except KeyboardInterrupt:
+            stop.set()
         books.interrupted = stop.is_set()
 
 
@@ -39,8 +46,6 @@ def _build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
         try:
             bench.build(spec, books.plan.common.model, books.plan.common.threads)
             books.view.note(f"artifact {done}/{len(missing)} built: {spec.kind} {spec.key[:8]}")
-        except KeyboardInterrupt:
-            stop.set()
         except Exception as error:
             books.view.warn(f"artifact {done}/{len(missing)} failed: {spec.kind} {spec.key[:8]}: {error}")
 
@@ -56,14 +61,11 @@ def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event)
                 books.stepped(step)
                 if stop.is_set() and step.tick < step.ticks:
                     return
-        except KeyboardInterrupt:
-            stop.set()
-            return
         except LockLost:
             raise
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
-            if number < tries and not stop.is_set():
+            if number < tries and passing(error) and not stop.is_set():
                 books.retrying(shard_id, number, cause)
                 continue
             books.failed(shard_id, number, cause)
@@ -73,20 +75,33 @@ def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event)
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, the second raises KeyboardInterrupt. Outside the main thread nothing changes."""
+def _ctrl_c(books: Books) -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event; the second, or the end of :data:`LEAVE_SECONDS`, raises KeyboardInterrupt.
+
+    Outside the main thread nothing changes.
+    """
     stop = threading.Event()
+    main = threading.main_thread()
+    if threading.current_thread() is not main or main.ident is None:
+        yield stop
+        return
+    # a signal to the main thread also ends what it waits for
+    patience = threading.Timer(LEAVE_SECONDS, signal.pthread_kill, (main.ident, signal.SIGINT))
+    patience.daemon = True
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        patience.start()
+        books.view.note(
+            f"stopping: the step at hand is committed if that takes less than {LEAVE_SECONDS:.0f} seconds "
+            "(Ctrl-C again to leave at once)"
+        )
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     before = signal.signal(signal.SIGINT, handle)
     try:
         yield stop
     finally:
+        patience.cancel()
         signal.signal(signal.SIGINT, before)

@@ -12,6 +12,7 @@ owner that wakes up after that sees the higher number and stops.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -27,7 +28,7 @@ from typing import Self
 import psutil
 
 from orchestrator.paths import ResultsPaths
-from orchestrator.store import Missing, Store
+from orchestrator.store import Missing, Store, StoreError
 from workers.types import JSON, EditSweepError
 
 BEAT_SECONDS = 5.0
@@ -58,11 +59,16 @@ class Owner:
     started: float
 
     def alive_here(self) -> bool | None:
-        """Whether the owner's process runs, if it is of this machine; None if that cannot be seen from here."""
+        """Whether the owner's process runs, if it is of this machine; None if that cannot be seen from here, or if it is
+        stopped (Ctrl-Z, a debugger)."""
         if (self.host, self.space) != (socket.gethostname(), _process_space()):
             return None
         try:
-            return abs(float(psutil.Process(self.pid).create_time()) - self.started) < 2
+            process = psutil.Process(self.pid)
+            if abs(float(process.create_time()) - self.started) >= 2 or process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            # one that is stopped may never go on: its heartbeat decides
+            return None if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else True
         except psutil.NoSuchProcess:
             return False
         except psutil.Error:
@@ -81,6 +87,8 @@ class Lock:
     paths: ResultsPaths = field(default_factory=ResultsPaths)
     beat_seconds: float = BEAT_SECONDS
     lost: bool = False
+    _seen: float = field(default_factory=time.monotonic)
+    """When it was last certain that nobody had taken over."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -94,22 +102,35 @@ class Lock:
         if self._thread is not None:
             self._thread.join()
         if not self.lost:
-            self.store.replace(self.paths.lock_beat(self.number), b"%d" % _RELEASED)
+            with contextlib.suppress(StoreError):  # then the next driver finds a dead owner
+                self.store.replace(self.paths.lock_beat(self.number), b"%d" % _RELEASED)
 
     def check(self) -> None:
-        """Raise :class:`LockLost` if the folder has another owner by now."""
+        """Raise :class:`LockLost` if the folder has another owner by now.
+
+        Asks the store if the heartbeat has not done so lately: a process that wakes up from a pause must not act first.
+        """
+        if not self.lost and time.monotonic() - self._seen > 2 * self.beat_seconds:
+            self._look()
         if self.lost:
             raise LockLost(
                 "another `editsweep run` took this results folder over while this one did not answer; what this one "
                 "committed is safe, and it stops now"
             )
 
+    def _look(self) -> None:
+        now = time.monotonic()
+        if _highest(self.store, self.paths) > self.number:
+            self.lost = True
+        else:
+            self._seen = now
+
     def _keep(self) -> None:
         count = 1
         while not self._stop.wait(self.beat_seconds):
             try:
-                if _highest(self.store, self.paths) > self.number:
-                    self.lost = True
+                self._look()
+                if self.lost:
                     return
                 self.store.replace(self.paths.lock_beat(self.number), b"%d" % count)
             except EditSweepError:

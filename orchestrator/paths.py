@@ -16,7 +16,7 @@ files of a disk or objects of a bucket. ::
     table/<number>.parquet                      the central table
     table/bad/                                  damaged table files, put aside
     artifacts/<kind>/<key>.safetensors, .json   shared inputs and their checksums
-    logs/<name>.log
+    logs/shard-<shard>-<attempt>.log            tracebacks of what failed in it; other logs have other names
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
 _STEP = re.compile(r"(\d{8})-(\d{8})\.parquet")
 _NUMBER = re.compile(r"\d{6}")
+_SHARD_LOG = re.compile(r"shard-(.+)-(\d{4,})\.log")
 
 
 def _name(value: str) -> str:
@@ -72,6 +73,15 @@ class ResultsPaths:
 
     def log(self, name: str) -> str:
         return f"{self.logs}/{_name(name)}.log"
+
+    def shard_log(self, shard_id: str, attempt: int) -> str:
+        return self.log(f"shard-{shard_id}-{attempt:04d}")
+
+    @staticmethod
+    def log_of_shard(name: str) -> tuple[str, int] | None:
+        """Shard and attempt of a log's file name; None for any other name."""
+        match = _SHARD_LOG.fullmatch(name)
+        return (match[1], int(match[2])) if match else None
 
     def shard(self, shard_id: str) -> str:
         return f"{self.parts}/{_name(shard_id)}"

@@ -178,9 +178,11 @@ class Progress:
 
     ``done``: per cell the groups whose rows are complete in the table. ``begun``: manifests of shards that are not in
     the table yet. ``used``: ids of shards that may not be used again. ``spent``: time of shards in the table and under way.
+    ``given_up``: per cell the groups that failed and are not to be run again.
     """
 
     done: Mapping[str, Collection[int]] = field(default_factory=dict)
+    given_up: Mapping[str, Collection[int]] = field(default_factory=dict)
     begun: Sequence[ShardManifest] = ()
     used: Collection[str] = ()
     spent: Sequence[Spent] = ()
@@ -207,6 +209,13 @@ class Plan:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     begun: Mapping[str, ShardManifest] = field(default_factory=dict)
+    left_out: Collection[str] = frozenset()
+    """Cells of the spec that this run does not ask for (``--only``)."""
+
+    @property
+    def asked(self) -> tuple[Cell, ...]:
+        """The cells this run is to finish."""
+        return tuple(cell for cell in self.cells if cell.cell_id not in self.left_out)
 
     @property
     def edits(self) -> int:
@@ -408,12 +417,30 @@ class Planner:
         self.grid = _Grid(spec, self.common, fingerprint, self.shape, _longest_tokens(data))
         self.cells = self.grid.cells()
 
-    def plan(self, progress: Progress) -> Plan:
+    def described(self) -> list[dict[str, JSON]]:
+        """Every cell as :func:`orchestrator.select.select` wants it."""
+        return [
+            {
+                "cell_id": cell.cell_id,
+                "method": self.grid.variants[cell.variant].label,
+                "algorithm": self.grid.variants[cell.variant].algorithm,
+                "T": cell.T,
+                "seed": cell.seed,
+            }
+            for cell in self.cells
+        ]
+
+    def plan(self, progress: Progress, only: Collection[str] | None = None) -> Plan:
+        """What is left of the cells ``only`` (ids; None: of all). The others stay as they are."""
         grid, cells = self.grid, self.cells
+        left_out = frozenset() if only is None else frozenset(c.cell_id for c in cells if c.cell_id not in only)
         effort = Effort(self.spec, cells, grid.costs, grid.widths)
         clock = calibrate(_timings(progress, cells, effort))
-        shards = _begun(progress, cells, effort, clock)
-        new = _cut(self.spec, cells, _subtract(cells, progress), effort, progress.used)
+        shards = _begun(progress, [cell for cell in cells if cell.cell_id not in left_out], effort, clock)
+        left = [
+            [] if c.cell_id in left_out else gaps for c, gaps in zip(cells, _subtract(cells, progress), strict=True)
+        ]
+        new = _cut(self.spec, cells, left, effort, progress.used)
         new = (replace(shard, cost=clock.seconds(shard.variant, shard.T, shard.cost)) for shard in new)
         shards += sorted(new, key=lambda s: (-s.cost, -s.T))
         needed = dict(grid.artifacts)
@@ -438,6 +465,7 @@ class Planner:
             notes=self.notes,
             warnings=tuple(grid.warnings),
             begun={m.shard_id: m for m in progress.begun},
+            left_out=left_out,
         )
 
 
@@ -584,8 +612,10 @@ class _Grid:
 
 
 def _subtract(cells: Sequence[Cell], progress: Progress) -> list[list[tuple[int, int]]]:
-    """Per cell, the ranges of groups that are neither in the table nor owned by a shard that has begun."""
+    """Per cell, the ranges of groups that are neither in the table, nor given up, nor owned by a shard that has begun."""
     taken: dict[str, set[int]] = {cell_id: set(groups) for cell_id, groups in progress.done.items()}
+    for cell_id, groups in progress.given_up.items():
+        taken.setdefault(cell_id, set()).update(groups)
     for manifest in progress.begun:
         for wave in manifest.job.waves:
             for lane in wave:

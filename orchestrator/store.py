@@ -268,6 +268,15 @@ class LocalStore(Store):
         return str(self._path(key))
 
 
+def open_store(where: str | os.PathLike[str]) -> Store:
+    """The store at a path, or at ``s3://bucket/prefix``. Touches nothing."""
+    if isinstance(where, str) and where.startswith("s3://"):
+        from orchestrator.s3 import S3Store
+
+        return S3Store(where)
+    return LocalStore(where)
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -15,6 +15,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -117,6 +118,14 @@ COLUMNS: tuple[Column, ...] = (
     Column("overlay_bytes", "int64", "bytes", "size of the lane's overlay", "cost"),
     Column("delta_norm", "double", "", "relative Frobenius norm of the change", "cost", nullable=True),
     Column("details", "string", "JSON", "further figures of the method", "cost", nullable=True),
+    Column(
+        "score_splits",
+        "int32",
+        "",
+        "times the scoring batch was halved because memory ran out; above 0 scores agree up to rounding only",
+        "provenance",
+        nullable=True,
+    ),
     Column("run_id", "string", "", "call of `editsweep run` that produced the row", "provenance", "attempt"),
     Column("attempt", "int32", "", "attempt of the shard that produced the row", "provenance", "attempt"),
 )
@@ -406,6 +415,21 @@ class TableShard:
         }
 
     @classmethod
+    def empty(cls, shard_id: str, file: int) -> TableShard:
+        """A shard that ended without rows."""
+        return cls(shard_id, file, {}, {}, (), 0, 0, 0, 0.0, 0.0, 0.0, {})
+
+    def without(self, cells: AbstractSet[str], rows: int) -> TableShard:
+        """The same shard with nothing of ``cells``; ``rows`` are left."""
+        return replace(
+            self,
+            cells={cell: groups for cell, groups in self.cells.items() if cell not in cells},
+            failed={cell: groups for cell, groups in self.failed.items() if cell not in cells},
+            failures=tuple(failure for failure in self.failures if failure["cell_id"] not in cells),
+            rows=rows,
+        )
+
+    @classmethod
     def from_json(cls, value: Mapping[str, JSON], file: int) -> TableShard:
         cells, failed = _groups(value["cells"]), _groups(value["failed"])
         return cls(**{**value, "cells": cells, "failed": failed, "failures": tuple(value["failures"]), "file": file})
@@ -682,6 +706,40 @@ class CentralTable:
             self._put_aside(number, error)
             raise StoreError("write", name, f"what was read back differs from what was written ({error})") from error
 
+    # -- forgetting
+
+    def count(self, cells: AbstractSet[str]) -> int:
+        """Rows of ``cells`` in the table."""
+        files = [file for file in self._files() if any(cells & shard.cells.keys() for shard in file.shards)]
+        return sum(_rows_of(self.read_file(file, ["cell_id"]), cells) for file in files)
+
+    def forget(self, cells: AbstractSet[str], shard_ids: Sequence[str], journal: Journal) -> int:
+        """Removes the rows and failures of ``cells``, and the unfinished shards ``shard_ids``; how many rows went.
+
+        Call only as the folder's owner. A shard keeps its place in the list, without the cells: its id is not used again
+        and what a worker believed dead may still write for it is dropped by the next gatherer.
+        """
+        removed = 0
+        for file in self._listing()[0]:
+            if not any(cells & (shard.cells.keys() | shard.failed.keys()) for shard in file.shards):
+                continue
+            table = self.read_file(file)
+            kept = table.filter(pc.invert(pc.is_in(table["cell_id"], pa.array(sorted(cells), pa.string()))))
+            counts = Counter(kept.column("shard_id").to_pylist())
+            shards = [shard.without(cells, counts[shard.shard_id]) for shard in file.shards]
+            self.store.replace(file.key, encode(kept, table_meta(file.number, shards, kept.num_rows)))
+            self._footers.clear()  # the new file could be of the old one's size
+            removed += table.num_rows - kept.num_rows
+        left = [shard_id for shard_id in shard_ids if shard_id not in self.shards()]
+        while left:
+            number = self._listing()[1]
+            ended = [TableShard.empty(shard_id, number) for shard_id in left]
+            if self.store.publish_new(self.paths.table_file(number), encode(no_rows(), table_meta(number, ended, 0))):
+                break
+        for shard_id in shard_ids:
+            journal.drop(shard_id)
+        return removed
+
     # -- reading
 
     def scan(self, journal: Journal | None = None, columns: Sequence[str] | None = None) -> pa.Table:
@@ -740,6 +798,11 @@ class CentralTable:
                 f"{name}: has {rows.num_rows} rows where {file.rows} were listed; was it put aside meanwhile?"
             )
         return rows
+
+
+def _rows_of(table: pa.Table, cells: AbstractSet[str]) -> int:
+    found: int = pc.sum(pc.is_in(table["cell_id"], pa.array(sorted(cells), pa.string()))).as_py() or 0
+    return found
 
 
 def _ids(files: Iterable[_File]) -> set[str]:

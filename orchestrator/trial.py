@@ -12,12 +12,15 @@ from typing import Any
 
 from ray import tune
 
-from orchestrator.execute import Bench, StepReport
+from orchestrator.execute import Bench, StepReport, passing
 from orchestrator.plan import Plan
 
 
 class ShardTrial(tune.Trainable):
-    """``config["shard"]`` is an index into ``plan.shards``; plan, root and run_id come by ``tune.with_parameters``."""
+    """``config["shard"]`` is an index into ``plan.shards``; plan, root and run_id come by ``tune.with_parameters``.
+
+    What would only fail again ends the trial as done, with the cause in its result: Tune repeats every trial that raises.
+    """
 
     def setup(self, config: dict[str, Any], plan: Plan | None = None, root: str = "", run_id: str = "") -> None:
         assert plan is not None
@@ -37,7 +40,12 @@ class ShardTrial(tune.Trainable):
         """Commit one step. The first call claims the shard and reports where it continues."""
         if self._steps is None:
             self._steps = self._bench.run(self._plan.manifest(self._shard))
-        report = next(self._steps, None)
+        try:
+            report = next(self._steps, None)
+        except Exception as error:
+            if passing(error):
+                raise  # Tune launches the trial again
+            return {"done": True, "report": None, "failed": f"{type(error).__name__}: {error}"[:2000]}
         if report is None:
             return {"done": True, "report": None}
         return {"done": report.tick == report.ticks, "report": dataclasses.asdict(report)}

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -168,14 +169,43 @@ def test_a_failed_cell_is_named(call: Any, spec: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(FT, "edit", broken)
     code, _, err = call("run", spec, "--engine", "local", "--results", tmp_path / "r", "--set", "engine.max_failures=1")
     assert code == 1
-    for word in ("2 of 2 cells", "ft-3 T=4 seed=0", "FloatingPointError: [bold]out of luck[/bold]", "2 attempts"):
+    for word in ("2 of 2 cells", "ft-3 T=4 seed=0", "edit 0: FloatingPointError: [bold]out of luck[/bold]"):
         assert word in err
-    log = re.search(r"see (\S+error\.json)", err)
-    assert log is not None
-    assert "out of luck" in Path(log[1]).read_text()
+    assert err.rstrip().endswith("--retry-failed")
     status = json.loads(call("status", tmp_path / "r", "--json")[1])
     assert status["finished"] == 0
-    assert {shard["error"] for shard in status["shards"]} == {"FloatingPointError: [bold]out of luck[/bold]"}
+    shown = call("status", tmp_path / "r")[1]
+    for cell in status["failed_cells"]:
+        for failure in cell["failures"]:
+            assert (failure["kind"], failure["message"]) == ("FloatingPointError", "[bold]out of luck[/bold]")
+            assert "out of luck" in Path(failure["log"]).read_text()
+            assert failure["log"].rpartition("/")[2] in shown.replace("\n", "").replace(" ", "")
+    assert "FloatingPointError: [bold]out of luck[/bold]" in " ".join(shown.split())
+    monkeypatch.undo()
+    again = ("run", spec, "--engine", "local", "--results", tmp_path / "r")
+    fails(call(*again), 1, ["2 of 2 cells are not finished"])
+    assert "groups failed before" in call("plan", spec, "--results", tmp_path / "r")[2]
+    assert call(*again, "--retry-failed", "--only", "T=4")[0] == 0
+    assert call(*again, "--retry-failed")[0] == 0
+
+
+def test_forget_asks_first(
+    call: Any, spec: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "r"
+    shutil.copytree(results, folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    code, out, err = call("forget", folder, "--cells", "T=4")
+    assert code == 1
+    assert "ft-3 T=4 seed=0" in out and "1 cells with 8 rows" in out
+    assert "nothing was removed" in err
+    assert pq.read_table(folder / "table" / "000001.parquet").num_rows == 16
+    assert "removed: 1 cells, 8 rows" in call("forget", folder, "--cells", "T=4", "--yes")[1]
+    assert "1 of 2 cells finished" in call("status", folder)[1]
+    fails(call("forget", folder, "--cells", "T=5", "--yes"), 2, ["T=5", "there are T: 4, 1"])
+    assert call("forget", folder, "--yes")[0] == 2
+    assert call("run", spec, "--engine", "local", "--results", folder)[0] == 0
+    assert "2 of 2 cells finished" in call("status", folder)[1]
 
 
 def test_a_bug_leaves_its_traceback_in_the_logs(

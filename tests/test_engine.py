@@ -18,18 +18,23 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
+from orchestrator import execute, local
 from orchestrator import lock as locking
+from orchestrator.cli import read_status
 from orchestrator.execute import Outcome, ResultsError, StepReport, View, run_sweep
+from orchestrator.forget import forget, look_up
 from orchestrator.journal import Journal
 from orchestrator.local import run_local
 from orchestrator.plan import Plan, Shard
 from orchestrator.query import open_results
 from orchestrator.spec import RaySpec, SweepSpec, parse_spec
 from orchestrator.store import LocalStore
+from workers import scoring
 from workers.models import EMBEDDED
-from workers.types import EditSweepError
+from workers.types import EditSweepError, SpecError
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = {"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"}
@@ -158,7 +163,7 @@ def test_first_ctrl_c_commits_and_leaves(tmp_path: Path, reference: list[dict[st
     assert rows(tmp_path / "r") == reference
 
 
-def test_a_shard_that_raises_is_tried_again_and_fails_alone(
+def test_a_cell_that_raises_fails_alone_and_runs_again_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]]
 ) -> None:
     from workers.methods.grace import GRACE
@@ -173,10 +178,178 @@ def test_a_shard_that_raises_is_tried_again_and_fails_alone(
     assert outcome.exit_code == 1
     algorithms = {c.cell_id: outcome.plan.variants[c.variant].label for c in outcome.plan.cells}
     assert {algorithms[cell] for cell in outcome.unfinished} == {"grace"}
-    error = next(iter(outcome.errors.values()))
-    assert (error.kind, error.attempts) == ("FloatingPointError", 2)
-    assert Path(error.log).is_file()
-    assert "out of luck" in Path(error.log).read_text()
+    assert not any("launching it again" in warning for warning in watch.warnings)  # it would only raise again
+    assert {failure["kind"] for failure in outcome.failed_groups} == {"FloatingPointError"}
+    finished = [row for row in reference if row["algorithm"] == "ft"]
+    assert rows(tmp_path / "r") == finished
+    again = run(tmp_path / "r")  # what failed is left alone
+    assert (again.exit_code, again.plan.shards) == (1, ())
+    status = read_status(str(tmp_path / "r"))
+    assert {(cell["method"], cell["T"], cell["seed"]) for cell in status["failed_cells"]} == {
+        ("grace", T, seed) for T in (1, 6) for seed in (0, 1)
+    }
+    failure = status["failed_cells"][0]["failures"][0]
+    assert (failure["attempts"], failure["step"], failure["kind"]) == (1, "group 0, edit 0", "FloatingPointError")
+    log = Path(failure["log"]).read_text()
+    assert "out of luck" in log and "Traceback" in log
+    outcome = run_sweep(spec_of(), LocalStore(tmp_path / "r"), run_local, Watch(), retry_failed=True)
+    assert outcome.exit_code == 0
+    assert placeless(rows(tmp_path / "r")) == placeless(reference)
+    assert read_status(str(tmp_path / "r"))["failed_cells"] == []
+
+
+def placeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the shard: a group that failed runs again as part of another one."""
+    return [{key: value for key, value in row.items() if key != "shard_id"} for row in found]
+
+
+def test_one_group_that_raises_leaves_the_others_of_its_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]]
+) -> None:
+    from workers.methods.ft import FT
+
+    edit = FT.edit
+    bad = next(row["case_id"] for row in reference if (row["algorithm"], row["T"], row["group"]) == ("ft", 6, 1))
+
+    def picky(self: Any, overlay: Any, lanes: Any) -> Any:
+        if len(lanes[0].requests) and any(request.case_id == bad for lane in lanes for request in lane.requests):
+            raise ValueError("not this one")
+        return edit(self, overlay, lanes)
+
+    only = {"methods": RAW["methods"][:1], "grid": {"T": [6], "seeds": [0, 1]}, "engine": {**RAW["engine"], "lanes": 1}}
+    with monkeypatch.context() as patch:
+        patch.setattr(FT, "edit", picky)
+        outcome = run(tmp_path / "r", **only)
+    done = {(row["seed"], row["group"]) for row in rows(tmp_path / "r")}
+    failed = {(failure["cell_id"], failure["group"]) for failure in outcome.failed_groups}
+    assert len(done) + len(failed) == 4
+    assert 1 <= len(failed) <= 2  # the request is once in every seed's order
+
+
+def test_only_some_cells(tmp_path: Path, reference: list[dict[str, Any]]) -> None:
+    store = LocalStore(tmp_path / "r")
+    outcome = run_sweep(spec_of(), store, run_local, Watch(), only=["method=grace,T=6", "T=6,seed=1"])
+    assert outcome.exit_code == 0
+    found = rows(tmp_path / "r")
+    assert {(r["method"], r["T"], r["seed"]) for r in found} == {("grace", 6, 0), ("grace", 6, 1), ("ft", 6, 1)}
+    with pytest.raises(SpecError, match=r"--only 'method=gracee' fits no cell; there are method: ft, grace"):
+        run_sweep(spec_of(), store, run_local, Watch(), only=["method=gracee"])
+    with pytest.raises(SpecError, match=r"'methd' is unknown; valid are: method, algorithm, T, seed, cell"):
+        run_sweep(spec_of(), store, run_local, Watch(), only=["methd=ft"])
+    assert run(tmp_path / "r").exit_code == 0
+    assert placeless(rows(tmp_path / "r")) == placeless(reference)
+
+
+def test_forgotten_cells_are_gone_and_come_back_when_asked_for(
+    tmp_path: Path, reference: list[dict[str, Any]]
+) -> None:
+    def kill(step: StepReport) -> None:
+        if step.edits and len({s.shard_id for s in watch.steps}) == 2:
+            raise Stop
+
+    watch = Watch(kill)
+    with pytest.raises(Stop):
+        run(tmp_path / "r", watch)
+    results = open_results(tmp_path / "r")
+    (under_way,) = results.journal.begun().values()
+    run(tmp_path / "r", methods=RAW["methods"], grid={"T": [1], "seeds": [0]})  # some of it enters the table
+    cells = {cell.cell_id for cell in under_way.job.cells}
+    before = rows(tmp_path / "r")
+    found = look_up(results, [f"cell={next(iter(cells))[:8]}", "method=grace,T=1"])
+    said: list[str] = []
+    removed = forget(results, found, said.append)
+    after = rows(tmp_path / "r")
+    assert after == [row for row in before if row["cell_id"] not in found.cells]
+    assert removed == found.rows <= len(before) - len(after)
+    assert not found.cells & results.central.done().keys()
+    assert forget(results, look_up(results, ["method=grace,T=1"]), said.append) == 0
+    assert run(tmp_path / "r").exit_code == 0
+    assert placeless(rows(tmp_path / "r")) == placeless(reference)
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_memory_that_runs_out_in_an_edit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]], times: int
+) -> None:
+    """An edit's batch is never split: the shard is launched again, after a pause, and continues where it was."""
+    from workers.methods.grace import GRACE
+
+    edit, left, waits = GRACE.edit, [times], []
+
+    def short(self: Any, overlay: Any, lanes: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return edit(self, overlay, lanes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GRACE, "edit", short)
+        patch.setattr(execute.time, "sleep", waits.append)
+        watch = Watch()
+        outcome = run(tmp_path / "r", watch, engine={**RAW["engine"], "max_failures": 3})
+    assert any("OutOfMemoryError" in warning and "launching it again" in warning for warning in watch.warnings)
+    assert waits[:3] == [1.0, 2.0, 4.0][: min(times, 3)]
+    if times == 1:
+        assert outcome.exit_code == 0
+    else:
+        assert outcome.exit_code == 1
+        error = next(iter(outcome.errors.values()))
+        assert (error.kind, error.attempts) == ("OutOfMemoryError", 4)
+        assert "Traceback" in Path(error.log).read_text()
+        (first, *_) = read_status(str(tmp_path / "r"))["failed_cells"]
+        assert (first["failures"][0]["attempts"], first["failures"][0]["kind"]) == (4, "OutOfMemoryError")
+        assert run(tmp_path / "r").exit_code == 0  # the machine's fault, so the same command tries again
+    assert rows(tmp_path / "r") == reference
+
+
+def test_memory_that_runs_out_in_scoring_splits_the_batch_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]]
+) -> None:
+    """A device that holds eight sequences at a time."""
+    both = scoring._both
+
+    def limited(base: Any, overlay: Any, batch: Any, *rest: Any) -> Any:
+        if len(batch) > 8:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return both(base, overlay, batch, *rest)
+
+    assert {row["score_splits"] for row in reference} == {0}
+    monkeypatch.setattr(scoring, "_both", limited)
+    assert run(tmp_path / "r").exit_code == 0
+    found = rows(tmp_path / "r")
+    assert max(row["score_splits"] for row in found) >= 1
+    for row, whole in zip(found, reference, strict=True):
+        for name, value in whole.items():
+            if name != "score_splits":
+                assert row[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), name
+
+
+def test_ctrl_c_waits_ten_seconds_for_the_step_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]]
+) -> None:
+    from workers.methods.ft import FT
+
+    edit = FT.edit
+    interrupted: list[float] = []
+
+    def slow(self: Any, overlay: Any, lanes: Any) -> Any:
+        interrupted.append(time.monotonic())
+        signal.raise_signal(signal.SIGINT)
+        if again:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        while time.monotonic() < interrupted[0] + 20:
+            time.sleep(0.01)
+        return edit(self, overlay, lanes)
+
+    for patience, again in ((0.3, False), (15.0, True)):
+        interrupted.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(FT, "edit", slow)
+            patch.setattr(local, "LEAVE_SECONDS", patience)
+            outcome = run(tmp_path / "r")
+        assert 0.2 < time.monotonic() - interrupted[0] < 5
+        assert outcome.interrupted and outcome.exit_code == 130
+        assert rows(tmp_path / "r") == []
     assert run(tmp_path / "r").exit_code == 0
     assert rows(tmp_path / "r") == reference
 

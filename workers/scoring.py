@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 
+from workers.failures import out_of_memory
 from workers.job import ScoreConfig
 from workers.replay import Prefix, capture, replay
 from workers.rows import Encoded, Rows, collate
@@ -108,6 +109,13 @@ class _Recent(Generic[V]):
         self.budget = budget
         self._shrink()
 
+    def release(self) -> bool:
+        """Lets go of everything; whether there was anything."""
+        some = bool(self._kept)
+        self._kept.clear()
+        self.used = 0
+        return some
+
     def get(self, key: tuple[object, ...]) -> V | None:
         found = self._kept.get(key)
         if found is None:
@@ -172,10 +180,11 @@ def score(
     prefixes = prefixes if prefixes is not None else Prefixes()
     probes = list(_probes(base, items))
     found: list[_Found] = [_Found() for _ in items]
-    for batch in _batches(probes, config):
-        before, after = _both(base, overlay, batch, config, base_answers, prefixes)
-        for i, probe in enumerate(batch):
-            found[probe.item].add(probe, before.answers[i], after.answers[i], before.texts[i], after.texts[i])
+    for whole in _batches(probes, config):
+        for batch, splits, before, after in _fitting(base, overlay, whole, config, base_answers, prefixes):
+            for i, probe in enumerate(batch):
+                found[probe.item].add(probe, before.answers[i], after.answers[i], before.texts[i], after.texts[i])
+                found[probe.item].splits = max(found[probe.item].splits, splits)
     return [f.scores(config.generated) for f in found]
 
 
@@ -201,6 +210,38 @@ def _batches(probes: list[Probe], config: ScoreConfig) -> Iterator[list[Probe]]:
         batch.append(probe)
     if batch:
         yield sorted(batch, key=lambda p: p.lane)
+
+
+def _fitting(
+    base: BaseModel,
+    overlay: Overlay | None,
+    batch: list[Probe],
+    config: ScoreConfig,
+    kept: BaseAnswers,
+    prefixes: Prefixes,
+    splits: int = 0,
+) -> Iterator[tuple[list[Probe], int, _Reply, _Reply]]:
+    """Both models' replies to a batch; where memory runs out, to its halves, each with how often it was halved.
+
+    What is kept for later goes first: that changes no bit. Halves may differ from the whole by rounding, but the base model
+    answers the same halves. A single row that does not fit is an error.
+    """
+    try:
+        before, after = _both(base, overlay, batch, config, kept, prefixes)
+    except Exception as error:
+        if not out_of_memory(error) or (len(batch) == 1 and not prefixes.used):
+            raise
+    else:
+        yield batch, splits, before, after
+        return
+    # here, and not in the handler: the exception holds on to the tensors of the forward that failed
+    halves = [batch]
+    if not prefixes.release():
+        halves, splits = [batch[: len(batch) // 2], batch[len(batch) // 2 :]], splits + 1
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+    for half in halves:
+        yield from _fitting(base, overlay, half, config, kept, prefixes, splits)
 
 
 def _both(
@@ -403,6 +444,7 @@ class _Found:
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = {}
         self.extra: dict[str, float] = {}
+        self.splits = 0
 
     def add(self, probe: Probe, before: Answer, after: Answer, before_text: Text, after_text: Text) -> None:
         target = probe.encoded.target
@@ -435,6 +477,7 @@ class _Found:
         for name in EXTRA_COLUMNS:
             value = self.extra.get(name)
             out[name] = value if value is not None and math.isfinite(value) else None
+        out["score_splits"] = self.splits
         return out
 
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 import resource
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from workers.artifacts import ArtifactData
+from workers.failures import may_pass
 from workers.job import Lane, StreamJob, Tick, moments, timeline
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
@@ -32,13 +34,17 @@ from workers.types import JSON, EditRequest
 
 @dataclass(frozen=True)
 class GroupFailure:
-    """A lane whose numbers stopped being finite. Its group has no complete rows; the other lanes go on."""
+    """A lane whose numbers stopped being finite, or whose wave raised. Its group has no complete rows; others go on.
+
+    ``kind`` is ``diverged`` or the exception's class, ``trace`` its traceback.
+    """
 
     cell_id: str
     group: int
     position: int
     kind: str
     message: str
+    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,9 @@ class Stream:
     ) -> Iterator[StepResult]:
         """Yield one result per step. ``start`` is 0 or one of ``bounds``; ``state`` is what the step ending there gave.
 
-        Raises whatever the method raises: a bug or a device running out of memory ends the stream, and what was yielded
-        before stays valid.
+        What the method raises ends the wave: its groups fail, the next wave starts from the pristine model. Raised are
+        only errors that may pass (:func:`workers.failures.may_pass`), such as a device running out of memory in an edit;
+        what was yielded before stays valid.
         """
         if start not in (0, *bounds):
             raise ValueError(f"start {start} is not a step boundary of {list(bounds)}")
@@ -135,13 +142,18 @@ class Stream:
                 tick = self.ticks[index]
                 if wave is None:
                     wave = self._begin(tick)
-                clock = self._now()
-                if tick.kind == "edit":
-                    edits += self._edit(wave, tick, failures)
-                    edit_seconds += self._now() - clock
+                try:
                     clock = self._now()
-                rows += self._score(wave, tick)
-                score_seconds += self._now() - clock
+                    if tick.kind == "edit":
+                        edits += self._edit(wave, tick, failures)
+                        edit_seconds += self._now() - clock
+                        clock = self._now()
+                    rows += self._score(wave, tick)
+                    score_seconds += self._now() - clock
+                except Exception as error:
+                    if may_pass(error):
+                        raise
+                    self._fail_wave(wave, tick, error, failures)
                 if tick.last:
                     wave = None  # rollback: the overlay is dropped, the base was never touched
                 if on_tick is not None:
@@ -157,11 +169,13 @@ class Stream:
 
     def _edit(self, wave: _Wave, tick: Tick, failures: list[GroupFailure]) -> int:
         """Edit positions ``start .. stop`` of every lane; returns how many edits the living lanes made."""
+        alive = wave.alive()
+        if not alive:
+            return 0
         clock = self._now()
         outcomes = self.method.edit(wave.overlay, [self._lane_edit(lane, tick) for lane in wave.lanes])
-        alive = wave.alive()
         size = tick.stop - tick.start
-        seconds = (self._now() - clock) / (size * max(1, len(alive)))
+        seconds = (self._now() - clock) / (size * len(alive))
         for i in alive:
             out = outcomes[i]
             entry: dict[str, JSON] = {
@@ -172,9 +186,9 @@ class Stream:
             }
             wave.log[i] += [entry] * size
             if out.loss is not None and not math.isfinite(out.loss):
-                self._fail(wave, i, tick, f"loss became {out.loss}", failures)
+                failures += self._fail(wave, i, tick, "diverged", f"loss became {out.loss}")
             elif not wave.overlay.finite(i):
-                self._fail(wave, i, tick, "a weight became non-finite", failures)
+                failures += self._fail(wave, i, tick, "diverged", "a weight became non-finite")
         return size * len(wave.alive())
 
     def _score(self, wave: _Wave, tick: Tick) -> list[dict[str, JSON]]:
@@ -220,17 +234,23 @@ class Stream:
                 rows.append(place | row)
         return rows
 
-    def _fail(self, wave: _Wave, i: int, tick: Tick, message: str, failures: list[GroupFailure]) -> None:
+    def _fail(
+        self, wave: _Wave, i: int, tick: Tick, kind: str, message: str, trace: str = ""
+    ) -> Iterator[GroupFailure]:
         """Freeze lane ``i``: it is put back to the pristine state and its rows are no longer reported."""
         wave.dead.add(i)
         wave.overlay.load_state(i, self.method.new_overlay(1).state(0))
         for share in wave.lanes[i].shares:
             cell = self.job.cells[share.cell].cell_id
-            reached = 0 if self.job.rollback == "group" else tick.start // self.job.T_of(share)
-            failures += [
-                GroupFailure(cell, group, tick.start, "diverged", f"at edit {tick.start}: {message}")
-                for group in range(max(share.group, reached), share.stop_group)
-            ]
+            reached = 0 if self.job.rollback == "group" else (tick.edits_applied - 1) // self.job.T_of(share)
+            for group in range(max(share.group, reached), share.stop_group):
+                yield GroupFailure(cell, group, tick.start, kind, message, trace)
+
+    def _fail_wave(self, wave: _Wave, tick: Tick, error: Exception, failures: list[GroupFailure]) -> None:
+        """Freeze every lane: an exception does not say whose request raised it, and the overlay may be half edited."""
+        trace = "".join(traceback.format_exception(error))
+        for i in wave.alive():
+            failures += self._fail(wave, i, tick, type(error).__name__, str(error)[:1000], trace)
 
     # --- where a lane's requests and random numbers come from ---
 
