@@ -5,13 +5,14 @@ Every command imports what it needs when it runs: `status`, `query` and `report`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -60,6 +61,7 @@ RemoteCode = Annotated[
 _LISTED = 10
 """Cells, or failures of a cell, that are listed one by one."""
 
+_FORCE_SECONDS = 5.0
 _CELL_CHARACTERS = 1000
 """What is shown of one value in a terminal."""
 
@@ -474,9 +476,12 @@ def query(
     results = _existing(folder)
     out = Output()
     if output != "table":
-        write(results.sql(sql, time_limit), output, out.raw())
+        with _ended_by_force(time_limit + _FORCE_SECONDS, out):
+            table = results.sql(sql, time_limit)
+        write(table, output, out.raw())
         return
-    shown, total = results.first_rows(sql, limit, time_limit)
+    with _ended_by_force(time_limit + _FORCE_SECONDS, out):
+        shown, total = results.first_rows(sql, limit, time_limit)
     numbers = [
         i for i, kind in enumerate(shown.schema.types) if str(kind).startswith(("int", "uint", "double", "float"))
     ]
@@ -490,6 +495,24 @@ def _cell(value: JSON) -> str:
     if value is None:
         return "-"
     return f"{value:.6g}" if isinstance(value, float) else _shortened(str(value), _CELL_CHARACTERS)
+
+
+@contextlib.contextmanager
+def _ended_by_force(seconds: float, out: Output) -> Iterator[None]:
+    """End the process if the block takes longer: a query is interrupted between two pieces of work, and one can be endless."""
+    import threading
+
+    def end() -> None:
+        out.error(f"the query did not stop when told to; ended by force after {seconds:.0f} s")
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _shortened(text: str, most: int) -> str:

@@ -66,9 +66,7 @@ class S3Store(Store):
             raise EditSweepError(
                 f"{self.where()}: results in a bucket need boto3: pip install 'editsweep[s3]' ({error})"
             ) from None
-        config = Config(
-            connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 6}
-        )
+        config = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 6})
         with self._telling("reach", ""):
             return boto3.session.Session().client("s3", config=config)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from orchestrator.journal import Attempt, Journal, ShardManifest
-from orchestrator.store import LocalStore
+from orchestrator.store import LocalStore, open_store
 from orchestrator.table import STREAM_COLUMNS, VARYING, CentralTable, sort_rows
 from workers.job import Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, Tick, cut_steps, moments, timeline
 
@@ -196,14 +196,14 @@ def comparable(table: pa.Table) -> pa.Table:
 def run_shard(root: str, manifest: str) -> None:
     """Resumes a shard and runs it to its end; made to be killed."""
     shard = ShardManifest.model_validate_json(manifest)
-    journal = Journal(LocalStore(root))
+    journal = Journal(open_store(root))
     journal.begin(shard)
     commit_steps(journal.claim(shard.shard_id, "r1", {"host": "h"}))
 
 
 def gather_shards(root: str, shards: Sequence[Sequence[str]], barrier: Any = None) -> None:
     """Gathers batch after batch."""
-    store = LocalStore(root)
+    store = open_store(root)
     table, journal = CentralTable(store), Journal(store)
     if barrier is not None:
         barrier.wait()
@@ -213,14 +213,14 @@ def gather_shards(root: str, shards: Sequence[Sequence[str]], barrier: Any = Non
 
 def claim_attempts(root: str, shard_id: str, times: int, barrier: Any, answer: Any) -> None:
     """Claims a shard again and again."""
-    journal = Journal(LocalStore(root))
+    journal = Journal(open_store(root))
     barrier.wait()
     answer.put([journal.claim(shard_id, "r1").number for _ in range(times)])
 
 
 def publish_keys(root: str, me: str, keys: int, barrier: Any, answer: Any) -> None:
     """Tries to publish every key; answers which it got."""
-    store = LocalStore(root)
+    store = open_store(root)
     barrier.wait()
     answer.put((me, [key for key in range(keys) if store.publish_new(f"race/{key}", me.encode() * 1000)]))
 
@@ -233,7 +233,7 @@ def publish_unprivileged(root: str, answer: Any) -> None:
         os.setgid(65534)
         os.setuid(65534)
     try:
-        LocalStore(root).publish_new("table/x", b"data")
+        open_store(root).publish_new("table/x", b"data")
     except Exception as error:
         answer.put((type(error).__name__, str(error)))
 
@@ -243,7 +243,7 @@ def publish_beyond_limit(root: str, answer: Any) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    store = LocalStore(root)
+    store = open_store(root)
     try:
         store.publish_new("table/big", b"x" * 5000)
     except Exception as error:

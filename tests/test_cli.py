@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,35 @@ def test_query_limit_and_errors(call: Any, results: Path) -> None:
     assert "3 of 16 rows" in err
     fails(call("query", results, "SELECT nothing FROM edits"), 2, ["nothing"])
     fails(call("query", results, "SELECT * FROM read_csv('/etc/passwd')"), 2, [])
+
+
+ENDLESS = "WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r) SELECT count(*) FROM r"
+STUBBORN = "SELECT length(repeat(chr(9000), 600000000))"  # one function call of several seconds
+
+
+def test_a_query_is_stopped_and_its_answer_is_bounded(call: Any, results: Path) -> None:
+    fails(call("query", results, ENDLESS, "--time-limit", "0.5"), 2, ["longer than 0.5 s"])
+    many = "SELECT a.case_id FROM edits a, edits b, edits c, edits d, edits e"
+    _, out, err = call("query", results, many, "--limit", "3")
+    assert len(out.splitlines()) < 10
+    assert "3 of 1048576 rows" in err
+    _, out, _ = call("query", results, "SELECT repeat('x', 100000) AS long")
+    assert "(100000 characters)" in out
+    assert len(out) < 3000
+
+
+def test_a_query_that_does_not_listen_is_ended(results: Path) -> None:
+    code = (
+        "import sys; from orchestrator import cli; cli._FORCE_SECONDS = 0.5\n"
+        "cli.main(['query', sys.argv[1], sys.argv[2], '--time-limit', '0.2'])"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(results), STUBBORN], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done
+    assert "stopped" in done.stderr or "ended by force" in done.stderr
+    assert time.monotonic() - began < 30
 
 
 def test_text_is_never_markup(call: Any, results: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -240,9 +241,7 @@ def test_only_some_cells(tmp_path: Path, reference: list[dict[str, Any]]) -> Non
     assert placeless(rows(tmp_path / "r")) == placeless(reference)
 
 
-def test_forgotten_cells_are_gone_and_come_back_when_asked_for(
-    tmp_path: Path, reference: list[dict[str, Any]]
-) -> None:
+def test_forgotten_cells_are_gone_and_come_back_when_asked_for(tmp_path: Path, reference: list[dict[str, Any]]) -> None:
     def kill(step: StepReport) -> None:
         if step.edits and len({s.shard_id for s in watch.steps}) == 2:
             raise Stop
@@ -341,7 +340,9 @@ def test_ctrl_c_waits_ten_seconds_for_the_step_and_no_longer(
             time.sleep(0.01)
         return edit(self, overlay, lanes)
 
-    for patience, again in ((0.3, False), (15.0, True)):
+    again = False
+    for patience in (0.3, 15.0):
+        again = patience > 10
         interrupted.clear()
         with monkeypatch.context() as patch:
             patch.setattr(FT, "edit", slow)
@@ -438,6 +439,134 @@ def test_an_owner_elsewhere_is_watched_by_its_heartbeat(tmp_path: Path, monkeypa
                 first.check()
             second.check()
     assert locking.owner(store) is None
+
+
+def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> None:
+    """SIGSTOP, takeover, SIGCONT: its very next check notices, before its heartbeat has had time to."""
+    code = (
+        "import sys, time; from orchestrator import lock; from orchestrator.store import LocalStore\n"
+        "with lock.acquire(LocalStore(sys.argv[1]), 'slow', print) as held:\n"
+        "    held.beat_seconds = 0.1; print('held', flush=True)\n"
+        "    last = time.monotonic()\n"
+        "    while True:\n"
+        "        now = time.monotonic()\n"
+        "        if now - last > 1: break\n"  # woke up
+        "        last = now\n"
+        "    try: held.check()\n"
+        "    except lock.LockLost as error: print('told:', error, flush=True); sys.exit(7)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    store = LocalStore(tmp_path)
+    with pytest.raises(locking.Locked):
+        locking.acquire(store, "r2", print)
+    process.send_signal(signal.SIGSTOP)
+    said: list[str] = []
+    time.sleep(0.3)
+    with locking.acquire(store, "r2", said.append, silent_seconds=1.5) as lock:
+        assert "watching its heartbeat" in said[0] and "taking over" in said[1]
+        process.send_signal(signal.SIGCONT)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == 7
+        assert text.startswith("told: another `editsweep run` took this results folder over")
+        lock.check()
+
+
+@pytest.mark.slow
+def test_a_driver_stopped_across_a_takeover_changes_nothing(
+    tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]]
+) -> None:
+    spec, folder = spec_file(tmp_path), tmp_path / "r"
+    process = launch(spec, folder, home, "--engine", "local")
+    wait_for(lambda: committed(folder) >= 2, process)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 7.0))
+        watch = Watch()
+
+        def wake(step: StepReport) -> None:
+            if len(watch.steps) == 4:
+                process.send_signal(signal.SIGCONT)
+
+        watch.on_step = wake
+        outcome = run(folder, watch)
+    assert any("taking over" in warning for warning in watch.warnings)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, text
+    assert "took this results folder over" in text
+    if outcome.exit_code:  # the old driver may have claimed the shard at hand before it looked
+        outcome = run(folder)
+    assert outcome.exit_code == 0
+    assert rows(folder) == reference
+    assert not list(folder.glob("parts/*"))
+
+
+# --- storage that fails ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission denied")],
+)
+def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]], number: int, words: str
+) -> None:
+    """Every write fails from some moment on, half of its bytes written."""
+    temporary, left = LocalStore._temporary, [12]
+
+    @contextlib.contextmanager
+    def failing(self: LocalStore, path: Path, data: bytes) -> Iterator[Path]:
+        left[0] -= 1
+        if left[0] < 0:
+            (path.parent / ".tmp-half").write_bytes(data[: len(data) // 2])
+            raise OSError(number, os.strerror(number))
+        with temporary(self, path, data) as found:
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "_temporary", failing)
+        patch.setattr(execute, "BACKOFF_SECONDS", 0.01)
+        with pytest.raises(EditSweepError, match=rf"cannot write {tmp_path}.*{words}.*run the same command again"):
+            run(tmp_path / "r")
+    # the lock could not be released, and the process that held it is this one
+    monkeypatch.setattr(locking.Owner, "alive_here", lambda self: False)
+    assert run(tmp_path / "r").exit_code == 0
+    assert rows(tmp_path / "r") == reference
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]]) -> None:
+    """A small file system, which is made larger afterwards."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        (disk / "ballast").write_bytes(b"x" * (150 << 10))
+        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, text
+        assert "the disk is full" in text
+        assert "Traceback" not in text
+        kept = len(rows(disk / "r"))
+        assert kept < len(reference)
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, text
+        assert rows(disk / "r") == reference
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert rows(disk / "r") == reference  # reading needs no writing
+        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, text
+        assert "read-only" in text
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
 # --- Ray -------------------------------------------------------------------------------------------------------------

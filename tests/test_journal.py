@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -187,6 +189,29 @@ def test_what_a_zombie_writes_does_not_count(tmp_path: Path, store: LocalStore, 
     assert journal.progress("s0").committed == new.position
     commit_steps(journal.claim("s0", "r3"))
     assert result(store) == undisturbed(tmp_path / "clean", manifest)
+
+
+def test_a_process_stopped_and_replaced_changes_nothing(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+    """SIGSTOP in the middle, replaced, finished, gathered, SIGCONT: the table stays as it is and the next gather tidies."""
+    manifest = make_manifest(groups=6, step_edits=2)
+    expected = undisturbed(tmp_path / "clean", manifest)
+    for gather_first in (False, True):
+        process = processes().Process(target=run_shard, args=(str(store.root), manifest.model_dump_json()))
+        process.start()
+        while len(files(store, "parts/s0/*/*.parquet")) < 2:
+            assert process.is_alive()
+        os.kill(process.pid or 0, signal.SIGSTOP)
+        finish(journal, manifest)
+        if gather_first:
+            CentralTable(store).gather(journal)
+        os.kill(process.pid or 0, signal.SIGCONT)
+        process.join(60)
+        assert process.exitcode is not None
+        assert comparable(CentralTable(store).scan(journal)) == expected
+        CentralTable(store).gather(journal)
+        assert comparable(CentralTable(store).scan(journal)) == expected
+        assert journal.shard_ids() == []
+        shutil.rmtree(store.root / "table")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "foreign", "delete"])

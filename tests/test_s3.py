@@ -1,0 +1,271 @@
+"""A results folder in a bucket, against a real server of the S3 protocol on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("boto3")
+pytest.importorskip("moto.server")
+
+import boto3
+from botocore.awsrequest import AWSResponse
+from moto.server import ThreadedMotoServer
+
+from orchestrator import lock as locking
+from orchestrator.journal import Journal
+from orchestrator.query import open_results
+from orchestrator.s3 import S3Store
+from orchestrator.store import Missing, StoreError, open_store
+from orchestrator.table import CentralTable
+from tests.shards import (
+    commit_steps,
+    comparable,
+    finish,
+    gather_shards,
+    make_manifest,
+    processes,
+    publish_keys,
+    run_shard,
+    undisturbed,
+)
+from workers.types import EditSweepError
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIABLES = {
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in {**VARIABLES, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="lab")
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def where(endpoint: str, tmp_path: Path) -> str:
+    return f"s3://lab/{tmp_path.name}/r"
+
+
+@pytest.fixture
+def store(where: str) -> S3Store:
+    found = open_store(where)
+    assert isinstance(found, S3Store)
+    return found
+
+
+def test_the_verbs(store: S3Store, where: str) -> None:
+    assert store.list("") == [] and not store.exists("")
+    assert store.publish_new("f/x", b"12")
+    assert not store.publish_new("f/x", b"other")
+    assert store.publish_new("f/y/z", b"1")
+    assert store.read("f/x") == b"12"
+    store.replace("f/x", b"123")
+    with store.open("f/x") as file:
+        assert file.read() == b"123"
+    assert [(e.key, e.name, e.folder, e.size) for e in store.list("f")] == [
+        ("f/x", "x", False, 3),
+        ("f/y", "y", True, 0),
+    ]
+    assert store.exists("f") and store.exists("f/x") and store.exists("f/y")
+    assert not store.exists("f/xx") and not store.exists("g")
+    store.delete("f/x")
+    store.delete("f/x")
+    store.delete_folder("f")
+    store.delete_folder("f")
+    store.sync("f")
+    store.tidy("f")
+    assert store.list("f") == [] and not store.exists("f")
+    for action in (store.read, store.open):
+        with pytest.raises(Missing, match=f"{where}/f/x: no such object"):
+            action("f/x")
+    with pytest.raises(ValueError, match="not a key"):
+        store.read("../x")
+    with pytest.raises(ValueError, match="whole results folder"):
+        store.delete_folder("")
+
+
+def test_more_than_one_page(store: S3Store) -> None:
+    for number in range(1105):
+        store.replace(f"f/{number:05d}", b"")
+    assert [entry.name for entry in store.list("f")] == [f"{number:05d}" for number in range(1105)]
+    store.delete_folder("f")
+    assert store.list("f") == []
+
+
+def test_large_objects_are_read_in_part(store: S3Store) -> None:
+    data = os.urandom(9 << 20)
+    store.replace("big", data)
+    with store.open("big") as file:
+        file.seek(-10, 2)
+        assert file.read() == data[-10:]
+        file.seek(5 << 20)
+        assert file.read(7) == data[5 << 20 :][:7]
+
+
+@pytest.mark.parametrize("text", ["s3://", "s3://lab", "s3:///x", "s3://lab/a//b", "s3://lab/x?region=y"])
+def test_addresses_of_no_use(text: str) -> None:
+    with pytest.raises(EditSweepError, match=r"s3://"):
+        open_store(text)
+
+
+def test_what_is_wrong_is_said(store: S3Store, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match=r"cannot write s3://nowhere/r/.*: no such bucket"):
+        open_store("s3://nowhere/r").publish_new("x", b"")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(StoreError, match=r"cannot read s3://lab/r/x: .*http://127.0.0.1:1"):
+        open_store("s3://lab/r").read("x")
+
+
+def test_a_service_that_ignores_the_condition_is_refused(where: str) -> None:
+    store = S3Store(where)
+    store._client.meta.events.register(
+        "before-send.s3.PutObject", lambda request, **_: request.headers.__delitem__("If-None-Match")
+    )
+    with pytest.raises(StoreError, match="ignores `If-None-Match"):
+        store.publish_new("x", b"1")
+    assert S3Store(where).list("lock") == []
+
+
+def test_an_answer_that_got_lost(where: str, store: S3Store) -> None:
+    """The object is written, the reply is an error, the SDK tries again and is told that the name is taken."""
+    losing = S3Store(where)
+    losing.probe()
+    lost: list[str] = []
+
+    def lose(request: Any, **_: Any) -> AWSResponse | None:
+        if lost:
+            return None
+        lost.append(request.url)
+        store.replace("x", b"mine")
+        return AWSResponse(request.url, 500, {}, _Empty())
+
+    losing._client.meta.events.register("before-send.s3.PutObject", lose)
+    assert losing.publish_new("x", b"mine")
+    assert len(lost) == 1
+    lost.clear()
+    assert not losing.publish_new("x", b"another's")
+
+
+class _Empty:
+    def stream(self, **_: Any) -> Iterator[bytes]:
+        return iter(())
+
+
+def test_publishing_at_once_has_one_winner(store: S3Store, where: str) -> None:
+    context = processes()
+    barrier, answer = context.Barrier(2), context.SimpleQueue()
+    runs = [context.Process(target=publish_keys, args=(where, me, 20, barrier, answer)) for me in "ab"]
+    for run in runs:
+        run.start()
+    won = dict(answer.get() for _ in runs)
+    for run in runs:
+        run.join()
+    for me, keys in won.items():
+        assert all(store.read(f"race/{key}") == me.encode() * 1000 for key in keys)
+    assert sorted(key for keys in won.values() for key in keys) == list(range(20))
+
+
+def test_killed_at_any_moment_and_gathered_the_table_is_the_same(tmp_path: Path, store: S3Store, where: str) -> None:
+    manifests = [make_manifest(f"s{i}", cell=f"c{i}", groups=2) for i in range(3)]
+    expected = undisturbed(tmp_path / "clean", *manifests)
+    journal = Journal(store)
+    journal.begin(manifests[0])
+    commit_steps(journal.claim("s0", "r0"), 2)
+    process = processes().Process(target=run_shard, args=(where, manifests[0].model_dump_json()))
+    process.start()
+    deadline = time.monotonic() + 60
+    while journal.progress("s0").attempts < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    finish(journal, *manifests)
+    process = processes().Process(target=gather_shards, args=(where, [[m.shard_id] for m in manifests]))
+    process.start()
+    while process.is_alive():
+        assert comparable(CentralTable(store).scan(journal)) == expected
+    process.join()
+    assert process.exitcode == 0
+    assert journal.shard_ids() == []
+    assert comparable(CentralTable(store).scan()) == expected
+    data = bytearray(store.read("table/000002.parquet"))
+    data[1000] ^= 1
+    store.replace("table/000002.parquet", bytes(data))
+    assert CentralTable(store).verify() == [2]
+    assert store.exists("table/bad/000002.parquet")
+
+
+def test_one_driver_at_a_time(store: S3Store) -> None:
+    with locking.acquire(store, "r1", print), pytest.raises(locking.Locked, match="in use by another"):
+        locking.acquire(store, "r2", print)
+    with locking.acquire(store, "r3", print) as lock:
+        lock.check()
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.mark.slow
+def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tmp_path / "s.yaml"
+    spec.write_text(
+        yaml.safe_dump(
+            {
+                "name": "bucket",
+                "model": {"name": "embedded", "device": "cpu"},
+                "dataset": {"kind": "tinyworld", "edits": 12},
+                "grid": {"T": [1, 6], "seeds": [0]},
+                "methods": [{"method": "rome", "hparams": {"v_num_grad_steps": 2}}],
+                "scoring": {"generated": False},
+                "engine": {"lanes": 2, "shard_edits": 6, "step_edits": 2},
+            }
+        )
+    )
+    run = ["run", str(spec), "--engine", "local", "--results"]
+    local = run_cli(*run, str(tmp_path / "local"))
+    assert local.returncode == 0, local.stderr
+    process = subprocess.Popen([sys.executable, "-m", "orchestrator.cli", *run, where], cwd=ROOT)
+    journal, deadline = Journal(store), time.monotonic() + 120
+    while not any(store.list(f"parts/{shard}/0001") for shard in journal.shard_ids()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = run_cli(*run, where)
+    assert again.returncode == 0, again.stderr
+    assert "taking over" in again.stderr
+    here, there = open_results(str(tmp_path / "local")), open_results(where)
+    assert comparable(here.table()) == comparable(there.table())
+    monkeypatch.setattr("orchestrator.query._IN_MEMORY_BYTES", 0)
+    assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [48]
+    status = json.loads(run_cli("status", where, "--json").stdout)
+    assert (status["finished"], status["running"]) == (2, None)
+    assert "removed: 1 cells, 24 rows" in run_cli("forget", where, "--cells", "T=6", "--yes").stdout
+    assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [24]
+    missing = run_cli("status", "s3://lab/none/r")
+    assert missing.returncode == 2
+    assert "s3://lab/none/r is not a results folder" in missing.stderr
