@@ -27,12 +27,12 @@ from orchestrator import lock as locking
 from orchestrator.cli import read_status
 from orchestrator.execute import Outcome, ResultsError, StepReport, View, run_sweep
 from orchestrator.forget import forget, look_up
-from orchestrator.journal import Journal
+from orchestrator.journal import Journal, Superseded
 from orchestrator.local import run_local
 from orchestrator.plan import Plan, Shard
 from orchestrator.query import open_results
 from orchestrator.spec import RaySpec, SweepSpec, parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.store import LocalStore, StoreError
 from workers import scoring
 from workers.models import EMBEDDED
 from workers.types import EditSweepError, SpecError
@@ -681,6 +681,47 @@ def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
     assert process.returncode == 0, text
     assert rows(folder) == reference
     assert not list(folder.glob("parts/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str, str], presses: int) -> None:
+    endless = spec_file(tmp_path, methods=[{"method": "ft", "hparams": {"num_steps": 1000, "lr": 1e-9}}], grid={"T": 12})
+    endless.write_text(endless.read_text().replace("step_edits: 3", "step_edits: 1000"))
+    folder = tmp_path / "r"
+    process = launch(endless, folder, home, "--max-actors", "1")
+    wait_for(lambda: shard_pids(folder), process)
+    time.sleep(3)
+    began = time.monotonic()
+    for _ in range(presses):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, text
+    assert "run the same command again" in text or "continue with:" in text
+    assert "Traceback" not in text
+    assert time.monotonic() - began < (25 if presses == 1 else 15)
+    assert committed(folder) == 0
+
+
+def test_a_trial_ends_where_trying_again_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.trial import ShardTrial
+
+    def step(error: Exception) -> dict[str, Any]:
+        trial = ShardTrial.__new__(ShardTrial)
+
+        def steps() -> Iterator[StepReport]:
+            raise error
+            yield
+
+        trial._steps = steps()
+        return trial.step()
+
+    assert step(ValueError("no")) == {"done": True, "report": None, "failed": "ValueError: no"}
+    for error in (OSError("no"), Superseded("no"), StoreError("write", "x", "no"), MemoryError()):
+        with pytest.raises(type(error)):
+            step(error)
 
 
 @pytest.mark.slow

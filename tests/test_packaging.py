@@ -40,7 +40,7 @@ def canonical(name: str) -> str:
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras["test"], *extras["plots"]]]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras["test"], *extras["plots"], *extras["s3"]]]
 
 
 # --- pyproject and constraints -------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def requirements() -> list[Requirement]:
 def test_distribution() -> None:
     assert (PROJECT["name"], PROJECT["version"]) == ("editsweep", "0.1.0")
     assert PROJECT["scripts"] == {"editsweep": "orchestrator.cli:main"}
-    assert set(PROJECT["optional-dependencies"]) == {"test", "plots"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "plots", "s3"}
 
 
 def test_console_script_exists() -> None:
@@ -97,7 +97,7 @@ def test_code_imports_only_what_is_required() -> None:
     named = {canonical(Requirement(text).name) for text in PROJECT["dependencies"]}
     named |= {"yaml"} if "pyyaml" in named else set()
     named |= {"pandas"}  # ray[tune] requires it; Results.to_pandas() is all that needs it
-    optional = {"matplotlib"}
+    optional = {"matplotlib", "boto3", "botocore"}
     used = {canonical(name) for name in third_party_imports("orchestrator") | third_party_imports("workers")}
     assert used - named - optional == set()
 
@@ -319,7 +319,7 @@ def test_contracts_hold() -> None:
 
 
 def test_every_light_module_stands_in_the_contract() -> None:
-    light = ("store", "journal", "table", "query", "report", "paths")
+    light = ("store", "s3", "journal", "table", "query", "report", "paths", "lock", "select", "forget")
     written = {f"orchestrator.{name}" for name in light if (ROOT / "orchestrator" / f"{name}.py").exists()}
     assert written == set(CONTRACTS["reading-results-is-light"]["source_modules"])
 
