@@ -43,8 +43,8 @@ KEY = ("cell_id", "group", "position", "scored", "edits_applied")
 SWEEP: dict[str, Any] = {
     "name": "chaos",
     "model": {"name": "embedded", "device": "cpu"},
-    "dataset": {"kind": "tinyworld", "edits": 48},
-    "grid": {"T": [1, 48], "seeds": [0]},
+    "dataset": {"kind": "tinyworld"},
+    "grid": {"seeds": [0]},
     "methods": [
         {"method": "ft", "hparams": {"num_steps": 6}},
         {"method": "rome", "hparams": {"v_num_grad_steps": 4}},
@@ -63,7 +63,7 @@ SWEEP: dict[str, Any] = {
     "scoring": {"generated": False},
     "engine": {"lanes": 4, "shard_edits": 12, "step_edits": 4, "max_failures": 1000, "max_actors": 2},
 }
-"""Five method states; T=48 is one group of twelve commits, so that most faults fall into the middle of a group."""
+"""Five method states; N and T are added: T=N is one group of many commits, so that most faults fall into its middle."""
 
 ELSEWHERE = (
     "import sys; from orchestrator import cli, lock\nlock.Owner.alive_here = lambda self: None\ncli.main(sys.argv[1:])"
@@ -73,17 +73,18 @@ ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many faults of each kind."""
+    """How many faults of each kind, in sweeps of so many edits a cell."""
 
     actors: int
     drivers: int
     nodes: int
     pauses: int
     damages: int
+    edits: int = 48
 
 
 LONG = Wanted(actors=50, drivers=15, nodes=5, pauses=5, damages=10)
-SHORT = Wanted(actors=4, drivers=2, nodes=1, pauses=1, damages=3)
+SHORT = Wanted(actors=3, drivers=1, nodes=1, pauses=1, damages=2, edits=24)
 
 
 @dataclass
@@ -102,12 +103,13 @@ Rows = dict[tuple[Any, ...], dict[str, Any]]
 class Chaos:
     """One session: the undisturbed rows, and the faults."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, edits: int) -> None:
         self.root = root
         self.rng = random.Random(seed)
         self.verdict = Verdict()
         self.spec = root / "chaos.yaml"
-        self.spec.write_text(yaml.safe_dump(SWEEP))
+        size = {"dataset": {**SWEEP["dataset"], "edits": edits}, "grid": {**SWEEP["grid"], "T": [1, edits]}}
+        self.spec.write_text(yaml.safe_dump({**SWEEP, **size}))
         (root / "h").mkdir()
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         inside = {"HOME": str(root / "h"), "TMPDIR": str(root), "RAY_TMPDIR": str(root), "OMP_NUM_THREADS": "1"}
@@ -400,8 +402,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # short: socket paths are bounded
     root = args.keep.resolve() if args.keep else Path(tempfile.mkdtemp(prefix="es-", dir="/tmp"))
     wanted = SHORT if args.short else LONG
-    chaos = Chaos(root, seed)
-    asleep = wanted.pauses // 2
+    chaos = Chaos(root, seed, wanted.edits)
+    asleep = (wanted.pauses + 1) // 2
     parts: dict[str, Callable[[], None]] = {
         "kills": lambda: chaos.kills(wanted.actors, wanted.drivers),
         "nodes": lambda: chaos.nodes(wanted.nodes, wanted.pauses - asleep),
