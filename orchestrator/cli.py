@@ -261,7 +261,7 @@ def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: b
 
 @contextmanager
 def _naming(spec_file: Path) -> Iterator[None]:
-    """What the planner finds wrong with a spec, or with the data and the model it names, names its file, as what the parser finds does."""
+    """What the planner finds wrong with a spec, or with what it names, tells the spec's file, as the parser's messages do."""
     try:
         yield
     except (SpecError, DataError, ModelError) as error:
