@@ -32,14 +32,22 @@ FIXTURES = Path(__file__).parent / "data"
 SAMPLES = {
     "zsre": FIXTURES / "zsre_mend_eval_sample.json",
     "counterfact": FIXTURES / "counterfact_sample.json",
+    "hallucination": FIXTURES / "hallucination_sample.json",
+    "temporal": FIXTURES / "temporal_sample.json",
+    "wikibigedit": FIXTURES / "wikibigedit_sample.json",
+    "knowedit": FIXTURES / "knowedit_sample.json",
+    "mquake": FIXTURES / "mquake_sample.json",
     "jsonl": FIXTURES / "requests_sample.jsonl",
 }
+WIKIBIO = FIXTURES / "knowedit_wikibio_sample.json"
 FILE_KINDS = tuple(SAMPLES)
 
 ZSRE = json.loads(SAMPLES["zsre"].read_text(encoding="utf-8"))
 COUNTERFACT = json.loads(SAMPLES["counterfact"].read_text(encoding="utf-8"))
 JSONL = [json.loads(line) for line in SAMPLES["jsonl"].read_text(encoding="utf-8").splitlines() if line.strip()]
-RAW: dict[str, list[dict[str, Any]]] = {"zsre": ZSRE, "counterfact": COUNTERFACT, "jsonl": JSONL}
+RAW: dict[str, list[dict[str, Any]]] = {
+    kind: JSONL if kind == "jsonl" else json.loads(path.read_text(encoding="utf-8")) for kind, path in SAMPLES.items()
+}
 
 
 def write(path: Path, kind: str, records: Any) -> Path:
@@ -233,7 +241,8 @@ def test_train_path_belongs_to_zsre(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_lists_the_valid_ones() -> None:
-    with pytest.raises(DataError, match="unknown data set 'zsRE'; valid kinds: counterfact, jsonl, tinyworld, zsre"):
+    kinds = "counterfact, hallucination, jsonl, knowedit, mquake, temporal, tinyworld, wikibigedit, zsre"
+    with pytest.raises(DataError, match=f"unknown data set 'zsRE'; valid kinds: {kinds}"):
         load_dataset("zsRE", SAMPLES["zsre"])
     assert set(DATASETS) == {"tinyworld", *FILE_KINDS}
 
