@@ -32,6 +32,14 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+LINES = (
+    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+INLINE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[I] {{ m['content'] }} [/I]"
+    "{% else %} {{ m['content'] }}{% endif %}{% endfor %}"
+)
 REQUEST = golden_requests(1)[0]
 
 METHODS: dict[str, MethodConfig] = {
@@ -84,13 +92,11 @@ def test_tokens_of_a_chat(arch: str) -> None:
 @pytest.mark.parametrize(
     ("template", "between"),
     [
-        ("{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}\n{% endfor %}"
-         "{% if add_generation_prompt %}<assistant>\n{% endif %}", ""),
-        ("{% for m in messages %}{% if m['role'] == 'user' %}[I] {{ m['content'] }} [/I]"
-         "{% else %} {{ m['content'] }}{% endif %}{% endfor %}", " "),
+        (LINES, ""),
+        (INLINE, " "),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}think{% endif %}", ""),
     ],
-)  # fmt: skip
+)
 def test_the_answer_stands_where_the_template_puts_it(template: str, between: str) -> None:
     encoder = chatty("llama", template).encoder
     pair = encoder.pair("Who", "him")

@@ -30,8 +30,8 @@ def cut_windows(encoder: Encoder, text: str, tokens: int, window: int, path: Pat
     start: tuple[int, ...] = ()
     if ids and ids[0] == encoder.tokenizer.bos_token_id:
         start, ids = ids[:1], ids[1:]
-    width = max(1, window - len(start))
-    windows = [(*start, *ids[at : at + width]) for at in range(0, min(tokens, len(ids)), width)]
+    ids, width = ids[:tokens], max(1, window - len(start))
+    windows = [(*start, *ids[at : at + width]) for at in range(0, len(ids), width)]
     windows = [cut for cut in windows if len(cut) > 1]
     if not windows:
         raise DataError(f"{path}: `scoring.ability_text` has too little text: it needs at least two tokens")

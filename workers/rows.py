@@ -57,7 +57,7 @@ class Encoder:
 
     def text(self, text: str) -> tuple[int, ...]:
         """Ids of a plain text, with the tokenizer's own beginning-of-sequence token and no end token."""
-        ids = self.tokenizer(text)["input_ids"]
+        ids = self.tokenizer(text, verbose=False)["input_ids"]  # a long text is cut up later: no warning
         return tuple(ids[: len(ids) - self._tail])
 
     def prompt(self, prompt: str) -> tuple[int, ...]:

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from workers.data import easyedit
-from workers.data.layouts import EASYEDIT, check_layout
+from workers.data.layouts import EASYEDIT, WIKIBIO, check_layout
 from workers.data.records import Draft, Entry, OnBadRecord, build_dataset, locality_of, parse_drafts, read_json_list
 from workers.types import Dataset
 
-WIKIBIO = {"concept": "subject", "text": "prompt", "labels": "target_new"}
+NAMES = {"concept": "subject", "text": "prompt", "labels": "target_new"}
 """WikiBio's name of a field -> the others'."""
 
 
 def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
     """Requests in file order; unrelated sentences from the locality probes of other records."""
     entries = read_json_list(path)
-    check_layout(path, "knowedit", entries, reads=("knowedit", EASYEDIT))
+    check_layout(path, "knowedit", entries, reads=("knowedit", WIKIBIO, EASYEDIT))
     drafts = parse_drafts(path, entries, _parse, on_bad_record)
     return build_dataset("knowedit", path, drafts, locality_of(drafts))
 
@@ -39,7 +39,7 @@ def _parse(entry: Entry) -> Draft:
     raw: Any = entry.value
     if not isinstance(raw, dict) or "text" not in raw or "prompt" in raw:
         return easyedit.parse(entry)
-    renamed = {WIKIBIO.get(name, name): value for name, value in raw.items()}
+    renamed = {NAMES.get(name, name): value for name, value in raw.items()}
     subject, prompt = renamed.get("subject"), renamed["prompt"]
     if (
         isinstance(subject, str)

@@ -23,6 +23,7 @@ PASSAGE_WORDS = 8
 """From this many words on (median) a target is a sentence and not an answer: zsRE's have three, Hallucination's twenty."""
 
 EASYEDIT = "EasyEdit's layout of zsre or counterfact"
+WIKIBIO = "knowedit's WikiBio"
 
 KINDS: Mapping[str, tuple[str, str]] = {
     "zsre": ("zsre", "src and alt"),
@@ -31,7 +32,8 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "wikibigedit": ("wikibigedit", "update and ans"),
     "temporal": ("temporal", "ood_rephrase"),
     "hallucination": ("hallucination", "prompt, target_new and locality_prompt with sentences for targets"),
-    "knowedit": ("knowedit", "grouped locality or portability, or text and labels"),
+    "knowedit": ("knowedit", "grouped locality or portability"),
+    WIKIBIO: ("knowedit", "text and labels"),
     EASYEDIT: ("zsre or counterfact", "prompt, target_new and rephrase_prompt"),
     "jsonl": ("jsonl", "the fields of our own format"),
 }
@@ -67,10 +69,12 @@ def _layout(record: dict[str, Any]) -> str | None:
     if "ood_rephrase" in keys:
         return "temporal"
     grouped = any(isinstance(record.get(key), dict) for key in ("locality", "portability"))
-    if {"text", "labels"} <= keys or ({"prompt", "target_new"} <= keys and grouped):
-        return "knowedit"
+    if {"text", "labels"} <= keys:
+        return WIKIBIO
     if not {"prompt", "target_new"} <= keys:
         return None
+    if grouped:
+        return "knowedit"
     if {"rephrases", "unrelated"} & keys or any(
         isinstance(record.get(key), list) for key in ("locality", "portability")
     ):
