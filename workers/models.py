@@ -13,6 +13,7 @@ Only :func:`fingerprint_model` and :func:`model_shape` serve the planner: they r
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -218,6 +219,20 @@ def fingerprint_model(config: ModelConfig) -> ModelFingerprint:
         if p.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"))
     )
     return ModelFingerprint(_hash_files([folder / "config.json", *weights]), _hash_files(tokenizer))
+
+
+def has_chat_template(config: ModelConfig) -> bool:
+    """Whether the model's tokenizer knows how to write a chat; told by its files, without loading it."""
+    folder = resolve(config)
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: cannot be read: {error}") from None
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
 def _hash_files(paths: list[Path]) -> str:
