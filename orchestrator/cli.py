@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from orchestrator.console import Output, duration, size
-from workers.types import JSON, EditSweepError, SpecError
+from workers.types import JSON, DataError, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.execute import Outcome
@@ -117,8 +117,9 @@ def plan(
     check_folder(spec, store, ResultsPaths())
     there = store.exists(ResultsPaths().sweep)
     progress = read_progress(CentralTable(store), Journal(store), retry_failed) if there else Progress()
-    planner = Planner(spec)
-    made = planner.plan(progress, select(only, planner.described(), "--only") if only else None)
+    with _naming(spec_file):
+        planner = Planner(spec)
+        made = planner.plan(progress, select(only, planner.described(), "--only") if only else None)
     out.say(f"sweep {spec.name}: {begin_line(made)}")
     rows: list[tuple[str, ...]] = []
     for v, variant in enumerate(made.variants):
@@ -213,9 +214,10 @@ def run(
         from orchestrator.driver import run_ray as chosen
     began = time.monotonic()
     try:
-        outcome = run_sweep(
-            spec, open_store(folder), chosen, out.view(), max_actors, only=only or (), retry_failed=retry_failed
-        )
+        with _naming(spec_file):
+            outcome = run_sweep(
+                spec, open_store(folder), chosen, out.view(), max_actors, only=only or (), retry_failed=retry_failed
+            )
     except EditSweepError:
         raise
     except KeyboardInterrupt:
@@ -291,6 +293,15 @@ def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: b
             "if you trust them, say so on the command line too: --trust-remote-code"
         )
     return spec
+
+
+@contextlib.contextmanager
+def _naming(spec_file: Path) -> Iterator[None]:
+    """What the planner finds wrong with a spec, or with what it names, tells the spec's file, as the parser's messages do."""
+    try:
+        yield
+    except (SpecError, DataError, ModelError) as error:
+        raise type(error)(f"{spec_file}: {error}") from None
 
 
 def default_results(spec: SweepSpec) -> str:

@@ -687,7 +687,9 @@ def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str, str], presses: int) -> None:
-    endless = spec_file(tmp_path, methods=[{"method": "ft", "hparams": {"num_steps": 1000, "lr": 1e-9}}], grid={"T": 12})
+    endless = spec_file(
+        tmp_path, methods=[{"method": "ft", "hparams": {"num_steps": 1000, "lr": 1e-9}}], grid={"T": 12}
+    )
     endless.write_text(endless.read_text().replace("step_edits: 3", "step_edits: 1000"))
     folder = tmp_path / "r"
     process = launch(endless, folder, home, "--max-actors", "1")
