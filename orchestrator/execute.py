@@ -58,7 +58,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "pydantic
 
 BACKOFF_SECONDS = 1.0
 BACKOFF_MOST = 30.0
-"""A shard that is launched again in the same run waits 1 s, then 2 s, 4 s and so on."""
+"""A shard that is launched again in the same run without having got further waits 1 s, then 2 s, 4 s and so on."""
 
 GIB = 1 << 30
 _LOG_CHARACTERS = 1_000_000
@@ -133,7 +133,8 @@ class Bench:
     def run(self, manifest: ShardManifest) -> Iterator[StepReport]:
         """Run or continue a shard; every report but the first stands for a durable step.
 
-        A launch again within one run waits first, longer each time: what may pass needs time to pass. Raises whatever the
+        A launch again within one run waits first if the last came to nothing, longer each time: what may pass needs time to
+        pass. Raises whatever the
         stream raises, after noting it in the journal, and :class:`~orchestrator.journal.Superseded`.
         """
         from workers.stream import Stream
@@ -141,9 +142,9 @@ class Bench:
         task = Task.of(manifest)
         common = task.common
         self.journal.begin(manifest)
-        launches = self.journal.launches(manifest.shard_id, self.run_id)
-        if launches:
-            time.sleep(min(BACKOFF_SECONDS * 2 ** (launches - 1), BACKOFF_MOST))
+        stalled = self.journal.stalled(manifest.shard_id, self.run_id)
+        if stalled:
+            time.sleep(min(BACKOFF_SECONDS * 2.0 ** (stalled - 1), BACKOFF_MOST))
         attempt = self.journal.claim(manifest.shard_id, self.run_id, _worker())
         ticks = manifest.bounds[-1]
         try:

@@ -349,13 +349,17 @@ class Journal:
         totals = _Totals.from_json(chain[-1][1]["so_far"]) if chain else _Totals()
         return Attempt(self.store, self.paths, manifest, number, run_id, start, state, totals, kept)
 
-    def launches(self, shard_id: str, run_id: str) -> int:
-        """How many attempts a run has made of a shard."""
+    def stalled(self, shard_id: str, run_id: str) -> int:
+        """How many attempts a run has made of a shard from where it still is: those that came to nothing."""
+        attempts = self._attempts(shard_id)
+        chain = self._chain(shard_id, attempts)
+        position = chain[-1].stop if chain else 0
         count = 0
-        for number in self._attempts(shard_id):
+        for number in attempts:
             key = self.paths.attempt_info(shard_id, number)
             try:
-                count += unseal_json(self.store.read(key), self.store.where(key)).get("run_id") == run_id
+                info = unseal_json(self.store.read(key), self.store.where(key))
+                count += (info.get("run_id"), info.get("from")) == (run_id, position)
             except (Missing, Damaged):
                 continue
         return count
