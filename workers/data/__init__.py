@@ -33,6 +33,7 @@ __all__ = [
     "count_edited_locality",
     "fingerprint",
     "load_dataset",
+    "load_training",
     "order_requests",
 ]
 
@@ -100,3 +101,13 @@ def load_dataset(
         None if train_path is None else Path(train_path),
         on_bad_record,
     )
+
+
+def load_training(kind: str, path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
+    """The requests of a training set: the embedded world's own split, or a file in a format that sweeps edit from."""
+    if kind == "tinyworld":
+        from workers.data import tinyworld
+
+        _refuse("tinyworld", "training.path", path, "it ships with the package")
+        return tinyworld.load_dataset(split="train")
+    return load_dataset(kind, path, None, on_bad_record)
