@@ -193,6 +193,52 @@ def run(
     raise typer.Exit(outcome.exit_code)
 
 
+@app.command()
+def artifacts(
+    spec_file: SpecFile,
+    results: Annotated[Path | None, typer.Option(help="results folder (default: results/<name of the sweep>)")] = None,
+    engine: Annotated[Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")] = "ray",
+    max_actors: Annotated[int | None, typer.Option(min=1, help="artifacts built at once at most")] = None,
+    overrides: Overrides = None,
+    trust_remote_code: RemoteCode = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
+) -> None:
+    """Build what the sweep's shards share (statistics, trained networks) and nothing else; run again, it continues."""
+    out = Output()
+    _quiet(verbose)
+    spec = _load(spec_file, overrides, trust_remote_code)
+    folder = results or default_results(spec)
+
+    from orchestrator.execute import Engine, build_artifacts
+    from orchestrator.store import LocalStore
+
+    chosen: Engine
+    if engine == "local":
+        from orchestrator.local import run_local as chosen
+    else:
+        from orchestrator.driver import run_ray as chosen
+    try:
+        states, interrupted = build_artifacts(spec, LocalStore(folder), chosen, out.view(), max_actors)
+    except EditSweepError:
+        raise
+    except KeyboardInterrupt:
+        out.note("interrupted; run the same command again to continue")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        raise Bug(folder) from error
+    rows = [
+        (found.spec.kind, found.spec.key, "" if found.bytes is None else size(found.bytes), found.state)
+        for found in states
+    ]
+    out.table("", ("kind", "key", "size", "state"), rows, right=(2,))
+    if not rows:
+        out.say("no method of this sweep needs an artifact")
+    lacking = sum(found.bytes is None and found.state != "not needed" for found in states)
+    if lacking:
+        out.error(f"{lacking} of {len(states)} artifacts do not exist; run the same command again to continue")
+        raise typer.Exit(130 if interrupted else 1)
+
+
 def _conclude(out: Output, spec_file: Path, folder: Path, outcome: Outcome, seconds: float) -> None:
     """The summary, what failed and how to go on."""
     from orchestrator.query import open_results
