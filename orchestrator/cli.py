@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.console import Output, duration, size
+from orchestrator.console import Output, duration, percent, size
 from workers.types import JSON, EditSweepError, SpecError
 
 if TYPE_CHECKING:
@@ -334,6 +334,9 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
     ]
     if rows:
         out.table("not finished", ("method", "T", "seed", "groups", "failed", "cell"), rows, right=(1, 2, 3, 4))
+    built = [(a["kind"], a["key"], percent(a["done"], a["total"]), a["what"]) for a in found["artifacts"]]
+    if built:
+        out.table("artifacts begun", ("kind", "key", "done", "what"), built, right=(2,))
     shards = [
         (
             shard["shard_id"],
@@ -357,6 +360,7 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
 def read_status(folder: Path) -> dict[str, JSON]:
     """What `status --json` prints."""
     from orchestrator import lock
+    from orchestrator.artifacts import ArtifactStore
     from orchestrator.store import Missing, unseal_json
 
     results = _existing(folder)
@@ -402,6 +406,7 @@ def read_status(folder: Path) -> dict[str, JSON]:
         "running": str(holder) if holder else None,
         "finished": sum(cell["done"] == cell["groups"] for cell in cells),
         "cells": cells,
+        "artifacts": ArtifactStore(store, paths).unfinished(),
         "shards": shards,
         "failures": failed,
     }
