@@ -128,13 +128,15 @@ def plan(
     for warning in made.warnings:
         out.warn(warning)
     from orchestrator.artifacts import ArtifactStore
+    from workers.artifacts import in_order
 
     artifact_store = ArtifactStore(store)
     needed = {key: made.artifacts[key] for shard in made.shards for key in made.artifact_keys(shard)}
-    present = sum(artifact_store.has(spec) for spec in needed.values()) if folder.exists() else 0
     if needed:
+        missing = in_order(needed.values(), artifact_store.has if folder.exists() else None)
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
-        out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present")
+        present = sum(key not in {spec.key for spec in missing} for key in needed)
+        out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built")
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
 
 

@@ -175,6 +175,16 @@ def test_damaged_unfinished_work_is_started_again(
         state.parent.mkdir(parents=True, exist_ok=True)
 
 
+def test_a_new_data_shard_continues_from_the_networks_there_are(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    methods = [slow(0.02)]
+    run_sweep(spec_of(methods=methods, training={"shards": [40]}), LocalStore(tmp_path), run_local, Watch())
+    watch = Watch()
+    run_sweep(spec_of(methods=methods), LocalStore(tmp_path), run_local, watch)
+    assert {what.partition(", loss")[0] for *_, what in watch.artifact_steps} == {"learner, data shard 2"}
+    assert undisturbed.items() <= files(tmp_path).items()  # as if it had been trained on both in one go
+    assert len(open_results(tmp_path).table().column("cell_id").unique()) == 4  # other networks, other cells
+
+
 # --- one builder -----------------------------------------------------------------------------------------------------
 
 
@@ -375,11 +385,19 @@ def test_ray_trains_once_and_survives_a_killed_builder(
     path, folder = tmp_path / "e.yaml", tmp_path / "r"
     setup = {"runtime_env": {"worker_process_setup_hook": "tests.learner.register"}}
     path.write_text(yaml.safe_dump({**RAW, "methods": [slow(0.02)], "ray": setup}))
-    process = launch("run", str(path), "--results", str(folder), "--max-actors", "2", environment=home)
+    command = ("run", str(path), "--results", str(folder), "--max-actors", "2")
+    process = launch(*command, environment=home)
+    wait_for(lambda: progress_of(folder) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, text
+    assert "are being saved" in text
+    assert 3 <= (stopped := progress_of(folder)) < STEPS
+    process = launch(*command, environment=home)
 
     def builder() -> int | None:
         claims = list(folder.glob("artifacts/unfinished/*/claim/*.json"))
-        return int(json.loads(claims[0].read_text())["pid"]) if claims and progress_of(folder) >= 5 else None
+        return int(json.loads(claims[0].read_text())["pid"]) if claims and progress_of(folder) > stopped else None
 
     os.kill(wait_for(builder, process), signal.SIGKILL)
     text, _ = process.communicate(timeout=240)
