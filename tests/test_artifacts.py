@@ -59,10 +59,6 @@ def _known() -> Iterator[None]:
         yield
 
 
-def slow(pause: float, **more: Any) -> dict[str, Any]:
-    return {**LEARNER, "hparams": {**LEARNER["hparams"], "pause": pause, **more}}
-
-
 def spec_of(**changes: Any) -> SweepSpec:
     return parse_spec(yaml.safe_dump({**RAW, **changes}), "e.yaml", Path("/"))
 
@@ -73,11 +69,16 @@ def artifact_of(**changes: Any) -> ArtifactSpec:
     return found
 
 
-def launch(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def launch(*arguments: str, environment: dict[str, str] | None = None, pause: float = 0.05) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.learner", *arguments],
         cwd=ROOT,
-        env={**(environment or os.environ), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={
+            **(environment or os.environ),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "LEARNER_PAUSE": str(pause),
+        },
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -98,8 +99,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed") / "r"
     with registered():
         watch = Watch()
-        # "pause" is in the recipe, so that it is the same one as below
-        assert run_sweep(spec_of(methods=[slow(0.02)]), LocalStore(folder), run_local, watch).exit_code == 0
+        assert run_sweep(spec_of(), LocalStore(folder), run_local, watch).exit_code == 0
     assert [total for _, _, total, _ in watch.artifact_steps] == [STEPS] * 2 * STEPS
     found = files(folder)
     assert len(found) == 3
@@ -111,7 +111,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def test_killed_in_mid_training_and_run_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     path, folder = tmp_path / "e.yaml", tmp_path / "r"
-    path.write_text(yaml.safe_dump({**RAW, "methods": [slow(0.02)]}))
+    path.write_text(yaml.safe_dump(RAW))
     command = ("run", str(path), "--results", str(folder), "--engine", "local")
     process = launch(*command)
     wait_for(lambda: progress_of(folder) >= STEPS // 2, process)
@@ -122,7 +122,7 @@ def test_killed_in_mid_training_and_run_again(tmp_path: Path, undisturbed: dict[
     (unfinished,) = read_status(folder)["artifacts"]
     assert (unfinished["kind"], unfinished["done"], unfinished["total"]) == ("training", reached, STEPS)
     watch = Watch()
-    assert run_sweep(spec_of(methods=[slow(0.02)]), LocalStore(folder), run_local, watch).exit_code == 0
+    assert run_sweep(spec_of(), LocalStore(folder), run_local, watch).exit_code == 0
     assert watch.artifact_steps[0][1] == reached + 1
     assert files(folder) == undisturbed
     assert not list(folder.glob("artifacts/unfinished/*"))
@@ -131,7 +131,7 @@ def test_killed_in_mid_training_and_run_again(tmp_path: Path, undisturbed: dict[
 def test_ctrl_c_saves_and_leaves(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     path, folder = tmp_path / "e.yaml", tmp_path / "r"
     # nothing is saved but for Ctrl-C
-    path.write_text(yaml.safe_dump({**RAW, "methods": [slow(0.02)], "engine": {"checkpoint_seconds": 1000}}))
+    path.write_text(yaml.safe_dump({**RAW, "engine": {"checkpoint_seconds": 1000}}))
     command = ("artifacts", str(path), "--results", str(folder), "--engine", "local")
     process = launch(*command)
     wait_for(lambda: list(folder.glob("artifacts/unfinished/*/claim/*.json")), process)
@@ -152,7 +152,7 @@ def test_ctrl_c_saves_and_leaves(tmp_path: Path, undisturbed: dict[str, bytes]) 
 def test_damaged_unfinished_work_is_started_again(
     tmp_path: Path, undisturbed: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    wanted = artifact_of(methods=[slow(0.02)]).needs[0].needs[0]
+    wanted = artifact_of().needs[0].needs[0]
     state = tmp_path / ResultsPaths().building_state(wanted.kind, wanted.key)
     state.parent.mkdir(parents=True)
     for junk in (b"", b"x" * 30, b"0" * 64 + b"not a checkpoint"):
@@ -176,10 +176,9 @@ def test_damaged_unfinished_work_is_started_again(
 
 
 def test_a_new_data_shard_continues_from_the_networks_there_are(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    methods = [slow(0.02)]
-    run_sweep(spec_of(methods=methods, training={"shards": [40]}), LocalStore(tmp_path), run_local, Watch())
+    run_sweep(spec_of(training={"shards": [40]}), LocalStore(tmp_path), run_local, Watch())
     watch = Watch()
-    run_sweep(spec_of(methods=methods), LocalStore(tmp_path), run_local, watch)
+    run_sweep(spec_of(), LocalStore(tmp_path), run_local, watch)
     assert {what.partition(", loss")[0] for *_, what in watch.artifact_steps} == {"learner, data shard 2"}
     assert undisturbed.items() <= files(tmp_path).items()  # as if it had been trained on both in one go
     assert len(open_results(tmp_path).table().column("cell_id").unique()) == 4  # other networks, other cells
@@ -189,14 +188,14 @@ def test_a_new_data_shard_continues_from_the_networks_there_are(tmp_path: Path, 
 
 
 def test_two_processes_that_need_one_artifact_build_it_once(tmp_path: Path) -> None:
-    wanted = artifact_of(methods=[slow(0.05)]).needs[0].needs[0].model_dump_json()
+    wanted = artifact_of().needs[0].needs[0].model_dump_json()
     both = [launch("build", str(tmp_path), wanted) for _ in range(2)]
     told = [json.loads(process.communicate(timeout=120)[0]) for process in both]
     assert sorted(told) == [[], list(range(1, STEPS + 1))]
 
 
 def test_a_dead_builder_is_succeeded(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    wanted = artifact_of(methods=[slow(0.02)]).needs[0].needs[0]
+    wanted = artifact_of().needs[0].needs[0]
     first = launch("build", str(tmp_path), wanted.model_dump_json())
     wait_for(lambda: progress_of(tmp_path) >= 5, first)
     second = launch("build", str(tmp_path), wanted.model_dump_json())
@@ -219,7 +218,8 @@ def test_what_cannot_be_built_is_tried_once_a_run(tmp_path: Path, monkeypatch: p
             super().__init__(*args)
 
     monkeypatch.setattr(learner, "Decoder", Counting)
-    changes = {"methods": [slow(0, train_lr=1e30), {"method": "ft", "hparams": {"layers": [3], "num_steps": 2}}]}
+    diverges = {**LEARNER, "hparams": {**LEARNER["hparams"], "train_lr": 1e30}}
+    changes = {"methods": [diverges, {"method": "ft", "hparams": {"layers": [3], "num_steps": 2}}]}
     watch = Watch()
     outcome = run_sweep(spec_of(**changes), LocalStore(tmp_path), run_local, watch)
     assert len(tried) == 1
@@ -384,7 +384,7 @@ def test_ray_trains_once_and_survives_a_killed_builder(
 ) -> None:
     path, folder = tmp_path / "e.yaml", tmp_path / "r"
     setup = {"runtime_env": {"worker_process_setup_hook": "tests.learner.register"}}
-    path.write_text(yaml.safe_dump({**RAW, "methods": [slow(0.02)], "ray": setup}))
+    path.write_text(yaml.safe_dump({**RAW, "ray": setup}))
     command = ("run", str(path), "--results", str(folder), "--max-actors", "2")
     process = launch(*command, environment=home)
     wait_for(lambda: progress_of(folder) >= 3, process)
@@ -392,8 +392,9 @@ def test_ray_trains_once_and_survives_a_killed_builder(
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 130, text
     assert "are being saved" in text
-    assert 3 <= (stopped := progress_of(folder)) < STEPS
-    process = launch(*command, environment=home)
+    stopped = progress_of(folder)
+    assert 3 <= stopped < STEPS
+    process = launch(*command, environment=home, pause=0.2)
 
     def builder() -> int | None:
         claims = list(folder.glob("artifacts/unfinished/*/claim/*.json"))
