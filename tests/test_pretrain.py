@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,9 @@ def base() -> BaseModel:
 
 
 def write(path: Path, requests: Sequence[EditRequest]) -> Path:
-    path.write_text("".join(json.dumps(asdict(r)) + "\n" for r in requests), encoding="utf-8")
+    keep = ("case_id", "prompt", "subject", "target_new", "ground_truth", "rephrases")
+    lines = [json.dumps({name: getattr(r, name) for name in keep}) for r in requests]
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 

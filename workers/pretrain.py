@@ -334,6 +334,7 @@ def _request(value: Mapping[str, JSON]) -> EditRequest:
             "rephrases": tuple(value["rephrases"]),
             "locality": tuple(Probe(**probe) for probe in value["locality"]),
             "portability": tuple(Probe(**probe) for probe in value["portability"]),
+            "ood": tuple(value["ood"]),
         }
     )
 
