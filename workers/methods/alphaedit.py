@@ -166,7 +166,7 @@ class AlphaEdit(Method[AlphaEditConfig]):
             "v_num_grad_steps": 20,
             "v_lr": 0.5,
             "clamp_norm_factor": 2.0,
-            "nullspace_threshold": 2e-2,
+            "nullspace_threshold": 0.05,
             "L2": 0.1,
             "samples": 4000,
         }
