@@ -483,7 +483,11 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
         )
     mine = dict(scoring_identity(spec.scoring))
     theirs = found.get("scoring", mine)
-    changed = [f"{key}: {theirs.get(key)!r} there, {mine[key]!r} here" for key in mine if theirs.get(key) != mine[key]]
+    changed = [
+        f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
+        for key in dict.fromkeys((*mine, *theirs))
+        if theirs.get(key) != mine.get(key)
+    ]
     if changed:
         raise ResultsError(
             f"scoring: the cells in {store.where()} were scored with other settings ({'; '.join(changed)}); "

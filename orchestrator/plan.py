@@ -30,9 +30,17 @@ from orchestrator.memory import CPU_MEMORY_GB, GIB, TEMPLATE_TOKENS, USABLE, Mem
 from orchestrator.schedule import Clock, Simulation, Timing, calibrate, simulate, wave_work
 from orchestrator.spec import DatasetSpec, MethodSpec, SweepSpec
 from workers.artifacts import ArtifactSpec
-from workers.data import count_conflicts, count_duplicates, count_edited_locality, load_dataset, order_requests
+from workers.data import (
+    count_conflicts,
+    count_cut_cases,
+    count_duplicates,
+    count_edited_locality,
+    load_dataset,
+    order_requests,
+)
+from workers.data.text import read_held_out
 from workers.job import Frozen, Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows
-from workers.models import ModelConfig, ModelFingerprint, ModelShape, fingerprint_model, model_shape
+from workers.models import ModelConfig, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template, model_shape
 from workers.types import JSON, Dataset, EditRequest, SpecError
 
 Member = TypeVar("Member")
@@ -386,6 +394,13 @@ class Planner:
                 f"{len(data.requests)}; the largest valid value is {len(data.requests)}"
             )
         fingerprint = fingerprint_model(spec.model)
+        if spec.chat_template and not has_chat_template(spec.model):
+            raise SpecError(
+                f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
+                "set chat_template: false, or give an instruct model"
+            )
+        if spec.scoring.ability_text is not None:
+            read_held_out(spec.scoring.ability_text)
         self.shape = model_shape(spec.model)
         self.spec = spec
         self.common = Common(
@@ -405,7 +420,7 @@ class Planner:
             step_edits=spec.engine.step_edits,
         )
         self.notes = _dataset_notes(spec, data)
-        self.grid = _Grid(spec, self.common, fingerprint, self.shape, _longest_tokens(data))
+        self.grid = _Grid(spec, self.common, fingerprint, self.shape, _longest_tokens(data, spec.scoring))
         self.cells = self.grid.cells()
 
     def plan(self, progress: Progress) -> Plan:
@@ -732,7 +747,7 @@ def _cut(
 ) -> Iterator[Shard]:
     """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the same code in lockstep."""
     engine = [spec.engine.threads, spec.engine.step_edits]
-    common = _digest([spec.scoring.model_dump(mode="json"), *engine, spec.grid.rollback])
+    common = _digest([_scoring_key(spec.scoring), *engine, spec.grid.rollback])
     whole = _families(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
     most_work = TAIL * _lower_bound(whole, effort)
     for (variant, T), runs in _families(spec, cells, left, effort).items():
@@ -879,14 +894,16 @@ def _pack(variant: int, T: int, runs: Sequence[Run], effort: Effort, most_work: 
         yield piece
 
 
-def _longest_tokens(data: Dataset) -> int:
+def _longest_tokens(data: Dataset, score: ScoreConfig) -> int:
     """A bound on a sequence's tokens: three characters make at least one, and templates may stand before a prompt."""
     longest = 0
     for request in data.requests:
+        longest = max([longest, *map(len, request.ood)])
         targets = [request.target_new, *(p.target for p in (*request.locality, *request.portability))]
         prompts = [request.prompt, *request.rephrases, *(p.prompt for p in (*request.locality, *request.portability))]
         longest = max(longest, max(map(len, prompts)) + max(map(len, targets)), len(request.unrelated or ""))
-    return longest // 3 + TEMPLATE_TOKENS
+    window = score.ability_window if score.ability_text is not None else 0
+    return max(longest // 3 + TEMPLATE_TOKENS + score.fluency_tokens, window)
 
 
 def _dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
@@ -902,7 +919,21 @@ def _dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
     notes += [f"{count} {what}" for count, what in counts if count]
     if data.notes.get("skipped"):
         notes.append(f"{data.notes['skipped']} records of the file were skipped as unusable")
+    if spec.grid.rollback == "group":
+        for T in spec.grid.T:
+            if cut := count_cut_cases(chosen, T):
+                notes.append(
+                    f"T={T}: {cut} cases of several edits are cut by a group's border; their portability lacks an edit"
+                )
     return tuple(notes)
+
+
+def _scoring_key(score: ScoreConfig) -> Mapping[str, JSON]:
+    """What of the scoring settings enters a shard's id. Those that came later count only where they are set."""
+    later = {"fluency_tokens", "fluency_top_k", "ability_text", "ability_tokens", "ability_window"}
+    values: dict[str, JSON] = score.model_dump(mode="json")
+    defaults = ScoreConfig().model_dump(mode="json")
+    return {name: value for name, value in values.items() if name not in later or value != defaults[name]}
 
 
 def _digest(value: JSON) -> str:

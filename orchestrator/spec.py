@@ -11,6 +11,8 @@ checked by :mod:`orchestrator.plan`.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from workers.data import DATASETS
+from workers.data.text import read_held_out
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Frozen, Rollback, ScoreConfig
 from workers.models import ModelConfig
@@ -29,12 +33,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 class DatasetSpec(Frozen):
     """Which requests are edited. Relative paths are relative to the spec file."""
 
-    kind: str = Field(description="tinyworld, zsre, counterfact or jsonl")
+    kind: str = Field(
+        description="tinyworld, zsre, counterfact, hallucination, temporal, wikibigedit, knowedit, mquake or jsonl"
+    )
     edits: int = Field(ge=1, description="N: how many edits each cell makes in total")
     order: Literal["file", "shuffle"] = "shuffle"
     path: Path | None = None
     train_path: Path | None = None
     on_bad_record: Literal["error", "skip"] = "error"
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in DATASETS:
+            raise ValueError(f"{short(value)} is not valid; choose {', '.join(DATASETS)}")
+        return value
 
 
 class GridSpec(Frozen):
@@ -260,11 +273,16 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     raw = dict(raw)
 
     def absolute(value: object) -> object:
-        return str((base / Path(value).expanduser()).resolve()) if isinstance(value, str) and value else value
+        if not isinstance(value, str) or not value:
+            return value
+        return os.path.abspath(base / os.path.expanduser(value))  # neither raises, whatever the text is
 
     dataset = raw.get("dataset")
     if isinstance(dataset, dict):
         raw["dataset"] = {k: absolute(v) if k in ("path", "train_path") else v for k, v in dataset.items()}
+    scoring = raw.get("scoring")
+    if isinstance(scoring, dict) and scoring.get("ability_text"):
+        raw["scoring"] = {**scoring, "ability_text": absolute(scoring["ability_text"])}
     model = raw.get("model")
     if isinstance(model, str):
         raw["model"] = model = {"name": model}
@@ -316,5 +334,19 @@ def _nearest(value: int, valid: Sequence[int]) -> str:
 
 
 def scoring_identity(score: ScoreConfig) -> Mapping[str, JSON]:
-    """The scoring settings that change which numbers are in the table; the batching ones only change how fast."""
-    return score.model_dump(mode="json", include={"immediate", "generated", "score_at", "extra_tokens"})
+    """The scoring settings that change which numbers are in the table; the batching ones only change how fast.
+
+    What is off leaves no trace, so that folders from before there was such a setting stay usable. The held-out text counts by
+    its content. Raises DataError if it cannot be read.
+    """
+    identity = score.model_dump(mode="json", include={"immediate", "generated", "score_at", "extra_tokens"})
+    if score.fluency_tokens:
+        identity |= {"fluency_tokens": score.fluency_tokens, "fluency_top_k": score.fluency_top_k}
+    if score.ability_text is not None:
+        text = hashlib.sha256(read_held_out(score.ability_text).encode()).hexdigest()[:16]
+        identity |= {
+            "ability_text": text,
+            "ability_tokens": score.ability_tokens,
+            "ability_window": score.ability_window,
+        }
+    return identity

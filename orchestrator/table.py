@@ -72,6 +72,33 @@ def _score_columns() -> Iterator[Column]:
                 yield Column(name, "double", "0..1", meaning, "score", nullable=True)
 
 
+def _later_score_columns() -> Iterator[Column]:
+    """Scores that only some data or settings have: null elsewhere, and in files from before they were declared."""
+    several = "the best of the portability prompts that are phrasings of one question"
+    at_end = "not in immediate rows, and off unless the spec asks for it"
+    scores = {
+        "portability_any_exact": ("0..1", f"{several}: 1 if every target token is predicted under teacher forcing"),
+        "portability_any_generated": (
+            "0..1",
+            f"{several}: 1 if greedy generation with a natural stop gives the normalised target or an alias",
+        ),
+        "ood_token": ("0..1", "share of the tokens of an out-of-distribution text predicted, the first one aside"),
+        "ood_confident": ("0..1", "share of its tokens that get a probability above 0.8, the first one aside"),
+        "perplexity": (
+            "",
+            "exp of the target's mean negative log-probability per token after the prompt, for passages",
+        ),
+        "fluency": (
+            "bits",
+            f"weighted mean entropy of bi- and trigrams of the edit prompt and its continuation; {at_end}",
+        ),
+        "ability_perplexity": ("", f"perplexity of the held-out text, the same in all rows of a group; {at_end}"),
+    }
+    for suffix, which in (("", ""), ("_base", "; the unedited model")):
+        for name, (unit, meaning) in scores.items():
+            yield Column(f"{name}{suffix}", "double", unit, meaning + which, "score", nullable=True)
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("sweep", "string", "", "name of the sweep", "identity", "cell"),
     Column("cell_id", "string", "", "hash of everything the cell's numbers depend on", "identity"),
@@ -107,6 +134,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("target_logprob_base", "double", "nats", "the same for the unedited model", "score", nullable=True),
     Column("min_margin", "double", "logits", "smallest top-2 margin over the target tokens", "score", nullable=True),
+    *_later_score_columns(),
     Column("edit_seconds", "double", "s", "wall time of the edit, shared among the active lanes", "cost"),
     Column("score_seconds", "double", "s", "wall time of the scoring, shared among the scored requests", "cost"),
     Column("lanes", "int32", "", "lanes that ran in lockstep", "cost"),

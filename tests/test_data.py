@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from workers.data import (
     DATASETS,
     count_conflicts,
+    count_cut_cases,
     count_duplicates,
     count_edited_locality,
     fingerprint,
@@ -32,14 +33,22 @@ FIXTURES = Path(__file__).parent / "data"
 SAMPLES = {
     "zsre": FIXTURES / "zsre_mend_eval_sample.json",
     "counterfact": FIXTURES / "counterfact_sample.json",
+    "hallucination": FIXTURES / "hallucination_sample.json",
+    "temporal": FIXTURES / "temporal_sample.json",
+    "wikibigedit": FIXTURES / "wikibigedit_sample.json",
+    "knowedit": FIXTURES / "knowedit_sample.json",
+    "mquake": FIXTURES / "mquake_sample.json",
     "jsonl": FIXTURES / "requests_sample.jsonl",
 }
+WIKIBIO = FIXTURES / "knowedit_wikibio_sample.json"
 FILE_KINDS = tuple(SAMPLES)
 
 ZSRE = json.loads(SAMPLES["zsre"].read_text(encoding="utf-8"))
 COUNTERFACT = json.loads(SAMPLES["counterfact"].read_text(encoding="utf-8"))
 JSONL = [json.loads(line) for line in SAMPLES["jsonl"].read_text(encoding="utf-8").splitlines() if line.strip()]
-RAW: dict[str, list[dict[str, Any]]] = {"zsre": ZSRE, "counterfact": COUNTERFACT, "jsonl": JSONL}
+RAW: dict[str, list[dict[str, Any]]] = {
+    kind: JSONL if kind == "jsonl" else json.loads(path.read_text(encoding="utf-8")) for kind, path in SAMPLES.items()
+}
 
 
 def write(path: Path, kind: str, records: Any) -> Path:
@@ -97,6 +106,128 @@ def test_jsonl_fields() -> None:
     assert first.unrelated == "Bread rises because yeast makes gas."
     assert second == EditRequest("2", "Who founded the Ærø Society?", "Ærø Society", "Søren Quist")
     assert dataset.notes["without_unrelated"] == 2
+
+
+def test_hallucination_fields(tmp_path: Path) -> None:
+    dataset = load_dataset("hallucination", SAMPLES["hallucination"])
+    first, second, *_ = dataset.requests
+    assert first.passage
+    assert first.target_new.endswith("until late in life.")
+    assert first.rephrases == first.portability == first.ood == ()
+    assert first.locality == (
+        Probe("The harbour of Strakos lies where two rivers", "meet below the old mill of Strakos"),
+    )
+    assert second.subject == "tobin marr"
+    assert all(
+        r.unrelated and r.unrelated != f"{r.locality[0].prompt} {r.locality[0].target}" for r in dataset.requests
+    )
+    train = write(tmp_path / "train.json", "", [{"locality_prompt": "Snow is", "locality_ground_truth": "cold"}])
+    assert {r.unrelated for r in load_dataset("hallucination", SAMPLES["hallucination"], train).requests} == {
+        "Snow is cold"
+    }
+
+
+def test_temporal_fields() -> None:
+    first = load_dataset("temporal", SAMPLES["temporal"]).requests[0]
+    assert first.passage
+    assert first.ood == (RAW["temporal"][0]["ood_rephrase"],)
+    assert (first.prompt, first.subject, first.rephrases) == ("The Lantern Hall is", "The Lantern Hall", ())
+
+
+def test_wikibigedit_fields() -> None:
+    dataset = load_dataset("wikibigedit", SAMPLES["wikibigedit"])
+    first, second, third = dataset.requests
+    assert first.rephrases == ("Dunmere is governed by which mayor?", "Arr, who be the mayor o' Dunmere?")
+    assert first.portability == (Probe("Where was the mayor of Dunmere born?", "Strakos"),)
+    assert first.locality == (Probe("Who is the mayor of Quorn?", "Bram Eastley"),)
+    assert second.portability == third.rephrases == third.locality == third.portability == ()
+    assert dataset.notes["probes_without_answer"] == 2
+
+
+def test_knowedit_fields() -> None:
+    dataset = load_dataset("knowedit", SAMPLES["knowedit"])
+    first, second = dataset.requests
+    assert [p.target for p in first.portability] == ["Mina Vane", "Rufus Vane"]
+    assert [p.target for p in first.locality] == ["Fredville", "Ivo Strak"]
+    assert (first.ground_truth, first.passage, second.ground_truth) == ("Ada Vane", False, None)
+    assert dataset.notes["probes_without_answer"] == 1
+    biographies = load_dataset("knowedit", WIKIBIO).requests
+    assert [r.subject for r in biographies] == ["orla fenwick", "Tobin Marr"]
+    assert all(r.passage and r.subject in r.prompt for r in biographies)
+    assert biographies[0].target_new.startswith("She built")
+
+
+def test_mquake_fields() -> None:
+    dataset = load_dataset("mquake", SAMPLES["mquake"])
+    assert [r.case_id for r in dataset.requests] == ["1/1", "2/1", "2/2"]
+    one, two, three = dataset.requests
+    assert (one.prompt, one.target_new, one.ground_truth) == ("Tobin Marr is a citizen of", "Sylvania", "Freedonia")
+    assert one.rephrases == ("What is the country of citizenship of Tobin Marr?",)
+    assert [p.target for p in one.portability] == ["Strakos"] * 3
+    assert one.portability[0].aliases == ("Strakos-on-Wend",)
+    assert (one.any_of, one.needs) == (True, 0)
+    assert (two.any_of, two.needs, two.portability) == (False, 0, ())
+    assert (three.any_of, three.needs, len(three.portability)) == (True, 1, 3)
+    assert {r.unrelated for r in dataset.requests} == {"Where does the Wend rise? in Quorn"}
+    assert dataset.notes["cases"] == 2
+
+
+def test_the_requests_of_a_case_stay_together(tmp_path: Path) -> None:
+    many = [copy.deepcopy(RAW["mquake"][i % 2]) | {"case_id": i} for i in range(40)]
+    dataset = load_dataset("mquake", write(tmp_path / "many.json", "mquake", many))
+    order = order_requests(dataset, "shuffle", 3)
+    assert sorted(order) == list(range(60))
+    assert order != tuple(range(60))
+    place = {index: position for position, index in enumerate(order)}
+    for index, r in enumerate(dataset.requests):
+        assert not r.needs or place[index - 1] == place[index] - 1
+    chosen = [dataset.requests[i] for i in order]
+    assert count_cut_cases(chosen, 60) == 0
+    assert count_cut_cases(chosen, 1) == 20
+    assert 0 < count_cut_cases(chosen, 2) < 20
+
+
+@pytest.mark.parametrize("path", [*SAMPLES.values(), WIKIBIO], ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", FILE_KINDS)
+def test_a_file_given_to_another_loader(kind: str, path: Path) -> None:
+    own = next((name for name, sample in SAMPLES.items() if sample == path), "knowedit")
+    if kind == own:
+        return
+    reads_easyedit = kind in ("zsre", "counterfact") and path == SAMPLES["knowedit"]
+    if reads_easyedit:
+        assert load_dataset(kind, path).requests
+        return
+    with pytest.raises(DataError) as caught:
+        load_dataset(kind, path)
+    assert str(path) in str(caught.value)
+    if "jsonl" not in (kind, own):
+        assert f"It looks like {own}" in str(caught.value)
+        assert f"set `dataset.kind: {own}`" in str(caught.value)
+
+
+def test_hallucination_and_zsre_in_one_layout(tmp_path: Path) -> None:
+    """Both are flat records of EasyEdit's layout: nothing but the targets and the missing rephrasing tells them apart."""
+    flat = [
+        {
+            "subject": r["subject"],
+            "prompt": r["src"],
+            "target_new": r["alt"],
+            "rephrase_prompt": r["rephrase"],
+            "locality_prompt": r["loc"],
+            "locality_ground_truth": r["loc_ans"],
+        }
+        for r in ZSRE
+    ]
+    path = write(tmp_path / "flat.json", "zsre", flat)
+    assert len(load_dataset("zsre", path).requests) == 20
+    with pytest.raises(
+        DataError, match=r"It looks like EasyEdit's layout of zsre or counterfact .* not like hallucination"
+    ):
+        load_dataset("hallucination", path)
+    with pytest.raises(
+        DataError, match=r"It looks like hallucination .* not like zsre; set `dataset.kind: hallucination`"
+    ):
+        load_dataset("zsre", SAMPLES["hallucination"])
 
 
 def test_tinyworld_takes_no_file(tmp_path: Path) -> None:
@@ -233,7 +364,8 @@ def test_train_path_belongs_to_zsre(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_lists_the_valid_ones() -> None:
-    with pytest.raises(DataError, match="unknown data set 'zsRE'; valid kinds: counterfact, jsonl, tinyworld, zsre"):
+    kinds = "counterfact, hallucination, jsonl, knowedit, mquake, temporal, tinyworld, wikibigedit, zsre"
+    with pytest.raises(DataError, match=f"unknown data set 'zsRE'; valid kinds: {kinds}"):
         load_dataset("zsRE", SAMPLES["zsre"])
     assert set(DATASETS) == {"tinyworld", *FILE_KINDS}
 
@@ -354,6 +486,25 @@ MALFORMED = [
     ("counterfact", put("case_id", 1.5), "field `case_id`: expected a text; got 1.5"),
     ("counterfact", put("case_id", True), "field `case_id`: expected a text; got True"),
     ("counterfact", put("case_id", 0), "field `case_id`: '0' is taken by record 1; expected unique ids"),
+    ("hallucination", put("target_new", ...), "field `target_new`: is missing"),
+    ("hallucination", put("locality_ground_truth", ""), "field `locality_ground_truth`: expected a text that is not"),
+    ("hallucination", put("subject", "Nobody"), "field `subject`: 'Nobody' does not occur in the prompt"),
+    ("temporal", put("ood_rephrase", " "), "field `ood_rephrase`: expected a text that is not empty"),
+    ("temporal", put("locality_prompt", None), "field `locality_prompt`: expected a text; got None"),
+    ("wikibigedit", put("ans", ""), "field `ans`: expected a text that is not empty"),
+    ("wikibigedit", put("mhop", 3), "field `mhop`: expected a text; got 3"),
+    ("wikibigedit", put("update", ...), "field `update`: is missing"),
+    ("knowedit", put("locality", {"Forgetfulness": "x"}), r"field `locality\.Forgetfulness`: expected a list; got 'x'"),
+    ("knowedit", put("target_new", []), r"field `target_new`: expected a text; got \[\]"),
+    ("mquake", put("requested_rewrite", []), "field `requested_rewrite`: expected at least one entry"),
+    ("mquake", put("questions", []), "field `questions`: expected at least one entry"),
+    ("mquake", put("new_answer", 7), "field `new_answer`: expected a text; got 7"),
+    ("mquake", put("case_id", 1), "field `case_id`: '1' is taken by record 1; expected unique ids"),
+    (
+        "mquake",
+        lambda record: record["requested_rewrite"][1].update(prompt="no slot"),
+        r"field `requested_rewrite\.1\.prompt`: expected one {}",
+    ),
     ("jsonl", put("target", "x"), "field `target`: unknown key; valid keys: case_id, prompt, subject, target_new"),
     ("jsonl", put("locality", [{"prompt": "p", "answer": "a"}]), r"field `locality\.0\.target`: is missing"),
     (
@@ -385,7 +536,7 @@ def test_malformed_record(kind: str, mutate: Callable[[dict[str, Any]], None], m
     assert "on_bad_record: skip" in str(caught.value)
     dataset = load_dataset(kind, path, on_bad_record="skip")
     assert (dataset.notes["skipped"], dataset.notes["skipped_records"]) == (1, [2])
-    assert len(dataset.requests) == len(records) - 1
+    assert len(dataset.requests) == len(records) - 1  # mquake: the record that is left has one rewrite
 
 
 def test_long_values_are_shortened(tmp_path: Path) -> None:
@@ -566,6 +717,11 @@ def test_fingerprint_is_pinned() -> None:
         {"locality": ()},
         {"portability": (Probe("x", "y"),)},
         {"unrelated": "x"},
+        {"passage": True},
+        {"ood": ("x",)},
+        {"any_of": True},
+        {"needs": 1},
+        {"portability": (Probe("x", "y", ("z",)),)},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -23,6 +23,7 @@ from orchestrator.plan import Plan, Planner, Progress, Spent, Task, make_plan, r
 from orchestrator.schedule import simulate
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
 from workers.data import load_dataset
+from workers.data.tinyworld import assets_dir
 from workers.job import Lane, cut_steps, expected_rows
 from workers.types import Dataset, EditSweepError, SpecError
 
@@ -357,7 +358,6 @@ def test_cell_ids_depend_on_what_decides_the_numbers(dataset: Dataset) -> None:
     other = [
         spec_of(dataset__order="file"),
         spec_of(model__dtype="float64"),
-        spec_of(chat_template=True),
         spec_of(grid__rollback="never"),
     ]
     for spec in other:
@@ -366,6 +366,19 @@ def test_cell_ids_depend_on_what_decides_the_numbers(dataset: Dataset) -> None:
     assert not set(steps.values()) & set(base.values())
     labelled = make_plan(spec_of(methods=[{"method": "ft", "label": "FT"}]), dataset=dataset)
     assert {c.cell_id for c in labelled.cells} == {v for k, v in base.items() if k[0] == "ft"}
+
+
+def test_a_chat_template_makes_other_cells(dataset: Dataset, tmp_path: Path) -> None:
+    for file in assets_dir().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    methods = [{"method": "ft", "hparams": {"layers": [1]}}]
+    plain, chat = (
+        by_name(make_plan(spec_of(model__name=str(tmp_path), methods=methods, chat_template=chat), dataset=dataset))
+        for chat in (False, True)
+    )
+    assert plain.keys() == chat.keys()
+    assert not set(plain.values()) & set(chat.values())
 
 
 def test_growth_plans_only_what_is_new(dataset: Dataset) -> None:

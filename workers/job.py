@@ -8,6 +8,7 @@ repeats exactly the same arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -33,6 +34,15 @@ class ScoreConfig(Frozen):
     extra_tokens: int = Field(
         4, ge=1, description="tokens greedy generation may run beyond the target before it is cut"
     )
+    fluency_tokens: int = Field(
+        0, ge=0, description="tokens written after each edit prompt at a group's end for `fluency`; 0: not measured"
+    )
+    fluency_top_k: int = Field(5, ge=1, description="a token of these texts is drawn from so many likeliest; 1: greedy")
+    ability_text: Path | None = Field(
+        None, description="UTF-8 file of held-out text, whose perplexity is measured at each group's end"
+    )
+    ability_tokens: int = Field(2048, ge=2, description="tokens of that text that are read, at most")
+    ability_window: int = Field(256, ge=2, description="tokens read in one go, at most (and the model's own limit)")
 
 
 class StreamCell(Frozen):

@@ -44,6 +44,7 @@ class Encoder:
             raise DataError("chat_template: true, but the model's tokenizer has no chat template")
         probe = tokenizer("a")["input_ids"]
         self._tail = 1 if probe and probe[-1] == tokenizer.eos_token_id and len(probe) > 1 else 0
+        self._joiner = self._chat_joiner() if chat_template else " "
 
     @property
     def pad_id(self) -> int:
@@ -56,7 +57,7 @@ class Encoder:
 
     def text(self, text: str) -> tuple[int, ...]:
         """Ids of a plain text, with the tokenizer's own beginning-of-sequence token and no end token."""
-        ids = self.tokenizer(text)["input_ids"]
+        ids = self.tokenizer(text, verbose=False)["input_ids"]  # a long text is cut up later: no warning
         return tuple(ids[: len(ids) - self._tail])
 
     def prompt(self, prompt: str) -> tuple[int, ...]:
@@ -65,12 +66,14 @@ class Encoder:
         return tuple(self.tokenizer(self._chat(prompt), add_special_tokens=False)["input_ids"])
 
     def pair(self, prompt: str, target: str) -> Encoded:
-        """``prompt + " " + target``, tokenised jointly."""
+        """``prompt + " " + target``, tokenised jointly. In a chat, what the template itself puts before an answer joins them."""
         prompt_ids = self.prompt(prompt)
         if self.chat_template:
-            ids = tuple(self.tokenizer(self._chat(prompt) + target, add_special_tokens=False)["input_ids"])
+            ids = tuple(
+                self.tokenizer(self._chat(prompt) + self._joiner + target, add_special_tokens=False)["input_ids"]
+            )
         else:
-            ids = self.text(f"{prompt} {target}")
+            ids = self.text(f"{prompt}{self._joiner}{target}")
         if len(ids) <= len(prompt_ids):
             raise DataError(f"target {target!r} adds no token after prompt {prompt!r}")
         return Encoded(ids, len(prompt_ids), ids[: len(prompt_ids)] == prompt_ids)
@@ -86,11 +89,28 @@ class Encoder:
         return len(self.tokenizer(whole[: start + stop], add_special_tokens=False)["input_ids"])
 
     def _chat(self, prompt: str) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        return self._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+    def _chat_joiner(self) -> str:
+        """The white space that the template writes between the start of the assistant's turn and what it says."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        asked, answered = self._chat("a"), self._render(messages, add_generation_prompt=False)
+        if not answered.startswith(asked):
+            return ""
+        said = answered[len(asked) :]
+        return said[: len(said) - len(said.lstrip())]
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=add_generation_prompt, tokenize=False
+                )
             )
-        )
+        except TemplateError as error:
+            raise DataError(f"chat_template: true, but the tokenizer's chat template fails: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,11 @@ Greedy generation costs almost nothing: the teacher-forced forward already says 
 including the first token that leaves the target, and a text that can no longer become the target is dropped at once. Only
 the few rows that remain are run further.
 
+Further scores for data that has what they need: a passage's ``perplexity``, exp of the target's mean negative log-probability;
+``ood_*`` on texts of their own, every token but the first predicted from those before it (``ood_confident``: the share that
+gets a probability above 0.8, as the public code of WISE counts its out-of-distribution accuracy); ``portability_any_*``, whether
+one of several phrasings of a question is answered, as MQuAKE counts.
+
 Scoring never changes an overlay, and every batch is a function of the requests and the config alone: the base model
 answers the very same batches, so that an untouched model has locality exactly 1.
 """
@@ -26,7 +31,7 @@ import torch
 from workers.job import ScoreConfig
 from workers.replay import Prefix, capture, replay
 from workers.rows import Encoded, Rows, collate
-from workers.types import EditRequest
+from workers.types import DataError, EditRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +39,15 @@ if TYPE_CHECKING:
     from workers.models import BaseModel
     from workers.overlay import Overlay
 
-Kind = Literal["reliability", "generalization", "locality", "portability"]
+Kind = Literal["reliability", "generalization", "locality", "portability", "ood"]
 KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality", "portability")
 PROTOCOLS = ("token", "exact", "generated")
 
+CONFIDENT = 0.8
+"""Probability above which a token of an out-of-distribution text counts."""
+
+_EXP_LIMIT = 709.0
+_LOG_CONFIDENT = math.log(CONFIDENT)
 _HEAD_VALUES = 2**26
 """Logits computed at once, at most (256 MB in float32)."""
 
@@ -52,22 +62,41 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One sequence of one item."""
+    """One sequence of one item. ``start``: the first token that is scored; None: where the target begins."""
 
     item: int
     kind: Kind
     lane: int
     encoded: Encoded
+    prompt: str
     target: str
+    aliases: tuple[str, ...] = ()
+    start: int | None = None
+
+    @property
+    def first(self) -> int:
+        return self.encoded.prompt_len if self.start is None else self.start
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """The tokens that are scored."""
+        return self.encoded.ids[self.first :]
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Every text that greedy generation may give, normalised."""
+        return tuple(normalise(text) for text in (self.target, *self.aliases))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model says at the target positions of one row, and one token beyond."""
+    """What a model says at the scored positions of one row, and one token beyond. ``confident``: the share of
+    scored tokens that get a probability above :data:`CONFIDENT`."""
 
     argmax: tuple[int, ...]
     logprob: float
     margin: float
+    confident: float
 
     def hits(self, target: Sequence[int]) -> list[bool]:
         return [a == t for a, t in zip(self.argmax, target, strict=False)]
@@ -132,10 +161,21 @@ class _Recent(Generic[V]):
 
 
 @dataclass
+class BaseNumbers(_Recent[tuple[float | None, ...]]):
+    """Figures of the base model on a batch that are no replies to probes, one per row. ``budget`` counts batches."""
+
+    budget: int = 1024
+
+    def put(self, key: tuple[object, ...], numbers: tuple[float | None, ...]) -> None:
+        self._keep(key, numbers, 1)
+
+
+@dataclass
 class BaseAnswers(_Recent[_Reply]):
     """The base model's replies to scoring batches, kept by the session. ``budget`` counts batches."""
 
     budget: int = 1024
+    numbers: BaseNumbers = field(default_factory=BaseNumbers)
 
     def put(self, key: tuple[object, ...], reply: _Reply) -> None:
         self._keep(key, reply, 1)
@@ -171,7 +211,7 @@ def score(
     base_answers = base_answers if base_answers is not None else BaseAnswers(budget=1)
     prefixes = prefixes if prefixes is not None else Prefixes()
     probes = list(_probes(base, items))
-    found: list[_Found] = [_Found() for _ in items]
+    found: list[_Found] = [_Found(item.request) for item in items]
     for batch in _batches(probes, config):
         before, after = _both(base, overlay, batch, config, base_answers, prefixes)
         for i, probe in enumerate(batch):
@@ -179,15 +219,50 @@ def score(
     return [f.scores(config.generated) for f in found]
 
 
+@torch.no_grad()
+def text_logprobs(
+    base: BaseModel,
+    overlay: Overlay | None,
+    lanes: Sequence[int],
+    texts: Sequence[tuple[int, ...]],
+    config: ScoreConfig,
+    base_answers: BaseAnswers,
+    prefixes: Prefixes,
+) -> dict[int, tuple[float, float]]:
+    """Per lane, the summed log-probability of all tokens but the first of each text: on its state, and on the base model."""
+    config = config.model_copy(update={"generated": False})
+    probes = [text_probe(0, "ood", lane, ids, "") for lane in lanes for ids in texts]
+    sums = dict.fromkeys(lanes, (0.0, 0.0))
+    for batch in _batches(probes, config):
+        before, after = _both(base, overlay, batch, config, base_answers, prefixes)
+        for i, probe in enumerate(batch):
+            edited, pristine = sums[probe.lane]
+            count = len(probe.scored)
+            sums[probe.lane] = (
+                edited + count * after.answers[i].logprob,
+                pristine + count * before.answers[i].logprob,
+            )
+    return sums
+
+
 def _probes(base: BaseModel, items: Sequence[Item]) -> Iterator[Probe]:
     for i, item in enumerate(items):
         r = item.request
-        pairs: list[tuple[Kind, str, str]] = [("reliability", r.prompt, r.target_new)]
-        pairs += [("generalization", text, r.target_new) for text in r.rephrases]
-        pairs += [("locality", p.prompt, p.target) for p in r.locality]
-        pairs += [("portability", p.prompt, p.target) for p in r.portability]
-        for kind, prompt, target in pairs:
-            yield Probe(i, kind, item.lane, base.encoder.pair(prompt, target), target)
+        pairs: list[tuple[Kind, str, str, tuple[str, ...]]] = [("reliability", r.prompt, r.target_new, ())]
+        pairs += [("generalization", text, r.target_new, ()) for text in r.rephrases]
+        pairs += [("locality", p.prompt, p.target, ()) for p in r.locality]
+        pairs += [("portability", p.prompt, p.target, p.aliases) for p in r.portability]
+        for kind, prompt, target, aliases in pairs:
+            yield Probe(i, kind, item.lane, base.encoder.pair(prompt, target), prompt, target, aliases)
+        for text in r.ood:
+            yield text_probe(i, "ood", item.lane, base.encoder.text(text), text)
+
+
+def text_probe(item: int, kind: Kind, lane: int, ids: tuple[int, ...], text: str) -> Probe:
+    """A text that is all prompt: whatever routes by the prompt sees the whole of it. Scored from its second token on."""
+    if len(ids) < 2:
+        raise DataError(f"a text to score needs at least two tokens: {text!r}")
+    return Probe(item, kind, lane, Encoded(ids, len(ids)), text, "", start=1)
 
 
 def _batches(probes: list[Probe], config: ScoreConfig) -> Iterator[list[Probe]]:
@@ -214,7 +289,7 @@ def _both(
     """The base model's reply and the edited one's, to the identical batch."""
     rows = collate([p.encoded for p in batch], [p.lane for p in batch], base.encoder.pad_id, base.device)
     texts = tuple(p.encoded for p in batch)
-    key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target) for p in batch))
+    key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target, p.aliases) for p in batch))
     before = kept.get(key)
     if overlay is None:
         if before is None:
@@ -269,11 +344,11 @@ def _answers(
     counts: list[int] = []
     for i, probe in enumerate(batch):
         e, offset = probe.encoded, rows.offsets[i]
-        count = len(e.ids) - e.prompt_len
+        count = len(e.ids) - probe.first
         counts.append(count + 1)
         row_P += [i] * (count + 1)
-        column_P += range(offset + e.prompt_len - 1, offset + len(e.ids))
-        target_P += [*e.target, e.ids[-1]]  # the last one only fills the slot beyond the target
+        column_P += range(offset + probe.first - 1, offset + len(e.ids))
+        target_P += [*probe.scored, e.ids[-1]]  # the last one only fills the slot beyond the target
     picked_PD = hidden_BSD[row_P, column_P]
     chunk = max(1, _HEAD_VALUES // base.vocab)
     argmax_P, logprob_P, margin_P = [], [], []
@@ -293,6 +368,7 @@ def _answers(
                 tuple(argmax_P[at : at + count]),
                 sum(logprob_P[scored]) / (count - 1),
                 min(margin_P[scored]),
+                sum(value > _LOG_CONFIDENT for value in logprob_P[scored]) / (count - 1),
             )
         )
         at += count
@@ -313,7 +389,7 @@ def _logits(
 class _Generation:
     """One greedy continuation in the making."""
 
-    def __init__(self, base: BaseModel, probe: Probe, limit: int, want: str | None) -> None:
+    def __init__(self, base: BaseModel, probe: Probe, limit: int, want: tuple[str, ...] | None) -> None:
         self.tokenizer = base.tokenizer
         self.probe = probe
         self.prompt = probe.encoded.ids[: probe.encoded.prompt_len]
@@ -329,10 +405,10 @@ class _Generation:
         if not natural:
             self.ids.append(token)
             text = self.tokenizer.decode(self.ids)
-            natural = _ends(text, self.probe.target)
+            natural = _ends(text, (self.probe.target, *self.probe.aliases))
         if natural or len(self.ids) >= self.limit:
             self.result = Text(normalise(text), natural)
-        elif self.want is not None and not self.want.startswith(normalise(text)):
+        elif self.want is not None and not any(want.startswith(normalise(text)) for want in self.want):
             self.result = Text(None, natural=False)
 
 
@@ -349,28 +425,28 @@ def _texts(
         return tuple(Text(None, natural=False) for _ in batch)
     running: list[_Generation] = []
     for i, (probe, answer) in enumerate(zip(batch, answers, strict=True)):
-        want: str | None = normalise(probe.target)
+        want: tuple[str, ...] | None = probe.wanted
         if probe.kind == "locality":
-            want = None if base_texts is None else base_texts[i].text
-        g = _Generation(base, probe, len(probe.encoded.target) + config.extra_tokens, want)
+            said_before = None if base_texts is None else base_texts[i].text
+            want = None if said_before is None else (said_before,)
+        longest = max(len(probe.encoded.target), *(len(base.encoder.text(f" {alias}")) for alias in probe.aliases), 0)
+        g = _Generation(base, probe, longest + config.extra_tokens, want)
+        if probe.kind == "ood":
+            g.result = Text(None, natural=False)  # no question, hence no answer to generate
+            running.append(g)
+            continue
         if probe.encoded.clean:
             for said, given in zip(answer.argmax, (*probe.encoded.target, None), strict=True):
                 g.absorb(said)
                 if g.result is not None or said != given:
                     break
         else:
-            g.prompt = base.encoder.prompt(_prompt_text(base, probe))
+            g.prompt = base.encoder.prompt(probe.prompt)  # its tokens merge across the border with the target
         running.append(g)
     while alive := [g for g in running if g.result is None]:
         for start in range(0, len(alive), config.rows_per_batch):
             _advance(base, overlay, alive[start : start + config.rows_per_batch])
     return tuple(g.result for g in running if g.result is not None)
-
-
-def _prompt_text(base: BaseModel, probe: Probe) -> str:
-    """The prompt of a row whose tokens merge across the border with the target."""
-    whole: str = base.tokenizer.decode(probe.encoded.ids, skip_special_tokens=True)
-    return whole[: len(whole) - len(probe.target)].rstrip()
 
 
 def _advance(base: BaseModel, overlay: Overlay | None, alive: list[_Generation]) -> None:
@@ -384,12 +460,17 @@ def _advance(base: BaseModel, overlay: Overlay | None, alive: list[_Generation])
         g.absorb(token)
 
 
-def _ends(text: str, target: str) -> bool:
-    """A line or a sentence has ended; a full stop inside the target itself does not end it."""
+def _ends(text: str, targets: Sequence[str]) -> bool:
+    """A line or a sentence has ended; a full stop inside a target itself does not end it."""
     if "\n" in text.lstrip("\n"):
         return True
     body = text.strip()
-    return body.endswith(".") and not target.casefold().startswith(body.casefold())
+    return body.endswith(".") and not any(target.casefold().startswith(body.casefold()) for target in targets)
+
+
+def exp(value: float) -> float:
+    """Infinity where Python's own would raise."""
+    return math.exp(value) if value < _EXP_LIMIT else math.inf
 
 
 def normalise(text: str) -> str:
@@ -400,25 +481,33 @@ def normalise(text: str) -> str:
 class _Found:
     """Gathers the probes of one item."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: EditRequest) -> None:
+        self.request = request
         self.values: dict[str, list[float]] = {}
         self.extra: dict[str, float] = {}
 
     def add(self, probe: Probe, before: Answer, after: Answer, before_text: Text, after_text: Text) -> None:
-        target = probe.encoded.target
+        target = probe.scored
+        if probe.kind == "ood":
+            for suffix, answer in (("", after), ("_base", before)):
+                hits = answer.hits(target)
+                self.values.setdefault(f"ood_token{suffix}", []).append(sum(hits) / len(hits))
+                self.values.setdefault(f"ood_confident{suffix}", []).append(answer.confident)
+            return
         if probe.kind == "locality":
             said = before.argmax[: len(target)]
             self._note("locality", "", after.hits(said), after_text.text is not None and after_text == before_text)
             return
-        want = normalise(probe.target)
         for suffix, answer, text in (("", after, after_text), ("_base", before, before_text)):
-            self._note(probe.kind, suffix, answer.hits(target), text.natural and text.text == want)
+            self._note(probe.kind, suffix, answer.hits(target), text.natural and text.text in probe.wanted)
         if probe.kind == "reliability":
             self.extra = {
                 "target_logprob": after.logprob,
                 "target_logprob_base": before.logprob,
                 "min_margin": after.margin,
             }
+            if self.request.passage:
+                self.extra |= {"perplexity": exp(-after.logprob), "perplexity_base": exp(-before.logprob)}
 
     def _note(self, kind: str, suffix: str, hits: list[bool], generated: bool) -> None:
         token = sum(hits) / len(hits)
@@ -432,6 +521,13 @@ class _Found:
             values = self.values.get(name)
             kept = values and (generated or "generated" not in name)
             out[name] = sum(values) / len(values) if values and kept else None
+        for name in ANY_COLUMNS:
+            values = self.values.get(name.replace("_any", "")) if self.request.any_of else None
+            kept = values and (generated or "generated" not in name)
+            out[name] = max(values) if values and kept else None
+        for name in OOD_COLUMNS:
+            values = self.values.get(name)
+            out[name] = sum(values) / len(values) if values else None
         for name in EXTRA_COLUMNS:
             value = self.extra.get(name)
             out[name] = value if value is not None and math.isfinite(value) else None
@@ -445,4 +541,8 @@ SCORE_COLUMNS: tuple[str, ...] = tuple(
     for protocol in PROTOCOLS
     if not (suffix and kind == "locality")
 )
-EXTRA_COLUMNS = ("target_logprob", "target_logprob_base", "min_margin")
+ANY_COLUMNS = tuple(
+    f"portability_any_{protocol}{suffix}" for suffix in ("", "_base") for protocol in ("exact", "generated")
+)
+OOD_COLUMNS = ("ood_token", "ood_confident", "ood_token_base", "ood_confident_base")
+EXTRA_COLUMNS = ("target_logprob", "target_logprob_base", "min_margin", "perplexity", "perplexity_base")

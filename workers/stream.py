@@ -15,10 +15,13 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
+from workers.ability import Ability
 from workers.artifacts import ArtifactData
+from workers.fluency import fluency
 from workers.job import Lane, StreamJob, Tick, moments, timeline
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
@@ -28,6 +31,11 @@ from workers.rows import Encoder
 from workers.scoring import Item, score
 from workers.session import Session
 from workers.types import JSON, EditRequest
+
+NOTHING: Mapping[str, JSON] = MappingProxyType(
+    dict.fromkeys(("fluency", "fluency_base", "ability_perplexity", "ability_perplexity_base"))
+)
+"""What is measured at a group's end only, where it is not."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ class _Wave:
     dead: set[int] = field(default_factory=set)
     log: list[list[dict[str, JSON]]] = field(default_factory=list)
     """Per lane, what editing each position cost and reported."""
+    ability: dict[int, dict[int, tuple[float | None, float | None]]] = field(default_factory=dict)
+    """By the number of edits of a state, per lane: one state is scored in several ticks. The latest state's alone is kept."""
 
     def alive(self) -> list[int]:
         return [i for i in range(len(self.lanes)) if i not in self.dead]
@@ -109,6 +119,8 @@ class Stream:
         self._config_json = self.config.model_dump(mode="json")
         self._inputs = [{name: artifacts[key] for name, key in cell.artifacts.items()} for cell in job.cells]
         self.method = method.prepare(base, self.config, self._inputs[0])
+        text = job.score.ability_text
+        self._ability = None if text is None else Ability(base, text, job.score)
 
     def run(
         self,
@@ -189,12 +201,14 @@ class Stream:
         items = [Item(i, self._request(wave.lanes[i], position)) for i, position in places]
         session = self.session
         found = score(self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes)
+        ends = any(scored != "immediate" for _, scored in asked)
+        extra = self._at_the_end(wave, tick, items) if ends else []
         seconds = (self._now() - clock) / len(items)
         norms = {i: wave.overlay.delta_norm(i) for i in alive}
         sizes = {i: wave.overlay.lane_bytes(i) for i in alive}
         memory = self._peak_memory()
         rows = []
-        for (i, position), item, scores in zip(places, items, found, strict=True):
+        for k, ((i, position), item, scores) in enumerate(zip(places, items, found, strict=True)):
             lane = wave.lanes[i]
             row: dict[str, JSON] = {
                 "case_id": item.request.case_id,
@@ -217,8 +231,26 @@ class Stream:
                     "position": position % T,
                     "scored": scored,
                 }
-                rows.append(place | row)
+                rows.append({**place, **row, **(NOTHING if scored == "immediate" else extra[k])})
         return rows
+
+    def _at_the_end(self, wave: _Wave, tick: Tick, items: Sequence[Item]) -> list[dict[str, JSON]]:
+        """What is measured at a group's end only, per item: fluency, and general ability, one value per state."""
+        answers, prefixes, config = self.session.base_answers, self.session.prefixes, self.job.score
+        out: list[dict[str, JSON]] = [dict(NOTHING) for _ in items]
+        if config.fluency_tokens:
+            pairs = fluency(self.base, wave.overlay, items, config, answers)
+            for row, (after, before) in zip(out, pairs, strict=True):
+                row |= {"fluency": after, "fluency_base": before}
+        if self._ability is not None:
+            if tick.edits_applied not in wave.ability:
+                lanes = wave.alive()
+                found = self._ability.perplexities(self.base, wave.overlay, lanes, answers, prefixes)
+                wave.ability = {tick.edits_applied: found}
+            for row, item in zip(out, items, strict=True):
+                after, before = wave.ability[tick.edits_applied][item.lane]
+                row |= {"ability_perplexity": after, "ability_perplexity_base": before}
+        return out
 
     def _fail(self, wave: _Wave, i: int, tick: Tick, message: str, failures: list[GroupFailure]) -> None:
         """Freeze lane ``i``: it is put back to the pristine state and its rows are no longer reported."""

@@ -27,10 +27,14 @@ class ModelError(EditSweepError):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A prompt and the answer expected after it (joined with one space when scored)."""
+    """A prompt and the answer expected after it (joined with one space when scored).
+
+    ``aliases`` are other ways to write the answer: greedy generation may give any of them.
+    """
 
     prompt: str
     target: str
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,10 @@ class EditRequest:
 
     ``prompt`` must contain ``subject`` (the ROME family looks its tokens up). ``unrelated`` is a sentence about something
     else, which WISE's margin loss needs. Texts carry no leading or trailing white space.
+
+    ``passage``: the target is running text, judged by its perplexity. ``ood``: texts about the subject in other hands, judged
+    token by token. ``any_of``: the portability probes are phrasings of one question, of which one right answer is enough.
+    ``needs``: so many requests directly before this one in file order belong to the same case; its portability asks about all.
     """
 
     case_id: str
@@ -50,6 +58,10 @@ class EditRequest:
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
     unrelated: str | None = None
+    passage: bool = False
+    ood: tuple[str, ...] = ()
+    any_of: bool = False
+    needs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

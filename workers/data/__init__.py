@@ -4,8 +4,9 @@
     first_1000 = [dataset.requests[i] for i in order_requests(dataset, "shuffle", seed=0)[:1000]]
     count_conflicts(first_1000)
 
-Kinds: ``tinyworld`` (the embedded one, no file needed), ``zsre``, ``counterfact`` and ``jsonl``. Every fault of a file
-is a :class:`~workers.types.DataError` that names the file, the record and the field.
+Kinds: ``tinyworld`` (the embedded one, no file needed), ``zsre``, ``counterfact``, ``hallucination``, ``temporal``,
+``wikibigedit``, ``knowedit``, ``mquake`` and ``jsonl``. Every fault of a file is a :class:`~workers.types.DataError` that
+names the file, the record and the field; a file of another kind is told by its keys.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from workers.data import counterfact, jsonl, zsre
+from workers.data import counterfact, hallucination, jsonl, knowedit, mquake, temporal, wikibigedit, zsre
 from workers.data.records import (
     OnBadRecord,
     count_conflicts,
+    count_cut_cases,
     count_duplicates,
     count_edited_locality,
     fingerprint,
@@ -29,6 +31,7 @@ __all__ = [
     "DATASETS",
     "OnBadRecord",
     "count_conflicts",
+    "count_cut_cases",
     "count_duplicates",
     "count_edited_locality",
     "fingerprint",
@@ -68,13 +71,48 @@ def _counterfact(path: Path | None, train_path: Path | None, on_bad_record: OnBa
     return counterfact.load(_needed("counterfact", path), on_bad_record)
 
 
+def _hallucination(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    return hallucination.load(_needed("hallucination", path), train_path, on_bad_record)
+
+
+def _temporal(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    return temporal.load(_needed("temporal", path), train_path, on_bad_record)
+
+
+def _wikibigedit(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    _refuse("wikibigedit", "train_path", train_path, "its unrelated sentences come from other records of `path`")
+    return wikibigedit.load(_needed("wikibigedit", path), on_bad_record)
+
+
+def _knowedit(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    _refuse("knowedit", "train_path", train_path, "its unrelated sentences come from other records of `path`")
+    return knowedit.load(_needed("knowedit", path), on_bad_record)
+
+
+def _mquake(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+    _refuse(
+        "mquake", "train_path", train_path, "its unrelated sentences are single hops of `path` that no edit changes"
+    )
+    return mquake.load(_needed("mquake", path), on_bad_record)
+
+
 def _jsonl(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
     _refuse("jsonl", "train_path", train_path, "each line carries its own `unrelated` sentence")
     return jsonl.load(_needed("jsonl", path), on_bad_record)
 
 
 DATASETS: Mapping[str, Loader] = MappingProxyType(
-    {"tinyworld": _tinyworld, "zsre": _zsre, "counterfact": _counterfact, "jsonl": _jsonl}
+    {
+        "tinyworld": _tinyworld,
+        "zsre": _zsre,
+        "counterfact": _counterfact,
+        "hallucination": _hallucination,
+        "temporal": _temporal,
+        "wikibigedit": _wikibigedit,
+        "knowedit": _knowedit,
+        "mquake": _mquake,
+        "jsonl": _jsonl,
+    }
 )
 """Every kind of data set a spec can name. A new one is a module with a ``load`` and a line here."""
 
@@ -87,8 +125,9 @@ def load_dataset(
 ) -> Dataset:
     """The requests of one data set, validated and in file order.
 
-    ``train_path`` (zsRE only) is where unrelated sentences come from. With ``on_bad_record="skip"`` records that cannot
-    be used are left out; ``notes["skipped"]`` counts them and ``notes["skipped_records"]`` lists their numbers.
+    ``train_path`` (zsRE, Hallucination and Temporal) is where unrelated sentences come from. With ``on_bad_record="skip"``
+    records that cannot be used are left out; ``notes["skipped"]`` counts them and ``notes["skipped_records"]`` lists their
+    numbers.
     """
     loader = DATASETS.get(kind)
     if loader is None:

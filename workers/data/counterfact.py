@@ -18,6 +18,7 @@ from typing import Annotated
 from pydantic import Field
 
 from workers.data import easyedit
+from workers.data.layouts import EASYEDIT, check_layout
 from workers.data.records import (
     BadRecord,
     CaseId,
@@ -58,7 +59,9 @@ class CounterFactRecord(Record):
 
 def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
     """Requests in file order; unrelated sentences from the neighbourhood of other records."""
-    drafts = parse_drafts(path, read_json_list(path), _parse, on_bad_record)
+    entries = read_json_list(path)
+    check_layout(path, "counterfact", entries, reads=("counterfact", EASYEDIT, "knowedit"))
+    drafts = parse_drafts(path, entries, _parse, on_bad_record)
     return build_dataset("counterfact", path, drafts, locality_of(drafts))
 
 

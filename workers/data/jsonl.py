@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field
 
+from workers.data.layouts import check_layout
 from workers.data.records import (
     CaseId,
     Draft,
@@ -48,7 +49,9 @@ class JsonlRecord(Record):
 
 def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
     """Requests in file order. The data set takes the file's name, which is what the results table will show."""
-    drafts = parse_drafts(path, read_json_lines(path), _parse, on_bad_record, unit="line")
+    entries = read_json_lines(path)
+    check_layout(path, "jsonl", entries, reads=("jsonl",))
+    drafts = parse_drafts(path, entries, _parse, on_bad_record, unit="line")
     return build_dataset(path.stem, path, drafts)
 
 

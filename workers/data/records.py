@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 import reprlib
@@ -109,6 +110,15 @@ def validate(model: type[RecordT], raw: object) -> RecordT:
         raise BadRecord(field, f"{_EXPECTED.get(fault['type'], fault['msg'])}; got {got}") from None
 
 
+def _blank(value: object) -> object:
+    """None for the ways a file can say that there is nothing: null, NaN, an empty text."""
+    nothing = (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
+    return None if nothing else value
+
+
+TextOrNone = Annotated[Text | None, BeforeValidator(_blank)]
+
+
 class ProbeRecord(Record):
     """A probe as our own JSONL writes it."""
 
@@ -199,7 +209,8 @@ def read_json_list(path: Path) -> list[Entry]:
     try:
         value = _parse_json(text)
     except ValueError as failure:
-        raise DataError(f"{path}: not valid JSON: {failure}") from None
+        hint = "; one JSON object per line is what kind jsonl reads" if "Extra data" in str(failure) else ""
+        raise DataError(f"{path}: not valid JSON: {failure}{hint}") from None
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON list of records, got {short(value)}")
     if not value:
@@ -322,6 +333,22 @@ def build_dataset(
     )
 
 
+def build_with_train(
+    name: str,
+    path: Path,
+    drafts: Parsed[Draft],
+    train_path: Path | None,
+    parse: Callable[[Entry], Probe],
+    on_bad_record: OnBadRecord,
+) -> Dataset:
+    """A data set whose unrelated sentences come from a training file, or from other records if there is none."""
+    if train_path is None:
+        return build_dataset(name, path, drafts, locality_of(drafts))
+    train = parse_records(train_path, read_json_list(train_path), parse, on_bad_record)
+    notes: dict[str, JSON] = {"train_path": str(train_path), "train_skipped": len(train.skipped)}
+    return build_dataset(name, path, drafts, train.items, notes)
+
+
 def with_unrelated(requests: Sequence[EditRequest], pool: Sequence[Probe]) -> tuple[EditRequest, ...]:
     """Give every request a sentence (question and answer) about something else.
 
@@ -349,17 +376,29 @@ def _integer(*parts: str | int) -> int:
 
 
 def _request_json(request: EditRequest) -> JSON:
-    return {
+    """Fields that came later stand in it only where they are set: what was there before keeps its fingerprint."""
+    later = {
+        "passage": request.passage,
+        "ood": list(request.ood),
+        "any_of": request.any_of,
+        "needs": request.needs,
+    }
+    return {name: value for name, value in later.items() if value} | {
         "case_id": request.case_id,
         "prompt": request.prompt,
         "subject": request.subject,
         "target_new": request.target_new,
         "ground_truth": request.ground_truth,
         "rephrases": list(request.rephrases),
-        "locality": [{"prompt": probe.prompt, "target": probe.target} for probe in request.locality],
-        "portability": [{"prompt": probe.prompt, "target": probe.target} for probe in request.portability],
+        "locality": [_probe_json(probe) for probe in request.locality],
+        "portability": [_probe_json(probe) for probe in request.portability],
         "unrelated": request.unrelated,
     }
+
+
+def _probe_json(probe: Probe) -> JSON:
+    aliases = {"aliases": list(probe.aliases)} if probe.aliases else {}
+    return {"prompt": probe.prompt, "target": probe.target} | aliases
 
 
 def fingerprint(requests: Iterable[EditRequest]) -> str:
@@ -372,14 +411,20 @@ def fingerprint(requests: Iterable[EditRequest]) -> str:
 def order_requests(dataset: Dataset, order: Order, seed: int) -> tuple[int, ...]:
     """The order in which a cell meets the requests: a permutation of record indices.
 
-    Everything is shuffled and a sweep takes the first N, so raising N keeps the edits that are already done.
+    Everything is shuffled and a sweep takes the first N, so raising N keeps the edits that are already done. Requests of one
+    case (:attr:`EditRequest.needs`) stay together and in their order.
     """
-    indices = list(range(len(dataset.requests)))
+    cases: list[list[int]] = []
+    for index, request in enumerate(dataset.requests):
+        case = [index]
+        while len(case) <= request.needs and cases:
+            case = cases.pop() + case
+        cases.append(case)
     if order == "shuffle":
-        random.Random(_integer("order", seed, dataset.fingerprint)).shuffle(indices)
+        random.Random(_integer("order", seed, dataset.fingerprint)).shuffle(cases)
     elif order != "file":
         raise DataError(f"order: {order!r} is not valid; choose file or shuffle")
-    return tuple(indices)
+    return tuple(index for case in cases for index in case)
 
 
 # --- what `plan` warns about ---------------------------------------------------------------------------------------
@@ -411,6 +456,11 @@ def count_conflicts(requests: Iterable[EditRequest]) -> int:
         for key in keys:
             earlier.setdefault(key, set()).add(target)
     return conflicts
+
+
+def count_cut_cases(requests: Sequence[EditRequest], T: int) -> int:
+    """Requests whose portability asks about edits of their case that a group of T does not hold."""
+    return sum(request.needs > position % T for position, request in enumerate(requests))
 
 
 def count_edited_locality(requests: Sequence[EditRequest]) -> int:

@@ -23,16 +23,15 @@ shows three; the fourth is the rephrase probe. All is a pure function of the see
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from workers.data.records import fingerprint
 from workers.types import DataError, Dataset, EditRequest, EditSweepError, Probe
 
 Split = Literal["edit", "tune"]
@@ -460,9 +459,8 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
 def load_dataset(split: Split = "edit", seed: int = SHIPPED_SEED) -> Dataset:
     """One split as a :class:`Dataset`; its fingerprint is the SHA-256 of all requests as canonical JSON."""
     requests = load_requests(split, seed)
-    text = json.dumps([asdict(request) for request in requests], sort_keys=True, separators=(",", ":"))
     notes = {"split": split, "seed": seed, "origin": "invented world, made from the seed"}
-    return Dataset("tinyworld", requests, hashlib.sha256(text.encode()).hexdigest(), notes)
+    return Dataset("tinyworld", requests, fingerprint(requests), notes)
 
 
 def assets_dir() -> Path:

@@ -18,21 +18,20 @@ from typing import Annotated
 from pydantic import Field
 
 from workers.data import easyedit
+from workers.data.layouts import EASYEDIT, check_layout
 from workers.data.records import (
     Draft,
     Entry,
     OnBadRecord,
     Record,
     Text,
-    build_dataset,
-    locality_of,
+    build_with_train,
     parse_drafts,
-    parse_records,
     read_json_list,
     subject_as_in,
     validate,
 )
-from workers.types import JSON, Dataset, EditRequest, Probe
+from workers.types import Dataset, EditRequest, Probe
 
 
 class LocalityRecord(Record):
@@ -60,12 +59,10 @@ class ZsreRecord(LocalityRecord):
 
 def load(path: Path, train_path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
     """Requests in file order; unrelated sentences from ``train_path``, else from other records of the same file."""
-    drafts = parse_drafts(path, read_json_list(path), _parse, on_bad_record)
-    if train_path is None:
-        return build_dataset("zsre", path, drafts, locality_of(drafts))
-    train = parse_records(train_path, read_json_list(train_path), _parse_locality, on_bad_record)
-    notes: dict[str, JSON] = {"train_path": str(train_path), "train_skipped": len(train.skipped)}
-    return build_dataset("zsre", path, drafts, train.items, notes)
+    entries = read_json_list(path)
+    check_layout(path, "zsre", entries, reads=("zsre", EASYEDIT, "knowedit"))
+    drafts = parse_drafts(path, entries, _parse, on_bad_record)
+    return build_with_train("zsre", path, drafts, train_path, _parse_locality, on_bad_record)
 
 
 def _parse(entry: Entry) -> Draft:

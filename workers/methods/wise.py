@@ -743,5 +743,5 @@ def _unrelated(base: BaseModel, request: EditRequest) -> Encoded:
             f"case {request.case_id}: no unrelated sentence; WISE's margin loss needs one "
             "(field 'unrelated'; for zsRE it comes from train_path or other records)"
         )
-    ids = base.encoder.text(request.unrelated)
+    ids = base.encoder.prompt(request.unrelated)  # in a chat like the prompts: the margin is not to be one of templates
     return Encoded(ids, len(ids))
