@@ -10,6 +10,7 @@ from workers.methods.base import MethodConfig
 from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
 from workers.methods.rome import ROMEConfig
+from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise import WISEConfig
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
@@ -66,3 +67,11 @@ class TestWISERetrieve(MethodContract):
 
     def config(self) -> MethodConfig:
         return WISEConfig(layer=1, n_iter=8, lr=1.0, retrieve=True, save_freq=2, merge_freq=4, **FEW)
+
+
+class TestUltraEdit(MethodContract):
+    method = "ultraedit"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return UltraEditConfig(modules={"mlp_out": (0, 1, 2)}, token="mask", lr=3e-3)

@@ -23,6 +23,7 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "rome": "workers.methods.rome:ROME",
         "grace": "workers.methods.grace:GRACE",
         "wise": "workers.methods.wise:WISE",
+        "ultraedit": "workers.methods.ultraedit:UltraEdit",
     }
 )
 
