@@ -7,8 +7,10 @@ from typing import Any
 from tests.contract import MethodContract
 from tests.small import GOLDEN
 from workers.methods.base import MethodConfig
+from workers.methods.emmet import EMMETConfig
 from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
+from workers.methods.pmet import PMETConfig
 from workers.methods.rome import ROMEConfig
 from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise import WISEConfig
@@ -74,4 +76,38 @@ class TestUltraEdit(MethodContract):
     whole_answer = False
 
     def config(self) -> MethodConfig:
-        return UltraEditConfig(modules={"mlp_out": (0, 1, 2)}, token="mask", lr=3e-3)
+        return UltraEditConfig(modules={"mlp_out": (0, 1, 2)}, token="ans", lr=1e-2)
+
+
+class TestEMMET(MethodContract):
+    method = "emmet"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return EMMETConfig(
+            layers=(0,),
+            corpus=str(GOLDEN / "corpus.txt"),
+            samples=100,
+            fact_token="last",
+            v_num_grad_steps=12,
+            emmet_lambda=1e-4,
+            **FEW,
+        )
+
+
+class TestPMET(MethodContract):
+    method = "pmet"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return PMETConfig(
+            layers=(0, 1),
+            corpus=str(GOLDEN / "corpus.txt"),
+            samples=100,
+            fact_token="last",
+            v_num_grad_steps=12,
+            clamp_norm_factor=4.0,
+            v_weight_decay=1e-3,
+            mom2_update_weight=0.1,
+            **FEW,
+        )

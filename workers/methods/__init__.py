@@ -23,6 +23,8 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "rome": "workers.methods.rome:ROME",
         "grace": "workers.methods.grace:GRACE",
         "wise": "workers.methods.wise:WISE",
+        "emmet": "workers.methods.emmet:EMMET",
+        "pmet": "workers.methods.pmet:PMET",
         "ultraedit": "workers.methods.ultraedit:UltraEdit",
     }
 )
