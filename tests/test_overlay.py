@@ -87,7 +87,7 @@ def test_several_maps_have_their_own_factors() -> None:
             left = torch.randn(2, site.shape[0], count, generator=g, dtype=torch.float64)
             right = torch.randn(2, count, site.shape[1], generator=g, dtype=torch.float64)
             overlay.add(left, right, site)
-            total += left @ right
+            total.add_(left @ right)
         again = LowRankOverlay(sites, 2, torch.float64)
         for lane in range(2):
             again.load_state(lane, overlay.state(lane))

@@ -317,9 +317,8 @@ class LowRankOverlay(Overlay):
         if len(self.sites) == 1:
             weight_OI = self.sites[0].weight_OI.to(self._dtype)
             return float(self.delta(lane).norm() / weight_OI.norm())
-        change = sum(float(self.delta(lane, site).square().sum()) for site in self.sites)
-        total = sum(float(site.weight_OI.to(self._dtype).square().sum()) for site in self.sites)
-        return (change / total) ** 0.5
+        weights = [site.weight_OI.to(self._dtype) for site in self.sites]
+        return relative_norm((w, w + self.delta(lane, site)) for site, w in zip(self.sites, weights, strict=True))
 
 
 def relative_norm(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:

@@ -14,13 +14,13 @@ from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
 from workers.models import BaseModel, ModelConfig
 from workers.scoring import BaseAnswers, Prefixes
 from workers.stats import KIND as SECOND_MOMENT
-from workers.stats import build_second_moment
+from workers.stats import NULL_SPACE, build_null_space, build_second_moment
 from workers.templates import KIND as TEMPLATES
 from workers.templates import build_templates
 from workers.types import JSON, ModelError
 
 BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], ArtifactData]] = MappingProxyType(
-    {SECOND_MOMENT: build_second_moment, TEMPLATES: build_templates}
+    {SECOND_MOMENT: build_second_moment, NULL_SPACE: build_null_space, TEMPLATES: build_templates}
 )
 
 

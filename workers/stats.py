@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workers.models import BaseModel
 
 KIND = "second_moment"
+NULL_SPACE = "null_space"
 _ROWS = 64
 
 
@@ -63,6 +64,24 @@ def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workben
             "give a longer text or more samples"
         )
     return ArtifactData({"moment": total_II / count}, {"tokens": count})
+
+
+def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
+    """Recipe: threshold, layer (named in errors); needs ``moment``. The projection onto the eigenvectors whose eigenvalue is
+    below the threshold, and how many they are (AlphaEdit, arXiv 2410.02355)."""
+    moment_II = bench.inputs["moment"].tensors["moment"]
+    threshold, layer = recipe["threshold"], recipe["layer"]
+    wide_II = moment_II.to(base.device, torch.float64)
+    if not bool(torch.isfinite(wide_II).all()):
+        raise DataError(f"corpus: the second moment of layer {layer} is not finite; give another text or fewer samples")
+    values_I, vectors_II = torch.linalg.eigh((wide_II + wide_II.T) / 2)
+    basis_IR = vectors_II[:, values_I < threshold]
+    if not basis_IR.shape[1]:
+        raise DataError(
+            f"nullspace_threshold: {threshold}: no eigenvalue of the second moment of layer {layer} is below it "
+            f"(they reach from {float(values_I[0]):.3g} to {float(values_I[-1]):.3g}), so no edit is possible"
+        )
+    return ArtifactData({"projection": (basis_IR @ basis_IR.T).to(moment_II.dtype)}, {"rank": basis_IR.shape[1]})
 
 
 @torch.no_grad()

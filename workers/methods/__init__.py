@@ -21,6 +21,10 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
     {
         "ft": "workers.methods.ft:FT",
         "rome": "workers.methods.rome:ROME",
+        "rrome": "workers.methods.rome:RROME",
+        "memit": "workers.methods.memit:MEMIT",
+        "memit-mass": "workers.methods.memit:MEMITMass",
+        "alphaedit": "workers.methods.alphaedit:AlphaEdit",
         "grace": "workers.methods.grace:GRACE",
         "wise": "workers.methods.wise:WISE",
         "emmet": "workers.methods.emmet:EMMET",

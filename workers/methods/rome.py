@@ -132,16 +132,25 @@ class ROME(Method[ROMEConfig]):
         keys_BI = batch.at_lookup(at.suffix.input_BSI).to(self.base.master_dtype)
         found = search(self.base, self.config, batch, at, [at.value_NO])
         (delta_LO,), (value_norm_L,) = found.deltas, found.norms
-        key_LI = batch.mean(keys_BI)
-        key_LI = key_LI if self.inverse_II is None else key_LI @ self.inverse_II.T
-        key_LI = key_LI / key_LI.norm(dim=1, keepdim=True)
-        scale_L1 = (keys_BI[batch.plain_N] * key_LI).sum(1, keepdim=True)
-        overlay.add(delta_LO / scale_L1, key_LI)
+        left_LO, right_LI = self._update(batch, at, keys_BI, delta_LO)
+        overlay.add(left_LO, right_LI)
         columns = (found.steps_N, found.loss_N, found.first_N, delta_LO.norm(dim=1) / value_norm_L)
         return [
             EditOutcome(steps, loss, {"first_loss": first, "value_change": change})
             for steps, loss, first, change in zip(*(column.tolist() for column in columns), strict=True)
         ]
+
+    def _direction(self, key_LI: Tensor) -> Tensor:
+        """``C^-1 k``, of length one."""
+        key_LI = key_LI if self.inverse_II is None else key_LI @ self.inverse_II.T
+        direction_LI: Tensor = key_LI / key_LI.norm(dim=1, keepdim=True)
+        return direction_LI
+
+    def _update(self, batch: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
+        """The change's two factors (Eq. 2); ``keys_BI`` is each row's key."""
+        right_LI = self._direction(batch.mean(keys_BI))
+        scale_L1 = (keys_BI[batch.plain_N] * right_LI).sum(1, keepdim=True)
+        return delta_LO / scale_L1, right_LI
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -188,3 +197,32 @@ class ROME(Method[ROMEConfig]):
         if edits >= min(out, into) // 2:
             return 3 * out * into * value  # dense, and two temporaries while a change is added
         return 2 * edits * (out + into) * value
+
+
+class RROMEConfig(ROMEConfig):
+    """Hyperparameters of R-ROME: those of ROME."""
+
+    alg_names: ClassVar[tuple[str, ...]] = ("R-ROME",)
+
+
+class RROME(ROME):
+    """ROME with one key: the average over the contexts stands in both places of the change.
+
+    Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv 2403.07175. ROME looks for the
+    direction with the averaged key and scales it with the bare prompt's; where the two disagree the denominator comes near
+    zero and the change explodes. Here ``W' = W + (v - W k) u^T / (u^T k)`` with the average ``k`` throughout and
+    ``u = C^-1 k``; the value ``v = W k0 + d`` is that of the bare prompt, so the averaged key is answered by it exactly.
+    """
+
+    name: ClassVar[str] = "rrome"
+    title: ClassVar[str] = "R-ROME"
+    paper: ClassVar[str] = (
+        "Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv 2403.07175"
+    )
+    Config: ClassVar[type[MethodConfig]] = RROMEConfig
+
+    def _update(self, batch: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
+        key_LI = batch.mean(keys_BI)
+        right_LI = self._direction(key_LI)
+        now_LO = batch.mean(batch.at_lookup(at.suffix.output_BSO).to(delta_LO))
+        return (at.value_NO + delta_LO - now_LO) / (key_LI * right_LI).sum(1, keepdim=True), right_LI
