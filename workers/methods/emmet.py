@@ -46,7 +46,9 @@ class EMMETConfig(spread.SpreadConfig):
     """Hyperparameters of EMMET, under the names the field uses."""
 
     mom2_update_weight: float = Field(1.0, gt=0, description="the second moment is multiplied by this")
-    emmet_lambda: float = Field(0.1, ge=0, description="added to the diagonal of K^T C^-1 K against ill-conditioned batches")
+    emmet_lambda: float = Field(
+        0.1, ge=0, description="added to the diagonal of K^T C^-1 K against ill-conditioned batches"
+    )
     update_norm_lambda: float = Field(0.0, ge=0, description="added to the diagonal of C: bounds the change's norm")
 
     alg_names: ClassVar[tuple[str, ...]] = ("EMMET",)
