@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.contract import MethodContract
 from tests.small import GOLDEN
+from workers.methods.alphaedit import AlphaEditConfig
 from workers.methods.base import MethodConfig
 from workers.methods.emmet import EMMETConfig
 from workers.methods.ft import FTConfig
@@ -13,6 +14,8 @@ from workers.methods.grace import GRACEConfig
 from workers.methods.pmet import PMETConfig
 from workers.methods.rome import ROMEConfig
 from workers.methods.ultraedit import UltraEditConfig
+from workers.methods.memit import MEMITConfig
+from workers.methods.rome import ROMEConfig, RROMEConfig
 from workers.methods.wise import WISEConfig
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
@@ -46,6 +49,50 @@ class TestROME(MethodContract):
             fact_token="last",
             v_num_grad_steps=12,
             **FEW,
+        )
+
+
+class TestRROME(MethodContract):
+    method = "rrome"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        # random models answer a prompt and its contexts with very different keys: a larger value for the average to carry
+        return RROMEConfig.model_validate({**TestROME().config().model_dump(), "clamp_norm_factor": 10.0})
+
+
+class TestMEMIT(MethodContract):
+    method = "memit"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return MEMITConfig(
+            layers=(0, 1),
+            corpus=str(GOLDEN / "corpus.txt"),
+            samples=100,
+            fact_token="last",
+            v_num_grad_steps=12,
+            mom2_update_weight=0.1,
+        )
+
+
+class TestMEMITMass(TestMEMIT):
+    method = "memit-mass"
+
+
+class TestAlphaEdit(MethodContract):
+    method = "alphaedit"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return AlphaEditConfig(
+            layers=(0, 1),
+            corpus=str(GOLDEN / "corpus.txt"),
+            samples=100,
+            fact_token="last",
+            v_num_grad_steps=12,
+            nullspace_threshold=1.0,
+            L2=1e-2,
         )
 
 

@@ -14,7 +14,6 @@ from tests.parity.common import (
     check_scores,
     core,
     final_scores,
-    golden_requests,
     lane_edits,
     model,
     record,
@@ -23,12 +22,10 @@ from tests.parity.common import (
 )
 from tests.parity.test_memit import ELSEWHERE, RECORDED, YAML, first_ten, flat
 from workers.artifacts import ArtifactData, Workbench
-from workers.job import ScoreConfig
 from workers.methods import load_config
 from workers.methods.alphaedit import AlphaEdit, AlphaEditConfig, AlphaEditOverlay, alphaedit_keys
 from workers.models import ModelFingerprint
 from workers.overlay import LaneState
-from workers.scoring import Item, score
 from workers.stats import build_null_space
 from workers.types import DataError
 
@@ -89,36 +86,14 @@ def test_a_change_leaves_ordinary_keys_alone() -> None:
         assert float((delta_OI @ outside_II).norm() / delta_OI.norm()) <= 5e-3
 
 
-@pytest.mark.parametrize("T", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_scores_of_the_first_group(T: int) -> None:
-    """The public code has forgotten nothing when the second group begins; here the first one is compared."""
+@pytest.mark.parametrize("T", [1, 10, pytest.param(100, marks=pytest.mark.slow)])
+def test_scores(T: int) -> None:
+    """Edited one after another; the keys of one group are unknown to the next."""
     expected = record("llama", "AlphaEdit", T)
     editor, inputs = prepared(expected["context_templates"])
-    overlay, _ = run_groups(editor, T, 1, inputs)
-    first = {**expected, "delta_fro_per_group": expected["delta_fro_per_group"][:1]}
-    check_norms(overlay, first, 0.1 if T == 100 else 1e-2)
-    if T == 100:
-        check_scores(final_scores(editor, overlay, T, 1), expected)
-
-
-@pytest.mark.parametrize("T", [1, 10])
-def test_scores_with_the_public_leak(T: int) -> None:
-    """All groups, with keys that survive the rollback as in the public code, carried over by hand."""
-    expected = record("llama", "AlphaEdit", T)
-    editor, inputs = prepared(expected["context_templates"])
-    requests = golden_requests()
-    scores, leaked = [], LaneState()
-    for group in range(expected["n_groups"]):
-        overlay = editor.new_overlay(1)
-        overlay.load_state(0, leaked)
-        for position in range(T):
-            editor.edit(overlay, lane_edits(editor, [group], T, position, inputs))
-        one = {**expected, "delta_fro_per_group": expected["delta_fro_per_group"][group : group + 1]}
-        check_norms(overlay, one, 1e-2)
-        items = [Item(0, requests[group * T + i]) for i in range(T)]
-        scores += score(editor.base, overlay, items, ScoreConfig(generated=False, rows_per_batch=64))
-        leaked = LaneState({k: v for k, v in overlay.state(0).tensors.items() if k.endswith(("keys", "sum"))})
-    check_scores(scores, expected)
+    overlay, _ = run_groups(editor, T, expected["n_groups"], inputs)
+    check_norms(overlay, expected, 0.1 if T == 100 else 1e-2)
+    check_scores(final_scores(editor, overlay, T, expected["n_groups"]), expected)
 
 
 def test_nothing_survives_a_rollback() -> None:

@@ -301,3 +301,15 @@ def test_easyedit_file(tmp_path: Path) -> None:
     path.write_text(YAML.format(alg="PMET", layers=[4]))
     with pytest.raises(SpecError, match="expected MEMIT"):
         load_config("memit", {}, path, ELSEWHERE)
+
+
+def test_easyedit_file_of_rrome(tmp_path: Path) -> None:
+    path = tmp_path / "rrome.yaml"
+    text = YAML.format(alg="R-ROME", layers=[5]).replace('layer_selection: "all"\n', "")
+    text = text.replace("mom2_update_weight: 20000\n", "context_template_length_params: [[5, 10], [10, 10]]\n")
+    path.write_text(text + "enable_prompt_keys: false\nenable_random_prefix_keys: true\n")
+    config = load_config("rrome", {}, path, ELSEWHERE)
+    assert isinstance(config, RROMEConfig) and config.layer == 5
+    path.write_text(text + "original_implementation: true\n")
+    with pytest.raises(SpecError, match="original_implementation: True: R-ROME averages its key"):
+        load_config("rrome", {}, path, ELSEWHERE)

@@ -110,7 +110,7 @@ class MEMIT(Method[MEMITConfig]):
             "v_num_grad_steps": 20,
             "v_lr": 0.5,
             "clamp_norm_factor": 2.0,
-            "mom2_update_weight": 10.0,
+            "mom2_update_weight": 1.0,
             "samples": 4000,
         }
 

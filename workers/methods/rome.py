@@ -199,10 +199,26 @@ class ROME(Method[ROMEConfig]):
         return 2 * edits * (out + into) * value
 
 
+_AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(
+    {"enable_prompt_keys": False, "enable_random_prefix_keys": True, "original_implementation": False}
+)
+"""Which keys are averaged, as EasyEdit's files say it for R-ROME."""
+
+
 class RROMEConfig(ROMEConfig):
     """Hyperparameters of R-ROME: those of ROME."""
 
     alg_names: ClassVar[tuple[str, ...]] = ("R-ROME",)
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        for key, value in _AVERAGED_KEYS.items():
+            if values.get(key, value) != value:
+                raise SpecError(
+                    f"{source}: {key}: {values[key]!r}: R-ROME averages its key over the contexts in both places ({value}); "
+                    "method rome is the original"
+                )
+        return super().from_easyedit({k: v for k, v in values.items() if k not in _AVERAGED_KEYS}, source)
 
 
 class RROME(ROME):
