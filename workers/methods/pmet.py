@@ -153,8 +153,9 @@ class PMET(Method[PMETConfig]):
             "fact_token": "last",
             "v_num_grad_steps": 20,
             "v_lr": 0.5,
-            "clamp_norm_factor": 4.0,
-            "mom2_update_weight": 10.0,
+            "v_weight_decay": 1e-3,
+            "clamp_norm_factor": 10.0,
+            "mom2_update_weight": 1.0,
             "samples": 4000,
         }
 
