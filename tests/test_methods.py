@@ -11,11 +11,10 @@ from workers.methods.base import MethodConfig
 from workers.methods.emmet import EMMETConfig
 from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
-from workers.methods.pmet import PMETConfig
-from workers.methods.rome import ROMEConfig
-from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.memit import MEMITConfig
+from workers.methods.pmet import PMETConfig
 from workers.methods.rome import ROMEConfig, RROMEConfig
+from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise import WISEConfig
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
