@@ -8,10 +8,13 @@ from tests.contract import MethodContract
 from tests.small import GOLDEN
 from workers.methods.alphaedit import AlphaEditConfig
 from workers.methods.base import MethodConfig
+from workers.methods.emmet import EMMETConfig
 from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
 from workers.methods.memit import MEMITConfig
+from workers.methods.pmet import PMETConfig
 from workers.methods.rome import ROMEConfig, RROMEConfig
+from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise import WISEConfig
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
@@ -112,3 +115,45 @@ class TestWISERetrieve(MethodContract):
 
     def config(self) -> MethodConfig:
         return WISEConfig(layer=1, n_iter=8, lr=1.0, retrieve=True, save_freq=2, merge_freq=4, **FEW)
+
+
+class TestUltraEdit(MethodContract):
+    method = "ultraedit"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return UltraEditConfig(modules={"mlp_out": (0, 1, 2)}, token="ans", lr=1e-2)
+
+
+class TestEMMET(MethodContract):
+    method = "emmet"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return EMMETConfig(
+            layers=(0,),
+            corpus=str(GOLDEN / "corpus.txt"),
+            samples=100,
+            fact_token="last",
+            v_num_grad_steps=12,
+            emmet_lambda=1e-4,
+            **FEW,
+        )
+
+
+class TestPMET(MethodContract):
+    method = "pmet"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return PMETConfig(
+            layers=(0, 1),
+            corpus=str(GOLDEN / "corpus.txt"),
+            samples=100,
+            fact_token="last",
+            v_num_grad_steps=12,
+            clamp_norm_factor=4.0,
+            v_weight_decay=1e-3,
+            mom2_update_weight=0.1,
+            **FEW,
+        )

@@ -218,8 +218,11 @@ class Fact:
         return self.lines[:-1]
 
 
-def request_lines(base: BaseModel, request: EditRequest, texts: Sequence[str], config: LocateConfig) -> list[Line]:
-    """The rows of one request, in the order of ``texts`` (the bare prompt first)."""
+def request_lines(
+    base: BaseModel, request: EditRequest, texts: Sequence[str], config: LocateConfig, spaced: bool = True
+) -> list[Line]:
+    """The rows of one request, in the order of ``texts`` (the bare prompt first). ``spaced=False``: the target is tokenised
+    alone and follows without a space, as some public code has it."""
     at = request.prompt.find(request.subject)
     if at < 0 or not request.subject:
         raise DataError(f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}")
@@ -232,9 +235,15 @@ def request_lines(base: BaseModel, request: EditRequest, texts: Sequence[str], c
         lookup = pair.prompt_len
         if config.fact_token == "subject_last":
             lookup = encoder.tokens_until(prompt, slot + at + len(request.subject))
-        # the last token predicts nothing that is scored
-        encoded = Encoded(pair.ids[:-1], pair.prompt_len, pair.clean)
-        lines.append(Line(encoded, lookup - 1, pair.prompt_len - 1, pair.target))
+        if spaced:
+            # the last token predicts nothing that is scored
+            encoded = Encoded(pair.ids[:-1], pair.prompt_len, pair.clean)
+            lines.append(Line(encoded, lookup - 1, pair.prompt_len - 1, pair.target))
+            continue
+        target = tuple(base.tokenizer(request.target_new, add_special_tokens=False)["input_ids"])
+        ids = encoder.text(prompt + base.tokenizer.decode(target[:-1]))
+        read = len(ids) - len(target)
+        lines.append(Line(Encoded(ids, read + 1), lookup - 1, read, target))
     essence = f"{request.subject} is a"
     ids = encoder.prompt(essence)
     lookup = encoder.tokens_until(essence, len(request.subject)) if config.fact_token == "subject_last" else len(ids)
@@ -244,13 +253,17 @@ def request_lines(base: BaseModel, request: EditRequest, texts: Sequence[str], c
 
 
 def facts_of(
-    base: BaseModel, edits: Sequence[LaneEdit], config: LocateConfig, inputs: Mapping[str, ArtifactData]
+    base: BaseModel,
+    edits: Sequence[LaneEdit],
+    config: LocateConfig,
+    inputs: Mapping[str, ArtifactData],
+    spaced: bool = True,
 ) -> list[Fact]:
     """All requests of all lanes, lanes ascending. A lane's templates are those of its own cell."""
     facts = []
     for lane, edit in enumerate(edits):
         texts = (edit.inputs.get(TEMPLATES) or inputs[TEMPLATES]).meta["templates"]
-        facts += [Fact(lane, tuple(request_lines(base, request, texts, config))) for request in edit.requests]
+        facts += [Fact(lane, tuple(request_lines(base, request, texts, config, spaced))) for request in edit.requests]
     return facts
 
 
@@ -372,6 +385,16 @@ class AtMap:
         return replace(self, suffix=self.suffix.part(row_B, rows, read_P), here_BS1=self.here_BS1[list(row_B)])
 
 
+@dataclass(frozen=True)
+class Sated:
+    """What becomes of a fact whose target tokens are all the likeliest ones (PMET): in the next step its target's loss weighs
+    ``less`` and not ``weight``, and it stops where the weighted KL term is ``kl`` at most."""
+
+    weight: float
+    less: float
+    kl: float
+
+
 @dataclass
 class _Problem:
     """The facts still in the batch, and how their losses are found."""
@@ -380,14 +403,21 @@ class _Problem:
     targets: TargetTokens
     norms: list[Tensor]
     """Norm of each vector's present value, (K,)."""
+    sated: Sated | None = None
     before_KV: Tensor | None = None
     """Log-probabilities of the kept prediction, before anything is added."""
+    weight_K: Tensor | None = None
+    """Weight of each fact's target loss in the next step; None: that of the first."""
 
-    def loss(self, base: BaseModel, config: LocateConfig, deltas: Sequence[Tensor]) -> Tensor:
-        """Eq. 4 per fact, (K,). The first call notes the predictions to keep."""
+    def loss(self, base: BaseModel, config: LocateConfig, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Eq. 4 per fact, and whether it goes on, (K,) each. The first call notes the predictions to keep."""
         hidden_PD = self.at.hidden(deltas)
         count = len(self.targets.row_P)
-        nll_K = self.targets.nll(base, hidden_PD[:count])
+        hit_K: Tensor | None = None
+        if self.sated is None:
+            nll_K = self.targets.nll(base, hidden_PD[:count])
+        else:
+            nll_K, hit_K = self.targets.nll_and_hit(base, hidden_PD[:count])
         kept_KV = base.logits(hidden_PD[count:]).log_softmax(-1)
         if self.before_KV is None:
             self.before_KV = kept_KV.detach()
@@ -395,15 +425,23 @@ class _Problem:
         decay_K = deltas[0].norm(dim=1) / self.norms[0].square()
         for delta_KO, norm_K in zip(deltas[1:], self.norms[1:], strict=True):
             decay_K = decay_K + delta_KO.norm(dim=1) / norm_K.square()
+        if self.sated is not None:
+            nll_K = nll_K * (self.sated.weight if self.weight_K is None else self.weight_K)
         loss_K: Tensor = nll_K + config.kl_factor * kl_K + config.v_weight_decay * decay_K
-        return loss_K
+        goes_on_K = loss_K.detach() >= STOP_LOSS
+        if self.sated is not None and hit_K is not None:
+            self.weight_K = torch.where(hit_K, self.sated.less, self.sated.weight).to(loss_K)
+            goes_on_K = goes_on_K & ~(hit_K & (config.kl_factor * kl_K.detach() <= self.sated.kl))
+        return loss_K, goes_on_K
 
     def part(self, kept: Sequence[int]) -> _Problem:
         rows, row_B = self.at.rows.part(kept)
         targets, read_P = self.targets.part(kept, row_B)
         read_P += [len(self.targets.row_P) + n for n in kept]
         before_KV = None if self.before_KV is None else self.before_KV[list(kept)]
-        return _Problem(self.at.part(row_B, rows, read_P), targets, [n[list(kept)] for n in self.norms], before_KV)
+        weight_K = None if self.weight_K is None else self.weight_K[list(kept)]
+        norms = [norm_K[list(kept)] for norm_K in self.norms]
+        return _Problem(self.at.part(row_B, rows, read_P), targets, norms, self.sated, before_KV, weight_K)
 
 
 @dataclass(frozen=True)
@@ -417,10 +455,17 @@ class Found:
     first_N: Tensor
 
 
-def search(base: BaseModel, config: LocateConfig, batch: Facts, at: Added, values: Sequence[Tensor]) -> Found:
+def search(
+    base: BaseModel,
+    config: LocateConfig,
+    batch: Facts,
+    at: Added,
+    values: Sequence[Tensor],
+    sated: Sated | None = None,
+) -> Found:
     """Optimise each fact's vectors by Adam (Eq. 4). ``values``: what stands where they are added, (N, width) each; its norm
     bounds each vector (``clamp_norm_factor``) and scales its decay."""
-    problem = _Problem(at, batch.targets, [value_NO.norm(dim=1) for value_NO in values])
+    problem = _Problem(at, batch.targets, [value_NO.norm(dim=1) for value_NO in values], sated)
     norms = problem.norms
     found = [torch.zeros_like(value_NO) for value_NO in values]
     steps_N = torch.zeros(batch.count, dtype=torch.long, device=base.device)
@@ -441,9 +486,9 @@ def search(base: BaseModel, config: LocateConfig, batch: Facts, at: Added, value
             deltas = [delta_KO.detach()[kept].requires_grad_(True) for delta_KO in deltas]
             optimizer = optimizer.part(kept, deltas)
         optimizer.zero_grad()
-        now_K = problem.loss(base, config, deltas)
+        now_K, goes_on_K = problem.loss(base, config, deltas)
         steps.record(now_K)
-        steps.keep(now_K.detach() >= STOP_LOSS)
+        steps.keep(goes_on_K)
         if step == config.v_num_grad_steps - 1 or steps.ended():
             break
         steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]

@@ -27,6 +27,9 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "alphaedit": "workers.methods.alphaedit:AlphaEdit",
         "grace": "workers.methods.grace:GRACE",
         "wise": "workers.methods.wise:WISE",
+        "emmet": "workers.methods.emmet:EMMET",
+        "pmet": "workers.methods.pmet:PMET",
+        "ultraedit": "workers.methods.ultraedit:UltraEdit",
     }
 )
 
