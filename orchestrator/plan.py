@@ -510,7 +510,12 @@ class _Grid:
         )
         self.costs.append(float(kind.relative_cost))
         for T in self.spec.grid.T:
-            overlay = kind.overlay_bytes(config, shape, lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits))
+            edits = lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits)
+            try:
+                kind.check_edits(config, shape, edits)
+            except SpecError as e:
+                raise SpecError(f"methods: {method.label}: grid.T: {T}: {e}") from None
+            overlay = kind.overlay_bytes(config, shape, edits)
             need = estimate(
                 shape,
                 resolved,

@@ -23,6 +23,10 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "rome": "workers.methods.rome:ROME",
         "grace": "workers.methods.grace:GRACE",
         "wise": "workers.methods.wise:WISE",
+        "none": "workers.methods.none:NoEdit",
+        "icl": "workers.methods.icl:ICL",
+        "defer": "workers.methods.defer:DEFER",
+        "serac": "workers.methods.serac:SERAC",
     }
 )
 
