@@ -13,7 +13,7 @@ from tests.parity import common
 from tests.small import golden_requests
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
-from workers.methods.defer import DEFER, Deferral, DEFERConfig
+from workers.methods.defer import DEFER, DEFERConfig, Deferral
 from workers.overlay import LaneState
 from workers.rng import Draws
 from workers.scoring import Item, score
