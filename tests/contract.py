@@ -61,8 +61,8 @@ class MethodContract:
     whole_answer = True
     """Whether the method has the means to teach an untrained model a target of two tokens."""
 
-    effect: Literal["writes", "moves", "none"] = "writes"
-    """What an edit does to an untrained model: it teaches the target, changes what is said of it, or nothing."""
+    effect: Literal["writes", "likelier", "moves", "none"] = "writes"
+    """What an edit does to an untrained model: teaches the target, makes it far likelier, changes what is said, or nothing."""
     runs_base = True
     """Whether an edit runs the base model at all."""
 
@@ -123,13 +123,14 @@ class MethodContract:
         assert set(during) == ({pristine} if self.runs_base else set())
         edited = score(base, overlay, [Item(0, request)], ScoreConfig())[0]
         assert model_hash(base) == before
-        if self.effect != "writes":
+        if self.effect in ("moves", "none"):
             assert (edited == untouched) is (self.effect == "none")
             assert (edited["target_logprob"] == edited["target_logprob_base"]) is (self.effect == "none")
             return
         # one vector at one token cannot write two tokens into an untrained model, but the answer has to move
         assert edited["reliability_token_base"] == 0
-        assert edited["reliability_token"] >= (1 if self.whole_answer else 0.5)
+        if self.effect == "writes":
+            assert edited["reliability_token"] >= (1 if self.whole_answer else 0.5)
         assert edited["target_logprob"] > edited["target_logprob_base"] + 1
 
     def test_two_runs_are_bit_identical(self, arch: str) -> None:
@@ -180,7 +181,7 @@ class MethodContract:
             result = next(iter(self.stream(base, work, inputs).run([10, 11])))
             assert result.state is not None and result.edits == 10
             states.append(unpack_states(result.state)[0][0])
-        assert states[0].tensors and same(*states)
+        assert bool(states[0].tensors) is (self.effect != "none") and same(*states)
 
     def test_lanes_do_not_depend_on_each_other(self, arch: str) -> None:
         base = self.model(arch, torch.float64)

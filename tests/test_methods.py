@@ -99,7 +99,7 @@ class TestICL(MethodContract):
 
 class TestDEFER(MethodContract):
     method = "defer"
-    whole_answer = False
+    effect = "likelier"  # one value at every token: of two target tokens neither need win
 
     def config(self) -> MethodConfig:
         return DEFERConfig(layer=1, n_iter=15, lr=3e-2)

@@ -57,6 +57,9 @@ LARGEST_COPY = 50_000_000
 SCRATCH: Mapping[str, int] = MappingProxyType({"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 256})
 """Sizes of a classifier that is made here (DistilBERT)."""
 
+_BLOCK = 32
+"""Columns of padded batches come in blocks of so many."""
+
 _CLASSIFIER, _COUNTERFACTUAL = "classifier.", "counterfactual."
 
 # fmt: off
@@ -220,6 +223,8 @@ class Networks:
             raise DataError(
                 f"serac: an edit and a prompt are {width} tokens, the counterfactual model reads at most {limit}"
             )
+        # whole blocks of columns, so that a row's bits hardly depend on how long its neighbours are
+        width = max(width, min(-(-width // _BLOCK) * _BLOCK, limit or width))
         device = self.counterfactual.device
         ids_NS = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         mask_NS = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
