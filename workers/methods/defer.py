@@ -212,7 +212,7 @@ class DEFER(Method[DEFERConfig]):
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
-        return {"layer": 4, "lr": 1e-2, "n_iter": 30}
+        return {"layer": 4, "lr": 1e-3, "n_iter": 60}
 
     @classmethod
     def check(cls, config: Any, shape: ModelShape) -> None:
