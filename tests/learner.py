@@ -1,13 +1,18 @@
 """A method whose networks are really trained, as small as can be: FT that first learns a decoder nobody asks for.
 
-with registered(): ...           # the registry knows it as "learner"
-python -m tests.learner run spec.yaml --engine local          # the command line with it
+    with registered(): ...                                  # the registry knows it as "learner"
+    python -m tests.learner run spec.yaml --engine local    # the command line with it
+    python -m tests.learner build FOLDER SPEC               # one artifact, as an actor would; shows the steps it took
+
+LEARNER_PAUSE in the environment makes every step that many seconds longer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +36,7 @@ class Decoder(Trainer):
     """Two layers learn a request's first target token from the model's state at the end of its prompt."""
 
     def __init__(self, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> None:
-        self.base, self.hparams = base, hparams
+        self.base = base
         sizes = (base.hidden, hparams["width"], base.model.config.vocab_size)
         self.weights = [
             (torch.randn(out, size, generator=generator) / size**0.5).requires_grad_(True)
@@ -54,7 +59,7 @@ class Decoder(Trainer):
         return float((self.logits(requests).argmax(-1) == self.targets(requests)).float().mean())
 
     def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
-        time.sleep(self.hparams["pause"])
+        time.sleep(float(os.environ.get("LEARNER_PAUSE", "0")))
         logits_BV = self.logits(requests)
         logits_BV = logits_BV + 0.01 * torch.randn(logits_BV.shape, generator=generator)
         loss = nn.functional.cross_entropy(logits_BV, self.targets(requests))
@@ -84,7 +89,6 @@ class Decoder(Trainer):
 class LearnerConfig(FTConfig):
     width: int = 64
     train_lr: float = 3e-3
-    pause: float = 0.0
     schedule: Schedule = Schedule(steps=60, batch_size=8)
 
 
@@ -103,7 +107,7 @@ class Learner(FT):
         seed: int,
         training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
-        hparams = {"width": config.width, "lr": config.train_lr, "pause": config.pause}
+        hparams = {"width": config.width, "lr": config.train_lr}
         return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
 
     @classmethod
@@ -111,18 +115,40 @@ class Learner(FT):
         return Decoder(base, hparams, generator)
 
 
+def register() -> None:
+    """For good, in this process."""
+    methods.REGISTRY = MappingProxyType({**methods.REGISTRY, "learner": "tests.learner:Learner"})
+
+
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
     before = methods.REGISTRY
-    methods.REGISTRY = MappingProxyType({**before, "learner": "tests.learner:Learner"})
+    register()
     try:
         yield
     finally:
         methods.REGISTRY = before
 
 
-if __name__ == "__main__":
-    from orchestrator.cli import main
+def build(folder: str, spec: str) -> None:
+    from orchestrator.execute import Bench
 
-    with registered():
+    steps: list[int] = []
+    bench = Bench(folder, "run", save_seconds=0)
+    bench.build(
+        ArtifactSpec.model_validate_json(spec),
+        ModelConfig(device="cpu"),
+        1,
+        lambda done, total, what: steps.append(done),
+    )
+    sys.stdout.write(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    register()
+    if sys.argv[1] == "build":
+        build(sys.argv[2], sys.argv[3])
+    else:
+        from orchestrator.cli import main
+
         main(sys.argv[1:])

@@ -136,7 +136,7 @@ def test_without_replay_the_first_shard_is_forgotten(base: BaseModel, tmp_path: 
         schedule = Schedule(steps=150, batch_size=8, replay=replay)
         spec = spec_of(base, training, LearnerConfig(layers=(1,), train_lr=1e-2, schedule=schedule))
         for name, wanted in (("before", spec.needs[0].needs[0]), ("after", spec.needs[0])):
-            decoder = Decoder(base, {"width": 64, "lr": 1e-2, "pause": 0}, derive_generator("any"))
+            decoder = Decoder(base, {"width": 64, "lr": 1e-2}, derive_generator("any"))
             state = build(base, wanted)
             decoder.load_state(ArtifactData(state.tensors, state.meta["trainer"]))
             found[replay, name] = (decoder.accuracy(first), decoder.accuracy(second))

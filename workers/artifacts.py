@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class ArtifactSpec(Frozen):
 
 @dataclass(frozen=True)
 class ArtifactData:
-    """The finished product: tensors and a JSON value. ``made_as`` is the kind and recipe it was built by."""
+    """The finished product: tensors and a JSON value. ``made_as``: the kind, recipe and key it was built by."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, JSON] = field(default_factory=dict)
@@ -73,26 +73,38 @@ class ArtifactData:
     def check_made_as(self, spec: ArtifactSpec, source: str) -> None:
         """Refuse what was built by another recipe, whatever name it lies under. Raises :class:`ModelError`."""
         made = self.made_as or {}
+        if made.get("key") == spec.key:
+            return
         ours, theirs = json.loads(json.dumps(spec.recipe)), made.get("recipe", {})
         different = sorted(key for key in {*ours, *theirs} if key not in ours or ours[key] != theirs.get(key))
-        if made.get("kind") == spec.kind and not different:
-            return
-        if made.get("kind") == spec.kind and "model" in different:
-            what = f"it was made for another model ({theirs['model']}, the sweep's is {spec.recipe.get('model')})"
-        elif made.get("kind") == spec.kind:
-            what = f"it was made by another recipe ({', '.join(different)} differ)"
-        else:
+        if made.get("kind") != spec.kind:
             what = f"it is of kind {made.get('kind')!r}"
+        elif "model" in different:
+            what = f"it was made for another model ({theirs.get('model')}, the sweep's is {ours.get('model')})"
+        else:
+            what = f"it was made by another recipe ({', '.join(different) or 'of other artifacts'} differ)"
         raise ModelError(f"{source}: not the {spec.kind} artifact that is needed here: {what}; remove the file")
+
+
+def in_order(
+    specs: Iterable[ArtifactSpec], present: Callable[[ArtifactSpec], bool] | None = None
+) -> list[ArtifactSpec]:
+    """Each once, what it needs before it; those that are ``present`` left out, with what only they need."""
+    found: dict[str, ArtifactSpec] = {}
+
+    def add(spec: ArtifactSpec) -> None:
+        if spec.key not in found and not (present and present(spec)):
+            for need in spec.needs:
+                add(need)
+            found[spec.key] = spec
+
+    for spec in specs:
+        add(spec)
+    return list(found.values())
 
 
 def _nothing(done: int, total: int, what: str) -> None:
     """Nobody is watching."""
-
-
-def _never() -> bool:
-    """Nobody stops."""
-    return False
 
 
 class Stopped(Exception):
@@ -113,7 +125,7 @@ class Workbench:
     unfinished: bytes | None = None
     save_seconds: float = 30.0
     """Time between two savings, at least; twenty times as long as a saving takes, if that is longer."""
-    stopping: Callable[[], bool] = _never
+    stopping: Callable[[], bool] = bool
     _saved: float = field(default_factory=time.monotonic)
     _took: float = 0.0
 

@@ -77,4 +77,4 @@ def _build(base: BaseModel, spec: ArtifactSpec, bench: Workbench) -> ArtifactDat
     if builder is None:
         raise ModelError(f"artifact kind {spec.kind!r} is unknown; choices: {', '.join(sorted(BUILDERS))}")
     data = builder(base, {**spec.where, **spec.recipe}, bench)
-    return replace(data, made_as={"kind": spec.kind, "recipe": spec.recipe})
+    return replace(data, made_as={"kind": spec.kind, "key": spec.key, "recipe": spec.recipe})

@@ -20,6 +20,7 @@ from workers.data.records import (
     count_conflicts,
     count_duplicates,
     count_edited_locality,
+    find_overlap,
     fingerprint,
     order_requests,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "count_conflicts",
     "count_duplicates",
     "count_edited_locality",
+    "find_overlap",
     "fingerprint",
     "load_dataset",
     "load_training",

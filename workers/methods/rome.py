@@ -87,7 +87,8 @@ class ROMEConfig(MethodConfig):
     samples: int = Field(100_000, ge=1, description="lines of the corpus that enter the second moment")
     precision: Literal["float32", "float64"] = Field("float32", description="precision of the sums")
     corpus: str | None = Field(
-        None, description="plain text file for the second moment; null: the embedded model's own text, for it alone"
+        None,
+        description="plain text file for the second moment; null: the embedded model's own text, for it alone",
     )
 
     alg_names: ClassVar[tuple[str, ...]] = ("ROME",)
@@ -278,18 +279,15 @@ class ROME(Method[ROMEConfig]):
                     )
                 corpus = EMBEDDED
             specs.append(
-                ArtifactSpec(
-                    name=MOMENT,
-                    kind=stats.KIND,
-                    recipe={
-                        **made_by,
-                        "corpus": corpus,
-                        "corpus_hash": stats.corpus_fingerprint(corpus),
-                        "samples": config.samples,
-                        "layer": config.layer,
-                        "module": config.module,
-                        "precision": config.precision,
-                    },
+                stats.second_moment(
+                    MOMENT,
+                    fingerprint,
+                    model,
+                    corpus,
+                    config.samples,
+                    config.layer,
+                    config.module,
+                    config.precision,
                 )
             )
         return tuple(specs)
