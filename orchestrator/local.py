@@ -13,6 +13,7 @@ from types import FrameType
 
 from orchestrator.execute import Bench, Books, check_memory
 from orchestrator.lock import LockLost
+from workers.artifacts import ArtifactSpec, Stopped
 
 
 def run_local(books: Books, max_actors: int | None = None) -> None:
@@ -20,9 +21,12 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
     plan = books.plan
     resources = plan.spec.engine.resources
     check_memory(plan.common.model, plan.weight_bytes, resources.gpu, resources.memory_gb, where="this machine")
-    bench = Bench(books.store.where(), books.run_id)
+    bench = Bench(books.store.where(), books.run_id, plan.spec.engine.checkpoint_seconds)
     with _ctrl_c() as stop:
         _build_artifacts(bench, books, stop)
+        if books.artifacts_only:
+            books.interrupted = stop.is_set()
+            return
         for shard in plan.shards:
             if stop.is_set():
                 break
@@ -33,16 +37,25 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
 def _build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
     """Build what the store lacks. A failure is told here and again by the shards that need the artifact."""
     missing = books.missing_artifacts()
-    for done, spec in enumerate(missing, start=1):
+    for number, spec in enumerate(missing, start=1):
         if stop.is_set():
             return
+
+        def tell(done: int, total: int, what: str, spec: ArtifactSpec = spec) -> None:
+            books.artifact_step(spec, done, total, what)
+
         try:
-            bench.build(spec, books.plan.common.model, books.plan.common.threads)
-            books.view.note(f"artifact {done}/{len(missing)} built: {spec.kind} {spec.key[:8]}")
+            bench.build(spec, books.plan.common.model, books.plan.common.threads, tell, stop.is_set)
+            books.artifact_built(spec, number, len(missing))
+        except Stopped:
+            return
         except KeyboardInterrupt:
             stop.set()
+        except LockLost:
+            raise
         except Exception as error:
-            books.view.warn(f"artifact {done}/{len(missing)} failed: {spec.kind} {spec.key[:8]}: {error}")
+            books.artifact_failed(spec, f"{type(error).__name__}: {error}")
+        books.check()
 
 
 def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event) -> None:

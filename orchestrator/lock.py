@@ -62,7 +62,9 @@ class Owner:
         if (self.host, self.space) != (socket.gethostname(), _process_space()):
             return None
         try:
-            return abs(float(psutil.Process(self.pid).create_time()) - self.started) < 2
+            process = psutil.Process(self.pid)
+            # one that was killed and not yet waited for by its parent still has its number
+            return abs(float(process.create_time()) - self.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
         except psutil.Error:

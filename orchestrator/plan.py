@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
@@ -35,13 +35,25 @@ from workers.data import (
     count_cut_cases,
     count_duplicates,
     count_edited_locality,
+    find_overlap,
     load_dataset,
     order_requests,
 )
 from workers.data.text import read_held_out
 from workers.job import Frozen, Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows
-from workers.models import ModelConfig, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template, model_shape
+from workers.models import (
+    EMBEDDED,
+    ModelConfig,
+    ModelFingerprint,
+    ModelShape,
+    fingerprint_model,
+    has_chat_template,
+    model_shape,
+)
 from workers.types import JSON, Dataset, EditRequest, SpecError
+
+if TYPE_CHECKING:
+    from workers.pretrain import TrainingSource
 
 Member = TypeVar("Member")
 
@@ -50,6 +62,11 @@ SCHEMA = 1
 
 TAIL = 0.1
 """A shard of several waves takes at most this share of the sweep's lower bound, so that the last ones end close together."""
+
+OFFENDERS_SHOWN = 20
+"""How many requests that are both trained on and edited one error message lists."""
+
+EMBEDDED_WORLD = "tinyworld"
 
 UNKNOWN_ACTORS = 64
 """The number of actors for which the tail is cut short where the spec names none (``engine.max_actors``)."""
@@ -82,6 +99,9 @@ class Common(Frozen):
     threads: int
     cache_bytes: int = 0
     step_edits: int
+    training_overlap: int | None = Field(
+        None, description="edited requests that networks were trained on too; null: none may be, or nothing is trained"
+    )
 
 
 class Task(Frozen):
@@ -368,6 +388,7 @@ def cell_columns(common: Common, variant: Variant, cell: Cell) -> dict[str, JSON
         "seed": cell.seed,
         "batch_size": common.batch_size,
         "rollback": common.rollback,
+        "training_overlap": common.training_overlap,
     }
 
 
@@ -422,6 +443,11 @@ class Planner:
         self.notes = _dataset_notes(spec, data)
         self.grid = _Grid(spec, self.common, fingerprint, self.shape, _longest_tokens(data, spec.scoring))
         self.cells = self.grid.cells()
+        if self.grid.training is not None:
+            found = _overlap(spec, data, self.grid.training[1])
+            self.notes += (f"{len(self.grid.training[1])} requests to train on, {found} of them edited by the sweep",)
+            if spec.training.allow_overlap:
+                self.common = self.common.model_copy(update={"training_overlap": found})
 
     def plan(self, progress: Progress) -> Plan:
         grid, cells = self.grid, self.cells
@@ -460,6 +486,40 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
     return load_dataset(spec.kind, spec.path, spec.train_path, spec.on_bad_record)
 
 
+def _training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
+    """Where networks are to learn; None if the spec does not say and nothing is at hand."""
+    from workers.pretrain import training_source
+
+    told, dataset = spec.training, spec.dataset
+    shards = told.shards or None
+    if told.kind is not None:
+        return training_source(told.kind, told.path, shards, told.on_bad_record)
+    if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
+        return training_source(EMBEDDED_WORLD, None, shards)
+    if dataset.train_path is not None:
+        return training_source(dataset.kind, dataset.train_path, shards, dataset.on_bad_record)
+    return None
+
+
+def _overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:
+    """How many requests are both trained on and edited under any seed. Raises :class:`SpecError` listing them."""
+    edited: set[int] = set()
+    for seed in spec.grid.seeds:
+        edited.update(order_requests(data, spec.dataset.order, seed)[: spec.dataset.edits])
+        if len(edited) == len(data.requests):
+            break
+    found = find_overlap(training, [data.requests[i] for i in sorted(edited)])
+    if found and not spec.training.allow_overlap:
+        shown = "\n".join(f"  {offender}" for offender in found[:OFFENDERS_SHOWN])
+        more = f"\n  ... and {len(found) - OFFENDERS_SHOWN} more" if len(found) > OFFENDERS_SHOWN else ""
+        raise SpecError(
+            f"training: {len(found)} of its {len(training)} requests are edited by the sweep, which would be judged on what "
+            f"it has seen:\n{shown}{more}\nremove them from the training data, or set training.allow_overlap: true, which "
+            "every row will say"
+        )
+    return len(found)
+
+
 class _Grid:
     """Resolves the spec's methods and enumerates cells; collects artifacts, sizes and warnings."""
 
@@ -475,6 +535,7 @@ class _Grid:
         self.artifacts: dict[str, ArtifactSpec] = {}
         self.keys: dict[tuple[int, int], tuple[tuple[str, str], ...]] = {}
         self.warnings: list[str] = []
+        self.training: tuple[TrainingSource, tuple[EditRequest, ...]] | None = None
         self._seeds: list[tuple[int, ...]] = []
         self._digests: dict[tuple[int, int], str] = {}
         shared = {
@@ -525,7 +586,12 @@ class _Grid:
         )
         self.costs.append(float(kind.relative_cost))
         for T in self.spec.grid.T:
-            overlay = kind.overlay_bytes(config, shape, lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits))
+            edits = lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits)
+            try:
+                kind.check_edits(config, shape, edits)
+            except SpecError as e:
+                raise SpecError(f"methods: {method.label}: grid.T: {T}: {e}") from None
+            overlay = kind.overlay_bytes(config, shape, edits)
             need = estimate(
                 shape,
                 resolved,
@@ -539,8 +605,11 @@ class _Grid:
             self.widths[number, T] = self._lanes(method.label, T, need)
         self._seeds.append(self._distinct_seeds(method.label, uses_seed=kind.uses_seed(config)))
         body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
+        if kind.needs_pretraining and self.training is None:
+            self.training = _training(self.spec)
+        source = self.training[0] if self.training is not None and kind.needs_pretraining else None
         for seed in self._seeds[number]:
-            specs = kind.artifacts(config, fingerprint, self.spec.model, seed)
+            specs = kind.artifacts(config, fingerprint, self.spec.model, seed, source)
             keys = tuple((artifact.name, artifact.key) for artifact in specs)
             self.artifacts.update({key: artifact for (_, key), artifact in zip(keys, specs, strict=True)})
             self.keys[number, seed] = keys

@@ -147,6 +147,15 @@ COLUMNS: tuple[Column, ...] = (
     Column("details", "string", "JSON", "further figures of the method", "cost", nullable=True),
     Column("run_id", "string", "", "call of `editsweep run` that produced the row", "provenance", "attempt"),
     Column("attempt", "int32", "", "attempt of the shard that produced the row", "provenance", "attempt"),
+    Column(
+        "training_overlap",
+        "int32",
+        "requests",
+        "requests trained on that the sweep edits, with `allow_overlap: true`; null: refused, or nothing is trained",
+        "provenance",
+        "cell",
+        nullable=True,
+    ),
 )
 
 STREAM_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == "stream")

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tests.contract import MethodContract
-from tests.small import GOLDEN
+from tests.small import GOLDEN, random_model
 from workers.methods.alphaedit import AlphaEditConfig
 from workers.methods.base import MethodConfig
+from workers.methods.defer import DEFERConfig
 from workers.methods.emmet import EMMETConfig
 from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
+from workers.methods.icl import ICLConfig
 from workers.methods.memit import MEMITConfig
+from workers.methods.none import NoEditConfig
 from workers.methods.pmet import PMETConfig
 from workers.methods.rome import ROMEConfig, RROMEConfig
+from workers.methods.serac import SERACConfig
 from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise import WISEConfig
+from workers.models import BaseModel
+from workers.pretrain import Schedule
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
 """Fewer context templates than the papers use: the contract does not depend on how many."""
@@ -157,3 +165,44 @@ class TestPMET(MethodContract):
             mom2_update_weight=0.1,
             **FEW,
         )
+
+
+class TestNone(MethodContract):
+    method = "none"
+    effect = "none"
+    runs_base = False
+
+    def config(self) -> MethodConfig:
+        return NoEditConfig()
+
+
+class TestICL(MethodContract):
+    method = "icl"
+    effect = "moves"  # an untrained model repeats nothing that it read
+    runs_base = False
+
+    def config(self) -> MethodConfig:
+        return ICLConfig()
+
+    def model(self, arch: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+        return random_model(arch, dtype, max_position_embeddings=512)
+
+
+class TestDEFER(MethodContract):
+    method = "defer"
+    effect = "likelier"  # one value at every token: of two target tokens neither need win
+
+    def config(self) -> MethodConfig:
+        return DEFERConfig(layer=1, n_iter=15, lr=3e-2)
+
+
+class TestSERAC(MethodContract):
+    method = "serac"
+    effect = "moves"  # its networks have seen sixteen requests
+    runs_base = False
+
+    def config(self) -> MethodConfig:
+        return SERACConfig(lr=1e-3, threshold=1e-3, schedule=Schedule(steps=4, batch_size=4))
+
+    def model(self, arch: str, dtype: torch.dtype = torch.float32) -> BaseModel:
+        return random_model(arch, dtype, max_position_embeddings=512)

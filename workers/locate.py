@@ -123,19 +123,7 @@ def moment_spec(
                 f"(a few thousand lines or more){otherwise}"
             )
         corpus = EMBEDDED
-    return ArtifactSpec(
-        name=name,
-        kind=stats.KIND,
-        recipe={
-            **_made_by(fingerprint, model),
-            "corpus": corpus,
-            "corpus_hash": stats.corpus_fingerprint(corpus),
-            "samples": config.samples,
-            "layer": layer,
-            "module": module,
-            "precision": config.precision,
-        },
-    )
+    return stats.second_moment(name, fingerprint, model, corpus, config.samples, layer, module, config.precision)
 
 
 def moment_name(layer: int) -> str:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.replay import answering
+from workers.replay import ABOVE, answering
 from workers.rows import Rows
 from workers.types import JSON
 
@@ -49,8 +49,13 @@ class Overlay(ABC):
 
     @property
     def first_layer(self) -> int:
-        """The lowest decoder layer whose output an edit can change; replay starts here."""
-        return min(site.layer for site in self.sites)
+        """The lowest decoder layer whose output an edit can change; replay starts here (with no site: above all layers)."""
+        return min((site.layer for site in self.sites), default=ABOVE)
+
+    @property
+    def inert(self) -> bool:
+        """Whether every answer is the base model's own, whatever was edited: nothing is then computed for it."""
+        return False
 
     @abstractmethod
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
@@ -103,6 +108,19 @@ class Overlay(ABC):
     def lane_bytes(self, lane: int) -> int:
         """Size of one lane's snapshot."""
         return sum(t.numel() * t.element_size() for t in self.state(lane).tensors.values())
+
+
+class SitelessOverlay(Overlay):
+    """An overlay that no linear map of the base asks: what it adds is a text before the prompt, a second model, or nothing."""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__([], lanes)
+
+    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no edited map, {site.name} least of all")
+
+    def delta_norm(self, lane: int) -> float | None:
+        return None
 
 
 class _LaneProduct(torch.autograd.Function):

@@ -30,6 +30,10 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "emmet": "workers.methods.emmet:EMMET",
         "pmet": "workers.methods.pmet:PMET",
         "ultraedit": "workers.methods.ultraedit:UltraEdit",
+        "none": "workers.methods.none:NoEdit",
+        "icl": "workers.methods.icl:ICL",
+        "defer": "workers.methods.defer:DEFER",
+        "serac": "workers.methods.serac:SERAC",
     }
 )
 
