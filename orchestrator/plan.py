@@ -697,7 +697,9 @@ class Effort:
         immediate = score.immediate and not kind.whole_group
         scored = max(end - begin for end, begin in spans) if immediate else 0  # once for all T
         for (end, begin), T in zip(spans, Ts, strict=True):
-            if T > kind.batch_size(T, self.spec.grid.batch_size) or not immediate:  # otherwise one forward for both moments
+            if (
+                T > kind.batch_size(T, self.spec.grid.batch_size) or not immediate
+            ):  # otherwise one forward for both moments
                 scored += end - begin
             scored += sum(mark for mark in score.score_at if begin < mark <= end)
         return wave_work(self.costs[variant], max(end for end, _ in spans), scored, lanes, self.spec.on_gpu)

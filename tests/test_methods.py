@@ -8,7 +8,10 @@ from tests.contract import MethodContract
 from tests.small import GOLDEN
 from workers.methods.base import MethodConfig
 from workers.methods.ft import FTConfig
+from workers.methods.ft_ewc import FTEWCConfig
 from workers.methods.grace import GRACEConfig
+from workers.methods.lora import LoRAConfig
+from workers.methods.melo import MELOConfig
 from workers.methods.rome import ROMEConfig
 from workers.methods.wise import WISEConfig
 
@@ -29,6 +32,15 @@ class TestFTM(MethodContract):
 
     def config(self) -> MethodConfig:
         return FTConfig(layers=(1, 2), lr=1e-2, num_steps=15, objective="target_new")
+
+
+class TestFTEWC(MethodContract):
+    method = "ft-ewc"
+
+    def config(self) -> MethodConfig:
+        return FTEWCConfig(
+            layers=(1, 2), lr=1e-2, num_steps=15, ew_lambda=10.0, samples=20, corpus=str(GOLDEN / "corpus.txt")
+        )
 
 
 class TestROME(MethodContract):
@@ -52,6 +64,27 @@ class TestGRACE(MethodContract):
 
     def config(self) -> MethodConfig:
         return GRACEConfig(layer=1, n_iter=15, lr=1.0)
+
+
+class TestLoRA(MethodContract):
+    method = "lora"
+
+    def config(self) -> MethodConfig:
+        return LoRAConfig(rank=4, lora_alpha=16.0, lr=2e-2, num_steps=15)
+
+
+class TestLoRADropout(MethodContract):
+    method = "lora"
+
+    def config(self) -> MethodConfig:
+        return LoRAConfig(layers=(1, 2), rank=8, lora_alpha=16.0, lr=2e-2, num_steps=20, lora_dropout=0.1)
+
+
+class TestMELO(MethodContract):
+    method = "melo"
+
+    def config(self) -> MethodConfig:
+        return MELOConfig(key_layer=0, layers=(1, 2), radius=1.0, lr=5e-2, num_iter=15)
 
 
 class TestWISEMerge(MethodContract):

@@ -75,7 +75,9 @@ class StreamJob(Frozen):
     cells: tuple[StreamCell, ...]
     T: int = Field(ge=1)
     batch_size: int = Field(1, ge=1)
-    whole_group: bool = Field(False, description="the method edits a group in one call: there is no moment but the final one")
+    whole_group: bool = Field(
+        False, description="the method edits a group in one call: there is no moment but the final one"
+    )
     rollback: Rollback = "group"
     waves: tuple[tuple[Lane, ...], ...]
     score: ScoreConfig = ScoreConfig()

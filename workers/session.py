@@ -11,6 +11,8 @@ import torch
 import transformers
 
 from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.fisher import KIND as FISHER
+from workers.fisher import build_fisher
 from workers.models import BaseModel, ModelConfig
 from workers.scoring import BaseAnswers, Prefixes
 from workers.stats import KIND as SECOND_MOMENT
@@ -20,7 +22,7 @@ from workers.templates import build_templates
 from workers.types import JSON, ModelError
 
 BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], ArtifactData]] = MappingProxyType(
-    {SECOND_MOMENT: build_second_moment, TEMPLATES: build_templates}
+    {FISHER: build_fisher, SECOND_MOMENT: build_second_moment, TEMPLATES: build_templates}
 )
 
 

@@ -20,8 +20,11 @@ from workers.types import JSON, SpecError
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
         "ft": "workers.methods.ft:FT",
+        "ft-ewc": "workers.methods.ft_ewc:FTEWC",
         "rome": "workers.methods.rome:ROME",
         "grace": "workers.methods.grace:GRACE",
+        "lora": "workers.methods.lora:LoRA",
+        "melo": "workers.methods.melo:MELO",
         "wise": "workers.methods.wise:WISE",
     }
 )
