@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,9 @@ def adapter_bytes(shape: ModelShape, paths: Sequence[str], layers: int, rank: in
 
 def uniform_A(draws: Draws, purpose: str, rank: int, width: int) -> Tensor:
     """The start of A, (R, I): uniform within ``1 / sqrt(I)``, PyTorch's own for a linear map, as public adapters have it."""
-    bound = width**-0.5
-    return (torch.rand(rank, width, generator=draws.generator(purpose)) * 2 - 1) * bound
+    bound = 1 / math.sqrt(width)
+    unit_RI = torch.rand(rank, width, generator=draws.generator(purpose))
+    return (unit_RI * 2 - 1) * bound
 
 
 class AdapterOverlay(Overlay):
@@ -116,7 +118,7 @@ class AdapterOverlay(Overlay):
             # ||BA||^2 = sum of (B^T B) * (A A^T): the product itself may be large
             change += self.scale**2 * float(((up_OR.T @ up_OR) * (down_RI @ down_RI.T)).sum())
             total += float(site.weight_OI.to(up_OR.dtype).square().sum())
-        return (max(change, 0.0) / total) ** 0.5
+        return math.sqrt(max(change, 0.0) / total)
 
 
 class Dropout:

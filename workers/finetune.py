@@ -52,7 +52,7 @@ def with_target(base: BaseModel, request: EditRequest) -> Example:
 def batch(
     base: BaseModel, lanes: Sequence[Sequence[EditRequest]], example: Callable[[BaseModel, EditRequest], Example]
 ) -> tuple[Rows, TargetTokens]:
-    """The rows of all lanes' requests and where losses are read: the mean over a request's tokens, then over a lane's requests."""
+    """The rows of all lanes' requests; losses are the mean over a request's tokens, then over a lane's requests."""
     encoded: list[Encoded] = []
     lane_B: list[int] = []
     places: list[tuple[int, int, int, float]] = []

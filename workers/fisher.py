@@ -26,7 +26,7 @@ KIND = "fisher_diagonal"
 
 
 def build_fisher(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``fisher`` (out, in) and the count of texts."""
+    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``fisher_OI``, how many texts."""
     site = base.site(recipe["layer"], recipe["module"])
     total_OI = torch.zeros(site.shape, dtype=getattr(torch, recipe["precision"]), device=base.device)
     count = 0

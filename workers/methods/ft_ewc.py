@@ -53,7 +53,7 @@ class FTEWCConfig(MethodConfig):
     module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
     num_steps: int = Field(25, ge=1, description="optimiser steps at most")
     lr: float = Field(5e-4, gt=0, description="Adam's step size")
-    ew_lambda: float = Field(1e4, ge=0, description="stiffness of the penalty; 0: plain FT-M")
+    ew_lambda: float = Field(300.0, ge=0, description="stiffness of the penalty; 0: plain FT-M")
     corpus: str | None = Field(None, description="plain text file, a text a line; null: the embedded model's own")
     samples: int = Field(1000, ge=1, description="texts of the corpus that the Fisher information is taken over")
     precision: Literal["float32", "float64"] = Field("float32", description="precision it is summed in")
@@ -117,7 +117,7 @@ class FTEWC(Method[FTEWCConfig]):
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
-        return {"layers": [3], "lr": 1e-3, "num_steps": 25, "ew_lambda": 1e4}
+        return {"layers": [3], "lr": 1e-3, "num_steps": 25, "ew_lambda": 300.0}
 
     @classmethod
     def check(cls, config: Any, shape: ModelShape) -> None:

@@ -136,7 +136,7 @@ class LoRA(Method[LoRAConfig]):
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
-        return {"rank": 8, "lora_alpha": 32.0, "lr": 5e-3, "num_steps": 30}
+        return {"rank": 8, "lora_alpha": 32.0, "lr": 1e-3, "num_steps": 30}
 
     @classmethod
     def check(cls, config: Any, shape: ModelShape) -> None:

@@ -13,8 +13,8 @@ centre at distance ``d``
 - **adds** a cluster of radius ``radius`` around ``q`` if there is none or ``d > r + radius``;
 - else, with the same label, **updates** the cluster: ``q`` becomes a point of it, ``c`` the mean of its points, and ``r`` reaches
   the farthest of them, ``radius`` at least;
-- else **splits**: a new cluster around ``q``, and both have radius ``d / 2``; points of the old one that no longer lie within it are
-  forgotten (if none is left, its centre stays and points to no block).
+- else **splits**: a new cluster around ``q``, and both have radius ``d / 2``; points of the old one that no longer lie within it
+  are forgotten (if none is left, its centre stays and points to no block).
 
 The new block is trained by Adam on the mean over the target's tokens of ``-log P(target_j | prompt, target_<j)``; its step
 size is halved every ``halve_every`` steps.
@@ -62,6 +62,11 @@ from workers.replay import answering, capture, replay
 from workers.rows import Rows
 from workers.types import JSON, SpecError
 
+_TOP_LEVEL = frozenset(
+    {"model_name", "model_parallel", "device", "max_length", "task", "lora_task_type", "check_dir", "batch_size"}
+)
+"""Keys of a public file outside its sections, none of which matters here."""
+
 NO_BLOCK = -1
 
 SAME_QUERY = 1e-3
@@ -106,11 +111,15 @@ class MELOConfig(MethodConfig):
         alg = values.get("alg_name")
         if alg is not None and alg not in cls.alg_names:
             raise SpecError(f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}")
-        sections = {}
+        unknown = sorted(set(values) - {"alg_name", "grace", "model", "lora"} - _TOP_LEVEL)
+        if unknown:
+            raise SpecError(f"{source}: {unknown[0]}: has no meaning for this method (value {values[unknown[0]]!r})")
+        sections: dict[str, dict[str, JSON]] = {}
         for name in ("grace", "model", "lora"):
-            sections[name] = values.get(name)
-            if not isinstance(sections[name], dict):
-                raise SpecError(f"{source}: {name}: expected a section of its own, found {sections[name]!r}")
+            section = values.get(name)
+            if not isinstance(section, dict):
+                raise SpecError(f"{source}: {name}: expected a section of its own, found {section!r}")
+            sections[name] = section
             for key, allowed in cls.easyedit_off.items():
                 if sections[name].get(key, allowed[0]) not in allowed:
                     raise SpecError(
@@ -408,7 +417,7 @@ class MELO(Method[MELOConfig]):
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
-        return {"key_layer": 3, "layers": [4, 5], "rank": 2, "radius": 2.0, "lr": 1e-2, "num_iter": 50}
+        return {"key_layer": 3, "layers": [4, 5], "rank": 2, "radius": 1.0, "lr": 1e-2, "num_iter": 50}
 
     @classmethod
     def check(cls, config: Any, shape: ModelShape) -> None:
@@ -432,7 +441,8 @@ class MELO(Method[MELOConfig]):
         block = len(config.layers) * config.rank * sum(shape.site(config.module))
         queries = 2 * shape.site(config.key_module)[0]  # a point's and its centre's
         # one more block's gradient and moments; a second copy of everything while a block is added
-        return (2 * edits * (block + queries) + 4 * block) * max(4, shape.bytes_per_value)
+        value: int = max(4, shape.bytes_per_value)
+        return int(2 * edits * (block + queries) + 4 * block) * value
 
 
 def at_prompt_end(out_BSO: Tensor, rows: Rows) -> Tensor:
