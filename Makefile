@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 # Extra words for pytest, for instance `make test PYTEST_ARGS="-k data -x"`.
 PYTEST_ARGS ?=
+# Extra words for the chaos runs, for instance `make chaos CHAOS_ARGS="--seed 7"`.
+CHAOS_ARGS ?=
 # Which benchmarks `make bench` runs; empty: all.
 BENCH ?=
 # The interpreter that makes .venv; the first of these that is new enough unless you name one (make PYTHON=... demo).
@@ -34,7 +36,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: check-python
 check-python:
@@ -85,6 +87,14 @@ test-slow: $(VENV)/.ready-test ## Run the slow tests: Ray, crashes, long sequenc
 test-gpu: $(VENV)/.ready-test ## Run the tests that need a CUDA device
 	@echo "==> GPU tests"
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+.PHONY: chaos
+chaos: $(VENV)/.ready-test ## Kill, pause, remove and damage things in mid-sweep and compare the tables (about 20 minutes)
+	@$(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
+
+.PHONY: chaos-short
+chaos-short: $(VENV)/.ready-test ## The same with a few faults of each kind (about 2 minutes)
+	@$(BIN)/python -m tests.chaos.run --short $(CHAOS_ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.ready ## Measure speed against its targets (about 20 minutes; BENCH="table plan" runs some)

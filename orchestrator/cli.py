@@ -11,14 +11,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from orchestrator.console import Output, duration, size
-from workers.types import JSON, EditSweepError, SpecError
+from workers.types import JSON, DataError, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.execute import Outcome
@@ -93,7 +94,8 @@ def plan(
     store = LocalStore(folder)
     check_folder(spec, store, ResultsPaths())
     progress = read_progress(CentralTable(store), Journal(store)) if folder.exists() else None
-    made = make_plan(spec, progress)
+    with _naming(spec_file):
+        made = make_plan(spec, progress)
     out.say(f"sweep {spec.name}: {begin_line(made)}")
     rows: list[tuple[str, ...]] = []
     for v, variant in enumerate(made.variants):
@@ -181,7 +183,8 @@ def run(
         from orchestrator.driver import run_ray as chosen
     began = time.monotonic()
     try:
-        outcome = run_sweep(spec, LocalStore(folder), chosen, out.view(), max_actors)
+        with _naming(spec_file):
+            outcome = run_sweep(spec, LocalStore(folder), chosen, out.view(), max_actors)
     except EditSweepError:
         raise
     except KeyboardInterrupt:
@@ -254,6 +257,15 @@ def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: b
             "if you trust them, say so on the command line too: --trust-remote-code"
         )
     return spec
+
+
+@contextmanager
+def _naming(spec_file: Path) -> Iterator[None]:
+    """What the planner finds wrong with a spec, or with what it names, tells the spec's file, as the parser's messages do."""
+    try:
+        yield
+    except (SpecError, DataError, ModelError) as error:
+        raise type(error)(f"{spec_file}: {error}") from None
 
 
 def default_results(spec: SweepSpec) -> Path:

@@ -11,6 +11,7 @@ checked by :mod:`orchestrator.plan`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from workers.data import DATASETS
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Frozen, Rollback, ScoreConfig
 from workers.models import ModelConfig
@@ -35,6 +37,13 @@ class DatasetSpec(Frozen):
     path: Path | None = None
     train_path: Path | None = None
     on_bad_record: Literal["error", "skip"] = "error"
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in DATASETS:
+            raise ValueError(f"{short(value)} is not valid; choose {', '.join(DATASETS)}")
+        return value
 
 
 class GridSpec(Frozen):
@@ -267,7 +276,9 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     raw = dict(raw)
 
     def absolute(value: object) -> object:
-        return str((base / Path(value).expanduser()).resolve()) if isinstance(value, str) and value else value
+        if not isinstance(value, str) or not value:
+            return value
+        return os.path.abspath(base / os.path.expanduser(value))  # neither raises, whatever the text is
 
     dataset = raw.get("dataset")
     if isinstance(dataset, dict):

@@ -46,8 +46,9 @@ def parse_yaml(text: str, source: str) -> JSON:
     """Safely loaded YAML of bounded size."""
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -57,11 +58,13 @@ def parse_yaml(text: str, source: str) -> JSON:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
-        raise SpecError(f"{source}: not valid YAML{where}: {getattr(e, 'problem', None) or e}") from None
+        problem = getattr(e, "problem", None) or " ".join(str(e).split())
+        raise SpecError(f"{source}: not valid YAML{where}: {problem}") from None
     except (ValueError, RecursionError) as e:
         raise SpecError(f"{source}: not valid YAML: {e or 'nested too deeply'}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:

@@ -13,6 +13,7 @@ Only :func:`fingerprint_model` and :func:`model_shape` serve the planner: they r
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,7 +38,9 @@ EMBEDDED = "embedded"
 class ModelConfig(Frozen):
     """Which base model, in which precision, where."""
 
-    name: str = Field(EMBEDDED, description="'embedded', a local folder, or a Hugging Face name")
+    name: str = Field(
+        EMBEDDED, min_length=1, max_length=1000, description="'embedded', a local folder, or a Hugging Face name"
+    )
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
@@ -182,8 +185,8 @@ def resolve(config: ModelConfig) -> Path:
         from workers.data.tinyworld import assets_dir
 
         return assets_dir()
-    path = Path(config.name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(config.name))  # the function leaves an unknown user's name as it stands
+    if os.path.exists(path):  # and this one says no to what no path can be
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name: {config.name!r} is a folder without config.json")
         return path.resolve()

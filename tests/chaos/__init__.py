@@ -1,0 +1,1 @@
+"""Breaks sweeps on purpose and counts what the table lost (``make chaos``)."""

@@ -1,0 +1,433 @@
+"""Faults on purpose: kill, pause, remove and damage, run again, compare with an undisturbed run.
+
+    python -m tests.chaos.run [--short] [--seed N] [--keep FOLDER]
+
+Real processes under a real Ray, real files. Every sweep here is the same one; each gets a folder of its own and a series of
+faults, then runs to its end, and its table must be the undisturbed one in every column but times, memory and which run and
+attempt wrote a row. After every death of a driver the rows there are must already be right. What is done is drawn from the
+seed; when it happens depends on the machine. The last line counts; exit code 1 if anything is lost, duplicated or different.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from orchestrator.query import open_results
+from orchestrator.table import COLUMNS
+
+LOG = logging.getLogger("chaos")
+ROOT = Path(__file__).resolve().parent.parent.parent
+VOLATILE = ("edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt")
+KEY = ("cell_id", "group", "position", "scored", "edits_applied")
+
+SWEEP: dict[str, Any] = {
+    "name": "chaos",
+    "model": {"name": "embedded", "device": "cpu"},
+    "dataset": {"kind": "tinyworld"},
+    "grid": {"seeds": [0]},
+    "methods": [
+        {"method": "ft", "hparams": {"num_steps": 6}},
+        {"method": "rome", "hparams": {"v_num_grad_steps": 4}},
+        {"method": "grace", "hparams": {"n_iter": 6}},
+        {
+            "method": "wise",
+            "label": "wise-merge",
+            "hparams": {"retrieve": False, "n_iter": 4, "save_freq": 8, "merge_freq": 16},
+        },
+        {
+            "method": "wise",
+            "label": "wise-retrieve",
+            "hparams": {"retrieve": True, "n_iter": 4, "save_freq": 8, "merge_freq": 16},
+        },
+    ],
+    "scoring": {"generated": False},
+    "engine": {"lanes": 4, "shard_edits": 12, "step_edits": 4, "max_failures": 1000, "max_actors": 2},
+}
+"""Five method states; N and T are added: T=N is one group of many commits, so that most faults fall into its middle."""
+
+ELSEWHERE = (
+    "import sys; from orchestrator import cli, lock\nlock.Owner.alive_here = lambda self: None\ncli.main(sys.argv[1:])"
+)
+"""The command line as on another machine: it cannot look the owner's process up and has to watch its heartbeat."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many faults of each kind, in sweeps of so many edits a cell."""
+
+    actors: int
+    drivers: int
+    nodes: int
+    pauses: int
+    damages: int
+    edits: int = 48
+
+
+LONG = Wanted(actors=50, drivers=15, nodes=5, pauses=5, damages=10)
+SHORT = Wanted(actors=3, drivers=1, nodes=1, pauses=1, damages=2, edits=24)
+
+
+@dataclass
+class Verdict:
+    """What all comparisons found."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    doubled: int = 0
+    different: int = 0
+
+
+Rows = dict[tuple[Any, ...], dict[str, Any]]
+
+
+class Chaos:
+    """One session: the undisturbed rows, and the faults."""
+
+    def __init__(self, root: Path, seed: int, edits: int) -> None:
+        self.root = root
+        self.rng = random.Random(seed)
+        self.verdict = Verdict()
+        self.spec = root / "chaos.yaml"
+        size = {"dataset": {**SWEEP["dataset"], "edits": edits}, "grid": {**SWEEP["grid"], "T": [1, edits]}}
+        self.spec.write_text(yaml.safe_dump({**SWEEP, **size}))
+        (root / "h").mkdir()
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        inside = {"HOME": str(root / "h"), "TMPDIR": str(root), "RAY_TMPDIR": str(root), "OMP_NUM_THREADS": "1"}
+        self.environment = {**clean, **inside, "PYTHONPATH": str(ROOT)}
+        self.folders = 0
+        began = time.monotonic()
+        calm = self.folder()
+        self.finish(self.launch(calm, "local"))
+        self.expected, doubled = rows(calm)
+        assert self.expected and not doubled
+        LOG.info("undisturbed: %d rows in %.0f s", len(self.expected), time.monotonic() - began)
+
+    # --- processes ---
+
+    def folder(self) -> Path:
+        self.folders += 1
+        return self.root / f"r{self.folders}"
+
+    def launch(self, folder: Path, engine: str, *more: str, elsewhere: bool = False) -> subprocess.Popen[str]:
+        start = ["-c", ELSEWHERE] if elsewhere else ["-m", "orchestrator.cli"]
+        command = [sys.executable, *start, "run", str(self.spec), "--results", str(folder), "--engine", engine, *more]
+        with (self.root / "said.txt").open("a") as said:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=said, stderr=said, text=True, start_new_session=True
+            )
+
+    def finish(self, process: subprocess.Popen[str], seconds: float = 300) -> int:
+        """Wait for the end; a run that does not end is a failure of its own."""
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            end(process)
+            raise RuntimeError(f"a run did not end within {seconds:.0f} seconds; see said.txt") from None
+
+    def complete(self, folder: Path, engine: str = "local", *more: str, tries: int = 4) -> None:
+        """Run again until everything is done, then compare everything."""
+        for _ in range(tries):
+            code = self.finish(self.launch(folder, engine, *more))
+            if code == 0:
+                break
+        else:
+            LOG.info("  not complete after %d runs (exit code %d)", tries, code)
+        self.compare(folder, complete=True)
+
+    def until(self, process: subprocess.Popen[str], what: Callable[[], bool], seconds: float = 120) -> bool:
+        """Wait for ``what``; False if the run ended before."""
+        deadline = time.monotonic() + seconds
+        while process.poll() is None:
+            if what():
+                return True
+            if time.monotonic() > deadline:
+                end(process)
+                raise RuntimeError(f"nothing moved for {seconds:.0f} seconds; see said.txt")
+            time.sleep(0.02)
+        return False
+
+    def progress(self, process: subprocess.Popen[str], folder: Path, commits: int) -> bool:
+        """Wait for so many more commits of the run, then a random moment more."""
+        seen = marks(folder)
+        moved = self.until(process, lambda: len(marks(folder) - seen) >= commits)
+        time.sleep(self.rng.uniform(0, 0.4))
+        return moved and process.poll() is None
+
+    # --- comparing ---
+
+    def compare(self, folder: Path, complete: bool) -> None:
+        """Add to the verdict what this folder's table has too little, too much or wrong."""
+        found, doubled = rows(folder) if (folder / "sweep.json").exists() else ({}, 0)
+        different = sum(self.expected.get(key) != row for key, row in found.items())
+        lost = len(self.expected.keys() - found.keys()) if complete else 0
+        self.verdict.lost += lost
+        self.verdict.doubled += doubled
+        self.verdict.different += different
+        if complete or lost or doubled or different:
+            LOG.info("  %d rows: %d lost, %d doubled, %d different", len(found), lost, doubled, different)
+
+    def fault(self, kind: str, text: str) -> None:
+        self.verdict.faults[kind] += 1
+        LOG.info("  %s %d: %s", kind, self.verdict.faults[kind], text)
+
+    # --- the faults ---
+
+    def kills(self, actors: int, drivers: int) -> None:
+        """Workers and drivers killed at random moments under Ray, until both counts are reached."""
+        left = Counter(actor=actors, driver=drivers)
+        while left.total() > 0:
+            folder = self.folder()
+            LOG.info("sweep %s: kills of actors and drivers", folder.name)
+            done = False
+            while not done:
+                process = self.launch(folder, "ray")
+                quota = self.rng.randint(1, 5)
+                while quota and left["actor"] > 0 and self.progress(process, folder, self.rng.randint(1, 2)):
+                    pids = workers(folder)
+                    if pids:
+                        pid = self.rng.choice(pids)
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                            self.fault("actor", f"worker {pid} killed")
+                            left["actor"] -= 1
+                            quota -= 1
+                if left["driver"] > 0 and self.progress(process, folder, self.rng.randint(0, 2)):
+                    process.kill()
+                    process.wait()
+                    self.fault("driver", f"driver {process.pid} killed")
+                    left["driver"] -= 1
+                    calm(folder)
+                    self.compare(folder, complete=False)
+                else:
+                    done = self.finish(process) == 0
+            self.compare(folder, complete=True)
+
+    def nodes(self, count: int, pauses: int) -> None:
+        """The second of two nodes is removed, or falls silent and wakes up as a zombie."""
+        with self._stage() as (address, order):
+            for i in range(count + pauses):
+                folder = self.folder()
+                pause = i >= count
+                LOG.info("sweep %s: a node %s", folder.name, "is paused and wakes" if pause else "is removed")
+                process = self.launch(folder, "ray", "--set", f"ray.address={address}")
+                if not self.progress(process, folder, self.rng.randint(2, 6)):
+                    raise RuntimeError("the run ended before anything was done to its node")
+                if pause:
+                    order("pause")
+                    self.progress(process, folder, self.rng.randint(3, 8))  # the other node goes on
+                    time.sleep(4)  # the silent one is declared dead meanwhile
+                    order("wake")
+                    self.fault("pause", "a node and its workers stopped, declared dead, awake again")
+                else:
+                    order("remove")
+                    self.fault("node", "removed")
+                self.finish(process)
+                order("renew")
+                self.complete(folder)
+
+    @contextlib.contextmanager
+    def _stage(self) -> Iterator[tuple[str, Callable[[str], None]]]:
+        with (self.root / "stage.txt").open("a") as said:
+            stage = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.stage"],
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                start_new_session=True,
+            )
+        assert stage.stdin is not None and stage.stdout is not None
+        stdin, stdout = stage.stdin, stage.stdout
+
+        def answer(word: str) -> str:
+            for line in stdout:
+                if line.startswith(word):
+                    return line.removeprefix(word).strip()
+            raise RuntimeError("the cluster's process ended; see stage.txt")
+
+        def order(word: str) -> None:
+            stdin.write(f"{word}\n")
+            stdin.flush()
+            answer("done")
+
+        try:
+            yield answer("address"), order
+            stdin.close()
+            stage.wait(60)
+        finally:
+            end(stage)
+
+    def sleepers(self, count: int) -> None:
+        """A driver stops in its tracks, another takes the folder over and finishes, the first wakes up."""
+        for _ in range(count):
+            folder = self.folder()
+            LOG.info("sweep %s: a paused driver", folder.name)
+            first = self.launch(folder, "local")
+            if not self.progress(first, folder, self.rng.randint(2, 12)):
+                raise RuntimeError("the run ended before it was paused")
+            first.send_signal(signal.SIGSTOP)
+            second = self.launch(folder, "local", elsewhere=True)
+            if self.rng.random() < 0.5:  # wakes when the other has just begun
+                seen = marks(folder)
+                self.until(second, partial(_moved, folder, seen))
+                first.send_signal(signal.SIGCONT)
+                self.finish(second)
+            else:
+                self.finish(second)
+                first.send_signal(signal.SIGCONT)
+            self.fault("pause", "a driver stopped, succeeded by another, awake again")
+            self.finish(first)
+            self.complete(folder)
+
+    def damage(self, count: int) -> None:
+        """Files are cut short or have a bit flipped between runs."""
+        left = count
+        while left > 0:
+            folder = self.folder()
+            LOG.info("sweep %s: damaged files", folder.name)
+            for _ in range(min(left, self.rng.randint(1, 3))):
+                process = self.launch(folder, "local")
+                if self.progress(process, folder, self.rng.randint(2, 16)):
+                    process.kill()
+                process.wait()
+                if self._spoil(folder):
+                    left -= 1
+            self.complete(folder)
+
+    def _spoil(self, folder: Path) -> bool:
+        files = [
+            *folder.glob("parts/*/*/*.parquet"),
+            *folder.glob("parts/*/*/*.safetensors"),
+            *folder.glob("table/*.parquet"),
+        ]
+        if not files:
+            return False
+        path = self.rng.choice(sorted(files))
+        data = bytearray(path.read_bytes())
+        at = self.rng.randrange(len(data))
+        if self.rng.random() < 0.5:
+            path.write_bytes(data[:at])
+            what = f"cut to {at} of {len(data)} bytes"
+        else:
+            data[at] ^= 1 << self.rng.randrange(8)
+            path.write_bytes(data)
+            what = f"a bit of byte {at} flipped"
+        self.fault("damage", f"{path.relative_to(folder)} {what}")
+        return True
+
+
+# --- looking at a folder --------------------------------------------------------------------------------------------------
+
+
+def rows(folder: Path) -> tuple[Rows, int]:
+    """The table's rows by key without what may differ, and how many keys came twice or more."""
+    names = [column.name for column in COLUMNS if column.name not in VOLATILE]
+    found: Rows = {}
+    doubled = 0
+    for row in open_results(folder).table().select(names).to_pylist():
+        key = tuple(row[name] for name in KEY)
+        doubled += key in found
+        found[key] = row
+    return found, doubled
+
+
+def marks(folder: Path) -> set[str]:
+    """Commits there are: parts of shards under way and files of the table."""
+    return {str(path) for path in (*folder.glob("parts/*/*/*.parquet"), *folder.glob("table/*.parquet"))}
+
+
+def _moved(folder: Path, seen: set[str]) -> bool:
+    return bool(marks(folder) - seen)
+
+
+def workers(folder: Path) -> list[int]:
+    """Living processes that claimed a shard which is still under way."""
+    found = set()
+    for path in folder.glob("parts/*/*/attempt.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found.add(int(json.loads(path.read_text())["value"]["worker"]["pid"]))
+    return sorted(pid for pid in found if psutil.pid_exists(pid))
+
+
+def calm(folder: Path, seconds: float = 30) -> None:
+    """Wait until a killed driver's workers have followed it."""
+    deadline = time.monotonic() + seconds
+    while workers(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Nothing of the process's session stays."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a few faults of each kind, about two minutes")
+    parser.add_argument("--seed", type=int, help="what is done (default: drawn, and printed)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave everything in this new folder")
+    parser.add_argument(
+        "--only", choices=["kills", "nodes", "sleepers", "damage"], nargs="+", help="some of the faults"
+    )
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    seed = random.SystemRandom().randrange(1 << 31) if args.seed is None else args.seed
+    LOG.info("seed %d", seed)
+    if args.keep:
+        args.keep.mkdir(parents=True)
+    # short: socket paths are bounded
+    root = args.keep.resolve() if args.keep else Path(tempfile.mkdtemp(prefix="es-", dir="/tmp"))
+    wanted = SHORT if args.short else LONG
+    chaos = Chaos(root, seed, wanted.edits)
+    asleep = (wanted.pauses + 1) // 2
+    parts: dict[str, Callable[[], None]] = {
+        "kills": lambda: chaos.kills(wanted.actors, wanted.drivers),
+        "nodes": lambda: chaos.nodes(wanted.nodes, wanted.pauses - asleep),
+        "sleepers": lambda: chaos.sleepers(asleep),
+        "damage": lambda: chaos.damage(wanted.damages),
+    }
+    began = time.monotonic()
+    for name, part in parts.items():
+        if not args.only or name in args.only:
+            part()
+    if not args.keep:
+        shutil.rmtree(root, ignore_errors=True)
+    found = chaos.verdict
+    LOG.info(
+        "%s; %.1f minutes",
+        ", ".join(f"{kind} {n}" for kind, n in found.faults.items()),
+        (time.monotonic() - began) / 60,
+    )
+    LOG.info(
+        "faults %d, rows lost %d, duplicated %d, different %d",
+        *(found.faults.total(), found.lost, found.doubled, found.different),
+    )
+    return 1 if found.lost or found.doubled or found.different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
