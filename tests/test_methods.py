@@ -13,8 +13,11 @@ from workers.methods.base import MethodConfig
 from workers.methods.defer import DEFERConfig
 from workers.methods.emmet import EMMETConfig
 from workers.methods.ft import FTConfig
+from workers.methods.ft_ewc import FTEWCConfig
 from workers.methods.grace import GRACEConfig
 from workers.methods.icl import ICLConfig
+from workers.methods.lora import LoRAConfig
+from workers.methods.melo import MELOConfig
 from workers.methods.memit import MEMITConfig
 from workers.methods.none import NoEditConfig
 from workers.methods.pmet import PMETConfig
@@ -42,6 +45,15 @@ class TestFTM(MethodContract):
 
     def config(self) -> MethodConfig:
         return FTConfig(layers=(1, 2), lr=1e-2, num_steps=15, objective="target_new")
+
+
+class TestFTEWC(MethodContract):
+    method = "ft-ewc"
+
+    def config(self) -> MethodConfig:
+        return FTEWCConfig(
+            layers=(1, 2), lr=1e-2, num_steps=15, ew_lambda=10.0, samples=20, corpus=str(GOLDEN / "corpus.txt")
+        )
 
 
 class TestROME(MethodContract):
@@ -109,6 +121,27 @@ class TestGRACE(MethodContract):
 
     def config(self) -> MethodConfig:
         return GRACEConfig(layer=1, n_iter=15, lr=1.0)
+
+
+class TestLoRA(MethodContract):
+    method = "lora"
+
+    def config(self) -> MethodConfig:
+        return LoRAConfig(rank=4, lora_alpha=16.0, lr=2e-2, num_steps=15)
+
+
+class TestLoRADropout(MethodContract):
+    method = "lora"
+
+    def config(self) -> MethodConfig:
+        return LoRAConfig(layers=(1, 2), rank=8, lora_alpha=16.0, lr=2e-2, num_steps=20, lora_dropout=0.1)
+
+
+class TestMELO(MethodContract):
+    method = "melo"
+
+    def config(self) -> MethodConfig:
+        return MELOConfig(key_layer=0, layers=(1, 2), radius=1.0, lr=5e-2, num_iter=15)
 
 
 class TestWISEMerge(MethodContract):

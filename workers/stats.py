@@ -65,7 +65,7 @@ def second_moment(
 
     The key holds what the corpus says, not where it lies (the embedded one's name has been in it from the first).
     """
-    format = corpus_format(corpus)
+    written_as = corpus_format(corpus)
     return ArtifactSpec(
         name=name,
         kind=KIND,
@@ -75,7 +75,7 @@ def second_moment(
             "dtype": model.dtype,
             **({"corpus": corpus} if corpus == "embedded" else {}),
             "corpus_hash": corpus_fingerprint(corpus),
-            **({} if format == "text" else {"corpus_format": format}),
+            **({} if written_as == "text" else {"corpus_format": written_as}),
             "samples": samples,
             "layer": layer,
             "module": module,
