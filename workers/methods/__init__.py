@@ -22,6 +22,8 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "ft": "workers.methods.ft:FT",
         "rome": "workers.methods.rome:ROME",
         "grace": "workers.methods.grace:GRACE",
+        "malmen": "workers.methods.malmen:MALMEN",
+        "mend": "workers.methods.mend:MEND",
         "wise": "workers.methods.wise:WISE",
     }
 )
