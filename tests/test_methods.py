@@ -9,8 +9,11 @@ from tests.small import GOLDEN
 from workers.methods.base import MethodConfig
 from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
+from workers.methods.malmen import MALMENConfig
+from workers.methods.mend import MENDConfig
 from workers.methods.rome import ROMEConfig
 from workers.methods.wise import WISEConfig
+from workers.pretrain import Schedule
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
 """Fewer context templates than the papers use: the contract does not depend on how many."""
@@ -66,3 +69,17 @@ class TestWISERetrieve(MethodContract):
 
     def config(self) -> MethodConfig:
         return WISEConfig(layer=1, n_iter=8, lr=1.0, retrieve=True, save_freq=2, merge_freq=4, **FEW)
+
+
+class TestMEND(MethodContract):
+    method = "mend"
+
+    def config(self) -> MethodConfig:
+        return MENDConfig(layers=(1, 2), rank=8, edit_lr=1e-2, schedule=Schedule(steps=3, batch_size=4))
+
+
+class TestMALMEN(MethodContract):
+    method = "malmen"
+
+    def config(self) -> MethodConfig:
+        return MALMENConfig(layers=(1, 2), rank=8, lr=3e-1, schedule=Schedule(steps=3, batch_size=4))
