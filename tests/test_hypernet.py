@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from workers.pretrain import Schedule, Trainer, training_source
 from workers.rng import derive_generator
 from workers.session import build_inputs
 from workers.stream import Stream
-from workers.types import DataError, EditRequest
+from workers.types import DataError, EditRequest, SpecError
 
 CONFIGS: Mapping[str, Any] = {
     "mend": MENDConfig(layers=(0, 2), rank=8, lr=1e-3, schedule=Schedule(steps=2)),
@@ -58,10 +59,15 @@ def test_factors_are_the_gradient_of_the_edited_weights(arch: str, modules: tupl
     sites = hypernet_sites(base, (2, 1), modules)
     assert [site.layer for site in sites] == sorted(site.layer for site in sites)
     overlay = DenseOverlay(sites, 2, torch.float64)
-    for place, weight_LOI in enumerate(overlay.weights_LOI.values()):
-        weight_LOI += 0.1 * torch.randn(weight_LOI.shape, generator=derive_generator(place), dtype=torch.float64)
+    for place, edited_LOI in enumerate(overlay.weights_LOI.values()):
+        edited_LOI.add_(
+            torch.randn(edited_LOI.shape, generator=derive_generator(place), dtype=torch.float64), alpha=0.1
+        )
     requests = golden_requests(4)
-    lanes = [[(r.prompt, r.target_new) for r in requests[:2]], [(f"Now {r.prompt}", r.target_new) for r in requests[2:]]]
+    lanes = [
+        [(r.prompt, r.target_new) for r in requests[:2]],
+        [(f"Now {r.prompt}", r.target_new) for r in requests[2:]],
+    ]
     questions = Questions.of(base, lanes)
     factors, loss_L = gradient_factors(base, sites, questions, overlay)
     for weight_LOI in overlay.weights_LOI.values():
@@ -85,7 +91,8 @@ def test_a_change_in_factors_is_the_change_in_weights() -> None:
     questions = Questions.of(base, [[(r.prompt, r.target_new)] for r in golden_requests(3)])
     generator = derive_generator("pairs")
     pairs = [
-        tuple(torch.randn(3, 5, width, generator=generator, dtype=torch.float64) for width in site.shape) for site in sites
+        tuple(torch.randn(3, 5, width, generator=generator, dtype=torch.float64) for width in site.shape)
+        for site in sites
     ]
     overlay = DenseOverlay(sites, 3, torch.float64)
     for site, (left_LNO, right_LNI) in zip(sites, pairs, strict=True):
@@ -171,7 +178,9 @@ def test_gradients_reach_every_part_of_the_networks_and_nothing_else(method: str
     state = made.state()
     learn(made, range(1, 2))
     found = {name: p.grad.clone() for name, p in made.net.named_parameters() if p.grad is not None}
-    assert set(found) == {name for name, _ in made.net.named_parameters()} - ({"damping_S"} if method == "mend" else set())
+    assert set(found) == {name for name, _ in made.net.named_parameters()} - (
+        {"damping_S"} if method == "mend" else set()
+    )
     for name in ("rate_S", "damping_S", next(n for n in found if n.endswith("bias_F"))):
         if name not in found:
             continue
@@ -203,6 +212,42 @@ def test_networks_are_shared_by_configs_that_train_alike() -> None:
         assert keys[0] == keys[1] != keys[2]
 
 
+def test_malmen_reads_easyedits_file(tmp_path: Path) -> None:
+    text = """
+alg_name: "MALMEN"
+model_class: GPT2LMHeadModel
+inner_params: [transformer.h.46.mlp.c_proj.weight, transformer.h.47.mlp.c_proj.weight]
+dropout: {dropout}
+train_base: False
+no_grad_layers: null
+rank: 1920
+n_blocks: 2
+lr: 1e-6
+meta_lr: 1e-5
+loc_coef: 1
+max_grad_norm: 1
+token: {token}
+n_edits: 16
+max_iters: 500
+editor_batch_size: 1024
+val_steps: 200
+"""
+    path = tmp_path / "malmen.yaml"
+    elsewhere = ModelConfig(name="some/model")
+    path.write_text(text.format(dropout="0.0", token="mask"))
+    config = load_config("malmen", {}, path, elsewhere)
+    assert isinstance(config, MALMENConfig)
+    assert (config.layers, config.modules, config.tokens) == ((46, 47), ("mlp.c_proj",), "all")
+    assert (config.schedule.steps, config.schedule.batch_size, config.lr_lr) == (500, 16, 1e-5)
+    for dropout, token, said in (
+        ("0.1", "ans", "dropout: 0.1 is a variant"),
+        ("0.0", "some", "token: 'some'; choices: ans"),
+    ):
+        path.write_text(text.format(dropout=dropout, token=token))
+        with pytest.raises(SpecError, match=said):
+            load_config("malmen", {}, path, elsewhere)
+
+
 @cache
 def embedded() -> BaseModel:
     return BaseModel.load(ModelConfig(device="cpu"))
@@ -212,7 +257,9 @@ def success(method: str, config: Any, data: Mapping[str, ArtifactData], T: int, 
     """Mean final scores on the tuning split, which no training has seen."""
     work = job(method, config, T, [[0, 1, 2]], data, batch_size=batch_size, generated=False)
     stream = Stream(session(embedded()), work, [load_requests("tune")], data)
-    rows = [row for step in stream.run(range(1, len(stream.ticks) + 1)) for row in step.rows if row["scored"] == "final"]
+    rows = [
+        row for step in stream.run(range(1, len(stream.ticks) + 1)) for row in step.rows if row["scored"] == "final"
+    ]
     assert len(rows) == 3 * T
     names = ("reliability", "generalization", "locality")
     return {name: sum(row[f"{name}_exact"] for row in rows) / len(rows) for name in names}
@@ -226,9 +273,11 @@ def test_training_raises_the_success_of_edits(method: str) -> None:
     source = training_source("tinyworld")[0]
     size = 10 if method == "malmen" else 1
     scores = []
-    for steps in (1, 200):
+    for steps in (1, 150):
         short = config.model_copy(update={"schedule": config.schedule.model_copy(update={"steps": steps})})  # type: ignore[attr-defined]
-        data = build_inputs(base, get_method(method).artifacts(short, ModelFingerprint("m", "t"), base.config, 0, source))
+        data = build_inputs(
+            base, get_method(method).artifacts(short, ModelFingerprint("m", "t"), base.config, 0, source)
+        )
         scores.append(success(method, short, data, 10, size))
     untrained, trained = scores
     assert trained["reliability"] >= 0.8 and trained["locality"] >= 0.6, scores

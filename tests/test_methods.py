@@ -82,4 +82,4 @@ class TestMALMEN(MethodContract):
     method = "malmen"
 
     def config(self) -> MethodConfig:
-        return MALMENConfig(layers=(1, 2), rank=8, lr=3e-1, schedule=Schedule(steps=3, batch_size=4))
+        return MALMENConfig(layers=(1, 2), rank=8, lr=2e-2, schedule=Schedule(steps=3, batch_size=4))

@@ -221,7 +221,7 @@ class Block(nn.Module):
 
 
 class Hypernet(nn.Module):
-    """A network per shape, and numbers of each map's own: ``rate_S`` (its step size) and ``damping_S`` (log of MALMEN's lambda)."""
+    """A network per shape, and two numbers per map: ``rate_S``, its step size, and ``damping_S``, the log of MALMEN's lambda."""
 
     def __init__(
         self,
@@ -251,17 +251,24 @@ class Hypernet(nn.Module):
     def learn_scale(self, factors: Sequence[Factors]) -> None:
         """Take the kept rows of each map into the statistics of its shape."""
         for name, found in zip(self.names, factors, strict=True):
-            self.statistics[name].update(_rows(found))  # type: ignore[operator]
+            statistics = self.statistics[name]
+            assert isinstance(statistics, Statistics)
+            statistics.update(_rows(found))
 
     def forward(self, place: int, factors: Factors) -> Pair:
         """The other pair for map ``place``: ``key_LNI``, ``grad_LNO``, zero in rows that are not kept."""
         x_MF = self.statistics[self.names[place]](_rows(factors))
-        for block in self.blocks[self.names[place]]:  # type: ignore[union-attr]
+        for block in self._blocks_of(self.names[place]):
             x_MF = block(x_MF, self.modes[place])
         out_LNF = x_MF.new_zeros(*factors.kept_LN.shape, x_MF.shape[1])
         out_LNF = out_LNF.masked_scatter(factors.kept_LN[..., None], x_MF)
         into = factors.key_LNI.shape[-1]
         return out_LNF[..., :into], out_LNF[..., into:]
+
+    def _blocks_of(self, name: str) -> nn.ModuleList:
+        blocks = self.blocks[name]
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
 
     def data(self) -> dict[str, Tensor]:
         """All weights and statistics, as copies."""
@@ -326,7 +333,14 @@ class HypernetTrainer(Trainer):
     """One Adam step per batch of requests. Gradients flow to the networks only: their inputs are detached, as in the papers."""
 
     def __init__(
-        self, base: BaseModel, sites: Sequence[Site], net: Hypernet, objective: Objective, lr: float, rate_lr: float, clip: float
+        self,
+        base: BaseModel,
+        sites: Sequence[Site],
+        net: Hypernet,
+        objective: Objective,
+        lr: float,
+        rate_lr: float,
+        clip: float,
     ) -> None:
         self.base = base
         self.sites = list(sites)
@@ -372,9 +386,9 @@ class HypernetTrainer(Trainer):
 
     def state(self) -> ArtifactData:
         tensors = {f"net/{name}": tensor for name, tensor in self.net.data().items()}
-        names = {p: name for name, p in self.net.named_parameters()}
-        for parameter, values in self._optimizer.state.items():
-            tensors |= {f"adam/{names[parameter]}/{key}": value.clone() for key, value in values.items()}
+        for name, parameter in self.net.named_parameters():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"adam/{name}/{key}"] = value.clone()
         return ArtifactData(tensors)
 
     def load_state(self, state: ArtifactData) -> None:

@@ -51,7 +51,13 @@ def recorded(variant: str) -> dict[str, Tensor]:
         f"statistics.{new}.mean_F": torch.cat([theirs[f"{old}.u_mean"], theirs[f"{old}.v_mean"]]).double(),
         f"statistics.{new}.squares_F": torch.cat([theirs[f"{old}.u_s"], theirs[f"{old}.v_s"]]).double(),
     }
-    names = {"up_FR": "u", "down_RF": "v", "bias_F": "bias", "scale_MF": "mode_scale.weight", "shift_MF": "mode_shift.weight"}
+    names = {
+        "up_FR": "u",
+        "down_RF": "v",
+        "bias_F": "bias",
+        "scale_MF": "mode_scale.weight",
+        "shift_MF": "mode_shift.weight",
+    }
     for layer in range(2):
         for ours, name in names.items():
             out[f"blocks.{new}.{layer}.{ours}"] = theirs[f"{old}.mlp.layers.{layer}.{name}"]

@@ -22,9 +22,9 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "ft": "workers.methods.ft:FT",
         "rome": "workers.methods.rome:ROME",
         "grace": "workers.methods.grace:GRACE",
+        "wise": "workers.methods.wise:WISE",
         "malmen": "workers.methods.malmen:MALMEN",
         "mend": "workers.methods.mend:MEND",
-        "wise": "workers.methods.wise:WISE",
     }
 )
 

@@ -1,8 +1,8 @@
 """MALMEN: many requests in one change, the least-squares fit of what a trained network wants to change for each token.
 
 Tan et al., Massive Editing for Large Language Models via Meta Learning, ICLR 2024, arXiv 2311.04661. For every map the requests
-of a batch give keys ``u_n`` (what enters the map) and gradients ``d_n`` (of the loss, by its answer) at the tokens that predict the
-answers. A network gives another pair ``(u~_n, d~_n)``, and the value of key ``u_n`` is to move by
+of a batch give keys ``u_n`` (what enters the map) and gradients ``d_n`` (of the loss, by its answer) at the tokens that predict
+the answers. A network gives another pair ``(u~_n, d~_n)``, and the value of key ``u_n`` is to move by
 
     ``v_n = -a (u~_n . u_n) d~_n``        with a learned step size ``a`` per map.
 
@@ -10,8 +10,9 @@ A sum of rank-one changes would let them disturb each other. The change is the o
 
     ``min_S sum_n |S u_n - v_n|^2 + l |S|^2,    S = V U^T (U U^T + l I)^-1``     with columns ``v_n``, ``u_n``
 
-and a learned ``l > 0`` per map (its logarithm is learned, starting at 0). Networks and training are MEND's, but for the place of scale and shift,
-for batches of ``schedule.batch_size`` requests as one edit, and for gradients that flow through the normal equation.
+and a learned ``l > 0`` per map (its logarithm is learned, starting at 0). Networks and training are MEND's, but for the place of
+scale and shift, for batches of ``schedule.batch_size`` requests as one edit, and for gradients that flow through the normal
+equation.
 
 Requests of one call are one fit; a later call fits on top, at the edited weights.
 
@@ -19,12 +20,12 @@ Differences from paper and public code (the authors'; EasyEdit's is derived from
 
 1. The normal equation is solved in float64, in the smaller of its two forms (tokens or inputs). Public: float32, inputs.
 2. Training differentiates through the solution in one pass. The authors' code finds the same gradient in two passes, for memory.
-3. The loss of a batch is the sum of its requests' mean token losses, so that a request's factors are what they are alone. The authors take
-   the mean over all answer tokens of a mini-batch, which the normalisation takes back on average.
-4. The training loss asks by the prompt or a rephrase, drawn: ``train_on: prompt`` for the prompt only. Published: a rephrase, always.
-5. ``lr_lr`` moves the step sizes. Published: ``meta_lr`` moves everything.
-6. The running statistics see a training batch before it is normalised, as published; they do not see edits (the authors' code updates them
-   when it validates, too).
+3. The loss of a batch is the sum of its requests' mean token losses, so that a request's factors are what they are alone. The
+   authors' code takes the mean over all answer tokens of a mini-batch; the normalisation makes up for such a factor.
+4. The training loss asks by the prompt or a rephrase, drawn; ``train_on: prompt`` by the prompt only. Public: a rephrase, always.
+5. ``lr_lr`` moves the step sizes. Public: ``meta_lr`` moves everything.
+6. The running statistics take a training batch in before it is normalised, as the public code does; they never take in an edit
+   (the authors' code updates them when it validates, too).
 
 The paper's equation numbers were not checked against its text, and there are no recorded numbers to compare with.
 """
@@ -95,8 +96,25 @@ class MALMENConfig(MethodConfig):
             **dict.fromkeys(
                 (
                     *("archive", "model_class", "seed", "silent", "max_epochs", "log_interval", "eval_log_interval"),
-                    *("final_eval", "val_interval", "early_stop_patience", "early_stop_key", "eval_only", "debug", "save"),
-                    *("val_batch_size", "val_steps", "editor_batch_size", "half", "opt", "alg", "model_save_pt", "verbose"),
+                    *(
+                        "final_eval",
+                        "val_interval",
+                        "early_stop_patience",
+                        "early_stop_key",
+                        "eval_only",
+                        "debug",
+                        "save",
+                    ),
+                    *(
+                        "val_batch_size",
+                        "val_steps",
+                        "editor_batch_size",
+                        "half",
+                        "opt",
+                        "alg",
+                        "model_save_pt",
+                        "verbose",
+                    ),
                 ),
                 IGNORED,
             ),
@@ -269,4 +287,5 @@ def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
     else:
         gram_LII = wide_LNI.transpose(1, 2) @ wide_LNI + eye
         found_LNI = torch.linalg.solve_ex(gram_LII, wide_LNI.transpose(1, 2))[0].transpose(1, 2)
-    return found_LNI.to(key_LNI.dtype)
+    fitted_LNI: Tensor = found_LNI.to(key_LNI.dtype)
+    return fitted_LNI

@@ -20,7 +20,8 @@ Differences from paper and public code (EasyEdit; golden README, point 12), all 
 2. A positive ``edit_lr`` descends, as the paper's formula does. EasyEdit adds, so that its files' ``1e-4`` ascends at first.
 3. The running statistics are part of the state: continued training continues them. EasyEdit starts them afresh.
 4. ``lr_lr`` is the step size of the learned step sizes. In EasyEdit it has no effect (``lr`` moves them).
-5. The answer's tokens are those of the joint text. EasyEdit's labels begin with BOS if the tokenizer adds one: ``public_bos: true``.
+5. The answer's tokens are those of the joint text. EasyEdit's labels begin with BOS if the tokenizer adds one:
+   ``public_bos: true``.
 6. The loss of a batch is the sum of its requests' losses, so that a request's factors are what they are alone; padding is never
    a target. EasyEdit takes the mean over all label tokens, padding among them.
 7. The requests of a training step are edits of their own, in one batch (EasyEdit: ``accumulate_bs`` edits one after another);
@@ -171,9 +172,7 @@ class MEND(Method[MENDConfig]):
             for site, (left_LNO, right_LNI) in zip(self.sites, _changes(self.net, factors), strict=True):
                 overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
         overlay.touch(range(overlay.lanes))
-        return [
-            EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)
-        ]
+        return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
