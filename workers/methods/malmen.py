@@ -193,7 +193,7 @@ class MALMEN(Method[MALMENConfig]):
             "lr": 1e-2,
             "meta_lr": 3e-4,
             "lr_lr": 1e-3,
-            "schedule": {"steps": 600, "batch_size": 10},
+            "schedule": {"steps": 300, "batch_size": 10},
         }
 
     @classmethod

@@ -179,10 +179,11 @@ class MEND(Method[MENDConfig]):
         return {
             "layers": [4, 5],
             "rank": 64,
-            "edit_lr": 1e-3,
-            "lr": 3e-4,
-            "cedit": 1.0,
-            "schedule": {"steps": 600, "batch_size": 8},
+            "edit_lr": 3e-4,
+            "lr": 3e-5,
+            "lr_lr": 1e-5,
+            "cedit": 0.3,
+            "schedule": {"steps": 300, "batch_size": 8},
         }
 
     @classmethod
