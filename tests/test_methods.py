@@ -17,8 +17,10 @@ from workers.methods.ft_ewc import FTEWCConfig
 from workers.methods.grace import GRACEConfig
 from workers.methods.icl import ICLConfig
 from workers.methods.lora import LoRAConfig
+from workers.methods.malmen import MALMENConfig
 from workers.methods.melo import MELOConfig
 from workers.methods.memit import MEMITConfig
+from workers.methods.mend import MENDConfig
 from workers.methods.none import NoEditConfig
 from workers.methods.pmet import PMETConfig
 from workers.methods.rome import ROMEConfig, RROMEConfig
@@ -239,3 +241,17 @@ class TestSERAC(MethodContract):
 
     def model(self, arch: str, dtype: torch.dtype = torch.float32) -> BaseModel:
         return random_model(arch, dtype, max_position_embeddings=512)
+
+
+class TestMEND(MethodContract):
+    method = "mend"
+
+    def config(self) -> MethodConfig:
+        return MENDConfig(layers=(1, 2), rank=8, edit_lr=1e-2, schedule=Schedule(steps=3, batch_size=4))
+
+
+class TestMALMEN(MethodContract):
+    method = "malmen"
+
+    def config(self) -> MethodConfig:
+        return MALMENConfig(layers=(1, 2), rank=8, lr=2e-2, schedule=Schedule(steps=3, batch_size=4))

@@ -37,6 +37,8 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "icl": "workers.methods.icl:ICL",
         "defer": "workers.methods.defer:DEFER",
         "serac": "workers.methods.serac:SERAC",
+        "malmen": "workers.methods.malmen:MALMEN",
+        "mend": "workers.methods.mend:MEND",
     }
 )
 
