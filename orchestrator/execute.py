@@ -654,7 +654,7 @@ def _write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
             "seed": cell.seed,
             "groups": cell.groups,
             "rollback": plan.common.rollback,
-            "batch_size": plan.common.batch_size,
+            "batch_size": cell.batch_size,
             "model": plan.common.model.name,
             "model_fingerprint": plan.common.model_fingerprint,
             "tokenizer_fingerprint": plan.common.tokenizer_fingerprint,

@@ -88,7 +88,7 @@ class GridSpec(Frozen):
     T: tuple[int, ...] = Field(min_length=1, description="edits between two rollbacks; each divides N")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     rollback: Rollback = "group"
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, description="requests edited in one call, for methods that can; divides every T")
 
     @field_validator("T", "seeds", mode="before")
     @classmethod
@@ -216,6 +216,13 @@ class SweepSpec(Frozen):
             if t % size:
                 near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
                 raise ValueError(f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}")
+        for mark in self.scoring.score_at:
+            if mark % size:
+                near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
+                raise ValueError(
+                    f"scoring.score_at: {mark} lies within a batch of grid.batch_size={size} edits; the nearest valid values "
+                    f"are {near}"
+                )
         return self
 
     @property
@@ -316,12 +323,12 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     dataset = raw.get("dataset")
     if isinstance(dataset, dict):
         raw["dataset"] = {k: absolute(v) if k in ("path", "train_path") else v for k, v in dataset.items()}
-    training = raw.get("training")
-    if isinstance(training, dict):
-        raw["training"] = {k: absolute(v) if k == "path" else v for k, v in training.items()}
     scoring = raw.get("scoring")
     if isinstance(scoring, dict) and scoring.get("ability_text"):
         raw["scoring"] = {**scoring, "ability_text": absolute(scoring["ability_text"])}
+    training = raw.get("training")
+    if isinstance(training, dict):
+        raw["training"] = {k: absolute(v) if k == "path" else v for k, v in training.items()}
     model = raw.get("model")
     if isinstance(model, str):
         raw["model"] = model = {"name": model}

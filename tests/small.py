@@ -32,11 +32,10 @@ _TOKENIZER = {"llama": "tiny-llama", "gpt2": "tiny-gpt2"}
 def random_model(model_type: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> BaseModel:
     """An untrained model with the golden tokenizer: small, and far from any fixed point that training would have found."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / _TOKENIZER.get(model_type, "tiny-llama"))
-    sizes = {**_SIZES.get(model_type, _SIZES["llama"]), **sizes}
+    sizes = {"max_position_embeddings": 128, **_SIZES.get(model_type, _SIZES["llama"]), **sizes}
     config = AutoConfig.for_model(
         model_type,
         vocab_size=1200,
-        max_position_embeddings=128,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

@@ -12,18 +12,22 @@ import torch
 import transformers
 
 from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.fisher import KIND as FISHER
+from workers.fisher import build_fisher
 from workers.models import BaseModel, ModelConfig
 from workers.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
 from workers.scoring import BaseAnswers, Prefixes
 from workers.stats import KIND as SECOND_MOMENT
-from workers.stats import build_second_moment
+from workers.stats import NULL_SPACE, build_null_space, build_second_moment
 from workers.templates import KIND as TEMPLATES
 from workers.templates import build_templates
 from workers.types import JSON, ModelError
 
 BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], ArtifactData]] = MappingProxyType(
     {
+        FISHER: build_fisher,
         SECOND_MOMENT: build_second_moment,
+        NULL_SPACE: build_null_space,
         TEMPLATES: build_templates,
         TRAINING: build_training,
         PRETRAINED: build_pretrained,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from workers.models import BaseModel, ModelConfig, ModelFingerprint
 
 KIND = "second_moment"
+NULL_SPACE = "null_space"
 _ROWS = 64
 _TOKENS = 16_384
 """Documents and padded tokens of one forward, at most. Both decide bits."""
@@ -62,8 +63,9 @@ def second_moment(
 ) -> ArtifactSpec:
     """The statistics of one linear map's inputs over ``samples`` documents of ``corpus`` (a path, or ``embedded``).
 
-    The key holds what the corpus says, not where it lies.
+    The key holds what the corpus says, not where it lies (the embedded one's name has been in it from the first).
     """
+    written_as = corpus_format(corpus)
     return ArtifactSpec(
         name=name,
         kind=KIND,
@@ -71,8 +73,9 @@ def second_moment(
             "model": fingerprint.model,
             "tokenizer": fingerprint.tokenizer,
             "dtype": model.dtype,
+            **({"corpus": corpus} if corpus == "embedded" else {}),
             "corpus_hash": corpus_fingerprint(corpus),
-            "corpus_format": corpus_format(corpus),
+            **({} if written_as == "text" else {"corpus_format": written_as}),
             "samples": samples,
             "layer": layer,
             "module": module,
@@ -117,6 +120,24 @@ def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workben
             "give a longer text or more samples"
         )
     return ArtifactData({"moment": total_II / count}, {"tokens": count})
+
+
+def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
+    """Recipe: threshold, layer (named in errors); needs ``moment``. The projection onto the eigenvectors whose eigenvalue is
+    below the threshold, and how many they are (AlphaEdit, arXiv 2410.02355)."""
+    moment_II = bench.inputs["moment"].tensors["moment"]
+    threshold, layer = recipe["threshold"], recipe["layer"]
+    wide_II = moment_II.to(base.device, torch.float64)
+    if not bool(torch.isfinite(wide_II).all()):
+        raise DataError(f"corpus: the second moment of layer {layer} is not finite; give another text or fewer samples")
+    values_I, vectors_II = torch.linalg.eigh((wide_II + wide_II.T) / 2)
+    basis_IR = vectors_II[:, values_I < threshold]
+    if not basis_IR.shape[1]:
+        raise DataError(
+            f"nullspace_threshold: {threshold}: no eigenvalue of the second moment of layer {layer} is below it "
+            f"(they reach from {float(values_I[0]):.3g} to {float(values_I[-1]):.3g}), so no edit is possible"
+        )
+    return ArtifactData({"projection": (basis_IR @ basis_IR.T).to(moment_II.dtype)}, {"rank": basis_IR.shape[1]})
 
 
 class _Enough(Exception):

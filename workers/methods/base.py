@@ -182,6 +182,10 @@ class Method(ABC, Generic[C]):
         """Raise :class:`SpecError` where the config does not fit the model (layer index, module name)."""
 
     @classmethod
+    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
+        """Raise :class:`SpecError` where one lane cannot hold so many edits between two rollbacks."""
+
+    @classmethod
     def artifacts(
         cls,
         config: Any,
