@@ -67,6 +67,7 @@ def manifest_of(number: int) -> ShardManifest:
         "seed": number,
         "batch_size": 1,
         "rollback": "group",
+        "training_overlap": None,
     }
     return ShardManifest(shard_id=f"{number:016x}", job=job, bounds=cut_steps(job, STEP_EDITS), columns={cell: columns})
 

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.artifacts import ArtifactData
-from workers.methods.ft import STOP_LOSS as FT_STOP
-from workers.methods.rome import MOMENT, inverse_moment
-from workers.methods.rome import STOP_LOSS as ROME_STOP
+from workers.finetune import STOP_LOSS as FT_STOP
+from workers.locate import MOMENT, inverse_moment
+from workers.locate import STOP_LOSS as ROME_STOP
 from workers.methods.wise import STOP_CHANGE
 from workers.methods.wise import STOP_LOSS as WISE_STOP
 from workers.models import BaseModel, Site

@@ -19,6 +19,7 @@ from workers.data.tinyworld import load_dataset
 from workers.job import Lane, StreamCell, StreamJob, cut_steps
 from workers.methods import get_method, load_config, method_names
 from workers.models import ModelConfig, fingerprint_model
+from workers.pretrain import training_source
 from workers.session import Session, build_inputs
 from workers.stream import Stream
 
@@ -30,7 +31,8 @@ def measure(session: Session, method: str, hparams: dict[str, Any], Ts: list[int
     """One line of means for one config."""
     model = session.base.config
     config = load_config(method, hparams, None, model)
-    specs = get_method(method).artifacts(config, fingerprint_model(model), model, seed=0)
+    training = training_source("tinyworld")[0] if get_method(method).needs_pretraining else None
+    specs = get_method(method).artifacts(config, fingerprint_model(model), model, 0, training)
     artifacts = build_inputs(session.base, specs)
     cell = StreamCell(cell_id="tune", seed=0, artifacts={name: name for name in artifacts})
     requests = load_dataset("tune").requests

@@ -8,13 +8,24 @@ Knows nothing of torch: an artifact is bytes.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
+from orchestrator import lock as locking
 from orchestrator.paths import ResultsPaths
 from orchestrator.store import Damaged, Missing, Store, put_aside, seal_json, sha256_of, unseal_json
+from workers.artifacts import Stopped
+from workers.types import JSON, EditSweepError
 
 log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 1.0
+"""How often one looks whether another process has finished what both need."""
+
+
+class ArtifactFailed(EditSweepError):
+    """An artifact could not be built in this run; who needs it fails with its cause and does not try again."""
 
 
 class Spec(Protocol):
@@ -30,10 +41,11 @@ class Spec(Protocol):
 class ArtifactStore:
     """The ``artifacts/`` folder.
 
-    >>> data = ArtifactStore(store).get_or_build(spec, lambda: session.build(spec).to_bytes())   # doctest: +SKIP
+    >>> data = ArtifactStore(store).get_or_build(spec, run_id, build)   # doctest: +SKIP
 
-    Two processes may build the same artifact at once: the first one's bytes stay, both use them. Every verb may raise
-    :class:`~orchestrator.store.StoreError`.
+    One process builds an artifact: it holds a claim of the same kind as a driver's on its results folder, so a dead builder
+    is succeeded, and whoever needs the artifact meanwhile waits. Should two build it all the same (one was believed dead),
+    the first one's bytes stay and both use them. Every verb may raise :class:`~orchestrator.store.StoreError`.
     """
 
     def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
@@ -85,7 +97,102 @@ class ArtifactStore:
             if (found := self.get(spec)) is not None:
                 return found
 
-    def get_or_build(self, spec: Spec, build: Callable[[], bytes]) -> bytes:
-        """The stored artifact, built first if need be."""
-        data = self.get(spec)
-        return self.put(spec, build()) if data is None else data
+    def size(self, spec: Spec) -> int | None:
+        """Bytes of a finished artifact; None if there is none."""
+        folder, _, name = self.paths.artifact(spec.kind, spec.key).rpartition("/")
+        sizes = [entry.size for entry in self.store.list(folder) if entry.name == name]
+        return sizes[0] if sizes and self.has(spec) else None
+
+    def get_or_build(self, spec: Spec, run_id: str, build: Callable[[Unfinished], bytes]) -> bytes:
+        """The stored artifact, built first if need be: here, unless another process is at it, whose work is waited for.
+
+        Whoever builds it finds what an earlier builder saved. Raises what ``build`` raises after noting it; in the same run
+        nobody tries again then (:class:`ArtifactFailed`).
+        """
+        while True:
+            data = self.get(spec)
+            if data is not None:
+                return data
+            if (failure := self.failure(spec, run_id)) is not None:
+                raise ArtifactFailed(f"{spec.kind} artifact {spec.key[:8]} could not be built: {failure}")
+            try:
+                lock = locking.acquire(
+                    self.store, run_id, say=log.info, paths=self.paths.building_claim(spec.kind, spec.key)
+                )
+            except locking.Locked:
+                time.sleep(WAIT_SECONDS)
+                continue
+            try:
+                with lock:
+                    data = self.get(spec)  # another may have finished it just before
+                    if data is None:
+                        self.store.delete(self.paths.building_error(spec.kind, spec.key))
+                        data = self.put(spec, build(Unfinished(self.store, self.paths, spec, lock.check)))
+            except locking.LockLost:
+                continue
+            except Stopped:
+                raise
+            except Exception as error:
+                self.record_failure(spec, run_id, f"{type(error).__name__}: {error}")
+                raise
+            self.store.delete_folder(self.paths.building(spec.kind, spec.key))
+            return data
+
+    def failure(self, spec: Spec, run_id: str) -> str | None:
+        """Why the artifact could not be built in this run; None if nobody failed."""
+        key = self.paths.building_error(spec.kind, spec.key)
+        try:
+            found = unseal_json(self.store.read(key), self.store.where(key))
+        except (Missing, Damaged):
+            return None
+        return str(found["message"]) if found["run_id"] == run_id else None
+
+    def record_failure(self, spec: Spec, run_id: str, message: str) -> None:
+        self.store.replace(
+            self.paths.building_error(spec.kind, spec.key), seal_json({"run_id": run_id, "message": message[:2000]})
+        )
+
+    def unfinished(self) -> list[dict[str, JSON]]:
+        """What is being built, or was when its builder ended: kind, key, and how far it had come when it was saved last."""
+        found = []
+        for entry in self.store.list(self.paths.artifacts_unfinished):
+            kind, _, key = entry.name.rpartition("-")
+            path = self.paths.building_progress(kind, key)
+            try:
+                progress = unseal_json(self.store.read(path), self.store.where(path))
+            except (Missing, Damaged):
+                progress = {"done": 0, "total": 0, "what": ""}
+            found.append({"kind": kind, "key": key, **progress})
+        return found
+
+
+class Unfinished:
+    """The durable place for a builder's unfinished work. What is not whole, or not ours, counts as nothing."""
+
+    def __init__(self, store: Store, paths: ResultsPaths, spec: Spec, check: Callable[[], None]) -> None:
+        self.store, self.paths, self.spec, self.check = store, paths, spec, check
+        self.progress: tuple[int, int, str] = (0, 0, "")
+        """What the builder said last; kept with what it saves."""
+
+    def load(self) -> bytes | None:
+        key = self.paths.building_state(self.spec.kind, self.spec.key)
+        try:
+            whole = self.store.read(key)
+        except Missing:
+            return None
+        digest, data = whole[:64], whole[64:]
+        if sha256_of(data).encode() != digest:
+            log.warning("%s is damaged; the artifact is built from the start", self.store.where(key))
+            return None
+        return data
+
+    def save(self, data: bytes) -> None:
+        """Raises :class:`~orchestrator.lock.LockLost` if another process builds the artifact by now."""
+        self.check()
+        spec = self.spec
+        self.store.replace(self.paths.building_state(spec.kind, spec.key), sha256_of(data).encode() + data)
+        done, total, what = self.progress
+        self.store.replace(
+            self.paths.building_progress(spec.kind, spec.key),
+            seal_json({"done": done, "total": total, "what": what}),
+        )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.console import Output, duration, size
+from orchestrator.console import Output, duration, percent, size
 from workers.types import JSON, DataError, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
@@ -157,13 +157,15 @@ def plan(
     for warning in made.warnings:
         out.warn(warning)
     from orchestrator.artifacts import ArtifactStore
+    from workers.artifacts import in_order
 
     artifact_store = ArtifactStore(store)
     needed = {key: made.artifacts[key] for shard in made.shards for key in made.artifact_keys(shard)}
-    present = sum(artifact_store.has(spec) for spec in needed.values()) if there else 0
     if needed:
+        missing = in_order(needed.values(), artifact_store.has if there else None)
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
-        out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present")
+        present = sum(key not in {spec.key for spec in missing} for key in needed)
+        out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built")
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
 
 
@@ -227,6 +229,52 @@ def run(
         raise Bug(folder) from error
     _conclude(out, spec_file, folder, outcome, time.monotonic() - began)
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def artifacts(
+    spec_file: SpecFile,
+    results: Annotated[str | None, typer.Option(help="results folder (default: results/<name of the sweep>)")] = None,
+    engine: Annotated[Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")] = "ray",
+    max_actors: Annotated[int | None, typer.Option(min=1, help="artifacts built at once at most")] = None,
+    overrides: Overrides = None,
+    trust_remote_code: RemoteCode = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
+) -> None:
+    """Build what the sweep's shards share (statistics, trained networks) and nothing else; run again, it continues."""
+    out = Output()
+    _quiet(verbose)
+    spec = _load(spec_file, overrides, trust_remote_code)
+    folder = results or default_results(spec)
+
+    from orchestrator.execute import Engine, build_artifacts
+    from orchestrator.store import open_store
+
+    chosen: Engine
+    if engine == "local":
+        from orchestrator.local import run_local as chosen
+    else:
+        from orchestrator.driver import run_ray as chosen
+    try:
+        states, interrupted = build_artifacts(spec, open_store(folder), chosen, out.view(), max_actors)
+    except EditSweepError:
+        raise
+    except KeyboardInterrupt:
+        out.note("interrupted; run the same command again to continue")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        raise Bug(folder) from error
+    rows = [
+        (found.spec.kind, found.spec.key, "" if found.bytes is None else size(found.bytes), found.state)
+        for found in states
+    ]
+    out.table("", ("kind", "key", "size", "state"), rows, right=(2,))
+    if not rows:
+        out.say("no method of this sweep needs an artifact")
+    lacking = sum(found.bytes is None and found.state != "not needed" for found in states)
+    if lacking:
+        out.error(f"{lacking} of {len(states)} artifacts do not exist; run the same command again to continue")
+        raise typer.Exit(130 if interrupted else 1)
 
 
 def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
@@ -336,6 +384,9 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
     ]
     if rows:
         out.table("not finished", ("method", "T", "seed", "groups", "failed", "cell"), rows, right=(1, 2, 3, 4))
+    built = [(a["kind"], a["key"], percent(a["done"], a["total"]), a["what"]) for a in found["artifacts"]]
+    if built:
+        out.table("artifacts begun", ("kind", "key", "done", "what"), built, right=(2,))
     shards = [
         (
             shard["shard_id"],
@@ -371,6 +422,7 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
 def read_status(folder: str) -> dict[str, JSON]:
     """What `status --json` prints."""
     from orchestrator import lock
+    from orchestrator.artifacts import ArtifactStore
     from orchestrator.store import Missing, unseal_json
 
     results = _existing(folder)
@@ -424,6 +476,7 @@ def read_status(folder: str) -> dict[str, JSON]:
         "running": str(holder) if holder else None,
         "finished": sum(cell["done"] == cell["groups"] for cell in cells),
         "cells": cells,
+        "artifacts": ArtifactStore(store, paths).unfinished(),
         "shards": shards,
         "failures": failed,
         "failed_cells": wrong,

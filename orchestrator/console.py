@@ -111,6 +111,7 @@ class RunView:
     cost_done: float = 0.0
     cost_skipped: float = 0.0
     began: float = 0.0
+    building: dict[str, tuple[int, int, str]] = field(default_factory=dict)
     _last: float = 0.0
     _reached: dict[str, int] = field(default_factory=dict)
     """Per shard the furthest tick seen: one that is launched again is not counted twice."""
@@ -125,6 +126,13 @@ class RunView:
 
     def warn(self, text: str) -> None:
         self.console.print(Text.assemble(("warning: ", "yellow"), plain(text)), soft_wrap=True)
+
+    def artifact_step(self, title: str, done: int, total: int, what: str) -> None:
+        self.building[title] = (done, total, what)
+        self.show()
+
+    def artifact_ended(self, title: str) -> None:
+        self.building.pop(title, None)
 
     def shard_started(self, shard: Shard, title: str) -> None:
         if not self.flights and not self.edits:
@@ -172,6 +180,10 @@ class RunView:
         if self.plan is None or not (force or now - self._last >= PLAIN_SECONDS):
             return
         self._last = now
+        if self.building and not self.flights:
+            parts = [f"{title} {percent(done, total)} ({what})" for title, (done, total, what) in self.building.items()]
+            self.console.print(plain(f"{time.strftime('%H:%M:%S')} building {', '.join(parts)}"), soft_wrap=True)
+            return
         self.console.print(Text(f"{self.line()}{self._running()}"), soft_wrap=True)
 
     def _running(self) -> str:
@@ -222,6 +234,8 @@ class LiveView(RunView):
         table = Table(box=None, pad_edge=False, show_header=False)
         for _ in range(4):
             table.add_column()
+        for title, (done, total, what) in list(self.building.items())[:20]:
+            table.add_row(plain(title), _bar(done, total), plain(what), Text(""))
         for flight in list(self.flights.values())[:20]:
             speed = f"{flight.edits / flight.seconds:.1f} edits/s" if flight.seconds else "starting"
             again = f"try {flight.attempt}" if flight.attempt > 1 else ""

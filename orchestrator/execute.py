@@ -23,7 +23,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ import yaml
 import orchestrator
 import workers
 from orchestrator import lock as locking
-from orchestrator.artifacts import ArtifactStore
+from orchestrator.artifacts import ArtifactStore, Unfinished
 from orchestrator.journal import Journal, ShardManifest, ShardProgress, Superseded
 from orchestrator.paths import ResultsPaths
 from orchestrator.plan import Plan, Planner, Progress, Shard, Spent, Task, load_spec_dataset, requests_of
@@ -42,7 +42,7 @@ from orchestrator.select import select
 from orchestrator.spec import DatasetSpec, SweepSpec, scoring_identity
 from orchestrator.store import Missing, Store, StoreError, open_store, seal_json, sha256_of, unseal_json
 from orchestrator.table import CentralTable, TableShard
-from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.artifacts import ArtifactData, ArtifactSpec, Workbench, in_order
 from workers.failures import may_pass
 from workers.models import ModelConfig
 from workers.types import JSON, DataError, Dataset, EditSweepError, ModelError
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 GATHER_SHARDS = 64
 GATHER_SECONDS = 60.0
+SAVE_SECONDS = 30.0
+"""Time between two savings of an unfinished artifact, about."""
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "pydantic")
 """Packages whose versions a result may depend on: equal on every node."""
 
@@ -99,10 +101,39 @@ class ShardError:
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
 
+def _nobody(done: int, total: int, what: str) -> None:
+    """Nobody is watching."""
+
+
+@dataclass
+class _Workbench(Workbench):
+    """One whose unfinished work outlives the process."""
+
+    durable: Unfinished | None = None
+
+    def __post_init__(self) -> None:
+        told = self.progress
+
+        def tell(done: int, total: int, what: str) -> None:
+            if self.durable is not None:
+                self.durable.progress = (done, total, what)
+            told(done, total, what)
+
+        self.progress = tell
+
+    def load(self) -> bytes | None:
+        return None if self.durable is None else self.durable.load()
+
+    def save(self, data: bytes) -> None:
+        if self.durable is not None:
+            self.durable.save(data)
+
+
 class Bench:
     """What a worker process keeps between shards: the loaded model, the data set, artifacts of the last shard."""
 
-    def __init__(self, root: str, run_id: str) -> None:
+    def __init__(self, root: str, run_id: str, save_seconds: float = SAVE_SECONDS) -> None:
+        self.save_seconds = save_seconds
         self.store = open_store(root)
         self.paths = ResultsPaths()
         self.journal = Journal(self.store, self.paths)
@@ -121,14 +152,28 @@ class Bench:
             self._session = (model, threads, Session.open(model, threads=threads))
         return self._session[2]
 
-    def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> ArtifactData:
-        """An artifact from the store, built and stored first if it is not there."""
+    def build(
+        self,
+        spec: ArtifactSpec,
+        model: ModelConfig,
+        threads: int,
+        progress: Callable[[int, int, str], None] = _nobody,
+        stopping: Callable[[], bool] = bool,
+    ) -> ArtifactData:
+        """An artifact from the store, built and stored first if it is not there, and what it needs before it.
 
-        def make() -> bytes:
-            inputs = {need.name: self.build(need, model, threads) for need in spec.needs}
-            return self.session(model, threads).build(spec, Workbench(inputs)).to_bytes()
+        Raises :class:`~workers.artifacts.Stopped`, with everything saved, if ``stopping`` says so between two steps.
+        """
 
-        return ArtifactData.from_bytes(self.artifacts.get_or_build(spec, make))
+        def make(unfinished: Unfinished) -> bytes:
+            inputs = {need.name: self.build(need, model, threads, progress, stopping) for need in spec.needs}
+            bench = _Workbench(inputs, progress, save_seconds=self.save_seconds, stopping=stopping)
+            bench.durable = unfinished
+            return self.session(model, threads).build(spec, bench).to_bytes()
+
+        data = ArtifactData.from_bytes(self.artifacts.get_or_build(spec, self.run_id, make))
+        data.check_made_as(spec, self.store.where(self.paths.artifact(spec.kind, spec.key)))
+        return data
 
     def run(self, manifest: ShardManifest) -> Iterator[StepReport]:
         """Run or continue a shard; every report but the first stands for a durable step.
@@ -323,6 +368,8 @@ class View(Protocol):
     def begin(self, plan: Plan) -> None: ...
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
+    def artifact_step(self, title: str, done: int, total: int, what: str) -> None: ...
+    def artifact_ended(self, title: str) -> None: ...
     def shard_started(self, shard: Shard, title: str) -> None: ...
     def shard_step(self, step: StepReport) -> None: ...
     def shard_ended(self, shard_id: str, ok: bool) -> None: ...
@@ -339,6 +386,8 @@ class Books:
     view: View
     check: Callable[[], None] = lambda: None
     paths: ResultsPaths = field(default_factory=ResultsPaths)
+    artifacts_only: bool = False
+    """Whether the engine is to build artifacts and run no shard."""
     errors: dict[str, ShardError] = field(default_factory=dict)
     interrupted: bool = False
     _ready: list[str] = field(default_factory=list)
@@ -356,11 +405,30 @@ class Books:
     def shards(self) -> dict[str, Shard]:
         return {shard.shard_id: shard for shard in self.plan.shards}
 
+    @cached_property
+    def artifacts(self) -> ArtifactStore:
+        return ArtifactStore(self.store, self.paths)
+
     def missing_artifacts(self) -> list[ArtifactSpec]:
-        """What the shards that are left need and the store does not have."""
-        store = ArtifactStore(self.store, self.paths)
+        """What the shards that are left need and the store does not have, in the order in which it can be built."""
         keys = dict.fromkeys(key for shard in self.plan.shards for key in self.plan.artifact_keys(shard))
-        return [self.plan.artifacts[key] for key in keys if not store.has(self.plan.artifacts[key])]
+        if self.artifacts_only:
+            keys = dict.fromkeys(self.plan.artifacts)
+        return in_order((self.plan.artifacts[key] for key in keys), self.artifacts.has)
+
+    def artifact_step(self, spec: ArtifactSpec, done: int, total: int, what: str) -> None:
+        self.view.artifact_step(artifact_title(spec), done, total, what)
+
+    def artifact_built(self, spec: ArtifactSpec, number: int, total: int) -> None:
+        self.view.artifact_ended(artifact_title(spec))
+        self.view.note(f"artifact {number}/{total} built: {artifact_title(spec)}")
+
+    def artifact_failed(self, spec: ArtifactSpec, cause: str) -> None:
+        """One that nobody will try to build again in this run: the shards that need it fail with its cause."""
+        self.view.artifact_ended(artifact_title(spec))
+        cause = self.artifacts.failure(spec, self.run_id) or cause
+        self.artifacts.record_failure(spec, self.run_id, cause)
+        self.view.warn(f"artifact {artifact_title(spec)} failed: {cause.splitlines()[0][:500]}")
 
     def title(self, shard: Shard) -> str:
         sizes = "/".join(map(str, self.plan.group_sizes(shard)))
@@ -436,8 +504,15 @@ _STORAGE = re.compile(r"(^|\.)StoreError: ")
 """A cause as `Class: message`, or as the last line of a traceback."""
 
 
+def artifact_title(spec: ArtifactSpec) -> str:
+    return f"{spec.kind} {spec.key[:8]}"
+
+
 class Engine(Protocol):
-    """Runs the shards of ``books.plan``; returns when all ended or the user interrupted (``books.interrupted``)."""
+    """Builds the artifacts and (unless ``books.artifacts_only``) runs the shards of ``books.plan``.
+
+    Returns when all ended or the user interrupted (``books.interrupted``).
+    """
 
     def __call__(self, books: Books, max_actors: int | None) -> None: ...
 
@@ -478,7 +553,7 @@ def run_sweep(
     check_folder(spec, store, paths)
     planner = Planner(spec)  # everything that is wrong with the spec is said before anything is written
     chosen = select(only, planner.described(), "--only") if only else None
-    run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
         _enter_folder(spec, store, paths)
         table = CentralTable(store, paths)
@@ -510,6 +585,66 @@ def run_sweep(
         outcome = _outcome(books)
         _write_end(store, paths, run_id, outcome)
     return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactState:
+    """One artifact of a sweep after :func:`build_artifacts`. ``bytes`` is None if it does not exist."""
+
+    spec: ArtifactSpec
+    bytes: int | None
+    state: str
+
+
+def build_artifacts(
+    spec: SweepSpec, store: Store, engine: Engine, view: View, max_actors: int | None = None
+) -> tuple[tuple[ArtifactState, ...], bool]:
+    """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing else.
+
+    Also returns whether the user interrupted it.
+    """
+    paths = ResultsPaths()
+    check_folder(spec, store, paths)
+    planner = Planner(spec)
+    run_id = new_run_id()
+    with locking.acquire(store, run_id, say=view.warn) as lock:
+        _enter_folder(spec, store, paths)
+        plan = planner.plan(Progress())
+        _write_run(plan, store, paths, run_id, max_actors)
+        books = Books(plan, store, run_id, view, check=lock.check, paths=paths, artifacts_only=True)
+        missing = {needed.key for needed in books.missing_artifacts()}
+        view.begin(plan)
+        try:
+            if missing:
+                engine(books, max_actors)
+        finally:
+            view.end()
+        lock.check()
+        states = _artifact_states(books, missing)
+    return states, books.interrupted
+
+
+def _artifact_states(books: Books, missing: Collection[str]) -> tuple[ArtifactState, ...]:
+    saved = {found["key"]: found for found in books.artifacts.unfinished()}
+    states = []
+    for spec in in_order(books.plan.artifacts.values()):
+        size = books.artifacts.size(spec)
+        if size is not None:
+            state = "built" if spec.key in missing else "present"
+        elif (failure := books.artifacts.failure(spec, books.run_id)) is not None:
+            state = f"failed: {failure.splitlines()[0][:200]}"
+        elif spec.key not in missing:
+            state = "not needed"  # it went into one that is present
+        elif (progress := saved.get(spec.key)) and progress["total"]:
+            state = f"unfinished, {100 * progress['done'] // progress['total']}%"
+        else:
+            state = "not begun"
+        states.append(ArtifactState(spec, size, state))
+    return tuple(states)
+
+
+def new_run_id() -> str:
+    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = False) -> Progress:
@@ -594,7 +729,7 @@ def _write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
             "seed": cell.seed,
             "groups": cell.groups,
             "rollback": plan.common.rollback,
-            "batch_size": plan.common.batch_size,
+            "batch_size": cell.batch_size,
             "model": plan.common.model.name,
             "model_fingerprint": plan.common.model_fingerprint,
             "tokenizer_fingerprint": plan.common.tokenizer_fingerprint,

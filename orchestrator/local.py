@@ -14,6 +14,7 @@ from types import FrameType
 
 from orchestrator.execute import Bench, Books, check_memory, passing
 from orchestrator.lock import LockLost
+from workers.artifacts import ArtifactSpec, Stopped
 
 LEAVE_SECONDS = 10.0
 """How long the first Ctrl-C waits for the step at hand."""
@@ -24,11 +25,11 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
     plan = books.plan
     resources = plan.spec.engine.resources
     check_memory(plan.common.model, plan.weight_bytes, resources.gpu, resources.memory_gb, where="this machine")
-    bench = Bench(books.store.where(), books.run_id)
+    bench = Bench(books.store.where(), books.run_id, plan.spec.engine.checkpoint_seconds)
     with _ctrl_c(books) as stop:
         try:
             _build_artifacts(bench, books, stop)
-            for shard in plan.shards:
+            for shard in () if books.artifacts_only else plan.shards:
                 if stop.is_set():
                     break
                 _run_shard(bench, books, shard.shard_id, stop)
@@ -40,14 +41,25 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
 def _build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
     """Build what the store lacks. A failure is told here and again by the shards that need the artifact."""
     missing = books.missing_artifacts()
-    for done, spec in enumerate(missing, start=1):
+    for number, spec in enumerate(missing, start=1):
         if stop.is_set():
             return
+
+        def tell(done: int, total: int, what: str, spec: ArtifactSpec = spec) -> None:
+            books.artifact_step(spec, done, total, what)
+
         try:
-            bench.build(spec, books.plan.common.model, books.plan.common.threads)
-            books.view.note(f"artifact {done}/{len(missing)} built: {spec.kind} {spec.key[:8]}")
+            bench.build(spec, books.plan.common.model, books.plan.common.threads, tell, stop.is_set)
+            books.artifact_built(spec, number, len(missing))
+        except Stopped:
+            return
+        except KeyboardInterrupt:
+            stop.set()
+        except LockLost:
+            raise
         except Exception as error:
-            books.view.warn(f"artifact {done}/{len(missing)} failed: {spec.kind} {spec.key[:8]}: {error}")
+            books.artifact_failed(spec, f"{type(error).__name__}: {error}")
+        books.check()
 
 
 def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event) -> None:

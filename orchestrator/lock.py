@@ -65,6 +65,7 @@ class Owner:
             return None
         try:
             process = psutil.Process(self.pid)
+            # one that was killed and not yet waited for by its parent still has its number
             if abs(float(process.create_time()) - self.started) >= 2 or process.status() == psutil.STATUS_ZOMBIE:
                 return False
             # one that is stopped may never go on: its heartbeat decides

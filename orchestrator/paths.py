@@ -16,13 +16,14 @@ files of a disk or objects of a bucket. ::
     table/<number>.parquet                      the central table
     table/bad/                                  damaged table files, put aside
     artifacts/<kind>/<key>.safetensors, .json   shared inputs and their checksums
+    artifacts/unfinished/<kind>-<key>/          one that is being built: what its builder saved, how far it is, who has it
     logs/shard-<shard>-<attempt>.log            tracebacks of what failed in it; other logs have other names
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
 _STEP = re.compile(r"(\d{8})-(\d{8})\.parquet")
@@ -54,6 +55,7 @@ class ResultsPaths:
     table_bad: str = "table/bad"
     artifacts: str = "artifacts"
     artifacts_bad: str = "artifacts/bad"
+    artifacts_unfinished: str = "artifacts/unfinished"
     logs: str = "logs"
 
     def run(self, run_id: str) -> str:
@@ -122,6 +124,22 @@ class ResultsPaths:
 
     def artifact_aside(self, kind: str, key: str, digest: str) -> str:
         return f"{self.artifacts_bad}/{_name(kind)}-{_name(key)}-{digest[:8]}.safetensors"
+
+    def building(self, kind: str, key: str) -> str:
+        return f"{self.artifacts_unfinished}/{_name(kind)}-{_name(key)}"
+
+    def building_state(self, kind: str, key: str) -> str:
+        return f"{self.building(kind, key)}/state"
+
+    def building_progress(self, kind: str, key: str) -> str:
+        return f"{self.building(kind, key)}/progress.json"
+
+    def building_error(self, kind: str, key: str) -> str:
+        return f"{self.building(kind, key)}/error.json"
+
+    def building_claim(self, kind: str, key: str) -> ResultsPaths:
+        """The same folder with a lock of its own for one artifact."""
+        return replace(self, lock=f"{self.building(kind, key)}/claim")
 
     @staticmethod
     def attempt_number(name: str) -> int | None:

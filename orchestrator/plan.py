@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
@@ -35,13 +35,25 @@ from workers.data import (
     count_cut_cases,
     count_duplicates,
     count_edited_locality,
+    find_overlap,
     load_dataset,
     order_requests,
 )
 from workers.data.text import read_held_out
 from workers.job import Frozen, Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows
-from workers.models import ModelConfig, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template, model_shape
+from workers.models import (
+    EMBEDDED,
+    ModelConfig,
+    ModelFingerprint,
+    ModelShape,
+    fingerprint_model,
+    has_chat_template,
+    model_shape,
+)
 from workers.types import JSON, Dataset, EditRequest, SpecError
+
+if TYPE_CHECKING:
+    from workers.pretrain import TrainingSource
 
 Member = TypeVar("Member")
 
@@ -50,6 +62,11 @@ SCHEMA = 1
 
 TAIL = 0.1
 """A shard of several waves takes at most this share of the sweep's lower bound, so that the last ones end close together."""
+
+OFFENDERS_SHOWN = 20
+"""How many requests that are both trained on and edited one error message lists."""
+
+EMBEDDED_WORLD = "tinyworld"
 
 UNKNOWN_ACTORS = 64
 """The number of actors for which the tail is cut short where the spec names none (``engine.max_actors``)."""
@@ -63,6 +80,11 @@ class Variant(Frozen):
     version: int
     config: dict[str, Any]
     hparams_id: str
+    whole_group: bool = Field(False, description="one call edits all requests of a group, whatever the grid says")
+
+    def batch_size(self, T: int, asked: int) -> int:
+        """Requests of one call at this T, where the grid asks for ``asked``."""
+        return T if self.whole_group else asked
 
 
 class Common(Frozen):
@@ -76,12 +98,15 @@ class Common(Frozen):
     dataset_name: str
     dataset_fingerprint: str
     rollback: Rollback
-    batch_size: int
+    batch_size: int = Field(description="what the grid says; a variant that edits whole groups goes by T")
     score: ScoreConfig
     chat_template: bool
     threads: int
     cache_bytes: int = 0
     step_edits: int
+    training_overlap: int | None = Field(
+        None, description="edited requests that networks were trained on too; null: none may be, or nothing is trained"
+    )
 
 
 class Task(Frozen):
@@ -112,6 +137,7 @@ class Cell:
     T: int
     seed: int
     groups: int
+    batch_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +348,7 @@ def expand(
             )
             for run in shard.runs
         )
+    first = cells[next(iter(index))]  # all cells of a shard have one batch size: that of its variant and T
     job = StreamJob(
         method=variant.algorithm,
         config=variant.config,
@@ -335,7 +362,8 @@ def expand(
             for c in index
         ),
         T=shard.T,
-        batch_size=common.batch_size,
+        batch_size=first.batch_size,
+        whole_group=variant.whole_group,
         rollback=common.rollback,
         waves=waves,
         score=common.score,
@@ -375,8 +403,9 @@ def cell_columns(common: Common, variant: Variant, cell: Cell) -> dict[str, JSON
         "hparams_id": variant.hparams_id,
         "T": cell.T,
         "seed": cell.seed,
-        "batch_size": common.batch_size,
+        "batch_size": cell.batch_size,
         "rollback": common.rollback,
+        "training_overlap": common.training_overlap,
     }
 
 
@@ -431,6 +460,11 @@ class Planner:
         self.notes = _dataset_notes(spec, data)
         self.grid = _Grid(spec, self.common, fingerprint, self.shape, _longest_tokens(data, spec.scoring))
         self.cells = self.grid.cells()
+        if self.grid.training is not None:
+            found = _overlap(spec, data, self.grid.training[1])
+            self.notes += (f"{len(self.grid.training[1])} requests to train on, {found} of them edited by the sweep",)
+            if spec.training.allow_overlap:
+                self.common = self.common.model_copy(update={"training_overlap": found})
 
     def described(self) -> list[dict[str, JSON]]:
         """Every cell as :func:`orchestrator.select.select` wants it."""
@@ -449,7 +483,7 @@ class Planner:
         """What is left of the cells ``only`` (ids; None: of all). The others stay as they are."""
         grid, cells = self.grid, self.cells
         left_out = frozenset() if only is None else frozenset(c.cell_id for c in cells if c.cell_id not in only)
-        effort = Effort(self.spec, cells, grid.costs, grid.widths)
+        effort = Effort(self.spec, cells, grid.variants, grid.costs, grid.widths)
         clock = calibrate(_timings(progress, cells, effort))
         shards = _begun(progress, [cell for cell in cells if cell.cell_id not in left_out], effort, clock)
         left = [
@@ -488,6 +522,40 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
     return load_dataset(spec.kind, spec.path, spec.train_path, spec.on_bad_record)
 
 
+def _training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
+    """Where networks are to learn; None if the spec does not say and nothing is at hand."""
+    from workers.pretrain import training_source
+
+    told, dataset = spec.training, spec.dataset
+    shards = told.shards or None
+    if told.kind is not None:
+        return training_source(told.kind, told.path, shards, told.on_bad_record)
+    if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
+        return training_source(EMBEDDED_WORLD, None, shards)
+    if dataset.kind == "zsre" and dataset.train_path is not None:  # other kinds take mere sentences from there
+        return training_source(dataset.kind, dataset.train_path, shards, dataset.on_bad_record)
+    return None
+
+
+def _overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:
+    """How many requests are both trained on and edited under any seed. Raises :class:`SpecError` listing them."""
+    edited: set[int] = set()
+    for seed in spec.grid.seeds:
+        edited.update(order_requests(data, spec.dataset.order, seed)[: spec.dataset.edits])
+        if len(edited) == len(data.requests):
+            break
+    found = find_overlap(training, [data.requests[i] for i in sorted(edited)])
+    if found and not spec.training.allow_overlap:
+        shown = "\n".join(f"  {offender}" for offender in found[:OFFENDERS_SHOWN])
+        more = f"\n  ... and {len(found) - OFFENDERS_SHOWN} more" if len(found) > OFFENDERS_SHOWN else ""
+        raise SpecError(
+            f"training: {len(found)} of its {len(training)} requests are edited by the sweep, which would be judged on what "
+            f"it has seen:\n{shown}{more}\nremove them from the training data, or set training.allow_overlap: true, which "
+            "every row will say"
+        )
+    return len(found)
+
+
 class _Grid:
     """Resolves the spec's methods and enumerates cells; collects artifacts, sizes and warnings."""
 
@@ -503,6 +571,7 @@ class _Grid:
         self.artifacts: dict[str, ArtifactSpec] = {}
         self.keys: dict[tuple[int, int], tuple[tuple[str, str], ...]] = {}
         self.warnings: list[str] = []
+        self.training: tuple[TrainingSource, tuple[EditRequest, ...]] | None = None
         self._seeds: list[tuple[int, ...]] = []
         self._digests: dict[tuple[int, int], str] = {}
         shared = {
@@ -518,6 +587,7 @@ class _Grid:
         }
         for method in spec.methods:
             self._resolve(method, shared, fingerprint, shape)
+        self._check_batches()
 
     def _resolve(
         self, method: MethodSpec, shared: Mapping[str, JSON], fingerprint: ModelFingerprint, shape: ModelShape
@@ -531,34 +601,34 @@ class _Grid:
             kind.check(config, shape)
         except SpecError as e:
             raise SpecError(f"methods: {method.label}: {e}") from None
-        if self.spec.grid.batch_size > 1 and not kind.batch_edits:
-            raise SpecError(
-                f"grid.batch_size: {self.spec.grid.batch_size}, but {method.label} ({method.method}) edits one request "
-                "at a time; the valid value is 1"
-            )
         resolved = config.model_dump(mode="json")
         hparams_id = _digest([method.method, kind.version, resolved])[:8]
         number = len(self.variants)
         for other in self.variants:
             if (other.algorithm, other.hparams_id) == (method.method, hparams_id):
                 raise SpecError(f"methods: {other.label!r} and {method.label!r} have the same settings; remove one")
-        self.variants.append(
-            Variant(
-                label=method.label,
-                algorithm=method.method,
-                version=kind.version,
-                config=resolved,
-                hparams_id=hparams_id,
-            )
+        variant = Variant(
+            label=method.label,
+            algorithm=method.method,
+            version=kind.version,
+            config=resolved,
+            hparams_id=hparams_id,
+            whole_group=kind.whole_group,
         )
+        self.variants.append(variant)
         self.costs.append(float(kind.relative_cost))
         for T in self.spec.grid.T:
-            overlay = kind.overlay_bytes(config, shape, lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits))
+            edits = lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits)
+            try:
+                kind.check_edits(config, shape, edits)
+            except SpecError as e:
+                raise SpecError(f"methods: {method.label}: grid.T: {T}: {e}") from None
+            overlay = kind.overlay_bytes(config, shape, edits)
             need = estimate(
                 shape,
                 resolved,
                 overlay_bytes=int(overlay),
-                batch_size=self.spec.grid.batch_size,
+                batch_size=variant.batch_size(T, self.spec.grid.batch_size),
                 score=self.spec.scoring,
                 tokens=self.tokens,
                 cache_bytes=self.spec.engine.cache_bytes,
@@ -567,8 +637,13 @@ class _Grid:
             self.widths[number, T] = self._lanes(method.label, T, need)
         self._seeds.append(self._distinct_seeds(method.label, uses_seed=kind.uses_seed(config)))
         body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
+        if kind.needs_pretraining and self.training is None:
+            self.training = _training(self.spec)
+        source = self.training[0] if self.training is not None and kind.needs_pretraining else None
+        if kind.whole_group:
+            body["batch_size"] = None  # it is T, which every cell id has; what the grid says changes nothing
         for seed in self._seeds[number]:
-            specs = kind.artifacts(config, fingerprint, self.spec.model, seed)
+            specs = kind.artifacts(config, fingerprint, self.spec.model, seed, source)
             keys = tuple((artifact.name, artifact.key) for artifact in specs)
             self.artifacts.update({key: artifact for (_, key), artifact in zip(keys, specs, strict=True)})
             self.keys[number, seed] = keys
@@ -579,6 +654,23 @@ class _Grid:
             if keys not in digests:
                 digests[keys] = _digest({**body, "artifacts": sorted(keys)})
             self._digests[number, seed] = digests[keys]
+
+    def _check_batches(self) -> None:
+        """Refuse a batch size that a method of the sweep cannot edit, naming all of them and those that can."""
+        from workers.methods import get_method, method_names
+
+        def able(name: str) -> bool:
+            kind = get_method(name)
+            return kind.batch_edits or kind.whole_group
+
+        size = self.spec.grid.batch_size
+        unable = [v for v in self.variants if not able(v.algorithm)]
+        if size > 1 and unable:
+            named = ", ".join(v.label if v.label == v.algorithm else f"{v.label} ({v.algorithm})" for v in unable)
+            raise SpecError(
+                f"grid.batch_size: {size}, but {named} can edit only one request at a time; set it to 1, or keep to methods that "
+                f"edit several in one call: {', '.join(filter(able, method_names()))}"
+            )
 
     def _lanes(self, label: str, T: int, need: Memory) -> int:
         """The spec's number of lanes, or as many as the declared memory holds."""
@@ -619,6 +711,7 @@ class _Grid:
                 T=T,
                 seed=seed,
                 groups=n // T,
+                batch_size=self.variants[v].batch_size(T, self.spec.grid.batch_size),
             )
             for v in range(len(self.variants))
             for T in self.spec.grid.T
@@ -659,6 +752,7 @@ class Effort:
 
     spec: SweepSpec
     cells: Sequence[Cell]
+    variants: Sequence[Variant]
     costs: Sequence[float]
     widths: Mapping[tuple[int, int], int]
     """The number of lanes a wave of this variant and T may have."""
@@ -713,10 +807,13 @@ class Effort:
 
     def _work(self, variant: int, lanes: int, spans: Sequence[tuple[int, int]], Ts: Sequence[int]) -> float:
         """Of ``lanes`` lanes that edit up to the last span's end; each span (end, begin) is scored in groups of its T."""
-        score, size = self.spec.scoring, self.spec.grid.batch_size
-        scored = max(end - begin for end, begin in spans) if score.immediate else 0  # once for all T
+        score, kind = self.spec.scoring, self.variants[variant]
+        immediate = score.immediate and not kind.whole_group
+        scored = max(end - begin for end, begin in spans) if immediate else 0  # once for all T
         for (end, begin), T in zip(spans, Ts, strict=True):
-            if T > size or not score.immediate:  # otherwise one forward serves both moments
+            if (
+                T > kind.batch_size(T, self.spec.grid.batch_size) or not immediate
+            ):  # otherwise one forward for both moments
                 scored += end - begin
             scored += sum(mark for mark in score.score_at if begin < mark <= end)
         return wave_work(self.costs[variant], max(end for end, _ in spans), scored, lanes, self.spec.on_gpu)
@@ -832,14 +929,16 @@ def _streams(
 ) -> dict[tuple[int, int], list[Run]]:
     """Without rollback T only says when to score: one lane per variant and seed makes the edits for every T that is left.
 
-    Runs stand under the largest T they serve.
+    A variant that edits whole groups makes other edits at every T, and has a lane for each. Runs stand under the largest T
+    they serve.
     """
-    lanes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    lanes: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
     for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
+        own = cell.T if effort.variants[cell.variant].whole_group else 0
         for start, stop in ranges:
-            lanes.setdefault((cell.variant, cell.seed), []).append((i, start, stop))
+            lanes.setdefault((cell.variant, own, cell.seed), []).append((i, start, stop))
     alike: dict[tuple[object, ...], list[list[tuple[int, int, int]]]] = {}
-    for (variant, seed), shares in lanes.items():
+    for (variant, _, seed), shares in lanes.items():
         shares.sort(key=lambda share: (-cells[share[0]].T, share[1]))
         shape = tuple((cells[i].T, start, stop) for i, start, stop in shares)
         key = (variant, shape) if spec.engine.lanes_across_seeds else (variant, shape, seed)

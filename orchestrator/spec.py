@@ -50,13 +50,45 @@ class DatasetSpec(Frozen):
         return value
 
 
+class TrainingSpec(Frozen):
+    """Where methods that are trained before they edit (MEND, SERAC, MALMEN) learn; never on what the sweep edits."""
+
+    kind: str | None = Field(
+        None, description="as dataset.kind; null: the embedded world's own, or the train_path of a zsre dataset"
+    )
+    path: Path | None = None
+    shards: tuple[int, ...] = Field(
+        (),
+        description="requests of each data shard, in file order; one more continues from what the others taught; "
+        "empty: one shard with everything",
+    )
+    on_bad_record: Literal["error", "skip"] = "error"
+    allow_overlap: bool = Field(
+        False, description="true: train also on requests that the sweep edits; recorded in every row"
+    )
+
+    @field_validator("shards")
+    @classmethod
+    def _positive(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        low = [v for v in values if v < 1]
+        if low:
+            raise ValueError(f"a data shard has at least 1 request, not {low[0]}")
+        return values
+
+    @model_validator(mode="after")
+    def _path_of_a_kind(self) -> Self:
+        if self.path is not None and self.kind is None:
+            raise ValueError(f"kind: required with path; choose {', '.join(DATASETS)}")
+        return self
+
+
 class GridSpec(Frozen):
     """The axes every method is run over."""
 
     T: tuple[int, ...] = Field(min_length=1, description="edits between two rollbacks; each divides N")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     rollback: Rollback = "group"
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, description="requests edited in one call, for methods that can; divides every T")
 
     @field_validator("T", "seeds", mode="before")
     @classmethod
@@ -136,6 +168,9 @@ class EngineSpec(Frozen):
     max_actors: int | None = Field(None, ge=1)
     resources: Resources = Resources()
     max_failures: int = Field(2, ge=0, description="launches again after a failure (a lost node counts)")
+    checkpoint_seconds: float = Field(
+        30, ge=0, description="time between two savings of an artifact that is being built, about"
+    )
 
     @field_validator("lanes", mode="before")
     @classmethod
@@ -161,6 +196,7 @@ class SweepSpec(Frozen):
     dataset: DatasetSpec
     grid: GridSpec
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
+    training: TrainingSpec = TrainingSpec()
     scoring: ScoreConfig = ScoreConfig()
     chat_template: bool = False
     engine: EngineSpec = EngineSpec()
@@ -180,6 +216,13 @@ class SweepSpec(Frozen):
             if t % size:
                 near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
                 raise ValueError(f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}")
+        for mark in self.scoring.score_at:
+            if mark % size:
+                near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
+                raise ValueError(
+                    f"scoring.score_at: {mark} lies within a batch of grid.batch_size={size} edits; the nearest valid values "
+                    f"are {near}"
+                )
         return self
 
     @property
@@ -283,6 +326,9 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     scoring = raw.get("scoring")
     if isinstance(scoring, dict) and scoring.get("ability_text"):
         raw["scoring"] = {**scoring, "ability_text": absolute(scoring["ability_text"])}
+    training = raw.get("training")
+    if isinstance(training, dict):
+        raw["training"] = {k: absolute(v) if k == "path" else v for k, v in training.items()}
     model = raw.get("model")
     if isinstance(model, str):
         raw["model"] = model = {"name": model}

@@ -156,6 +156,15 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("run_id", "string", "", "call of `editsweep run` that produced the row", "provenance", "attempt"),
     Column("attempt", "int32", "", "attempt of the shard that produced the row", "provenance", "attempt"),
+    Column(
+        "training_overlap",
+        "int32",
+        "requests",
+        "requests trained on that the sweep edits, with `allow_overlap: true`; null: refused, or nothing is trained",
+        "provenance",
+        "cell",
+        nullable=True,
+    ),
 )
 
 STREAM_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == "stream")

@@ -76,6 +76,7 @@ def make_manifest(
             "seed": c.seed,
             "batch_size": batch_size,
             "rollback": rollback,
+            "training_overlap": None,
         }
         for c in cells
     }

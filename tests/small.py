@@ -16,6 +16,7 @@ from workers.artifacts import ArtifactData
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob
 from workers.methods import get_method
 from workers.models import BaseModel, ModelConfig, ModelFingerprint
+from workers.pretrain import training_source
 from workers.session import Session
 from workers.types import EditRequest, Probe
 
@@ -31,11 +32,10 @@ _TOKENIZER = {"llama": "tiny-llama", "gpt2": "tiny-gpt2"}
 def random_model(model_type: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> BaseModel:
     """An untrained model with the golden tokenizer: small, and far from any fixed point that training would have found."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / _TOKENIZER.get(model_type, "tiny-llama"))
-    sizes = {**_SIZES.get(model_type, _SIZES["llama"]), **sizes}
+    sizes = {"max_position_embeddings": 128, **_SIZES.get(model_type, _SIZES["llama"]), **sizes}
     config = AutoConfig.for_model(
         model_type,
         vocab_size=1200,
-        max_position_embeddings=128,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -82,8 +82,9 @@ def golden_requests(count: int = 200) -> list[EditRequest]:
 
 
 def build_inputs(base: BaseModel, method: str, config: Any, seed: int = 0) -> dict[str, ArtifactData]:
-    """Really build what a method asks for, by name."""
-    specs = get_method(method).artifacts(config, ModelFingerprint("random", "golden"), base.config, seed)
+    """Really build what a method asks for, by name; what is pretrained learns from a few requests of the embedded world."""
+    training = training_source("tinyworld", shards=(16,))[0] if get_method(method).needs_pretraining else None
+    specs = get_method(method).artifacts(config, ModelFingerprint("random", "golden"), base.config, seed, training)
     return session_module.build_inputs(base, specs)
 
 

@@ -57,6 +57,7 @@ class Watch:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.steps: list[StepReport] = []
+        self.artifact_steps: list[tuple[str, int, int, str]] = []
         self.on_step = on_step
 
     def begin(self, plan: Plan) -> None: ...
@@ -66,6 +67,11 @@ class Watch:
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+    def artifact_step(self, title: str, done: int, total: int, what: str) -> None:
+        self.artifact_steps.append((title, done, total, what))
+
+    def artifact_ended(self, title: str) -> None: ...
 
     def shard_started(self, shard: Shard, title: str) -> None: ...
 

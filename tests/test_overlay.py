@@ -75,6 +75,40 @@ def test_low_rank_and_dense_agree_across_the_switch() -> None:
     torch.testing.assert_close(overlay.delta(1), total[1], rtol=1e-9, atol=1e-9)
 
 
+def test_several_maps_have_their_own_factors() -> None:
+    base = random_model("llama", torch.float64)
+    sites = [base.site(0), base.site(2, "self_attn.o_proj")]
+    overlay = LowRankOverlay(sites, 2, torch.float64)
+    assert overlay.state(1) == LaneState()
+    g = torch.Generator().manual_seed(0)
+    totals = [torch.zeros(2, *site.shape, dtype=torch.float64) for site in sites]
+    for count in (1, 5, 20):  # 26 columns: dense from the third time on
+        for site, total in zip(sites, totals, strict=True):
+            left = torch.randn(2, site.shape[0], count, generator=g, dtype=torch.float64)
+            right = torch.randn(2, count, site.shape[1], generator=g, dtype=torch.float64)
+            overlay.add(left, right, site)
+            total.add_(left @ right)
+        again = LowRankOverlay(sites, 2, torch.float64)
+        for lane in range(2):
+            again.load_state(lane, overlay.state(lane))
+        for site, total in zip(sites, totals, strict=True):
+            x = torch.randn(2, 3, site.shape[1], generator=g, dtype=torch.float64)
+            rows = rows_of([0, 1])
+            with overlay.installed(rows):
+                out = site.module(x)
+            expected = torch.einsum("lsi,loi->lso", x, total + site.weight_OI)
+            torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+            with again.installed(rows):
+                assert torch.equal(site.module(x), out)
+    assert {name.rpartition("/")[2] for name in overlay.state(0).tensors} == {"dense"}
+    changes = sum(float(total[1].square().sum()) for total in totals)
+    weights = sum(float(site.weight_OI.square().sum()) for site in sites)
+    assert overlay.delta_norm(1) == pytest.approx((changes / weights) ** 0.5, rel=1e-9)
+    overlay.load_state(1, LaneState())
+    assert overlay.delta_norm(1) == 0
+    assert overlay.delta_norm(0) != 0
+
+
 def test_states_pack_into_safetensors() -> None:
     states = [LaneState({"a/b": torch.arange(3), "m": torch.ones(2, dtype=torch.bool)}, {"n": [1]}), LaneState()]
     back, meta = unpack_states(pack_states(states, {"t": "ü"}))

@@ -24,7 +24,8 @@ from orchestrator.schedule import simulate
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
 from workers.data import load_dataset
 from workers.data.tinyworld import assets_dir
-from workers.job import Lane, cut_steps, expected_rows
+from workers.job import Lane, cut_steps, expected_rows, moments, timeline
+from workers.methods import get_method
 from workers.types import Dataset, EditSweepError, SpecError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -381,6 +382,66 @@ def test_a_chat_template_makes_other_cells(dataset: Dataset, tmp_path: Path) -> 
     assert not set(plain.values()) & set(chat.values())
 
 
+RECORDED = {
+    ("ft", 1, 0): "33d4fdeb4b051527",
+    ("ft", 50, 1): "47833a57e23135c3",
+    ("rome", 10, 0): "7d180c924c9197d3",
+    ("grace", 1, 1): "9c6dee9e5810a1a0",
+    ("wise-merge", 50, 0): "7b23a8e27531bd32",
+    ("wise-retrieve", 10, 1): "044e20d0d11e96d5",
+}
+"""Cells of ``sweeps/demo.yaml`` as tables in the world name them."""
+
+
+def test_the_demo_keeps_the_cells_it_had() -> None:
+    found = by_name(make_plan(load_spec(ROOT / "sweeps" / "demo.yaml")))
+    assert {key: found[key] for key in RECORDED} == RECORDED
+
+
+def test_batches(dataset: Dataset) -> None:
+    def plan_of(size: int, **grid: Any) -> Plan:
+        grid = {"T": [10, 50], "batch_size": size, **grid}
+        return make_plan(spec_of(methods=["ft", "wise"], grid=grid, engine={"lanes": "auto"}), dataset=dataset)
+
+    alone, batched = plan_of(1), plan_of(5)
+    assert not set(by_name(alone).values()) & set(by_name(batched).values())
+    assert {cell.batch_size for cell in batched.cells} == {5}
+    for manifest in map(batched.manifest, batched.shards):
+        assert manifest.job.batch_size == 5
+        assert {columns["batch_size"] for columns in manifest.columns.values()} == {5}
+        assert Task.of(manifest).expected_rows == expected_rows(manifest.job)
+    assert all(batched.memory[key].edit == 5 * alone.memory[key].edit for key in alone.memory)
+
+
+def test_a_method_that_edits_whole_groups_goes_by_T(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan_of(size: int, rollback: str = "group", Ts: tuple[int, ...] = (10, 50)) -> Plan:
+        grid = {"T": list(Ts), "batch_size": size, "rollback": rollback}
+        return make_plan(spec_of(methods=["ft"], grid=grid), dataset=dataset)
+
+    ordinary = by_name(plan_of(1))
+    monkeypatch.setattr(get_method("ft"), "whole_group", True)
+    plan = plan_of(1, Ts=(1, 10, 50))
+    assert [(cell.T, cell.batch_size) for cell in plan.cells] == [(1, 1), (10, 10), (50, 50)]
+    assert by_name(plan_of(5)).items() < by_name(plan).items()  # the grid's batch size is nothing to it
+    assert not set(by_name(plan).values()) & set(ordinary.values())
+    assert plan.memory[0, 50].edit == 50 * plan.memory[0, 1].edit
+    for manifest in map(plan.manifest, plan.shards):
+        job = manifest.job
+        assert job.batch_size == job.T == next(iter(manifest.columns.values()))["batch_size"]
+        assert [len(wave) * job.T for wave in job.waves] == [
+            sum(len(job.waves[i]) * (tick.stop - tick.start) for tick in timeline(job) if tick.wave == i)
+            for i in range(len(job.waves))
+        ]
+        assert {kind for tick in timeline(job) for kind in moments(job, tick, 0)} == {"final"}
+        assert Task.of(manifest).expected_rows == expected_rows(job) == sum(job.T * len(wave) for wave in job.waves)
+    # without rollback its edits depend on T, so no lane reports to two of them
+    continued = plan_of(1, "never")
+    manifests = [continued.manifest(shard) for shard in continued.shards]
+    assert sorted((m.job.T, m.job.batch_size, len(m.job.cells)) for m in manifests) == [(10, 10, 1), (50, 50, 1)]
+    assert lanes_of(manifests) == groups_of(continued)
+    assert continued.edits_left == 100
+
+
 def test_growth_plans_only_what_is_new(dataset: Dataset) -> None:
     first = make_plan(spec_of(), dataset=dataset)
     done = {cell.cell_id: set(range(cell.groups)) for cell in first.cells}
@@ -494,7 +555,10 @@ def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) 
         ({"methods": [{"method": "ft", "hparams": {"steps": 3}}]}, ["ft", "steps", "num_steps"]),
         ({"methods": [{"method": "ft", "hparams": {"num_steps": "x"}}]}, ["ft", "num_steps", "'x'"]),
         ({"methods": ["ft", {"method": "ft", "label": "twin"}]}, ["ft", "twin", "same settings"]),
-        ({"methods": ["grace"], "grid": {"T": [10], "batch_size": 5}}, ["batch_size", "grace", "one request"]),
+        (
+            {"methods": ["ft", "grace", {"method": "rome", "label": "r"}], "grid": {"T": [10], "batch_size": 5}},
+            ["grid.batch_size: 5, but grace, r (rome) can edit only one request", "several in one call: ft, ", "wise"],
+        ),
         ({"methods": [{"method": "ft", "hparams_file": "/nowhere.yaml"}]}, ["/nowhere.yaml"]),
         ({"dataset": {"kind": "zsre", "edits": 50, "path": "/nowhere.json"}}, ["/nowhere.json"]),
         ({"dataset": {"kind": "zrse", "edits": 50}}, ["zrse", "zsre"]),

@@ -133,6 +133,12 @@ def test_refusals_name_field_value_and_choices(path: str, value: Any, words: lis
         assert word in message, message
 
 
+def test_a_mark_lies_between_two_batches() -> None:
+    raw = {**GOOD, "grid": {"T": [10], "batch_size": 5}, "scoring": {"score_at": [10, 12]}}
+    assert "scoring.score_at: 12 lies within a batch of grid.batch_size=5 edits" in refusal(yaml.safe_dump(raw))
+    assert "nearest valid values are 10 and 15" in refusal(yaml.safe_dump(raw))
+
+
 def test_missing_field_and_wrong_shape() -> None:
     raw = {k: v for k, v in GOOD.items() if k != "dataset"}
     assert "dataset: this field is required" in refusal(yaml.safe_dump(raw))

@@ -187,10 +187,10 @@ def test_artifacts_first_builder_wins(store: LocalStore) -> None:
     artifacts = ArtifactStore(store)
     assert not artifacts.has(Spec())
     assert artifacts.get(Spec()) is None
-    assert artifacts.get_or_build(Spec(), lambda: b"first") == b"first"
+    assert artifacts.get_or_build(Spec(), "r1", lambda work: b"first") == b"first"
     assert artifacts.has(Spec())
     assert artifacts.put(Spec(), b"second") == b"first"
-    assert artifacts.get_or_build(Spec(), lambda: pytest.fail("built twice")) == b"first"
+    assert artifacts.get_or_build(Spec(), "r1", lambda work: pytest.fail("built twice")) == b"first"
 
 
 def test_artifact_without_marker_is_invisible_and_can_be_completed(store: LocalStore) -> None:
@@ -210,5 +210,5 @@ def test_damaged_artifact_is_built_again(store: LocalStore, which: str, caplog: 
     path.write_bytes(path.read_bytes()[:-2] + b"??")
     assert artifacts.get(Spec()) is None
     assert "0a1b" in caplog.text
-    assert artifacts.get_or_build(Spec(), lambda: b"again") == b"again"
+    assert artifacts.get_or_build(Spec(), "r1", lambda work: b"again") == b"again"
     assert artifacts.get(Spec()) == b"again"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.small import golden_model, golden_requests, job, random_model, session, timeless
+from tests.small import build_inputs, golden_model, golden_requests, job, random_model, session, timeless
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, cut_steps, expected_rows, timeline
 from workers.methods.ft import FTConfig
+from workers.methods.wise import WISEConfig
 from workers.models import BaseModel
 from workers.scoring import Item, normalise, score
 from workers.stream import StepResult, Stream
@@ -114,6 +115,66 @@ def test_a_batch_never_crosses_a_group_border() -> None:
         job("ft", FT, 10, [[0]], batch_size=4)
     rows = rows_of(run(random_model("llama"), job("ft", FT, 4, [[0]], batch_size=2)))
     assert [r["edits_applied"] for r in rows if r["scored"] == "immediate"] == [2, 2, 4, 4]
+
+
+BATCHED = {
+    "ft": FTConfig(layers=(1,), lr=1e-2, num_steps=15),
+    "wise": WISEConfig(
+        layer=1, n_iter=8, lr=1.0, retrieve=False, save_freq=2, merge_freq=4, context_template_length_params=()
+    ),
+}
+
+
+@pytest.mark.parametrize("method", BATCHED)
+def test_a_batch_is_edited_by_one_call_and_scored_after_it(method: str) -> None:
+    base = random_model("llama")
+    config = BATCHED[method]
+    inputs = build_inputs(base, method, config)
+    work = job(method, config, 4, [[0, 1]], inputs, batch_size=2)
+    assert [(t.kind, t.start, t.stop, t.edits_applied) for t in timeline(work)] == [
+        ("edit", 0, 2, 2),
+        ("edit", 2, 4, 4),
+        ("final", 0, 4, 4),
+    ]
+    stream = Stream(session(base), work, [REQUESTS], inputs)
+    results = list(stream.run(cut_steps(work, 1)))
+    rows = rows_of(results)
+    assert len(rows) == expected_rows(work) == 16
+    assert sum(r.edits for r in results) == 8
+    immediate = {(r["group"], r["position"]): r for r in rows if r["scored"] == "immediate"}
+    final = {(r["group"], r["position"]): r for r in rows if r["scored"] == "final"}
+    for group in range(2):
+        assert [immediate[group, p]["edits_applied"] for p in range(4)] == [2, 2, 4, 4]
+        assert [final[group, p]["edits_applied"] for p in range(4)] == [4] * 4
+        for first in (0, 2):  # one call, one loss, one state that both are scored on
+            one, other = immediate[group, first], immediate[group, first + 1]
+            assert all(one[k] == other[k] for k in ("loss", "iterations", "delta_norm", "overlay_bytes"))
+            assert one["target_logprob"] > one["target_logprob_base"] + 1
+            assert other["target_logprob"] > other["target_logprob_base"] + 1
+        # the last batch's scores are of the final state; the first batch has been edited over since
+        for p in (2, 3):
+            assert immediate[group, p]["target_logprob"] == pytest.approx(final[group, p]["target_logprob"], abs=1e-4)
+        assert any(
+            abs(immediate[group, p]["target_logprob"] - final[group, p]["target_logprob"]) > 1e-3 for p in (0, 1)
+        )
+    # stopping between two batches changes nothing
+    rest = list(
+        Stream(session(random_model("llama")), work, [REQUESTS], inputs).run(
+            cut_steps(work, 1), results[0].stop, results[0].state
+        )
+    )
+    assert rows_of(rest) == rows_of(results[1:])
+
+
+def test_a_method_that_edits_whole_groups_has_one_moment() -> None:
+    plain = job("ft", FT, 4, [[0], [1]], batch_size=4)
+    work = plain.model_copy(update={"whole_group": True})
+    assert len(timeline(work)) == 2
+    whole, both = rows_of(run(random_model("llama"), work)), rows_of(run(random_model("llama"), plain))
+    assert len(whole) == expected_rows(work) == 8 and len(both) == expected_rows(plain) == 16
+    assert whole == [row for row in both if row["scored"] == "final"]
+    with pytest.raises(ValueError, match="edits whole groups has batch_size T, not 2"):
+        StreamJob.model_validate({**work.model_dump(), "batch_size": 2})
 
 
 def test_generation_is_greedy_decoding() -> None:

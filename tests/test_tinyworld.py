@@ -41,6 +41,7 @@ def test_sizes_of_the_groups() -> None:
     assert Counter(fact.group for fact in FACTS) == {"edit": 1000, "tune": 200, "anchor": 800}
     assert len(tinyworld.load_requests("edit")) == 1000
     assert len(tinyworld.load_requests("tune")) == 200
+    assert len(tinyworld.load_requests("train")) == 800 * tinyworld.TRAIN_TARGETS
     assert all(len(fact.subject.split()) == 2 for fact in FACTS)
     assert len({(fact.subject, fact.relation) for fact in FACTS}) == len(FACTS)
 
@@ -87,11 +88,32 @@ def test_probes_are_answered_by_anchor_facts_alone(split: tinyworld.Split) -> No
         assert anchors[prompt, obj] not in (near, other)
 
 
+def test_training_rewrites_anchor_facts_alone_each_with_several_targets() -> None:
+    by_key = {(fact.subject, tinyworld.prompt_of(fact, i)): fact for fact in FACTS for i in range(4)}
+    targets: dict[tinyworld.Fact, set[str]] = {}
+    for request in tinyworld.load_requests("train"):
+        fact = by_key[request.subject, request.prompt]
+        targets.setdefault(fact, {fact.object}).add(request.target_new)
+        assert request.ground_truth == fact.object and request.rephrases == (tinyworld.prompt_of(fact, fact.held_out),)
+        assert len(request.portability) == (fact.relation not in ("colour", "month", "metal", "flower"))
+        assert not any(request.subject in probe.prompt for probe in request.locality)
+        assert request.unrelated is not None and request.subject not in request.unrelated
+    assert targets.keys() == {fact for fact in FACTS if fact.group == "anchor"}
+    assert {len(found) for found in targets.values()} == {1 + tinyworld.TRAIN_TARGETS}
+
+
+def test_the_shipped_requests_are_the_ones_results_were_made_with() -> None:
+    """A change of these makes every cell id new: raise it knowingly."""
+    assert tinyworld.load_dataset("edit").fingerprint[:16] == "7294a267f58e21f5"
+    assert tinyworld.load_dataset("tune").fingerprint[:16] == "83abcfa76d292850"
+    assert tinyworld.load_dataset("train").fingerprint[:16] == "a29019ecdec42ff1"
+
+
 def test_two_hop_questions_are_never_trained_for_editable_people() -> None:
     assert {fact.group for fact in FACTS if fact.composed} == {"anchor"}
 
 
-@pytest.mark.parametrize("split", ["edit", "tune"])
+@pytest.mark.parametrize("split", ["edit", "tune", "train"])
 def test_requests_are_a_pure_function_of_the_seed(split: tinyworld.Split) -> None:
     here = tinyworld.load_dataset(split).fingerprint
     assert tinyworld.load_dataset(split).fingerprint == here

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workers.job import Frozen
-from workers.types import JSON
+from workers.types import JSON, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 
 
 class ArtifactSpec(Frozen):
     """A kind (which builder) and the whole recipe: everything the content depends on, fingerprints included.
 
-    ``name`` is what the asking method (or artifact) calls it; it is no part of the key. ``needs`` are artifacts that it is
-    made of: they are built first, and their keys are part of its own.
+    ``name`` is what the asking method (or artifact) calls it and ``where`` says where its builder finds what the recipe
+    names by fingerprint (paths): neither is part of the key. ``needs`` are artifacts that it is made of: they are built
+    first, and their keys are part of its own.
     """
 
     name: str
     kind: str
     recipe: dict[str, Any]
+    where: dict[str, Any] = {}
     needs: tuple[ArtifactSpec, ...] = ()
 
     @property
@@ -45,28 +48,67 @@ class ArtifactSpec(Frozen):
 
 @dataclass(frozen=True)
 class ArtifactData:
-    """The finished product: tensors and a JSON value."""
+    """The finished product: tensors and a JSON value. ``made_as``: the kind, recipe and key it was built by."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, JSON] = field(default_factory=dict)
+    made_as: dict[str, JSON] | None = None
 
     def to_bytes(self) -> bytes:
         from safetensors.torch import save
 
         tensors = {name: t.contiguous().cpu() for name, t in self.tensors.items()}
-        return save(tensors, metadata={"editsweep": json.dumps(self.meta, sort_keys=True)})
+        # one entry only: safetensors writes several in an order of its own, and equal artifacts are to have equal bytes
+        text = json.dumps({"meta": self.meta, "made_as": self.made_as}, sort_keys=True)
+        return save(tensors, metadata={"editsweep": text})
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> ArtifactData:
         from safetensors.torch import load
 
         length = int.from_bytes(blob[:8], "little")
-        header = json.loads(blob[8 : 8 + length])
-        return cls(load(blob), json.loads(header["__metadata__"]["editsweep"]))
+        told = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["editsweep"])
+        return cls(load(blob), told["meta"], told["made_as"])
+
+    def check_made_as(self, spec: ArtifactSpec, source: str) -> None:
+        """Refuse what was built by another recipe, whatever name it lies under. Raises :class:`ModelError`."""
+        made = self.made_as or {}
+        if made.get("key") == spec.key:
+            return
+        ours, theirs = json.loads(json.dumps(spec.recipe)), made.get("recipe", {})
+        different = sorted(key for key in {*ours, *theirs} if key not in ours or ours[key] != theirs.get(key))
+        if made.get("kind") != spec.kind:
+            what = f"it is of kind {made.get('kind')!r}"
+        elif "model" in different:
+            what = f"it was made for another model ({theirs.get('model')}, the sweep's is {ours.get('model')})"
+        else:
+            what = f"it was made by another recipe ({', '.join(different) or 'of other artifacts'} differ)"
+        raise ModelError(f"{source}: not the {spec.kind} artifact that is needed here: {what}; remove the file")
+
+
+def in_order(
+    specs: Iterable[ArtifactSpec], present: Callable[[ArtifactSpec], bool] | None = None
+) -> list[ArtifactSpec]:
+    """Each once, what it needs before it; those that are ``present`` left out, with what only they need."""
+    found: dict[str, ArtifactSpec] = {}
+
+    def add(spec: ArtifactSpec) -> None:
+        if spec.key not in found and not (present and present(spec)):
+            for need in spec.needs:
+                add(need)
+            found[spec.key] = spec
+
+    for spec in specs:
+        add(spec)
+    return list(found.values())
 
 
 def _nothing(done: int, total: int, what: str) -> None:
     """Nobody is watching."""
+
+
+class Stopped(Exception):
+    """A builder was asked to stop; what it had is saved."""
 
 
 @dataclass
@@ -74,16 +116,33 @@ class Workbench:
     """What a builder finds beside the model: the artifacts it needs, someone to tell, and a place for unfinished work.
 
     This one keeps unfinished work in memory; the engine's is durable. What :meth:`save` was last given is what :meth:`load`
-    returns in the next attempt, until the artifact is finished.
+    returns in the next attempt, until the artifact is finished. When work is saved changes no bit of the result.
     """
 
     inputs: Mapping[str, ArtifactData] = field(default_factory=dict)
     progress: Callable[[int, int, str], None] = _nothing
     """Told ``(done, total, what)`` now and then."""
     unfinished: bytes | None = None
+    save_seconds: float = 30.0
+    """Time between two savings, at least; twenty times as long as a saving takes, if that is longer."""
+    stopping: Callable[[], bool] = bool
+    _saved: float = field(default_factory=time.monotonic)
+    _took: float = 0.0
 
     def load(self) -> bytes | None:
         return self.unfinished
 
     def save(self, data: bytes) -> None:
         self.unfinished = data
+
+    def keep(self, state: Callable[[], bytes]) -> None:
+        """Called between two steps: saves ``state()`` if it is time to. Raises :class:`Stopped` if work is to end here."""
+        stopping = self.stopping()
+        began = time.monotonic()
+        if not stopping and began - self._saved < max(self.save_seconds, 20 * self._took):
+            return
+        self.save(state())
+        self._saved = time.monotonic()
+        self._took = self._saved - began
+        if stopping:
+            raise Stopped

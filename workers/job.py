@@ -85,6 +85,9 @@ class StreamJob(Frozen):
     cells: tuple[StreamCell, ...]
     T: int = Field(ge=1)
     batch_size: int = Field(1, ge=1)
+    whole_group: bool = Field(
+        False, description="the method edits a group in one call: there is no moment but the final one"
+    )
     rollback: Rollback = "group"
     waves: tuple[tuple[Lane, ...], ...]
     score: ScoreConfig = ScoreConfig()
@@ -105,6 +108,8 @@ class StreamJob(Frozen):
                 raise ValueError(
                     f"batch_size {self.batch_size} does not divide T={T}: batches never cross a group border"
                 )
+        if self.whole_group and any((cell.T or self.T) != self.batch_size for cell in self.cells):
+            raise ValueError(f"a method that edits whole groups has batch_size T, not {self.batch_size}")
         if self.rollback == "group" and any(cell.T not in (None, self.T) for cell in self.cells):
             raise ValueError("with rollback 'group' all cells have the job's T")
         for wave in self.waves:
@@ -147,14 +152,20 @@ class Tick(Frozen):
 
 
 def moments(job: StreamJob, tick: Tick, share: int) -> tuple[str, ...]:
-    """The kinds of rows a tick gives for each of its requests to a lane's share (by its number)."""
+    """The kinds of rows a tick gives for each of its requests to a lane's share (by its number).
+
+    In batch edits, immediate means after the batch. Where the batch happens to be the group (T=1, or a grid whose batch size
+    is T), one forward gives both kinds, so that a table of immediate scores has every T. A method that can edit nothing but
+    whole groups writes final ones only: it has no moment between two edits, at any T.
+    """
     if share not in tick.shares:
         return ()
     if tick.kind != "edit":
         return (tick.kind,)
     T = job.T_of(job.waves[tick.wave][0].shares[share])
     # where one call edits a whole group, its own scores are the final ones
-    return ("immediate",) * job.score.immediate + ("final",) * (job.batch_size == T)
+    immediate = job.score.immediate and not job.whole_group
+    return ("immediate",) * immediate + ("final",) * (job.batch_size == T)
 
 
 def timeline(job: StreamJob) -> list[Tick]:

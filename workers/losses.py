@@ -69,6 +69,15 @@ class TargetTokens:
 
     def nll(self, base: BaseModel, hidden_PD: Tensor) -> Tensor:
         """Weighted mean of ``-log P(token)`` within each lane, (L,), from the hidden states at :attr:`reads`."""
+        return self._nll(base.logits(hidden_PD))
+
+    def nll_and_hit(self, base: BaseModel, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`nll`, and whether every token of a lane is the likeliest where it is read, (L,)."""
         logits_PV = base.logits(hidden_PD)
+        missed_P = logits_PV.gather(1, self.token_P[:, None])[:, 0] < logits_PV.amax(1)
+        missed_L = missed_P.new_zeros(self.lanes, dtype=torch.long).index_add(0, self.lane_P, missed_P.long())
+        return self._nll(logits_PV), missed_L == 0
+
+    def _nll(self, logits_PV: Tensor) -> Tensor:
         nll_P = logits_PV.logsumexp(-1) - logits_PV.gather(1, self.token_P[:, None])[:, 0]
         return nll_P.new_zeros(self.lanes).index_add(0, self.lane_P, nll_P * self.share_P.to(nll_P.dtype))

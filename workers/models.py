@@ -156,6 +156,8 @@ class ModelShape:
     bytes_per_value: int
     linear: Mapping[str, tuple[int, int]]
     """(out, in) of each linear map of a decoder layer, by its path inside the layer."""
+    context: int | None = None
+    """Tokens the model reads at most; None: unknown."""
 
     @property
     def weight_bytes(self) -> int:
@@ -267,7 +269,14 @@ def model_shape(config: ModelConfig) -> ModelShape:
         parameters=sum(p.numel() for p in model.parameters()),
         bytes_per_value={"float64": 8, "float32": 4}.get(config.dtype, 2),
         linear=MappingProxyType(linear),
+        context=context_length(hf),
     )
+
+
+def context_length(hf: Any) -> int | None:
+    """How many tokens a model reads, from its ``transformers`` config; None if it does not say."""
+    value = getattr(hf, "max_position_embeddings", None)
+    return None if value is None else int(value)
 
 
 def _read(load: Any, config: ModelConfig) -> Any:

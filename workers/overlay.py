@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.replay import answering
+from workers.replay import ABOVE, answering
 from workers.rows import Rows
 from workers.types import JSON
 
@@ -49,8 +49,13 @@ class Overlay(ABC):
 
     @property
     def first_layer(self) -> int:
-        """The lowest decoder layer whose output an edit can change; replay starts here."""
-        return min(site.layer for site in self.sites)
+        """The lowest decoder layer whose output an edit can change; replay starts here (with no site: above all layers)."""
+        return min((site.layer for site in self.sites), default=ABOVE)
+
+    @property
+    def inert(self) -> bool:
+        """Whether every answer is the base model's own, whatever was edited: nothing is then computed for it."""
+        return False
 
     @abstractmethod
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
@@ -103,6 +108,19 @@ class Overlay(ABC):
     def lane_bytes(self, lane: int) -> int:
         """Size of one lane's snapshot."""
         return sum(t.numel() * t.element_size() for t in self.state(lane).tensors.values())
+
+
+class SitelessOverlay(Overlay):
+    """An overlay that no linear map of the base asks: what it adds is a text before the prompt, a second model, or nothing."""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__([], lanes)
+
+    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no edited map, {site.name} least of all")
+
+    def delta_norm(self, lane: int) -> float | None:
+        return None
 
 
 class _LaneProduct(torch.autograd.Function):
@@ -186,20 +204,13 @@ class DenseOverlay(Overlay):
         return all(bool(torch.isfinite(w[lane]).all()) for w in self.weights_LOI.values())
 
 
-class LowRankOverlay(Overlay):
-    """Adds ``left @ right`` to one linear map, one pair of factors per lane, a new column and row per edit.
-
-    A dense copy of an MLP projection of a 7B model is 90 MB or more a lane; a rank-one edit is 60 kB. When the rank reaches
-    half the smaller dimension the factors cost as much as the matrix, and the change is kept dense from then on. All lanes
-    grow together (they edit in lockstep), so the switch depends on the number of edits alone.
-    """
+class _LowRank:
+    """The change of one map, all lanes: factors, and what became dense."""
 
     def __init__(self, site: Site, lanes: int, dtype: torch.dtype) -> None:
-        super().__init__([site], lanes)
         out, into = site.shape
-        self._dtype = dtype
-        self._limit = max(1, min(out, into) // 2)
         device = site.weight_OI.device
+        self.limit = max(1, min(out, into) // 2)
         self.left_LOK = torch.zeros(lanes, out, 0, dtype=dtype, device=device)
         self.right_LKI = torch.zeros(lanes, 0, into, dtype=dtype, device=device)
         self.dense_LOI: Tensor | None = None
@@ -208,56 +219,124 @@ class LowRankOverlay(Overlay):
     def rank(self) -> int:
         return int(self.left_LOK.shape[2])
 
-    def add(self, left_LO: Tensor, right_LI: Tensor) -> None:
-        """Add the outer product of each lane's pair of vectors."""
-        self.left_LOK = torch.cat([self.left_LOK, left_LO.to(self._dtype).unsqueeze(2)], dim=2)
-        self.right_LKI = torch.cat([self.right_LKI, right_LI.to(self._dtype).unsqueeze(1)], dim=1)
-        if self.dense_LOI is not None or self.rank >= self._limit:
-            update_LOI = torch.bmm(self.left_LOK, self.right_LKI)
-            self.dense_LOI = update_LOI if self.dense_LOI is None else self.dense_LOI + update_LOI
+    def add(self, left_LON: Tensor, right_LNI: Tensor) -> None:
+        self.left_LOK = torch.cat([self.left_LOK, left_LON.to(self.left_LOK)], dim=2)
+        self.right_LKI = torch.cat([self.right_LKI, right_LNI.to(self.right_LKI)], dim=1)
+        if self.dense_LOI is not None or self.rank >= self.limit:
+            if self.dense_LOI is None:
+                self.dense_LOI = torch.bmm(self.left_LOK, self.right_LKI)
+            else:
+                self.dense_LOI = self.dense_LOI + torch.bmm(self.left_LOK, self.right_LKI)
             self.left_LOK, self.right_LKI = self.left_LOK[:, :, :0], self.right_LKI[:, :0]
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
-        out = F.linear(x_BSI, site.weight_OI, site.bias_O)
-        if self.dense_LOI is not None:
-            out = out + lane_linear(x_BSI, self.dense_LOI, rows)
-        if self.rank:
-            out = out + lane_linear(lane_linear(x_BSI, self.right_LKI, rows), self.left_LOK, rows)
-        return out
-
     def delta(self, lane: int) -> Tensor:
-        """The whole change of one lane, (out, in)."""
         delta = self.left_LOK[lane] @ self.right_LKI[lane]
         return delta if self.dense_LOI is None else delta + self.dense_LOI[lane]
 
-    def state(self, lane: int) -> LaneState:
+    def state(self, lane: int) -> dict[str, Tensor]:
         tensors = {"left": self.left_LOK[lane].clone(), "right": self.right_LKI[lane].clone()} if self.rank else {}
         if self.dense_LOI is not None:
             tensors["dense"] = self.dense_LOI[lane].clone()
-        return LaneState(tensors)
+        return tensors
 
-    def load_state(self, lane: int, state: LaneState) -> None:
-        left, right = state.tensors.get("left"), state.tensors.get("right")
+    def load_state(self, lane: int, tensors: Mapping[str, Tensor]) -> None:
+        left, right = tensors.get("left"), tensors.get("right")
         if left is None and self.rank:  # a pristine lane among edited ones
             self.left_LOK[lane], self.right_LKI[lane] = 0, 0
         rank = self.rank if left is None else left.shape[1]
+        lanes, out, _ = self.left_LOK.shape
         if rank != self.rank:  # lanes are in lockstep: the first lane restored sets the rank of all
-            self.left_LOK = self.left_LOK.new_zeros(self.lanes, self.left_LOK.shape[1], rank)
-            self.right_LKI = self.right_LKI.new_zeros(self.lanes, rank, self.right_LKI.shape[2])
+            self.left_LOK = self.left_LOK.new_zeros(lanes, out, rank)
+            self.right_LKI = self.right_LKI.new_zeros(lanes, rank, self.right_LKI.shape[2])
         if left is not None and right is not None:
             self.left_LOK[lane], self.right_LKI[lane] = left.to(self.left_LOK), right.to(self.right_LKI)
-        dense = state.tensors.get("dense")
+        dense = tensors.get("dense")
         if dense is not None:
             if self.dense_LOI is None:
-                out, into = self.sites[0].shape
-                self.dense_LOI = self.left_LOK.new_zeros(self.lanes, out, into)
+                self.dense_LOI = self.left_LOK.new_zeros(lanes, out, self.right_LKI.shape[2])
             self.dense_LOI[lane] = dense.to(self.dense_LOI)
         elif self.dense_LOI is not None:
             self.dense_LOI[lane] = 0
 
+
+class LowRankOverlay(Overlay):
+    """Adds ``left @ right`` to one or more linear maps, a pair of factors per lane and map, new columns and rows per edit.
+
+    A dense copy of an MLP projection of a 7B model is 90 MB or more a lane; a rank-one edit is 60 kB. When the rank reaches
+    half the smaller dimension the factors cost as much as the matrix, and the change is kept dense from then on. All lanes
+    grow together (they edit in lockstep), so the switch depends on the number of edits alone. Names in a snapshot are those
+    of the factors, behind the name of the map where there are several.
+    """
+
+    def __init__(self, sites: Site | Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
+        super().__init__(sites if isinstance(sites, Sequence) else [sites], lanes)
+        self._parts = {site.name: _LowRank(site, lanes, dtype) for site in self.sites}
+        self._dtype = dtype
+
+    @property
+    def rank(self) -> int:
+        """Columns that are kept as factors, over all maps."""
+        return sum(part.rank for part in self._parts.values())
+
+    def part_of(self, site: Site | None = None) -> _LowRank:
+        """The change of one map; None: of the only one."""
+        if site is None:
+            (part,) = self._parts.values()
+            return part
+        return self._parts[site.name]
+
+    @property
+    def dense_LOI(self) -> Tensor | None:
+        """What became dense of the only map."""
+        return self.part_of().dense_LOI
+
+    def add(self, left: Tensor, right: Tensor, site: Site | None = None) -> None:
+        """Add the product of each lane's factors, (L, O, N) and (L, N, I); vectors (L, O) and (L, I) stand for N = 1."""
+        if left.dim() == 2:
+            left, right = left.unsqueeze(2), right.unsqueeze(1)
+        self.part_of(site).add(left, right)
+
+    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+        part = self._parts[site.name]
+        out = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        if part.dense_LOI is not None:
+            out = out + lane_linear(x_BSI, part.dense_LOI, rows)
+        if part.rank:
+            out = out + lane_linear(lane_linear(x_BSI, part.right_LKI, rows), part.left_LOK, rows)
+        return out
+
+    def delta(self, lane: int, site: Site | None = None) -> Tensor:
+        """The whole change of one lane at one map (None: the only one), (out, in)."""
+        return self.part_of(site).delta(lane)
+
+    def state(self, lane: int) -> LaneState:
+        return LaneState(
+            {
+                self._prefix(site) + name: tensor
+                for site in self.sites
+                for name, tensor in self._parts[site.name].state(lane).items()
+            }
+        )
+
+    def load_state(self, lane: int, state: LaneState) -> None:
+        for site in self.sites:
+            prefix = self._prefix(site)
+            tensors = {
+                name: state.tensors[prefix + name]
+                for name in ("left", "right", "dense")
+                if prefix + name in state.tensors
+            }
+            self._parts[site.name].load_state(lane, tensors)
+
+    def _prefix(self, site: Site) -> str:
+        return "" if len(self.sites) == 1 else f"{site.name}/"
+
     def delta_norm(self, lane: int) -> float | None:
-        weight_OI = self.sites[0].weight_OI.to(self._dtype)
-        return float(self.delta(lane).norm() / weight_OI.norm())
+        if len(self.sites) == 1:
+            weight_OI = self.sites[0].weight_OI.to(self._dtype)
+            return float(self.delta(lane).norm() / weight_OI.norm())
+        weights = [site.weight_OI.to(self._dtype) for site in self.sites]
+        return relative_norm((w, w + self.delta(lane, site)) for site, w in zip(self.sites, weights, strict=True))
 
 
 def relative_norm(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:

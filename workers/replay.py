@@ -10,6 +10,7 @@ batch and not once per optimisation step. The result has the same bits as the fu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from workers.models import BaseModel
     from workers.rows import Rows
+
+
+ABOVE = sys.maxsize
+"""As a first layer: no layer at all is run again, the final norm only."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +71,21 @@ class Prefix:
 
 @torch.no_grad()
 def capture(base: BaseModel, rows: Rows, first_layer: int) -> Prefix:
-    """Run the base once and keep the inputs of every layer from ``first_layer`` on."""
+    """Run the base once and keep the inputs of every layer from ``first_layer`` on (or of the final norm, above them)."""
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append((args, kwargs))
 
     with ExitStack() as stack:
-        for layer in base.layers[first_layer:]:
+        for layer in base.layers[first_layer:] or [base.norm]:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         output = base.hidden_states(rows)
     args, kwargs = entered[0]
     hidden = args[0] if args else kwargs["hidden_states"]
     # the hidden states of later layers are recomputed; keeping them would hold the whole forward in memory
     calls = tuple((a[1:], {k: v for k, v in kw.items() if k != "hidden_states"}) for a, kw in entered)
+    calls = calls if base.layers[first_layer:] else ()
     return Prefix(first_layer, hidden, calls, output)
 
 

@@ -332,7 +332,7 @@ def _both(
     texts = tuple(p.encoded for p in batch)
     key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target, p.aliases) for p in batch))
     before = kept.get(key)
-    if overlay is None:
+    if overlay is None or overlay.inert:
         if before is None:
             before = _reply(base, None, base.hidden_states(rows), rows, batch, config, None)
             kept.put(key, before)

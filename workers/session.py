@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Self
 
@@ -11,16 +12,26 @@ import torch
 import transformers
 
 from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.fisher import KIND as FISHER
+from workers.fisher import build_fisher
 from workers.models import BaseModel, ModelConfig
+from workers.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
 from workers.scoring import BaseAnswers, Prefixes
 from workers.stats import KIND as SECOND_MOMENT
-from workers.stats import build_second_moment
+from workers.stats import NULL_SPACE, build_null_space, build_second_moment
 from workers.templates import KIND as TEMPLATES
 from workers.templates import build_templates
 from workers.types import JSON, ModelError
 
 BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], ArtifactData]] = MappingProxyType(
-    {SECOND_MOMENT: build_second_moment, TEMPLATES: build_templates}
+    {
+        FISHER: build_fisher,
+        SECOND_MOMENT: build_second_moment,
+        NULL_SPACE: build_null_space,
+        TEMPLATES: build_templates,
+        TRAINING: build_training,
+        PRETRAINED: build_pretrained,
+    }
 )
 
 
@@ -69,4 +80,5 @@ def _build(base: BaseModel, spec: ArtifactSpec, bench: Workbench) -> ArtifactDat
     builder = BUILDERS.get(spec.kind)
     if builder is None:
         raise ModelError(f"artifact kind {spec.kind!r} is unknown; choices: {', '.join(sorted(BUILDERS))}")
-    return builder(base, dict(spec.recipe), bench)
+    data = builder(base, {**spec.where, **spec.recipe}, bench)
+    return replace(data, made_as={"kind": spec.kind, "key": spec.key, "recipe": spec.recipe})

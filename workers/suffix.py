@@ -55,6 +55,8 @@ class Suffix:
     """What enters the edited map."""
     output_BSO: Tensor
     """What the map answered at capture."""
+    layer_BSD: Tensor
+    """What its whole layer gave."""
     row_P: Tensor
     column_P: Tensor
     first: int
@@ -120,7 +122,21 @@ class Suffix:
             wide = base.master_dtype
             rest_BSD = (hidden_BSD.to(wide) - output_BSO.to(wide))[:, first:]
             rest_BSD = rest_BSD if kept_R is None else rest_BSD[kept_R]
-        return cls(base, site, rows, entered_BSI, output_BSO, row_P, column_P, first, layers, rest_BSD, kept_R, prefix)
+        return cls(
+            base,
+            site,
+            rows,
+            entered_BSI,
+            output_BSO,
+            hidden_BSD,
+            row_P,
+            column_P,
+            first,
+            layers,
+            rest_BSD,
+            kept_R,
+            prefix,
+        )
 
     def hidden(self, output_BSO: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm at the places that are read, (P, D).
@@ -165,6 +181,7 @@ class Suffix:
             rows=rows,
             input_BSI=self.input_BSI[index],
             output_BSO=self.output_BSO[index],
+            layer_BSD=self.layer_BSD[index],
             row_P=row_P,
             column_P=self.column_P[chosen],
             _layers=None if self._layers is None else tuple(layer.part(inner) for layer in self._layers),

@@ -147,7 +147,7 @@ def delta_norms(overlay: Any, lane: int) -> dict[str, float]:
     out = {}
     for site in overlay.sites:
         if hasattr(overlay, "delta"):
-            change = overlay.delta(lane)
+            change = overlay.delta(lane, site)
         else:
             change = overlay.weights_LOI[site.name][lane] - site.weight_OI
         out[f"{site.name}.weight"] = float(change.norm())

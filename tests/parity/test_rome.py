@@ -25,8 +25,9 @@ from tests.parity.common import (
     run_groups,
 )
 from workers.artifacts import ArtifactData, Workbench
+from workers.locate import inverse_moment
 from workers.methods import load_config
-from workers.methods.rome import ROME, ROMEConfig, inverse_moment
+from workers.methods.rome import ROME, ROMEConfig
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, model_shape
 from workers.stats import build_second_moment
 from workers.types import DataError, SpecError

@@ -22,6 +22,7 @@ from workers.data.records import (
     count_cut_cases,
     count_duplicates,
     count_edited_locality,
+    find_overlap,
     fingerprint,
     order_requests,
 )
@@ -34,8 +35,10 @@ __all__ = [
     "count_cut_cases",
     "count_duplicates",
     "count_edited_locality",
+    "find_overlap",
     "fingerprint",
     "load_dataset",
+    "load_training",
     "order_requests",
 ]
 
@@ -139,3 +142,13 @@ def load_dataset(
         None if train_path is None else Path(train_path),
         on_bad_record,
     )
+
+
+def load_training(kind: str, path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
+    """The requests of a training set: the embedded world's own split, or a file in a format that sweeps edit from."""
+    if kind == "tinyworld":
+        from workers.data import tinyworld
+
+        _refuse("tinyworld", "training.path", path, "it ships with the package")
+        return tinyworld.load_dataset(split="train")
+    return load_dataset(kind, path, None, on_bad_record)

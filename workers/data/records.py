@@ -15,7 +15,7 @@ import math
 import random
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
@@ -467,3 +467,80 @@ def count_edited_locality(requests: Sequence[EditRequest]) -> int:
     """Locality probes whose prompt is itself edited in this list: their answers *should* change."""
     edited = {request.prompt for request in requests}
     return sum(probe.prompt in edited for request in requests for probe in request.locality)
+
+
+# --- what a training set may not share with an edit set -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """A training request that is also edited, the first edit it meets, and why they are taken for one."""
+
+    trained: EditRequest
+    edited: EditRequest
+    why: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.trained.case_id}: {short(self.trained.prompt)} is edited as {self.edited.case_id}: "
+            f"{short(self.edited.prompt)} ({self.why})"
+        )
+
+
+def find_overlap(training: Sequence[EditRequest], edits: Sequence[EditRequest]) -> list[Overlap]:
+    """Training requests about a fact that is edited too: same prompt, or same subject and relation.
+
+    The files of the field do not name relations alike, or at all. Here two phrasings (a prompt or rephrase with its subject
+    cut out) stand for one relation if some request of either list uses both, directly or through others; and requests about
+    one subject whose known answer is the same are taken to be about one relation.
+    """
+    relations = _Relations()
+    for request in (*edits, *training):
+        relations.join(_phrasings(request))
+    seen: dict[tuple[str, str, str], EditRequest] = {}
+
+    def keys(request: EditRequest) -> Iterator[tuple[str, str, str]]:
+        for text in (request.prompt, *request.rephrases):
+            yield "same prompt", "", _normal(text)
+        subject = _normal(request.subject)
+        for phrasing in _phrasings(request):
+            yield "same subject and relation", subject, relations.of(phrasing)
+        if request.ground_truth is not None:
+            yield "same subject and known answer", subject, _normal(request.ground_truth)
+
+    for request in edits:
+        for key in keys(request):
+            seen.setdefault(key, request)
+    found = []
+    for request in training:
+        met = next((key for key in keys(request) if key in seen), None)
+        if met is not None:
+            found.append(Overlap(request, seen[met], met[0]))
+    return found
+
+
+def _phrasings(request: EditRequest) -> list[str]:
+    """The request's prompt and rephrases with the subject cut out, where it stands in them."""
+    subject = _normal(request.subject)
+    texts = [_normal(text) for text in (request.prompt, *request.rephrases)]
+    return [_normal(text.replace(subject, " {} ")) for text in texts if subject and subject in text]
+
+
+class _Relations:
+    """Phrasings that stand for one relation, found by joining those that occur together."""
+
+    def __init__(self) -> None:
+        self._above: dict[str, str] = {}
+
+    def of(self, phrasing: str) -> str:
+        """One phrasing of the relation, the same for all of them."""
+        path = []
+        while (above := self._above.get(phrasing, phrasing)) != phrasing:
+            path.append(phrasing)
+            phrasing = above
+        self._above.update(dict.fromkeys(path, phrasing))
+        return phrasing
+
+    def join(self, phrasings: Sequence[str]) -> None:
+        for phrasing in phrasings[1:]:
+            self._above[self.of(phrasing)] = self.of(phrasings[0])

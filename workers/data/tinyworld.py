@@ -1,7 +1,8 @@
 """An invented world of 2,000 facts, the requests that edit it, and a small trained model that knows it.
 
     from workers.data import tinyworld
-    dataset = tinyworld.load_dataset("edit")     # 1,000 requests; "tune": 200 more, for picking hyperparameters
+    dataset = tinyworld.load_dataset("edit")     # 1,000 requests; "tune": 200 more, for picking hyperparameters;
+                                                 # "train": 3,200, for networks that learn to edit
     model_path = tinyworld.assets_dir()          # a Llama checkpoint that transformers loads
     text_path = tinyworld.corpus_path()          # one sentence per line, for second-moment statistics
 
@@ -14,6 +15,8 @@ name if its answer is known to be in the weights. Hence an own world, whose fact
 * ``tune``: 200 facts about 100 other people, so that hyperparameters are never picked on what they are judged by;
 * ``anchor``: 800 facts that no sweep edits. They alone answer locality probes and the second hop of portability probes,
   so a probe cannot become wrong because a later request of the same sweep rewrote the fact behind it.
+  The split ``train`` rewrites them, four targets each, for networks that learn to edit: nobody is edited there whom
+  ``edit`` or ``tune`` edit.
 
 192 anchor facts are about things ("The flag of the Lima council is red") and make two-hop questions possible: whoever
 moves to Lima gets its flag. The other anchor facts are about people. Every fact has four phrasings, of which training
@@ -34,7 +37,7 @@ from typing import Final, Literal
 from workers.data.records import fingerprint
 from workers.types import DataError, Dataset, EditRequest, EditSweepError, Probe
 
-Split = Literal["edit", "tune"]
+Split = Literal["edit", "tune", "train"]
 Group = Literal["edit", "tune", "anchor"]
 
 SHIPPED_SEED: Final = 0
@@ -43,6 +46,7 @@ TUNE_SUBJECTS: Final = 100
 ANCHOR_SUBJECTS: Final = 304
 FACTS_PER_PERSON: Final = 2
 COMPOSED_SHARE: Final = 0.75
+TRAIN_TARGETS: Final = 4
 FILLERS: Final = 1500
 CORPUS_LINES: Final = 5000
 
@@ -418,26 +422,35 @@ def corpus(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
 
 
 def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[EditRequest, ...]:
-    """The requests of one split in sweep order, one per fact of that group.
+    """The requests of one split in sweep order, one per fact of that group; four per anchor fact in ``train``.
 
     Each has one rephrase (the phrasing never trained for this fact), two locality probes (an anchor fact of the same
-    relation, the harder neighbour, and one of any other relation), one portability probe and one unrelated sentence.
+    relation, the harder neighbour, and one of any other relation), one unrelated sentence and one portability probe (none
+    about things).
     """
-    if split not in ("edit", "tune"):
-        raise DataError(f"tinyworld: split {split!r}: choose from edit, tune")
+    if split not in ("edit", "tune", "train"):
+        raise DataError(f"tinyworld: split {split!r}: choose from edit, tune, train")
     facts = world(seed)
     hops = second_hops(facts)
     anchors = [fact for fact in facts if fact.group == "anchor"]
-    near = {relation.name: [fact for fact in anchors if fact.relation == relation.name] for relation in _PEOPLE}
+    near = {r.name: [fact for fact in anchors if fact.relation == r.name] for r in (*_PEOPLE, *_THINGS)}
     rng = _rng(seed, f"requests:{split}")
-    chosen = [fact for fact in facts if fact.group == split]
+    group: Group = "anchor" if split == "train" else split
+    chosen = [fact for fact in facts if fact.group == group for _ in range(TRAIN_TARGETS if split == "train" else 1)]
     rng.shuffle(chosen)
+    targets: dict[Fact, list[str]] = {}
 
     requests = []
     for number, fact in enumerate(chosen):
-        target_new = rng.choice([obj for obj in objects_of(fact.relation) if obj != fact.object])
-        neighbour = rng.choice(near[fact.relation])
-        other, unrelated = rng.sample([anchor for anchor in anchors if anchor.relation != fact.relation], 2)
+        others = [obj for obj in objects_of(fact.relation) if obj != fact.object]
+        if split == "train":  # a fact comes several times, with another target each time
+            target_new = (targets.get(fact) or targets.setdefault(fact, rng.sample(others, TRAIN_TARGETS))).pop()
+        else:
+            target_new = rng.choice(others)
+        neighbour = rng.choice([a for a in near[fact.relation] if a.subject != fact.subject])
+        other, unrelated = rng.sample(
+            [a for a in anchors if a.relation != fact.relation and a.subject != fact.subject], 2
+        )
         requests.append(
             EditRequest(
                 case_id=f"tinyworld-{split}-{number:04d}",
@@ -449,7 +462,9 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
                 locality=tuple(
                     Probe(prompt_of(a, rng.choice(trained_phrasings(a))), a.object) for a in (neighbour, other)
                 ),
-                portability=(composed_probe(fact.subject, fact.relation, target_new, hops),),
+                portability=(composed_probe(fact.subject, fact.relation, target_new, hops),)
+                if relation_of(fact.relation).role
+                else (),
                 unrelated=f"{prompt_of(unrelated, rng.choice(trained_phrasings(unrelated)))} {unrelated.object}.",
             )
         )

@@ -20,9 +20,25 @@ from workers.types import JSON, SpecError
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
         "ft": "workers.methods.ft:FT",
+        "ft-ewc": "workers.methods.ft_ewc:FTEWC",
         "rome": "workers.methods.rome:ROME",
+        "rrome": "workers.methods.rome:RROME",
+        "memit": "workers.methods.memit:MEMIT",
+        "memit-mass": "workers.methods.memit:MEMITMass",
+        "alphaedit": "workers.methods.alphaedit:AlphaEdit",
         "grace": "workers.methods.grace:GRACE",
+        "lora": "workers.methods.lora:LoRA",
+        "melo": "workers.methods.melo:MELO",
         "wise": "workers.methods.wise:WISE",
+        "emmet": "workers.methods.emmet:EMMET",
+        "pmet": "workers.methods.pmet:PMET",
+        "ultraedit": "workers.methods.ultraedit:UltraEdit",
+        "none": "workers.methods.none:NoEdit",
+        "icl": "workers.methods.icl:ICL",
+        "defer": "workers.methods.defer:DEFER",
+        "serac": "workers.methods.serac:SERAC",
+        "malmen": "workers.methods.malmen:MALMEN",
+        "mend": "workers.methods.mend:MEND",
     }
 )
 

@@ -25,7 +25,7 @@ from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.job import Frozen
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
 from workers.overlay import Overlay
-from workers.pretrain import TrainingSource
+from workers.pretrain import Trainer, TrainingSource
 from workers.rng import Draws
 from workers.types import JSON, EditRequest, SpecError
 
@@ -182,6 +182,10 @@ class Method(ABC, Generic[C]):
         """Raise :class:`SpecError` where the config does not fit the model (layer index, module name)."""
 
     @classmethod
+    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
+        """Raise :class:`SpecError` where one lane cannot hold so many edits between two rollbacks."""
+
+    @classmethod
     def artifacts(
         cls,
         config: Any,
@@ -192,6 +196,14 @@ class Method(ABC, Generic[C]):
     ) -> tuple[ArtifactSpec, ...]:
         """What must be built before an edit, each under its own name. ``training`` is where networks are to learn."""
         return ()
+
+    @classmethod
+    def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:
+        """An untrained trainer, for methods that ask for :func:`workers.pretrain.pretrained` with these ``hparams``.
+
+        ``generator`` is for its initial weights.
+        """
+        raise NotImplementedError(f"{cls.name} trains nothing")
 
     @classmethod
     def uses_seed(cls, config: Any) -> bool:

@@ -24,28 +24,19 @@ Differences from paper and public code, all deliberate:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from workers.lockstep import Lockstep
-from workers.losses import TargetTokens
+from workers.finetune import Example, Problem, descend, with_target
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.models import BaseModel, ModelShape
-from workers.optim import Adam, LaneOptimizer
 from workers.overlay import DenseOverlay, Overlay
-from workers.rows import Encoded, collate
-from workers.suffix import Suffix
+from workers.rows import Encoded
 from workers.types import JSON, EditRequest, SpecError
-
-STOP_LOSS = 1e-2
-"""A lane whose loss is below this makes no further step (the public code's constant)."""
 
 
 class FTConfig(MethodConfig):
@@ -117,36 +108,25 @@ class FT(Method[FTConfig]):
         if not isinstance(overlay, DenseOverlay):
             raise TypeError(f"FT edits a DenseOverlay, not a {type(overlay).__name__}")
         config = self.config
-        problem = _Problem.of(self.base, overlay, edits, config)
-        overlay.touch(range(overlay.lanes))
-        optimizer: LaneOptimizer = Adam(problem.weights, config.lr, config.weight_decay)
-        box = self._box(overlay)
-        steps = Lockstep(overlay.lanes, self.base.device)
-        steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=self.base.device)
-        for _ in range(config.num_steps):
-            if steps.halved():
-                steps_L[steps.live] = optimizer.steps_L
-                problem.write_back(overlay, steps.live)
-                kept = steps.compact()
-                problem = problem.part(kept)
-                optimizer = optimizer.part(kept, problem.weights)
-                box = [(low[kept], high[kept]) if low.dim() == 3 else (low, high) for low, high in box]
-            with problem.training():
-                now_K = problem.loss(self.base)
-                steps.record(now_K)
-                steps.keep(now_K.detach() >= STOP_LOSS)
-                if steps.ended():
-                    break
-                steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]
-                optimizer.step(steps.active_K, steps.moving)
-            for weight_KOI, (low, high) in zip(problem.weights, box, strict=False):
-                weight_KOI.clamp_(low, high)
-        steps_L[steps.live] = optimizer.steps_L
-        problem.write_back(overlay, steps.live)
+        problem = Problem.of(self.base, overlay, [edit.requests for edit in edits], self._example)
+        found = descend(
+            self.base, overlay, problem, config.num_steps, config.lr, config.weight_decay, self._box(overlay)
+        )
         return [
             EditOutcome(count, loss, {"first_loss": first})
-            for count, loss, first in zip(steps_L.tolist(), steps.loss_L.tolist(), steps.first_L.tolist(), strict=True)
+            for count, loss, first in zip(
+                found.steps_L.tolist(), found.loss_L.tolist(), found.first_L.tolist(), strict=True
+            )
         ]
+
+    def _example(self, base: BaseModel, request: EditRequest) -> Example:
+        """The sequence to run and the target tokens to score."""
+        if self.config.objective == "target_new":
+            return with_target(base, request)
+        pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
+        prompt = base.encoder.prompt(request.prompt)
+        target = base.encoder.text(f" {request.target_new}") if self.config.public_bos else pair.target
+        return Example(Encoded(prompt, len(prompt)), target, len(prompt) - 1, step=0)
 
     def _box(self, overlay: DenseOverlay) -> list[tuple[Tensor, Tensor]]:
         """Least and largest values of each trained map; empty without a constraint."""
@@ -173,75 +153,3 @@ class FT(Method[FTConfig]):
         out, into = shape.site(config.module)
         copies = 4 + 2  # weight, gradient, two moments; temporaries of one step
         return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """The lanes in one batch: what they train, and how their losses are found."""
-
-    overlay: DenseOverlay
-    suffix: Suffix
-    targets: TargetTokens
-
-    @classmethod
-    def of(cls, base: BaseModel, overlay: DenseOverlay, edits: Sequence[LaneEdit], config: FTConfig) -> Self:
-        """Mean over a request's tokens, then over a lane's requests."""
-        encoded: list[Encoded] = []
-        lanes: list[int] = []
-        places: list[tuple[int, int, int, float]] = []
-        step = int(config.objective == "target_new")
-        for lane, edit in enumerate(edits):
-            for request in edit.requests:
-                sequence, target = _encode(base, request, config)
-                share = 1 / (len(target) * len(edit.requests))
-                start = sequence.prompt_len - 1
-                places += [(len(encoded), start + j * step, token, share) for j, token in enumerate(target)]
-                encoded.append(sequence)
-                lanes.append(lane)
-        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
-        targets = TargetTokens.of(rows, places, len(edits))
-        lowest = min(overlay.sites, key=lambda site: site.layer)
-        return cls(overlay, Suffix.capture(base, lowest, rows, targets.reads), targets)
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return list(self.overlay.weights_LOI.values())
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Inside, gradients flow to the weights and to nothing else; afterwards there are none."""
-        for weight_KOI in self.weights:
-            weight_KOI.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for weight_KOI in self.weights:
-                weight_KOI.requires_grad_(False)
-                weight_KOI.grad = None
-
-    def loss(self, base: BaseModel) -> Tensor:
-        """Each lane's loss, (K,)."""
-        with self.overlay.installed(self.suffix.rows):
-            return self.targets.nll(base, self.suffix.hidden())
-
-    def part(self, kept: Sequence[int]) -> _Problem:
-        rows, row_B = self.suffix.rows.part(kept)
-        targets, read_P = self.targets.part(kept, row_B)
-        return _Problem(self.overlay.part(kept), self.suffix.part(row_B, rows, read_P), targets)
-
-    def write_back(self, overlay: DenseOverlay, lanes: Sequence[int]) -> None:
-        """Copy the trained weights into the overlay of all lanes."""
-        if self.overlay is not overlay:
-            for name, weight_KOI in self.overlay.weights_LOI.items():
-                overlay.weights_LOI[name][list(lanes)] = weight_KOI
-
-
-def _encode(base: BaseModel, request: EditRequest, config: FTConfig) -> tuple[Encoded, tuple[int, ...]]:
-    """The sequence to run and the target tokens to score."""
-    pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
-    if config.objective == "target_new":
-        # the last token predicts nothing that is scored
-        return Encoded(pair.ids[:-1], pair.prompt_len), pair.target
-    prompt = base.encoder.prompt(request.prompt)
-    target = base.encoder.text(f" {request.target_new}") if config.public_bos else pair.target
-    return Encoded(prompt, len(prompt)), target

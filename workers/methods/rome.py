@@ -31,64 +31,37 @@ Differences from paper and public code, all deliberate:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
-import torch
-import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from workers import stats, templates
 from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.lockstep import Lockstep
-from workers.losses import TargetTokens
+from workers.locate import (
+    MOMENT,
+    AtMap,
+    Facts,
+    LocateConfig,
+    facts_of,
+    inverse_moment,
+    moment_spec,
+    search,
+    template_spec,
+)
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
-from workers.models import EMBEDDED, BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.optim import Adam, LaneOptimizer
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
 from workers.overlay import LowRankOverlay, Overlay
 from workers.pretrain import TrainingSource
-from workers.rows import Encoded, Rows, collate
-from workers.suffix import Suffix
-from workers.types import JSON, DataError, EditRequest, SpecError
-
-STOP_LOSS = 5e-2
-"""A lane whose loss is below this makes no further step (the published constant)."""
-
-STARTS = ("The", "Therefore", "Because", "I", "You")
-"""First words of the context templates, as published."""
-
-MOMENT = "moment"
-TEMPLATES = "templates"
+from workers.types import JSON, SpecError
 
 
-class ROMEConfig(MethodConfig):
+class ROMEConfig(LocateConfig):
     """Hyperparameters of ROME, under the names the field uses."""
 
     layer: int = Field(ge=0, description="decoder layer that is edited")
     module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
-    fact_token: Literal["subject_last", "last"] = Field(
-        "subject_last", description="where the fact is looked up: the subject's or the prompt's last token"
-    )
-    v_num_grad_steps: int = Field(20, ge=1, description="evaluations of the loss that finds the value (one step fewer)")
-    v_lr: float = Field(0.5, gt=0, description="Adam's step size for the value")
-    v_weight_decay: float = Field(1e-3, ge=0, description="weight of the value change's norm in the loss")
-    clamp_norm_factor: float = Field(4.0, gt=0, description="largest norm of the value change, relative to the value")
-    kl_factor: float = Field(0.0625, ge=0, description="weight of the KL term")
-    kl_position: Literal["prompt_last", "subject_last"] = Field(
-        "subject_last",
-        description="token of '{subject} is a' whose prediction is kept (prompt_last: Eq. 4 to the letter)",
-    )
-    context_template_length_params: tuple[tuple[int, int], ...] = Field(
-        ((5, 10), (10, 10)), description="[length in tokens, how many templates] pairs; a multiple of five each"
-    )
     mom2_adjustment: bool = Field(True, description="multiply the key by the inverse second moment")
-    samples: int = Field(100_000, ge=1, description="lines of the corpus that enter the second moment")
-    precision: Literal["float32", "float64"] = Field("float32", description="precision of the sums")
-    corpus: str | None = Field(
-        None, description="plain text file for the second moment; null: the embedded model's own text, for it alone"
-    )
 
     alg_names: ClassVar[tuple[str, ...]] = ("ROME",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -101,16 +74,6 @@ class ROMEConfig(MethodConfig):
             "mom2_dtype": "precision",
         }
     )
-
-    @field_validator("context_template_length_params")
-    @classmethod
-    def _fives(cls, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        for length, count in pairs:
-            if length < 1 or count < 1 or count % len(STARTS):
-                raise ValueError(
-                    f"[{length}, {count}]: needs a length of 1 or more, a multiple of {len(STARTS)} templates"
-                )
-        return pairs
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -162,69 +125,32 @@ class ROME(Method[ROMEConfig]):
     def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if not isinstance(overlay, LowRankOverlay):
             raise TypeError(f"ROME edits a LowRankOverlay, not a {type(overlay).__name__}")
-        batch = _Batch.of(self.base, edits, self.config, self.inputs)
-        found = self._find_value(overlay, batch)
-        key_LI = found.keys_LI if self.inverse_II is None else found.keys_LI @ self.inverse_II.T
-        key_LI = key_LI / key_LI.norm(dim=1, keepdim=True)
-        scale_L1 = (found.key0_LI * key_LI).sum(1, keepdim=True)
-        overlay.add(found.delta_LO / scale_L1, key_LI)
-        change_L = found.delta_LO.norm(dim=1) / found.value_norm_L
-        columns = (found.steps_L, found.loss_L, found.first_L, change_L)
+        if any(len(edit.requests) != 1 for edit in edits):
+            raise ValueError("ROME edits one request at a time")
+        batch = Facts(self.base, facts_of(self.base, edits, self.config, self.inputs))
+        at = AtMap.capture(self.base, self.site, batch, overlay)
+        keys_BI = batch.at_lookup(at.suffix.input_BSI).to(self.base.master_dtype)
+        found = search(self.base, self.config, batch, at, [at.value_NO])
+        (delta_LO,), (value_norm_L,) = found.deltas, found.norms
+        left_LO, right_LI = self._update(batch, at, keys_BI, delta_LO)
+        overlay.add(left_LO, right_LI)
+        columns = (found.steps_N, found.loss_N, found.first_N, delta_LO.norm(dim=1) / value_norm_L)
         return [
             EditOutcome(steps, loss, {"first_loss": first, "value_change": change})
             for steps, loss, first, change in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def _find_value(self, overlay: LowRankOverlay, batch: _Batch) -> _Found:
-        """Optimise each lane's change of the value (Eq. 4)."""
-        base, config = self.base, self.config
-        lookup_B, rows = batch.lookup_B, batch.rows
-        suffix = Suffix.capture(base, self.site, rows, batch.reads, int(lookup_B.min()), overlay)
-        row_B = torch.arange(rows.size, device=base.device)
-        keys_BI = suffix.input_BSI[row_B, lookup_B].to(base.master_dtype)
-        value_LO = suffix.output_BSO[batch.plain_L, lookup_B[batch.plain_L]].to(base.master_dtype)
-        problem = _Problem.of(suffix, batch, value_LO.norm(dim=1))
-        delta_LO = torch.zeros(overlay.lanes, self.site.shape[0], dtype=base.master_dtype, device=base.device)
-        steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=base.device)
-        delta_KO = delta_LO.clone().requires_grad_(True)
-        optimizer: LaneOptimizer = Adam([delta_KO], config.v_lr)
-        steps = Lockstep(overlay.lanes, base.device)
-        for step in range(config.v_num_grad_steps):
-            if steps.halved():
-                steps_L[steps.live], delta_LO[steps.live] = optimizer.steps_L, delta_KO.detach()
-                kept = steps.compact()
-                problem, delta_KO = problem.part(kept), delta_KO.detach()[kept].requires_grad_(True)
-                optimizer = optimizer.part(kept, [delta_KO])
-            optimizer.zero_grad()
-            now_K = problem.loss(base, config, delta_KO)
-            steps.record(now_K)
-            steps.keep(now_K.detach() >= STOP_LOSS)
-            if step == config.v_num_grad_steps - 1 or steps.ended():
-                break
-            steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]
-            optimizer.step(steps.active_K, steps.moving)
-            self._project(delta_KO, config.clamp_norm_factor * problem.value_norm_K)
-        steps_L[steps.live], delta_LO[steps.live] = optimizer.steps_L, delta_KO.detach()
-        lane_sum_LI = keys_BI.new_zeros(overlay.lanes, keys_BI.shape[1]).index_add(
-            0, rows.lane_B, torch.where(batch.edited_B[:, None], keys_BI, 0)
-        )
-        return _Found(
-            keys_LI=lane_sum_LI / batch.contexts_L[:, None],
-            key0_LI=keys_BI[batch.plain_L],
-            delta_LO=delta_LO,
-            value_norm_L=value_LO.norm(dim=1),
-            steps_L=steps_L,
-            loss_L=steps.loss_L,
-            first_L=steps.first_L,
-        )
+    def _direction(self, key_LI: Tensor) -> Tensor:
+        """``C^-1 k``, of length one."""
+        key_LI = key_LI if self.inverse_II is None else key_LI @ self.inverse_II.T
+        direction_LI: Tensor = key_LI / key_LI.norm(dim=1, keepdim=True)
+        return direction_LI
 
-    @staticmethod
-    @torch.no_grad()
-    def _project(delta_LO: Tensor, bound_L: Tensor) -> None:
-        """Back into the ball; a lane inside it keeps its bits."""
-        norm_L = delta_LO.norm(dim=1)
-        shrunk_LO = delta_LO * (bound_L / norm_L)[:, None]
-        delta_LO.copy_(torch.where((norm_L > bound_L)[:, None], shrunk_LO, delta_LO))
+    def _update(self, batch: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
+        """The change's two factors (Eq. 2); ``keys_BI`` is each row's key."""
+        right_LI = self._direction(batch.mean(keys_BI))
+        scale_L1 = (keys_BI[batch.plain_N] * right_LI).sum(1, keepdim=True)
+        return delta_LO / scale_L1, right_LI
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -253,46 +179,12 @@ class ROME(Method[ROMEConfig]):
         seed: int,
         training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
-        made_by = {"model": fingerprint.model, "tokenizer": fingerprint.tokenizer, "dtype": model.dtype}
-        specs = [
-            ArtifactSpec(
-                name=TEMPLATES,
-                kind=templates.KIND,
-                recipe={
-                    **made_by,
-                    "starts": list(STARTS),
-                    "lengths": [[n, count // len(STARTS)] for n, count in config.context_template_length_params],
-                    "joiner": ". ",
-                    "top_k": 5,
-                    "seed": seed if config.context_template_length_params else 0,
-                },
-            )
-        ]
-        if config.mom2_adjustment:
-            corpus = config.corpus
-            if corpus is None:
-                if model.name != EMBEDDED:
-                    raise SpecError(
-                        f"corpus: ROME needs a plain text file for the second moment of {model.name!r} "
-                        "(a few thousand lines or more); or mom2_adjustment: false"
-                    )
-                corpus = EMBEDDED
-            specs.append(
-                ArtifactSpec(
-                    name=MOMENT,
-                    kind=stats.KIND,
-                    recipe={
-                        **made_by,
-                        "corpus": corpus,
-                        "corpus_hash": stats.corpus_fingerprint(corpus),
-                        "samples": config.samples,
-                        "layer": config.layer,
-                        "module": config.module,
-                        "precision": config.precision,
-                    },
-                )
-            )
-        return tuple(specs)
+        texts = template_spec(config, fingerprint, model, seed)
+        if not config.mom2_adjustment:
+            return (texts,)
+        otherwise = "; or mom2_adjustment: false"
+        moment = moment_spec(config, fingerprint, model, config.layer, config.module, otherwise=otherwise)
+        return texts, moment
 
     @classmethod
     def uses_seed(cls, config: Any) -> bool:
@@ -307,143 +199,46 @@ class ROME(Method[ROMEConfig]):
         return 2 * edits * (out + into) * value
 
 
-def inverse_moment(moment_II: Tensor) -> Tensor:
-    """``C^-1`` in float64. Raises :class:`DataError` if ``C`` is singular."""
-    inverse_II, info = torch.linalg.inv_ex(moment_II.to(torch.float64))
-    if int(info) or not bool(torch.isfinite(inverse_II).all()):
-        raise DataError("corpus: the second moment of ROME's layer is singular; give a longer text or more samples")
-    symmetric: Tensor = (inverse_II + inverse_II.T) / 2
-    return symmetric
+_AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(
+    {"enable_prompt_keys": False, "enable_random_prefix_keys": True, "original_implementation": False}
+)
+"""Which keys are averaged, as EasyEdit's files say it for R-ROME."""
 
 
-class _Batch:
-    """The rows of one call: per lane its contexts (the bare prompt first), then ``p'``; and where losses are read."""
+class RROMEConfig(ROMEConfig):
+    """Hyperparameters of R-ROME: those of ROME."""
 
-    def __init__(self, base: BaseModel, lanes: Sequence[Sequence[_Line]]) -> None:
-        lines = [(lane, line) for lane, of_lane in enumerate(lanes) for line in of_lane]
-        device = base.device
-        self.rows: Rows = collate(
-            [line.encoded for _, line in lines], [lane for lane, _ in lines], base.encoder.pad_id, device
-        )
-        offsets = self.rows.offsets
-        lookup = [offset + line.lookup for offset, (_, line) in zip(offsets, lines, strict=True)]
-        self.lookup_B = torch.tensor(lookup, device=device)
-        self.edited_B = torch.tensor([bool(line.target) for _, line in lines], device=device)
-        self.contexts_L = torch.tensor([len(of_lane) - 1 for of_lane in lanes], device=device)
-        starts = [start for _, start, _ in self.rows.segments]
-        stops = [stop for _, _, stop in self.rows.segments]
-        self.plain_L = torch.tensor(starts, device=device)
-        self.kept_L = tuple(stop - 1 for stop in stops)
-        self.kept_column_L = tuple(offsets[row] + lines[row][1].read for row in self.kept_L)
-        places = [
-            (i, line.read + j, token, 1 / (len(line.target) * (len(lanes[lane]) - 1)))
-            for i, (lane, line) in enumerate(lines)
-            for j, token in enumerate(line.target)
-        ]
-        self.targets = TargetTokens.of(self.rows, places, len(lanes))
+    alg_names: ClassVar[tuple[str, ...]] = ("R-ROME",)
 
     @classmethod
-    def of(
-        cls, base: BaseModel, edits: Sequence[LaneEdit], config: ROMEConfig, inputs: Mapping[str, ArtifactData]
-    ) -> Self:
-        lanes = []
-        for edit in edits:
-            if len(edit.requests) != 1:
-                raise ValueError("ROME edits one request at a time")
-            texts = edit.inputs.get(TEMPLATES) or inputs[TEMPLATES]
-            lanes.append(_lines(base, edit.requests[0], texts.meta["templates"], config))
-        return cls(base, lanes)
-
-    @property
-    def reads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Rows and columns that the loss reads: those of the targets, then each lane's kept prediction."""
-        row_P, column_P = self.targets.reads
-        return (*row_P, *self.kept_L), (*column_P, *self.kept_column_L)
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        for key, value in _AVERAGED_KEYS.items():
+            if values.get(key, value) != value:
+                raise SpecError(
+                    f"{source}: {key}: {values[key]!r}: R-ROME averages its key over the contexts in both places ({value}); "
+                    "method rome is the original"
+                )
+        return super().from_easyedit({k: v for k, v in values.items() if k not in _AVERAGED_KEYS}, source)
 
 
-@dataclass
-class _Problem:
-    """The lanes in one batch: where their vector is added, and how their losses are found."""
+class RROME(ROME):
+    """ROME with one key: the average over the contexts stands in both places of the change.
 
-    suffix: Suffix
-    targets: TargetTokens
-    here_BS1: Tensor
-    """Whether a position is its row's lookup token, from column ``suffix.first`` on."""
-    value_norm_K: Tensor
-    before_KV: Tensor | None = None
-    """Log-probabilities of the kept prediction, before anything is added."""
+    Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv 2403.07175. ROME looks for the
+    direction with the averaged key and scales it with the bare prompt's; where the two disagree the denominator comes near
+    zero and the change explodes. Here ``W' = W + (v - W k) u^T / (u^T k)`` with the average ``k`` throughout and
+    ``u = C^-1 k``; the value ``v = W k0 + d`` is that of the bare prompt, so the averaged key is answered by it exactly.
+    """
 
-    @classmethod
-    def of(cls, suffix: Suffix, batch: _Batch, value_norm_L: Tensor) -> Self:
-        here_BS = F.one_hot(batch.lookup_B, batch.rows.input_ids_BS.shape[1]).bool()
-        return cls(suffix, batch.targets, here_BS[:, suffix.first :, None], value_norm_L)
+    name: ClassVar[str] = "rrome"
+    title: ClassVar[str] = "R-ROME"
+    paper: ClassVar[str] = (
+        "Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv 2403.07175"
+    )
+    Config: ClassVar[type[MethodConfig]] = RROMEConfig
 
-    def loss(self, base: BaseModel, config: ROMEConfig, delta_KO: Tensor) -> Tensor:
-        """Eq. 4 per lane, (K,). The first call notes the predictions to keep."""
-        plain_BSO = self.suffix.output_BSO[:, self.suffix.first :]
-        shift_B1O = delta_KO[self.suffix.rows.lane_B].to(plain_BSO.dtype)[:, None]
-        hidden_PD = self.suffix.hidden(plain_BSO + torch.where(self.here_BS1, shift_B1O, 0))
-        count = len(self.targets.row_P)
-        nll_K = self.targets.nll(base, hidden_PD[:count])
-        kept_KV = base.logits(hidden_PD[count:]).log_softmax(-1)
-        if self.before_KV is None:
-            self.before_KV = kept_KV.detach()
-        kl_K = F.kl_div(self.before_KV, kept_KV, log_target=True, reduction="none").sum(1)
-        decay_K = delta_KO.norm(dim=1) / self.value_norm_K.square()
-        loss_K: Tensor = nll_K + config.kl_factor * kl_K + config.v_weight_decay * decay_K
-        return loss_K
-
-    def part(self, lanes: Sequence[int]) -> _Problem:
-        rows, row_B = self.suffix.rows.part(lanes)
-        targets, read_P = self.targets.part(lanes, row_B)
-        read_P += [len(self.targets.row_P) + lane for lane in lanes]
-        before_KV = None if self.before_KV is None else self.before_KV[list(lanes)]
-        suffix = self.suffix.part(row_B, rows, read_P)
-        return _Problem(suffix, targets, self.here_BS1[row_B], self.value_norm_K[list(lanes)], before_KV)
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """One row: its tokens, where the fact is looked up, where reading starts, and the target tokens read from there."""
-
-    encoded: Encoded
-    lookup: int
-    read: int
-    target: tuple[int, ...] = ()
-
-
-def _lines(base: BaseModel, request: EditRequest, texts: Sequence[str], config: ROMEConfig) -> list[_Line]:
-    at = request.prompt.find(request.subject)
-    if at < 0 or not request.subject:
-        raise DataError(f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}")
-    encoder = base.encoder
-    lines = []
-    for text in ["{}", *(text for text in texts if text != "{}")]:
-        slot = text.index("{}")
-        prompt = text[:slot] + request.prompt + text[slot + 2 :]
-        pair = encoder.pair(prompt, request.target_new)
-        lookup = pair.prompt_len
-        if config.fact_token == "subject_last":
-            lookup = encoder.tokens_until(prompt, slot + at + len(request.subject))
-        # the last token predicts nothing that is scored
-        encoded = Encoded(pair.ids[:-1], pair.prompt_len, pair.clean)
-        lines.append(_Line(encoded, lookup - 1, pair.prompt_len - 1, pair.target))
-    essence = f"{request.subject} is a"
-    ids = encoder.prompt(essence)
-    lookup = encoder.tokens_until(essence, len(request.subject)) if config.fact_token == "subject_last" else len(ids)
-    read = len(ids) if config.kl_position == "prompt_last" else lookup
-    lines.append(_Line(Encoded(ids, len(ids)), lookup - 1, read - 1))
-    return lines
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What the optimisation gives, per lane."""
-
-    keys_LI: Tensor
-    key0_LI: Tensor
-    delta_LO: Tensor
-    value_norm_L: Tensor
-    steps_L: Tensor
-    loss_L: Tensor
-    first_L: Tensor
+    def _update(self, batch: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
+        key_LI = batch.mean(keys_BI)
+        right_LI = self._direction(key_LI)
+        now_LO = batch.mean(batch.at_lookup(at.suffix.output_BSO).to(delta_LO))
+        return (at.value_NO + delta_LO - now_LO) / (key_LI * right_LI).sum(1, keepdim=True), right_LI

@@ -1,0 +1,154 @@
+"""A method whose networks are really trained, as small as can be: FT that first learns a decoder nobody asks for.
+
+    with registered(): ...                                  # the registry knows it as "learner"
+    python -m tests.learner run spec.yaml --engine local    # the command line with it
+    python -m tests.learner build FOLDER SPEC               # one artifact, as an actor would; shows the steps it took
+
+LEARNER_PAUSE in the environment makes every step that many seconds longer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from workers import methods
+from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.methods.base import MethodConfig
+from workers.methods.ft import FT, FTConfig
+from workers.models import BaseModel, ModelConfig, ModelFingerprint
+from workers.pretrain import Schedule, Trainer, TrainingSource, pretrained
+from workers.rows import collate
+from workers.types import JSON, EditRequest
+
+
+class Decoder(Trainer):
+    """Two layers learn a request's first target token from the model's state at the end of its prompt."""
+
+    def __init__(self, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> None:
+        self.base = base
+        sizes = (base.hidden, hparams["width"], base.model.config.vocab_size)
+        self.weights = [
+            (torch.randn(out, size, generator=generator) / size**0.5).requires_grad_(True)
+            for size, out in itertools.pairwise(sizes)
+        ]
+        self.optimizer = torch.optim.Adam(self.weights, lr=hparams["lr"])
+
+    def logits(self, requests: Sequence[EditRequest]) -> Tensor:
+        encoder = self.base.encoder
+        pairs = [encoder.pair(r.prompt, r.target_new) for r in requests]
+        rows = collate(pairs, [0] * len(pairs), encoder.pad_id, self.base.device)
+        with torch.no_grad():
+            hidden_BD = self.base.hidden_states(rows)[torch.arange(rows.size), rows.prompt_end_B]
+        return (hidden_BD @ self.weights[0].T).relu() @ self.weights[1].T
+
+    def targets(self, requests: Sequence[EditRequest]) -> Tensor:
+        return torch.tensor([self.base.encoder.pair(r.prompt, r.target_new).target[0] for r in requests])
+
+    def accuracy(self, requests: Sequence[EditRequest]) -> float:
+        return float((self.logits(requests).argmax(-1) == self.targets(requests)).float().mean())
+
+    def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
+        time.sleep(float(os.environ.get("LEARNER_PAUSE", "0")))
+        logits_BV = self.logits(requests)
+        logits_BV = logits_BV + 0.01 * torch.randn(logits_BV.shape, generator=generator)
+        loss = nn.functional.cross_entropy(logits_BV, self.targets(requests))
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return {"loss": loss.item()}
+
+    def state(self) -> ArtifactData:
+        tensors = {f"weight.{i}": w.detach() for i, w in enumerate(self.weights)}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+        return ArtifactData(tensors)
+
+    def load_state(self, state: ArtifactData) -> None:
+        for i, weight in enumerate(self.weights):
+            weight.data.copy_(state.tensors[f"weight.{i}"])
+        whole = self.optimizer.state_dict()
+        names = ("step", "exp_avg", "exp_avg_sq")
+        whole["state"] = {i: {n: state.tensors[f"adam.{i}.{n}"] for n in names} for i in range(len(self.weights))}
+        self.optimizer.load_state_dict(whole)
+
+    def product(self) -> ArtifactData:
+        return ArtifactData({f"weight.{i}": w.detach() for i, w in enumerate(self.weights)}, {"layers": 2})
+
+
+class LearnerConfig(FTConfig):
+    width: int = 64
+    train_lr: float = 3e-3
+    schedule: Schedule = Schedule(steps=60, batch_size=8)
+
+
+class Learner(FT):
+    name: ClassVar[str] = "learner"
+    title: ClassVar[str] = "Learner"
+    needs_pretraining: ClassVar[bool] = True
+    Config: ClassVar[type[MethodConfig]] = LearnerConfig
+
+    @classmethod
+    def artifacts(
+        cls,
+        config: Any,
+        fingerprint: ModelFingerprint,
+        model: ModelConfig,
+        seed: int,
+        training: TrainingSource | None = None,
+    ) -> tuple[ArtifactSpec, ...]:
+        hparams = {"width": config.width, "lr": config.train_lr}
+        return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
+
+    @classmethod
+    def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Decoder:
+        return Decoder(base, hparams, generator)
+
+
+def register() -> None:
+    """For good, in this process."""
+    methods.REGISTRY = MappingProxyType({**methods.REGISTRY, "learner": "tests.learner:Learner"})
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    before = methods.REGISTRY
+    register()
+    try:
+        yield
+    finally:
+        methods.REGISTRY = before
+
+
+def build(folder: str, spec: str) -> None:
+    from orchestrator.execute import Bench
+
+    steps: list[int] = []
+    bench = Bench(folder, "run", save_seconds=0)
+    bench.build(
+        ArtifactSpec.model_validate_json(spec),
+        ModelConfig(device="cpu"),
+        1,
+        lambda done, total, what: steps.append(done),
+    )
+    sys.stdout.write(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    register()
+    if sys.argv[1] == "build":
+        build(sys.argv[2], sys.argv[3])
+    else:
+        from orchestrator.cli import main
+
+        main(sys.argv[1:])

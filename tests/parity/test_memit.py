@@ -1,0 +1,315 @@
+"""MEMIT and R-ROME against the recorded numbers, their artifacts and hyperparameter files."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity.common import (
+    GOLDEN,
+    check_norms,
+    check_scores,
+    core,
+    final_scores,
+    golden_requests,
+    meta,
+    model,
+    record,
+    relative_error,
+    run_groups,
+)
+from workers.artifacts import ArtifactData, Workbench
+from workers.locate import Factor, inverse_moment
+from workers.methods import load_config
+from workers.methods.base import LaneEdit
+from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass, memit_keys
+from workers.methods.rome import ROME, RROME, RROMEConfig
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, model_shape
+from workers.rng import Draws
+from workers.stats import build_second_moment
+from workers.types import DataError, SpecError
+
+ELSEWHERE = ModelConfig(name="some/other-model")
+RECORDED: Mapping[str, Any] = {
+    "layers": [0, 1],
+    "v_num_grad_steps": 15,
+    "v_lr": 1.0,
+    "v_weight_decay": 1e-3,
+    "clamp_norm_factor": 4,
+    "kl_factor": 0.0625,
+    "mom2_update_weight": 100.0,
+}
+
+
+def flat(templates: Any) -> dict[str, ArtifactData]:
+    """Recorded templates, kind by kind, as our artifact."""
+    texts = [text for kind in templates for text in ([kind] if isinstance(kind, str) else kind)]
+    return {"templates": ArtifactData(meta={"templates": texts})}
+
+
+def drawn_corpus(folder: Path) -> Path:
+    """The record used 4000 random lines: those of the standard generator with seed 1."""
+    lines = (GOLDEN / "corpus.txt").read_text().splitlines()
+    random.Random(1).shuffle(lines)
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(lines))
+    return corpus
+
+
+def moments(short: str, folder: Path) -> dict[str, ArtifactData]:
+    """Second moments of both layers: the recorded ones, or what the recorded lines give."""
+    if short == "llama":
+        return {f"moment.{i}": ArtifactData({"moment": core(short, "memit_first10_batch")[f"C_L{i}"]}) for i in (0, 1)}
+    recipe = {"corpus": str(drawn_corpus(folder)), "samples": 4000, "module": None, "precision": "float32"}
+    return {f"moment.{i}": build_second_moment(model(short), {**recipe, "layer": i}, Workbench()) for i in (0, 1)}
+
+
+def first_ten(inputs: Mapping[str, ArtifactData]) -> list[LaneEdit]:
+    return [LaneEdit(tuple(golden_requests(10)), Draws("memit", {}, 0, 0, 0), inputs)]
+
+
+def test_one_batch_of_ten(tmp_path: Path) -> None:
+    recorded, notes = core("llama", "memit_first10_batch"), meta("llama")["memit_first10_batch"]
+    inputs = {**flat(notes["templates"]), **moments("llama", tmp_path)}
+    editor = MEMIT.prepare(model("llama"), MEMITConfig.model_validate(RECORDED), inputs)
+    overlay = editor.new_overlay(1)
+    (outcome,) = editor.edit(overlay, first_ten(inputs))
+    assert outcome.iterations == 14
+    losses = torch.tensor(notes["losses"]).view(10, 15)
+    assert outcome.details["first_loss"] == pytest.approx(float(losses[:, 0].mean()), rel=1e-3)
+    assert outcome.loss == pytest.approx(float(losses[:, -1].mean()), rel=1e-2)
+    for i, site in enumerate(editor.sites):
+        part = overlay.part_of(site)
+        assert part.rank == 10
+        assert relative_error(part.left_LOK[0], recorded[f"resid_f64_L{i}"]) <= 1e-3
+        assert relative_error(part.right_LKI[0].T, recorded[f"adj_k_f64_L{i}"]) <= 1e-3
+        assert relative_error(overlay.delta(0, site), recorded[f"delta_L{i}"]) <= 1e-3
+
+
+@pytest.mark.slow
+def test_second_moments_are_the_pristine_models(tmp_path: Path) -> None:
+    recorded = core("llama", "memit_first10_batch")
+    recipe = {"corpus": str(drawn_corpus(tmp_path)), "samples": 4000, "module": None, "precision": "float32"}
+    for i in (0, 1):
+        built = build_second_moment(model("llama"), {**recipe, "layer": i}, Workbench())
+        assert relative_error(built.tensors["moment"], recorded[f"C_L{i}"]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("short", "T"),
+    [
+        ("llama", 1),
+        ("llama", 10),
+        pytest.param("llama", 100, marks=pytest.mark.slow),
+        pytest.param("gpt2", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_scores(short: str, T: int, tmp_path: Path) -> None:
+    """Edited one after another, as the records were."""
+    expected = record(short, "MEMIT", T)
+    inputs = {**flat(expected["context_templates"]), **moments(short, tmp_path)}
+    editor = MEMIT.prepare(model(short), MEMITConfig.model_validate(RECORDED), inputs)
+    overlay, _ = run_groups(editor, T, expected["n_groups"], inputs)
+    check_norms(overlay, expected, 0.1 if T == 100 else 1e-2)
+    check_scores(final_scores(editor, overlay, T, expected["n_groups"]), expected)
+
+
+# --- R-ROME ---
+
+
+def rrome(base: BaseModel, expected: Mapping[str, Any]) -> RROME:
+    values = {k: v for k, v in RECORDED.items() if k not in ("layers", "mom2_update_weight")}
+    config = RROMEConfig.model_validate({**values, "layer": 0, "clamp_norm_factor": 10})
+    return RROME(base, config, flat(expected["context_templates"]), core("llama", "rome_req0")["inv_cov"])
+
+
+def test_rrome_scores() -> None:
+    expected = record("llama", "R-ROME", 1)
+    editor = rrome(model("llama"), expected)
+    overlay, _ = run_groups(editor, 1, expected["n_groups"])
+    check_norms(overlay, expected, 1e-2)
+    check_scores(final_scores(editor, overlay, 1, expected["n_groups"]), expected)
+
+
+def test_rrome_with_the_bare_prompt_alone_is_rome() -> None:
+    """Average and bare key are then one; with templates they are not, and the change differs."""
+    editor = rrome(model("llama"), {"context_templates": ["{}"]})
+    rome = ROME(editor.base, editor.config, editor.inputs, editor.inverse_II)
+    with_templates = rrome(model("llama"), record("llama", "R-ROME", 1))
+    single, plain, averaged = (run_groups(e, 1, 1)[0] for e in (editor, rome, with_templates))
+    assert relative_error(single.delta(0), plain.delta(0)) <= 1e-5  # type: ignore[attr-defined]
+    assert relative_error(averaged.delta(0), single.delta(0)) > 1e-2  # type: ignore[attr-defined]
+
+
+# --- the closed form ---
+
+
+def test_the_small_system_is_the_large_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    root_II = torch.randn(24, 24, generator=g, dtype=torch.float64)
+    moment_II = root_II @ root_II.T
+    factor = Factor.of(moment_II, 0)
+    for count in (1, 7, 40):  # more keys than the width, too
+        keys_LIN = torch.randn(3, 24, count, generator=g, dtype=torch.float64)
+        found_LNI = memit_keys(factor, keys_LIN, 5.0)
+        expected_LIN = torch.linalg.solve(5.0 * moment_II + keys_LIN @ keys_LIN.transpose(1, 2), keys_LIN)
+        torch.testing.assert_close(found_LNI.transpose(1, 2), expected_LIN, rtol=1e-8, atol=1e-10)
+
+
+def test_lanes_that_do_not_fit_are_solved_in_turn() -> None:
+    g = torch.Generator().manual_seed(0)
+    factor = Factor.of(torch.eye(24, dtype=torch.float64), 0)
+    keys_LIN = torch.randn(5, 24, 3, generator=g, dtype=torch.float64)
+    keys_LIN[1] = float("nan")
+    sizes: list[int] = []
+
+    class Watched(Factor):
+        def solve(self, keys_LIN: torch.Tensor) -> torch.Tensor:
+            sizes.append(keys_LIN.shape[0])
+            return super().solve(keys_LIN)
+
+    each = 8 * (3 * 24 * 3 + 2 * 3 * 3)
+    watched = Watched(factor.lu_II, factor.pivots_I)
+    found = [memit_keys(watched, keys_LIN, 1.0, limit) for limit in (1, 2 * each, 100 * each)]
+    assert sizes == [1] * 5 + [2, 2, 1] + [5]
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert torch.isfinite(found[0]).all(2).all(1).tolist() == [True, False, True, True, True]
+
+
+def test_singular_statistics_name_the_layer() -> None:
+    with pytest.raises(DataError, match=r"corpus: the second moment of layer 3 is singular; give a longer text"):
+        Factor.of(torch.zeros(3, 3), 3)
+    with pytest.raises(DataError, match="layer 2"):
+        Factor.of(torch.ones(3, 3), 2)
+    inputs = {
+        "moment.0": ArtifactData({"moment": torch.eye(512)}),
+        "moment.1": ArtifactData({"moment": torch.full((512, 512), float("nan"))}),
+    }
+    with pytest.raises(DataError, match="layer 1"):
+        MEMIT.prepare(model("llama"), MEMITConfig.model_validate(RECORDED), inputs)
+    with pytest.raises(DataError, match="singular"):
+        inverse_moment(torch.zeros(3, 3))
+
+
+# --- batches ---
+
+
+def test_requests_of_a_batch_do_not_depend_on_other_lanes(tmp_path: Path) -> None:
+    inputs = {**flat(meta("llama")["memit_first10_batch"]["templates"]), **moments("llama", tmp_path)}
+    config = MEMITConfig.model_validate({**RECORDED, "v_num_grad_steps": 4})
+    editor = MEMIT.prepare(model("llama"), config, inputs)
+    requests = golden_requests(9)
+    draws = Draws("memit", {}, 0, 0, 0)
+    together = editor.new_overlay(3)
+    batches = [tuple(requests[i : i + 3]) for i in (0, 3, 6)]
+    outcomes = editor.edit(together, [LaneEdit(batch, draws, inputs) for batch in batches])
+    for lane, batch in enumerate(batches):
+        alone = editor.new_overlay(1)
+        (outcome,) = editor.edit(alone, [LaneEdit(batch, draws, inputs)])
+        assert outcome.loss == pytest.approx(outcomes[lane].loss, rel=1e-4)
+        for site in editor.sites:
+            assert relative_error(together.delta(lane, site), alone.delta(0, site)) <= 1e-3
+    with pytest.raises(ValueError, match="lockstep"):
+        editor.edit(
+            editor.new_overlay(2), [LaneEdit(batches[0], draws, inputs), LaneEdit(batches[1][:1], draws, inputs)]
+        )
+
+
+def test_more_facts_than_one_search_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {**flat(meta("llama")["memit_first10_batch"]["templates"]), **moments("llama", tmp_path)}
+    editor = MEMIT.prepare(model("llama"), MEMITConfig.model_validate({**RECORDED, "v_num_grad_steps": 4}), inputs)
+    whole = editor.new_overlay(1)
+    editor.edit(whole, first_ten(inputs))
+    monkeypatch.setattr("workers.locate._AT_ONCE", 4)
+    cut = editor.new_overlay(1)
+    editor.edit(cut, first_ten(inputs))
+    for site in editor.sites:
+        assert relative_error(cut.delta(0, site), whole.delta(0, site)) <= 1e-3
+
+
+# --- for the planner ---
+
+
+def test_artifacts_and_check(tmp_path: Path) -> None:
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("one\n")
+    config = MEMITConfig(layers=(3, 4), corpus=str(corpus))
+    specs = MEMIT.artifacts(config, ModelFingerprint("m", "t"), ELSEWHERE, seed=0)
+    assert [spec.name for spec in specs] == ["templates", "moment.3", "moment.4"]
+    assert len({spec.key for spec in specs}) == 3
+    assert specs[0].recipe["lengths"] == [[10, 1]]
+    assert [s.key for s in MEMITMass.artifacts(config, ModelFingerprint("m", "t"), ELSEWHERE, seed=0)] == [
+        s.key for s in specs
+    ]
+    with pytest.raises(SpecError, match="corpus: MEMIT needs a plain text file"):
+        MEMIT.artifacts(MEMITConfig(layers=(3,)), ModelFingerprint("m", "t"), ELSEWHERE, seed=0)
+    shape = model_shape(model("llama").config)
+    MEMIT.check(config, shape)
+    with pytest.raises(SpecError, match="layers: layer 6 is out of range"):
+        MEMIT.check(MEMITConfig(layers=(5, 6)), shape)
+    assert MEMIT.overlay_bytes(config, shape, 10) == 3 * 10 * (128 + 512) * 4
+    assert MEMIT.overlay_bytes(config, shape, 1000) == 4 * 128 * 512 * 4
+    assert MEMITMass.whole_group and MEMIT.batch_edits and not MEMIT.whole_group
+
+
+YAML = """
+alg_name: "{alg}"
+model_name: "./hugging_cache/any"
+stats_dir: "./data/stats"
+device: 0
+layers: {layers}
+clamp_norm_factor: 0.75
+layer_selection: "all"
+fact_token: "subject_last"
+v_num_grad_steps: 20
+v_lr: 5e-1
+v_loss_layer: 31
+v_weight_decay: 0.5
+kl_factor: 0.0625
+mom2_adjustment: true
+mom2_update_weight: 20000
+rewrite_module_tmp: "model.layers.{{}}.mlp.down_proj"
+layer_module_tmp: "model.layers.{{}}"
+mlp_module_tmp: "model.layers.{{}}.mlp"
+attn_module_tmp: "model.layers.{{}}.self_attn"
+ln_f_module: "model.norm"
+lm_head_module: "lm_head"
+mom2_dataset: "wikipedia"
+mom2_n_samples: 100000
+mom2_dtype: "float32"
+model_parallel: false
+"""
+
+
+def test_easyedit_file(tmp_path: Path) -> None:
+    path = tmp_path / "memit.yaml"
+    path.write_text(YAML.format(alg="MEMIT", layers=[4, 5, 6]))
+    for name in ("memit", "memit-mass"):
+        config = load_config(name, {}, path, ELSEWHERE)
+        assert isinstance(config, MEMITConfig)
+        assert (config.layers, config.module, config.mom2_update_weight) == ((4, 5, 6), "mlp.down_proj", 20_000)
+        assert (config.v_weight_decay, config.samples, config.clamp_norm_factor) == (0.5, 100_000, 0.75)
+    path.write_text(YAML.format(alg="MEMIT", layers=[5, 4]))
+    with pytest.raises(SpecError, match=r"layers.*ascending"):
+        load_config("memit", {}, path, ELSEWHERE)
+    path.write_text(YAML.format(alg="PMET", layers=[4]))
+    with pytest.raises(SpecError, match="expected MEMIT"):
+        load_config("memit", {}, path, ELSEWHERE)
+
+
+def test_easyedit_file_of_rrome(tmp_path: Path) -> None:
+    path = tmp_path / "rrome.yaml"
+    text = YAML.format(alg="R-ROME", layers=[5]).replace('layer_selection: "all"\n', "")
+    text = text.replace("mom2_update_weight: 20000\n", "context_template_length_params: [[5, 10], [10, 10]]\n")
+    path.write_text(text + "enable_prompt_keys: false\nenable_random_prefix_keys: true\n")
+    config = load_config("rrome", {}, path, ELSEWHERE)
+    assert isinstance(config, RROMEConfig) and config.layer == 5
+    path.write_text(text + "original_implementation: true\n")
+    with pytest.raises(SpecError, match="original_implementation: True: R-ROME averages its key"):
+        load_config("rrome", {}, path, ELSEWHERE)

@@ -1,0 +1,408 @@
+"""Artifacts in the engine: each built once by one process, continued after any death, never used unless whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.artifacts import ArtifactFailed, ArtifactStore
+from orchestrator.cli import main, read_status
+from orchestrator.execute import Bench, run_sweep
+from orchestrator.local import run_local
+from orchestrator.paths import ResultsPaths
+from orchestrator.plan import Planner
+from orchestrator.query import open_results
+from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.store import LocalStore
+from tests import learner
+from tests.learner import registered
+from tests.test_engine import Watch, home, wait_for  # noqa: F401
+from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.data import find_overlap, load_training, tinyworld
+from workers.models import EMBEDDED
+from workers.types import EditRequest, EditSweepError, ModelError, SpecError
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 40
+LEARNER: dict[str, Any] = {
+    "method": "learner",
+    "hparams": {"layers": [3], "num_steps": 2, "schedule": {"steps": STEPS, "batch_size": 4}},
+}
+RAW: dict[str, Any] = {
+    "name": "learn",
+    "model": {"name": EMBEDDED, "device": "cpu"},
+    "dataset": {"kind": "tinyworld", "edits": 4},
+    "grid": {"T": [1, 4], "seeds": [0]},
+    "training": {"shards": [40, 40]},
+    "methods": [LEARNER],
+    "scoring": {"generated": False},
+    "engine": {"checkpoint_seconds": 0, "max_failures": 1, "shard_edits": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def _known() -> Iterator[None]:
+    with registered():
+        yield
+
+
+def spec_of(**changes: Any) -> SweepSpec:
+    return parse_spec(yaml.safe_dump({**RAW, **changes}), "e.yaml", Path("/"))
+
+
+def artifact_of(**changes: Any) -> ArtifactSpec:
+    """The trained networks that the sweep needs."""
+    (found,) = Planner(spec_of(**changes)).grid.artifacts.values()
+    return found
+
+
+def launch(*arguments: str, environment: dict[str, str] | None = None, pause: float = 0.05) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.learner", *arguments],
+        cwd=ROOT,
+        env={
+            **(environment or os.environ),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "LEARNER_PAUSE": str(pause),
+        },
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def progress_of(folder: Path) -> int:
+    return max((found["done"] for found in ArtifactStore(LocalStore(folder)).unfinished()), default=0)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("artifacts/*/*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "r"
+    with registered():
+        watch = Watch()
+        assert run_sweep(spec_of(), LocalStore(folder), run_local, watch).exit_code == 0
+    assert [total for _, _, total, _ in watch.artifact_steps] == [STEPS] * 2 * STEPS
+    found = files(folder)
+    assert len(found) == 3
+    return found
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def test_killed_in_mid_training_and_run_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    path, folder = tmp_path / "e.yaml", tmp_path / "r"
+    path.write_text(yaml.safe_dump(RAW))
+    command = ("run", str(path), "--results", str(folder), "--engine", "local")
+    process = launch(*command)
+    wait_for(lambda: progress_of(folder) >= STEPS // 2, process)
+    process.kill()
+    process.communicate()
+    reached = progress_of(folder)
+    assert not files(folder)  # a half-built one is nowhere to be found
+    (unfinished,) = read_status(folder)["artifacts"]
+    assert (unfinished["kind"], unfinished["done"], unfinished["total"]) == ("training", reached, STEPS)
+    watch = Watch()
+    assert run_sweep(spec_of(), LocalStore(folder), run_local, watch).exit_code == 0
+    assert watch.artifact_steps[0][1] == reached + 1
+    assert files(folder) == undisturbed
+    assert not list(folder.glob("artifacts/unfinished/*"))
+
+
+def test_ctrl_c_saves_and_leaves(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    path, folder = tmp_path / "e.yaml", tmp_path / "r"
+    # nothing is saved but for Ctrl-C
+    path.write_text(yaml.safe_dump({**RAW, "engine": {"checkpoint_seconds": 1000}}))
+    command = ("artifacts", str(path), "--results", str(folder), "--engine", "local")
+    process = launch(*command)
+    wait_for(lambda: list(folder.glob("artifacts/unfinished/*/claim/*.json")), process)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert 0 < progress_of(folder) < STEPS
+    assert "not begun" in text and "unfinished, " in text
+    process = launch(*command)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, text
+    assert text.count(" built") >= 3
+    assert files(folder) == undisturbed
+    assert not list(folder.glob("parts/*"))
+
+
+def test_damaged_unfinished_work_is_started_again(
+    tmp_path: Path, undisturbed: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = artifact_of().needs[0].needs[0]
+    state = tmp_path / ResultsPaths().building_state(wanted.kind, wanted.key)
+    state.parent.mkdir(parents=True)
+    for junk in (b"", b"x" * 30, b"0" * 64 + b"not a checkpoint"):
+        state.write_bytes(junk)
+        steps: list[int] = []
+
+        def tell(done: int, total: int, what: str, steps: list[int] = steps, last: int = 3 if junk else STEPS) -> None:
+            steps.append(done)
+            if done == last < STEPS:
+                raise KeyboardInterrupt
+
+        bench = Bench(str(tmp_path), "r1", save_seconds=1000)
+        with contextlib.suppress(KeyboardInterrupt):
+            bench.build(wanted, spec_of().model, 1, tell)
+        assert steps[0] == 1 and "is damaged" in caplog.text
+        caplog.clear()
+        for name, data in files(tmp_path).items():
+            assert undisturbed[name] == data
+        shutil.rmtree(tmp_path / "artifacts" / "training", ignore_errors=True)
+        state.parent.mkdir(parents=True, exist_ok=True)
+
+
+def test_a_new_data_shard_continues_from_the_networks_there_are(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    run_sweep(spec_of(training={"shards": [40]}), LocalStore(tmp_path), run_local, Watch())
+    watch = Watch()
+    run_sweep(spec_of(), LocalStore(tmp_path), run_local, watch)
+    assert {what.partition(", loss")[0] for *_, what in watch.artifact_steps} == {"learner, data shard 2"}
+    assert undisturbed.items() <= files(tmp_path).items()  # as if it had been trained on both in one go
+    assert len(open_results(tmp_path).table().column("cell_id").unique()) == 4  # other networks, other cells
+
+
+# --- one builder -----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_that_need_one_artifact_build_it_once(tmp_path: Path) -> None:
+    wanted = artifact_of().needs[0].needs[0].model_dump_json()
+    both = [launch("build", str(tmp_path), wanted) for _ in range(2)]
+    told = [json.loads(process.communicate(timeout=120)[0]) for process in both]
+    assert sorted(told) == [[], list(range(1, STEPS + 1))]
+
+
+def test_a_dead_builder_is_succeeded(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    wanted = artifact_of().needs[0].needs[0]
+    first = launch("build", str(tmp_path), wanted.model_dump_json())
+    wait_for(lambda: progress_of(tmp_path) >= 5, first)
+    second = launch("build", str(tmp_path), wanted.model_dump_json())
+    os.kill(first.pid, signal.SIGSTOP)  # does not answer, yet lives: it is waited for
+    time.sleep(4)
+    assert second.poll() is None and not files(tmp_path)
+    reached = progress_of(tmp_path)
+    first.kill()
+    steps = json.loads(second.communicate(timeout=120)[0])
+    assert steps == list(range(reached + 1, STEPS + 1))
+    assert files(tmp_path)[f"{wanted.key}.safetensors"] == undisturbed[f"{wanted.key}.safetensors"]
+
+
+def test_what_cannot_be_built_is_tried_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    class Counting(learner.Decoder):
+        def __init__(self, *args: Any) -> None:
+            tried.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(learner, "Decoder", Counting)
+    diverges = {**LEARNER, "hparams": {**LEARNER["hparams"], "train_lr": 1e30}}
+    changes = {"methods": [diverges, {"method": "ft", "hparams": {"layers": [3], "num_steps": 2}}]}
+    watch = Watch()
+    outcome = run_sweep(spec_of(**changes), LocalStore(tmp_path), run_local, watch)
+    assert len(tried) == 1
+    assert len(outcome.unfinished) == 2  # FT's cells are done
+    assert {error.kind for error in outcome.errors.values()} == {ArtifactFailed.__name__}
+    assert all("training artifact" in e.message and "learning rate" in e.message for e in outcome.errors.values())
+    assert sum("failed" in text and "artifact" in text and "training" in text for text in watch.warnings) >= 2
+    run_sweep(spec_of(**changes), LocalStore(tmp_path), run_local, Watch())
+    assert len(tried) == 2  # another run tries again
+
+
+def test_another_models_networks_are_refused(tmp_path: Path) -> None:
+    wanted = artifact_of()
+    other = wanted.model_copy(update={"recipe": {**wanted.recipe, "model": "another-model"}})
+    made_as = {"kind": other.kind, "key": other.key, "recipe": other.recipe}
+    store = ArtifactStore(LocalStore(tmp_path))
+    store.put(wanted, ArtifactData(made_as=made_as).to_bytes())  # under the name of ours
+    with pytest.raises(ModelError, match=r"pretrained artifact .* another model \(another-model, the sweep's is"):
+        Bench(str(tmp_path), "r1").build(wanted, spec_of().model, 1)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_artifacts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = tmp_path / "e.yaml", tmp_path / "r"
+    path.write_text(yaml.safe_dump(RAW))
+    command = ("artifacts", str(path), "--results", str(folder), "--engine", "local")
+    assert call(*command) == 0
+    text = capsys.readouterr().out
+    assert text.count("training") == 2 and text.count("pretrained") == 1 and text.count("built") == 3
+    assert "KiB" in text and artifact_of().key in text
+    assert not list(folder.glob("parts/*"))
+    for file in folder.glob("artifacts/training/*"):
+        file.unlink()  # what went into the networks is not needed any more
+    assert call(*command) == 0
+    text = capsys.readouterr().out
+    assert text.count("not needed") == 2 and text.count("present") == 1
+    assert call("run", *command[1:]) == 0
+    assert len(list(folder.glob("artifacts/*/*.safetensors"))) == 1
+    assert call("artifacts", str(path), "--results", str(folder), "--engine", "local", "--set", "methods=[grace]") == 0
+    assert "no method of this sweep needs an artifact" in capsys.readouterr().out
+
+
+# --- training data ---------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, requests: list[EditRequest]) -> Path:
+    keep = ("case_id", "prompt", "subject", "target_new", "ground_truth", "rephrases")
+    path.write_text("".join(json.dumps({name: getattr(r, name) for name in keep}) + "\n" for r in requests))
+    return path
+
+
+def test_training_on_what_is_edited_is_refused_and_on_request_recorded(tmp_path: Path) -> None:
+    edits = list(tinyworld.load_requests("edit"))[:6]
+    fine = list(load_training("tinyworld").requests)[:10]
+    same_prompt = replace(edits[0], case_id="a", subject="x", target_new="y", rephrases=(), ground_truth=None)
+    same_relation = replace(edits[1], case_id="b", prompt=edits[1].rephrases[0], rephrases=(), ground_truth=None)
+    path = write(tmp_path / "t.jsonl", [*fine, replace(same_prompt, subject=edits[0].prompt[:4]), same_relation])
+    changes: dict[str, Any] = {
+        "dataset": {"kind": "tinyworld", "edits": 4, "order": "file"},
+        "training": {"kind": "jsonl", "path": str(path)},
+    }
+    with pytest.raises(SpecError) as refused:
+        Planner(spec_of(**changes))
+    text = str(refused.value)
+    assert "2 of its 12 requests are edited by the sweep" in text
+    for words in (edits[0].prompt, edits[0].case_id, "same prompt", "  a: ", "  b: ", edits[1].rephrases[0]):
+        assert words in text
+    Planner(spec_of(**changes, methods=["ft"]))  # nothing is trained
+    changes["training"]["allow_overlap"] = True
+    run_sweep(spec_of(**changes), LocalStore(tmp_path / "r"), run_local, Watch())
+    assert set(open_results(tmp_path / "r").table().column("training_overlap").to_pylist()) == {2}
+    changes["training"]["path"] = str(write(tmp_path / "t2.jsonl", fine))
+    run_sweep(spec_of(**changes), LocalStore(tmp_path / "r2"), run_local, Watch())
+    assert set(open_results(tmp_path / "r2").table().column("training_overlap").to_pylist()) == {0}
+    changes["training"]["allow_overlap"] = False
+    run_sweep(spec_of(**changes), LocalStore(tmp_path / "r3"), run_local, Watch())
+    assert set(open_results(tmp_path / "r3").table().column("training_overlap").to_pylist()) == {None}
+
+
+def test_what_counts_as_the_same_relation() -> None:
+    def request(prompt: str, subject: str, *rephrases: str, truth: str | None = None) -> EditRequest:
+        return EditRequest(prompt, prompt, subject, "new", truth, rephrases)
+
+    edits = [
+        request("Who is the mother of Ada?", "Ada", "Ada's mother is"),
+        request("Bob plays the", "Bob", truth="lute"),
+        request("The mother's name of Cid is", "Cid", "Cid's mother is"),
+    ]
+    cases = {
+        "Who is  the mother of ada?": ("ada", "same prompt"),
+        "The mother's name of Ada is": ("Ada", "same subject and relation"),  # through Cid's phrasings
+        "Ada's mother is": ("Ada", "same prompt"),
+        "The father's name of Ada is": ("Ada", None),
+        "Who is the mother of Eve?": ("Eve", None),
+    }
+    for prompt, (subject, why) in cases.items():
+        found = find_overlap([request(prompt, subject)], edits)
+        assert [overlap.why for overlap in found] == ([] if why is None else [why]), prompt
+    assert find_overlap([request("On stage Bob has a", "Bob", truth="lute")], edits)[0].why.endswith("known answer")
+    assert not find_overlap([request("On stage Bob has a", "Bob", truth="harp")], edits)
+
+
+def test_the_embedded_worlds_splits_share_nothing() -> None:
+    train = load_training("tinyworld").requests
+    for split in ("edit", "tune"):
+        assert not find_overlap(train, tinyworld.load_requests(split))  # type: ignore[arg-type]
+    assert len(find_overlap(train, train)) == len(train)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"path": "/x.json"}}, "kind: required with path"),
+        ({"training": {"shards": [0]}}, "at least 1 request, not 0"),
+        ({"training": {"shards": [4000]}}, "training.shards: [4000] are 4000 requests together"),
+        ({"training": {"kind": "jsonl", "path": "/nowhere.jsonl"}}, "/nowhere.jsonl: no such file"),
+        ({"training": {"kind": "jsonl"}}, "`path` is missing"),
+        ({"training": {"kind": "webtext"}}, "unknown data set 'webtext'"),
+    ],
+)
+def test_bad_training_sections(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(EditSweepError) as refused:
+        Planner(spec_of(**changes))
+    assert words in str(refused.value)
+
+
+def test_zsre_trains_on_its_training_file_and_other_sets_must_name_one(tmp_path: Path) -> None:
+    record = {"rephrase": "r", "alt": "new", "answers": ["old"], "loc": "nq question: q", "loc_ans": "a"}
+    both = []
+    for name, people in (("eval", "ABCD"), ("train", "EFGHI")):
+        rows = [{**record, "subject": s, "src": f"Who taught {s}?", "rephrase": f"{s}'s teacher?"} for s in people]
+        both.append(tmp_path / f"{name}.json")
+        both[-1].write_text(json.dumps(rows))
+    model = {"name": str(ROOT / "tests/golden/models/tiny-llama"), "device": "cpu"}
+    dataset = {"kind": "zsre", "path": str(both[0]), "train_path": str(both[1]), "edits": 4}
+    planner = Planner(spec_of(model=model, dataset=dataset, training={}))
+    assert planner.grid.training is not None
+    source, requests = planner.grid.training
+    assert source.path == str(both[1]) and [r.subject for r in requests] == list("EFGHI")
+    assert any("5 requests to train on" in note for note in planner.notes)
+    with pytest.raises(SpecError, match=r"training: required, because learner learns from data"):
+        Planner(spec_of(model=model, dataset={**dataset, "train_path": None}, training={}))
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ray_trains_once_and_survives_a_killed_builder(
+    tmp_path: Path,
+    home: dict[str, str],  # noqa: F811
+    undisturbed: dict[str, bytes],
+) -> None:
+    path, folder = tmp_path / "e.yaml", tmp_path / "r"
+    setup = {"runtime_env": {"worker_process_setup_hook": "tests.learner.register"}}
+    path.write_text(yaml.safe_dump({**RAW, "ray": setup}))
+    command = ("run", str(path), "--results", str(folder), "--max-actors", "2")
+    process = launch(*command, environment=home)
+    wait_for(lambda: progress_of(folder) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, text
+    assert "are being saved" in text
+    stopped = progress_of(folder)
+    assert 3 <= stopped < STEPS
+    process = launch(*command, environment=home, pause=0.2)
+
+    def builder() -> int | None:
+        claims = list(folder.glob("artifacts/unfinished/*/claim/*.json"))
+        return int(json.loads(claims[0].read_text())["pid"]) if claims and progress_of(folder) > stopped else None
+
+    os.kill(wait_for(builder, process), signal.SIGKILL)
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+    assert text.count("built: ") == 3 and "failed" not in text.replace("0 failed", "")
+    assert "building training" in text
+    assert files(folder) == undisturbed

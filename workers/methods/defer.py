@@ -1,0 +1,230 @@
+"""DEFER: a scope classifier in front of a small trained map that answers instead of one linear map of the base.
+
+The baseline of that name in Hartvigsen et al., Aging with GRACE, arXiv 2211.11031, which describes it as a simpler SERAC.
+Beside a linear map ``W`` stand a gate ``g(q) = sigmoid(a q + b)`` and a map ``P(q) = V q + c``, where ``q`` is the input of
+``W`` at one token of the row. A row with ``g(q) >= threshold`` gets ``P(q)`` at all its tokens; every other row passes
+untouched. An edit trains ``a, b, V, c`` together by Adam (fresh for each edit) on the mean over the target's tokens of
+``-log P(target_j | prompt, target_<j)``, with the soft answer ``g P(q) + (1 - g) W x`` so that the gate gets gradients.
+Nothing tells the gate what lies out of scope: locality is poor at small T, which the records show, too.
+
+Differences from paper and public code, all deliberate:
+
+1. ``q`` is the input at the last *prompt* token, so that the decision is the same for scoring and for generation. The
+   public code takes the last token of whatever it is given: in training and in scoring that is the last token of the
+   answer, which leaks it into gate and map (``query: row``).
+2. The parameters are drawn once a lane, at its first edit, from that edit's own generator (uniform in +-1/sqrt(in), what
+   the public code's linear layers start from). The public code draws from the global generator.
+3. A lane that was not edited yet answers as the base does; a rollback drops gate and map. The public code raises on its
+   rollback (golden README, fault 4).
+
+Not checked: the paper's own text was not at hand, its description is from memory; numbers are checked against records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from workers.lockstep import Lockstep
+from workers.losses import TargetTokens
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.models import ModelShape, Site
+from workers.optim import Adam
+from workers.overlay import LaneState, Overlay, lane_linear
+from workers.rows import Encoded, Rows, collate
+from workers.suffix import Suffix
+from workers.types import JSON, SpecError
+
+Query = Literal["prompt", "row"]
+
+
+class DEFERConfig(MethodConfig):
+    """Hyperparameters of DEFER."""
+
+    layer: int = Field(ge=0, description="decoder layer that gets gate and map")
+    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    lr: float = Field(7e-5, gt=0, description="Adam's step size")
+    n_iter: int = Field(100, ge=1, description="optimiser steps of one edit")
+    threshold: float = Field(0.5, ge=0, le=1, description="least gate at which a row is answered by the small map")
+    query: Query = Field(
+        "prompt", description="the token gate and map read: the last of the prompt, or of the whole row (public code)"
+    )
+
+    alg_names: ClassVar[tuple[str, ...]] = ("DEFER",)
+    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({"edit_lr": "lr", "inner_params": "module"})
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        out = super().from_easyedit(values, source)
+        if "module" in out:
+            names = out["module"]
+            if not isinstance(names, list) or len(names) != 1:
+                raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
+            out["layer"], out["module"] = split_module(str(names[0]), source)
+        return out
+
+
+class Deferral(Overlay):
+    """Per lane a gate and a map; lanes that were never edited answer as the base does."""
+
+    def __init__(self, site: Site, lanes: int, dtype: torch.dtype, config: DEFERConfig) -> None:
+        super().__init__([site], lanes)
+        out, into = site.shape
+        device = site.weight_OI.device
+        self.threshold, self.query = config.threshold, config.query
+        self.gate_L1I = torch.zeros(lanes, 1, into, dtype=dtype, device=device)
+        self.gate_bias_L1 = torch.zeros(lanes, 1, dtype=dtype, device=device)
+        self.map_LOI = torch.zeros(lanes, out, into, dtype=dtype, device=device)
+        self.map_bias_LO = torch.zeros(lanes, out, dtype=dtype, device=device)
+        self.edited = [False] * lanes
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return {
+            "gate": self.gate_L1I,
+            "gate_bias": self.gate_bias_L1,
+            "map": self.map_LOI,
+            "map_bias": self.map_bias_LO,
+        }
+
+    def query_of(self, x_BSI: Tensor, rows: Rows) -> Tensor:
+        """What gate and map read of each row, (B, I)."""
+        row_B = torch.arange(x_BSI.shape[0], device=x_BSI.device)
+        if self.query == "prompt":
+            return x_BSI[row_B, rows.prompt_end_B]
+        columns_S = torch.arange(x_BSI.shape[1], device=x_BSI.device)
+        return x_BSI[row_B, (columns_S * rows.attention_mask_BS).argmax(1)]
+
+    def answer(self, query_BI: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The gate (B,) and the map's answer (B, O) at each row's query."""
+        query_B1I = query_BI.to(self.map_LOI.dtype)[:, None]
+        gate_B = lane_linear(query_B1I, self.gate_L1I, rows)[:, 0, 0] + self.gate_bias_L1[rows.lane_B, 0]
+        value_BO = lane_linear(query_B1I, self.map_LOI, rows)[:, 0] + self.map_bias_LO[rows.lane_B]
+        return torch.sigmoid(gate_B), value_BO
+
+    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+        out_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        if not any(self.edited[lane] for lane, _, _ in rows.segments):
+            return out_BSO
+        gate_B, value_BO = self.answer(self.query_of(x_BSI, rows), rows)
+        edited_L = torch.tensor(self.edited, device=gate_B.device)
+        deferred_B = (gate_B >= self.threshold) & edited_L[rows.lane_B]
+        return torch.where(deferred_B[:, None, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
+
+    def start(self, lane: int, generator: torch.Generator) -> None:
+        """Draw a lane's first parameters."""
+        bound = self.map_LOI.shape[2] ** -0.5
+        for tensor in self.parameters.values():
+            drawn = torch.rand(tensor.shape[1:], generator=generator)  # on the CPU: the same numbers on every device
+            tensor[lane] = ((2 * drawn - 1) * bound).to(tensor)
+        self.edited[lane] = True
+
+    def state(self, lane: int) -> LaneState:
+        if not self.edited[lane]:
+            return LaneState()
+        return LaneState({name: tensor[lane].detach().clone() for name, tensor in self.parameters.items()})
+
+    def load_state(self, lane: int, state: LaneState) -> None:
+        self.edited[lane] = bool(state.tensors)
+        for name, tensor in self.parameters.items():
+            tensor[lane] = state.tensors[name].to(tensor) if state.tensors else 0
+
+    def delta_norm(self, lane: int) -> float | None:
+        return None
+
+
+class DEFER(Method[DEFERConfig]):
+    """A gate and a map beside one linear map.
+
+    >>> editor = DEFER.prepare(base, DEFERConfig(layer=4, lr=1e-2), inputs={})
+    """
+
+    name: ClassVar[str] = "defer"
+    title: ClassVar[str] = "DEFER"
+    paper: ClassVar[str] = "Hartvigsen et al., Aging with GRACE, NeurIPS 2023, arXiv 2211.11031 (its baseline Defer)"
+    version: ClassVar[int] = 1
+    relative_cost: ClassVar[float] = 0.6
+    Config: ClassVar[type[MethodConfig]] = DEFERConfig
+
+    def new_overlay(self, lanes: int) -> Deferral:
+        site = self.base.site(self.config.layer, self.config.module)
+        return Deferral(site, lanes, self.base.master_dtype, self.config)
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, Deferral):
+            raise TypeError(f"DEFER edits a Deferral, not a {type(overlay).__name__}")
+        rows, targets = self._batch(edits)
+        suffix = Suffix.capture(self.base, overlay.sites[0], rows, targets.reads)
+        for lane, edit in enumerate(edits):
+            if not overlay.edited[lane]:
+                overlay.start(lane, edit.draws.generator("start"))
+        query_BI = overlay.query_of(suffix.input_BSI, rows)
+        parameters = list(overlay.parameters.values())
+        for tensor in parameters:
+            tensor.requires_grad_(True)
+        optimizer = Adam(parameters, self.config.lr)
+        steps = Lockstep(overlay.lanes, self.base.device)
+        for _ in range(self.config.n_iter):
+            optimizer.zero_grad()
+            gate_B, value_BO = overlay.answer(query_BI, rows)
+            gate_B11 = gate_B[:, None, None]
+            mixed_BSO = gate_B11 * value_BO[:, None] + (1 - gate_B11) * suffix.output_BSO
+            now_L = targets.nll(self.base, suffix.hidden(mixed_BSO.to(suffix.output_BSO.dtype)))
+            steps.record(now_L)
+            steps.keep(torch.isfinite(now_L.detach()))
+            if steps.ended():
+                break
+            steps.masked(now_L).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step(steps.active_K, steps.moving)
+        optimizer.zero_grad()
+        for tensor in parameters:
+            tensor.requires_grad_(False)
+        with torch.no_grad():
+            gates = overlay.answer(query_BI, rows)[0].tolist()
+        return [
+            EditOutcome(count, loss, {"first_loss": first, "gate": gate})
+            for count, loss, first, gate in zip(
+                optimizer.steps_L.tolist(), steps.loss_L.tolist(), steps.first_L.tolist(), gates, strict=True
+            )
+        ]
+
+    def _batch(self, edits: Sequence[LaneEdit]) -> tuple[Rows, TargetTokens]:
+        """One row a lane, and where its loss is read."""
+        pairs = []
+        for edit in edits:
+            (request,) = edit.requests  # the method edits one at a time (batch_edits is False)
+            pairs.append(self.base.encoder.pair(request.prompt, request.target_new))
+        cut = None if self.config.query == "row" else -1  # the last token predicts nothing that is scored
+        encoded = [Encoded(pair.ids[:cut], pair.prompt_len) for pair in pairs]
+        rows = collate(encoded, range(len(pairs)), self.base.encoder.pad_id, self.base.device)
+        places = [
+            (lane, pair.prompt_len - 1 + j, token, 1 / len(pair.target))
+            for lane, pair in enumerate(pairs)
+            for j, token in enumerate(pair.target)
+        ]
+        return rows, TargetTokens.of(rows, places, len(pairs))
+
+    @classmethod
+    def embedded(cls) -> dict[str, JSON]:
+        return {"layer": 4, "lr": 1e-3, "n_iter": 60}
+
+    @classmethod
+    def check(cls, config: Any, shape: ModelShape) -> None:
+        shape.check_layer(config.layer, "layer")
+        shape.site(config.module)
+
+    @classmethod
+    def uses_seed(cls, config: Any) -> bool:
+        return True
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        out, into = shape.site(config.module)
+        copies = 4 + 2  # parameters, gradient, two moments; temporaries of one step
+        return (out * into + out + into + 1) * max(4, shape.bytes_per_value) * copies

@@ -1,0 +1,198 @@
+"""ICL: the new facts are put before the prompt whenever the model is asked. No weight changes and nothing is trained.
+
+After Zheng et al., Can We Edit Factual Knowledge by In-Context Learning?, arXiv 2305.12740 (IKE). A row that asks ``prompt``
+of a lane with the facts ``f_1 ... f_T`` (each ``prompt + " " + target_new``) is read as
+
+    New Fact: f_1
+    ...
+    New Fact: f_T
+    Prompt: <prompt>
+
+and the target is scored or generated after that. With T = 1 this is IKE's own text without demonstrations.
+
+What the protocol means here: all facts since the last rollback are in force, so all of them stand before *every* prompt of
+the lane, that of a locality probe included (the method has no way to know whether a fact concerns it); locality therefore
+measures how much facts about something else disturb the model. The facts and the prompt must fit into the model's context:
+``plan`` refuses T (or, with ``rollback: never``, N) that cannot, and an edit or a probe that does not fit after all is a
+:class:`DataError` naming the context length. Nothing is ever cut off.
+
+Differences from paper and public code, all deliberate:
+
+1. Zero-shot: no demonstrations (``k: 0``). IKE retrieves 16 to 32 solved examples of three kinds (copy, update, retain)
+   from a training set by sentence embeddings; the public code, too, runs without where ``use_icl_examples`` is off.
+2. Several facts in one context. The paper edits one fact at a time.
+3. The public code scores each edit with its own fact in the context, whatever the number of edits in a row, so that its
+   sequential results are those of T = 1. Here an edit's neighbours stay in the context until the rollback.
+4. A second edit of the same prompt does not remove the first: both facts are read, the later one last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
+from workers.models import BaseModel, ModelShape, context_length
+from workers.overlay import LaneState, Overlay, SitelessOverlay
+from workers.rows import Encoded, Rows, collate
+from workers.types import JSON, DataError, EditRequest, SpecError
+
+_FACT = "New Fact: {}\n"
+_PROMPT = "Prompt: "
+
+FEWEST_TOKENS = 8
+"""No fact takes fewer tokens ("New Fact:", a subject, a relation, an object, a new line): what ``plan`` reckons with."""
+
+_TOKENS_AT_ONCE = 2**14
+"""Padded tokens of one forward, at most (or one row): contexts make rows far longer than scoring planned for."""
+
+
+class ICLConfig(MethodConfig):
+    """Hyperparameters of in-context editing."""
+
+    k: Literal[0] = Field(0, description="demonstrations before the facts; only 0 (zero-shot) is implemented")
+
+    alg_names: ClassVar[tuple[str, ...]] = ("IKE",)
+    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"sentence_model_name": IGNORED, "use_icl_examples": IGNORED}
+    )
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        if values.get("use_icl_examples") is not False and values.get("k", 0) != 0:
+            raise SpecError(
+                f"{source}: k: {values['k']!r} demonstrations are not supported; expected 0, or use_icl_examples: false"
+            )
+        return super().from_easyedit({name: v for name, v in values.items() if name != "k"}, source)
+
+
+class Facts(SitelessOverlay):
+    """Per lane the facts in force, in the order of the edits, and the tokens of the text they make."""
+
+    def __init__(self, base: BaseModel, lanes: int) -> None:
+        super().__init__(lanes)
+        self.facts: list[tuple[str, ...]] = [()] * lanes
+        self.tokens: list[Tensor] = [torch.zeros(0, dtype=torch.int32)] * lanes
+        self._context = context_length(base.model.config)
+
+    @property
+    def replays(self) -> bool:
+        return False  # the model reads other tokens
+
+    def before(self, lane: int) -> str:
+        """The text that stands before every prompt of a lane."""
+        return "".join(_FACT.format(fact) for fact in self.facts[lane]) + _PROMPT if self.facts[lane] else ""
+
+    def add(self, base: BaseModel, lane: int, requests: Sequence[EditRequest]) -> None:
+        """Put more facts before the prompts of a lane. Raises :class:`DataError` if they do not fit."""
+        self.facts[lane] += tuple(f"{r.prompt} {r.target_new}" for r in requests)
+        ids = base.encoder.text(self.before(lane))
+        self.tokens[lane] = torch.tensor(ids, dtype=torch.int32)
+        for request in requests:
+            pair = base.encoder.pair(request.prompt, request.target_new)
+            self._check(len(ids) + len(pair.ids), lane, f"request {request.case_id}")
+
+    def _check(self, length: int, lane: int, what: str) -> None:
+        if self._context is not None and length > self._context:
+            raise DataError(
+                f"icl: {what}: {len(self.facts[lane])} facts and the prompt are {length} tokens, "
+                f"but the model's context length is {self._context}; choose a smaller T"
+            )
+
+    def hidden_states(self, base: BaseModel, rows: Rows) -> Tensor:
+        asked = {lane for lane, _, _ in rows.segments}
+        if not any(self.facts[lane] for lane in asked):
+            return base.hidden_states(rows)
+        width = rows.input_ids_BS.shape[1]
+        encoded = self._with_facts(base, rows)
+        lane_B = rows.lane_B.tolist()
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(encoded):
+            stop, longest = start, 0
+            while stop < len(encoded):
+                longest = max(longest, len(encoded[stop].ids))
+                if stop > start and (stop - start + 1) * longest > _TOKENS_AT_ONCE:
+                    break
+                stop += 1
+            part = collate(encoded[start:stop], lane_B[start:stop], base.encoder.pad_id, base.device)
+            hidden_RSD = base.hidden_states(part)[:, -width:]
+            short = width - hidden_RSD.shape[1]  # rows of a lane without facts
+            parts.append(torch.nn.functional.pad(hidden_RSD, (0, 0, short, 0)) if short > 0 else hidden_RSD)
+            start = stop
+        return torch.cat(parts)
+
+    def _with_facts(self, base: BaseModel, rows: Rows) -> list[Encoded]:
+        """Each row as it is read with its lane's facts. The columns after the prompt line up from the right."""
+        encoded = []
+        for ids, real, end, lane in zip(
+            rows.input_ids_BS.tolist(),
+            rows.attention_mask_BS.bool().tolist(),
+            rows.prompt_end_B.tolist(),
+            rows.lane_B.tolist(),
+            strict=True,
+        ):
+            prompt = tuple(t for t, r in zip(ids[: end + 1], real[: end + 1], strict=True) if r)
+            rest = tuple(t for t, r in zip(ids[end + 1 :], real[end + 1 :], strict=True) if r)
+            if self.facts[lane]:
+                text = base.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                prompt = base.encoder.text(self.before(lane) + text)
+                self._check(len(prompt) + len(rest), lane, f"the probe {text!r}")
+            encoded.append(Encoded((*prompt, *rest), len(prompt)))
+        return encoded
+
+    def state(self, lane: int) -> LaneState:
+        if not self.facts[lane]:
+            return LaneState()
+        return LaneState({"tokens": self.tokens[lane].clone()}, {"facts": list(self.facts[lane])})
+
+    def load_state(self, lane: int, state: LaneState) -> None:
+        self.facts[lane] = tuple(state.meta.get("facts", ()))
+        self.tokens[lane] = state.tensors.get("tokens", torch.zeros(0, dtype=torch.int32)).clone()
+
+
+class ICL(Method[ICLConfig]):
+    """In-context editing.
+
+    >>> editor = ICL.prepare(base, ICLConfig(), inputs={})
+    """
+
+    name: ClassVar[str] = "icl"
+    title: ClassVar[str] = "ICL"
+    paper: ClassVar[str] = (
+        "Zheng et al., Can We Edit Factual Knowledge by In-Context Learning?, EMNLP 2023, arXiv 2305.12740"
+    )
+    version: ClassVar[int] = 1
+    batch_edits: ClassVar[bool] = True
+    relative_cost: ClassVar[float] = 0.1
+    Config: ClassVar[type[MethodConfig]] = ICLConfig
+
+    def new_overlay(self, lanes: int) -> Facts:
+        if self.base.encoder.chat_template:
+            raise SpecError("icl: model.chat_template: true is not supported (facts would stand before the first turn)")
+        return Facts(self.base, lanes)
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, Facts):
+            raise TypeError(f"ICL edits Facts, not a {type(overlay).__name__}")
+        for lane, edit in enumerate(edits):
+            overlay.add(self.base, lane, edit.requests)
+        return [EditOutcome(0, None, {"context_tokens": len(tokens)}) for tokens in overlay.tokens]
+
+    @classmethod
+    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
+        if shape.context is not None and edits * FEWEST_TOKENS > shape.context:
+            raise SpecError(
+                f"{edits} facts before every prompt do not fit into the model's context length of {shape.context} tokens "
+                f"(a fact takes {FEWEST_TOKENS} or more); at most {shape.context // FEWEST_TOKENS}, with rollback: group"
+            )
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        context = shape.context or edits * 4 * FEWEST_TOKENS
+        return context * shape.hidden * max(4, shape.bytes_per_value)  # of one row with its context, in scoring

@@ -1,0 +1,250 @@
+"""MEND: a trained network turns the gradient of one request into a change that writes it and leaves the rest alone.
+
+Mitchell et al., Fast Model Editing at Scale, ICLR 2022, arXiv 2110.11309. The gradient of the request's loss by a weight ``W``
+is ``sum_n d_n u_n^T`` over tokens ``n``, with ``u_n`` the map's input and ``d_n`` the gradient of its answer. The network gives
+another pair ``(u~_n, d~_n)`` for each, and
+
+    ``W' = W - a sum_n d~_n u~_n^T``    with a learned step size ``a`` per map.
+
+The network (two residual blocks of low rank, identity at first, shared by maps of one shape with a scale and a shift for each)
+reads the pair normalised by running statistics over the training. It is trained on ``cedit * -log p'(y | x') + cloc *
+KL(p(. | x_loc) || p'(. | x_loc))``, ``x'`` an equivalent of the edited sentence; gradients do not flow into its inputs.
+
+A later edit of a sequence takes its gradient at the edited weights, and its change is added to theirs. Requests of one batch
+are changes found at the same weights and added up.
+
+Differences from paper and public code (EasyEdit; golden README, point 12), all deliberate:
+
+1. ``x'`` is drawn from the prompt and the rephrases of a request, as the paper's equivalence set. EasyEdit's trainer never uses a
+   rephrase: ``train_on: prompt``.
+2. A positive ``edit_lr`` descends, as the paper's formula does. EasyEdit adds, so that its files' ``1e-4`` ascends at first.
+3. The running statistics are part of the state: continued training continues them. EasyEdit starts them afresh.
+4. ``lr_lr`` is the step size of the learned step sizes. In EasyEdit it has no effect (``lr`` moves them).
+5. The answer's tokens are those of the joint text. EasyEdit's labels begin with BOS if the tokenizer adds one:
+   ``public_bos: true``.
+6. The loss of a batch is the sum of its requests' losses, so that a request's factors are what they are alone; padding is never
+   a target. EasyEdit takes the mean over all label tokens, padding among them.
+7. The requests of a training step are edits of their own, in one batch (EasyEdit: ``accumulate_bs`` edits one after another);
+   their rows enter the statistics together, before any of them is normalised.
+
+The paper's equation numbers were not checked against its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.hypernet import (
+    Factors,
+    Hypernet,
+    HypernetTrainer,
+    Objective,
+    Pair,
+    Questions,
+    gradient_factors,
+    hypernet_sites,
+    site_shapes,
+    split_inner_params,
+)
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
+from workers.overlay import DenseOverlay, Overlay
+from workers.pretrain import PRETRAINED, Schedule, TrainingSource, pretrained
+from workers.types import JSON, EditRequest, SpecError
+
+_NETWORK = ("layers", "modules", "rank", "n_hidden", "public_bos")
+_TRAINING = ("edit_lr", "lr", "lr_lr", "cedit", "cloc", "grad_clip", "train_on")
+
+
+class MENDConfig(MethodConfig):
+    """Hyperparameters of MEND."""
+
+    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers whose maps are edited")
+    modules: tuple[str, ...] = Field((), description="linear maps inside each layer; none: the MLP's output projection")
+    rank: int = Field(1920, ge=1, description="rank of the networks' maps")
+    n_hidden: int = Field(1, ge=0, description="hidden layers of a network, which has one block more")
+    edit_lr: float = Field(1e-4, description="first value of the learned step sizes; positive descends")
+    lr: float = Field(1e-6, gt=0, description="Adam's step size for the networks")
+    lr_lr: float = Field(1e-4, gt=0, description="Adam's step size for the learned step sizes")
+    cedit: float = Field(0.1, ge=0, description="weight of the edited answer in the training loss")
+    cloc: float = Field(1.0, ge=0, description="weight of what has to stay in the training loss")
+    grad_clip: float = Field(100.0, gt=0, description="largest norm of a training gradient")
+    train_on: Literal["rephrase", "prompt"] = Field(
+        "rephrase", description="rephrase: prompt or a rephrase asks for the new answer (paper); prompt: public code"
+    )
+    public_bos: bool = Field(False, description="a BOS token of the answer alone is a target (public code)")
+    schedule: Schedule = Field(Schedule(steps=10_000, batch_size=10), description="length and batches of the training")
+
+    alg_names: ClassVar[tuple[str, ...]] = ("MEND",)
+    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **dict.fromkeys(
+                (
+                    *("archive", "model_class", "lr_scale", "seed", "cbase", "hidden_dim", "model_save_pt", "silent"),
+                    *("log_interval", "eval_log_interval", "final_eval", "val_interval", "early_stop_patience"),
+                    *("early_stop_key", "eval_only", "debug", "save", "verbose", "val_batch_size", "val_steps", "opt"),
+                    *("half", "max_epochs", "max_output_length", "act", "alg"),
+                ),
+                IGNORED,
+            ),
+            "inner_params": "inner_params",
+            "accumulate_bs": "accumulate_bs",
+            "max_iters": "max_iters",
+            **{key: key for key in ("dropout", "train_base", "no_grad_layers", "one_sided", "x_only", "delta_only")},
+            **{key: key for key in ("init", "norm", "combine", "mlp_class", "shared")},
+        }
+    )
+    _only: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
+        {
+            "dropout": (0, 0.0),
+            "train_base": (False,),
+            "no_grad_layers": (None,),
+            "one_sided": (False,),
+            "x_only": (False,),
+            "delta_only": (False,),
+            "init": ("id",),
+            "norm": (True,),
+            "combine": (True,),
+            "mlp_class": ("IDMLP",),
+            "shared": (True,),
+        }
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if min(layers) < 0 or len(set(layers)) < len(layers):
+            raise ValueError("layers must be distinct and not negative")
+        return layers
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        out = super().from_easyedit(values, source)
+        for key, allowed in cls._only.items():
+            value = out.pop(key, allowed[0])
+            if value not in allowed:
+                raise SpecError(f"{source}: {key}: {value!r} is a variant that is not here; expected {allowed[0]!r}")
+        if "inner_params" in out:
+            out["layers"], out["modules"] = split_inner_params(out.pop("inner_params"), split_module, source)
+        together, iterations = out.pop("accumulate_bs", 10), out.pop("max_iters", 100_000)
+        out["schedule"] = {"steps": max(1, iterations // together), "batch_size": together}
+        return out
+
+
+class MEND(Method[MENDConfig]):
+    """One forward, one backward, and the networks: an edit is a single step.
+
+    >>> editor = MEND.prepare(base, MENDConfig(layers=(4, 5), rank=64), {"pretrained": trained})
+    """
+
+    name: ClassVar[str] = "mend"
+    title: ClassVar[str] = "MEND"
+    paper: ClassVar[str] = "Mitchell et al., Fast Model Editing at Scale, ICLR 2022, arXiv 2110.11309"
+    version: ClassVar[int] = 1
+    needs_pretraining: ClassVar[bool] = True
+    batch_edits: ClassVar[bool] = True
+    relative_cost: ClassVar[float] = 0.1
+    Config: ClassVar[type[MethodConfig]] = MENDConfig
+
+    def __init__(self, base: BaseModel, config: MENDConfig, inputs: Mapping[str, ArtifactData]) -> None:
+        super().__init__(base, config, inputs)
+        self.sites = hypernet_sites(base, config.layers, config.modules)
+        self.net = _network(base, config.model_dump(mode="json"), None).of_precision(base)
+        self.net.restore(inputs[PRETRAINED].tensors)
+        self.net.requires_grad_(False)
+
+    def new_overlay(self, lanes: int) -> DenseOverlay:
+        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, DenseOverlay):
+            raise TypeError(f"MEND edits a DenseOverlay, not a {type(overlay).__name__}")
+        asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
+        questions = Questions.of(self.base, asked, self.config.public_bos)
+        factors, loss_L = gradient_factors(self.base, self.sites, questions, overlay)
+        with torch.no_grad():
+            for site, (left_LNO, right_LNI) in zip(self.sites, _changes(self.net, factors), strict=True):
+                overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
+        overlay.touch(range(overlay.lanes))
+        return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
+
+    @classmethod
+    def embedded(cls) -> dict[str, JSON]:
+        return {
+            "layers": [4, 5],
+            "rank": 64,
+            "edit_lr": 3e-4,
+            "lr": 3e-5,
+            "lr_lr": 1e-5,
+            "cedit": 0.3,
+            "schedule": {"steps": 300, "batch_size": 8},
+        }
+
+    @classmethod
+    def check(cls, config: Any, shape: ModelShape) -> None:
+        site_shapes(shape, config.layers, config.modules)
+
+    @classmethod
+    def artifacts(
+        cls,
+        config: Any,
+        fingerprint: ModelFingerprint,
+        model: ModelConfig,
+        seed: int,
+        training: TrainingSource | None = None,
+    ) -> tuple[ArtifactSpec, ...]:
+        values = config.model_dump(mode="json")
+        hparams = {key: values[key] for key in (*_NETWORK, *_TRAINING)}
+        return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
+
+    @classmethod
+    def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> MENDTrainer:
+        return MENDTrainer(
+            base,
+            hypernet_sites(base, hparams["layers"], hparams["modules"]),
+            _network(base, hparams, generator),
+            Objective(hparams["cedit"], hparams["cloc"], hparams["train_on"], hparams["public_bos"]),
+            hparams["lr"],
+            hparams["lr_lr"],
+            hparams["grad_clip"],
+        )
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        copies = 3  # weight, its change, one temporary
+        sizes = sum(out * into for out, into in site_shapes(shape, config.layers, config.modules))
+        return copies * sizes * max(4, shape.bytes_per_value)
+
+
+class MENDTrainer(HypernetTrainer):
+    """Each request is an edit of its own."""
+
+    def lanes(self, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
+        return [[request] for request in requests]
+
+    def chosen(self, factors: Sequence[Factors]) -> list[Factors]:
+        return list(factors)
+
+    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
+        return _changes(self.net, factors)
+
+
+def _network(base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+    sites = hypernet_sites(base, hparams["layers"], hparams["modules"])
+    shapes = [site.shape for site in sites]
+    return Hypernet(shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator)
+
+
+def _changes(net: Hypernet, factors: Sequence[Factors]) -> list[Pair]:
+    """``-a sum_n d~_n u~_n^T`` as its factors."""
+    changes = []
+    for place, found in enumerate(factors):
+        key_LNI, grad_LNO = net(place, found)
+        changes.append((-net.rate_S[place] * grad_LNO, key_LNI))
+    return changes

@@ -1,0 +1,383 @@
+"""UltraEdit: one closed-form step from hidden states and gradients, normalised by statistics of all edits so far.
+
+Gu et al., UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models, arXiv 2505.14679. A call
+edits all requests of a turn at once; each edited linear map gets, from one forward and one backward of the edited model,
+
+- ``h_i``: its input at each token i that is kept, and ``g_i``: the gradient of the loss with respect to its output there. The
+  loss is the mean of ``-log P(target token)`` over the target tokens of up to ``requests_per_backward`` requests;
+- lifelong normalisation: mean ``mu`` and deviation ``sigma`` of the feature ``z = [h, g]`` are updated with the turn's tokens
+  (Welford: ``mu += n delta / (N + n)``, ``s2 += n Var(z) + N n delta^2 / (N + n)``, ``sigma = sqrt(s2 / (N + n - 1))``, where
+  ``delta`` is the turn's mean minus ``mu``), then ``[h^, g^] = (z - mu) / (sigma + eps)``. Maps of one shape share statistics;
+- the change: ``W' = W + V^T (H H^T + I)^-1 H`` with rows ``v_i = -lr ||h^_i||^2 g^_i`` of V and ``h_i`` of H. This is the ridge
+  solution ``((H^T H + I)^-1 H^T V)^T`` written for as many unknowns as there are tokens.
+
+The statistics are state: they live in the overlay, a lane's own, and a rollback drops them with it.
+
+Differences from paper and public code, all deliberate. The paper's text was not at hand: its formulas are from a secondary
+source and the authors' code, so equations are not numbered here.
+
+1. Labels are the target's tokens, each predicted where it follows its prompt. EasyEdit tokenises the target alone, so that BOS
+   and padding become labels, too (golden README, fault 7), and runs the text with its last token: ``public_labels: true``.
+2. ``token: ans`` keeps the positions that predict a target token, as paper and authors' code do; EasyEdit's files say ``mask``
+   (every token), which a loaded file then gives. A single token is its own mean: with ``ans``, a turn of one target token as a
+   lane's first edit changes nothing.
+3. ``n Var(z)`` is the sum of squared deviations, so that ``sigma`` is the deviation of all tokens, however they came in turns.
+   The public code takes n times the unbiased variance, which is too much by n / (n - 1), and not a number for a single token:
+   ``public_variance: true``.
+4. True position ids (public: padding columns count), everything after the two passes in float64 (public: float32).
+5. Statistics run on over the turns. EasyEdit's code starts them afresh in every call (it never notes that it has been set up),
+   so that its normalisation is not lifelong: ``statistics: turn``.
+6. ``dropout``, ``no_grad_layers``, ``editor_batch_size`` and ``silent`` of public files change no number and are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from workers.losses import TargetTokens
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.models import BaseModel, ModelShape, Site
+from workers.overlay import DenseOverlay, LaneState, Overlay
+from workers.rows import Encoded, collate
+from workers.types import JSON, EditRequest, SpecError
+
+MLP_OUT = "mlp_out"
+"""In ``modules``: the MLP's output projection, whatever the model calls it."""
+
+EPS = 2.0**-23
+"""Keeps the normalisation from dividing by zero (float32's resolution, as published)."""
+
+
+class UltraEditConfig(MethodConfig):
+    """Hyperparameters of UltraEdit."""
+
+    modules: dict[str, tuple[int, ...]] = Field(
+        min_length=1, description="maps that are edited: path inside a decoder layer, or mlp_out, -> layers"
+    )
+    lr: float = Field(1e-6, gt=0, description="scale of the change")
+    token: Literal["ans", "mask"] = Field(
+        "ans", description="tokens whose features are used; ans: those that predict the target, mask: all"
+    )
+    statistics: Literal["lifelong", "turn"] = Field(
+        "lifelong", description="what features are normalised by; turn: each call starts afresh (EasyEdit)"
+    )
+    requests_per_backward: int = Field(10, ge=1, description="requests that share one mean loss and one backward")
+    public_labels: bool = Field(False, description="BOS and padding are labels, too; the last token is run (EasyEdit)")
+    public_variance: bool = Field(
+        False, description="sum up n times the unbiased variance of each backward (public code)"
+    )
+
+    alg_names: ClassVar[tuple[str, ...]] = ("ULTRAEDIT", "UltraEdit")
+    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "inner_params": "modules",
+            "batch_size_once": "requests_per_backward",
+            **dict.fromkeys(
+                ("model_class", "class_name", "dropout", "no_grad_layers", "editor_batch_size", "silent", "half"),
+                IGNORED,
+            ),
+        }
+    )
+
+    @field_validator("modules")
+    @classmethod
+    def _modules(cls, modules: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for path, layers in modules.items():
+            if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
+                raise ValueError(f"{path}: {list(layers)}: expected one or more layers, distinct and not negative")
+        return modules
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        out = super().from_easyedit(values, source)
+        if "modules" in out:
+            names = out["modules"]
+            if not isinstance(names, list) or not names:
+                raise SpecError(f"{source}: inner_params: {names!r}: expected a list of module names")
+            modules: dict[str, list[int]] = {}
+            for name in names:
+                layer, path = split_module(str(name), source)
+                if layer is None:
+                    raise SpecError(f"{source}: inner_params: {name!r} names no layer")
+                modules.setdefault(path, []).append(layer)
+            out["modules"] = modules
+        return out
+
+
+class UltraEditOverlay(DenseOverlay):
+    """Dense replacements of the edited maps and, by shape of map, the running statistics of their features (lanes first)."""
+
+    def __init__(self, sites: Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
+        super().__init__(sites, lanes, dtype)
+        device = sites[0].weight_OI.device
+        self.statistics = {_shape_name(site): _Statistics.empty(lanes, sum(site.shape), device) for site in self.sites}
+
+    def state(self, lane: int) -> LaneState:
+        found = super().state(lane)
+        if found.tensors:
+            for shape, statistics in self.statistics.items():
+                found.tensors.update({f"{name}/{shape}": t[lane].clone() for name, t in statistics.named()})
+        return found
+
+    def load_state(self, lane: int, state: LaneState) -> None:
+        super().load_state(lane, state)
+        for shape, statistics in self.statistics.items():
+            for name, tensor in statistics.named():
+                saved = state.tensors.get(f"{name}/{shape}")
+                tensor[lane] = 0 if saved is None else saved.to(tensor)
+
+    def finite(self, lane: int) -> bool:
+        return super().finite(lane) and all(
+            bool(torch.isfinite(t[lane]).all()) for s in self.statistics.values() for _, t in s.named()
+        )
+
+
+class UltraEdit(Method[UltraEditConfig]):
+    """One step in closed form for all requests of a turn.
+
+    >>> editor = UltraEdit.prepare(base, UltraEditConfig(modules={"mlp.gate_proj": (1, 2)}, lr=0.01), inputs={})
+    """
+
+    name: ClassVar[str] = "ultraedit"
+    title: ClassVar[str] = "UltraEdit"
+    paper: ClassVar[str] = (
+        "Gu et al., UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing, arXiv 2505.14679"
+    )
+    version: ClassVar[int] = 1
+    batch_edits: ClassVar[bool] = True
+    relative_cost: ClassVar[float] = 0.15
+    Config: ClassVar[type[MethodConfig]] = UltraEditConfig
+
+    def new_overlay(self, lanes: int) -> UltraEditOverlay:
+        # in the order of the model: what a spec lists first must not show in the bits
+        pairs = sorted((layer, path) for path, layers in self.config.modules.items() for layer in layers)
+        return UltraEditOverlay(
+            [self.base.site(layer, _path(path)) for layer, path in pairs], lanes, self.base.master_dtype
+        )
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, UltraEditOverlay):
+            raise TypeError(f"UltraEdit edits an UltraEditOverlay, not a {type(overlay).__name__}")
+        size, count = self.config.requests_per_backward, len(edits[0].requests)
+        starts = range(0, count, size)
+        turn = [self._features(overlay, [edit.requests[start : start + size] for edit in edits]) for start in starts]
+        if self.config.statistics == "turn":
+            for statistics in overlay.statistics.values():
+                statistics.clear()
+        for part in turn:  # the weights wait until all features are there
+            for site, features in zip(overlay.sites, part.by_site, strict=True):
+                overlay.statistics[_shape_name(site)].update(features, self.config.public_variance)
+        for i, site in enumerate(overlay.sites):
+            features = _Features.joined([part.by_site[i] for part in turn])
+            change_LOI = self._change(features, overlay.statistics[_shape_name(site)])
+            overlay.weights_LOI[site.name].add_(change_LOI)
+        overlay.touch(range(overlay.lanes))
+        loss_L = torch.stack([part.loss_L for part in turn]).mean(0)
+        tokens_L = sum(part.by_site[0].valid_LK.sum(1) for part in turn)
+        return [
+            EditOutcome(1, loss, {"tokens": tokens})
+            for loss, tokens in zip(loss_L.tolist(), torch.as_tensor(tokens_L).tolist(), strict=True)
+        ]
+
+    def _features(self, overlay: UltraEditOverlay, requests: Sequence[Sequence[EditRequest]]) -> _Part:
+        """One forward and backward of some requests of each lane."""
+        base, config = self.base, self.config
+        encoded: list[Encoded] = []
+        lanes: list[int] = []
+        places: list[tuple[int, int, int, float]] = []
+        for lane, of_lane in enumerate(requests):
+            sequences, labels = _labelled(base, of_lane, config.public_labels)
+            total = sum(len(tokens) for _, tokens in labels)
+            for sequence, (start, tokens) in zip(sequences, labels, strict=True):
+                places += [
+                    (len(encoded), start + j, token, 1 / total) for j, token in enumerate(tokens) if start + j >= 0
+                ]
+                encoded.append(sequence)
+                lanes.append(lane)
+        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
+        targets = TargetTokens.of(rows, places, len(requests))
+        kept: list[list[int]] = [[] for _ in requests]
+        width = rows.input_ids_BS.shape[1]
+        if config.token == "ans":
+            for row, column in dict.fromkeys(zip(*targets.reads, strict=True)):
+                kept[lanes[row]].append(row * width + column)
+        else:
+            for row, sequence in enumerate(encoded):
+                first = row * width + rows.offsets[row]
+                kept[lanes[row]] += range(first, first + len(sequence.ids))
+        with _traced(overlay.sites) as (inputs, outputs), overlay.installed(rows), torch.enable_grad():
+            hidden_BSD = base.hidden_states(rows)
+            loss_L = targets.nll(base, hidden_BSD[targets.row_P, targets.column_P])
+            grads = torch.autograd.grad(loss_L.sum(), outputs)
+        most = max(len(places) for places in kept)
+        index_LK = torch.tensor([places + [0] * (most - len(places)) for places in kept], device=base.device)
+        count_L = torch.tensor([len(places) for places in kept], device=base.device)
+        valid_LK = torch.arange(most, device=base.device) < count_L[:, None]
+
+        def gathered(x_BSF: Tensor) -> Tensor:
+            chosen_LKF = x_BSF.flatten(0, 1)[index_LK].to(torch.float64)
+            return torch.where(valid_LK[:, :, None], chosen_LKF, 0)
+
+        by_site = [_Features(gathered(x), gathered(g), valid_LK) for x, g in zip(inputs, grads, strict=True)]
+        return _Part(by_site, loss_L.detach())
+
+    def _change(self, features: _Features, statistics: _Statistics) -> Tensor:
+        """The change of one map, (L, O, I)."""
+        keys_LKI, width = features.keys_LKI, features.keys_LKI.shape[2]
+        normal_LKF = statistics.normalised(features)
+        size_LK1 = normal_LKF[:, :, :width].square().sum(2, keepdim=True)
+        values_LKO = -self.config.lr * size_LK1 * normal_LKF[:, :, width:]
+        if keys_LKI.shape[1] <= width:
+            gram_LKK = keys_LKI @ keys_LKI.transpose(1, 2)
+            return values_LKO.transpose(1, 2) @ _solve_ridge(gram_LKK, keys_LKI)
+        gram_LII = keys_LKI.transpose(1, 2) @ keys_LKI
+        return _solve_ridge(gram_LII, keys_LKI.transpose(1, 2) @ values_LKO).transpose(1, 2)
+
+    @classmethod
+    def embedded(cls) -> dict[str, JSON]:
+        return {"modules": {"mlp.gate_proj": [1, 2], "mlp.up_proj": [3, 4]}, "token": "mask", "lr": 0.01}
+
+    @classmethod
+    def check(cls, config: Any, shape: ModelShape) -> None:
+        for path, layers in config.modules.items():
+            shape.site(_path(path))
+            for layer in layers:
+                shape.check_layer(layer, f"modules.{path}")
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        value = max(4, shape.bytes_per_value)
+        sizes = {path: shape.site(_path(path)) for path in config.modules}
+        weights = sum(out * into * value * len(config.modules[path]) for path, (out, into) in sizes.items())
+        largest = max(out * into for out, into in sizes.values())
+        return weights + 2 * 8 * largest  # and one map's change in float64, with a temporary
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Inputs of one map and gradients of its outputs at the kept tokens of each lane; zero where a lane has fewer."""
+
+    keys_LKI: Tensor
+    grads_LKO: Tensor
+    valid_LK: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Features]) -> _Features:
+        return cls(
+            torch.cat([p.keys_LKI for p in parts], 1),
+            torch.cat([p.grads_LKO for p in parts], 1),
+            torch.cat([p.valid_LK for p in parts], 1),
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one forward and backward gave."""
+
+    by_site: list[_Features]
+    loss_L: Tensor
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Running mean and sum of squared deviations of each lane's features, by Welford's rule; updated in place."""
+
+    count_L1: Tensor
+    mean_LF: Tensor
+    square_LF: Tensor
+
+    @classmethod
+    def empty(cls, lanes: int, width: int, device: torch.device) -> _Statistics:
+        zeros = torch.zeros(lanes, width, dtype=torch.float64, device=device)
+        return cls(zeros[:, :1].clone(), zeros.clone(), zeros)
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        yield from (("count", self.count_L1), ("mean", self.mean_LF), ("square", self.square_LF))
+
+    def clear(self) -> None:
+        for _, tensor in self.named():
+            tensor.zero_()
+
+    def update(self, features: _Features, public: bool) -> None:
+        """Take in some tokens of each lane."""
+        valid_LK1 = features.valid_LK[:, :, None]
+        z_LKF = torch.cat([features.keys_LKI, features.grads_LKO], 2)
+        n_L1 = features.valid_LK.sum(1, keepdim=True).to(z_LKF.dtype)
+        mean_LF = z_LKF.sum(1) / n_L1
+        square_LF = torch.where(valid_LK1, z_LKF - mean_LF[:, None], 0).square().sum(1)
+        if public:
+            square_LF = square_LF * (n_L1 / (n_L1 - 1))
+        total_L1 = self.count_L1 + n_L1
+        delta_LF = mean_LF - self.mean_LF
+        self.square_LF.add_(square_LF + self.count_L1 * n_L1 / total_L1 * delta_LF.square())
+        self.mean_LF.add_(n_L1 / total_L1 * delta_LF)
+        self.count_L1.copy_(total_L1)
+
+    def normalised(self, features: _Features) -> Tensor:
+        z_LKF = torch.cat([features.keys_LKI, features.grads_LKO], 2)
+        sigma_LF = (self.square_LF / (self.count_L1 - 1 + EPS)).sqrt()
+        normal_LKF = (z_LKF - self.mean_LF[:, None]) / (sigma_LF[:, None] + EPS)
+        return torch.where(features.valid_LK[:, :, None], normal_LKF, 0)
+
+
+def _path(path: str) -> str | None:
+    return None if path == MLP_OUT else path
+
+
+def _shape_name(site: Site) -> str:
+    return "x".join(map(str, site.shape))
+
+
+def _solve_ridge(gram: Tensor, right: Tensor) -> Tensor:
+    """``(gram + I)^-1 right``, lane by lane; a lane that is not finite stays alone with it."""
+    size = gram.shape[-1]
+    factor, _ = torch.linalg.cholesky_ex(gram + torch.eye(size, dtype=gram.dtype, device=gram.device))
+    return torch.cholesky_solve(right, factor)
+
+
+def _labelled(
+    base: BaseModel, requests: Sequence[EditRequest], public: bool
+) -> tuple[list[Encoded], list[tuple[int, tuple[int, ...]]]]:
+    """Sequences to run and, for each, the position that predicts its first label, and the labels."""
+    pairs = [base.encoder.pair(request.prompt, request.target_new) for request in requests]
+    if not public:
+        # the last token predicts nothing that is scored
+        sequences = [Encoded(pair.ids[:-1], pair.prompt_len) for pair in pairs]
+        return sequences, [(pair.prompt_len - 1, pair.target) for pair in pairs]
+    alone = [base.encoder.text(f" {request.target_new}") for request in requests]
+    width = max(len(tokens) for tokens in alone)
+    end = int(base.tokenizer.eos_token_id)  # what the public code pads with
+    padded = [(end,) * (width - len(tokens)) + tokens for tokens in alone]
+    # labels end with the text; one that would start before it has no prediction
+    return pairs, [(len(pair.ids) - 1 - width, tokens) for pair, tokens in zip(pairs, padded, strict=True)]
+
+
+@contextmanager
+def _traced(sites: Sequence[Site]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Inside, a forward notes what enters and leaves each map; gradients with respect to the latter can be asked for."""
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    in_order: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def noting(i: int) -> Any:
+        def note(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            # the first maps have nothing below them that wants a gradient
+            out = out if out.requires_grad else out.detach().requires_grad_(True)
+            inputs[i], outputs[i] = args[0].detach(), out
+            in_order[0][:], in_order[1][:] = [inputs[k] for k in sorted(inputs)], [outputs[k] for k in sorted(outputs)]
+            return out
+
+        return note
+
+    with ExitStack() as stack:
+        for i, site in enumerate(sites):
+            stack.callback(site.module.register_forward_hook(noting(i)).remove)
+        yield in_order
