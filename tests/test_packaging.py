@@ -149,7 +149,8 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize(
-    "target", ["help", "setup", "demo", "test", "test-slow", "test-gpu", "bench", "lint", "format"]
+    "target",
+    ["help", "setup", "demo", "test", "test-slow", "test-gpu", "bench", "chaos", "chaos-short", "lint", "format"],
 )
 def test_make_targets_exist(target: str) -> None:
     ran = make("--dry-run", target)
@@ -208,13 +209,13 @@ def test_a_failed_set_up_is_not_taken_for_done(tmp_path: Path) -> None:
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("failing", [None, "lint", "test", "test-slow"])
+@pytest.mark.parametrize("failing", [None, "lint", "test", "test-slow", "chaos-short"])
 def test_ci_runs_its_stages_in_order_and_stops_at_a_failure(failing: str | None, tmp_path: Path) -> None:
     log = tmp_path / "log"
     executable(tmp_path / "bin" / "make", f'#!/bin/sh\necho "$1" >> "{log}"\n[ "$1" != "{failing}" ]\n')
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     ran = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, check=False, timeout=60)
-    stages = ["lint", "test", "test-slow"]
+    stages = ["lint", "test", "test-slow", "chaos-short"]
     assert (ran.returncode == 0) == (failing is None)
     assert log.read_text().split() == (stages if failing is None else stages[: stages.index(failing) + 1])
 

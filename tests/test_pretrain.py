@@ -216,5 +216,5 @@ def test_the_product_says_what_it_is(base: BaseModel) -> None:
         data.check_made_as(spec.model_copy(update={"recipe": {**spec.recipe, "seed": 1}}), "x")
     with pytest.raises(ModelError, match="kind 'pretrained'"):
         data.check_made_as(spec.needs[0], "x")
-    with pytest.raises(ModelError, match="kind None"):
+    with pytest.raises(ModelError, match="does not say what it was made as"):
         replace(data, made_as=None).check_made_as(spec, "x")

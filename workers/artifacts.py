@@ -19,7 +19,7 @@ from workers.types import JSON, ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ARTIFACT_VERSION = 2
+ARTIFACT_VERSION = 1
 
 
 class ArtifactSpec(Frozen):
@@ -68,6 +68,8 @@ class ArtifactData:
 
         length = int.from_bytes(blob[:8], "little")
         told = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["editsweep"])
+        if told.keys() != {"meta", "made_as"}:  # an early file: it did not say what it was made as
+            return cls(load(blob), told)
         return cls(load(blob), told["meta"], told["made_as"])
 
     def check_made_as(self, spec: ArtifactSpec, source: str) -> None:
@@ -77,7 +79,9 @@ class ArtifactData:
             return
         ours, theirs = json.loads(json.dumps(spec.recipe)), made.get("recipe", {})
         different = sorted(key for key in {*ours, *theirs} if key not in ours or ours[key] != theirs.get(key))
-        if made.get("kind") != spec.kind:
+        if not made:
+            what = "it does not say what it was made as"
+        elif made.get("kind") != spec.kind:
             what = f"it is of kind {made.get('kind')!r}"
         elif "model" in different:
             what = f"it was made for another model ({theirs.get('model')}, the sweep's is {ours.get('model')})"
