@@ -132,10 +132,10 @@ def plan(
                 variant.algorithm if variant.algorithm != variant.label else "",
                 str(len(cells)),
                 str(len(shards)),
-                "/".join(str(made.widths[v, T]) for T in spec.grid.T),
+                "/".join(str(made.widths[v, T]) if T in spec.sizes(v) else "-" for T in spec.grid.T),
                 str(sum(cell.groups * cell.T for cell in cells)),
                 str(sum(shard.edits for shard in shards)),
-                size(max(made.memory[v, T].overlay for T in spec.grid.T)),
+                size(max(made.memory[v, T].overlay for T in spec.sizes(v))),
                 size(made.peak_bytes(v)),
                 str(len(artifacts)),
             )

@@ -617,7 +617,7 @@ class _Grid:
         )
         self.variants.append(variant)
         self.costs.append(float(kind.relative_cost))
-        for T in self.spec.grid.T:
+        for T in self.spec.sizes(number):
             edits = lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits)
             try:
                 kind.check_edits(config, shape, edits)
@@ -714,7 +714,7 @@ class _Grid:
                 batch_size=self.variants[v].batch_size(T, self.spec.grid.batch_size),
             )
             for v in range(len(self.variants))
-            for T in self.spec.grid.T
+            for T in self.spec.sizes(v)
             for seed in self._seeds[v]
         ]
 

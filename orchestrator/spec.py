@@ -127,6 +127,12 @@ class MethodSpec(Frozen):
     label: str = ""
     hparams: dict[str, Any] = Field(default_factory=dict)
     hparams_file: Path | None = None
+    T: tuple[int, ...] = Field((), description="which of the grid's T this variant is run at; empty: all of them")
+
+    @field_validator("T", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -224,6 +230,21 @@ class SweepSpec(Frozen):
                     f"are {near}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _of_the_grid(self) -> Self:
+        for i, method in enumerate(self.methods):
+            other = [t for t in method.T if t not in self.grid.T]
+            if other:
+                raise ValueError(
+                    f"methods.{i}.T: {other[0]} is not in grid.T; choose from {', '.join(map(str, self.grid.T))}"
+                )
+        return self
+
+    def sizes(self, variant: int) -> tuple[int, ...]:
+        """The values of T that a variant (by its number) is run at, in the grid's order."""
+        wanted = self.methods[variant].T
+        return tuple(t for t in self.grid.T if not wanted or t in wanted)
 
     @property
     def on_gpu(self) -> bool:

@@ -398,6 +398,16 @@ def test_the_demo_keeps_the_cells_it_had() -> None:
     assert {key: found[key] for key in RECORDED} == RECORDED
 
 
+def test_a_variant_may_be_run_at_some_T_only(dataset: Dataset) -> None:
+    grid = {"T": [1, 10, 50]}
+    plan = make_plan(spec_of(methods=["ft", {"method": "grace", "T": [50, 1]}], grid=grid), dataset=dataset)
+    ids = by_name(plan)
+    assert sorted({(name, T) for name, T, _ in ids}) == [("ft", 1), ("ft", 10), ("ft", 50), ("grace", 1), ("grace", 50)]
+    whole = by_name(make_plan(spec_of(methods=["ft", "grace"], grid=grid), dataset=dataset))
+    assert ids.items() < whole.items()
+    assert lanes_of([plan.manifest(shard) for shard in plan.shards]) == groups_of(plan)
+
+
 def test_batches(dataset: Dataset) -> None:
     def plan_of(size: int, **grid: Any) -> Plan:
         grid = {"T": [10, 50], "batch_size": size, **grid}

@@ -111,6 +111,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("grid.seeds", [0, 0], ["grid.seeds", "twice: 0"]),
         ("grid.seeds", [-1], ["grid.seeds", "-1"]),
         ("grid.batch_size", 3, ["grid.batch_size", "3", "T=1"]),
+        ("methods", [{"method": "ft", "T": [1, 5]}], ["methods.0.T", "5", "1, 10"]),
         ("grid.rollback", "always", ["grid.rollback", "'always'", "'group' or 'never'"]),
         ("dataset.order", "random", ["dataset.order", "'file' or 'shuffle'"]),
         ("model.dtype", "int8", ["model.dtype", "'int8'", "float32"]),
