@@ -28,8 +28,7 @@ from workers.locate import Factor, facts_of, observe
 from workers.methods import load_config
 from workers.methods.emmet import EMMET, EMMETConfig
 from workers.models import ModelConfig
-from workers.ridge import ridge_keys
-from workers.spread import by_lane
+from workers.spread import by_lane, ridge_keys
 from workers.stats import build_second_moment
 
 RECORDED = {

@@ -27,10 +27,11 @@ from workers.artifacts import ArtifactData, Workbench
 from workers.locate import Factor, inverse_moment
 from workers.methods import load_config
 from workers.methods.base import LaneEdit
-from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass, memit_keys
+from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass
 from workers.methods.rome import ROME, RROME, RROMEConfig
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, model_shape
 from workers.rng import Draws
+from workers.spread import ridge_keys
 from workers.stats import build_second_moment
 from workers.types import DataError, SpecError
 
@@ -156,7 +157,7 @@ def test_the_small_system_is_the_large_one() -> None:
     factor = Factor.of(moment_II, 0)
     for count in (1, 7, 40):  # more keys than the width, too
         keys_LIN = torch.randn(3, 24, count, generator=g, dtype=torch.float64)
-        found_LNI = memit_keys(factor, keys_LIN, 5.0)
+        found_LNI = ridge_keys(factor, keys_LIN, 1.0, 5.0)
         expected_LIN = torch.linalg.solve(5.0 * moment_II + keys_LIN @ keys_LIN.transpose(1, 2), keys_LIN)
         torch.testing.assert_close(found_LNI.transpose(1, 2), expected_LIN, rtol=1e-8, atol=1e-10)
 
@@ -175,7 +176,7 @@ def test_lanes_that_do_not_fit_are_solved_in_turn() -> None:
 
     each = 8 * (3 * 24 * 3 + 2 * 3 * 3)
     watched = Watched(factor.lu_II, factor.pivots_I)
-    found = [memit_keys(watched, keys_LIN, 1.0, limit) for limit in (1, 2 * each, 100 * each)]
+    found = [ridge_keys(watched, keys_LIN, 1.0, limit=limit) for limit in (1, 2 * each, 100 * each)]
     assert sizes == [1] * 5 + [2, 2, 1] + [5]
     for other in found[:2]:
         torch.testing.assert_close(other, found[2], rtol=1e-12, atol=1e-12, equal_nan=True)
@@ -247,7 +248,7 @@ def test_artifacts_and_check(tmp_path: Path) -> None:
     assert [s.key for s in MEMITMass.artifacts(config, ModelFingerprint("m", "t"), ELSEWHERE, seed=0)] == [
         s.key for s in specs
     ]
-    with pytest.raises(SpecError, match="corpus: MEMIT needs a plain text file"):
+    with pytest.raises(SpecError, match="corpus: MEMIT needs a text or JSONL file"):
         MEMIT.artifacts(MEMITConfig(layers=(3,)), ModelFingerprint("m", "t"), ELSEWHERE, seed=0)
     shape = model_shape(model("llama").config)
     MEMIT.check(config, shape)

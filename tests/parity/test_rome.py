@@ -181,7 +181,7 @@ def test_artifacts_follow_model_seed_and_corpus(tmp_path: Path) -> None:
 
 
 def test_a_corpus_is_asked_for() -> None:
-    with pytest.raises(SpecError, match=r"corpus: ROME needs a plain text file.*'some/other-model'"):
+    with pytest.raises(SpecError, match=r"corpus: ROME needs a text or JSONL file.*'some/other-model'"):
         ROME.artifacts(ROMEConfig(layer=3), FINGERPRINT, ELSEWHERE, seed=0)
     with pytest.raises(DataError, match=r"corpus: /nowhere\.txt"):
         ROME.artifacts(ROMEConfig(layer=3, corpus="/nowhere.txt"), FINGERPRINT, ELSEWHERE, seed=0)

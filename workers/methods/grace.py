@@ -46,7 +46,7 @@ from torch import Tensor
 
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
 from workers.models import BaseModel, ModelShape, Site
 from workers.optim import Adam
 from workers.overlay import LaneState, Overlay
@@ -99,11 +99,7 @@ class GRACEConfig(MethodConfig):
             if key in values and values[key] not in allowed:
                 raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
         out = super().from_easyedit({k: v for k, v in values.items() if k not in cls.easyedit_off}, source)
-        if "module" in out:
-            names = out["module"]
-            if not isinstance(names, list) or len(names) != 1:
-                raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
-            out["layer"], out["module"] = split_module(str(names[0]), source)
+        take_inner_param(out, source)
         if out.get("eps_expand") == "moving_avg":  # what the comments in the public files call it
             out["eps_expand"] = "moving_average"
         return out

@@ -28,12 +28,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from workers.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
 from workers.finetune import batch, with_target
 from workers.lockstep import Lockstep
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.models import ModelShape, architecture
 from workers.optim import Adam
 from workers.overlay import Overlay
@@ -44,7 +44,7 @@ from workers.types import JSON, SpecError
 class LoRAConfig(MethodConfig):
     """Hyperparameters of LoRA."""
 
-    layers: tuple[int, ...] = Field((), description="decoder layers that get adapters; none named: all")
+    layers: Layers = Field((), description="decoder layers that get adapters; none named: all")
     target_modules: tuple[str, ...] | None = Field(
         None, min_length=1, description="maps inside a layer, by their last name or whole path; null: query and value"
     )
@@ -59,13 +59,6 @@ class LoRAConfig(MethodConfig):
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         dict.fromkeys(("kl_factor", "norm_constraint", "lora_type"), IGNORED)
     )
-
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if layers and (min(layers) < 0 or len(set(layers)) < len(layers)):
-            raise ValueError("layers must be distinct and not negative")
-        return layers
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:

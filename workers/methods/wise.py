@@ -65,7 +65,7 @@ from torch import Tensor
 from workers.artifacts import ArtifactSpec
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, split_module
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, take_inner_param
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
 from workers.optim import SGD, LaneOptimizer
 from workers.overlay import LaneState, Overlay, lane_linear
@@ -187,11 +187,7 @@ class WISEConfig(MethodConfig):
             if not isinstance(margin, list) or len(margin) != 3:
                 raise SpecError(f"{source}: act_margin: expected [alpha, beta, gamma], found {margin!r}")
             out["alpha"], out["beta"], out["gamma"] = margin
-        if "module" in out:
-            names = out["module"]
-            if not isinstance(names, list) or len(names) != 1:
-                raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
-            out["layer"], out["module"] = split_module(str(names[0]), source)
+        take_inner_param(out, source)
         return out
 
 
