@@ -19,26 +19,30 @@ from workers.types import JSON, SpecError
 
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
+        # write weights
         "ft": "workers.methods.ft:FT",
         "ft-ewc": "workers.methods.ft_ewc:FTEWC",
+        "lora": "workers.methods.lora:LoRA",
         "rome": "workers.methods.rome:ROME",
         "rrome": "workers.methods.rome:RROME",
         "memit": "workers.methods.memit:MEMIT",
         "memit-mass": "workers.methods.memit:MEMITMass",
-        "alphaedit": "workers.methods.alphaedit:AlphaEdit",
-        "grace": "workers.methods.grace:GRACE",
-        "lora": "workers.methods.lora:LoRA",
-        "melo": "workers.methods.melo:MELO",
-        "wise": "workers.methods.wise:WISE",
         "emmet": "workers.methods.emmet:EMMET",
         "pmet": "workers.methods.pmet:PMET",
+        "alphaedit": "workers.methods.alphaedit:AlphaEdit",
         "ultraedit": "workers.methods.ultraedit:UltraEdit",
+        # keep a memory beside the weights
+        "grace": "workers.methods.grace:GRACE",
+        "defer": "workers.methods.defer:DEFER",
+        "melo": "workers.methods.melo:MELO",
+        "wise": "workers.methods.wise:WISE",
+        "serac": "workers.methods.serac:SERAC",
+        # networks that are trained first and then write weights
+        "mend": "workers.methods.mend:MEND",
+        "malmen": "workers.methods.malmen:MALMEN",
+        # change nothing in the model
         "none": "workers.methods.none:NoEdit",
         "icl": "workers.methods.icl:ICL",
-        "defer": "workers.methods.defer:DEFER",
-        "serac": "workers.methods.serac:SERAC",
-        "malmen": "workers.methods.malmen:MALMEN",
-        "mend": "workers.methods.mend:MEND",
     }
 )
 

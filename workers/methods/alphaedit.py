@@ -9,7 +9,7 @@ the present requests and ``Kp`` those of all earlier edits of the sequence, the 
 With ``A = [Kp, K1]`` this is ``[0, R] (L2 * I + A^T P A)^-1 A^T P`` (push-through identity): a system with one unknown per edit
 made so far. Keys are kept as a list, and as their sum ``A A^T`` once they number more than half the width.
 
-Differences from paper and public code, all deliberate:
+Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
 
 1. Keys of earlier edits live in the overlay and end with it. In the public code they survive every rollback, and so does the
    projection, whatever model comes next.

@@ -31,6 +31,8 @@ Differences from paper and public code, all deliberate:
 7. ``replace_prompt`` covers the whole prompt (public: all of it but the last token); ``replace_all`` all real tokens.
 8. ``val_train: sgd`` only (in the public code, too, that means Adam); perturbed training, ``val_reg`` and ``dropout``
    are either not implemented there or without effect, and are refused here unless they are off.
+
+The paper's text was not at hand: numbers of equations and algorithms are from memory.
 """
 
 from __future__ import annotations

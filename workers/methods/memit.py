@@ -14,7 +14,7 @@ go on top of each other; keys of earlier edits are *not* kept (AlphaEdit does th
 
 ``memit`` edits ``batch_size`` requests a call (1: one after another). ``memit-mass`` edits all T requests of a group in one.
 
-Differences from paper and public code, all deliberate:
+Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
 
 1. ``C`` is that of the pristine model for every layer. The public code computes a later layer's statistics after the earlier
    layers were edited, if they were not in its cache.

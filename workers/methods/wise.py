@@ -47,6 +47,8 @@ Differences from paper and public code, all deliberate. The switches exist for p
    (the public code reads a batch as one request), and edits count by request.
 10. Not here: ``replay`` (appendix B.3), the public code's subject masks (used there when the unrelated sentence is
     part of the prompt) and its top-token routing beyond 100 tokens.
+
+The paper's text was not at hand: numbers of equations and algorithms are from memory.
 """
 
 from __future__ import annotations
