@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import tempfile
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +10,22 @@ import pytest
 import torch
 
 from tests.parity.common import (
-    GOLDEN,
     check_norms,
     check_scores,
     final_scores,
     lane_edits,
     model,
+    moment,
     record,
     relative_error,
     run_groups,
+    templates,
 )
-from workers.artifacts import ArtifactData, Workbench
 from workers.locate import Factor, facts_of, observe
 from workers.methods import load_config
 from workers.methods.emmet import EMMET, EMMETConfig
 from workers.models import ModelConfig
 from workers.spread import by_lane, ridge_keys
-from workers.stats import build_second_moment
 
 RECORDED = {
     "layers": [0],
@@ -43,24 +39,11 @@ RECORDED = {
 }
 
 
-@cache
-def moment(layer: int) -> ArtifactData:
-    """Of the lines that the records' statistics used: 4000 drawn by the standard generator with seed 1."""
-    lines = (GOLDEN / "corpus.txt").read_text().splitlines()
-    random.Random(1).shuffle(lines)
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "corpus.txt"
-        corpus.write_text("\n".join(lines))
-        recipe = {"corpus": str(corpus), "samples": 4000, "layer": layer, "module": None, "precision": "float32"}
-        return build_second_moment(model("llama"), recipe, Workbench())
-
-
 def prepared(**changes: Any) -> EMMET:
     config = EMMETConfig.model_validate({**RECORDED, **changes})
-    texts = record("llama", "EMMET", 1)["context_templates"]
     inputs = {
-        "templates": ArtifactData(meta={"templates": [text for kind in texts for text in kind]}),
-        **{f"moment.{layer}": moment(layer) for layer in config.layers},
+        **templates(record("llama", "EMMET", 1)["context_templates"]),
+        **{f"moment.{layer}": moment("llama", layer) for layer in config.layers},
     }
     return EMMET.prepare(model("llama"), config, inputs)
 

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.common import PAIRS, final_scores, lane_edits, model, record, run_groups
+from tests.parity.common import ELSEWHERE, PAIRS, final_scores, lane_edits, model, record, run_groups
 from workers.methods import load_config
 from workers.methods.lora import LoRA, LoRAConfig
-from workers.models import ModelConfig, model_shape
+from workers.models import model_shape
 from workers.types import SpecError
 
 SEEDS = 8
-ELSEWHERE = ModelConfig(name="some/other-model")
 
 
 def prepared(short: str = "llama", **changes: Any) -> LoRA:

@@ -15,12 +15,12 @@ from tests.parity.common import (
     final_scores,
     lane_edits,
     model,
+    moment,
     record,
     relative_error,
     run_groups,
+    templates,
 )
-from tests.parity.test_emmet import moment
-from workers.artifacts import ArtifactData
 from workers.locate import Facts, facts_of
 from workers.methods import load_config
 from workers.methods.pmet import PMET, PMETConfig, _AtLayer
@@ -41,10 +41,9 @@ RECORDED = {
 
 def prepared(**changes: Any) -> PMET:
     config = PMETConfig.model_validate({**RECORDED, **changes})
-    texts = record("llama", "PMET-rightpad", 1)["context_templates"]
     inputs = {
-        "templates": ArtifactData(meta={"templates": [text for kind in texts for text in kind]}),
-        **{f"moment.{layer}": moment(layer) for layer in config.layers},
+        **templates(record("llama", "PMET-rightpad", 1)["context_templates"]),
+        **{f"moment.{layer}": moment("llama", layer) for layer in config.layers},
     }
     return PMET.prepare(model("llama"), config, inputs)
 
