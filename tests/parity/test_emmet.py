@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.parity.common import (
+    ELSEWHERE,
     check_norms,
     check_scores,
     final_scores,
@@ -24,7 +25,6 @@ from tests.parity.common import (
 from workers.locate import Factor, facts_of, observe
 from workers.methods import load_config
 from workers.methods.emmet import EMMET, EMMETConfig
-from workers.models import ModelConfig
 from workers.spread import by_lane, ridge_keys
 
 RECORDED = {
@@ -129,6 +129,6 @@ alg_name: "EMMET"
 def test_easyedit_file(tmp_path: Path) -> None:
     path = tmp_path / "emmet.yaml"
     path.write_text(YAML)
-    config = load_config("emmet", {}, path, ModelConfig(name="some/other-model"))
+    config = load_config("emmet", {}, path, ELSEWHERE)
     expected = EMMETConfig(layers=(5,), module="mlp.down_proj", v_num_grad_steps=25, mom2_update_weight=1e5)
     assert config == expected

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.parity.common import (
+    ELSEWHERE,
     check_norms,
     check_scores,
     final_scores,
@@ -24,7 +25,6 @@ from tests.parity.common import (
 from workers.locate import Facts, facts_of
 from workers.methods import load_config
 from workers.methods.pmet import PMET, PMETConfig, _AtLayer
-from workers.models import ModelConfig
 from workers.types import SpecError
 
 RECORDED = {
@@ -140,7 +140,7 @@ nll_loss_factor: 1
 def test_easyedit_file(tmp_path: Path) -> None:
     path = tmp_path / "pmet.yaml"
     path.write_text(YAML)
-    elsewhere = ModelConfig(name="some/other-model")
+    elsewhere = ELSEWHERE
     config = load_config("pmet", {}, path, elsewhere)
     assert config == PMETConfig(layers=(4, 5, 6, 7, 8), module="mlp.down_proj")
     path.write_text(YAML.replace('["model', '["model.layers.{}.self_attn.o_proj", "model'))
