@@ -31,6 +31,7 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "pmet": "workers.methods.pmet:PMET",
         "alphaedit": "workers.methods.alphaedit:AlphaEdit",
         "ultraedit": "workers.methods.ultraedit:UltraEdit",
+        "simie": "workers.methods.simie:SimIE",
         # keep a memory beside the weights
         "grace": "workers.methods.grace:GRACE",
         "defer": "workers.methods.defer:DEFER",
@@ -43,11 +44,6 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         # change nothing in the model
         "none": "workers.methods.none:NoEdit",
         "icl": "workers.methods.icl:ICL",
-        "defer": "workers.methods.defer:DEFER",
-        "serac": "workers.methods.serac:SERAC",
-        "malmen": "workers.methods.malmen:MALMEN",
-        "mend": "workers.methods.mend:MEND",
-        "simie": "workers.methods.simie:SimIE",
     }
 )
 
