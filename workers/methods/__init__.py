@@ -39,6 +39,7 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "serac": "workers.methods.serac:SERAC",
         "malmen": "workers.methods.malmen:MALMEN",
         "mend": "workers.methods.mend:MEND",
+        "rledit": "workers.methods.rledit:RLEdit",
     }
 )
 

@@ -33,26 +33,26 @@ The paper's equation numbers were not checked against its text, and there are no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.hypernet import (
     Factors,
     Hypernet,
-    HypernetTrainer,
     Objective,
     Pair,
-    Questions,
-    gradient_factors,
+    SingleEditTrainer,
+    edit_by_fit,
+    fit_keys,
+    fitted,
     hypernet_sites,
     site_shapes,
     split_inner_params,
+    token_choice,
 )
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
@@ -64,7 +64,6 @@ _HPARAMS = (
     *("layers", "modules", "rank", "n_blocks", "tokens"),
     *("lr", "meta_lr", "lr_lr", "gen_coef", "loc_coef", "max_grad_norm", "train_on"),
 )
-_TOKENS: Mapping[str, str] = MappingProxyType({"ans": "answer", "mask": "all", "all": "all"})
 
 
 class MALMENConfig(MethodConfig):
@@ -139,9 +138,7 @@ class MALMENConfig(MethodConfig):
         if "inner_params" in out:
             out["layers"], out["modules"] = split_inner_params(out.pop("inner_params"), split_module, source)
         if "tokens" in out:
-            if out["tokens"] not in _TOKENS:
-                raise SpecError(f"{source}: token: {out['tokens']!r}; choices: {', '.join(_TOKENS)}")
-            out["tokens"] = _TOKENS[out["tokens"]]
+            out["tokens"] = token_choice(out["tokens"], source)
         if "meta_lr" in out:
             out["lr_lr"] = out["meta_lr"]  # one step size for both there
         out["schedule"] = {"steps": out.pop("max_iters", 10_000), "batch_size": out.pop("n_edits", 32)}
@@ -176,14 +173,8 @@ class MALMEN(Method[MALMENConfig]):
     def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if not isinstance(overlay, DenseOverlay):
             raise TypeError(f"MALMEN edits a DenseOverlay, not a {type(overlay).__name__}")
-        asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
-        found, loss_L = gradient_factors(self.base, self.sites, Questions.of(self.base, asked), overlay)
-        with torch.no_grad():
-            changes = _changes(self.net, _chosen(found, self.config.tokens))
-            for site, (left_LNO, right_LNI) in zip(self.sites, changes, strict=True):
-                overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
-        overlay.touch(range(overlay.lanes))
-        return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
+        losses = edit_by_fit(self.base, self.net, overlay, [edit.requests for edit in edits], self.config.tokens)
+        return [EditOutcome(1, loss) for loss in losses]
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -234,7 +225,7 @@ class MALMEN(Method[MALMENConfig]):
         return copies * sizes * max(4, shape.bytes_per_value)
 
 
-class MALMENTrainer(HypernetTrainer):
+class MALMENTrainer(SingleEditTrainer):
     """The requests of a step are one edit."""
 
     tokens: str = "answer"
@@ -243,49 +234,13 @@ class MALMENTrainer(HypernetTrainer):
         return [list(requests)]
 
     def chosen(self, factors: Sequence[Factors]) -> list[Factors]:
-        return _chosen(factors, self.tokens)
+        return fit_keys(factors, self.tokens)
 
     def changes(self, factors: Sequence[Factors]) -> list[Pair]:
-        return _changes(self.net, factors)
+        return fitted(self.net, factors)
 
 
 def _network(base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
     sites = hypernet_sites(base, hparams["layers"], hparams["modules"])
     shapes = [site.shape for site in sites]
     return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
-
-
-def _chosen(factors: Sequence[Factors], tokens: str) -> list[Factors]:
-    """Keys that the fit sees: rows without any gradient, too, if ``tokens`` says so, because their value is to stay."""
-    if tokens == "answer":
-        return [replace(found, kept_LN=found.read_LN) for found in factors]
-    return [replace(found, kept_LN=found.real_LN) for found in factors]
-
-
-def _changes(net: Hypernet, factors: Sequence[Factors]) -> list[Pair]:
-    """``S`` of every lane and map as its factors: the values ``v_n``, and the rows of ``U^T (U U^T + l I)^-1``."""
-    changes = []
-    for place, found in enumerate(factors):
-        other_LNI, grad_LNO = net(place, found)
-        key_LNI = torch.where(found.kept_LN[..., None], found.key_LNI, 0)
-        size_LN1 = (other_LNI * key_LNI).sum(-1, keepdim=True)
-        changes.append((-net.rate_S[place] * size_LN1 * grad_LNO, fit(key_LNI, net.damping_S[place].exp())))
-    return changes
-
-
-def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
-    """``K (K^T K + l I)^-1`` of each lane's keys (its rows), (L, N, I); equally ``(K K^T + l I)^-1 K``, where that is smaller.
-
-    A lane whose keys are not finite gives what is not finite; the others are what they are alone.
-    """
-    wide_LNI = key_LNI.to(torch.float64)
-    _, tokens, into = wide_LNI.shape
-    eye = torch.eye(min(tokens, into), dtype=torch.float64, device=key_LNI.device) * damping.to(torch.float64)
-    if tokens <= into:
-        gram_LNN = wide_LNI @ wide_LNI.transpose(1, 2) + eye
-        found_LNI = torch.linalg.solve_ex(gram_LNN, wide_LNI)[0]
-    else:
-        gram_LII = wide_LNI.transpose(1, 2) @ wide_LNI + eye
-        found_LNI = torch.linalg.solve_ex(gram_LII, wide_LNI.transpose(1, 2))[0].transpose(1, 2)
-    fitted_LNI: Tensor = found_LNI.to(key_LNI.dtype)
-    return fitted_LNI

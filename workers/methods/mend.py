@@ -43,10 +43,11 @@ from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.hypernet import (
     Factors,
     Hypernet,
-    HypernetTrainer,
     Objective,
     Pair,
     Questions,
+    SingleEditTrainer,
+    add,
     gradient_factors,
     hypernet_sites,
     site_shapes,
@@ -169,9 +170,7 @@ class MEND(Method[MENDConfig]):
         questions = Questions.of(self.base, asked, self.config.public_bos)
         factors, loss_L = gradient_factors(self.base, self.sites, questions, overlay)
         with torch.no_grad():
-            for site, (left_LNO, right_LNI) in zip(self.sites, _changes(self.net, factors), strict=True):
-                overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
-        overlay.touch(range(overlay.lanes))
+            add(overlay, _changes(self.net, factors))
         return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
 
     @classmethod
@@ -222,7 +221,7 @@ class MEND(Method[MENDConfig]):
         return copies * sizes * max(4, shape.bytes_per_value)
 
 
-class MENDTrainer(HypernetTrainer):
+class MENDTrainer(SingleEditTrainer):
     """Each request is an edit of its own."""
 
     def lanes(self, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
