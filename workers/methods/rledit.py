@@ -199,7 +199,9 @@ class RLEdit(Method[RLEditConfig]):
             "lr": 1e-2,
             "meta_lr": 3e-4,
             "lr_lr": 1e-3,
-            "schedule": {"steps": 100, "batch_size": 10},
+            "loc_coef": 1.2,
+            "reg_coef": 1e-3,
+            "schedule": {"steps": 100, "batch_size": 30},
         }
 
     @classmethod
