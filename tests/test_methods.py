@@ -26,6 +26,7 @@ from workers.methods.pmet import PMETConfig
 from workers.methods.rledit import RLEditConfig
 from workers.methods.rome import ROMEConfig, RROMEConfig
 from workers.methods.serac import SERACConfig
+from workers.methods.simie import SimIEConfig
 from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise import WISEConfig
 from workers.models import BaseModel
@@ -263,3 +264,17 @@ class TestRLEdit(MethodContract):
 
     def config(self) -> MethodConfig:
         return RLEditConfig(layers=(1, 2), rank=8, lr=2e-2, edit_size=2, schedule=Schedule(steps=3, batch_size=4))
+class TestSimIE(MethodContract):
+    method = "simie"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return SimIEConfig(base_method="rome", base=TestROME().config().model_dump(), lamHyper=1e-2)
+
+
+class TestSimIEPresentWeights(MethodContract):
+    method = "simie"
+
+    def config(self) -> MethodConfig:
+        base = {"layers": (1, 2), "lr": 1e-2, "num_steps": 15}
+        return SimIEConfig(base_method="ft", base=base, lamHyper=1e-2, init_model=False)

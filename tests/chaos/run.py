@@ -54,6 +54,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "melo": {"num_iter": 4},
     "defer": {"n_iter": 4},
     "ultraedit": {},
+    "simie": {},
     "mend": {"schedule": {"steps": 6, "batch_size": 4}},
     "malmen": {"schedule": {"steps": 6, "batch_size": 4}},
     "rledit": {"edit_size": 2, "schedule": {"steps": 3, "batch_size": 4}},

@@ -40,6 +40,7 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "malmen": "workers.methods.malmen:MALMEN",
         "mend": "workers.methods.mend:MEND",
         "rledit": "workers.methods.rledit:RLEdit",
+        "simie": "workers.methods.simie:SimIE",
     }
 )
 
@@ -59,6 +60,21 @@ def get_method(name: str) -> type[Method[Any]]:
     return found
 
 
+def read_hparams(path: Path) -> dict[str, JSON]:
+    """The mapping of an EasyEdit YAML. Raises :class:`SpecError`."""
+    source = f"hparams_file: {path}"
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{source}: cannot be read: {error}") from None
+    loaded = parse_yaml(text, source)
+    if not isinstance(loaded, dict):
+        raise SpecError(f"{source}: expected a mapping, found {type(loaded).__name__}")
+    return loaded
+
+
 def load_config(
     method: str, hparams: Mapping[str, JSON], hparams_file: Path | None, model: ModelConfig
 ) -> MethodConfig:
@@ -72,18 +88,10 @@ def load_config(
     cls = get_method(method)
     values: dict[str, JSON] = {}
     if hparams_file is not None:
-        try:
-            if hparams_file.stat().st_size > MAX_BYTES:
-                raise SpecError(f"hparams_file: {hparams_file}: larger than {MAX_BYTES} bytes")
-            text = hparams_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"hparams_file: {hparams_file}: cannot be read: {error}") from None
-        loaded = parse_yaml(text, f"hparams_file: {hparams_file}")
-        if not isinstance(loaded, dict):
-            raise SpecError(f"hparams_file: {hparams_file}: expected a mapping, found {type(loaded).__name__}")
+        loaded = read_hparams(hparams_file)
         values = cls.Config.from_easyedit(loaded, str(hparams_file))
     elif model.name == EMBEDDED:
-        values = cls.embedded()
+        values = cls.embedded_for(hparams)
     source = f"method {method}" if hparams_file is None else f"{hparams_file} (method {method})"
     try:
         return cls.Config.model_validate({**values, **hparams})

@@ -178,6 +178,11 @@ class Method(ABC, Generic[C]):
         return {}
 
     @classmethod
+    def embedded_for(cls, hparams: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The same, where it depends on what a sweep asks for (``hparams``, which override it)."""
+        return cls.embedded()
+
+    @classmethod
     def check(cls, config: Any, shape: ModelShape) -> None:
         """Raise :class:`SpecError` where the config does not fit the model (layer index, module name)."""
 
