@@ -264,6 +264,8 @@ class TestRLEdit(MethodContract):
 
     def config(self) -> MethodConfig:
         return RLEditConfig(layers=(1, 2), rank=8, lr=2e-2, edit_size=2, schedule=Schedule(steps=3, batch_size=4))
+
+
 class TestSimIE(MethodContract):
     method = "simie"
     whole_answer = False
