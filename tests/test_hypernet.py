@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.small import golden_requests, job, model_hash, random_model, session
 from workers.artifacts import ArtifactData
@@ -20,16 +22,23 @@ from workers.hypernet import (
     Questions,
     Statistics,
     changed,
+    fit,
+    fit_keys,
+    fitted,
     gradient_factors,
     hypernet_sites,
+    squared_norm,
 )
 from workers.methods import get_method, load_config
-from workers.methods.malmen import MALMENConfig, fit
+from workers.methods.base import LaneEdit
+from workers.methods.malmen import MALMENConfig
 from workers.methods.mend import MENDConfig
+from workers.methods.rledit import RLEdit, RLEditConfig
 from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.overlay import DenseOverlay
+from workers.overlay import DenseOverlay, LaneState
 from workers.pretrain import Schedule, Trainer, training_source
-from workers.rng import derive_generator
+from workers.rng import Draws, derive_generator
+from workers.rows import collate
 from workers.session import build_inputs
 from workers.stream import Stream
 from workers.types import DataError, EditRequest, SpecError
@@ -37,6 +46,9 @@ from workers.types import DataError, EditRequest, SpecError
 CONFIGS: Mapping[str, Any] = {
     "mend": MENDConfig(layers=(0, 2), rank=8, lr=1e-3, schedule=Schedule(steps=2)),
     "malmen": MALMENConfig(layers=(0, 2), modules=(), rank=8, lr=1e-2, meta_lr=1e-3, schedule=Schedule(steps=2)),
+    "rledit": RLEditConfig(
+        layers=(0, 2), rank=8, n_blocks=2, lr=1e-2, meta_lr=1e-3, edit_size=2, schedule=Schedule(steps=2)
+    ),
 }
 
 
@@ -172,7 +184,10 @@ def test_training_goes_on_as_if_it_had_never_stopped(method: str) -> None:
 def test_gradients_reach_every_part_of_the_networks_and_nothing_else(method: str) -> None:
     """Against a finite difference of the loss by one step size, so that nothing on the way is cut off."""
     base = random_model("gpt2", torch.float64)  # Llama's norms are float32 whatever the weights are
-    made = trainer(base, method, grad_clip=1e9) if method == "mend" else trainer(base, method, max_grad_norm=1e9)
+    changes: dict[str, Any] = {"grad_clip": 1e9} if method == "mend" else {"max_grad_norm": 1e9}
+    if method == "rledit":
+        changes["edit_size"] = 4  # one edit: no gradient goes through the weights that an edit before has left
+    made = trainer(base, method, **changes)
     assert isinstance(made, HypernetTrainer)
     learn(made, range(1))  # statistics, and networks that are no longer the identity
     state = made.state()
@@ -191,6 +206,130 @@ def test_gradients_reach_every_part_of_the_networks_and_nothing_else(method: str
             losses.append(learn(made, range(1, 2))[0]["loss"])
         slope = (losses[0] - losses[1]) / 2e-5
         assert slope == pytest.approx(float(found[name].view(-1)[1]), rel=1e-3, abs=1e-6), name
+
+
+def test_a_trajectory_counts_earlier_edits_at_the_weights_of_later_ones() -> None:
+    """Its loss is computed anew from whole forward passes of the edited model, edit by edit, and its gradient from theirs."""
+    base = random_model("gpt2", torch.float64)
+    decay, loc_coef, reg_coef = 0.7, 0.6, 0.01
+    made = trainer(
+        base,
+        "rledit",
+        edit_size=1,
+        time_decay=decay,
+        back_depth=2,
+        loc_coef=loc_coef,
+        reg_coef=reg_coef,
+        train_on="prompt",
+        max_grad_norm=1e9,
+    )
+    assert isinstance(made, HypernetTrainer)
+    learn(made, range(1))
+    requests = [replace(r, locality=r.locality[:1]) for r in load_requests("train")[8:11]]
+    again = trainer(base, "rledit")
+    assert isinstance(again, HypernetTrainer)
+    again.load_state(made.state())
+    figures = made.step(requests, derive_generator(0))
+
+    net, sites = again.net, made.sites
+    overlay = DenseOverlay(sites, 1, torch.float64)
+    losses = []
+    for i, request in enumerate(requests):
+        questions = Questions.of(base, [[(request.prompt, request.target_new)]])
+        factors = fit_keys(gradient_factors(base, sites, questions, overlay)[0], "answer")
+        net.learn_scale(factors)
+        changes = fitted(net, factors)
+        later = DenseOverlay(sites, 1, torch.float64)
+        loss = torch.zeros((), dtype=torch.float64)
+        for site, (left_LNO, right_LNI) in zip(sites, changes, strict=True):
+            change_LOI = left_LNO.transpose(1, 2) @ right_LNI
+            later.weights_LOI[site.name] = overlay.weights_LOI[site.name] + change_LOI
+            loss = loss + reg_coef * change_LOI.square().sum()
+        for age in range(min(i + 1, 2)):
+            past = requests[i - age]
+            (probe,) = past.locality
+            nll = -said(base, later, past.prompt, past.target_new).mean()
+            before, after = (said(base, o, probe.prompt, probe.target, every=True) for o in (overlay, later))
+            kl = (before.detach().exp() * (before.detach() - after)).sum(-1).mean()
+            loss = loss + decay**age * (nll + loc_coef * kl)
+        losses.append(loss)
+        for name, weight_LOI in later.weights_LOI.items():
+            overlay.weights_LOI[name] = weight_LOI.detach()
+    wanted = torch.stack(losses).mean()
+    wanted.backward()
+    assert figures["loss"] == pytest.approx(float(wanted.detach()), rel=1e-9)
+    for name, parameter in made.net.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, net.get_parameter(name).grad, rtol=1e-6, atol=1e-9), name
+    assert float(made.net.rate_S.grad.norm()) > 0
+
+
+def said(base: BaseModel, overlay: DenseOverlay, prompt: str, target: str, every: bool = False) -> Tensor:
+    """The edited model's log-probabilities of the target's tokens, or of every token where it stands."""
+    pair = base.encoder.pair(prompt, target)
+    rows = collate([pair], [0], base.encoder.pad_id)
+    with overlay.installed(rows):
+        logits_SV = base.logits(base.hidden_states(rows)[0])[pair.prompt_len - 1 : -1]
+    found_SV = logits_SV.log_softmax(-1)
+    return found_SV if every else found_SV[torch.arange(len(pair.target)), list(pair.target)]
+
+
+def test_the_norm_of_a_change_is_found_without_it() -> None:
+    generator = derive_generator("norm")
+    left, right = (torch.randn(2, 4, width, generator=generator, dtype=torch.float64) for width in (6, 9))
+    assert torch.allclose(squared_norm((left, right)), (left.transpose(1, 2) @ right).square().sum())
+
+
+@pytest.mark.parametrize("statistics", ["lifelong", "trained"])
+def test_rledits_statistics_are_a_lanes_own(statistics: str) -> None:
+    """With them, an edit depends on the edits before it even where these changed no weight; a rollback forgets them."""
+    base = random_model("gpt2")
+    config = CONFIGS["rledit"].model_copy(update={"statistics": statistics})
+    source = training_source("tinyworld", shards=(16,))[0]
+    specs = get_method("rledit").artifacts(config, ModelFingerprint("m", "t"), base.config, 0, source)
+    method = get_method("rledit").prepare(base, config, build_inputs(base, specs))
+    assert isinstance(method, RLEdit)
+    first, second = golden_requests(2)
+    trained = method.net.data()
+    states = []
+    for lead in ((), (first,)):
+        overlay = method.new_overlay(2)
+        empty = overlay.state(0)
+        for request in lead:
+            method.edit(overlay, [LaneEdit((request,), Draws("x", {}, 0, 0, 0))] * 2)
+        saved = overlay.state(1)
+        weightless = LaneState({n: t for n, t in saved.tensors.items() if "/" in n} | pristine(method))
+        overlay.load_state(0, weightless if lead else empty)
+        method.edit(overlay, [LaneEdit((second,), Draws("x", {}, 0, 0, 1))] * 2)
+        states.append(overlay.state(0).tensors)
+        overlay.load_state(0, empty)
+        assert not overlay.state(0).tensors
+        assert all(torch.equal(overlay.scales[0][n].mean_F, s.mean_F) for n, s in method.net.scale.items())
+    alike = [torch.equal(states[0][site.name], states[1][site.name]) for site in method.new_overlay(1).sites]
+    assert all(alike) if statistics == "trained" else not any(alike)
+    assert all(torch.equal(trained[name], tensor) for name, tensor in method.net.data().items())
+
+
+def pristine(method: RLEdit) -> dict[str, Tensor]:
+    return {site.name: site.weight_OI for site in method.new_overlay(1).sites}
+
+
+def test_rledit_reads_its_authors_file(tmp_path: Path) -> None:
+    path = tmp_path / "rledit.yaml"
+    text = (
+        "name: rledit\nrank: 512\nn_blocks: 4\nlr: 1e-6\nmeta_lr: 1e-4\nloc_coef: 0.6\nmax_grad_norm: 1\nn_epochs: 3\n"
+    )
+    text += "batch_size: 128\ntoken: {}\ncache_dir: cache\nn_test: 10\nreg_coef: 1e-4\ntime_decay: 0.9\nback_depth: 7\n"
+    path.write_text(text.format("ans"))
+    config = load_config(
+        "rledit", {"layers": [22, 23], "modules": ["mlp.up_proj"]}, path, ModelConfig(name="some/model")
+    )
+    assert isinstance(config, RLEditConfig)
+    assert (config.rank, config.tokens, config.lr_lr, config.back_depth) == (512, "answer", 1e-4, 7)
+    assert (config.schedule.steps, config.schedule.batch_size, config.edit_size) == (3, 8000, 20)
+    path.write_text(text.format("some"))
+    with pytest.raises(SpecError, match="token: 'some'; choices: ans"):
+        load_config("rledit", {"layers": [22]}, path, ModelConfig(name="some/model"))
 
 
 def test_a_request_without_anything_else_is_named() -> None:
@@ -273,7 +412,7 @@ def test_training_raises_the_success_of_edits(method: str) -> None:
     source = training_source("tinyworld")[0]
     size = 10 if method == "malmen" else 1
     scores = []
-    for steps in (1, 150):
+    for steps in (1, 30 if method == "rledit" else 150):  # a step of RLEdit's is a sequence of edits
         short = config.model_copy(update={"schedule": config.schedule.model_copy(update={"steps": steps})})  # type: ignore[attr-defined]
         data = build_inputs(
             base, get_method(method).artifacts(short, ModelFingerprint("m", "t"), base.config, 0, source)

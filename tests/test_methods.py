@@ -23,6 +23,7 @@ from workers.methods.memit import MEMITConfig
 from workers.methods.mend import MENDConfig
 from workers.methods.none import NoEditConfig
 from workers.methods.pmet import PMETConfig
+from workers.methods.rledit import RLEditConfig
 from workers.methods.rome import ROMEConfig, RROMEConfig
 from workers.methods.serac import SERACConfig
 from workers.methods.simie import SimIEConfig
@@ -256,6 +257,13 @@ class TestMALMEN(MethodContract):
 
     def config(self) -> MethodConfig:
         return MALMENConfig(layers=(1, 2), rank=8, lr=2e-2, schedule=Schedule(steps=3, batch_size=4))
+
+
+class TestRLEdit(MethodContract):
+    method = "rledit"
+
+    def config(self) -> MethodConfig:
+        return RLEditConfig(layers=(1, 2), rank=8, lr=2e-2, edit_size=2, schedule=Schedule(steps=3, batch_size=4))
 
 
 class TestSimIE(MethodContract):

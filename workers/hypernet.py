@@ -1,4 +1,4 @@
-"""Networks that turn a gradient into an edit: what MEND and MALMEN share.
+"""Networks that turn a gradient into an edit: what MEND, MALMEN and RLEdit share.
 
 >>> sites = hypernet_sites(base, layers=(4, 5), modules=())
 >>> questions = Questions.of(base, [[(prompt, target)], [(other_prompt, other_target)]])     # one lane each
@@ -17,7 +17,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodCo
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
 from workers.overlay import DenseOverlay, Overlay, lane_linear
 from workers.pretrain import PRETRAINED, Trainer, TrainingSource, pretrained
-from workers.replay import answering, capture, replay
+from workers.replay import Prefix, answering, capture, replay
 from workers.rows import Encoded, Rows, collate
 from workers.types import JSON, DataError, EditRequest, SpecError
 
@@ -110,7 +110,7 @@ class HypernetMethod(Method[C]):
         """Untrained networks."""
 
     @abstractmethod
-    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
+    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
         """The change of each map."""
 
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
@@ -125,9 +125,7 @@ class HypernetMethod(Method[C]):
         asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
         factors, loss_L = gradient_factors(self.base, self.sites, self.questions(asked), overlay)
         with torch.no_grad():
-            for site, (left_LNO, right_LNI) in zip(self.sites, self.changes(factors), strict=True):
-                overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
-        overlay.touch(range(overlay.lanes))
+            add(overlay, self.changes(factors, overlay))
         return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
 
     @classmethod
@@ -197,6 +195,13 @@ class Factors:
     real_LN: Tensor
     """Tokens that are no padding."""
 
+    def lane(self, lane: int) -> Factors:
+        """One lane alone."""
+        part = slice(lane, lane + 1)
+        return Factors(
+            self.key_LNI[part], self.grad_LNO[part], self.kept_LN[part], self.read_LN[part], self.real_LN[part]
+        )
+
 
 def gradient_factors(
     base: BaseModel, sites: Sequence[Site], questions: Questions, overlay: Overlay | None = None
@@ -210,7 +215,7 @@ def gradient_factors(
     outputs: dict[str, Tensor] = {}
 
     def answer(site: Site, x_BSI: Tensor) -> Tensor:
-        plain = F.linear(x_BSI, site.weight_OI, site.bias_O) if overlay is None else overlay.forward(site, x_BSI, rows)
+        plain = _plain(site, x_BSI, rows, overlay)
         # nothing below the lowest sites needs a gradient, so there one has to begin
         out_BSO = plain if plain.requires_grad else plain.detach().requires_grad_(True)
         inputs[site.name], outputs[site.name] = x_BSI.detach(), out_BSO
@@ -236,6 +241,10 @@ def gradient_factors(
         kept_LN = real_LN & (key_LNI != 0).any(-1) & (grad_LNO != 0).any(-1)
         found.append(Factors(key_LNI, grad_LNO, kept_LN, read_BS.reshape(lanes, -1), real_LN))
     return found, loss_L.detach()
+
+
+def _plain(site: Site, x_BSI: Tensor, rows: Rows, overlay: Overlay | None) -> Tensor:
+    return F.linear(x_BSI, site.weight_OI, site.bias_O) if overlay is None else overlay.forward(site, x_BSI, rows)
 
 
 def _answer_at(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
@@ -274,6 +283,9 @@ class Statistics(nn.Module):
         deviation_F = (self.squares_F / (self.count - 1).clamp_min(1)).sqrt()
         return (x_NF - self.mean_F.to(x_NF.dtype)) / (deviation_F.to(x_NF.dtype) + _TINY)
 
+
+Scale = Mapping[str, Statistics]
+"""The statistics of each shape of map."""
 
 Order = Literal["inside", "outside"]
 """Whether scale and shift act inside the rectifier (MEND) or outside of it (MALMEN)."""
@@ -332,17 +344,26 @@ class Hypernet(nn.Module):
                     Block(into + out, rank, modes, order, generator) for _ in range(blocks)
                 )
 
-    def learn_scale(self, factors: Sequence[Factors]) -> None:
-        """Take the kept rows of each map into the statistics of its shape."""
+    def learn_scale(self, factors: Sequence[Factors], scale: Scale | None = None) -> None:
+        """Take the kept rows of each map into the statistics of its shape: the network's own, or others."""
         for name, found in zip(self.names, factors, strict=True):
-            statistics = self.statistics[name]
-            assert isinstance(statistics, Statistics)
-            statistics.update(_rows(found))
+            (scale or self.scale)[name].update(_rows(found))
 
-    def forward(self, place: int, factors: Factors) -> Pair:
-        """The other pair for map ``place``: ``key_LNI``, ``grad_LNO``, zero in rows that are not kept."""
-        x_MF = self.statistics[self.names[place]](_rows(factors))
-        for block in self._blocks_of(self.names[place]):
+    @property
+    def scale(self) -> Scale:
+        return {name: found for name, found in self.statistics.items() if isinstance(found, Statistics)}
+
+    def forward(self, place: int, factors: Factors, scales: Sequence[Scale] | None = None) -> Pair:
+        """The other pair for map ``place``: ``key_LNI``, ``grad_LNO``, zero in rows that are not kept.
+
+        ``scales``: statistics of each lane's own instead of the network's.
+        """
+        name = self.names[place]
+        if scales is None:
+            x_MF = self.statistics[name](_rows(factors))
+        else:
+            x_MF = torch.cat([scale[name](_rows(factors.lane(lane))) for lane, scale in enumerate(scales)])
+        for block in self._blocks_of(name):
             x_MF = block(x_MF, self.modes[place])
         out_LNF = x_MF.new_zeros(*factors.kept_LN.shape, x_MF.shape[1])
         out_LNF = out_LNF.masked_scatter(factors.kept_LN[..., None], x_MF)
@@ -377,17 +398,80 @@ def _rows(factors: Factors) -> Tensor:
     return torch.cat([factors.key_LNI[kept_LN], factors.grad_LNO[kept_LN]], dim=-1)
 
 
+# --- MALMEN's normal equation ---------------------------------------------------------------------------------------
+
+
+def token_choice(value: JSON, source: str) -> str:
+    """``token`` of a public hyperparameter file in our words. Raises :class:`SpecError`."""
+    choices = {"ans": "answer", "mask": "all", "all": "all"}
+    if value not in choices:
+        raise SpecError(f"{source}: token: {value!r}; choices: {', '.join(choices)}")
+    return choices[value]
+
+
+def fit_keys(factors: Sequence[Factors], tokens: str) -> list[Factors]:
+    """Keys that the fit sees. ``tokens``: answer; or all, rows without any gradient too, because their value is to stay."""
+    if tokens == "answer":
+        return [replace(found, kept_LN=found.read_LN) for found in factors]
+    return [replace(found, kept_LN=found.real_LN) for found in factors]
+
+
+def fitted(net: Hypernet, factors: Sequence[Factors], scales: Sequence[Scale] | None = None) -> list[Pair]:
+    """``S`` of every lane and map as its factors: the values ``v_n``, and the rows of ``U^T (U U^T + l I)^-1``."""
+    changes = []
+    for place, found in enumerate(factors):
+        other_LNI, grad_LNO = net(place, found, scales)
+        key_LNI = torch.where(found.kept_LN[..., None], found.key_LNI, 0)
+        size_LN1 = (other_LNI * key_LNI).sum(-1, keepdim=True)
+        changes.append((-net.rate_S[place] * size_LN1 * grad_LNO, fit(key_LNI, net.damping_S[place].exp())))
+    return changes
+
+
+def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
+    """``K (K^T K + l I)^-1`` of each lane's keys (its rows), (L, N, I); equally ``(K K^T + l I)^-1 K``, where that is smaller.
+
+    A lane whose keys are not finite gives what is not finite; the others are what they are alone.
+    """
+    wide_LNI = key_LNI.to(torch.float64)
+    _, tokens, into = wide_LNI.shape
+    eye = torch.eye(min(tokens, into), dtype=torch.float64, device=key_LNI.device) * damping.to(torch.float64)
+    if tokens <= into:
+        gram_LNN = wide_LNI @ wide_LNI.transpose(1, 2) + eye
+        found_LNI = torch.linalg.solve_ex(gram_LNN, wide_LNI)[0]
+    else:
+        gram_LII = wide_LNI.transpose(1, 2) @ wide_LNI + eye
+        found_LNI = torch.linalg.solve_ex(gram_LII, wide_LNI.transpose(1, 2))[0].transpose(1, 2)
+    fitted_LNI: Tensor = found_LNI.to(key_LNI.dtype)
+    return fitted_LNI
+
+
+def squared_norm(change: Pair) -> Tensor:
+    """``|left^T right|^2`` over all lanes, without the product: of the inner products of rows."""
+    left_LNO, right_LNI = change
+    return ((left_LNO @ left_LNO.transpose(1, 2)) * (right_LNI @ right_LNI.transpose(1, 2))).sum()
+
+
+def add(overlay: DenseOverlay, changes: Sequence[Pair]) -> None:
+    """Add every lane's change to its weights."""
+    for site, (left_LNO, right_LNI) in zip(overlay.sites, changes, strict=True):
+        overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
+    overlay.touch(range(overlay.lanes))
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def changed(sites: Sequence[Site], changes: Sequence[Pair], rows: Rows) -> Iterator[None]:
-    """Inside, each map answers with its lane's change added; gradients flow into the changes."""
+def changed(
+    sites: Sequence[Site], changes: Sequence[Pair], rows: Rows, overlay: Overlay | None = None
+) -> Iterator[None]:
+    """Inside, each map answers with its lane's change added, to the pristine weights or an overlay's; gradients flow into the
+    changes."""
 
     def answer(site: Site, pair: Pair, x_BSI: Tensor) -> Tensor:
         left_LNO, right_LNI = pair
         low_BSN = lane_linear(x_BSI, right_LNI, rows)
-        return F.linear(x_BSI, site.weight_OI, site.bias_O) + lane_linear(low_BSN, left_LNO.transpose(1, 2), rows)
+        return _plain(site, x_BSI, rows, overlay) + lane_linear(low_BSN, left_LNO.transpose(1, 2), rows)
 
     with ExitStack() as stack:
         for site, pair in zip(sites, changes, strict=True):
@@ -414,7 +498,7 @@ class Objective:
 
 
 class HypernetTrainer(Trainer):
-    """One Adam step per batch of requests. Gradients flow to the networks only: their inputs are detached, as in the papers."""
+    """Adam on the networks. Gradients flow to the networks only: their inputs are detached, as in the papers."""
 
     def __init__(
         self,
@@ -435,37 +519,12 @@ class HypernetTrainer(Trainer):
         others = [p for p in net.parameters() if p is not net.rate_S]
         self._optimizer = torch.optim.Adam([{"params": others, "lr": lr}, {"params": own, "lr": rate_lr}])
 
-    @abstractmethod
-    def lanes(self, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
-        """Which requests are edited together: each lane is one edit of the pristine model."""
-
-    @abstractmethod
-    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
-        """The change of each map, from the networks as they are now."""
-
-    @abstractmethod
-    def chosen(self, factors: Sequence[Factors]) -> list[Factors]:
-        """The same factors with the rows kept that the method uses."""
-
-    def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
-        base, objective = self.base, self.objective
-        lanes = self.lanes(requests)
-        edits = Questions.of(base, [[(r.prompt, r.target_new) for r in lane] for lane in lanes], objective.public_bos)
-        found, _ = gradient_factors(base, self.sites, edits)
-        factors = self.chosen(found)
-        self.net.learn_scale(factors)
-        judge = _Judge.of(base, lanes, self.sites[0].layer, objective, generator)
-        with torch.enable_grad():
-            nll, kl = judge.losses(base, self.sites, self.changes(factors))
-            loss = objective.cedit * nll + objective.cloc * kl
-            self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+    def update(self, figures: dict[str, float]) -> dict[str, float]:
+        """One Adam step along the gradients as they are, clipped. A norm that is not finite becomes a figure and no step."""
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
-        figures = {"loss": float(loss.detach()), "nll": float(nll.detach()), "kl": float(kl.detach())}
-        if math.isfinite(float(norm)):  # else the figures, or those of the next step, say so
-            self._optimizer.step()
-        else:
-            figures["gradient"] = float(norm)
+        if not math.isfinite(float(norm)):  # the figures, or those of the next step, say so
+            return {**figures, "gradient": float(norm)}
+        self._optimizer.step()
         return figures
 
     def state(self) -> ArtifactData:
@@ -492,68 +551,119 @@ class HypernetTrainer(Trainer):
         return ArtifactData(self.net.data())
 
 
+class SingleEditTrainer(HypernetTrainer):
+    """One Adam step per batch of requests, edits of the pristine model."""
+
+    @abstractmethod
+    def lanes(self, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
+        """Which requests are edited together: each lane is one edit of the pristine model."""
+
+    @abstractmethod
+    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
+        """The change of each map, from the networks as they are now."""
+
+    @abstractmethod
+    def chosen(self, factors: Sequence[Factors]) -> list[Factors]:
+        """The same factors with the rows kept that the method uses."""
+
+    def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
+        base, objective = self.base, self.objective
+        lanes = self.lanes(requests)
+        edits = Questions.of(base, [[(r.prompt, r.target_new) for r in lane] for lane in lanes], objective.public_bos)
+        found, _ = gradient_factors(base, self.sites, edits)
+        factors = self.chosen(found)
+        self.net.learn_scale(factors)
+        sentences = [[(Sentences.draw(base, lane, objective, generator), 1.0)] for lane in lanes]
+        judge = Judge.of(base, sentences, self.sites[0].layer)
+        with torch.enable_grad():
+            nll, kl = (total / len(requests) for total in judge.losses(base, self.sites, self.changes(factors)))
+            loss = objective.cedit * nll + objective.cloc * kl
+            self._optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        return self.update({"loss": float(loss.detach()), "nll": float(nll.detach()), "kl": float(kl.detach())})
+
+
 @dataclass(frozen=True)
-class _Judge:
-    """Sentences that ask for the new answers, and sentences about something else, as one batch through the pristine model."""
+class Sentences:
+    """What some requests are judged by: a sentence each that asks for the new answer, and one about something else."""
+
+    asking: tuple[tuple[Encoded, tuple[int, ...]], ...]
+    """With the answer's tokens."""
+    others: tuple[tuple[Encoded, range], ...]
+    """With the columns whose predictions have to stay."""
+
+    @classmethod
+    def draw(
+        cls, base: BaseModel, requests: Sequence[EditRequest], objective: Objective, generator: torch.Generator
+    ) -> Self:
+        encoder = base.encoder
+        asking = []
+        for request in requests:
+            ways = (request.prompt, *(request.rephrases if objective.train_on == "rephrase" else ()))
+            pair = encoder.pair(ways[_draw(len(ways), generator)], request.target_new)
+            answer = encoder.text(f" {request.target_new}") if objective.public_bos else pair.target
+            asking.append((pair, tuple(answer)))
+        return cls(tuple(asking), tuple(_elsewhere(base, request, generator) for request in requests))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Sentences as one batch through the pristine model, and how much each of them counts."""
 
     rows: Rows
-    prefix: Any
+    prefix: Prefix
     targets: TargetTokens
     other_row_P: list[int]
     other_column_P: list[int]
     share_P: Tensor
-    edits: int
 
     @classmethod
-    def of(
-        cls,
-        base: BaseModel,
-        lanes: Sequence[Sequence[EditRequest]],
-        first_layer: int,
-        objective: Objective,
-        generator: torch.Generator,
-    ) -> Self:
+    def of(cls, base: BaseModel, lanes: Sequence[Sequence[tuple[Sentences, float]]], first_layer: int) -> Self:
+        """Each lane's sentences, every one of which counts as much as the number beside them says."""
         encoded: list[Encoded] = []
         lane_B: list[int] = []
         places: list[tuple[int, int, int, float]] = []
         others: list[tuple[int, int, float]] = []
-        encoder = base.encoder
         for i, lane in enumerate(lanes):
-            for request in lane:
-                ways = (request.prompt, *(request.rephrases if objective.train_on == "rephrase" else ()))
-                pair = encoder.pair(ways[_draw(len(ways), generator)], request.target_new)
-                answer = encoder.text(f" {request.target_new}") if objective.public_bos else pair.target
-                start = len(pair.ids) - 1 - len(answer)
-                places += [(len(encoded), start + j, token, 1 / len(answer)) for j, token in enumerate(answer)]
-                encoded.append(pair)
-            for request in lane:
-                kept, read = _elsewhere(base, request, generator)
-                others += [(len(encoded), column, 1 / len(read)) for column in read]
-                encoded.append(kept)
-            lane_B += [i] * (2 * len(lane))
-        rows = collate(encoded, lane_B, encoder.pad_id, base.device)
-        row, column, share = zip(*others, strict=True)
+            for sentences, weight in lane:
+                for pair, answer in sentences.asking:
+                    start = len(pair.ids) - 1 - len(answer)
+                    share = weight / len(answer)
+                    places += [(len(encoded), start + j, token, share) for j, token in enumerate(answer)]
+                    encoded.append(pair)
+                for kept, read in sentences.others:
+                    others += [(len(encoded), column, weight / len(read)) for column in read]
+                    encoded.append(kept)
+                lane_B += [i] * (len(sentences.asking) + len(sentences.others))
+        rows = collate(encoded, lane_B, base.encoder.pad_id, base.device)
+        row, column, share_P = zip(*others, strict=True)
         return cls(
             rows,
             capture(base, rows, first_layer),
             TargetTokens.of(rows, places, len(lanes)),
             list(row),
             [rows.offsets[r] + c for r, c in zip(row, column, strict=True)],
-            torch.tensor(share, dtype=base.master_dtype, device=base.device),
-            sum(map(len, lanes)),
+            torch.tensor(share_P, dtype=base.master_dtype, device=base.device),
         )
 
-    def losses(self, base: BaseModel, sites: Sequence[Site], changes: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Mean over the requests of both terms."""
-        with changed(sites, changes, self.rows):
+    def losses(
+        self, base: BaseModel, sites: Sequence[Site], changes: Sequence[Pair], overlay: Overlay | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sums over all sentences: ``-log p`` of the answers, and KL of what was said before the change. The change is
+        one of the pristine weights, or of an overlay's."""
+        with changed(sites, changes, self.rows, overlay):
             hidden_BSD = replay(base, self.prefix)
         row_P, column_P = self.targets.reads
         nll = self.targets.nll(base, hidden_BSD[list(row_P), list(column_P)]).sum()
         with torch.no_grad():
-            before_PV = base.logits(self.prefix.output_BSD[self.other_row_P, self.other_column_P]).log_softmax(-1)
+            before_BSD = self.prefix.output_BSD
+            if overlay is not None:
+                with overlay.installed(self.rows):
+                    before_BSD = replay(base, self.prefix)
+            before_PV = base.logits(before_BSD[self.other_row_P, self.other_column_P]).log_softmax(-1)
         after_PV = base.logits(hidden_BSD[self.other_row_P, self.other_column_P]).log_softmax(-1)
         kl_P = F.kl_div(after_PV, before_PV, log_target=True, reduction="none").sum(1)
-        return nll / self.edits, (kl_P * self.share_P).sum() / self.edits
+        return nll, (kl_P * self.share_P).sum()
 
 
 def _draw(count: int, generator: torch.Generator) -> int:

@@ -57,6 +57,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "simie": {},
     "mend": {"schedule": {"steps": 6, "batch_size": 4}},
     "malmen": {"schedule": {"steps": 6, "batch_size": 4}},
+    "rledit": {"edit_size": 2, "schedule": {"steps": 3, "batch_size": 4}},
     "serac": {"schedule": {"steps": 6, "batch_size": 4}},
 }
 """Every method whose edits leave a state behind, with few steps: what is tested is what becomes of the state."""

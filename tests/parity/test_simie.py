@@ -280,7 +280,7 @@ def test_errors_of_the_base_method_say_so() -> None:
         config(base={"layer": 0, "layers": [0]})
     with pytest.raises(SpecError, match=r"base\.layer: layer 6 is out of range; the model has layers 0 to 5"):
         SimIE.check(config(base={"layer": 6}), SHAPE)
-    with pytest.raises(SpecError, match=r"base\.corpus: ROME needs a plain text file"):
+    with pytest.raises(SpecError, match=r"base\.corpus: ROME needs a text or JSONL file"):
         SimIE.artifacts(config(base={"layer": 0}), FINGERPRINT, ELSEWHERE, 0)
     with pytest.raises(SpecError, match=r"lamHyper: .*greater than 0"):
         config(base={"layer": 0}, lamHyper=0)

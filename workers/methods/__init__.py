@@ -41,6 +41,7 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         # networks that are trained first and then write weights
         "mend": "workers.methods.mend:MEND",
         "malmen": "workers.methods.malmen:MALMEN",
+        "rledit": "workers.methods.rledit:RLEdit",
         # change nothing in the model
         "none": "workers.methods.none:NoEdit",
         "icl": "workers.methods.icl:ICL",

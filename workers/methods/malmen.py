@@ -33,30 +33,30 @@ The paper's equation numbers were not checked against its text, and there are no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from workers.hypernet import (
     Factors,
     Hypernet,
     HypernetConfig,
     HypernetMethod,
-    HypernetTrainer,
     Objective,
     Pair,
+    SingleEditTrainer,
+    fit_keys,
+    fitted,
     hypernet_sites,
+    token_choice,
 )
 from workers.methods.base import IGNORED, TRAINER_KEYS, MethodConfig
 from workers.models import BaseModel
+from workers.overlay import DenseOverlay
 from workers.pretrain import Schedule
 from workers.types import JSON, EditRequest, SpecError
-
-_TOKENS: Mapping[str, str] = MappingProxyType({"ans": "answer", "mask": "all", "all": "all"})
 
 
 class MALMENConfig(HypernetConfig):
@@ -96,9 +96,7 @@ class MALMENConfig(HypernetConfig):
             if out.pop(key, None):
                 raise SpecError(f"{source}: {key}: {values[key]!r} is a variant that is not here; expected it off")
         if "tokens" in out:
-            if out["tokens"] not in _TOKENS:
-                raise SpecError(f"{source}: token: {out['tokens']!r}; choices: {', '.join(_TOKENS)}")
-            out["tokens"] = _TOKENS[out["tokens"]]
+            out["tokens"] = token_choice(out["tokens"], source)
         if "meta_lr" in out:
             out["lr_lr"] = out["meta_lr"]  # one step size for both there
         out["schedule"] = {"steps": out.pop("max_iters", 10_000), "batch_size": out.pop("n_edits", 32)}
@@ -126,8 +124,8 @@ class MALMEN(HypernetMethod[MALMENConfig]):
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
 
-    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
-        return _changes(self.net, _chosen(factors, self.config.tokens))
+    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
+        return fitted(self.net, fit_keys(factors, self.config.tokens))
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -155,7 +153,7 @@ class MALMEN(HypernetMethod[MALMENConfig]):
         return trainer
 
 
-class MALMENTrainer(HypernetTrainer):
+class MALMENTrainer(SingleEditTrainer):
     """The requests of a step are one edit."""
 
     tokens: str = "answer"
@@ -164,43 +162,7 @@ class MALMENTrainer(HypernetTrainer):
         return [list(requests)]
 
     def chosen(self, factors: Sequence[Factors]) -> list[Factors]:
-        return _chosen(factors, self.tokens)
+        return fit_keys(factors, self.tokens)
 
     def changes(self, factors: Sequence[Factors]) -> list[Pair]:
-        return _changes(self.net, factors)
-
-
-def _chosen(factors: Sequence[Factors], tokens: str) -> list[Factors]:
-    """Keys that the fit sees: rows without any gradient, too, if ``tokens`` says so, because their value is to stay."""
-    if tokens == "answer":
-        return [replace(found, kept_LN=found.read_LN) for found in factors]
-    return [replace(found, kept_LN=found.real_LN) for found in factors]
-
-
-def _changes(net: Hypernet, factors: Sequence[Factors]) -> list[Pair]:
-    """``S`` of every lane and map as its factors: the values ``v_n``, and the rows of ``U^T (U U^T + l I)^-1``."""
-    changes = []
-    for place, found in enumerate(factors):
-        other_LNI, grad_LNO = net(place, found)
-        key_LNI = torch.where(found.kept_LN[..., None], found.key_LNI, 0)
-        size_LN1 = (other_LNI * key_LNI).sum(-1, keepdim=True)
-        changes.append((-net.rate_S[place] * size_LN1 * grad_LNO, fit(key_LNI, net.damping_S[place].exp())))
-    return changes
-
-
-def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
-    """``K (K^T K + l I)^-1`` of each lane's keys (its rows), (L, N, I); equally ``(K K^T + l I)^-1 K``, where that is smaller.
-
-    A lane whose keys are not finite gives what is not finite; the others are what they are alone.
-    """
-    wide_LNI = key_LNI.to(torch.float64)
-    _, tokens, into = wide_LNI.shape
-    eye = torch.eye(min(tokens, into), dtype=torch.float64, device=key_LNI.device) * damping.to(torch.float64)
-    if tokens <= into:
-        gram_LNN = wide_LNI @ wide_LNI.transpose(1, 2) + eye
-        found_LNI = torch.linalg.solve_ex(gram_LNN, wide_LNI)[0]
-    else:
-        gram_LII = wide_LNI.transpose(1, 2) @ wide_LNI + eye
-        found_LNI = torch.linalg.solve_ex(gram_LII, wide_LNI.transpose(1, 2))[0].transpose(1, 2)
-    fitted_LNI: Tensor = found_LNI.to(key_LNI.dtype)
-    return fitted_LNI
+        return fitted(self.net, factors)

@@ -44,14 +44,15 @@ from workers.hypernet import (
     Hypernet,
     HypernetConfig,
     HypernetMethod,
-    HypernetTrainer,
     Objective,
     Pair,
     Questions,
+    SingleEditTrainer,
     hypernet_sites,
 )
 from workers.methods.base import IGNORED, TRAINER_KEYS, MethodConfig
 from workers.models import BaseModel
+from workers.overlay import DenseOverlay
 from workers.pretrain import Schedule
 from workers.types import JSON, EditRequest, SpecError
 
@@ -136,7 +137,7 @@ class MEND(HypernetMethod[MENDConfig]):
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
         return Questions.of(self.base, lanes, self.config.public_bos)
 
-    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
+    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
         return _changes(self.net, factors)
 
     @classmethod
@@ -164,7 +165,7 @@ class MEND(HypernetMethod[MENDConfig]):
         )
 
 
-class MENDTrainer(HypernetTrainer):
+class MENDTrainer(SingleEditTrainer):
     """Each request is an edit of its own."""
 
     def lanes(self, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:

@@ -1,0 +1,257 @@
+"""RLEdit: MALMEN's networks, trained over whole sequences of edits of one drifting model.
+
+Li et al., Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759. Networks that were trained on edits of
+the pristine model meet another model at each later edit of a sequence. RLEdit lets them see it: the edited weights are the state
+of a decision process, a change of weights is the action, the networks are a deterministic policy, and the reward is the negative
+loss of an edit. One trajectory edits chunks of requests ``c_1, c_2, ...`` one after another, ``W_t = W_{t-1} + D_t``; with
+``D_t`` the change that MALMEN's networks and normal equation give for ``c_t`` at ``W_{t-1}``, the loss of step t is
+
+    ``sum_{i<k} m^i (-log p_t(y | x' in c_{t-i}) + cloc KL(p_{t-1} || p_t on x_loc in c_{t-i})) + r |D_t|^2``
+
+which asks for the chunks before, too (memory backtracking, ``k`` = ``back_depth``, ``m`` = ``time_decay``), and keeps the change
+small. The losses of all steps (no discount among them) make one Adam step. Gradients flow from the loss of step t into
+``D_t`` and from there into the networks, not through ``W_{t-1}`` into earlier changes: a state is a constant.
+
+An edit is MALMEN's. With ``statistics: lifelong`` the running mean and deviation that normalise what the networks read go on
+learning from a lane's edits: they are the lane's own, part of its overlay, and a rollback drops them with it.
+
+Differences from public code (the authors'), all deliberate. Only the paper's abstract was at hand: the objective is that of the
+authors' code, and no equation number is given.
+
+1. ``r |D_t|^2`` has a gradient. In the public code the change is found without one, so that ``reg_coef`` has no effect.
+2. The gradient is clipped once, when the trajectory is over. The public code accumulates and clips after each step, so that what
+   an early step gave is scaled down again and again.
+3. The loss of a trajectory is the mean over its steps (Adam does not see the factor; the clipping does), and that of a chunk the
+   mean over its requests. The public code adds up mini-batches of means over all answer tokens.
+4. Networks and normal equation are MALMEN's here, with its differences: float64 and the smaller of two forms, one pass of
+   autograd, prompt or rephrase drawn (``train_on``), a step size of its own for the step sizes (``lr_lr``), exact variances.
+5. A trajectory may have any number of requests, and many of them may be learnt from. The public configuration is one trajectory
+   of 400 chunks, hence one Adam step of 1e-5: its networks stay all but the identity, and what it learns are the statistics.
+6. Statistics start from the trained ones in each lane. The public code has one copy, which its validation moves for good.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from workers.hypernet import (
+    Factors,
+    Hypernet,
+    HypernetConfig,
+    HypernetMethod,
+    HypernetTrainer,
+    Judge,
+    Objective,
+    Pair,
+    Questions,
+    Sentences,
+    add,
+    fit_keys,
+    fitted,
+    gradient_factors,
+    hypernet_sites,
+    site_shapes,
+    squared_norm,
+    token_choice,
+)
+from workers.methods.base import IGNORED, MethodConfig
+from workers.models import BaseModel, ModelShape
+from workers.overlay import DenseOverlay, LaneState
+from workers.pretrain import Schedule
+from workers.types import JSON, EditRequest
+
+
+class RLEditConfig(HypernetConfig):
+    """Hyperparameters of RLEdit."""
+
+    rank: int = Field(1024, ge=1, description="rank of the networks' maps")
+    n_blocks: int = Field(4, ge=1, description="blocks of a network")
+    tokens: Literal["answer", "all"] = Field(
+        "answer", description="answer: keys are the tokens that predict the answer; all: every token of the request"
+    )
+    statistics: Literal["lifelong", "trained"] = Field(
+        "lifelong", description="lifelong: the normalisation goes on learning from a lane's edits; trained: it stays"
+    )
+    edit_size: int = Field(20, ge=1, description="requests of one edit of a training trajectory")
+    time_decay: float = Field(0.95, ge=0, le=1, description="weight of a chunk in the loss, for each later edit")
+    back_depth: int = Field(10, ge=1, description="chunks that a step's loss asks for, the present one included")
+    lr: float = Field(1e-6, gt=0, description="first value of the learned step sizes")
+    meta_lr: float = Field(1e-5, gt=0, description="Adam's step size for networks and lambda")
+    lr_lr: float = Field(1e-5, gt=0, description="Adam's step size for the learned step sizes")
+    loc_coef: float = Field(0.6, ge=0, description="weight of what has to stay in the training loss")
+    reg_coef: float = Field(1e-4, ge=0, description="weight of the change's squared norm in the training loss")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest norm of a trajectory's gradient")
+    train_on: Literal["rephrase", "prompt"] = Field(
+        "rephrase", description="rephrase: prompt or a rephrase asks for the new answer; prompt: the prompt only"
+    )
+    schedule: Schedule = Field(
+        Schedule(steps=1, batch_size=8000), description="number of trajectories, and requests of each"
+    )
+
+    alg_names: ClassVar[tuple[str, ...]] = ("RLEdit",)
+    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(  # of the authors' own file: EasyEdit has none
+        {
+            **dict.fromkeys(
+                ("name", "cache_dir", "save_checkpoint", "load_checkpoint", "n_test", "full_curve"), IGNORED
+            ),
+            "token": "tokens",
+            "n_epochs": "n_epochs",
+        }
+    )
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        out = super().from_easyedit(values, source)
+        if "tokens" in out:
+            out["tokens"] = token_choice(out["tokens"], source)
+        if "meta_lr" in out:
+            out["lr_lr"] = out["meta_lr"]  # one step size for both there
+        if "n_epochs" in out:
+            out["schedule"] = {"steps": out.pop("n_epochs"), "batch_size": 8000}  # 400 edits of 20 requests
+        return out
+
+
+class RLEditOverlay(DenseOverlay):
+    """Dense replacements of the edited maps, and each lane's running statistics by shape of map."""
+
+    def __init__(self, net: Hypernet, base: BaseModel, config: RLEditConfig, lanes: int) -> None:
+        super().__init__(hypernet_sites(base, config.layers, config.modules), lanes, base.master_dtype)
+        self._trained = net.scale
+        self.scales = [copy.deepcopy(dict(net.scale)) for _ in range(lanes)]
+
+    def state(self, lane: int) -> LaneState:
+        found = super().state(lane)
+        if found.tensors:  # a pristine lane's are the trained ones
+            for shape, statistics in self.scales[lane].items():
+                found.tensors.update({f"{name}/{shape}": t.clone() for name, t in statistics.named_buffers()})
+        return found
+
+    def load_state(self, lane: int, state: LaneState) -> None:
+        super().load_state(lane, state)
+        for shape, statistics in self.scales[lane].items():
+            for name, trained in self._trained[shape].named_buffers():
+                statistics.get_buffer(name).copy_(state.tensors.get(f"{name}/{shape}", trained))
+
+    def finite(self, lane: int) -> bool:
+        buffers = [t for statistics in self.scales[lane].values() for t in statistics.buffers()]
+        return super().finite(lane) and all(bool(torch.isfinite(t).all()) for t in buffers)
+
+
+class RLEdit(HypernetMethod[RLEditConfig]):
+    """All requests of a call in one least-squares fit per map, by networks that know what edits do to a model.
+
+    >>> editor = RLEdit.prepare(base, RLEditConfig(layers=(4, 5), rank=64), {"pretrained": trained})
+    """
+
+    name: ClassVar[str] = "rledit"
+    title: ClassVar[str] = "RLEdit"
+    paper: ClassVar[str] = "Li et al., Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759"
+    version: ClassVar[int] = 1
+    Config: ClassVar[type[MethodConfig]] = RLEditConfig
+    learnt: ClassVar[tuple[str, ...]] = (
+        *("layers", "modules", "rank", "n_blocks", "tokens", "edit_size", "time_decay", "back_depth"),
+        *("lr", "meta_lr", "lr_lr", "loc_coef", "reg_coef", "max_grad_norm", "train_on"),
+    )
+
+    @classmethod
+    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+        shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
+        return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
+
+    def new_overlay(self, lanes: int) -> RLEditOverlay:
+        return RLEditOverlay(self.net, self.base, self.config, lanes)
+
+    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
+        if not isinstance(overlay, RLEditOverlay):
+            raise TypeError(f"RLEdit edits an RLEditOverlay, not a {type(overlay).__name__}")
+        keys = fit_keys(factors, self.config.tokens)
+        scales = overlay.scales if self.config.statistics == "lifelong" else None
+        for lane, scale in enumerate(scales or ()):  # what is edited counts before it is normalised
+            self.net.learn_scale([kept.lane(lane) for kept in keys], scale)
+        return fitted(self.net, keys, scales)
+
+    @classmethod
+    def embedded(cls) -> dict[str, JSON]:
+        return {
+            "layers": [4, 5],
+            "rank": 64,
+            "n_blocks": 2,
+            "edit_size": 1,
+            "back_depth": 5,
+            "lr": 1e-2,
+            "meta_lr": 3e-4,
+            "lr_lr": 1e-3,
+            "loc_coef": 1.2,
+            "reg_coef": 1e-3,
+            "schedule": {"steps": 100, "batch_size": 30},
+        }
+
+    @classmethod
+    def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> RLEditTrainer:
+        return RLEditTrainer(base, hparams, generator)
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        statistics = sum(16 * (out + into) for out, into in set(site_shapes(shape, config.layers, config.modules)))
+        return statistics + super().overlay_bytes(config, shape, edits)
+
+
+class RLEditTrainer(HypernetTrainer):
+    """The requests of a step are one trajectory: ``edit_size`` of them are an edit, the next ones an edit on top of it."""
+
+    def __init__(self, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> None:
+        super().__init__(
+            base,
+            hypernet_sites(base, hparams["layers"], hparams["modules"]),
+            RLEdit.network(base, hparams, generator),
+            Objective(1.0, hparams["loc_coef"], hparams["train_on"]),
+            hparams["meta_lr"],
+            hparams["lr_lr"],
+            hparams["max_grad_norm"],
+        )
+        self.tokens = hparams["tokens"]
+        self.edit_size = hparams["edit_size"]
+        self.time_decay = hparams["time_decay"]
+        self.back_depth = hparams["back_depth"]
+        self.reg_coef = hparams["reg_coef"]
+
+    def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
+        chunks = [requests[i : i + self.edit_size] for i in range(0, len(requests), self.edit_size)]
+        overlay = DenseOverlay(self.sites, 1, self.base.master_dtype)  # the drifting model
+        asked: deque[Sentences] = deque(maxlen=self.back_depth)
+        totals = dict.fromkeys(("loss", "nll", "kl", "change"), 0.0)
+        self._optimizer.zero_grad()
+        for chunk in chunks:
+            asked.appendleft(Sentences.draw(self.base, chunk, self.objective, generator))
+            for name, value in self._edit(overlay, chunk, asked, 1 / len(chunks)).items():
+                totals[name] += value / len(chunks)
+        return self.update(totals)
+
+    def _edit(
+        self, overlay: DenseOverlay, chunk: Sequence[EditRequest], asked: Sequence[Sentences], share: float
+    ) -> dict[str, float]:
+        """One edit of the trajectory, whose loss' gradient is added to the networks'. ``asked``: the latest chunk's first."""
+        base, objective = self.base, self.objective
+        found, _ = gradient_factors(
+            base, self.sites, Questions.of(base, [[(r.prompt, r.target_new) for r in chunk]]), overlay
+        )
+        factors = fit_keys(found, self.tokens)
+        self.net.learn_scale(factors)
+        weighted = [(past, self.time_decay**age / len(past.asking)) for age, past in enumerate(asked)]
+        judge = Judge.of(base, [weighted], self.sites[0].layer)
+        with torch.enable_grad():
+            changes = fitted(self.net, factors)
+            nll, kl = judge.losses(base, self.sites, changes, overlay)
+            size = torch.stack([squared_norm(pair) for pair in changes]).sum()
+            loss = objective.cedit * nll + objective.cloc * kl + self.reg_coef * size
+            (share * loss).backward()
+        add(overlay, [(left_LNO.detach(), right_LNI.detach()) for left_LNO, right_LNI in changes])
+        figures = {"loss": loss, "nll": nll, "kl": kl, "change": size}
+        return {name: float(value.detach()) for name, value in figures.items()}
