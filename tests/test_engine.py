@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -119,10 +120,16 @@ def test_every_row_once(reference: list[dict[str, Any]]) -> None:
 
 def test_running_again_runs_nothing(tmp_path: Path) -> None:
     small = {"methods": ["ft"], "grid": {"T": [6], "seeds": [0]}}
-    run(tmp_path / "r", **small)
+    first = run(tmp_path / "r", **small)
     before = rows(tmp_path / "r")
+    assert 0 < first.safety.journal_seconds < first.safety.actor_seconds
+    assert 0 < first.safety.gather_seconds < first.safety.wall_seconds
+    (info,) = (tmp_path / "r" / "runs").glob("*/run.json")
+    assert json.loads(info.read_text())["value"]["safety"] == dataclasses.asdict(first.safety)
     watch = Watch()
-    assert run(tmp_path / "r", watch, **small).plan.shards == ()
+    again = run(tmp_path / "r", watch, **small)
+    assert again.plan.shards == ()
+    assert again.safety.journal_seconds == again.safety.actor_seconds == 0
     assert watch.steps == []
     more = run(tmp_path / "r", watch, methods=["ft"], grid={"T": [6], "seeds": [0, 1]})
     assert {cell.seed for shard in more.plan.shards for cell in more.plan.manifest(shard).job.cells} == {1}
