@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import yaml
 from bench_engine import Watch, spec_of
 from bench_plan import T_VALUES, VARIANTS
@@ -58,21 +59,21 @@ def command(spec: Path, folder: Path, engine: str) -> list[str]:
 
 @contextlib.contextmanager
 def driver(spec: Path, folder: Path, engine: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A run in a process of its own; killed at the end, alone at first, then with whatever it has started."""
+    """A run in a process of its own; killed at the end, alone at first, then what is left of all it has started."""
     said = spec.with_name("said.txt")
     with said.open("wb") as file:
-        process = subprocess.Popen(
-            command(spec, folder, engine), start_new_session=True, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command(spec, folder, engine), stdout=file, stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
+        started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
         if process.wait() != -signal.SIGKILL:
             LOG.error("%s", said.read_text(encoding="utf-8")[-2000:])
         time.sleep(2.0 if engine == "ray" else 0.0)  # what is left of the cluster notices on its own
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for other in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                other.kill()
 
 
 def wait_for(process: subprocess.Popen[bytes], done: Callable[[], bool], every: float) -> float:
@@ -116,7 +117,7 @@ def first_edit(spec: Path, folder: Path, engine: str) -> float:
         return wait_for(process, reached, 0.01)
 
 
-def resume(report: Report, work: Path, shards: int, rounds: dict[str, int]) -> None:
+def resuming(report: Report, work: Path, shards: int, rounds: dict[str, int]) -> None:
     """Kill a run with ``shards`` finished, and compare going on with starting."""
     spec = work / "spec.yaml"
     spec.write_text(yaml.safe_dump(spec_of(2 * shards).model_dump(mode="json")), encoding="utf-8")
@@ -196,8 +197,9 @@ def commit(journal: Journal, manifest: ShardManifest, steps: int | None) -> None
         start = stop
 
 
-def ask(folder: Path, repeats: int) -> float:
-    """Median seconds of `editsweep status`."""
+def ask(folder: Path, repeats: int) -> tuple[float, float]:
+    """Median seconds of `editsweep status`; processor seconds of one call."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder.parent / "said.txt").open("wb") as said:
         seconds = [
             clock(
@@ -207,7 +209,9 @@ def ask(folder: Path, repeats: int) -> float:
             )
             for _ in range(repeats)
         ]
-    return statistics.median(seconds)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return statistics.median(seconds), busy / repeats
 
 
 def status(report: Report, work: Path, cells: int, repeats: int) -> None:
@@ -224,9 +228,15 @@ def status(report: Report, work: Path, cells: int, repeats: int) -> None:
         shards = plan.shards[done : round(share * len(plan.shards))]
         next_file = fill_table(store, plan, shards, next_file)
         done += len(shards)
-        seconds = ask(folder, repeats)
+        seconds, busy = ask(folder, repeats)
         LOG.info("status: %d shards, %d of them in %d files: %.2f s", len(plan.shards), done, next_file - 1, seconds)
-        report.at_most(f"status of {cells:,} cells, {100 * share:.0f}% of their shards in the table", seconds, 2, "s")
+        report.at_most(
+            f"status of {cells:,} cells, {100 * share:.0f}% of their shards in the table",
+            seconds,
+            2,
+            "s",
+            f"{busy:.2f} s of processor time",
+        )
 
 
 def main() -> None:
@@ -239,7 +249,7 @@ def main() -> None:
         shards, rounds, cells, repeats = 4, {"local": 1, "ray": 1}, 200, 1
     with tempfile.TemporaryDirectory(prefix="bench-resume-", ignore_cleanup_errors=True) as temporary:
         status(report, Path(temporary), cells, repeats)
-        resume(report, Path(temporary), shards, rounds)
+        resuming(report, Path(temporary), shards, rounds)
     report.close()
 
 

@@ -390,8 +390,8 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
         if cell["done"] < cell["groups"]
     ]
     if rows:
-        header = ("method", "T", "seed", "groups", "failed", "cell")
-        out.table("not finished", header, rows[:_ROWS], right=(1, 2, 3, 4))
+        columns = ("method", "T", "seed", "groups", "failed", "cell")
+        out.table("not finished", columns, rows[:_ROWS], right=(1, 2, 3, 4))
         _say_more(out, rows, "cells that are not finished")
     built = [(a["kind"], a["key"], percent(a["done"], a["total"]), a["what"]) for a in found["artifacts"]]
     if built:
@@ -408,8 +408,8 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
         for shard in found["shards"]
     ]
     if shards:
-        header = ("shard", "method", "T", "ticks", "attempts", "last error")
-        out.table("shards begun", header, shards[:_ROWS], right=(2, 3, 4))
+        columns = ("shard", "method", "T", "ticks", "attempts", "last error")
+        out.table("shards begun", columns, shards[:_ROWS], right=(2, 3, 4))
         _say_more(out, shards, "shards begun")
     failed = [
         (
@@ -423,8 +423,7 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
         for failure in cell["failures"][:_LISTED]
     ]
     if failed:
-        header = ("cell", "attempts", "last step", "exception", "log")
-        out.table("failed cells", header, failed[:_ROWS], right=(1,))
+        out.table("failed cells", ("cell", "attempts", "last step", "exception", "log"), failed[:_ROWS], right=(1,))
         _say_more(out, failed, "failures")
         more = sum(max(0, len(cell["failures"]) - _LISTED) for cell in found["failed_cells"])
         if more:
