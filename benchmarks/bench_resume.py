@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import random
 import resource
 import signal
@@ -102,7 +103,7 @@ def first_edit(spec: Path, folder: Path, engine: str) -> float:
     """Attempts of earlier runs."""
 
     def reached() -> bool:
-        for attempt in {part.parent for part in folder.glob(f"{paths.parts}/*/*/*.parquet")} - others:
+        for attempt in {Path(part).parent for part in glob.glob(f"{folder}/{paths.parts}/*/*/*.parquet")} - others:
             key = f"{attempt.relative_to(folder).as_posix()}/attempt.json"
             try:
                 info = unseal_json(store.read(key), key)

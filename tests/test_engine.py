@@ -454,6 +454,18 @@ def test_an_owner_elsewhere_is_watched_by_its_heartbeat(tmp_path: Path, monkeypa
     assert locking.owner(store) is None
 
 
+def test_an_owner_whose_claim_is_gone_has_lost_it(tmp_path: Path) -> None:
+    """Its successor has come, finished and tidied up while it slept."""
+    store = LocalStore(tmp_path)
+    with locking.acquire(store, "r1", print) as lock:
+        lock.check()
+        store.delete_folder("lock")
+        lock._seen -= 2 * lock.beat_seconds + 1
+        with pytest.raises(locking.LockLost):
+            lock.check()
+    assert store.list("lock") == []
+
+
 def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> None:
     """SIGSTOP, takeover, SIGCONT: its very next check notices, before its heartbeat has had time to."""
     code = (
