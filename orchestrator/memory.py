@@ -67,6 +67,8 @@ def estimate(
     A backward pass keeps, in every layer that is replayed, what enters and leaves each linear map, some normalised
     copies of the hidden state and the attention weights; the head keeps float32 logits and their gradients.
     """
+    wrapped = config.get("base")  # a method around another one: layers and rows are those of the one inside
+    config = wrapped if isinstance(wrapped, Mapping) else config
     value = shape.bytes_per_value
     layer = (
         sum(sum(sizes) for sizes in shape.linear.values()) + 6 * shape.hidden + tokens * shape.hidden // 64

@@ -29,8 +29,8 @@ from orchestrator.query import open_results
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.store import LocalStore
 from tests import learner
+from tests.engine import Watch, wait_for
 from tests.learner import registered
-from tests.test_engine import Watch, home, wait_for  # noqa: F401
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.data import find_overlap, load_training, tinyworld
 from workers.models import EMBEDDED, ModelConfig
@@ -401,7 +401,7 @@ def test_zsre_trains_on_its_training_file_and_other_sets_must_name_one(tmp_path:
 @pytest.mark.timeout(400)
 def test_ray_trains_once_and_survives_a_killed_builder(
     tmp_path: Path,
-    home: dict[str, str],  # noqa: F811
+    home: dict[str, str],
     undisturbed: dict[str, bytes],
 ) -> None:
     path, folder = tmp_path / "e.yaml", tmp_path / "r"

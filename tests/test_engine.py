@@ -7,14 +7,12 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,78 +24,16 @@ import yaml
 from orchestrator import execute, local
 from orchestrator import lock as locking
 from orchestrator.cli import read_status
-from orchestrator.execute import Outcome, ResultsError, StepReport, View, run_sweep
+from orchestrator.execute import ResultsError, StepReport, run_sweep
 from orchestrator.forget import forget, look_up
 from orchestrator.journal import Journal, Superseded
 from orchestrator.local import run_local
-from orchestrator.plan import Plan, Shard
 from orchestrator.query import open_results
-from orchestrator.spec import RaySpec, SweepSpec, parse_spec
+from orchestrator.spec import RaySpec
 from orchestrator.store import LocalStore, StoreError
+from tests.engine import RAW, ROOT, Stop, Watch, rows, run, spec_of, wait_for
 from workers import scoring
-from workers.models import EMBEDDED
 from workers.types import EditSweepError, SpecError
-
-ROOT = Path(__file__).resolve().parent.parent
-VOLATILE = {"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"}
-RAW: dict[str, Any] = {
-    "name": "engine",
-    "model": {"name": EMBEDDED, "device": "cpu"},
-    "dataset": {"kind": "tinyworld", "edits": 12},
-    "grid": {"T": [1, 6], "seeds": [0, 1]},
-    "methods": [{"method": "ft", "hparams": {"num_steps": 4}}, {"method": "grace", "hparams": {"n_iter": 4}}],
-    "scoring": {"generated": False},
-    "engine": {"lanes": 2, "shard_edits": 12, "step_edits": 3, "max_failures": 1},
-}
-
-
-class Watch:
-    """A view that remembers; ``on_step`` may interfere."""
-
-    def __init__(self, on_step: Callable[[StepReport], None] | None = None) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-        self.steps: list[StepReport] = []
-        self.artifact_steps: list[tuple[str, int, int, str]] = []
-        self.on_step = on_step
-
-    def begin(self, plan: Plan) -> None: ...
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-    def artifact_step(self, title: str, done: int, total: int, what: str) -> None:
-        self.artifact_steps.append((title, done, total, what))
-
-    def artifact_ended(self, title: str) -> None: ...
-
-    def shard_started(self, shard: Shard, title: str) -> None: ...
-
-    def shard_step(self, step: StepReport) -> None:
-        self.steps.append(step)
-        if self.on_step:
-            self.on_step(step)
-
-    def shard_ended(self, shard_id: str, ok: bool) -> None: ...
-
-    def end(self) -> None: ...
-
-
-def spec_of(**changes: Any) -> SweepSpec:
-    return parse_spec(yaml.safe_dump({**RAW, **changes}), "e.yaml", Path("/"))
-
-
-def run(folder: Path, watch: View | None = None, **changes: Any) -> Outcome:
-    return run_sweep(spec_of(**changes), LocalStore(folder), run_local, watch or Watch())
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    found = open_results(folder).table().to_pylist()
-    found.sort(key=lambda r: (r["cell_id"], r["group"], r["position"], r["scored"], r["edits_applied"]))
-    return [{key: value for key, value in row.items() if key not in VOLATILE} for row in found]
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +72,6 @@ def test_running_again_runs_nothing(tmp_path: Path) -> None:
     after = rows(tmp_path / "r")
     assert [r for r in after if r["seed"] == 0] == before
     assert len(after) == 2 * len(before)
-
-
-class Stop(BaseException):
-    """Ends the process's work as a kill would, as far as Python code can tell."""
 
 
 def test_killed_at_any_step_the_table_is_the_same(tmp_path: Path, reference: list[dict[str, Any]]) -> None:
@@ -597,17 +529,6 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def home() -> Iterator[dict[str, str]]:
-    """Ray's files in a folder of their own; short, because socket paths are."""
-    folder = Path(tempfile.mkdtemp(prefix="es-", dir="/tmp"))
-    inside = {"HOME": str(folder / "h"), "TMPDIR": str(folder), "RAY_TMPDIR": str(folder)}
-    (folder / "h").mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    yield {**environment, **inside, "PYTHONPATH": str(ROOT)}
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def launch(spec: Path, folder: Path, home: dict[str, str], *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "orchestrator.cli", "run", str(spec), "--results", str(folder), *more]
     return subprocess.Popen(
@@ -619,17 +540,6 @@ def spec_file(folder: Path, **changes: Any) -> Path:
     path = folder / "e.yaml"
     path.write_text(yaml.safe_dump({**RAW, **changes}))
     return path
-
-
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = what()
-        if found:
-            return found
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    raise AssertionError("waited too long")
 
 
 def shard_pids(folder: Path) -> list[int]:

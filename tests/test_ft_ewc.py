@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tests.small import GOLDEN, build_inputs, golden_requests, random_model
-from workers.artifacts import Workbench
+from workers.artifacts import Stopped, Workbench
 from workers.fisher import KIND, build_fisher
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method
@@ -64,6 +65,21 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(arch: str) -> None
     assert float(data.tensors["fisher"].max()) > 0
 
 
+def test_it_goes_on_where_it_was_stopped_with_the_same_bits(tmp_path: Path) -> None:
+    base, path = random_model("llama"), tmp_path / "texts.jsonl"
+    texts = ["", *Path(CORPUS).read_text().splitlines()[:12]]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    recipe = {"corpus": str(path), "samples": 9, "layer": 1, "module": None, "precision": "float32"}
+    whole = build_fisher(base, recipe, Workbench())
+    done: list[int] = []
+    bench = Workbench(progress=lambda n, *_: done.append(n), stopping=lambda: len(done) in (3, 7))
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            build_fisher(base, recipe, bench)
+    parts = build_fisher(base, recipe, bench)
+    assert done == list(range(1, 10)) and parts.to_bytes() == whole.to_bytes()
+
+
 def test_without_stiffness_it_is_fine_tuning() -> None:
     base = random_model("llama")
     _, plain, _ = edited(base, FTConfig(layers=(1,), lr=1e-2, num_steps=8), "ft")
@@ -100,7 +116,7 @@ def test_a_penalty_has_its_gradient_and_lanes_their_own() -> None:
         assert not grad[0].any() and not grad[2].any()
 
 
-def test_what_is_asked_for() -> None:
+def test_what_is_asked_for(tmp_path: Path) -> None:
     fingerprint, model = ModelFingerprint("m", "t"), ModelConfig(name="some/other-model")
     specs = FTEWC.artifacts(config(layers=(1, 2)), fingerprint, model, seed=0)
     assert [(s.name, s.kind) for s in specs] == [("fisher_1", KIND), ("fisher_2", KIND)]
@@ -110,7 +126,11 @@ def test_what_is_asked_for() -> None:
     for other in (config(samples=13), config(precision="float64"), config(module="mlp.up_proj")):
         assert not {s.key for s in FTEWC.artifacts(other, fingerprint, model, seed=0)} & keys
     assert not {s.key for s in FTEWC.artifacts(config(), ModelFingerprint("n", "t"), model, seed=0)} & keys
-    with pytest.raises(SpecError, match="corpus: FT-EWC needs a plain text file"):
+    moved = tmp_path / "elsewhere.txt"
+    moved.write_bytes(Path(CORPUS).read_bytes())
+    specs = FTEWC.artifacts(config(layers=(1, 2), corpus=str(moved)), fingerprint, model, seed=0)
+    assert {s.key for s in specs} == keys and specs[0].where == {"corpus": str(moved)}
+    with pytest.raises(SpecError, match="corpus: FT-EWC needs a text or JSONL file for the Fisher"):
         FTEWC.artifacts(config(corpus=None), fingerprint, model, seed=0)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from orchestrator.plan import Task
+from tests.engine import Stop, Watch, rows, run
 from tests.small import GOLDEN, build_inputs, golden_model, golden_requests, session, timeless
-from tests.test_engine import Stop, Watch, rows, run
 from workers.artifacts import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows, timeline
 from workers.methods import get_method

@@ -38,6 +38,10 @@ def test_what_an_estimate_grows_with() -> None:
         shape, {"layer": 4}, overlay_bytes=100, batch_size=3, score=ScoreConfig(rows_per_batch=16), tokens=40
     )
     assert (wider.edit, wider.score) == (3 * base.edit, 2 * base.score)
+    wrapped = estimate(
+        shape, {"base": {"layer": 4}}, overlay_bytes=100, batch_size=1, score=ScoreConfig(rows_per_batch=8), tokens=40
+    )
+    assert wrapped == base  # a method around another one steps through what that one does
     longer = estimate(
         shape, {"layer": 4}, overlay_bytes=100, batch_size=1, score=ScoreConfig(rows_per_batch=8), tokens=80
     )

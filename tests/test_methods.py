@@ -25,6 +25,7 @@ from workers.methods.none import NoEditConfig
 from workers.methods.pmet import PMETConfig
 from workers.methods.rome import ROMEConfig, RROMEConfig
 from workers.methods.serac import SERACConfig
+from workers.methods.simie import SimIEConfig
 from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise import WISEConfig
 from workers.models import BaseModel
@@ -255,3 +256,19 @@ class TestMALMEN(MethodContract):
 
     def config(self) -> MethodConfig:
         return MALMENConfig(layers=(1, 2), rank=8, lr=2e-2, schedule=Schedule(steps=3, batch_size=4))
+
+
+class TestSimIE(MethodContract):
+    method = "simie"
+    whole_answer = False
+
+    def config(self) -> MethodConfig:
+        return SimIEConfig(base_method="rome", base=TestROME().config().model_dump(), lamHyper=1e-2)
+
+
+class TestSimIEPresentWeights(MethodContract):
+    method = "simie"
+
+    def config(self) -> MethodConfig:
+        base = {"layers": (1, 2), "lr": 1e-2, "num_steps": 15}
+        return SimIEConfig(base_method="ft", base=base, lamHyper=1e-2, init_model=False)

@@ -21,6 +21,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from workers.methods import get_method, method_names
+
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
@@ -379,6 +381,33 @@ def test_contracts_notice_what_they_forbid(planted: dict[str, str], broken: str 
     }
     assert failed == ({broken} if broken else set()), ran.stdout + ran.stderr
     assert (ran.returncode == 0) == (broken is None)
+
+
+# --- pages that list what there is ---------------------------------------------------------------------------------
+
+
+def test_the_methods_page_has_a_line_and_a_section_for_each_in_the_registrys_order() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    headings = re.findall(r"(?m)^## (.+)$", page)
+    sections = [name for title in headings[:-1] for name in title.partition(":")[0].split(", ")]
+    assert tuple(sections) == method_names()
+    assert headings[-1] == "Not here"
+    lines = re.findall(r"(?m)^\| \[(.+?)\]\(#(.+?)\) \|.*?\| ([^|]+?) \|$", page)
+    assert [name for names, _, _ in lines for name in names.split(", ")] == sections
+    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings[:-1]]
+    assert [anchor for _, anchor, _ in lines] == anchors
+    for names, _, together in lines:
+        assert together.startswith("batch") == get_method(names.split(", ")[0]).batch_edits, names
+    unsaid = [(n, f) for n in sections for f in get_method(n).Config.model_fields if not re.search(rf"`{f}[`:]", page)]
+    assert unsaid == []
+
+
+def test_the_map_in_the_readme_is_complete() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for package in ("workers", "orchestrator"):
+        (drawn,) = re.findall(rf"(?m)^{package}/ .*\n((?: .*\n)+)", page)
+        named = [name for line in drawn.splitlines() for name in re.findall(r"\w+\.py", line[:24])]
+        assert sorted(named) == sorted(p.name for p in (ROOT / package).glob("*.py") if p.name != "__init__.py")
 
 
 # --- results/README.md ---------------------------------------------------------------------------------------------

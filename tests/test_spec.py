@@ -11,6 +11,7 @@ import yaml
 
 from orchestrator.spec import SweepSpec, load_spec, parse_spec, scoring_identity
 from workers.inputs import MAX_BYTES, parse_yaml
+from workers.methods import method_names
 from workers.types import SpecError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,11 @@ def test_specs_that_ship(name: str, ft: str) -> None:
     spec = load_spec(ROOT / "sweeps" / f"{name}.yaml")
     assert spec.name == name
     assert [m.label for m in spec.methods] == [ft, "rome", "grace", "wise-merge", "wise-retrieve"]
+
+
+def test_one_sweep_has_every_method() -> None:
+    spec = load_spec(ROOT / "sweeps" / "all_methods.yaml")
+    assert {m.method for m in spec.methods} == set(method_names())
 
 
 def test_automatic_lanes_need_declared_memory_on_a_gpu_only() -> None:

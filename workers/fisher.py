@@ -6,8 +6,6 @@ log-probability per token (Kirkpatrick et al., arXiv 1612.00796; the "empirical"
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from workers.artifacts import ArtifactData, Workbench
 from workers.losses import TargetTokens
 from workers.rows import Encoded, collate
-from workers.stats import corpus_path
+from workers.stats import Place, documents, positions
 from workers.types import JSON, DataError
 
 if TYPE_CHECKING:
@@ -26,14 +24,33 @@ KIND = "fisher_diagonal"
 
 
 def build_fisher(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``fisher_OI``, how many texts."""
+    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``fisher_OI``, how many texts.
+
+    Texts of one token predict nothing and do not count.
+    """
     site = base.site(recipe["layer"], recipe["module"])
     total_OI = torch.zeros(site.shape, dtype=getattr(torch, recipe["precision"]), device=base.device)
-    count = 0
-    for ids in _texts(base, recipe["corpus"], recipe["samples"]):
-        total_OI += gradient(base, site, ids).to(total_OI.dtype).square()
-        count += 1
-        bench.progress(count, recipe["samples"], "texts")
+    samples, limit = recipe["samples"], positions(base)
+    place, count = Place(), 0
+    unfinished = bench.load()
+    if unfinished is not None:
+        state = ArtifactData.from_bytes(unfinished)
+        place, count = Place(**state.meta["place"]), state.meta["texts"]
+        total_OI += state.tensors["total"].to(base.device)
+
+    def so_far() -> bytes:
+        return ArtifactData({"total": total_OI}, {"place": vars(place), "texts": count}).to_bytes()
+
+    for text, behind in documents(recipe["corpus"], place):
+        if count == samples:
+            break
+        place = behind
+        ids = base.encoder.text(text)[:limit]
+        if len(ids) > 1:
+            total_OI += gradient(base, site, ids).to(total_OI.dtype).square()
+            count += 1
+            bench.progress(count, samples, "texts")
+            bench.keep(so_far)
     if not count:
         raise DataError(f"corpus: {recipe['corpus']}: holds no text of two tokens or more")
     return ArtifactData({"fisher": total_OI / count}, {"texts": count})
@@ -60,15 +77,3 @@ def gradient(base: BaseModel, site: Site, ids: tuple[int, ...]) -> Tensor:
     ((input_BSI, shift_BSO),) = caught
     (grad_BSO,) = torch.autograd.grad(loss, shift_BSO)
     return grad_BSO[0].T.to(base.master_dtype) @ input_BSI[0].to(base.master_dtype)
-
-
-def _texts(base: BaseModel, corpus: str, samples: int) -> Iterator[tuple[int, ...]]:
-    """Token ids of the first ``samples`` lines that have a token to predict."""
-    path = corpus_path(corpus)
-    limit = int(getattr(base.model.config, "max_position_embeddings", 0) or 1024)
-    try:
-        with path.open(encoding="utf-8") as file:
-            texts = (base.encoder.text(line.strip())[:limit] for line in file if line.strip())
-            yield from islice((ids for ids in texts if len(ids) > 1), samples)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"corpus: {path}: cannot be read as UTF-8 text ({error})") from None

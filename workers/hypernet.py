@@ -18,22 +18,22 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData
+from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.losses import TargetTokens
-from workers.overlay import Overlay, lane_linear
-from workers.pretrain import Trainer
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
+from workers.overlay import DenseOverlay, Overlay, lane_linear
+from workers.pretrain import PRETRAINED, Trainer, TrainingSource, pretrained
 from workers.replay import answering, capture, replay
 from workers.rows import Encoded, Rows, collate
-from workers.types import DataError, EditRequest, SpecError
-
-if TYPE_CHECKING:
-    from workers.models import BaseModel, ModelShape, Site
+from workers.types import JSON, DataError, EditRequest, SpecError
 
 _TINY = 1e-7
 """Added to a standard deviation, as in the public code of both methods."""
@@ -57,16 +57,100 @@ def site_shapes(shape: ModelShape, layers: Sequence[int], modules: Sequence[str]
     return [shape.site(module) for _ in layers for module in (modules or (None,))]
 
 
-def split_inner_params(
-    names: Sequence[str], split: Callable[[str, str], tuple[int | None, str]], source: str
-) -> tuple[list[int], list[str]]:
+def split_inner_params(names: Sequence[str], source: str) -> tuple[list[int], list[str]]:
     """EasyEdit's ``inner_params`` as layers and modules. They have to be the same modules in every layer."""
-    places = [split(name, source) for name in names]
+    places = [split_module(name, source) for name in names]
     layers = sorted({layer for layer, _ in places if layer is not None})
     modules = list(dict.fromkeys(path for _, path in places))
     if not places or sorted(places, key=str) != sorted(((i, m) for i in layers for m in modules), key=str):
         raise SpecError(f"{source}: inner_params: {list(names)}: expected the same modules in each of some layers")
     return layers, modules
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+class HypernetConfig(MethodConfig):
+    """Which maps are edited, and by networks of which size."""
+
+    layers: Layers = Field(min_length=1, description="decoder layers whose maps are edited")
+    modules: tuple[str, ...] = Field((), description="linear maps inside each layer; none: the MLP's output projection")
+    rank: int = Field(1920, ge=1, description="rank of the networks' maps")
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        out = super().from_easyedit(values, source)
+        if "inner_params" in out:
+            out["layers"], out["modules"] = split_inner_params(out.pop("inner_params"), source)
+        return out
+
+
+C = TypeVar("C", bound=HypernetConfig)
+
+
+class HypernetMethod(Method[C]):
+    """One forward, one backward, and the networks: an edit is a single step."""
+
+    needs_pretraining: ClassVar[bool] = True
+    batch_edits: ClassVar[bool] = True
+    relative_cost: ClassVar[float] = 0.1
+    learnt: ClassVar[tuple[str, ...]]
+    """Hyperparameters that the trained networks depend on."""
+
+    def __init__(self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> None:
+        super().__init__(base, config, inputs)
+        self.sites = hypernet_sites(base, config.layers, config.modules)
+        self.net = self.network(base, config.model_dump(mode="json"), None).of_precision(base)
+        self.net.restore(inputs[PRETRAINED].tensors)
+        self.net.requires_grad_(False)
+
+    @classmethod
+    @abstractmethod
+    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+        """Untrained networks."""
+
+    @abstractmethod
+    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
+        """The change of each map."""
+
+    def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
+        return Questions.of(self.base, lanes)
+
+    def new_overlay(self, lanes: int) -> DenseOverlay:
+        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, DenseOverlay):
+            raise TypeError(f"{self.title} edits a DenseOverlay, not a {type(overlay).__name__}")
+        asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
+        factors, loss_L = gradient_factors(self.base, self.sites, self.questions(asked), overlay)
+        with torch.no_grad():
+            for site, (left_LNO, right_LNI) in zip(self.sites, self.changes(factors), strict=True):
+                overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
+        overlay.touch(range(overlay.lanes))
+        return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
+
+    @classmethod
+    def check(cls, config: Any, shape: ModelShape) -> None:
+        site_shapes(shape, config.layers, config.modules)
+
+    @classmethod
+    def artifacts(
+        cls,
+        config: Any,
+        fingerprint: ModelFingerprint,
+        model: ModelConfig,
+        seed: int,
+        training: TrainingSource | None = None,
+    ) -> tuple[ArtifactSpec, ...]:
+        hparams = config.model_dump(mode="json", include=set(cls.learnt))
+        return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        copies = 3  # weight, its change, one temporary
+        sizes = sum(out * into for out, into in site_shapes(shape, config.layers, config.modules))
+        return copies * sizes * max(4, shape.bytes_per_value)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

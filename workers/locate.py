@@ -29,13 +29,13 @@ from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
 from workers.methods.base import LaneEdit, MethodConfig
-from workers.models import EMBEDDED, BaseModel, ModelConfig, ModelFingerprint, Site
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, Site
 from workers.optim import Adam, LaneOptimizer
 from workers.overlay import Overlay
 from workers.replay import answering
 from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
-from workers.types import JSON, DataError, EditRequest, SpecError
+from workers.types import JSON, DataError, EditRequest
 
 STOP_LOSS = 5e-2
 """A fact whose loss is below this makes no further step (the published constant)."""
@@ -71,7 +71,8 @@ class LocateConfig(MethodConfig):
     samples: int = Field(100_000, ge=1, description="lines of the corpus that enter the second moment")
     precision: Literal["float32", "float64"] = Field("float32", description="precision of the sums")
     corpus: str | None = Field(
-        None, description="plain text file for the second moment; null: the embedded model's own text, for it alone"
+        None,
+        description="text (one a line) or JSONL file for the second moment; null: the embedded model's own text, for it alone",
     )
 
     @field_validator("context_template_length_params")
@@ -115,14 +116,8 @@ def moment_spec(
     otherwise: str = "",
 ) -> ArtifactSpec:
     """The second moment of what enters one map. ``otherwise`` is what else a user without a corpus can do."""
-    corpus = config.corpus
-    if corpus is None:
-        if model.name != EMBEDDED:
-            raise SpecError(
-                f"corpus: {title} needs a plain text file for the second moment of {model.name!r} "
-                f"(a few thousand lines or more){otherwise}"
-            )
-        corpus = EMBEDDED
+    how_much = f"a few thousand lines or more{otherwise}"
+    corpus = stats.corpus_of(config.corpus, model, title, "second moment", how_much)
     return stats.second_moment(name, fingerprint, model, corpus, config.samples, layer, module, config.precision)
 
 

@@ -180,6 +180,15 @@ class DenseOverlay(Overlay):
         other._touched = [self._touched[lane] for lane in lanes]
         return other
 
+    def weight(self, lane: int, site: Site) -> Tensor:
+        """One lane's edited weight at one map, (out, in)."""
+        return self.weights_LOI[site.name][lane]
+
+    def set_weight(self, lane: int, site: Site, weight_OI: Tensor) -> None:
+        """Let one lane start from this weight."""
+        self.weights_LOI[site.name][lane] = weight_OI.to(self.weights_LOI[site.name])
+        self.touch([lane])
+
     def touch(self, lanes: Sequence[int]) -> None:
         """Note that these lanes differ from the base now; untouched lanes have an empty snapshot."""
         for lane in lanes:
@@ -308,6 +317,14 @@ class LowRankOverlay(Overlay):
     def delta(self, lane: int, site: Site | None = None) -> Tensor:
         """The whole change of one lane at one map (None: the only one), (out, in)."""
         return self.part_of(site).delta(lane)
+
+    def weight(self, lane: int, site: Site) -> Tensor:
+        """One lane's edited weight at one map, (out, in)."""
+        return site.weight_OI.to(self._dtype) + self.delta(lane, site)
+
+    def set_weight(self, lane: int, site: Site, weight_OI: Tensor) -> None:
+        """Let one lane start from this weight: its change there becomes dense, without factors."""
+        self.part_of(site).load_state(lane, {"dense": weight_OI - site.weight_OI.to(self._dtype)})
 
     def state(self, lane: int) -> LaneState:
         return LaneState(

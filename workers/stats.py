@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
 from workers.rows import Encoded, collate
-from workers.types import JSON, DataError
+from workers.types import JSON, DataError, SpecError
 
 if TYPE_CHECKING:
     from workers.models import BaseModel, ModelConfig, ModelFingerprint
@@ -51,6 +52,29 @@ def corpus_fingerprint(corpus: str) -> str:
         raise DataError(f"corpus: {path}: {error.strerror or error}; give the path of a text or JSONL file") from None
 
 
+def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how_much: str) -> str:
+    """The corpus of a method's config, where null stands for the embedded model's own text and is for that model alone.
+
+    ``title`` needs it for ``what``. Raises :class:`SpecError`.
+    """
+    if corpus is not None:
+        return corpus
+    if model.name != "embedded":
+        raise SpecError(f"corpus: {title} needs a text or JSONL file for the {what} of {model.name!r} ({how_much})")
+    return "embedded"
+
+
+def corpus_recipe(corpus: str) -> dict[str, JSON]:
+    """What an artifact's key holds of a corpus: what it says, not where it lies (the embedded one's name has been in it from
+    the first). The path goes into :attr:`ArtifactSpec.where`."""
+    written_as = corpus_format(corpus)
+    return {
+        **({"corpus": corpus} if corpus == "embedded" else {}),
+        "corpus_hash": corpus_fingerprint(corpus),
+        **({} if written_as == "text" else {"corpus_format": written_as}),
+    }
+
+
 def second_moment(
     name: str,
     fingerprint: ModelFingerprint,
@@ -61,11 +85,7 @@ def second_moment(
     module: str | None,
     precision: Literal["float32", "float64"],
 ) -> ArtifactSpec:
-    """The statistics of one linear map's inputs over ``samples`` documents of ``corpus`` (a path, or ``embedded``).
-
-    The key holds what the corpus says, not where it lies (the embedded one's name has been in it from the first).
-    """
-    written_as = corpus_format(corpus)
+    """The statistics of one linear map's inputs over ``samples`` documents of ``corpus`` (a path, or ``embedded``)."""
     return ArtifactSpec(
         name=name,
         kind=KIND,
@@ -73,9 +93,7 @@ def second_moment(
             "model": fingerprint.model,
             "tokenizer": fingerprint.tokenizer,
             "dtype": model.dtype,
-            **({"corpus": corpus} if corpus == "embedded" else {}),
-            "corpus_hash": corpus_fingerprint(corpus),
-            **({} if written_as == "text" else {"corpus_format": written_as}),
+            **corpus_recipe(corpus),
             "samples": samples,
             "layer": layer,
             "module": module,
@@ -94,7 +112,7 @@ def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workben
     site = base.site(recipe["layer"], recipe["module"])
     dtype = getattr(torch, recipe["precision"])
     width = site.shape[1]
-    limit = int(getattr(base.model.config, "max_position_embeddings", 0) or 1024)
+    limit = positions(base)
     samples, layer = recipe["samples"], recipe["layer"]
     place = Place()
     total_II = torch.zeros(width, width, dtype=dtype, device=base.device)
@@ -140,6 +158,11 @@ def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench)
     return ArtifactData({"projection": (basis_IR @ basis_IR.T).to(moment_II.dtype)}, {"rank": basis_IR.shape[1]})
 
 
+def positions(base: BaseModel) -> int:
+    """Tokens of a document that are read, at most: as many as the model has positions."""
+    return int(getattr(base.model.config, "max_position_embeddings", 0) or 1024)
+
+
 class _Enough(Exception):
     """The layer that was asked for has been reached."""
 
@@ -173,7 +196,7 @@ class Place:
     documents: int = 0
 
 
-def documents(corpus: str, start: Place, samples: int) -> Iterator[tuple[str, Place]]:
+def documents(corpus: str, start: Place, samples: int = sys.maxsize) -> Iterator[tuple[str, Place]]:
     """The documents from ``start`` on, up to ``samples`` in the whole file, each with the place behind it.
 
     Raises :class:`DataError` naming the file and the line that is not as it should be.

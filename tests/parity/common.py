@@ -8,9 +8,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.small import GOLDEN, golden_model, golden_requests
-from workers.artifacts import ArtifactData
+from workers.artifacts import ArtifactData, Workbench
 from workers.job import ScoreConfig
 from workers.methods.base import EditOutcome, LaneEdit, Method
-from workers.models import BaseModel
+from workers.models import BaseModel, ModelConfig
 from workers.overlay import Overlay
 from workers.rng import Draws
 from workers.scoring import Item, score
+from workers.stats import build_second_moment
+
+ELSEWHERE = ModelConfig(name="some/other-model")
+"""A model that is not here and for which no hyperparameters are tuned."""
 
 MODELS = {"llama": "tiny-llama", "gpt2": "tiny-gpt2"}
 
@@ -53,6 +60,29 @@ def meta(short: str) -> Mapping[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
+def templates(recorded: Sequence[Any]) -> dict[str, ArtifactData]:
+    """Recorded context templates, kind by kind, as our artifact."""
+    texts = [text for kind in recorded for text in ([kind] if isinstance(kind, str) else kind)]
+    return {"templates": ArtifactData(meta={"templates": texts})}
+
+
+@cache
+def moment(short: str, layer: int) -> ArtifactData:
+    """The second moment of the lines that the records used: 4000 random ones, drawn by the standard generator with seed 1."""
+    lines = (GOLDEN / "corpus.txt").read_text().splitlines()
+    random.Random(1).shuffle(lines)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.txt"
+        corpus.write_text("\n".join(lines))
+        recipe = {"corpus": str(corpus), "samples": 4000, "layer": layer, "module": None, "precision": "float32"}
+        return build_second_moment(model(short), recipe, Workbench())
+
+
+def first_ten(inputs: Mapping[str, ArtifactData]) -> list[LaneEdit]:
+    """Ten requests in one call of one lane, as the recorded batches."""
+    return [LaneEdit(tuple(golden_requests(10)), Draws("memit", {}, 0, 0, 0), inputs)]
+
+
 def core(short: str, name: str) -> dict[str, Tensor]:
     """Tensors of one deterministic core."""
     return load_file(GOLDEN / "core" / f"{short}_{name}.safetensors")
@@ -79,6 +109,47 @@ def rounded_copies(base: BaseModel, count: int) -> list[BaseModel]:
             parameter.data = torch.where(chance < 0.5, torch.nextafter(parameter.data, toward), parameter.data)
         copies.append(BaseModel(model, base.tokenizer, base.config).with_encoder(base.encoder))
     return copies
+
+
+MEMIT_RECORDED: Mapping[str, Any] = {
+    "layers": [0, 1],
+    "v_num_grad_steps": 15,
+    "v_lr": 1.0,
+    "v_weight_decay": 1e-3,
+    "clamp_norm_factor": 4,
+    "kl_factor": 0.0625,
+    "mom2_update_weight": 100.0,
+}
+"""Recorded hyperparameters of MEMIT, which AlphaEdit's records share."""
+
+MEMIT_YAML = """
+alg_name: "{alg}"
+model_name: "./hugging_cache/any"
+stats_dir: "./data/stats"
+device: 0
+layers: {layers}
+clamp_norm_factor: 0.75
+layer_selection: "all"
+fact_token: "subject_last"
+v_num_grad_steps: 20
+v_lr: 5e-1
+v_loss_layer: 31
+v_weight_decay: 0.5
+kl_factor: 0.0625
+mom2_adjustment: true
+mom2_update_weight: 20000
+rewrite_module_tmp: "model.layers.{{}}.mlp.down_proj"
+layer_module_tmp: "model.layers.{{}}"
+mlp_module_tmp: "model.layers.{{}}.mlp"
+attn_module_tmp: "model.layers.{{}}.self_attn"
+ln_f_module: "model.norm"
+lm_head_module: "lm_head"
+mom2_dataset: "wikipedia"
+mom2_n_samples: 100000
+mom2_dtype: "float32"
+model_parallel: false
+"""
+"""An EasyEdit file of the family."""
 
 
 def lane_edits(

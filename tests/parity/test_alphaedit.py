@@ -10,17 +10,21 @@ import pytest
 import torch
 
 from tests.parity.common import (
+    ELSEWHERE,
+    MEMIT_RECORDED,
+    MEMIT_YAML,
     check_norms,
     check_scores,
     core,
     final_scores,
+    first_ten,
     lane_edits,
     model,
     record,
     relative_error,
     run_groups,
+    templates,
 )
-from tests.parity.test_memit import ELSEWHERE, RECORDED, YAML, first_ten, flat
 from workers.artifacts import ArtifactData, Workbench
 from workers.methods import load_config
 from workers.methods.alphaedit import AlphaEdit, AlphaEditConfig, AlphaEditOverlay, alphaedit_keys
@@ -30,7 +34,7 @@ from workers.stats import build_null_space
 from workers.types import DataError
 
 CONFIG = AlphaEditConfig.model_validate(
-    {**{k: v for k, v in RECORDED.items() if k != "mom2_update_weight"}, "nullspace_threshold": 0.1, "L2": 1.0}
+    {**{k: v for k, v in MEMIT_RECORDED.items() if k != "mom2_update_weight"}, "nullspace_threshold": 0.1, "L2": 1.0}
 )
 
 
@@ -39,11 +43,11 @@ def built(i: int) -> ArtifactData:
     return build_null_space(model("llama"), {"threshold": 0.1, "layer": i}, Workbench({"moment": moment}))
 
 
-def prepared(templates: Any) -> tuple[AlphaEdit, dict[str, ArtifactData]]:
+def prepared(recorded_texts: Any) -> tuple[AlphaEdit, dict[str, ArtifactData]]:
     """With the recorded templates and projections."""
     recorded = core("llama", "alphaedit_first10_batch")
     projections = {f"null_space.{i}": ArtifactData({"projection": recorded[f"P_L{i}"]}) for i in (0, 1)}
-    inputs = {**flat(templates), **projections}
+    inputs = {**templates(recorded_texts), **projections}
     return AlphaEdit.prepare(model("llama"), CONFIG, inputs), inputs
 
 
@@ -194,7 +198,7 @@ def test_the_projection_is_made_of_the_second_moment(tmp_path: Path) -> None:
 def test_easyedit_file(tmp_path: Path) -> None:
     path = tmp_path / "alphaedit.yaml"
     more = 'nullspace_threshold: 2e-2\nL2: 1\nP_loc: "./null_space_project.pt"\n'
-    path.write_text(YAML.format(alg="AlphaEdit", layers=[4, 5]) + more)
+    path.write_text(MEMIT_YAML.format(alg="AlphaEdit", layers=[4, 5]) + more)
     config = load_config("alphaedit", {}, path, ELSEWHERE)
     assert isinstance(config, AlphaEditConfig)
     assert (config.layers, config.nullspace_threshold, config.L2) == ((4, 5), 2e-2, 1)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import tempfile
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +10,22 @@ import pytest
 import torch
 
 from tests.parity.common import (
-    GOLDEN,
+    ELSEWHERE,
     check_norms,
     check_scores,
     final_scores,
     lane_edits,
     model,
+    moment,
     record,
     relative_error,
     run_groups,
+    templates,
 )
-from workers.artifacts import ArtifactData, Workbench
 from workers.locate import Factor, facts_of, observe
 from workers.methods import load_config
 from workers.methods.emmet import EMMET, EMMETConfig
-from workers.models import ModelConfig
-from workers.ridge import ridge_keys
-from workers.spread import by_lane
-from workers.stats import build_second_moment
+from workers.spread import by_lane, ridge_keys
 
 RECORDED = {
     "layers": [0],
@@ -44,24 +39,11 @@ RECORDED = {
 }
 
 
-@cache
-def moment(layer: int) -> ArtifactData:
-    """Of the lines that the records' statistics used: 4000 drawn by the standard generator with seed 1."""
-    lines = (GOLDEN / "corpus.txt").read_text().splitlines()
-    random.Random(1).shuffle(lines)
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "corpus.txt"
-        corpus.write_text("\n".join(lines))
-        recipe = {"corpus": str(corpus), "samples": 4000, "layer": layer, "module": None, "precision": "float32"}
-        return build_second_moment(model("llama"), recipe, Workbench())
-
-
 def prepared(**changes: Any) -> EMMET:
     config = EMMETConfig.model_validate({**RECORDED, **changes})
-    texts = record("llama", "EMMET", 1)["context_templates"]
     inputs = {
-        "templates": ArtifactData(meta={"templates": [text for kind in texts for text in kind]}),
-        **{f"moment.{layer}": moment(layer) for layer in config.layers},
+        **templates(record("llama", "EMMET", 1)["context_templates"]),
+        **{f"moment.{layer}": moment("llama", layer) for layer in config.layers},
     }
     return EMMET.prepare(model("llama"), config, inputs)
 
@@ -147,6 +129,6 @@ alg_name: "EMMET"
 def test_easyedit_file(tmp_path: Path) -> None:
     path = tmp_path / "emmet.yaml"
     path.write_text(YAML)
-    config = load_config("emmet", {}, path, ModelConfig(name="some/other-model"))
+    config = load_config("emmet", {}, path, ELSEWHERE)
     expected = EMMETConfig(layers=(5,), module="mlp.down_proj", v_num_grad_steps=25, mom2_update_weight=1e5)
     assert config == expected

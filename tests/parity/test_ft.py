@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.parity.common import (
+    ELSEWHERE,
     check_norms,
     check_scores,
     core,
@@ -22,10 +23,9 @@ from tests.parity.common import (
 )
 from workers.methods import load_config
 from workers.methods.ft import FT, FTConfig
-from workers.models import ModelConfig, model_shape
+from workers.models import model_shape
 from workers.types import SpecError
 
-ELSEWHERE = ModelConfig(name="some/other-model")
 METHODS = {"FT-L": "prompt_last", "FT-M": "target_new"}
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.common import PAIRS, final_scores, lane_edits, model, record, run_groups
+from tests.parity.common import ELSEWHERE, PAIRS, final_scores, lane_edits, model, record, run_groups
 from workers.methods import load_config
 from workers.methods.lora import LoRA, LoRAConfig
-from workers.models import ModelConfig, model_shape
+from workers.models import model_shape
 from workers.types import SpecError
 
 SEEDS = 8
-ELSEWHERE = ModelConfig(name="some/other-model")
 
 
 def prepared(short: str = "llama", **changes: Any) -> LoRA:
@@ -103,7 +102,7 @@ alg_name: "LoRA"
 model_name: "./hugging_cache/llama-2-7b"
 device: 1
 
-lora_type: "adalora"
+lora_type: "lora"
 layers: []
 num_steps: 70
 batch_size: 1
@@ -132,7 +131,12 @@ def test_easyedit_file(tmp_path: Path) -> None:
     ("text", "replacement", "said"),
     [
         ("kl_factor: 0", "kl_factor: 0.1", "have no effect in LoRA"),
-        ('"adalora"', '"dora"', "lora_type: 'dora' is not supported"),
+        ('"lora"\nlayers', '"dora"\nlayers', "lora_type: 'dora' is not supported"),
+        (
+            '"lora"\nlayers',
+            '"adalora"\nlayers',
+            "lora_type: 'adalora' is not supported.*of rank 12.*write lora_type: lora",
+        ),
         ("rank: 8", "rank: 0", "rank"),
         ("layers: []", "layers: [3, 3]", "distinct"),
         ("lora_alpha", "lora_beta", "lora_beta: has no meaning"),

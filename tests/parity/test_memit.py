@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,72 +10,46 @@ import pytest
 import torch
 
 from tests.parity.common import (
-    GOLDEN,
+    ELSEWHERE,
+    MEMIT_RECORDED,
+    MEMIT_YAML,
     check_norms,
     check_scores,
     core,
     final_scores,
+    first_ten,
     golden_requests,
     meta,
     model,
+    moment,
     record,
     relative_error,
     run_groups,
+    templates,
 )
-from workers.artifacts import ArtifactData, Workbench
+from workers.artifacts import ArtifactData
 from workers.locate import Factor, inverse_moment
 from workers.methods import load_config
 from workers.methods.base import LaneEdit
-from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass, memit_keys
+from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass
 from workers.methods.rome import ROME, RROME, RROMEConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, model_shape
+from workers.models import BaseModel, ModelFingerprint, model_shape
 from workers.rng import Draws
-from workers.stats import build_second_moment
+from workers.spread import ridge_keys
 from workers.types import DataError, SpecError
 
-ELSEWHERE = ModelConfig(name="some/other-model")
-RECORDED: Mapping[str, Any] = {
-    "layers": [0, 1],
-    "v_num_grad_steps": 15,
-    "v_lr": 1.0,
-    "v_weight_decay": 1e-3,
-    "clamp_norm_factor": 4,
-    "kl_factor": 0.0625,
-    "mom2_update_weight": 100.0,
-}
 
-
-def flat(templates: Any) -> dict[str, ArtifactData]:
-    """Recorded templates, kind by kind, as our artifact."""
-    texts = [text for kind in templates for text in ([kind] if isinstance(kind, str) else kind)]
-    return {"templates": ArtifactData(meta={"templates": texts})}
-
-
-def drawn_corpus(folder: Path) -> Path:
-    """The record used 4000 random lines: those of the standard generator with seed 1."""
-    lines = (GOLDEN / "corpus.txt").read_text().splitlines()
-    random.Random(1).shuffle(lines)
-    corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(lines))
-    return corpus
-
-
-def moments(short: str, folder: Path) -> dict[str, ArtifactData]:
+def moments(short: str) -> dict[str, ArtifactData]:
     """Second moments of both layers: the recorded ones, or what the recorded lines give."""
     if short == "llama":
         return {f"moment.{i}": ArtifactData({"moment": core(short, "memit_first10_batch")[f"C_L{i}"]}) for i in (0, 1)}
-    recipe = {"corpus": str(drawn_corpus(folder)), "samples": 4000, "module": None, "precision": "float32"}
-    return {f"moment.{i}": build_second_moment(model(short), {**recipe, "layer": i}, Workbench()) for i in (0, 1)}
+    return {f"moment.{i}": moment(short, i) for i in (0, 1)}
 
 
-def first_ten(inputs: Mapping[str, ArtifactData]) -> list[LaneEdit]:
-    return [LaneEdit(tuple(golden_requests(10)), Draws("memit", {}, 0, 0, 0), inputs)]
-
-
-def test_one_batch_of_ten(tmp_path: Path) -> None:
+def test_one_batch_of_ten() -> None:
     recorded, notes = core("llama", "memit_first10_batch"), meta("llama")["memit_first10_batch"]
-    inputs = {**flat(notes["templates"]), **moments("llama", tmp_path)}
-    editor = MEMIT.prepare(model("llama"), MEMITConfig.model_validate(RECORDED), inputs)
+    inputs = {**templates(notes["templates"]), **moments("llama")}
+    editor = MEMIT.prepare(model("llama"), MEMITConfig.model_validate(MEMIT_RECORDED), inputs)
     overlay = editor.new_overlay(1)
     (outcome,) = editor.edit(overlay, first_ten(inputs))
     assert outcome.iterations == 14
@@ -92,12 +65,10 @@ def test_one_batch_of_ten(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_second_moments_are_the_pristine_models(tmp_path: Path) -> None:
+def test_second_moments_are_the_pristine_models() -> None:
     recorded = core("llama", "memit_first10_batch")
-    recipe = {"corpus": str(drawn_corpus(tmp_path)), "samples": 4000, "module": None, "precision": "float32"}
     for i in (0, 1):
-        built = build_second_moment(model("llama"), {**recipe, "layer": i}, Workbench())
-        assert relative_error(built.tensors["moment"], recorded[f"C_L{i}"]) <= 1e-5
+        assert relative_error(moment("llama", i).tensors["moment"], recorded[f"C_L{i}"]) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -109,11 +80,11 @@ def test_second_moments_are_the_pristine_models(tmp_path: Path) -> None:
         pytest.param("gpt2", 1, marks=pytest.mark.slow),
     ],
 )
-def test_scores(short: str, T: int, tmp_path: Path) -> None:
+def test_scores(short: str, T: int) -> None:
     """Edited one after another, as the records were."""
     expected = record(short, "MEMIT", T)
-    inputs = {**flat(expected["context_templates"]), **moments(short, tmp_path)}
-    editor = MEMIT.prepare(model(short), MEMITConfig.model_validate(RECORDED), inputs)
+    inputs = {**templates(expected["context_templates"]), **moments(short)}
+    editor = MEMIT.prepare(model(short), MEMITConfig.model_validate(MEMIT_RECORDED), inputs)
     overlay, _ = run_groups(editor, T, expected["n_groups"], inputs)
     check_norms(overlay, expected, 0.1 if T == 100 else 1e-2)
     check_scores(final_scores(editor, overlay, T, expected["n_groups"]), expected)
@@ -123,9 +94,9 @@ def test_scores(short: str, T: int, tmp_path: Path) -> None:
 
 
 def rrome(base: BaseModel, expected: Mapping[str, Any]) -> RROME:
-    values = {k: v for k, v in RECORDED.items() if k not in ("layers", "mom2_update_weight")}
+    values = {k: v for k, v in MEMIT_RECORDED.items() if k not in ("layers", "mom2_update_weight")}
     config = RROMEConfig.model_validate({**values, "layer": 0, "clamp_norm_factor": 10})
-    return RROME(base, config, flat(expected["context_templates"]), core("llama", "rome_req0")["inv_cov"])
+    return RROME(base, config, templates(expected["context_templates"]), core("llama", "rome_req0")["inv_cov"])
 
 
 def test_rrome_scores() -> None:
@@ -156,7 +127,7 @@ def test_the_small_system_is_the_large_one() -> None:
     factor = Factor.of(moment_II, 0)
     for count in (1, 7, 40):  # more keys than the width, too
         keys_LIN = torch.randn(3, 24, count, generator=g, dtype=torch.float64)
-        found_LNI = memit_keys(factor, keys_LIN, 5.0)
+        found_LNI = ridge_keys(factor, keys_LIN, 1.0, 5.0)
         expected_LIN = torch.linalg.solve(5.0 * moment_II + keys_LIN @ keys_LIN.transpose(1, 2), keys_LIN)
         torch.testing.assert_close(found_LNI.transpose(1, 2), expected_LIN, rtol=1e-8, atol=1e-10)
 
@@ -175,7 +146,7 @@ def test_lanes_that_do_not_fit_are_solved_in_turn() -> None:
 
     each = 8 * (3 * 24 * 3 + 2 * 3 * 3)
     watched = Watched(factor.lu_II, factor.pivots_I)
-    found = [memit_keys(watched, keys_LIN, 1.0, limit) for limit in (1, 2 * each, 100 * each)]
+    found = [ridge_keys(watched, keys_LIN, 1.0, limit=limit) for limit in (1, 2 * each, 100 * each)]
     assert sizes == [1] * 5 + [2, 2, 1] + [5]
     for other in found[:2]:
         torch.testing.assert_close(other, found[2], rtol=1e-12, atol=1e-12, equal_nan=True)
@@ -192,7 +163,7 @@ def test_singular_statistics_name_the_layer() -> None:
         "moment.1": ArtifactData({"moment": torch.full((512, 512), float("nan"))}),
     }
     with pytest.raises(DataError, match="layer 1"):
-        MEMIT.prepare(model("llama"), MEMITConfig.model_validate(RECORDED), inputs)
+        MEMIT.prepare(model("llama"), MEMITConfig.model_validate(MEMIT_RECORDED), inputs)
     with pytest.raises(DataError, match="singular"):
         inverse_moment(torch.zeros(3, 3))
 
@@ -200,9 +171,9 @@ def test_singular_statistics_name_the_layer() -> None:
 # --- batches ---
 
 
-def test_requests_of_a_batch_do_not_depend_on_other_lanes(tmp_path: Path) -> None:
-    inputs = {**flat(meta("llama")["memit_first10_batch"]["templates"]), **moments("llama", tmp_path)}
-    config = MEMITConfig.model_validate({**RECORDED, "v_num_grad_steps": 4})
+def test_requests_of_a_batch_do_not_depend_on_other_lanes() -> None:
+    inputs = {**templates(meta("llama")["memit_first10_batch"]["templates"]), **moments("llama")}
+    config = MEMITConfig.model_validate({**MEMIT_RECORDED, "v_num_grad_steps": 4})
     editor = MEMIT.prepare(model("llama"), config, inputs)
     requests = golden_requests(9)
     draws = Draws("memit", {}, 0, 0, 0)
@@ -221,9 +192,11 @@ def test_requests_of_a_batch_do_not_depend_on_other_lanes(tmp_path: Path) -> Non
         )
 
 
-def test_more_facts_than_one_search_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = {**flat(meta("llama")["memit_first10_batch"]["templates"]), **moments("llama", tmp_path)}
-    editor = MEMIT.prepare(model("llama"), MEMITConfig.model_validate({**RECORDED, "v_num_grad_steps": 4}), inputs)
+def test_more_facts_than_one_search_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {**templates(meta("llama")["memit_first10_batch"]["templates"]), **moments("llama")}
+    editor = MEMIT.prepare(
+        model("llama"), MEMITConfig.model_validate({**MEMIT_RECORDED, "v_num_grad_steps": 4}), inputs
+    )
     whole = editor.new_overlay(1)
     editor.edit(whole, first_ten(inputs))
     monkeypatch.setattr("workers.locate._AT_ONCE", 4)
@@ -247,7 +220,7 @@ def test_artifacts_and_check(tmp_path: Path) -> None:
     assert [s.key for s in MEMITMass.artifacts(config, ModelFingerprint("m", "t"), ELSEWHERE, seed=0)] == [
         s.key for s in specs
     ]
-    with pytest.raises(SpecError, match="corpus: MEMIT needs a plain text file"):
+    with pytest.raises(SpecError, match="corpus: MEMIT needs a text or JSONL file"):
         MEMIT.artifacts(MEMITConfig(layers=(3,)), ModelFingerprint("m", "t"), ELSEWHERE, seed=0)
     shape = model_shape(model("llama").config)
     MEMIT.check(config, shape)
@@ -258,54 +231,25 @@ def test_artifacts_and_check(tmp_path: Path) -> None:
     assert MEMITMass.whole_group and MEMIT.batch_edits and not MEMIT.whole_group
 
 
-YAML = """
-alg_name: "{alg}"
-model_name: "./hugging_cache/any"
-stats_dir: "./data/stats"
-device: 0
-layers: {layers}
-clamp_norm_factor: 0.75
-layer_selection: "all"
-fact_token: "subject_last"
-v_num_grad_steps: 20
-v_lr: 5e-1
-v_loss_layer: 31
-v_weight_decay: 0.5
-kl_factor: 0.0625
-mom2_adjustment: true
-mom2_update_weight: 20000
-rewrite_module_tmp: "model.layers.{{}}.mlp.down_proj"
-layer_module_tmp: "model.layers.{{}}"
-mlp_module_tmp: "model.layers.{{}}.mlp"
-attn_module_tmp: "model.layers.{{}}.self_attn"
-ln_f_module: "model.norm"
-lm_head_module: "lm_head"
-mom2_dataset: "wikipedia"
-mom2_n_samples: 100000
-mom2_dtype: "float32"
-model_parallel: false
-"""
-
-
 def test_easyedit_file(tmp_path: Path) -> None:
     path = tmp_path / "memit.yaml"
-    path.write_text(YAML.format(alg="MEMIT", layers=[4, 5, 6]))
+    path.write_text(MEMIT_YAML.format(alg="MEMIT", layers=[4, 5, 6]))
     for name in ("memit", "memit-mass"):
         config = load_config(name, {}, path, ELSEWHERE)
         assert isinstance(config, MEMITConfig)
         assert (config.layers, config.module, config.mom2_update_weight) == ((4, 5, 6), "mlp.down_proj", 20_000)
         assert (config.v_weight_decay, config.samples, config.clamp_norm_factor) == (0.5, 100_000, 0.75)
-    path.write_text(YAML.format(alg="MEMIT", layers=[5, 4]))
+    path.write_text(MEMIT_YAML.format(alg="MEMIT", layers=[5, 4]))
     with pytest.raises(SpecError, match=r"layers.*ascending"):
         load_config("memit", {}, path, ELSEWHERE)
-    path.write_text(YAML.format(alg="PMET", layers=[4]))
+    path.write_text(MEMIT_YAML.format(alg="PMET", layers=[4]))
     with pytest.raises(SpecError, match="expected MEMIT"):
         load_config("memit", {}, path, ELSEWHERE)
 
 
 def test_easyedit_file_of_rrome(tmp_path: Path) -> None:
     path = tmp_path / "rrome.yaml"
-    text = YAML.format(alg="R-ROME", layers=[5]).replace('layer_selection: "all"\n', "")
+    text = MEMIT_YAML.format(alg="R-ROME", layers=[5]).replace('layer_selection: "all"\n', "")
     text = text.replace("mom2_update_weight: 20000\n", "context_template_length_params: [[5, 10], [10, 10]]\n")
     path.write_text(text + "enable_prompt_keys: false\nenable_random_prefix_keys: true\n")
     config = load_config("rrome", {}, path, ELSEWHERE)

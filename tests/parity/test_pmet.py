@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from tests.parity.common import (
+    ELSEWHERE,
     check_norms,
     check_scores,
     final_scores,
     lane_edits,
     model,
+    moment,
     record,
     relative_error,
     run_groups,
+    templates,
 )
-from tests.parity.test_emmet import moment
-from workers.artifacts import ArtifactData
 from workers.locate import Facts, facts_of
 from workers.methods import load_config
 from workers.methods.pmet import PMET, PMETConfig, _AtLayer
-from workers.models import ModelConfig
 from workers.types import SpecError
 
 RECORDED = {
@@ -41,10 +41,9 @@ RECORDED = {
 
 def prepared(**changes: Any) -> PMET:
     config = PMETConfig.model_validate({**RECORDED, **changes})
-    texts = record("llama", "PMET-rightpad", 1)["context_templates"]
     inputs = {
-        "templates": ArtifactData(meta={"templates": [text for kind in texts for text in kind]}),
-        **{f"moment.{layer}": moment(layer) for layer in config.layers},
+        **templates(record("llama", "PMET-rightpad", 1)["context_templates"]),
+        **{f"moment.{layer}": moment("llama", layer) for layer in config.layers},
     }
     return PMET.prepare(model("llama"), config, inputs)
 
@@ -141,7 +140,7 @@ nll_loss_factor: 1
 def test_easyedit_file(tmp_path: Path) -> None:
     path = tmp_path / "pmet.yaml"
     path.write_text(YAML)
-    elsewhere = ModelConfig(name="some/other-model")
+    elsewhere = ELSEWHERE
     config = load_config("pmet", {}, path, elsewhere)
     assert config == PMETConfig(layers=(4, 5, 6, 7, 8), module="mlp.down_proj")
     path.write_text(YAML.replace('["model', '["model.layers.{}.self_attn.o_proj", "model'))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tests.parity.common import (
-    GOLDEN,
+    ELSEWHERE,
     check_norms,
     check_scores,
     core,
@@ -19,20 +18,19 @@ from tests.parity.common import (
     lane_edits,
     meta,
     model,
+    moment,
     record,
     relative_error,
     rounded_copies,
     run_groups,
 )
-from workers.artifacts import ArtifactData, Workbench
+from workers.artifacts import ArtifactData
 from workers.locate import inverse_moment
 from workers.methods import load_config
 from workers.methods.rome import ROME, ROMEConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, model_shape
-from workers.stats import build_second_moment
+from workers.models import BaseModel, ModelFingerprint, model_shape
 from workers.types import DataError, SpecError
 
-ELSEWHERE = ModelConfig(name="some/other-model")
 RECORDED = {
     "layer": 0,
     "v_num_grad_steps": 15,
@@ -87,14 +85,8 @@ def test_scores(short: str, T: int, copies: int) -> None:
 
 
 @pytest.mark.parametrize(("short", "tolerance"), [("llama", 1e-3), ("gpt2", 2e-3)])
-def test_second_moment(short: str, tolerance: float, tmp_path: Path) -> None:
-    """The record used 4000 random lines: those of the standard generator with seed 1."""
-    lines = (GOLDEN / "corpus.txt").read_text().splitlines()
-    random.Random(1).shuffle(lines)
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(lines))
-    recipe = {"corpus": str(corpus), "samples": 4000, "layer": 0, "module": None, "precision": "float32"}
-    moment_II = build_second_moment(model(short), recipe, Workbench()).tensors["moment"]
+def test_second_moment(short: str, tolerance: float) -> None:
+    moment_II = moment(short, 0).tensors["moment"]
     assert relative_error(inverse_moment(moment_II), core(short, "rome_req0")["inv_cov"]) <= tolerance
     inputs = {**recorded_templates(short), "moment": ArtifactData({"moment": moment_II})}
     editor = ROME.prepare(model(short), ROMEConfig.model_validate(RECORDED), inputs)
@@ -181,7 +173,7 @@ def test_artifacts_follow_model_seed_and_corpus(tmp_path: Path) -> None:
 
 
 def test_a_corpus_is_asked_for() -> None:
-    with pytest.raises(SpecError, match=r"corpus: ROME needs a plain text file.*'some/other-model'"):
+    with pytest.raises(SpecError, match=r"corpus: ROME needs a text or JSONL file.*'some/other-model'"):
         ROME.artifacts(ROMEConfig(layer=3), FINGERPRINT, ELSEWHERE, seed=0)
     with pytest.raises(DataError, match=r"corpus: /nowhere\.txt"):
         ROME.artifacts(ROMEConfig(layer=3, corpus="/nowhere.txt"), FINGERPRINT, ELSEWHERE, seed=0)

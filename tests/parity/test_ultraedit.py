@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.parity.common import (
+    ELSEWHERE,
     check_norms,
     check_scores,
     final_scores,
@@ -21,7 +22,7 @@ from tests.parity.common import (
 from workers.methods import load_config
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ultraedit import EPS, UltraEdit, UltraEditConfig, UltraEditOverlay
-from workers.models import ModelConfig, model_shape
+from workers.models import model_shape
 from workers.rng import Draws
 from workers.types import SpecError
 
@@ -176,7 +177,7 @@ results_dir: ./results
 def test_easyedit_file(tmp_path: Path) -> None:
     path = tmp_path / "ultraedit.yaml"
     path.write_text(YAML)
-    config = load_config("ultraedit", {}, path, ModelConfig(name="some/other-model")).model_dump()
+    config = load_config("ultraedit", {}, path, ELSEWHERE).model_dump()
     assert config == {
         **UltraEditConfig(modules={"mlp.gate_proj": (11, 12), "mlp.up_proj": (18,)}).model_dump(),
         "token": "mask",
@@ -184,7 +185,7 @@ def test_easyedit_file(tmp_path: Path) -> None:
     }
     path.write_text(YAML.replace("model.layers.18.", "model.layers.{}."))
     with pytest.raises(SpecError, match=r"inner_params: 'model.layers.\{\}.mlp.up_proj' names no layer"):
-        load_config("ultraedit", {}, path, ModelConfig(name="some/other-model"))
+        load_config("ultraedit", {}, path, ELSEWHERE)
 
 
 def test_check_names_layer_and_module() -> None:

@@ -19,26 +19,31 @@ from workers.types import JSON, SpecError
 
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
+        # write weights
         "ft": "workers.methods.ft:FT",
         "ft-ewc": "workers.methods.ft_ewc:FTEWC",
+        "lora": "workers.methods.lora:LoRA",
         "rome": "workers.methods.rome:ROME",
         "rrome": "workers.methods.rome:RROME",
         "memit": "workers.methods.memit:MEMIT",
         "memit-mass": "workers.methods.memit:MEMITMass",
-        "alphaedit": "workers.methods.alphaedit:AlphaEdit",
-        "grace": "workers.methods.grace:GRACE",
-        "lora": "workers.methods.lora:LoRA",
-        "melo": "workers.methods.melo:MELO",
-        "wise": "workers.methods.wise:WISE",
         "emmet": "workers.methods.emmet:EMMET",
         "pmet": "workers.methods.pmet:PMET",
+        "alphaedit": "workers.methods.alphaedit:AlphaEdit",
         "ultraedit": "workers.methods.ultraedit:UltraEdit",
+        "simie": "workers.methods.simie:SimIE",
+        # keep a memory beside the weights
+        "grace": "workers.methods.grace:GRACE",
+        "defer": "workers.methods.defer:DEFER",
+        "melo": "workers.methods.melo:MELO",
+        "wise": "workers.methods.wise:WISE",
+        "serac": "workers.methods.serac:SERAC",
+        # networks that are trained first and then write weights
+        "mend": "workers.methods.mend:MEND",
+        "malmen": "workers.methods.malmen:MALMEN",
+        # change nothing in the model
         "none": "workers.methods.none:NoEdit",
         "icl": "workers.methods.icl:ICL",
-        "defer": "workers.methods.defer:DEFER",
-        "serac": "workers.methods.serac:SERAC",
-        "malmen": "workers.methods.malmen:MALMEN",
-        "mend": "workers.methods.mend:MEND",
     }
 )
 
@@ -58,6 +63,21 @@ def get_method(name: str) -> type[Method[Any]]:
     return found
 
 
+def read_hparams(path: Path) -> dict[str, JSON]:
+    """The mapping of an EasyEdit YAML. Raises :class:`SpecError`."""
+    source = f"hparams_file: {path}"
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{source}: cannot be read: {error}") from None
+    loaded = parse_yaml(text, source)
+    if not isinstance(loaded, dict):
+        raise SpecError(f"{source}: expected a mapping, found {type(loaded).__name__}")
+    return loaded
+
+
 def load_config(
     method: str, hparams: Mapping[str, JSON], hparams_file: Path | None, model: ModelConfig
 ) -> MethodConfig:
@@ -71,18 +91,10 @@ def load_config(
     cls = get_method(method)
     values: dict[str, JSON] = {}
     if hparams_file is not None:
-        try:
-            if hparams_file.stat().st_size > MAX_BYTES:
-                raise SpecError(f"hparams_file: {hparams_file}: larger than {MAX_BYTES} bytes")
-            text = hparams_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"hparams_file: {hparams_file}: cannot be read: {error}") from None
-        loaded = parse_yaml(text, f"hparams_file: {hparams_file}")
-        if not isinstance(loaded, dict):
-            raise SpecError(f"hparams_file: {hparams_file}: expected a mapping, found {type(loaded).__name__}")
+        loaded = read_hparams(hparams_file)
         values = cls.Config.from_easyedit(loaded, str(hparams_file))
     elif model.name == EMBEDDED:
-        values = cls.embedded()
+        values = cls.embedded_for(hparams)
     source = f"method {method}" if hparams_file is None else f"{hparams_file} (method {method})"
     try:
         return cls.Config.model_validate({**values, **hparams})

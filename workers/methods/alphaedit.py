@@ -9,7 +9,7 @@ the present requests and ``Kp`` those of all earlier edits of the sequence, the 
 With ``A = [Kp, K1]`` this is ``[0, R] (L2 * I + A^T P A)^-1 A^T P`` (push-through identity): a system with one unknown per edit
 made so far. Keys are kept as a list, and as their sum ``A A^T`` once they number more than half the width.
 
-Differences from paper and public code, all deliberate:
+Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
 
 1. Keys of earlier edits live in the overlay and end with it. In the public code they survive every rollback, and so does the
    projection, whatever model comes next.
@@ -32,14 +32,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers import spread, stats
+from workers import stats
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.locate import facts_of, lane_chunks, observe, template_spec
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
 from workers.overlay import LaneState, LowRankOverlay, Overlay
 from workers.pretrain import TrainingSource
-from workers.spread import SpreadConfig
+from workers.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
 from workers.types import JSON
 
 
@@ -102,7 +102,7 @@ class AlphaEditOverlay(LowRankOverlay):
                 self.sums_LII[site.name][lane] = 0 if sum_II is None else sum_II.to(keys_LIM)
 
 
-class AlphaEdit(Method[AlphaEditConfig]):
+class AlphaEdit(SpreadMethod[AlphaEditConfig]):
     """Null-space constrained knowledge editing.
 
     >>> editor = AlphaEdit.prepare(base, AlphaEditConfig(layers=(4,)), inputs={"null_space.4": p4, "templates": texts})
@@ -114,9 +114,9 @@ class AlphaEdit(Method[AlphaEditConfig]):
         "Fang et al., AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355"
     )
     version: ClassVar[int] = 1
-    batch_edits: ClassVar[bool] = True
     relative_cost: ClassVar[float] = 1.5
     Config: ClassVar[type[MethodConfig]] = AlphaEditConfig
+    overlay_type: ClassVar[type[LowRankOverlay]] = AlphaEditOverlay
 
     def __init__(
         self,
@@ -127,34 +127,28 @@ class AlphaEdit(Method[AlphaEditConfig]):
     ) -> None:
         """``projections``: ``P`` of each site, (I, I), by the site's name."""
         super().__init__(base, config, inputs)
-        self.sites = spread.sites_of(base, config)
         self.projections = projections
 
     @classmethod
     def prepare(cls, base: BaseModel, config: AlphaEditConfig, inputs: Mapping[str, ArtifactData]) -> Self:
         projections = {
             site.name: inputs[_null_space(site.layer)].tensors["projection"].to(base.device)
-            for site in spread.sites_of(base, config)
+            for site in sites_of(base, config)
         }
         return cls(base, config, inputs, projections)
 
-    def new_overlay(self, lanes: int) -> AlphaEditOverlay:
-        return AlphaEditOverlay(self.sites, lanes, self.base.master_dtype)
+    def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
+        assert isinstance(overlay, AlphaEditOverlay)
+        kept_LIM, sum_LII = overlay.keys_LIM[site.name], overlay.sums_LII.get(site.name)
+        return alphaedit_keys(self.projections[site.name], keys_LIN, kept_LIM, sum_LII, self.config.L2)
 
     def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, AlphaEditOverlay):
-            raise TypeError(f"AlphaEdit edits an AlphaEditOverlay, not a {type(overlay).__name__}")
-
-        def write(site: Site, keys_LIN: Tensor, residual_LON: Tensor) -> None:
-            kept_LIM, sum_LII = overlay.keys_LIM[site.name], overlay.sums_LII.get(site.name)
-            right_LNI = alphaedit_keys(self.projections[site.name], keys_LIN, kept_LIM, sum_LII, self.config.L2)
-            overlay.add(residual_LON, right_LNI, site)
-
-        outcomes = spread.spread(self.base, overlay, edits, self.config, self.inputs, write)
+        outcomes = super().edit(overlay, edits)
+        assert isinstance(overlay, AlphaEditOverlay)
         facts = facts_of(self.base, edits, self.config, self.inputs)
         keys, _ = observe(self.base, overlay, facts, self.sites, bare_share=self.config.bare_share)
         for site, keys_NI in zip(self.sites, keys, strict=True):
-            overlay.remember(site, spread.by_lane(keys_NI, overlay.lanes))
+            overlay.remember(site, by_lane(keys_NI, overlay.lanes))
         return outcomes
 
     @classmethod
@@ -172,10 +166,6 @@ class AlphaEdit(Method[AlphaEditConfig]):
         }
 
     @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        spread.check(config, shape)
-
-    @classmethod
     def artifacts(
         cls,
         config: Any,
@@ -184,7 +174,7 @@ class AlphaEdit(Method[AlphaEditConfig]):
         seed: int,
         training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
-        moments = spread.moment_specs(config, fingerprint, model, cls.title)
+        moments = moment_specs(config, fingerprint, model, cls.title)
         projections = [
             ArtifactSpec(
                 name=_null_space(layer),
@@ -197,14 +187,10 @@ class AlphaEdit(Method[AlphaEditConfig]):
         return template_spec(config, fingerprint, model, seed), *projections
 
     @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.context_template_length_params)
-
-    @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
         _, into = shape.site(config.module)
         keys = into * min(edits, into) * max(4, shape.bytes_per_value)
-        return spread.factor_bytes(config, shape, edits) + (len(config.layers) + 1) * keys
+        return super().overlay_bytes(config, shape, edits) + (len(config.layers) + 1) * keys
 
 
 def _null_space(layer: int) -> str:
@@ -217,7 +203,7 @@ def alphaedit_keys(
     kept_LIM: Tensor,
     sum_LII: Tensor | None,
     L2: float,
-    limit: int = spread.SOLVE_BYTES,
+    limit: int = SOLVE_BYTES,
 ) -> Tensor:
     """``((P (Kp Kp^T + K K^T) + L2 I)^-1 P K)^T`` of every lane, (L, N, I), float64. ``Kp Kp^T`` is ``sum_LII`` and the outer
     products of ``kept_LIM``. At most ``limit`` bytes of temporaries, or one lane."""

@@ -15,10 +15,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
 from torch import Tensor
 
 from workers.artifacts import ArtifactData, ArtifactSpec
@@ -28,6 +28,16 @@ from workers.overlay import Overlay
 from workers.pretrain import Trainer, TrainingSource
 from workers.rng import Draws
 from workers.types import JSON, EditRequest, SpecError
+
+
+def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if layers and (min(layers) < 0 or len(set(layers)) < len(layers)):
+        raise ValueError("layers must be distinct and not negative")
+    return layers
+
+
+Layers = Annotated[tuple[int, ...], AfterValidator(_distinct)]
+"""Decoder layers, each once, in any order."""
 
 IGNORED = ""
 """In ``easyedit_keys``: the key carries no information for us (a file path, a log setting) and is dropped."""
@@ -96,6 +106,18 @@ _EASYEDIT_COMMON: Mapping[str, str] = MappingProxyType(
     )
 )
 
+TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        (
+            *("archive", "model_class", "alg", "opt", "seed", "half", "max_epochs", "model_save_pt", "save", "silent"),
+            *("verbose", "debug", "eval_only", "final_eval", "log_interval", "eval_log_interval", "val_interval"),
+            *("val_batch_size", "val_steps", "early_stop_patience", "early_stop_key"),
+        ),
+        IGNORED,
+    )
+)
+"""Keys of trained methods' files that say how the public trainer logs, saves, stops and validates."""
+
 _MODULE = re.compile(r"^.*?[.\[](?P<layer>\{\}|\d+)\]?\.(?P<path>.+?)(\.weight)?$")
 
 
@@ -111,6 +133,15 @@ def split_module(name: str, source: str) -> tuple[int | None, str]:
         )
     layer = match["layer"]
     return (None if layer == "{}" else int(layer)), match["path"]
+
+
+def take_inner_param(out: dict[str, JSON], source: str) -> None:
+    """``inner_params`` of methods that edit one map, which ``easyedit_keys`` call ``module``: made ``layer`` and ``module``."""
+    if "module" in out:
+        names = out["module"]
+        if not isinstance(names, list) or len(names) != 1:
+            raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
+        out["layer"], out["module"] = split_module(str(names[0]), source)
 
 
 @dataclass(frozen=True)
@@ -176,6 +207,11 @@ class Method(ABC, Generic[C]):
     def embedded(cls) -> dict[str, JSON]:
         """Hyperparameters for the embedded model, chosen on its tuning split."""
         return {}
+
+    @classmethod
+    def embedded_for(cls, hparams: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The same, where it depends on what a sweep asks for (``hparams``, which override it)."""
+        return cls.embedded()
 
     @classmethod
     def check(cls, config: Any, shape: ModelShape) -> None:

@@ -33,13 +33,13 @@ from torch import Tensor
 
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
 from workers.models import ModelShape, Site
 from workers.optim import Adam
 from workers.overlay import LaneState, Overlay, lane_linear
 from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
-from workers.types import JSON, SpecError
+from workers.types import JSON
 
 Query = Literal["prompt", "row"]
 
@@ -62,11 +62,7 @@ class DEFERConfig(MethodConfig):
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         out = super().from_easyedit(values, source)
-        if "module" in out:
-            names = out["module"]
-            if not isinstance(names, list) or len(names) != 1:
-                raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
-            out["layer"], out["module"] = split_module(str(names[0]), source)
+        take_inner_param(out, source)
         return out
 
 

@@ -24,25 +24,19 @@ Differences from paper and public code, all deliberate. The paper's text was not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers import spread
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import Factor, moment_name, template_spec
-from workers.methods.base import EditOutcome, LaneEdit, Method
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.overlay import LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
-from workers.ridge import ridge_keys
+from workers.methods.base import MethodConfig
+from workers.models import Site
+from workers.overlay import LowRankOverlay
+from workers.spread import RidgeMethod, SpreadConfig, ridge_keys
 from workers.types import JSON
 
 
-class EMMETConfig(spread.SpreadConfig):
+class EMMETConfig(SpreadConfig):
     """Hyperparameters of EMMET, under the names the field uses."""
 
     mom2_update_weight: float = Field(1.0, gt=0, description="the second moment is multiplied by this")
@@ -54,7 +48,7 @@ class EMMETConfig(spread.SpreadConfig):
     alg_names: ClassVar[tuple[str, ...]] = ("EMMET",)
 
 
-class EMMET(Method[EMMETConfig]):
+class EMMET(RidgeMethod[EMMETConfig]):
     """Equality-constrained mass editing.
 
     >>> editor = EMMET.prepare(base, EMMETConfig(layers=(5,)), inputs={"moment.5": moment, "templates": texts})
@@ -64,44 +58,17 @@ class EMMET(Method[EMMETConfig]):
     title: ClassVar[str] = "EMMET"
     paper: ClassVar[str] = "Gupta et al., A Unified Framework for Model Editing, arXiv 2403.14236"
     version: ClassVar[int] = 1
-    batch_edits: ClassVar[bool] = True
     relative_cost: ClassVar[float] = 1.4
-    Config: ClassVar[type[EMMETConfig]] = EMMETConfig
-
-    def __init__(
-        self,
-        base: BaseModel,
-        config: EMMETConfig,
-        inputs: Mapping[str, ArtifactData],
-        factors: Mapping[str, Factor],
-    ) -> None:
-        """``factors``: the factorised, weighted second moment of each site, by the site's name."""
-        super().__init__(base, config, inputs)
-        self.sites = spread.sites_of(base, config)
-        self.factors = factors
+    Config: ClassVar[type[MethodConfig]] = EMMETConfig
 
     @classmethod
-    def prepare(cls, base: BaseModel, config: EMMETConfig, inputs: Mapping[str, ArtifactData]) -> Self:
-        factors = {}
-        for site in spread.sites_of(base, config):
-            moment_II = inputs[moment_name(site.layer)].tensors["moment"].to(base.device, torch.float64)
-            moment_II = moment_II * config.mom2_update_weight
-            moment_II.diagonal().add_(config.update_norm_lambda)
-            factors[site.name] = Factor.of(moment_II, site.layer)
-        return cls(base, config, inputs, factors)
+    def weighted(cls, config: EMMETConfig, moment_II: Tensor) -> Tensor:
+        weighted_II = moment_II * config.mom2_update_weight
+        weighted_II.diagonal().add_(config.update_norm_lambda)
+        return weighted_II
 
-    def new_overlay(self, lanes: int) -> LowRankOverlay:
-        return LowRankOverlay(self.sites, lanes, self.base.master_dtype)
-
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, LowRankOverlay):
-            raise TypeError(f"EMMET edits a LowRankOverlay, not a {type(overlay).__name__}")
-
-        def write(site: Site, keys_LIN: Tensor, residual_LON: Tensor) -> None:
-            right_LNI = ridge_keys(self.factors[site.name], keys_LIN, self.config.emmet_lambda)
-            overlay.add(residual_LON, right_LNI, site)
-
-        return spread.spread(self.base, overlay, edits, self.config, self.inputs, write)
+    def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
+        return ridge_keys(self.factors[site.name], keys_LIN, ridge=self.config.emmet_lambda)
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -114,29 +81,3 @@ class EMMET(Method[EMMETConfig]):
             "clamp_norm_factor": 2.0,
             "samples": 4000,
         }
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        spread.check(config, shape)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        return (
-            template_spec(config, fingerprint, model, seed),
-            *spread.moment_specs(config, fingerprint, model, cls.title),
-        )
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.context_template_length_params)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        return spread.factor_bytes(config, shape, edits)

@@ -32,7 +32,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from workers.finetune import Example, Problem, descend, with_target
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
 from workers.models import BaseModel, ModelShape
 from workers.overlay import DenseOverlay, Overlay
 from workers.rows import Encoded
@@ -42,7 +42,7 @@ from workers.types import JSON, EditRequest, SpecError
 class FTConfig(MethodConfig):
     """Hyperparameters of FT-L and FT-M."""
 
-    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers whose map is trained")
+    layers: Layers = Field(min_length=1, description="decoder layers whose map is trained")
     module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
     objective: Literal["target_new", "prompt_last"] = Field(
         "target_new", description="target_new: FT-M; prompt_last: FT-L, every token at the last prompt position"
@@ -60,13 +60,6 @@ class FTConfig(MethodConfig):
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"objective_optimization": "objective", "rewrite_module_tmp": "module", "kl_factor": IGNORED}
     )
-
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if min(layers) < 0 or len(set(layers)) < len(layers):
-            raise ValueError("layers must be distinct and not negative")
-        return layers
 
     @field_validator("norm_constraint", mode="before")
     @classmethod

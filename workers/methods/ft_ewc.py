@@ -33,37 +33,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from workers import fisher, stats
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.finetune import Problem, descend, with_target
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
-from workers.models import EMBEDDED, BaseModel, ModelConfig, ModelFingerprint, ModelShape
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
 from workers.overlay import DenseOverlay, Overlay
 from workers.pretrain import TrainingSource
-from workers.types import JSON, SpecError
+from workers.types import JSON
 
 
 class FTEWCConfig(MethodConfig):
     """Hyperparameters of FT-EWC."""
 
-    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers whose map is trained")
+    layers: Layers = Field(min_length=1, description="decoder layers whose map is trained")
     module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
     num_steps: int = Field(25, ge=1, description="optimiser steps at most")
     lr: float = Field(5e-4, gt=0, description="Adam's step size")
     ew_lambda: float = Field(300.0, ge=0, description="stiffness of the penalty; 0: plain FT-M")
-    corpus: str | None = Field(None, description="plain text file, a text a line; null: the embedded model's own")
+    corpus: str | None = Field(
+        None, description="text (one a line) or JSONL file; null: the embedded model's own, for it alone"
+    )
     samples: int = Field(1000, ge=1, description="texts of the corpus that the Fisher information is taken over")
     precision: Literal["float32", "float64"] = Field("float32", description="precision it is summed in")
-
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if min(layers) < 0 or len(set(layers)) < len(layers):
-            raise ValueError("layers must be distinct and not negative")
-        return layers
 
 
 class FTEWC(Method[FTEWCConfig]):
@@ -134,14 +129,8 @@ class FTEWC(Method[FTEWCConfig]):
         seed: int,
         training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
-        corpus = config.corpus
-        if corpus is None:
-            if model.name != EMBEDDED:
-                raise SpecError(
-                    f"corpus: FT-EWC needs a plain text file for the Fisher information of {model.name!r} (about "
-                    f"{config.samples} lines, see samples)"
-                )
-            corpus = EMBEDDED
+        how_much = f"about {config.samples} lines, see samples"
+        corpus = stats.corpus_of(config.corpus, model, cls.title, "Fisher information", how_much)
         return tuple(
             ArtifactSpec(
                 name=_artifact(layer),
@@ -150,13 +139,13 @@ class FTEWC(Method[FTEWCConfig]):
                     "model": fingerprint.model,
                     "tokenizer": fingerprint.tokenizer,
                     "dtype": model.dtype,
-                    "corpus": corpus,
-                    "corpus_hash": stats.corpus_fingerprint(corpus),
+                    **stats.corpus_recipe(corpus),
                     "samples": config.samples,
                     "layer": layer,
                     "module": config.module,
                     "precision": config.precision,
                 },
+                where={"corpus": corpus},
             )
             for layer in config.layers
         )

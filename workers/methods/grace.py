@@ -31,6 +31,8 @@ Differences from paper and public code, all deliberate:
 7. ``replace_prompt`` covers the whole prompt (public: all of it but the last token); ``replace_all`` all real tokens.
 8. ``val_train: sgd`` only (in the public code, too, that means Adam); perturbed training, ``val_reg`` and ``dropout``
    are either not implemented there or without effect, and are refused here unless they are off.
+
+The paper's text was not at hand: numbers of equations and algorithms are from memory.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from torch import Tensor
 
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
 from workers.models import BaseModel, ModelShape, Site
 from workers.optim import Adam
 from workers.overlay import LaneState, Overlay
@@ -99,11 +101,7 @@ class GRACEConfig(MethodConfig):
             if key in values and values[key] not in allowed:
                 raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
         out = super().from_easyedit({k: v for k, v in values.items() if k not in cls.easyedit_off}, source)
-        if "module" in out:
-            names = out["module"]
-            if not isinstance(names, list) or len(names) != 1:
-                raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
-            out["layer"], out["module"] = split_module(str(names[0]), source)
+        take_inner_param(out, source)
         if out.get("eps_expand") == "moving_avg":  # what the comments in the public files call it
             out["eps_expand"] = "moving_average"
         return out

@@ -24,6 +24,8 @@ Differences from paper and public code, all deliberate:
 3. The public code scores each edit with its own fact in the context, whatever the number of edits in a row, so that its
    sequential results are those of T = 1. Here an edit's neighbours stay in the context until the rollback.
 4. A second edit of the same prompt does not remove the first: both facts are read, the later one last.
+
+The paper's text was not at hand: the wording of facts and prompt is that of the public code.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ Differences from paper and public code (EasyEdit), all deliberate:
 2. A batch's loss is the mean of its requests' means; the public code takes the mean over all target tokens, so that long
    targets weigh more, and cuts the requests of a call into batches of its own with a step on each.
 3. Dropout acts in training only. The public code never leaves training mode, so that scores are drawn at random.
-4. ``lora_type: adalora``, which most public files name, is loaded as LoRA of the same rank. What the public code runs under that
-   name is no AdaLoRA (arXiv 2303.10512): it never calls the rank allocation, so that a product with a diagonal between its
-   factors is left, of PEFT's initial rank (12) whatever ``rank`` says.
+4. ``lora_type: adalora``, which most public files name, is refused. What the public code runs under that name is neither AdaLoRA
+   (arXiv 2303.10512), since it never calls the rank allocation, nor LoRA: a product with a diagonal between its factors is
+   left, of PEFT's initial rank (12) whatever ``rank`` says.
 5. Only weights get adapters; ``kl_factor`` and ``norm_constraint`` stand in every public file, are read by nobody, and are
    accepted as 0 and false only.
+
+The paper's text was not at hand: the start of ``A`` in the first point is from memory.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from workers.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
 from workers.finetune import batch, with_target
 from workers.lockstep import Lockstep
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.models import ModelShape, architecture
 from workers.optim import Adam
 from workers.overlay import Overlay
@@ -44,7 +46,7 @@ from workers.types import JSON, SpecError
 class LoRAConfig(MethodConfig):
     """Hyperparameters of LoRA."""
 
-    layers: tuple[int, ...] = Field((), description="decoder layers that get adapters; none named: all")
+    layers: Layers = Field((), description="decoder layers that get adapters; none named: all")
     target_modules: tuple[str, ...] | None = Field(
         None, min_length=1, description="maps inside a layer, by their last name or whole path; null: query and value"
     )
@@ -60,19 +62,18 @@ class LoRAConfig(MethodConfig):
         dict.fromkeys(("kl_factor", "norm_constraint", "lora_type"), IGNORED)
     )
 
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if layers and (min(layers) < 0 or len(set(layers)) < len(layers)):
-            raise ValueError("layers must be distinct and not negative")
-        return layers
-
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         if float(values.get("kl_factor") or 0) != 0 or values.get("norm_constraint"):
             raise SpecError(f"{source}: kl_factor, norm_constraint: have no effect in LoRA; expected 0 and false")
-        if values.get("lora_type", "lora") not in ("lora", "adalora"):
-            raise SpecError(f"{source}: lora_type: {values['lora_type']!r} is not supported; choices: lora, adalora")
+        kind = values.get("lora_type", "lora")
+        if kind != "lora":
+            more = ": what EasyEdit runs under that name is another method, of rank 12 whatever rank says" * (
+                kind == "adalora"
+            )
+            raise SpecError(
+                f"{source}: lora_type: {kind!r} is not supported{more}; write lora_type: lora for LoRA of the file's rank"
+            )
         return super().from_easyedit(values, source)
 
 

@@ -35,44 +35,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.hypernet import (
     Factors,
     Hypernet,
+    HypernetConfig,
+    HypernetMethod,
     HypernetTrainer,
     Objective,
     Pair,
-    Questions,
-    gradient_factors,
     hypernet_sites,
-    site_shapes,
-    split_inner_params,
 )
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.overlay import DenseOverlay, Overlay
-from workers.pretrain import PRETRAINED, Schedule, TrainingSource, pretrained
+from workers.methods.base import IGNORED, TRAINER_KEYS, MethodConfig
+from workers.models import BaseModel
+from workers.pretrain import Schedule
 from workers.types import JSON, EditRequest, SpecError
 
-_HPARAMS = (
-    *("layers", "modules", "rank", "n_blocks", "tokens"),
-    *("lr", "meta_lr", "lr_lr", "gen_coef", "loc_coef", "max_grad_norm", "train_on"),
-)
 _TOKENS: Mapping[str, str] = MappingProxyType({"ans": "answer", "mask": "all", "all": "all"})
 
 
-class MALMENConfig(MethodConfig):
+class MALMENConfig(HypernetConfig):
     """Hyperparameters of MALMEN."""
 
-    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers whose maps are edited")
-    modules: tuple[str, ...] = Field((), description="linear maps inside each layer; none: the MLP's output projection")
-    rank: int = Field(1920, ge=1, description="rank of the networks' maps")
     n_blocks: int = Field(2, ge=1, description="blocks of a network")
     tokens: Literal["answer", "all"] = Field(
         "answer", description="answer: keys are the tokens that predict the answer; all: every token of the request"
@@ -93,42 +82,12 @@ class MALMENConfig(MethodConfig):
     alg_names: ClassVar[tuple[str, ...]] = ("MALMEN",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            **dict.fromkeys(
-                (
-                    *("archive", "model_class", "seed", "silent", "max_epochs", "log_interval", "eval_log_interval"),
-                    *(
-                        "final_eval",
-                        "val_interval",
-                        "early_stop_patience",
-                        "early_stop_key",
-                        "eval_only",
-                        "debug",
-                        "save",
-                    ),
-                    *(
-                        "val_batch_size",
-                        "val_steps",
-                        "editor_batch_size",
-                        "half",
-                        "opt",
-                        "alg",
-                        "model_save_pt",
-                        "verbose",
-                    ),
-                ),
-                IGNORED,
-            ),
+            **TRAINER_KEYS,
+            "editor_batch_size": IGNORED,
             **{key: key for key in ("inner_params", "n_edits", "max_iters", "dropout", "train_base", "no_grad_layers")},
             "token": "tokens",
         }
     )
-
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if min(layers) < 0 or len(set(layers)) < len(layers):
-            raise ValueError("layers must be distinct and not negative")
-        return layers
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -136,8 +95,6 @@ class MALMENConfig(MethodConfig):
         for key in ("dropout", "train_base", "no_grad_layers"):
             if out.pop(key, None):
                 raise SpecError(f"{source}: {key}: {values[key]!r} is a variant that is not here; expected it off")
-        if "inner_params" in out:
-            out["layers"], out["modules"] = split_inner_params(out.pop("inner_params"), split_module, source)
         if "tokens" in out:
             if out["tokens"] not in _TOKENS:
                 raise SpecError(f"{source}: token: {out['tokens']!r}; choices: {', '.join(_TOKENS)}")
@@ -148,7 +105,7 @@ class MALMENConfig(MethodConfig):
         return out
 
 
-class MALMEN(Method[MALMENConfig]):
+class MALMEN(HypernetMethod[MALMENConfig]):
     """All requests of a call in one least-squares fit per map.
 
     >>> editor = MALMEN.prepare(base, MALMENConfig(layers=(4, 5), rank=64), {"pretrained": trained})
@@ -158,32 +115,19 @@ class MALMEN(Method[MALMENConfig]):
     title: ClassVar[str] = "MALMEN"
     paper: ClassVar[str] = "Tan et al., Massive Editing for LLMs via Meta Learning, ICLR 2024, arXiv 2311.04661"
     version: ClassVar[int] = 1
-    needs_pretraining: ClassVar[bool] = True
-    batch_edits: ClassVar[bool] = True
-    relative_cost: ClassVar[float] = 0.1
     Config: ClassVar[type[MethodConfig]] = MALMENConfig
+    learnt: ClassVar[tuple[str, ...]] = (
+        *("layers", "modules", "rank", "n_blocks", "tokens"),
+        *("lr", "meta_lr", "lr_lr", "gen_coef", "loc_coef", "max_grad_norm", "train_on"),
+    )
 
-    def __init__(self, base: BaseModel, config: MALMENConfig, inputs: Mapping[str, ArtifactData]) -> None:
-        super().__init__(base, config, inputs)
-        self.sites = hypernet_sites(base, config.layers, config.modules)
-        self.net = _network(base, config.model_dump(mode="json"), None).of_precision(base)
-        self.net.restore(inputs[PRETRAINED].tensors)
-        self.net.requires_grad_(False)
+    @classmethod
+    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+        shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
+        return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
 
-    def new_overlay(self, lanes: int) -> DenseOverlay:
-        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
-
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, DenseOverlay):
-            raise TypeError(f"MALMEN edits a DenseOverlay, not a {type(overlay).__name__}")
-        asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
-        found, loss_L = gradient_factors(self.base, self.sites, Questions.of(self.base, asked), overlay)
-        with torch.no_grad():
-            changes = _changes(self.net, _chosen(found, self.config.tokens))
-            for site, (left_LNO, right_LNI) in zip(self.sites, changes, strict=True):
-                overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
-        overlay.touch(range(overlay.lanes))
-        return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
+    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
+        return _changes(self.net, _chosen(factors, self.config.tokens))
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -197,28 +141,11 @@ class MALMEN(Method[MALMENConfig]):
         }
 
     @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        site_shapes(shape, config.layers, config.modules)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        values = config.model_dump(mode="json")
-        hparams = {key: values[key] for key in _HPARAMS}
-        return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
-
-    @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> MALMENTrainer:
         trainer = MALMENTrainer(
             base,
             hypernet_sites(base, hparams["layers"], hparams["modules"]),
-            _network(base, hparams, generator),
+            cls.network(base, hparams, generator),
             Objective(hparams["gen_coef"], hparams["loc_coef"], hparams["train_on"]),
             hparams["meta_lr"],
             hparams["lr_lr"],
@@ -226,12 +153,6 @@ class MALMEN(Method[MALMENConfig]):
         )
         trainer.tokens = hparams["tokens"]
         return trainer
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        copies = 3  # weight, its change, one temporary
-        sizes = sum(out * into for out, into in site_shapes(shape, config.layers, config.modules))
-        return copies * sizes * max(4, shape.bytes_per_value)
 
 
 class MALMENTrainer(HypernetTrainer):
@@ -247,12 +168,6 @@ class MALMENTrainer(HypernetTrainer):
 
     def changes(self, factors: Sequence[Factors]) -> list[Pair]:
         return _changes(self.net, factors)
-
-
-def _network(base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
-    sites = hypernet_sites(base, hparams["layers"], hparams["modules"])
-    shapes = [site.shape for site in sites]
-    return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
 
 
 def _chosen(factors: Sequence[Factors], tokens: str) -> list[Factors]:

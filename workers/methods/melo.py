@@ -48,13 +48,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from workers.adapter import uniform_A
 from workers.finetune import batch, with_target
 from workers.lockstep import Lockstep
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
 from workers.models import ModelShape, Site
 from workers.optim import Adam
 from workers.overlay import LaneState, Overlay, lane_linear
@@ -76,7 +76,7 @@ SAME_QUERY = 1e-3
 class MELOConfig(MethodConfig):
     """Hyperparameters of MELO."""
 
-    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers that get blocks; all after key_layer")
+    layers: Layers = Field(min_length=1, description="decoder layers that get blocks; all after key_layer")
     module: str | None = Field(None, description="linear map that gets blocks; null: the MLP's output projection")
     key_layer: int = Field(ge=0, description="decoder layer whose map's answer is the query")
     key_module: str | None = Field(None, description="that map; null: the MLP's output projection")
@@ -94,13 +94,6 @@ class MELOConfig(MethodConfig):
         {"dist_fn": ("euc",), "expand_mode": ("moving_avg",), "key_id": (-1,), "lora_dropout": (0, 0.0)}
     )
     """Keys that are accepted with these values only: nothing else is implemented."""
-
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if min(layers) < 0 or len(set(layers)) < len(layers):
-            raise ValueError("layers must be distinct and not negative")
-        return layers
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:

@@ -14,7 +14,7 @@ go on top of each other; keys of earlier edits are *not* kept (AlphaEdit does th
 
 ``memit`` edits ``batch_size`` requests a call (1: one after another). ``memit-mass`` edits all T requests of a group in one.
 
-Differences from paper and public code, all deliberate:
+Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
 
 1. ``C`` is that of the pristine model for every layer. The public code computes a later layer's statistics after the earlier
    layers were edited, if they were not in its cache.
@@ -28,21 +28,15 @@ Differences from paper and public code, all deliberate:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers import spread
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import Factor, lane_chunks, moment_name, template_spec
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.overlay import LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
-from workers.spread import SpreadConfig
+from workers.methods.base import MethodConfig
+from workers.models import Site
+from workers.overlay import LowRankOverlay
+from workers.spread import RidgeMethod, SpreadConfig, ridge_keys
 from workers.types import JSON
 
 
@@ -54,7 +48,7 @@ class MEMITConfig(SpreadConfig):
     alg_names: ClassVar[tuple[str, ...]] = ("MEMIT",)
 
 
-class MEMIT(Method[MEMITConfig]):
+class MEMIT(RidgeMethod[MEMITConfig]):
     """Mass-editing memory in a transformer.
 
     >>> editor = MEMIT.prepare(base, MEMITConfig(layers=(4, 5)), inputs={"moment.4": m4, "moment.5": m5, "templates": texts})
@@ -64,42 +58,11 @@ class MEMIT(Method[MEMITConfig]):
     title: ClassVar[str] = "MEMIT"
     paper: ClassVar[str] = "Meng et al., Mass-Editing Memory in a Transformer, arXiv 2210.07229"
     version: ClassVar[int] = 1
-    batch_edits: ClassVar[bool] = True
     relative_cost: ClassVar[float] = 1.4
     Config: ClassVar[type[MethodConfig]] = MEMITConfig
 
-    def __init__(
-        self,
-        base: BaseModel,
-        config: MEMITConfig,
-        inputs: Mapping[str, ArtifactData],
-        factors: Mapping[str, Factor],
-    ) -> None:
-        """``factors``: the factorised second moment of each site, by the site's name."""
-        super().__init__(base, config, inputs)
-        self.sites = spread.sites_of(base, config)
-        self.factors = factors
-
-    @classmethod
-    def prepare(cls, base: BaseModel, config: MEMITConfig, inputs: Mapping[str, ArtifactData]) -> Self:
-        factors = {
-            site.name: Factor.of(inputs[moment_name(site.layer)].tensors["moment"].to(base.device), site.layer)
-            for site in spread.sites_of(base, config)
-        }
-        return cls(base, config, inputs, factors)
-
-    def new_overlay(self, lanes: int) -> LowRankOverlay:
-        return LowRankOverlay(self.sites, lanes, self.base.master_dtype)
-
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, LowRankOverlay):
-            raise TypeError(f"MEMIT edits a LowRankOverlay, not a {type(overlay).__name__}")
-
-        def write(site: Site, keys_LIN: Tensor, residual_LON: Tensor) -> None:
-            right_LNI = memit_keys(self.factors[site.name], keys_LIN, self.config.mom2_update_weight)
-            overlay.add(residual_LON, right_LNI, site)
-
-        return spread.spread(self.base, overlay, edits, self.config, self.inputs, write)
+    def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
+        return ridge_keys(self.factors[site.name], keys_LIN, ridge=1.0, weight=self.config.mom2_update_weight)
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -114,32 +77,6 @@ class MEMIT(Method[MEMITConfig]):
             "samples": 4000,
         }
 
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        spread.check(config, shape)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        return (
-            template_spec(config, fingerprint, model, seed),
-            *spread.moment_specs(config, fingerprint, model, cls.title),
-        )
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.context_template_length_params)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        return spread.factor_bytes(config, shape, edits)
-
 
 class MEMITMass(MEMIT):
     """MEMIT with all requests of a group in one batch."""
@@ -147,20 +84,3 @@ class MEMITMass(MEMIT):
     name: ClassVar[str] = "memit-mass"
     title: ClassVar[str] = "MEMIT-Mass"
     whole_group: ClassVar[bool] = True
-
-
-def memit_keys(factor: Factor, keys_LIN: Tensor, weight: float, limit: int = spread.SOLVE_BYTES) -> Tensor:
-    """``((weight * C + K K^T)^-1 K)^T`` of every lane, (L, N, I), float64.
-
-    Its temporaries take at most ``limit`` bytes, or one lane.
-    """
-    lanes, into, count = keys_LIN.shape
-    out_LNI = keys_LIN.new_empty(lanes, count, into)
-    for some in lane_chunks(lanes, 8 * (3 * into * count + 2 * count * count), limit):
-        keys_KIN = keys_LIN[some]
-        solved_KIN = factor.solve(keys_KIN) / weight
-        small_KNN = keys_KIN.transpose(1, 2) @ solved_KIN
-        small_KNN.diagonal(dim1=1, dim2=2).add_(1)
-        # a lane that is not finite must not raise for the others
-        out_LNI[some], _ = torch.linalg.solve_ex(small_KNN, solved_KIN.transpose(1, 2))
-    return out_LNI

@@ -34,40 +34,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.hypernet import (
     Factors,
     Hypernet,
+    HypernetConfig,
+    HypernetMethod,
     HypernetTrainer,
     Objective,
     Pair,
     Questions,
-    gradient_factors,
     hypernet_sites,
-    site_shapes,
-    split_inner_params,
 )
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.overlay import DenseOverlay, Overlay
-from workers.pretrain import PRETRAINED, Schedule, TrainingSource, pretrained
+from workers.methods.base import IGNORED, TRAINER_KEYS, MethodConfig
+from workers.models import BaseModel
+from workers.pretrain import Schedule
 from workers.types import JSON, EditRequest, SpecError
 
-_NETWORK = ("layers", "modules", "rank", "n_hidden", "public_bos")
-_TRAINING = ("edit_lr", "lr", "lr_lr", "cedit", "cloc", "grad_clip", "train_on")
 
-
-class MENDConfig(MethodConfig):
+class MENDConfig(HypernetConfig):
     """Hyperparameters of MEND."""
 
-    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers whose maps are edited")
-    modules: tuple[str, ...] = Field((), description="linear maps inside each layer; none: the MLP's output projection")
-    rank: int = Field(1920, ge=1, description="rank of the networks' maps")
     n_hidden: int = Field(1, ge=0, description="hidden layers of a network, which has one block more")
     edit_lr: float = Field(1e-4, description="first value of the learned step sizes; positive descends")
     lr: float = Field(1e-6, gt=0, description="Adam's step size for the networks")
@@ -84,15 +75,8 @@ class MENDConfig(MethodConfig):
     alg_names: ClassVar[tuple[str, ...]] = ("MEND",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            **dict.fromkeys(
-                (
-                    *("archive", "model_class", "lr_scale", "seed", "cbase", "hidden_dim", "model_save_pt", "silent"),
-                    *("log_interval", "eval_log_interval", "final_eval", "val_interval", "early_stop_patience"),
-                    *("early_stop_key", "eval_only", "debug", "save", "verbose", "val_batch_size", "val_steps", "opt"),
-                    *("half", "max_epochs", "max_output_length", "act", "alg"),
-                ),
-                IGNORED,
-            ),
+            **TRAINER_KEYS,
+            **dict.fromkeys(("lr_scale", "cbase", "hidden_dim", "max_output_length", "act"), IGNORED),
             "inner_params": "inner_params",
             "accumulate_bs": "accumulate_bs",
             "max_iters": "max_iters",
@@ -116,13 +100,6 @@ class MENDConfig(MethodConfig):
         }
     )
 
-    @field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if min(layers) < 0 or len(set(layers)) < len(layers):
-            raise ValueError("layers must be distinct and not negative")
-        return layers
-
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         out = super().from_easyedit(values, source)
@@ -130,15 +107,13 @@ class MENDConfig(MethodConfig):
             value = out.pop(key, allowed[0])
             if value not in allowed:
                 raise SpecError(f"{source}: {key}: {value!r} is a variant that is not here; expected {allowed[0]!r}")
-        if "inner_params" in out:
-            out["layers"], out["modules"] = split_inner_params(out.pop("inner_params"), split_module, source)
         together, iterations = out.pop("accumulate_bs", 10), out.pop("max_iters", 100_000)
         out["schedule"] = {"steps": max(1, iterations // together), "batch_size": together}
         return out
 
 
-class MEND(Method[MENDConfig]):
-    """One forward, one backward, and the networks: an edit is a single step.
+class MEND(HypernetMethod[MENDConfig]):
+    """Changes of the requests of a call are added up.
 
     >>> editor = MEND.prepare(base, MENDConfig(layers=(4, 5), rank=64), {"pretrained": trained})
     """
@@ -147,32 +122,22 @@ class MEND(Method[MENDConfig]):
     title: ClassVar[str] = "MEND"
     paper: ClassVar[str] = "Mitchell et al., Fast Model Editing at Scale, ICLR 2022, arXiv 2110.11309"
     version: ClassVar[int] = 1
-    needs_pretraining: ClassVar[bool] = True
-    batch_edits: ClassVar[bool] = True
-    relative_cost: ClassVar[float] = 0.1
     Config: ClassVar[type[MethodConfig]] = MENDConfig
+    learnt: ClassVar[tuple[str, ...]] = (
+        *("layers", "modules", "rank", "n_hidden", "public_bos"),
+        *("edit_lr", "lr", "lr_lr", "cedit", "cloc", "grad_clip", "train_on"),
+    )
 
-    def __init__(self, base: BaseModel, config: MENDConfig, inputs: Mapping[str, ArtifactData]) -> None:
-        super().__init__(base, config, inputs)
-        self.sites = hypernet_sites(base, config.layers, config.modules)
-        self.net = _network(base, config.model_dump(mode="json"), None).of_precision(base)
-        self.net.restore(inputs[PRETRAINED].tensors)
-        self.net.requires_grad_(False)
+    @classmethod
+    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+        shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
+        return Hypernet(shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator)
 
-    def new_overlay(self, lanes: int) -> DenseOverlay:
-        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
+    def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
+        return Questions.of(self.base, lanes, self.config.public_bos)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, DenseOverlay):
-            raise TypeError(f"MEND edits a DenseOverlay, not a {type(overlay).__name__}")
-        asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
-        questions = Questions.of(self.base, asked, self.config.public_bos)
-        factors, loss_L = gradient_factors(self.base, self.sites, questions, overlay)
-        with torch.no_grad():
-            for site, (left_LNO, right_LNI) in zip(self.sites, _changes(self.net, factors), strict=True):
-                overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
-        overlay.touch(range(overlay.lanes))
-        return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
+    def changes(self, factors: Sequence[Factors]) -> list[Pair]:
+        return _changes(self.net, factors)
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -187,39 +152,16 @@ class MEND(Method[MENDConfig]):
         }
 
     @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        site_shapes(shape, config.layers, config.modules)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        values = config.model_dump(mode="json")
-        hparams = {key: values[key] for key in (*_NETWORK, *_TRAINING)}
-        return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
-
-    @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> MENDTrainer:
         return MENDTrainer(
             base,
             hypernet_sites(base, hparams["layers"], hparams["modules"]),
-            _network(base, hparams, generator),
+            cls.network(base, hparams, generator),
             Objective(hparams["cedit"], hparams["cloc"], hparams["train_on"], hparams["public_bos"]),
             hparams["lr"],
             hparams["lr_lr"],
             hparams["grad_clip"],
         )
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        copies = 3  # weight, its change, one temporary
-        sizes = sum(out * into for out, into in site_shapes(shape, config.layers, config.modules))
-        return copies * sizes * max(4, shape.bytes_per_value)
 
 
 class MENDTrainer(HypernetTrainer):
@@ -233,12 +175,6 @@ class MENDTrainer(HypernetTrainer):
 
     def changes(self, factors: Sequence[Factors]) -> list[Pair]:
         return _changes(self.net, factors)
-
-
-def _network(base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
-    sites = hypernet_sites(base, hparams["layers"], hparams["modules"])
-    shapes = [site.shape for site in sites]
-    return Hypernet(shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator)
 
 
 def _changes(net: Hypernet, factors: Sequence[Factors]) -> list[Pair]:

@@ -9,7 +9,7 @@ whole layer, to which attention and MLP both add, and then make the MLP answer f
   search ends if the KL term is at most 0.01, so that a value is no longer pushed than it must;
 - only the MLP's value ``z`` is written. Layer by layer, with keys ``K`` and the last layer's present MLP answer ``m`` read off
   the model as it is now, the residual is ``R = (z - m) / sqrt(layers still to come)`` and a layer's map changes by
-  ``R K^T (mom2_update_weight * C + K K^T)^-1``, solved as in MEMIT (:mod:`workers.ridge`).
+  ``R K^T (mom2_update_weight * C + K K^T)^-1``, solved as in MEMIT (:mod:`workers.spread`).
 
 Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
 
@@ -30,22 +30,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from workers import spread
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import Factor, Facts, Sated, chunked, facts_of, moment_name, observe, search, template_spec
-from workers.methods.base import EditOutcome, LaneEdit, Method, split_module
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
+from workers.locate import Facts, Sated, chunked, facts_of, observe, search
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig, split_module
+from workers.models import BaseModel, Site
 from workers.overlay import LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
 from workers.replay import Prefix, capture, replay
-from workers.ridge import ridge_keys
 from workers.rows import Rows
+from workers.spread import RidgeMethod, SpreadConfig, by_lane, figures_of, outcomes_of, ridge_keys
 from workers.types import JSON, SpecError
 
 SATED_WEIGHT = 0.1
@@ -55,7 +52,7 @@ SATED_KL = 0.01
 """A search whose target is the likeliest ends where the KL term is at most this (the published constant)."""
 
 
-class PMETConfig(spread.SpreadConfig):
+class PMETConfig(SpreadConfig):
     """Hyperparameters of PMET, under the names the field uses."""
 
     v_weight_decay: float = Field(0.5, ge=0, description="weight of the value changes' norms in the loss")
@@ -66,7 +63,7 @@ class PMETConfig(spread.SpreadConfig):
 
     alg_names: ClassVar[tuple[str, ...]] = ("PMET",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {**spread.SpreadConfig.easyedit_keys, "rewrite_module_tmp": "", "rewrite_module_tmps": "module"}
+        {**SpreadConfig.easyedit_keys, "rewrite_module_tmp": IGNORED, "rewrite_module_tmps": "module"}
     )
 
     @classmethod
@@ -81,7 +78,7 @@ class PMETConfig(spread.SpreadConfig):
         return out
 
 
-class PMET(Method[PMETConfig]):
+class PMET(RidgeMethod[PMETConfig]):
     """Precise model editing in a transformer.
 
     >>> editor = PMET.prepare(base, PMETConfig(layers=(4, 5)), inputs={"moment.4": m4, "moment.5": m5, "templates": texts})
@@ -91,36 +88,18 @@ class PMET(Method[PMETConfig]):
     title: ClassVar[str] = "PMET"
     paper: ClassVar[str] = "Li et al., PMET: Precise Model Editing in a Transformer, arXiv 2308.08742"
     version: ClassVar[int] = 1
-    batch_edits: ClassVar[bool] = True
     relative_cost: ClassVar[float] = 2.0
-    Config: ClassVar[type[PMETConfig]] = PMETConfig
-
-    def __init__(
-        self,
-        base: BaseModel,
-        config: PMETConfig,
-        inputs: Mapping[str, ArtifactData],
-        factors: Mapping[str, Factor],
-    ) -> None:
-        """``factors``: the factorised, weighted second moment of each site, by the site's name."""
-        super().__init__(base, config, inputs)
-        self.sites = spread.sites_of(base, config)
-        self.factors = factors
+    Config: ClassVar[type[MethodConfig]] = PMETConfig
 
     @classmethod
-    def prepare(cls, base: BaseModel, config: PMETConfig, inputs: Mapping[str, ArtifactData]) -> Self:
-        factors = {}
-        for site in spread.sites_of(base, config):
-            moment_II = inputs[moment_name(site.layer)].tensors["moment"].to(base.device, torch.float64)
-            factors[site.name] = Factor.of(moment_II * config.mom2_update_weight, site.layer)
-        return cls(base, config, inputs, factors)
+    def weighted(cls, config: PMETConfig, moment_II: Tensor) -> Tensor:
+        return moment_II * config.mom2_update_weight
 
-    def new_overlay(self, lanes: int) -> LowRankOverlay:
-        return LowRankOverlay(self.sites, lanes, self.base.master_dtype)
+    def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
+        return ridge_keys(self.factors[site.name], keys_LIN, ridge=1.0)
 
     def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, LowRankOverlay):
-            raise TypeError(f"PMET edits a LowRankOverlay, not a {type(overlay).__name__}")
+        overlay = self.own(overlay, edits)
         base, config, lanes = self.base, self.config, overlay.lanes
         facts = facts_of(base, edits, config, self.inputs, spaced=not config.public_target)
         sated = Sated(config.nll_loss_factor, SATED_WEIGHT * config.nll_loss_factor, SATED_KL)
@@ -130,20 +109,14 @@ class PMET(Method[PMETConfig]):
             at = _AtLayer.capture(base, self.sites[-1], batch, overlay)
             found = search(base, config, batch, at, at.values, sated)
             wanted.append(at.values[1] + found.deltas[1])
-            change_N = found.deltas[1].norm(dim=1) / found.norms[1]
-            figures.append(torch.stack([found.steps_N.to(change_N), found.loss_N, found.first_N, change_N]).double())
+            figures.append(figures_of(found, which=1))
         z_NO, top = torch.cat(wanted), self.sites[-1].module
         for i, site in enumerate(self.sites):
             (keys_NI,), (now_NO,) = observe(base, overlay, facts, [site], [top], config.bare_share)
             residual_NO = (z_NO - now_NO).double() / (len(self.sites) - i) ** 0.5
-            right_LNI = ridge_keys(self.factors[site.name], spread.by_lane(keys_NI.double(), lanes), 1.0)
-            overlay.add(spread.by_lane(residual_NO, lanes), right_LNI, site)
-        figures_FLN = torch.cat(figures, dim=1).view(4, lanes, -1)
-        steps_L, means_FL = figures_FLN[0].amax(1), figures_FLN[1:].mean(2)
-        return [
-            EditOutcome(int(steps), loss, {"first_loss": first, "value_change": change})
-            for steps, (loss, first, change) in zip(steps_L.tolist(), means_FL.T.tolist(), strict=True)
-        ]
+            right_LNI = self.right(overlay, site, by_lane(keys_NI.double(), lanes))
+            overlay.add(by_lane(residual_NO, lanes), right_LNI, site)
+        return outcomes_of(figures, lanes)
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -158,32 +131,6 @@ class PMET(Method[PMETConfig]):
             "mom2_update_weight": 1.0,
             "samples": 4000,
         }
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        spread.check(config, shape)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        return (
-            template_spec(config, fingerprint, model, seed),
-            *spread.moment_specs(config, fingerprint, model, cls.title),
-        )
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.context_template_length_params)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        return spread.factor_bytes(config, shape, edits)
 
 
 @dataclass(frozen=True)

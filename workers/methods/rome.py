@@ -228,6 +228,8 @@ class RROME(ROME):
     direction with the averaged key and scales it with the bare prompt's; where the two disagree the denominator comes near
     zero and the change explodes. Here ``W' = W + (v - W k) u^T / (u^T k)`` with the average ``k`` throughout and
     ``u = C^-1 k``; the value ``v = W k0 + d`` is that of the bare prompt, so the averaged key is answered by it exactly.
+
+    The paper's text was not at hand: the update is that of its authors' code. All other differences are ROME's.
     """
 
     name: ClassVar[str] = "rrome"

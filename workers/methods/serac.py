@@ -44,7 +44,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import IGNORED, TRAINER_KEYS, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, context_length, resolve
 from workers.overlay import LaneState, Overlay, SitelessOverlay
 from workers.pretrain import PRETRAINED, Schedule, Trainer, TrainingSource, pretrained
@@ -62,16 +62,12 @@ _BLOCK = 32
 
 _CLASSIFIER, _COUNTERFACTUAL = "classifier.", "counterfactual."
 
-# fmt: off
-_OF_THE_PUBLIC_TRAINER = (
-    "alg", "archive", "model_class", "cls_class", "edit_lr", "seed", "lr_lr", "cedit", "cloc", "cbase", "final_eval",
-    "train_base", "no_grad_layers", "checkpoint_grad", "inner_params", "use_all_negatives", "model_save_pt", "edit_bs",
-    "silent", "max_epochs", "max_iters", "log_interval", "val_interval", "early_stop_patience", "early_stop_key",
-    "eval_only", "half", "save", "debug", "log_errors", "unlikelihood", "val_batch_size", "accumulate_bs", "val_steps",
-    "opt", "exact_match", "freeze",
+_OF_THE_PUBLIC_CODE = (
+    *("cls_class", "edit_lr", "lr_lr", "cedit", "cloc", "cbase", "train_base", "no_grad_layers", "checkpoint_grad"),
+    *("inner_params", "use_all_negatives", "edit_bs", "max_iters", "accumulate_bs", "log_errors", "unlikelihood"),
+    *("exact_match", "freeze"),
 )
-# fmt: on
-"""Keys of a public YAML that mean nothing here: how the public code trains, stops, saves and reports."""
+"""Keys of a public YAML that mean nothing here, or are read on their own."""
 
 
 class SERACConfig(MethodConfig):
@@ -103,7 +99,8 @@ class SERACConfig(MethodConfig):
         {
             "small_name": "counterfactual",
             "cls_name": "classifier",
-            **dict.fromkeys(_OF_THE_PUBLIC_TRAINER, IGNORED),
+            **TRAINER_KEYS,
+            **dict.fromkeys(_OF_THE_PUBLIC_CODE, IGNORED),
         }
     )
     easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(

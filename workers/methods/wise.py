@@ -47,6 +47,8 @@ Differences from paper and public code, all deliberate. The switches exist for p
    (the public code reads a batch as one request), and edits count by request.
 10. Not here: ``replay`` (appendix B.3), the public code's subject masks (used there when the unrelated sentence is
     part of the prompt) and its top-token routing beyond 100 tokens.
+
+The paper's text was not at hand: numbers of equations and algorithms are from memory.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ from torch import Tensor
 from workers.artifacts import ArtifactSpec
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, split_module
+from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, take_inner_param
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
 from workers.optim import SGD, LaneOptimizer
 from workers.overlay import LaneState, Overlay, lane_linear
@@ -187,11 +189,7 @@ class WISEConfig(MethodConfig):
             if not isinstance(margin, list) or len(margin) != 3:
                 raise SpecError(f"{source}: act_margin: expected [alpha, beta, gamma], found {margin!r}")
             out["alpha"], out["beta"], out["gamma"] = margin
-        if "module" in out:
-            names = out["module"]
-            if not isinstance(names, list) or len(names) != 1:
-                raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
-            out["layer"], out["module"] = split_module(str(names[0]), source)
+        take_inner_param(out, source)
         return out
 
 

@@ -1,0 +1,24 @@
+"""Fixtures of several files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine import ROOT
+
+
+@pytest.fixture
+def home() -> Iterator[dict[str, str]]:
+    """Ray's files in a folder of their own; short, because socket paths are."""
+    folder = Path(tempfile.mkdtemp(prefix="es-", dir="/tmp"))
+    inside = {"HOME": str(folder / "h"), "TMPDIR": str(folder), "RAY_TMPDIR": str(folder)}
+    (folder / "h").mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    yield {**environment, **inside, "PYTHONPATH": str(ROOT)}
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,95 @@
+"""A small sweep to run, a view that remembers, and what else tests of the engines share."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.execute import Outcome, StepReport, View, run_sweep
+from orchestrator.local import run_local
+from orchestrator.plan import Plan, Shard
+from orchestrator.query import open_results
+from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.store import LocalStore
+from workers.models import EMBEDDED
+
+ROOT = Path(__file__).resolve().parent.parent
+VOLATILE = {"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"}
+RAW: dict[str, Any] = {
+    "name": "engine",
+    "model": {"name": EMBEDDED, "device": "cpu"},
+    "dataset": {"kind": "tinyworld", "edits": 12},
+    "grid": {"T": [1, 6], "seeds": [0, 1]},
+    "methods": [{"method": "ft", "hparams": {"num_steps": 4}}, {"method": "grace", "hparams": {"n_iter": 4}}],
+    "scoring": {"generated": False},
+    "engine": {"lanes": 2, "shard_edits": 12, "step_edits": 3, "max_failures": 1},
+}
+
+
+class Watch:
+    """A view that remembers; ``on_step`` may interfere."""
+
+    def __init__(self, on_step: Callable[[StepReport], None] | None = None) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.steps: list[StepReport] = []
+        self.artifact_steps: list[tuple[str, int, int, str]] = []
+        self.on_step = on_step
+
+    def begin(self, plan: Plan) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def artifact_step(self, title: str, done: int, total: int, what: str) -> None:
+        self.artifact_steps.append((title, done, total, what))
+
+    def artifact_ended(self, title: str) -> None: ...
+
+    def shard_started(self, shard: Shard, title: str) -> None: ...
+
+    def shard_step(self, step: StepReport) -> None:
+        self.steps.append(step)
+        if self.on_step:
+            self.on_step(step)
+
+    def shard_ended(self, shard_id: str, ok: bool) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def spec_of(**changes: Any) -> SweepSpec:
+    return parse_spec(yaml.safe_dump({**RAW, **changes}), "e.yaml", Path("/"))
+
+
+def run(folder: Path, watch: View | None = None, **changes: Any) -> Outcome:
+    return run_sweep(spec_of(**changes), LocalStore(folder), run_local, watch or Watch())
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = open_results(folder).table().to_pylist()
+    found.sort(key=lambda r: (r["cell_id"], r["group"], r["position"], r["scored"], r["edits_applied"]))
+    return [{key: value for key, value in row.items() if key not in VOLATILE} for row in found]
+
+
+class Stop(BaseException):
+    """Ends the process's work as a kill would, as far as Python code can tell."""
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = what()
+        if found:
+            return found
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError("waited too long")
