@@ -153,10 +153,15 @@ class ArtifactStore:
         )
 
     def unfinished(self) -> list[dict[str, JSON]]:
-        """What is being built, or was when its builder ended: kind, key, and how far it had come when it was saved last."""
+        """What is being built, or was when its builder ended: kind, key, and how far it had come when it was saved last.
+
+        A folder that a builder believed dead has left beside a finished artifact counts as nothing.
+        """
         found = []
         for entry in self.store.list(self.paths.artifacts_unfinished):
             kind, _, key = entry.name.rpartition("-")
+            if self.store.exists(self.paths.artifact_info(kind, key)):
+                continue
             path = self.paths.building_progress(kind, key)
             try:
                 progress = unseal_json(self.store.read(path), self.store.where(path))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -60,6 +61,9 @@ RemoteCode = Annotated[
 
 _LISTED = 10
 """Cells, or failures of a cell, that are listed one by one."""
+
+_ROWS = 100
+"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large sweep, and nobody reads them."""
 
 _FORCE_SECONDS = 5.0
 _CELL_CHARACTERS = 1000
@@ -279,9 +283,12 @@ def artifacts(
 
 def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
     """The summary, what failed and how to go on."""
+    from orchestrator.console import safety_line
     from orchestrator.query import open_results
 
     _show_summary(out, open_results(folder), outcome.run_id if outcome.unfinished else None)
+    if outcome.safety.actor_seconds:
+        out.note(safety_line(outcome.safety))
     cells = outcome.plan.asked
     if not outcome.unfinished:
         out.say(f"all {len(cells)} cells finished in {duration(seconds)}")
@@ -383,7 +390,9 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
         if cell["done"] < cell["groups"]
     ]
     if rows:
-        out.table("not finished", ("method", "T", "seed", "groups", "failed", "cell"), rows, right=(1, 2, 3, 4))
+        columns = ("method", "T", "seed", "groups", "failed", "cell")
+        out.table("not finished", columns, rows[:_ROWS], right=(1, 2, 3, 4))
+        _say_more(out, rows, "cells that are not finished")
     built = [(a["kind"], a["key"], percent(a["done"], a["total"]), a["what"]) for a in found["artifacts"]]
     if built:
         out.table("artifacts begun", ("kind", "key", "done", "what"), built, right=(2,))
@@ -399,7 +408,9 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
         for shard in found["shards"]
     ]
     if shards:
-        out.table("shards begun", ("shard", "method", "T", "ticks", "attempts", "last error"), shards, right=(2, 3, 4))
+        columns = ("shard", "method", "T", "ticks", "attempts", "last error")
+        out.table("shards begun", columns, shards[:_ROWS], right=(2, 3, 4))
+        _say_more(out, shards, "shards begun")
     failed = [
         (
             f"{cell['method']} T={cell['T']} seed={cell['seed']}",
@@ -412,11 +423,17 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
         for failure in cell["failures"][:_LISTED]
     ]
     if failed:
-        out.table("failed cells", ("cell", "attempts", "last step", "exception", "log"), failed, right=(1,))
+        out.table("failed cells", ("cell", "attempts", "last step", "exception", "log"), failed[:_ROWS], right=(1,))
+        _say_more(out, failed, "failures")
         more = sum(max(0, len(cell["failures"]) - _LISTED) for cell in found["failed_cells"])
         if more:
             out.say(f"{more} further failures: --json lists all")
         out.say("run them again with: editsweep run SPEC --retry-failed")
+
+
+def _say_more(out: Output, rows: Sequence[object], what: str) -> None:
+    if len(rows) > _ROWS:
+        out.say(f"and {len(rows) - _ROWS} more {what}: --json lists all")
 
 
 def read_status(folder: str) -> dict[str, JSON]:
@@ -424,6 +441,7 @@ def read_status(folder: str) -> dict[str, JSON]:
     from orchestrator import lock
     from orchestrator.artifacts import ArtifactStore
     from orchestrator.store import Missing, unseal_json
+    from orchestrator.table import count_done
 
     results = _existing(folder)
     store, paths = results.store, results.paths
@@ -450,8 +468,10 @@ def read_status(folder: str) -> dict[str, JSON]:
                 "last_error": progress.error,
             }
         )
-    done = results.central.done()
-    failed = results.central.failed()
+    listed = results.central.shards()
+    done = results.central.done(listed)
+    failed = results.central.failed(listed)
+    failed_groups = Counter(str(failure["cell_id"]) for failure in failed)
     failures = _failures_of_cells(results, shards, failed)
     cells = []
     for cell_id in current:
@@ -460,8 +480,8 @@ def read_status(folder: str) -> dict[str, JSON]:
             {
                 "cell_id": cell_id,
                 **{key: cell[key] for key in ("method", "algorithm", "T", "seed", "groups")},
-                "done": sum(group < cell["groups"] for group in done.get(cell_id, ())),
-                "failed": sum(failure["cell_id"] == cell_id for failure in failed),
+                "done": count_done(done.get(cell_id, set()), cell["groups"]),
+                "failed": failed_groups[cell_id],
             }
         )
     holder = lock.owner(store, paths)

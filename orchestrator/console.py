@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from orchestrator.execute import StepReport
+    from orchestrator.execute import Safety, StepReport
     from orchestrator.plan import Plan, Shard
 
 PLAIN_SECONDS = 5.0
@@ -257,6 +257,14 @@ def begin_line(plan: Plan) -> str:
     again = sum(shard.begun for shard in plan.shards)
     resumed = f" ({again} to be continued)" if again else ""
     return f"{len(plan.cells)} cells, {len(plan.shards)} shards{resumed}, {plan.edits_left} edits to make{been}"
+
+
+def safety_line(safety: Safety) -> str:
+    """What keeping the results safe cost."""
+    return (
+        f"safety: journal {safety.journal_seconds:.1f} s of {safety.actor_seconds:.0f} actor-seconds, "
+        f"gather {safety.gather_seconds:.1f} s of {safety.wall_seconds:.0f} s: {100 * safety.share:.1f}%"
+    )
 
 
 def percent(done: float, total: float) -> str:

@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -41,7 +41,7 @@ from orchestrator.plan import Plan, Planner, Progress, Shard, Spent, Task, load_
 from orchestrator.select import select
 from orchestrator.spec import DatasetSpec, SweepSpec, scoring_identity
 from orchestrator.store import Missing, Store, StoreError, open_store, seal_json, sha256_of, unseal_json
-from orchestrator.table import CentralTable, TableShard
+from orchestrator.table import CentralTable, TableShard, count_done
 from workers.artifacts import ArtifactData, ArtifactSpec, Workbench, in_order
 from workers.failures import may_pass
 from workers.models import ModelConfig
@@ -85,6 +85,26 @@ class StepReport:
     kept: int = 0
     """Scoring batches whose activations below the edit were kept from before, of ``batches``."""
     batches: int = 0
+    journal_seconds: float = 0.0
+    """Spent in the journal (claiming, committing), of the ``actor_seconds`` since the report before."""
+    actor_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Safety:
+    """What the durability of one run's results cost: actors in the journal, the driver gathering."""
+
+    journal_seconds: float = 0.0
+    actor_seconds: float = 0.0
+    """All actors, from taking up a shard to its end, loading the model included."""
+    gather_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """An upper bound of the part of the wall time it takes: as if nothing else happened while the driver gathers."""
+        journal = self.journal_seconds / self.actor_seconds if self.actor_seconds else 0.0
+        return journal + (self.gather_seconds / self.wall_seconds if self.wall_seconds else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +206,27 @@ class Bench:
 
         task = Task.of(manifest)
         common = task.common
+        told = time.perf_counter()
         self.journal.begin(manifest)
         stalled = self.journal.stalled(manifest.shard_id, self.run_id)
         if stalled:
             time.sleep(min(BACKOFF_SECONDS * 2.0 ** (stalled - 1), BACKOFF_MOST))
+            told = time.perf_counter()
         attempt = self.journal.claim(manifest.shard_id, self.run_id, _worker())
         ticks = manifest.bounds[-1]
         try:
-            yield StepReport(manifest.shard_id, attempt.position, ticks, 0, 0, 0.0, attempt.number)
+            spent = -told + (told := time.perf_counter())
+            yield StepReport(
+                shard_id=manifest.shard_id,
+                tick=attempt.position,
+                ticks=ticks,
+                edits=0,
+                rows=0,
+                seconds=0.0,
+                attempt=attempt.number,
+                journal_seconds=spent,
+                actor_seconds=spent,
+            )
             if attempt.position == ticks:
                 return
             check_declared(manifest.shard_id, task.gpu_memory_gb, _gpu_bytes(common.model))
@@ -210,6 +243,7 @@ class Bench:
             hits, misses = prefixes.hits, prefixes.misses
             began = time.perf_counter()
             for step in stream.run(manifest.bounds, attempt.position, attempt.state):
+                computed = time.perf_counter()
                 if step.failures:
                     self._log(manifest.shard_id, attempt.number, _failures_text(step.failures))
                 attempt.commit(
@@ -232,8 +266,10 @@ class Bench:
                     failures=len(step.failures),
                     kept=prefixes.hits - hits,
                     batches=prefixes.hits + prefixes.misses - hits - misses,
+                    journal_seconds=now - computed,
+                    actor_seconds=now - told,
                 )
-                began = now
+                began = told = now
                 hits, misses = prefixes.hits, prefixes.misses
         except Superseded:
             raise
@@ -390,6 +426,8 @@ class Books:
     """Whether the engine is to build artifacts and run no shard."""
     errors: dict[str, ShardError] = field(default_factory=dict)
     interrupted: bool = False
+    safety: Safety = Safety()
+    _began: float = field(default_factory=time.monotonic)
     _ready: list[str] = field(default_factory=list)
     _gathered: float = field(default_factory=time.monotonic)
 
@@ -441,6 +479,11 @@ class Books:
         self.view.shard_started(shard, self.title(shard))
 
     def stepped(self, step: StepReport) -> None:
+        self.safety = replace(
+            self.safety,
+            journal_seconds=self.safety.journal_seconds + step.journal_seconds,
+            actor_seconds=self.safety.actor_seconds + step.actor_seconds,
+        )
         self.view.shard_step(step)
         self.tick()
 
@@ -490,8 +533,14 @@ class Books:
 
     def gather(self, shard_ids: list[str] | None = None) -> None:
         """Move finished shards (None: every one there is) into the central table."""
+        began = time.monotonic()
         done = self.table.gather(self.journal, shard_ids)
         self._ready, self._gathered = [], time.monotonic()
+        self.safety = replace(
+            self.safety,
+            gather_seconds=self.safety.gather_seconds + self._gathered - began,
+            wall_seconds=self._gathered - self._began,
+        )
         for shard_id in done.again:
             self.view.warn(f"a part of shard {shard_id} was damaged on disk; run the same command again to redo it")
         for shard_id, cause in (done.refused or {}).items():
@@ -527,6 +576,7 @@ class Outcome:
     errors: Mapping[str, ShardError]
     failed_groups: tuple[Mapping[str, JSON], ...]
     interrupted: bool
+    safety: Safety = Safety()
 
     @property
     def exit_code(self) -> int:
@@ -761,6 +811,7 @@ def _write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome)
         "exit_code": outcome.exit_code,
         "unfinished_cells": len(outcome.unfinished),
         "errors": [dataclasses.asdict(error) for error in outcome.errors.values()],
+        "safety": dataclasses.asdict(outcome.safety),
     }
     store.replace(paths.run_info(run_id), seal_json(info))
 
@@ -771,8 +822,10 @@ def _outcome(books: Books) -> Outcome:
     unfinished = [
         cell.cell_id
         for cell in books.plan.asked
-        if sum(group < cell.groups for group in done.get(cell.cell_id, ())) < cell.groups
+        if count_done(done.get(cell.cell_id, set()), cell.groups) < cell.groups
     ]
     wanted = set(unfinished)
     failed = tuple(failure for failure in books.table.failed() if failure["cell_id"] in wanted)
-    return Outcome(books.plan, books.run_id, tuple(unfinished), dict(books.errors), failed, books.interrupted)
+    return Outcome(
+        books.plan, books.run_id, tuple(unfinished), dict(books.errors), failed, books.interrupted, books.safety
+    )

@@ -221,10 +221,12 @@ class Journal:
         """Shards that are finished and wait to be gathered."""
         return [shard_id for shard_id, manifest in self.begun().items() if self._progress(manifest).finished]
 
-    def drop(self, shard_id: str) -> None:
-        """Forgets a shard and all its parts. For the gatherer, once the table lists the shard."""
-        self.store.delete_folder(self.paths.shard(shard_id))
-        self.store.sync(self.paths.parts)
+    def drop(self, *shard_ids: str) -> None:
+        """Forgets shards and all their parts. For the gatherer, once the table lists them."""
+        for shard_id in shard_ids:
+            self.store.delete_folder(self.paths.shard(shard_id))
+        if shard_ids:
+            self.store.sync(self.paths.parts)
 
     # -- progress
 
@@ -545,7 +547,8 @@ class Attempt:
         digest = None
         if state is not None:
             digest = sha256_of(state)
-            self.store.replace(self.paths.checkpoint(self.shard_id, self.number, stop), state)
+            # durable with the part that names it, which is published into the same folder next
+            self.store.replace(self.paths.checkpoint(self.shard_id, self.number, stop), state, settle=False)
         meta: dict[str, JSON] = {
             "version": VERSION,
             "kind": "part",

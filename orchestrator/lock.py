@@ -121,7 +121,9 @@ class Lock:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if _highest(self.store, self.paths) > self.number:
+        # a claim is removed only once it has been succeeded: by then its successor may have finished and gone, too
+        succeeded = _highest(self.store, self.paths) > self.number
+        if succeeded or not self.store.exists(self.paths.lock_claim(self.number)):
             self.lost = True
         else:
             self._seen = now

@@ -133,7 +133,7 @@ class S3Store(Store):
                 self.delete(key)
         self._conditional = True
 
-    def replace(self, key: str, data: bytes) -> None:
+    def replace(self, key: str, data: bytes, settle: bool = True) -> None:
         with self._telling("write", key):
             self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 

@@ -84,8 +84,11 @@ class Store(ABC):
         """Makes ``data`` appear durably under ``key`` as a whole. False, and no change, if the key is taken."""
 
     @abstractmethod
-    def replace(self, key: str, data: bytes) -> None:
-        """Makes ``data`` the durable value of ``key``, taken or not. Readers see the old or the new value, whole."""
+    def replace(self, key: str, data: bytes, settle: bool = True) -> None:
+        """Makes ``data`` the durable value of ``key``, taken or not. Readers see the old or the new value, whole.
+
+        With ``settle=False`` its name may become durable only with the next object that is published into the same folder.
+        """
 
     @abstractmethod
     def read(self, key: str) -> bytes:
@@ -155,11 +158,12 @@ class LocalStore(Store):
             _sync_folder(path.parent)
         return True
 
-    def replace(self, key: str, data: bytes) -> None:
+    def replace(self, key: str, data: bytes, settle: bool = True) -> None:
         path = self._path(key)
         with _telling("write", path), self._temporary(path, data) as temporary:
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            if settle:
+                _sync_folder(path.parent)
 
     @contextlib.contextmanager
     def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:

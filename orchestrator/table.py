@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, starmap
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import pyarrow as pa
@@ -473,7 +474,7 @@ class TableShard:
 
 
 def _groups(ranges: Mapping[str, Iterable[Sequence[int]]]) -> dict[str, tuple[int, ...]]:
-    return {cell: tuple(g for low, high in spans for g in range(low, high)) for cell, spans in ranges.items()}
+    return {cell: tuple(chain.from_iterable(starmap(range, spans))) for cell, spans in ranges.items()}
 
 
 def _ranges(groups: Sequence[int]) -> list[list[int]]:
@@ -545,29 +546,33 @@ class CentralTable:
         """Every shard in the table, from the files' footers alone. Damaged files are skipped with a warning."""
         return {shard.shard_id: shard for file in self._files() for shard in file.shards}
 
-    def done(self) -> dict[str, set[int]]:
-        """Cell id -> groups of which every row is in the table."""
+    def done(self, shards: Mapping[str, TableShard] | None = None) -> dict[str, set[int]]:
+        """Cell id -> groups of which every row is in the table. ``shards``: what :meth:`shards` said, if it was asked."""
         done: dict[str, set[int]] = {}
-        for shard in self.shards().values():
+        for shard in (self.shards() if shards is None else shards).values():
             for cell, groups in shard.cells.items():
                 done.setdefault(cell, set()).update(groups)
         return done
 
     def given_up(self) -> dict[str, set[int]]:
         """Cell id -> groups that failed and that no other shard finished: nothing runs them again unasked."""
-        shards, done = self.shards(), self.done()
+        shards = self.shards()
+        done = self.done(shards)
         given_up: dict[str, set[int]] = {}
         for shard in shards.values():
             for cell, groups in shard.failed.items():
                 given_up.setdefault(cell, set()).update(set(groups) - done.get(cell, set()))
         return {cell: groups for cell, groups in given_up.items() if groups}
 
-    def failed(self) -> list[dict[str, JSON]]:
+    def failed(self, shards: Mapping[str, TableShard] | None = None) -> list[dict[str, JSON]]:
         """Failures of groups that no other shard finished: the stream's fields, ``shard_id`` and ``attempts``."""
-        done = self.done()
+        shards = self.shards() if shards is None else shards
+        if not any(shard.failures for shard in shards.values()):
+            return []
+        done = self.done(shards)
         return [
             {**failure, "shard_id": shard.shard_id, "attempts": shard.attempts}
-            for shard in self.shards().values()
+            for shard in shards.values()
             for failure in shard.failures
             if failure["group"] not in done.get(str(failure["cell_id"]), ())
         ]
@@ -667,8 +672,7 @@ class CentralTable:
 
     def _drop_listed(self, journal: Journal, asked: Iterable[str]) -> set[str]:
         found = _ids(self._listing()[0]).intersection(asked)
-        for shard_id in sorted(found):
-            journal.drop(shard_id)
+        journal.drop(*sorted(found))
         return found
 
     @staticmethod
@@ -727,9 +731,7 @@ class CentralTable:
                 rows=total.rows + rows.num_rows,
             )
             break
-        for shard in batch:
-            if shard.shard_id not in refused:
-                journal.drop(shard.shard_id)
+        journal.drop(*(shard.shard_id for shard in batch if shard.shard_id not in refused))
         return replace(total, refused=refused or None)
 
     def _read_back(self, number: int, rows: pa.Table) -> None:
@@ -773,8 +775,7 @@ class CentralTable:
             ended = [TableShard.empty(shard_id, number) for shard_id in left]
             if self.store.publish_new(self.paths.table_file(number), encode(no_rows(), table_meta(number, ended, 0))):
                 break
-        for shard_id in shard_ids:
-            journal.drop(shard_id)
+        journal.drop(*shard_ids)
         return removed
 
     # -- reading
@@ -845,6 +846,11 @@ def _rows_of(table: pa.Table, cells: AbstractSet[str]) -> int:
 def _ids(files: Iterable[_File]) -> set[str]:
     """The shards that any of the files lists."""
     return set().union(*(file.ids for file in files))
+
+
+def count_done(done: AbstractSet[int], groups: int) -> int:
+    """How many of a cell's ``groups`` groups are done; more than these may be, from a sweep that was larger."""
+    return len(done) if max(done, default=-1) < groups else sum(group < groups for group in done)
 
 
 def check_columns(columns: Sequence[str] | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator import lock as locking
 from orchestrator.artifacts import ArtifactFailed, ArtifactStore
 from orchestrator.cli import main, read_status
 from orchestrator.execute import Bench, run_sweep
@@ -32,7 +33,7 @@ from tests.engine import Watch, wait_for
 from tests.learner import registered
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.data import find_overlap, load_training, tinyworld
-from workers.models import EMBEDDED
+from workers.models import EMBEDDED, ModelConfig
 from workers.types import EditRequest, EditSweepError, ModelError, SpecError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,6 +207,27 @@ def test_a_dead_builder_is_succeeded(tmp_path: Path, undisturbed: dict[str, byte
     first.kill()
     steps = json.loads(second.communicate(timeout=120)[0])
     assert steps == list(range(reached + 1, STEPS + 1))
+    assert files(tmp_path)[f"{wanted.key}.safetensors"] == undisturbed[f"{wanted.key}.safetensors"]
+
+
+def test_a_builder_stopped_while_its_successor_builds_changes_nothing(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """It wakes up when its successor has finished and taken every claim away: it must not take that for its own."""
+    wanted = artifact_of().needs[0].needs[0]
+    first = launch("build", str(tmp_path), wanted.model_dump_json())
+    wait_for(lambda: progress_of(tmp_path) >= 5, first)
+    os.kill(first.pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 2.0))
+        Bench(str(tmp_path), "run", save_seconds=0).build(wanted, ModelConfig(device="cpu"), 1)
+    time.sleep(max(0.0, stopped + locking.BEAT_SECONDS + 1 - time.monotonic()))
+    assert not list(tmp_path.glob("artifacts/unfinished/*"))
+    os.kill(first.pid, signal.SIGCONT)
+    steps = json.loads(first.communicate(timeout=120)[0])
+    assert first.returncode == 0 and steps[-1] < STEPS  # it stops at once and uses what is there
+    assert not list(tmp_path.glob("artifacts/unfinished/*"))
     assert files(tmp_path)[f"{wanted.key}.safetensors"] == undisturbed[f"{wanted.key}.safetensors"]
 
 

@@ -23,8 +23,11 @@ import yaml
 
 from orchestrator import cli
 from orchestrator.cli import main
-from orchestrator.console import duration, size
+from orchestrator.console import Output, duration, safety_line, size
+from orchestrator.execute import Safety, run_sweep
 from orchestrator.query import open_results
+from orchestrator.spec import parse_spec
+from orchestrator.store import LocalStore
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW: dict[str, Any] = {
@@ -127,6 +130,7 @@ def test_run_prints_the_summary_and_what_to_do_next(call: Any, spec: Path, resul
     code, out, err = call("run", spec, "--engine", "local", "--results", results)
     assert code == 0
     assert "all done" in err
+    assert "safety" not in err  # nothing was run
     for word in ("reliability", "right after the edit", "all 2 cells finished", "editsweep query", "editsweep status"):
         assert word in out
 
@@ -156,8 +160,9 @@ def test_the_summary_can_be_drawn(call: Any, results: Path, tmp_path: Path) -> N
 
 def test_default_results_folder(call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, _ = call("run", spec, "--engine", "local", "--set", "grid.T=[4]")
+    code, _, err = call("run", spec, "--engine", "local", "--set", "grid.T=[4]")
     assert code == 0
+    assert re.search(r"safety: journal \d+\.\d s of \d+ actor-seconds, gather \d+\.\d s of \d+ s: \d+\.\d%\n", err)
     assert (tmp_path / "results" / "cli" / "sweep.json").is_file()
 
 
@@ -300,6 +305,23 @@ def test_status(call: Any, results: Path) -> None:
     assert [cell["T"] for cell in found["cells"]] == [1, 4]
     assert all(cell["done"] == cell["groups"] for cell in found["cells"])
     fails(call("status", results / "nowhere"), 2, ["nowhere", "not a results folder"])
+
+
+def test_status_of_many_cells_lists_some(call: Any, tmp_path: Path) -> None:
+    raw = {**RAW, "grid": {"T": [1], "seeds": list(range(120))}}
+    outcome = run_sweep(
+        parse_spec(yaml.safe_dump(raw), "many", Path("/")),
+        LocalStore(tmp_path / "r"),
+        lambda books, actors: None,
+        Output().view(),
+    )
+    assert len(outcome.unfinished) == 120
+    code, out, _ = call("status", tmp_path / "r")
+    assert code == 0
+    assert "0 of 120 cells finished" in out
+    assert sum(cell_id in out for cell_id in outcome.unfinished) == 100
+    assert "and 20 more cells that are not finished: --json lists all" in out
+    assert len(json.loads(call("status", tmp_path / "r", "--json")[1])["cells"]) == 120
 
 
 QUESTION = "SELECT method, T, count(*) AS n FROM edits GROUP BY ALL ORDER BY T"
@@ -452,5 +474,7 @@ def test_live_view_on_a_terminal(spec: Path, tmp_path: Path) -> None:
 
 def test_units() -> None:
     assert [duration(s) for s in (5, 200, 9000)] == ["5 s", "3 min", "2.5 h"]
+    told = safety_line(Safety(journal_seconds=0.8, actor_seconds=80, gather_seconds=0.25, wall_seconds=50))
+    assert told == "safety: journal 0.8 s of 80 actor-seconds, gather 0.2 s of 50 s: 1.5%"
     assert [size(b) for b in (5, 2048, 3 << 30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
     assert cli.app is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -55,10 +56,16 @@ def test_every_row_once(reference: list[dict[str, Any]]) -> None:
 
 def test_running_again_runs_nothing(tmp_path: Path) -> None:
     small = {"methods": ["ft"], "grid": {"T": [6], "seeds": [0]}}
-    run(tmp_path / "r", **small)
+    first = run(tmp_path / "r", **small)
     before = rows(tmp_path / "r")
+    assert 0 < first.safety.journal_seconds < first.safety.actor_seconds
+    assert 0 < first.safety.gather_seconds < first.safety.wall_seconds
+    (info,) = (tmp_path / "r" / "runs").glob("*/run.json")
+    assert json.loads(info.read_text())["value"]["safety"] == dataclasses.asdict(first.safety)
     watch = Watch()
-    assert run(tmp_path / "r", watch, **small).plan.shards == ()
+    again = run(tmp_path / "r", watch, **small)
+    assert again.plan.shards == ()
+    assert again.safety.journal_seconds == again.safety.actor_seconds == 0
     assert watch.steps == []
     more = run(tmp_path / "r", watch, methods=["ft"], grid={"T": [6], "seeds": [0, 1]})
     assert {cell.seed for shard in more.plan.shards for cell in more.plan.manifest(shard).job.cells} == {1}
@@ -377,6 +384,18 @@ def test_an_owner_elsewhere_is_watched_by_its_heartbeat(tmp_path: Path, monkeypa
                 first.check()
             second.check()
     assert locking.owner(store) is None
+
+
+def test_an_owner_whose_claim_is_gone_has_lost_it(tmp_path: Path) -> None:
+    """Its successor has come, finished and tidied up while it slept."""
+    store = LocalStore(tmp_path)
+    with locking.acquire(store, "r1", print) as lock:
+        lock.check()
+        store.delete_folder("lock")
+        lock._seen -= 2 * lock.beat_seconds + 1
+        with pytest.raises(locking.LockLost):
+            lock.check()
+    assert store.list("lock") == []
 
 
 def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> None:

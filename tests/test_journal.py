@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import store as store_module
 from orchestrator.journal import Journal, JournalError, ShardManifest, Superseded
 from orchestrator.paths import ResultsPaths
 from orchestrator.store import LocalStore
@@ -246,6 +247,27 @@ def test_a_damaged_part_is_done_again(
     journal.drop("s1")
     commit_steps(journal.claim("s0", "r3"))
     assert result(store) == expected
+
+
+def test_state_and_part_are_durable_when_a_commit_returns(
+    store: LocalStore, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name is durable once its folder was synced with the name in it."""
+    synced: dict[Path, set[str]] = {}
+    sync = store_module._sync_folder
+
+    def noting(folder: Path) -> None:
+        synced[folder] = {path.name for path in folder.iterdir()}
+        sync(folder)
+
+    monkeypatch.setattr(store_module, "_sync_folder", noting)
+    journal.begin(make_manifest(T=10))
+    attempt = journal.claim("s0", "r1")
+    for steps in (1, 2, 3):
+        commit_steps(attempt, 1)
+        there = [path for path in files(store, "parts/s0/0001/*") if not path.name.startswith(".")]
+        assert len(there) == 1 + steps + min(steps, 2)  # attempt, parts, the two newest states
+        assert {path.name for path in there} <= synced[there[0].parent]
 
 
 def test_damage_found_while_gathering(tmp_path: Path, store: LocalStore, journal: Journal) -> None:

@@ -212,3 +212,11 @@ def test_damaged_artifact_is_built_again(store: LocalStore, which: str, caplog: 
     assert "0a1b" in caplog.text
     assert artifacts.get_or_build(Spec(), "r1", lambda work: b"again") == b"again"
     assert artifacts.get(Spec()) == b"again"
+
+
+def test_what_a_builder_left_beside_a_finished_artifact_is_not_under_way(store: LocalStore) -> None:
+    artifacts = ArtifactStore(store)
+    store.replace(ResultsPaths().building_state("moments", "0a1b"), b"half")
+    assert [found["key"] for found in artifacts.unfinished()] == ["0a1b"]
+    artifacts.put(Spec(), b"whole")
+    assert artifacts.unfinished() == []

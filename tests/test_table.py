@@ -21,6 +21,7 @@ from orchestrator.table import (
     KEY,
     CentralTable,
     TableError,
+    count_done,
     decode,
     docs,
     encode,
@@ -424,3 +425,7 @@ def test_plain_tools_read_the_files(store: LocalStore, journal: Journal) -> None
     assert len(pl.read_parquet(folder / "*.parquet")) == rows
     assert duckdb.sql(f"select count(*) from read_parquet('{folder}/*.parquet')").fetchall() == [(rows,)]
     assert pl.read_parquet(folder / "*.parquet")["T"].dtype == pl.Int32
+
+
+def test_groups_of_a_larger_sweep_do_not_count() -> None:
+    assert [count_done(done, 3) for done in (set(), {0, 2}, {0, 1, 2}, {0, 2, 3, 7})] == [0, 2, 3, 2]
