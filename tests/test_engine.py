@@ -403,8 +403,7 @@ def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> No
     code = (
         "import sys, time; from orchestrator import lock; from orchestrator.store import LocalStore\n"
         "with lock.acquire(LocalStore(sys.argv[1]), 'slow', print) as held:\n"
-        "    held.beat_seconds = 0.1; print('held', flush=True)\n"
-        "    last = time.monotonic()\n"
+        "    held.beat_seconds = 0.1; last = time.monotonic(); print('held', flush=True)\n"
         "    while True:\n"
         "        now = time.monotonic()\n"
         "        if now - last > 1: break\n"  # woke up
