@@ -121,7 +121,8 @@ def first_edit(spec: Path, folder: Path, engine: str) -> float:
 def resuming(report: Report, work: Path, shards: int, rounds: dict[str, int]) -> None:
     """Kill a run with ``shards`` finished, and compare going on with starting."""
     spec = work / "spec.yaml"
-    spec.write_text(yaml.safe_dump(spec_of(2 * shards).model_dump(mode="json")), encoding="utf-8")
+    # so many more that the run cannot be done before it is killed, and that every later one has something left
+    spec.write_text(yaml.safe_dump(spec_of(2 * shards + 60).model_dump(mode="json")), encoding="utf-8")
     killed = work / "killed"
     with driver(spec, killed, "local") as process:
         seconds = wait_for(process, lambda: finished(killed) >= shards, 0.2)
