@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,13 +64,16 @@ QUICK: dict[str, dict[str, Any]] = {
 
 WISE = {"n_iter": 4, "save_freq": 8, "merge_freq": 16}
 SHORT_TOO = ("ft", "rome", "grace")
+FEW = ("ft", "grace", "lora", "mend")
+"""For the short form: weights, a codebook, an adapter and a trained network; WISE's memories besides."""
 
 
-def sweep(edits: int) -> dict[str, Any]:
+def sweep(edits: int, names: Collection[str]) -> dict[str, Any]:
     """One group of many commits for every method, so that most faults fall into its middle; T=1 for some, too."""
     methods: list[dict[str, Any]] = [
         {"method": name, "hparams": hparams, "T": [1, edits] if name in SHORT_TOO else [edits]}
         for name, hparams in QUICK.items()
+        if name in names
     ]
     methods += [
         {"method": "wise", "label": f"wise-{retrieve}", "hparams": {**WISE, "retrieve": retrieve}}
@@ -95,7 +98,7 @@ ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many faults of each kind, in sweeps of so many edits a cell."""
+    """How many faults of each kind, in sweeps of which methods and of so many edits a cell."""
 
     actors: int
     drivers: int
@@ -103,10 +106,11 @@ class Wanted:
     pauses: int
     damages: int
     edits: int
+    methods: Collection[str]
 
 
-LONG = Wanted(actors=50, drivers=15, nodes=5, pauses=5, damages=10, edits=24)
-SHORT = Wanted(actors=3, drivers=1, nodes=1, pauses=1, damages=2, edits=12)
+LONG = Wanted(actors=50, drivers=15, nodes=5, pauses=5, damages=10, edits=24, methods=QUICK)
+SHORT = Wanted(actors=3, drivers=1, nodes=1, pauses=1, damages=2, edits=12, methods=FEW)
 
 
 @dataclass
@@ -125,12 +129,12 @@ Rows = dict[tuple[Any, ...], dict[str, Any]]
 class Chaos:
     """One session: the undisturbed rows, and the faults."""
 
-    def __init__(self, root: Path, seed: int, edits: int) -> None:
+    def __init__(self, root: Path, seed: int, wanted: Wanted) -> None:
         self.root = root
         self.rng = random.Random(seed)
         self.verdict = Verdict()
         self.spec = root / "chaos.yaml"
-        self.spec.write_text(yaml.safe_dump(sweep(edits)))
+        self.spec.write_text(yaml.safe_dump(sweep(wanted.edits, wanted.methods)))
         (root / "h").mkdir()
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         inside = {"HOME": str(root / "h"), "TMPDIR": str(root), "RAY_TMPDIR": str(root), "OMP_NUM_THREADS": "1"}
@@ -424,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # short: socket paths are bounded
     root = args.keep.resolve() if args.keep else Path(tempfile.mkdtemp(prefix="es-", dir="/tmp"))
     wanted = SHORT if args.short else LONG
-    chaos = Chaos(root, seed, wanted.edits)
+    chaos = Chaos(root, seed, wanted)
     asleep = (wanted.pauses + 1) // 2
     parts: dict[str, Callable[[], None]] = {
         "kills": lambda: chaos.kills(wanted.actors, wanted.drivers),
