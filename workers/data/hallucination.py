@@ -48,7 +48,7 @@ def load(path: Path, train_path: Path | None = None, on_bad_record: OnBadRecord 
     entries = read_json_list(path)
     check_layout(path, "hallucination", entries, reads=("hallucination",))
     drafts = parse_drafts(path, entries, _parse, on_bad_record)
-    return build_with_train("hallucination", path, drafts, train_path, _parse_locality, on_bad_record)
+    return build_with_train("hallucination", path, drafts, train_path, parse_locality, on_bad_record)
 
 
 def _parse(entry: Entry) -> Draft:
@@ -65,6 +65,7 @@ def _parse(entry: Entry) -> Draft:
     )
 
 
-def _parse_locality(entry: Entry) -> Probe:
+def parse_locality(entry: Entry) -> Probe:
+    """An unrelated sentence of a training file."""
     record = validate(LocalityRecord, entry.value)
     return Probe(record.locality_prompt, record.locality_ground_truth)

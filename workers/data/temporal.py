@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from workers.data.hallucination import HallucinationRecord, parse_locality
 from workers.data.layouts import check_layout
 from workers.data.records import (
     Draft,
     Entry,
     OnBadRecord,
-    Record,
     Text,
     build_with_train,
     parse_drafts,
@@ -29,17 +29,7 @@ from workers.data.records import (
 from workers.types import Dataset, EditRequest, Probe
 
 
-class LocalityRecord(Record):
-    """All that is needed of a record of the training file."""
-
-    locality_prompt: Text
-    locality_ground_truth: Text
-
-
-class TemporalRecord(LocalityRecord):
-    prompt: Text
-    subject: Text
-    target_new: Text
+class TemporalRecord(HallucinationRecord):
     ood_rephrase: Text
 
 
@@ -48,7 +38,7 @@ def load(path: Path, train_path: Path | None = None, on_bad_record: OnBadRecord 
     entries = read_json_list(path)
     check_layout(path, "temporal", entries, reads=("temporal",))
     drafts = parse_drafts(path, entries, _parse, on_bad_record)
-    return build_with_train("temporal", path, drafts, train_path, _parse_locality, on_bad_record)
+    return build_with_train("temporal", path, drafts, train_path, parse_locality, on_bad_record)
 
 
 def _parse(entry: Entry) -> Draft:
@@ -64,8 +54,3 @@ def _parse(entry: Entry) -> Draft:
             ood=(record.ood_rephrase,),
         )
     )
-
-
-def _parse_locality(entry: Entry) -> Probe:
-    record = validate(LocalityRecord, entry.value)
-    return Probe(record.locality_prompt, record.locality_ground_truth)
