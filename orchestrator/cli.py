@@ -23,7 +23,7 @@ from orchestrator.console import Output, duration, percent, size
 from workers.types import JSON, DataError, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
-    from orchestrator.execute import Outcome
+    from orchestrator.execute import Engine, Outcome
     from orchestrator.plan import Plan
     from orchestrator.query import Results
     from orchestrator.spec import SweepSpec
@@ -210,19 +210,20 @@ def run(
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
 
-    from orchestrator.execute import Engine, run_sweep
+    from orchestrator.execute import run_sweep
     from orchestrator.store import open_store
 
-    chosen: Engine
-    if engine == "local":
-        from orchestrator.local import run_local as chosen
-    else:
-        from orchestrator.driver import run_ray as chosen
     began = time.monotonic()
     try:
         with _naming(spec_file):
             outcome = run_sweep(
-                spec, open_store(folder), chosen, out.view(), max_actors, only=only or (), retry_failed=retry_failed
+                spec,
+                open_store(folder),
+                _engine(engine),
+                out.view(),
+                max_actors,
+                only=only or (),
+                retry_failed=retry_failed,
             )
     except EditSweepError:
         raise
@@ -251,16 +252,12 @@ def artifacts(
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
 
-    from orchestrator.execute import Engine, build_artifacts
+    from orchestrator.execute import build_artifacts
     from orchestrator.store import open_store
 
-    chosen: Engine
-    if engine == "local":
-        from orchestrator.local import run_local as chosen
-    else:
-        from orchestrator.driver import run_ray as chosen
     try:
-        states, interrupted = build_artifacts(spec, open_store(folder), chosen, out.view(), max_actors)
+        with _naming(spec_file):
+            states, interrupted = build_artifacts(spec, open_store(folder), _engine(engine), out.view(), max_actors)
     except EditSweepError:
         raise
     except KeyboardInterrupt:
@@ -348,6 +345,17 @@ def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: b
             "if you trust them, say so on the command line too: --trust-remote-code"
         )
     return spec
+
+
+def _engine(name: Literal["ray", "local"]) -> Engine:
+    """Imported when it is chosen: the local engine needs no Ray."""
+    if name == "local":
+        from orchestrator.local import run_local
+
+        return run_local
+    from orchestrator.driver import run_ray
+
+    return run_ray
 
 
 @contextlib.contextmanager
