@@ -23,8 +23,14 @@ from workers.job import Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJo
 Row = dict[str, Any]
 
 
-def processes() -> Any:
-    """Starts processes quickly (imports done once) and cleanly (no threads of this process are copied)."""
+def processes(own_environment: bool = False) -> Any:
+    """Starts processes quickly (imports done once) and cleanly (no threads of this process are copied).
+
+    Their environment is that of the first call, whichever test made it, unless ``own_environment`` gives them this
+    process's as it is now (slower: each imports everything again).
+    """
+    if own_environment:
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.shards", "pandas"])  # Arrow imports pandas on first use
     return context

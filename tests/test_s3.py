@@ -176,7 +176,7 @@ class _Empty:
 
 
 def test_publishing_at_once_has_one_winner(store: S3Store, where: str) -> None:
-    context = processes()
+    context = processes(own_environment=True)
     barrier, answer = context.Barrier(2), context.SimpleQueue()
     runs = [context.Process(target=publish_keys, args=(where, me, 20, barrier, answer)) for me in "ab"]
     for run in runs:
@@ -195,15 +195,18 @@ def test_killed_at_any_moment_and_gathered_the_table_is_the_same(tmp_path: Path,
     journal = Journal(store)
     journal.begin(manifests[0])
     commit_steps(journal.claim("s0", "r0"), 2)
-    process = processes().Process(target=run_shard, args=(where, manifests[0].model_dump_json()))
+    process = processes(own_environment=True).Process(target=run_shard, args=(where, manifests[0].model_dump_json()))
     process.start()
     deadline = time.monotonic() + 60
     while journal.progress("s0").attempts < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert journal.progress("s0").attempts == 2, process.exitcode
     process.kill()
     process.join()
     finish(journal, *manifests)
-    process = processes().Process(target=gather_shards, args=(where, [[m.shard_id] for m in manifests]))
+    process = processes(own_environment=True).Process(
+        target=gather_shards, args=(where, [[m.shard_id] for m in manifests])
+    )
     process.start()
     while process.is_alive():
         assert comparable(CentralTable(store).scan(journal)) == expected
