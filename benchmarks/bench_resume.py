@@ -43,7 +43,7 @@ from orchestrator.plan import Plan, Shard
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.store import LocalStore, Missing, unseal_json
 from orchestrator.table import CentralTable, encode, sort_rows, table_meta
-from workers.job import moments, timeline
+from workers.job import StreamJob, moments, timeline
 
 UNDER_WAY, WAITING = 64, 60
 """Shards that have begun, and that are finished and not gathered: of 64 actors, just before the next gather."""
@@ -168,15 +168,21 @@ def fill_table(store: LocalStore, plan: Plan, shards: Sequence[Shard], first: in
         entries = [
             replace(
                 entry_of(shard.shard_id, number, 1),
-                cells={
-                    plan.cells[i].cell_id: tuple(range(run.start, run.stop)) for run in shard.runs for i in run.cells
-                },
+                cells=groups_of(plan.manifest(shard).job),
             )
             for shard in shards[low : low + FILE_SHARDS]
         ]
         rows = sort_rows(random_rows(rng, number, len(entries), len(entries)))
         store.publish_new(paths.table_file(number), encode(rows, table_meta(number, entries, len(entries))))
     return number + 1
+
+
+def groups_of(job: StreamJob) -> dict[str, tuple[int, ...]]:
+    """Per cell, the groups a job reports."""
+    groups: dict[str, list[int]] = {}
+    for share in (share for wave in job.waves for lane in wave for share in lane.shares):
+        groups.setdefault(job.cells[share.cell].cell_id, []).extend(range(share.group, share.stop_group))
+    return {cell: tuple(sorted(found)) for cell, found in groups.items()}
 
 
 def commit(journal: Journal, manifest: ShardManifest, steps: int | None) -> None:
@@ -188,11 +194,12 @@ def commit(journal: Journal, manifest: ShardManifest, steps: int | None) -> None
     start = 0
     for stop in manifest.bounds[:steps]:
         rows = [
-            row_of(job.cells[lane.cell].cell_id, lane.group, position, tick.edits_applied, moment, rng)
+            row_of(job.cells[share.cell].cell_id, share.group, position, tick.edits_applied, moment, rng)
             for tick in ticks[start:stop]
             for lane in job.waves[tick.wave]
+            for share in lane.shares
             for position in range(tick.start, tick.stop)
-            for moment in moments(job, tick, 0)
+            for moment in moments(job, tick, share)
         ]
         stats = {"edits": 50, "edit_seconds": 1.0, "score_seconds": 1.0}
         attempt.commit(start, stop, rows, [], b"state" if stop != manifest.bounds[-1] else None, stats)

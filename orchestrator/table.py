@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.paths import ResultsPaths
 from orchestrator.store import Damaged, Entry, Missing, Store, StoreError, put_aside, seal_json, sha256_of, unseal_json
-from workers.job import StreamJob, moments, timeline
+from workers.job import StreamJob, Tick, moments, timeline
 from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:
@@ -390,15 +390,16 @@ def expected_contents(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) ->
     rows: Counter[str] = Counter({cell.cell_id: 0 for cell in job.cells})
     failed = _first_failures(job, failures)
     ends: dict[str, int] = dict(failed) if job.rollback == "never" else {}
-    ticks: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    ticks: dict[int, list[Tick]] = {}
     for tick in timeline(job):
-        for number in tick.shares:
-            count = (tick.stop - tick.start) * len(moments(job, tick, number))
-            ticks.setdefault((tick.wave, number), []).append((tick.edits_applied, count))
+        ticks.setdefault(tick.wave, []).append(tick)
+    counted: dict[
+        tuple[int, int, int, int], int
+    ] = {}  # lanes that serve the same groups, or any group of one T, write as many
     for w, wave in enumerate(job.waves):
         for lane in wave:
-            for number, share in enumerate(lane.shares):
-                cell = job.cells[share.cell].cell_id
+            for share in lane.shares:
+                cell, T = job.cells[share.cell].cell_id, job.T_of(share)
                 planned[cell].update(range(share.group, share.stop_group))
                 if job.rollback == "group":
                     end = share.group + ((cell, share.group) not in failed)
@@ -406,8 +407,14 @@ def expected_contents(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) ->
                     end = min(share.stop_group, ends.get(cell, share.stop_group))
                 if end > share.group:
                     groups[cell].update(range(share.group, end))
-                    counts = ticks[w, number]
-                    rows[cell] += sum(count for applied, count in counts if applied <= end * job.T_of(share))
+                    key = (w, T, 0, 0) if job.rollback == "group" else (w, T, share.group, end)
+                    if key not in counted:
+                        counted[key] = sum(
+                            (tick.stop - tick.start) * len(moments(job, tick, share))
+                            for tick in ticks[w]
+                            if job.rollback == "group" or tick.edits_applied <= end * T
+                        )
+                    rows[cell] += counted[key]
     return Expected(
         groups={cell: tuple(sorted(found)) for cell, found in groups.items()},
         failed={cell: tuple(sorted(planned[cell] - found)) for cell, found in groups.items()},

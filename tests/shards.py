@@ -51,7 +51,8 @@ def make_manifest(
 ) -> ShardManifest:
     """A shard that runs ``groups`` groups of one cell per seed, the seeds being the lanes of each wave.
 
-    Without rollback its lanes may report the same edits to cells of other T, named ``<cell>-<seed>-T<T>``.
+    Its lanes may report the same edits to cells of other T, named ``<cell>-<seed>-T<T>``: with rollback, where a group of
+    that T starts with theirs.
     """
     cells = tuple(StreamCell(cell_id=f"{cell}-{seed}", seed=seed) for seed in seeds)
     cells += tuple(StreamCell(cell_id=f"{cell}-{seed}-T{t}", seed=seed, T=t) for t in also_T for seed in seeds)
@@ -60,6 +61,9 @@ def make_manifest(
 
     def also(i: int, low: int, high: int) -> tuple[Share, ...]:
         numbers = [(t, (n + 1) * len(seeds) + i) for n, t in enumerate(also_T)]
+        if rollback == "group":
+            starts = [(c, low * T // t) for t, c in numbers if low * T % t == 0]
+            return tuple(Share(cell=c, group=group, stop_group=group + 1) for c, group in starts)
         return tuple(Share(cell=c, group=low * T // t, stop_group=high * T // t) for t, c in numbers)
 
     waves = tuple(
@@ -106,7 +110,7 @@ def run_steps(
                 if past == "failed":
                     continue
                 if tick.kind == "edit":
-                    seed, first = job.cells[lane.cell].seed, lane.group if job.rollback == "group" else 0
+                    seed, first = job.cells[lane.cell].seed, lane.group * job.T if job.rollback == "group" else 0
                     for position in range(tick.start, tick.stop):
                         past = hashlib.sha256(f"{past} {seed} {first} {position}".encode()).hexdigest()
                     lanes[cell] = past
@@ -115,8 +119,8 @@ def run_steps(
                         lanes[cell] = "failed"
                         failures += _failures(job, tick, lane)
                         continue
-                for number in tick.shares:
-                    rows.extend(_rows(job, tick, lane, number, past))
+                for share in lane.shares:
+                    rows.extend(_rows(job, tick, share, past))
             if tick.last:
                 lanes = {}
         yield start, stop, rows, failures, json.dumps(lanes).encode() if lanes else None
@@ -126,7 +130,7 @@ def run_steps(
 def _failures(job: StreamJob, tick: Tick, lane: Lane) -> Iterator[Row]:
     """What a stream reports for a lane that is frozen at ``tick``."""
     for share in lane.shares:
-        reached = 0 if job.rollback == "group" else tick.start // job.T_of(share)
+        reached = tick.start // job.T_of(share) + (share.group if job.rollback == "group" else 0)
         for group in range(max(share.group, reached), share.stop_group):
             yield {
                 "cell_id": job.cells[share.cell].cell_id,
@@ -137,10 +141,10 @@ def _failures(job: StreamJob, tick: Tick, lane: Lane) -> Iterator[Row]:
             }
 
 
-def _rows(job: StreamJob, tick: Tick, lane: Lane, share: int, past: str) -> Iterator[Row]:
-    T, cell = job.T_of(lane.shares[share]), job.cells[lane.shares[share].cell].cell_id
+def _rows(job: StreamJob, tick: Tick, share: Share, past: str) -> Iterator[Row]:
+    T, cell = job.T_of(share), job.cells[share.cell].cell_id
     for place in range(tick.start, tick.stop):
-        group = lane.group if job.rollback == "group" else place // T
+        group = share.group if job.rollback == "group" else place // T
         for moment in moments(job, tick, share):
             number = int(hashlib.sha256(f"{past} {place} {moment}".encode()).hexdigest()[:12], 16) / 16**12
             row: Row = dict.fromkeys(STREAM_COLUMNS)

@@ -127,9 +127,10 @@ def test_continual_lanes_continue_exactly(tmp_path: Path, store: LocalStore, jou
     assert result(store) == undisturbed(tmp_path / "clean", manifest)
 
 
-def test_killed_at_random_moments(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+@pytest.mark.parametrize("also_T", [(), (16, 10, 1)])
+def test_killed_at_random_moments(tmp_path: Path, store: LocalStore, journal: Journal, also_T: tuple[int, ...]) -> None:
     """Each process is killed after a random number of commits, so that fast and slow machines are hit alike."""
-    manifest = make_manifest(T=40, groups=4, step_edits=2, score_at=(6,))
+    manifest = make_manifest(T=40, groups=4, step_edits=2, score_at=(6,), also_T=also_T)
     chance = random.Random(7)
     kills = 0
     context = processes()

@@ -96,9 +96,9 @@ def test_work_that_is_the_same_is_done_once() -> None:
     ticks = timeline(work)
     assert len({(t.kind, t.start, t.stop, t.edits_applied) for t in ticks}) == len(ticks)
     # the last four of twelve: scored once for the cells of T=12 and T=6 where their pieces coincide
-    ends = [(t.start, t.stop, t.shares) for t in ticks if t.kind == "final" and t.edits_applied == 12]
-    assert ends == [(0, 4, (0,)), (4, 8, (0,)), (8, 12, (0,)), (6, 10, (1,)), (10, 12, (1,)), (9, 12, (2,))]
-    assert [t.shares for t in ticks if t.kind == "checkpoint" and t.edits_applied == 12] == [(1, 2, 3)] * 3
+    ends = [(t.start, t.stop, t.sizes) for t in ticks if t.kind == "final" and t.edits_applied == 12]
+    assert ends == [(0, 4, (12,)), (4, 8, (12,)), (8, 12, (12,)), (6, 10, (6,)), (10, 12, (6,)), (9, 12, (3,))]
+    assert [t.sizes for t in ticks if t.kind == "checkpoint" and t.edits_applied == 12] == [(6, 3, 1)] * 3
 
 
 def test_a_lane_that_diverges_fails_in_every_cell_from_there_on() -> None:
@@ -126,7 +126,7 @@ def test_a_lane_that_diverges_fails_in_every_cell_from_there_on() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rollback": "group"}, "all cells have the job's T"),
+        ({"rollback": "group"}, "exactly one group"),
         ({"batch_size": 3}, "batch_size 3 does not divide T=1"),
         (
             {"waves": ((Lane(cell=0, group=0, stop_group=1, also=(Share(cell=3, group=0, stop_group=2),)),),)},

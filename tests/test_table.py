@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
@@ -82,6 +83,8 @@ def test_columns_are_the_schema() -> None:
         make_manifest(T=1, groups=5),
         make_manifest(T=4, batch_size=4),
         make_manifest(T=4, batch_size=2),
+        make_manifest(T=6, groups=3, score_at=(2, 3, 6), also_T=(4, 3, 1)),
+        make_manifest(T=6, groups=3, first_group=1, batch_size=2, also_T=(4, 2)),
         make_manifest(T=5, groups=3, first_group=2, rollback="never", score_at=(15, 25)),
         make_manifest(T=6, groups=2, rollback="never", score_at=(5, 6, 12), also_T=(1, 3, 12)),
         make_manifest(T=6, groups=2, first_group=2, rollback="never", score_at=(6, 15), also_T=(2, 12), batch_size=2),
@@ -375,6 +378,44 @@ def test_one_stream_for_many_T_fills_every_cell_as_streams_of_their_own_do(tmp_p
     job = shared.job.model_copy(update={"cells": cells, "waves": ((lane,),)})
     columns = {cell: shared.columns[cell] for cell in starts}
     finish(journal, ShardManifest(shard_id="rest", job=job, bounds=cut_steps(job, 4), columns=columns))
+    assert table.gather(journal).refused is None
+    assert scores(table.scan()) == expected
+    assert table.given_up() == {}
+
+
+def test_a_lane_that_serves_smaller_T_fills_their_cells_as_lanes_of_their_own_do(tmp_path: Path) -> None:
+    """Also after a failure in mid-group: what was complete stays, and a later shard runs the rest."""
+    score_at = (2, 5)
+
+    def alone(T: int, groups: Sequence[int]) -> list[ShardManifest]:
+        name = "cell-%d" if T == 12 else f"cell-%d-T{T}"
+        found = []
+        for group in groups:
+            made = make_manifest(f"{T}-{group}", T=T, groups=1, first_group=group, score_at=score_at)
+            text = made.model_dump_json().replace('"cell-0"', f'"{name % 0}"').replace('"cell-1"', f'"{name % 1}"')
+            found.append(ShardManifest.model_validate_json(text))
+        return found
+
+    def scores(table: pa.Table) -> list[tuple[object, ...]]:
+        names = [*KEY, "T", "case_id", "reliability_token", "details"]
+        return sorted(zip(*(table[name].to_pylist() for name in names), strict=True), key=str)
+
+    served = {12: (0, 1), 8: (0,), 4: (0, 3), 1: (0, 12)}  # T=8's second group starts within the first of T=12
+    expected = scores(undisturbed(tmp_path / "alone", *(m for T, groups in served.items() for m in alone(T, groups))))
+    shared = make_manifest(T=12, groups=2, score_at=score_at, also_T=(8, 4, 1))
+    assert scores(undisturbed(tmp_path / "shared", shared)) == expected
+
+    store = LocalStore(tmp_path / "failed")
+    journal, table = Journal(store), CentralTable(store)
+    finish(journal, shared, fail=("cell-1", 0))  # at its seventh edit
+    assert table.gather(journal).refused is None
+    assert table.given_up() == {"cell-1": {0}, "cell-1-T8": {0}}
+    done = table.done()
+    assert (done["cell-0-T8"], done["cell-1"], done["cell-1-T4"], done["cell-1-T1"]) == ({0}, {1}, {0, 3}, {0, 12})
+    kept = scores(table.scan())
+    assert set(kept) < set(expected)
+    retry = make_manifest("retry", T=12, groups=1, seeds=(1,), score_at=score_at, also_T=(8,))
+    finish(journal, retry)
     assert table.gather(journal).refused is None
     assert scores(table.scan()) == expected
     assert table.given_up() == {}

@@ -65,9 +65,11 @@ class Share(Frozen):
 class Lane(Share):
     """One lane of one wave, and what it reports first of all.
 
-    With ``rollback: group`` a lane holds exactly one group. With ``rollback: never`` it edits from the very first
-    request up to the end of the last group and reports only the groups asked for. There T says nothing but when to
-    score, so one lane may report ``also`` to cells of other T: each gets the rows a lane of its own would give.
+    With ``rollback: group`` a lane holds exactly one group. Its first edits are those of a smaller T's group that starts
+    at the same request (nothing random derives from T), so it may report ``also`` to such groups, one of each T.
+    With ``rollback: never`` it edits from the very first request up to the end of the last group and reports only the
+    groups asked for. There T says nothing but when to score, so it may report ``also`` to cells of any other T.
+    Either way each cell gets the rows a lane of its own would give.
     """
 
     also: tuple[Share, ...] = ()
@@ -110,8 +112,6 @@ class StreamJob(Frozen):
                 )
         if self.whole_group and any((cell.T or self.T) != self.batch_size for cell in self.cells):
             raise ValueError(f"a method that edits whole groups has batch_size T, not {self.batch_size}")
-        if self.rollback == "group" and any(cell.T not in (None, self.T) for cell in self.cells):
-            raise ValueError("with rollback 'group' all cells have the job's T")
         for wave in self.waves:
             if not wave:
                 raise ValueError("a wave needs at least one lane")
@@ -123,11 +123,22 @@ class StreamJob(Frozen):
                         raise ValueError(
                             "a lane reports to cells of one seed: another has its requests in another order"
                         )
-                if self.rollback == "group" and (lane.stop_group != lane.group + 1 or lane.also):
-                    raise ValueError("with rollback 'group' a lane holds exactly one group")
-                if self.rollback == "never" and self._spans(lane) != self._spans(wave[0]):
+                if self.rollback == "group":
+                    self._check_group(lane)
+                elif self._spans(lane) != self._spans(wave[0]):
                     raise ValueError("with rollback 'never' the lanes of a wave cover the same groups")
         return self
+
+    def _check_group(self, lane: Lane) -> None:
+        if any(share.stop_group != share.group + 1 for share in lane.shares):
+            raise ValueError("with rollback 'group' a lane holds exactly one group")
+        if self.T_of(lane) != self.T:
+            raise ValueError(f"with rollback 'group' a lane makes a group of the job's T={self.T}, not of another")
+        sizes = [self.T_of(share) for share in lane.also]
+        if any(T >= self.T for T in sizes) or len(set(sizes)) < len(sizes):
+            raise ValueError(f"with rollback 'group' a lane of T={self.T} reports also to smaller T, to each once")
+        if any(share.group * T != lane.group * self.T for share, T in zip(lane.also, sizes, strict=True)):
+            raise ValueError("with rollback 'group' a lane reports to groups that start where its own does")
 
     def _spans(self, lane: Lane) -> list[tuple[int, int, int]]:
         return [(self.T_of(share), share.group, share.stop_group) for share in lane.shares]
@@ -138,8 +149,8 @@ class Tick(Frozen):
 
     ``edit``: positions ``start .. stop`` are edited in one call (and scored at once if asked).
     ``final``/``checkpoint``: positions ``start .. stop`` are scored on the present state.
-    Positions count from the lane's pristine state. ``shares``: which of a lane's shares (by their number) it is reported
-    to. ``last`` marks the tick after which the lanes are rolled back.
+    Positions count from the lane's pristine state. ``sizes``: to cells of which T it is reported, by the lanes that serve
+    such a cell then (:func:`moments`). ``last`` marks the tick after which the lanes are rolled back.
     """
 
     wave: int
@@ -147,61 +158,74 @@ class Tick(Frozen):
     start: int
     stop: int
     edits_applied: int
-    shares: tuple[int, ...] = (0,)
+    sizes: tuple[int, ...]
     last: bool = False
 
 
-def moments(job: StreamJob, tick: Tick, share: int) -> tuple[str, ...]:
-    """The kinds of rows a tick gives for each of its requests to a lane's share (by its number).
+def moments(job: StreamJob, tick: Tick, share: Share) -> tuple[str, ...]:
+    """The kinds of rows a tick gives for each of its requests to one share of a lane of its wave.
 
     In batch edits, immediate means after the batch. Where the batch happens to be the group (T=1, or a grid whose batch size
     is T), one forward gives both kinds, so that a table of immediate scores has every T. A method that can edit nothing but
     whole groups writes final ones only: it has no moment between two edits, at any T.
     """
-    if share not in tick.shares:
+    T = job.T_of(share)
+    if T not in tick.sizes or not _reports(job, share, tick.edits_applied - job.batch_size):
         return ()
     if tick.kind != "edit":
         return (tick.kind,)
-    T = job.T_of(job.waves[tick.wave][0].shares[share])
     # where one call edits a whole group, its own scores are the final ones
     immediate = job.score.immediate and not job.whole_group
     return ("immediate",) * immediate + ("final",) * (job.batch_size == T)
 
 
+def reporting(job: StreamJob, tick: Tick) -> list[int]:
+    """The lanes (by their number in the wave) that a tick gives rows of."""
+    lanes = enumerate(job.waves[tick.wave])
+    return [i for i, lane in lanes if any(moments(job, tick, share) for share in lane.shares)]
+
+
 def timeline(job: StreamJob) -> list[Tick]:
     """All ticks of a job, in order. A pure function of the job."""
     ticks: list[Tick] = []
-    for w, wave in enumerate(job.waves):
-        of_wave = list(_wave_ticks(job, w, wave[0]))
+    for w in range(len(job.waves)):
+        of_wave = list(_wave_ticks(job, w))
         of_wave[-1] = of_wave[-1].model_copy(update={"last": True})
         ticks.extend(of_wave)
     return ticks
 
 
-def _wave_ticks(job: StreamJob, w: int, lane: Lane) -> Iterator[Tick]:
+def _wave_ticks(job: StreamJob, w: int) -> Iterator[Tick]:
     marks = set(job.score.score_at)
-    for start in range(0, job.lane_edits(lane), job.batch_size):
+    wave = job.waves[w]
+    # with rollback 'group' the lanes of a wave may serve different T, and equal T alike
+    lanes = wave if job.rollback == "group" else wave[:1]
+    shares = list(
+        {(job.T_of(s), job.rollback == "never" and s.group): s for lane in lanes for s in lane.shares}.values()
+    )
+    for start in range(0, job.lane_edits(wave[0]), job.batch_size):
         stop = start + job.batch_size
         # groups that are not reported are edited all the same: their rows are in the table, or another shard's
-        told = [i for i, share in enumerate(lane.shares) if _reports(job, share, start)]
-        yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop, shares=tuple(told))
+        told = tuple(dict.fromkeys(job.T_of(share) for share in shares if _reports(job, share, start)))
+        yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop, sizes=told)
         spans: dict[tuple[Literal["final", "checkpoint"], int, int], list[int]] = {}
-        for i in told:
-            T = job.T_of(lane.shares[i])
+        for T in told:
             ends_group = stop % T == 0
             if ends_group and T > job.batch_size:  # otherwise the edit tick's own scores are the final ones
                 for low, high in _pieces(job, stop - T, stop):
-                    spans.setdefault(("final", low, high), []).append(i)
+                    spans.setdefault(("final", low, high), []).append(T)
             # at a group's end the final scores already cover a first group's checkpoint
             if stop in marks and not (ends_group and stop == T):
                 for low, high in _pieces(job, 0, stop):
-                    spans.setdefault(("checkpoint", low, high), []).append(i)
-        for (kind, low, high), shares in spans.items():
-            yield Tick(wave=w, kind=kind, start=low, stop=high, edits_applied=stop, shares=tuple(shares))
+                    spans.setdefault(("checkpoint", low, high), []).append(T)
+        for (kind, low, high), sizes in spans.items():
+            yield Tick(wave=w, kind=kind, start=low, stop=high, edits_applied=stop, sizes=tuple(sizes))
 
 
 def _reports(job: StreamJob, share: Share, position: int) -> bool:
-    return job.rollback == "group" or share.group <= position // job.T_of(share) < share.stop_group
+    """Whether the edit at ``position`` of a lane belongs to a group that is reported to ``share``."""
+    group = position // job.T_of(share)
+    return group == 0 if job.rollback == "group" else share.group <= group < share.stop_group
 
 
 def _pieces(job: StreamJob, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -219,7 +243,8 @@ def cut_steps(job: StreamJob, step_edits: int) -> tuple[int, ...]:
     work = 0.0
     ticks = timeline(job)
     for i, tick in enumerate(ticks):
-        lanes = len(job.waves[tick.wave])
+        wave = job.waves[tick.wave]
+        lanes = len(wave) if tick.kind == "edit" else len(reporting(job, tick))
         work += lanes * (tick.stop - tick.start) * (1.0 if tick.kind == "edit" else 0.2)
         if work >= step_edits or i == len(ticks) - 1:
             bounds.append(i + 1)
@@ -230,6 +255,8 @@ def cut_steps(job: StreamJob, step_edits: int) -> tuple[int, ...]:
 def expected_rows(job: StreamJob) -> int:
     """Rows the job writes if no lane fails."""
     return sum(
-        len(job.waves[tick.wave]) * (tick.stop - tick.start) * sum(len(moments(job, tick, i)) for i in tick.shares)
+        (tick.stop - tick.start) * len(moments(job, tick, share))
         for tick in timeline(job)
+        for lane in job.waves[tick.wave]
+        for share in lane.shares
     )

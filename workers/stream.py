@@ -206,24 +206,28 @@ class Stream:
     def _score(self, wave: _Wave, tick: Tick) -> list[dict[str, JSON]]:
         """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its group)."""
         job = self.job
-        asked = [(share, scored) for share in tick.shares for scored in moments(job, tick, share)]
-        alive = wave.alive()
-        if not asked or not alive:
+        asked = {
+            i: [(share, scored) for share in wave.lanes[i].shares for scored in moments(job, tick, share)]
+            for i in wave.alive()
+        }
+        alive = [i for i in asked if asked[i]]
+        if not alive:
             return []
         clock = self._now()
         places = [(i, position) for i in alive for position in range(tick.start, tick.stop)]
         items = [Item(i, self._request(wave.lanes[i], position)) for i, position in places]
         session = self.session
         found = score(self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes)
-        ends = any(scored != "immediate" for _, scored in asked)
-        extra = self._at_the_end(wave, tick, items) if ends else []
+        ends = {i for i in alive if any(scored != "immediate" for _, scored in asked[i])}
+        ending = [item for item in items if item.lane in ends]
+        extra = iter(self._at_the_end(wave, tick, ending) if ending else ())
         seconds = (self._now() - clock) / len(items)
         norms = {i: wave.overlay.delta_norm(i) for i in alive}
         sizes = {i: wave.overlay.lane_bytes(i) for i in alive}
         memory = self._peak_memory()
         rows = []
-        for k, ((i, position), item, scores) in enumerate(zip(places, items, found, strict=True)):
-            lane = wave.lanes[i]
+        for (i, position), item, scores in zip(places, items, found, strict=True):
+            at_the_end = next(extra) if i in ends else NOTHING
             row: dict[str, JSON] = {
                 "case_id": item.request.case_id,
                 "edits_applied": tick.edits_applied,
@@ -236,8 +240,7 @@ class Stream:
                 "overlay_bytes": sizes[i],
                 "delta_norm": norms[i],
             }
-            for number, scored in asked:
-                share = lane.shares[number]
+            for share, scored in asked[i]:
                 T = job.T_of(share)
                 place: dict[str, JSON] = {
                     "cell_id": job.cells[share.cell].cell_id,
@@ -245,7 +248,7 @@ class Stream:
                     "position": position % T,
                     "scored": scored,
                 }
-                rows.append({**place, **row, **(NOTHING if scored == "immediate" else extra[k])})
+                rows.append({**place, **row, **(NOTHING if scored == "immediate" else at_the_end)})
         return rows
 
     def _at_the_end(self, wave: _Wave, tick: Tick, items: Sequence[Item]) -> list[dict[str, JSON]]:
@@ -274,7 +277,9 @@ class Stream:
         wave.overlay.load_state(i, self.method.new_overlay(1).state(0))
         for share in wave.lanes[i].shares:
             cell = self.job.cells[share.cell].cell_id
-            reached = 0 if self.job.rollback == "group" else (tick.edits_applied - 1) // self.job.T_of(share)
+            reached = (tick.edits_applied - 1) // self.job.T_of(share)
+            if self.job.rollback == "group":
+                reached += share.group  # from the lane's pristine state, which is where its group starts
             for group in range(max(share.group, reached), share.stop_group):
                 yield GroupFailure(cell, group, tick.start, kind, message, trace)
 
