@@ -147,6 +147,8 @@ def plan(
     header = ("method", "is", "cells", "shards", "lanes", "edits", "edits left", "memory/lane", "peak", "artifacts")
     out.table("", header, rows, right=range(2, 10))
     out.say(f"lanes: for T={'/'.join(map(str, spec.grid.T))}, as far as there are groups")
+    if made.edits_shared:
+        out.say(f"shared: {made.edits_shared} more edits are the same at a larger T and are made once, there")
     out.say(
         f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; peak memory of one actor, estimated: up to "
         f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + lanes x memory/lane + one batch's activations"

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
@@ -144,37 +146,79 @@ class Cell:
 class Run:
     """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one variant and T.
 
-    Without rollback it is one wave, and ``also`` holds what its lanes report to cells of other T, seeds in the same order.
+    Its lanes may report to cells of other T as well, seeds in the same order. With rollback to ``riders``: per smaller T the
+    cells whose groups start at the same requests. Without it a run is one wave, and ``also`` holds the other cells' groups.
     """
 
     cells: tuple[int, ...]
     start: int
     stop: int
     also: tuple[Run, ...] = ()
+    riders: tuple[tuple[int, ...], ...] = ()
 
     @property
     def shares(self) -> tuple[Run, ...]:
         return (self, *self.also)
 
+    @property
+    def served(self) -> Iterator[tuple[int, ...]]:
+        """The cells of each T its lanes report to."""
+        yield from (share.cells for share in self.shares)
+        yield from self.riders
+
     def __len__(self) -> int:
-        return (self.stop - self.start) * len(self.cells)
+        """Groups of each of its cells."""
+        return self.stop - self.start
 
-    def step(self, width: int) -> int:
-        """How many groups of each cell one wave of at most ``width`` lanes holds."""
-        return max(1, width // len(self.cells))
+    def continued_by(self, other: Run) -> bool:
+        """Whether ``other`` is the rest of a longer run that this one is the beginning of."""
+        return (
+            (self.cells, self.riders, self.stop) == (other.cells, other.riders, other.start)
+            and not self.also
+            and not other.also
+        )
 
-    def waves(self, width: int) -> Iterator[Run]:
-        """Its waves with at most ``width`` lanes: whole group indices of all cells."""
-        step = self.step(width)
-        for start in range(self.start, self.stop, step):
-            yield Run(self.cells, start, min(start + step, self.stop))
+
+Span = tuple[int, int, tuple[int, ...]]
+"""Groups ``start .. stop`` (exclusive) of a cell, and the smaller T of which a group starts where each of them does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """All that cells sharing waves have left, ascending: waves are filled across its gaps. Without rollback it is one run.
+
+    ``riders``: by T, the cells whose groups ride along, seeds in the same order.
+    """
+
+    cells: tuple[int, ...]
+    spans: tuple[Span, ...]
+    also: tuple[Run, ...] = ()
+    riders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def runs(self) -> Iterator[Run]:
+        for start, stop, sizes in self.spans:
+            yield Run(self.cells, start, stop, self.also, tuple(self.riders[T] for T in sizes))
+
+
+def _step(width: int, seeds: int) -> int:
+    """How many groups of each of ``seeds`` cells one wave of at most ``width`` lanes holds."""
+    return max(1, width // seeds)
+
+
+def _waves(runs: Sequence[Run], width: int) -> Iterator[list[tuple[Run, int]]]:
+    """The waves of a shard's runs with at most ``width`` lanes: whole groups of all cells, each with the run it is of."""
+    for seeds, chain in groupby(runs, key=lambda run: run.cells):
+        groups = [(run, group) for run in chain for group in range(run.start, run.stop)]
+        step = _step(width, len(seeds))
+        for low in range(0, len(groups), step):
+            yield groups[low : low + step]
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the journal.
 
-    ``T`` is the largest one it serves of those that the spec asks for (several only without rollback).
+    ``T`` is the largest one it serves of those that the spec asks for.
     ``width`` is how many lanes a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the
     whole shard, of which the share ``committed`` is durable already.
     """
@@ -261,6 +305,21 @@ class Plan:
         return sum(shard.edits for shard in self.shards)
 
     @property
+    def edits_shared(self) -> int:
+        """Edits that would be made as well, if every cell had lanes of its own."""
+        return sum(map(self._edits_apart, self.shards)) - self.edits_left
+
+    def _edits_apart(self, shard: Shard) -> int:
+        continued = self.spec.grid.rollback == "never"
+        if shard.begun:
+            job = self.begun[shard.shard_id].job
+            shares = [share for wave in job.waves for lane in wave for share in lane.shares]
+            return sum(job.T_of(share) * (share.stop_group if continued else 1) for share in shares)
+        if continued:
+            return sum(len(o.cells) * o.stop * self.cells[o.cells[0]].T for run in shard.runs for o in run.shares)
+        return sum(len(run) * len(c) * self.cells[c[0]].T for run in shard.runs for c in run.served)
+
+    @property
     def lanes(self) -> int:
         """The widest lockstep of any shard that is left."""
         return max((shard.lanes for shard in self.shards), default=0)
@@ -325,12 +384,16 @@ def expand(
     if common.rollback == "group":
         waves = tuple(
             tuple(
-                Lane(cell=index[cell], group=group, stop_group=group + 1)
-                for group in range(wave.start, wave.stop)
-                for cell in wave.cells
+                Lane(
+                    cell=index[cell],
+                    group=group,
+                    stop_group=group + 1,
+                    also=tuple(_ride(index, cells, riders[i], group * shard.T) for riders in run.riders),
+                )
+                for run, group in wave
+                for i, cell in enumerate(run.cells)
             )
-            for run in shard.runs
-            for wave in run.waves(shard.width)
+            for wave in _waves(shard.runs, shard.width)
         )
     else:
         waves = tuple(
@@ -387,9 +450,15 @@ def expand(
     )
 
 
+def _ride(index: Mapping[int, int], cells: Sequence[Cell], cell: int, first: int) -> Share:
+    """The group of ``cell`` that starts at request ``first``, as part of a job whose cells ``index`` numbers."""
+    group = first // cells[cell].T
+    return Share(cell=index[cell], group=group, stop_group=group + 1)
+
+
 def _members(shard: Shard) -> tuple[int, ...]:
     """Numbers of the cells a new shard serves, in the order of its runs."""
-    return tuple(dict.fromkeys(cell for run in shard.runs for share in run.shares for cell in share.cells))
+    return tuple(dict.fromkeys(cell for run in shard.runs for served in run.served for cell in served))
 
 
 def cell_columns(common: Common, variant: Variant, cell: Cell) -> dict[str, JSON]:
@@ -746,6 +815,17 @@ def _gaps(taken: Collection[int] | None, groups: int) -> Iterator[tuple[int, int
         yield start, groups
 
 
+@dataclass(frozen=True, slots=True)
+class Waves:
+    """``count`` waves that are alike, one after another in a chain. Each takes ``groups`` groups of every cell."""
+
+    count: int
+    groups: int
+    lanes: int
+    edits: int
+    work: float
+
+
 @dataclass(frozen=True)
 class Effort:
     """How much work waves are: a function of the spec and the methods alone (see :mod:`orchestrator.schedule`)."""
@@ -757,56 +837,91 @@ class Effort:
     widths: Mapping[tuple[int, int], int]
     """The number of lanes a wave of this variant and T may have."""
 
-    def lanes(self, wave: Run) -> int:
-        return len(wave) if self.spec.grid.rollback == "group" else len(wave.cells)
+    _known: dict[tuple[object, ...], tuple[Waves, ...]] = field(default_factory=dict, compare=False, repr=False)
+    """Waves of chains of one shape, of which a sweep has few."""
 
-    def edits(self, wave: Run, T: int) -> int:
-        """Edits all lanes of a wave make; without rollback each starts at the very first request."""
-        if self.spec.grid.rollback == "group":
-            return self.lanes(wave) * T
-        return self.lanes(wave) * max(edits for edits, _ in self._spans(wave))
-
-    def work(self, variant: int, T: int, wave: Run) -> float:
-        if self.spec.grid.rollback == "group":
-            return self._work(variant, self.lanes(wave), [(T, 0)], [T])
-        return self._work(variant, self.lanes(wave), self._spans(wave), [self.cells[s.cells[0]].T for s in wave.shares])
-
-    def _spans(self, wave: Run) -> list[tuple[int, int]]:
-        """For each share of a continued wave, the edit counts at which it ends and begins."""
-        return [(s.stop * self.cells[s.cells[0]].T, s.start * self.cells[s.cells[0]].T) for s in wave.shares]
-
-    def waves(self, variant: int, T: int, run: Run) -> Iterator[tuple[Run, int]]:
-        """A run's waves as (first of them, how many alike follow each other): full ones, then what remains."""
+    def waves(self, variant: int, T: int, chain: Chain) -> tuple[Waves, ...]:
+        """A chain's waves in order: full ones, then what remains."""
         if self.spec.grid.rollback == "never":
-            yield run, 1
-            return
-        step = run.step(self.widths[variant, T])
-        full, rest = divmod(run.stop - run.start, step)
-        if full:
-            yield Run(run.cells, run.start, run.start + step), full
-        if rest:
-            yield Run(run.cells, run.stop - rest, run.stop), 1
+            return tuple(self._continued(variant, run) for run in chain.runs())
+        key = (variant, T, len(chain.cells), chain.spans)
+        if key not in self._known:
+            alike: list[Waves] = []
+            for wave in self._filled(*key):
+                if alike and replace(alike[-1], count=wave.count) == wave:
+                    alike[-1] = replace(wave, count=alike[-1].count + wave.count)
+                else:
+                    alike.append(wave)
+            self._known[key] = tuple(alike)
+        return self._known[key]
+
+    def _continued(self, variant: int, run: Run) -> Waves:
+        """Of lanes that each start at the very first request."""
+        Ts = [self.cells[share.cells[0]].T for share in run.shares]
+        spans = [(share.stop * T, share.start * T) for share, T in zip(run.shares, Ts, strict=True)]
+        end, lanes = max(end for end, _ in spans), len(run.cells)
+        return Waves(1, len(run), lanes, lanes * end, self._work(variant, lanes, end, self._scored(variant, spans, Ts)))
+
+    def _filled(self, variant: int, T: int, seeds: int, spans: Sequence[Span]) -> Iterator[Waves]:
+        """Full waves and what remains, of as many cells as ``seeds``."""
+        step = _step(self.widths[variant, T], seeds)
+        parts: list[tuple[int, tuple[int, ...]]] = []
+        room = step
+        for start, stop, sizes in spans:
+            left = stop - start
+            while left:
+                if not parts and left >= step:  # as many waves as this run fills alone
+                    yield self._wave(variant, T, seeds, [(step, sizes)], left // step)
+                    left %= step
+                    continue
+                taken = min(left, room)
+                parts.append((taken, sizes))
+                left, room = left - taken, room - taken
+                if not room:
+                    yield self._wave(variant, T, seeds, parts, 1)
+                    parts, room = [], step
+        if parts:
+            yield self._wave(variant, T, seeds, parts, 1)
+
+    def _wave(
+        self, variant: int, T: int, seeds: int, parts: Sequence[tuple[int, tuple[int, ...]]], count: int
+    ) -> Waves:
+        groups = sum(n for n, _ in parts)
+        lanes = groups * seeds
+        scored = sum(n * self._of_group(variant, (T, *sizes)) for n, sizes in parts) / groups
+        return Waves(count, groups, lanes, lanes * T, self._work(variant, lanes, T, scored))
 
     def of_manifest(self, variant: int, manifest: ShardManifest) -> float:
         """Work of a whole shard that has begun, whose lanes may differ from today's."""
         job, total = manifest.job, 0.0
         for wave in job.waves:
-            Ts = [job.T_of(share) for share in wave[0].shares]
-            spans = [(s.stop_group * T, s.group * T) for s, T in zip(wave[0].shares, Ts, strict=True)]
-            total += self._work(variant, len(wave), [(job.T, 0)] if job.rollback == "group" else spans, Ts)
+            if job.rollback == "group":
+                end = job.T
+                scored = sum(self._of_group(variant, [job.T_of(s) for s in lane.shares]) for lane in wave) / len(wave)
+            else:
+                Ts = [job.T_of(share) for share in wave[0].shares]
+                spans = [(s.stop_group * T, s.group * T) for s, T in zip(wave[0].shares, Ts, strict=True)]
+                end, scored = max(end for end, _ in spans), self._scored(variant, spans, Ts)
+            total += self._work(variant, len(wave), end, scored)
         return total
 
     def of_edits(self, cells: Sequence[Cell], edits: int) -> float:
         """About how much work a finished shard was, of which only its cells and the edits it made are known."""
-        variant, T = cells[0].variant, max(cell.T for cell in cells)
+        variant, Ts = cells[0].variant, sorted({cell.T for cell in cells})
         if self.spec.grid.rollback == "never":
-            lanes, Ts = len({cell.seed for cell in cells}), sorted({cell.T for cell in cells})
-            return self._work(variant, lanes, [(edits // lanes, 0)] * len(Ts), Ts)
+            lanes = len({cell.seed for cell in cells})
+            end = edits // lanes
+            return self._work(variant, lanes, end, self._scored(variant, [(end, 0)] * len(Ts), Ts))
+        T = Ts[-1]
         lanes = max(1, min(self.widths[variant, T], edits // T))
-        return self._work(variant, lanes, [(T, 0)], [T]) * edits / (T * lanes)
+        return self._work(variant, lanes, T, self._of_group(variant, Ts)) * edits / (T * lanes)
 
-    def _work(self, variant: int, lanes: int, spans: Sequence[tuple[int, int]], Ts: Sequence[int]) -> float:
-        """Of ``lanes`` lanes that edit up to the last span's end; each span (end, begin) is scored in groups of its T."""
+    def _of_group(self, variant: int, Ts: Sequence[int]) -> int:
+        """Requests that a lane scores which makes one group of the largest T and reports to one of each of ``Ts``."""
+        return self._scored(variant, [(T, 0) for T in Ts], Ts)
+
+    def _scored(self, variant: int, spans: Sequence[tuple[int, int]], Ts: Sequence[int]) -> int:
+        """Requests that a lane scores: each span (end, begin) in groups of its T."""
         score, kind = self.spec.scoring, self.variants[variant]
         immediate = score.immediate and not kind.whole_group
         scored = max(end - begin for end, begin in spans) if immediate else 0  # once for all T
@@ -816,7 +931,10 @@ class Effort:
             ):  # otherwise one forward for both moments
                 scored += end - begin
             scored += sum(mark for mark in score.score_at if begin < mark <= end)
-        return wave_work(self.costs[variant], max(end for end, _ in spans), scored, lanes, self.spec.on_gpu)
+        return scored
+
+    def _work(self, variant: int, lanes: int, edits: int, scored: float) -> float:
+        return wave_work(self.costs[variant], edits, scored, lanes, self.spec.on_gpu)
 
 
 def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Iterator[Timing]:
@@ -868,7 +986,7 @@ def _begun(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clo
 def _cut(
     spec: SweepSpec,
     cells: Sequence[Cell],
-    left: Sequence[Sequence[tuple[int, int]]],
+    left: Sequence[Ranges],
     effort: Effort,
     used: Collection[str],
 ) -> Iterator[Shard]:
@@ -877,13 +995,10 @@ def _cut(
     common = _digest([_scoring_key(spec.scoring), *engine, spec.grid.rollback])
     whole = _families(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
     most_work = TAIL * _lower_bound(whole, effort)
-    for (variant, T), runs in _families(spec, cells, left, effort).items():
+    for (variant, T), chains in _families(spec, cells, left, effort).items():
         width = effort.widths[variant, T]
-        for piece in _pack(variant, T, runs, effort, most_work):
-            composition = f"{common}:{width}:" + ",".join(
-                "&".join(f"{'+'.join(cells[i].cell_id for i in s.cells)}/{s.start}-{s.stop}" for s in run.shares)
-                for run in piece.runs
-            )
+        for piece in _pack(variant, T, chains, effort, most_work):
+            composition = f"{common}:{width}:" + ",".join(_composition(run, cells) for run in piece.runs)
             retry = 0
             shard_id = _shard_id(composition, retry)
             while shard_id in used:  # it ran before and some of its groups failed: a fresh try is a fresh shard
@@ -902,31 +1017,96 @@ def _cut(
             )
 
 
+def _composition(run: Run, cells: Sequence[Cell]) -> str:
+    """What of a run enters its shard's id."""
+
+    def ids(numbers: Iterable[int]) -> str:
+        return "+".join(cells[i].cell_id for i in numbers)
+
+    ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
+    return "^".join((ranges, *map(ids, run.riders)))
+
+
+Ranges = Sequence[tuple[int, int]]
+"""Groups as half-open ranges, ascending."""
+
+
 def _families(
-    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Sequence[tuple[int, int]]], effort: Effort
-) -> dict[tuple[int, int], list[Run]]:
-    """Per variant and T, what is left as runs: of one cell each, or of seeds that have the same groups left."""
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
+) -> dict[tuple[int, int], list[Chain]]:
+    """Per variant and T, what is left as chains: of one cell each, or of seeds that have the same groups left."""
     if spec.grid.rollback == "never":
         return _streams(spec, cells, left, effort)
-    alike: dict[tuple[int, int], dict[tuple[int, ...], list[int]]] = {}
-    for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
+    at = {(cell.variant, cell.T, cell.seed): i for i, cell in enumerate(cells)}
+    own = _without_prefixes(spec, cells, left, effort)
+    alike: dict[tuple[int, int], dict[tuple[object, ...], list[int]]] = {}
+    for i, (cell, spans) in enumerate(zip(cells, own, strict=True)):
         family = alike.setdefault((cell.variant, cell.T), {})
-        for start, stop in ranges:
-            key = (start, stop) if spec.engine.lanes_across_seeds else (start, stop, i)
-            family.setdefault(key, []).append(i)
+        if spans:
+            family.setdefault((spans,) if spec.engine.lanes_across_seeds else (spans, i), []).append(i)
+
+    def chain(variant: int, team: tuple[int, ...]) -> Chain:
+        spans = own[team[0]]
+        sizes = {T for *_, sizes in spans for T in sizes}
+        return Chain(team, spans, riders={T: tuple(at[variant, T, cells[i].seed] for i in team) for T in sizes})
+
     return {
         (variant, T): [
-            Run(team, start, stop)
-            for (start, stop, *_), members in family.items()
-            for team in _even(members, effort.widths[variant, T])
+            chain(variant, team) for members in family.values() for team in _even(members, effort.widths[variant, T])
         ]
         for (variant, T), family in alike.items()
     }
 
 
+def _without_prefixes(
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
+) -> list[tuple[Span, ...]]:
+    """Per cell, what needs lanes of its own: of the groups left that start at one request, those of the largest T.
+
+    What rides with a lane is decided by what is left when the lane is planned, and leaves with it: running whole waves first
+    changes nothing for the others. A variant that edits whole groups makes other edits at every T and shares nothing.
+    """
+    streams: dict[tuple[int, int], list[int]] = {}
+    for i, cell in enumerate(cells):
+        streams.setdefault((cell.variant, cell.seed), []).append(i)
+    own: list[tuple[Span, ...]] = [()] * len(cells)
+    known: dict[tuple[object, ...], list[tuple[Span, ...]]] = {}  # most variants and seeds have the same groups left
+    for (variant, _), numbers in streams.items():
+        share = spec.engine.share_prefixes and not effort.variants[variant].whole_group
+        numbers.sort(key=lambda i: -cells[i].T)
+        wanted = tuple((cells[i].T, tuple(left[i])) for i in numbers)
+        if (share, wanted) not in known:
+            known[share, wanted] = list(_ridden(wanted, share))
+        for i, spans in zip(numbers, known[share, wanted], strict=True):
+            own[i] = spans
+    return own
+
+
+def _ridden(wanted: Sequence[tuple[int, Ranges]], share: bool) -> Iterator[tuple[Span, ...]]:
+    """For each T (descending, with its groups that are left) the groups of its own lanes."""
+    if not share:
+        yield from (tuple((start, stop, ()) for start, stop in ranges) for _, ranges in wanted)
+        return
+    sizes: dict[int, tuple[int, ...]] = {}  # by first request: the T of groups that start there, the lane's first
+    for T, ranges in wanted:
+        for group in (group for start, stop in ranges for group in range(start, stop)):
+            sizes[group * T] = (*sizes.get(group * T, ()), T)
+    for T, ranges in wanted:
+        spans: list[Span] = []
+        for group in (group for start, stop in ranges for group in range(start, stop)):
+            lane, *riders = sizes[group * T]
+            if lane != T:
+                continue
+            if spans and spans[-1][1:] == (group, tuple(riders)):
+                spans[-1] = (spans[-1][0], group + 1, tuple(riders))
+            else:
+                spans.append((group, group + 1, tuple(riders)))
+        yield tuple(spans)
+
+
 def _streams(
-    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Sequence[tuple[int, int]]], effort: Effort
-) -> dict[tuple[int, int], list[Run]]:
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
+) -> dict[tuple[int, int], list[Chain]]:
     """Without rollback T only says when to score: one lane per variant and seed makes the edits for every T that is left.
 
     A variant that edits whole groups makes other edits at every T, and has a lane for each. Runs stand under the largest T
@@ -943,14 +1123,16 @@ def _streams(
         shape = tuple((cells[i].T, start, stop) for i, start, stop in shares)
         key = (variant, shape) if spec.engine.lanes_across_seeds else (variant, shape, seed)
         alike.setdefault(key, []).append(shares)
-    runs: dict[tuple[int, int], list[Run]] = {}
+    chains: dict[tuple[int, int], list[Chain]] = {}
     for members in alike.values():
         first = cells[members[0][0][0]]
         for team in _even(members, effort.widths[first.variant, first.T]):
             # share by share: the cell of each lane, and the groups, which are the same in all of them
             parts = [Run(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)]
-            runs.setdefault((first.variant, first.T), []).append(replace(parts[0], also=tuple(parts[1:])))
-    return runs
+            lane = parts[0]
+            chain = Chain(lane.cells, ((lane.start, lane.stop, ()),), also=tuple(parts[1:]))
+            chains.setdefault((first.variant, first.T), []).append(chain)
+    return chains
 
 
 def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
@@ -964,15 +1146,14 @@ def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
         start = stop
 
 
-def _lower_bound(families: Mapping[tuple[int, int], Sequence[Run]], effort: Effort) -> float:
+def _lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Effort) -> float:
     """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of everything."""
     longest = total = 0.0
-    for (variant, T), runs in families.items():
-        for run in runs:
-            for wave, count in effort.waves(variant, T, run):
-                work = effort.work(variant, T, wave)
-                longest = max(longest, work)
-                total += work * count
+    for (variant, T), chains in families.items():
+        for chain in chains:
+            for wave in effort.waves(variant, T, chain):
+                longest = max(longest, wave.work)
+                total += wave.work * wave.count
     return max(longest, total / (effort.spec.engine.max_actors or UNKNOWN_ACTORS))
 
 
@@ -985,42 +1166,52 @@ class _Piece:
     work: float = 0.0
     lanes: int = 0
 
-    def add(self, run: Run, edits: int, work: float, lanes: int) -> None:
-        last = self.runs[-1] if self.runs else None
-        if last is not None and last.cells == run.cells and last.stop == run.start and not run.also:
-            self.runs[-1] = Run(run.cells, last.start, run.stop)
-        else:
-            self.runs.append(run)
+    def add(self, runs: Iterable[Run], edits: int, work: float, lanes: int) -> None:
+        for run in runs:
+            if self.runs and self.runs[-1].continued_by(run):
+                self.runs[-1] = replace(self.runs[-1], stop=run.stop)
+            else:
+                self.runs.append(run)
         self.edits += edits
         self.work += work
         self.lanes = max(self.lanes, lanes)
 
 
-def _pack(variant: int, T: int, runs: Sequence[Run], effort: Effort, most_work: float) -> Iterator[_Piece]:
+def _pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_work: float) -> Iterator[_Piece]:
     """Fill shards with whole waves, in order, up to ``shard_edits`` and ``most_work``.
 
     The limit on work gives way to ``step_edits``: what is shorter than the time between two commits is not worth a launch.
     """
     engine = effort.spec.engine
     piece = _Piece()
-    for run in runs:
-        for block, count in effort.waves(variant, T, run):
-            edits, work, lanes = effort.edits(block, T), effort.work(variant, T, block), effort.lanes(block)
-            step = block.stop - block.start
-            start, waves = block.start, count
+    for chain in chains:
+        rest = deque(chain.runs())
+        for wave in effort.waves(variant, T, chain):
+            waves = wave.count
             while waves:
-                by_work = max((most_work - piece.work) / work, -(-(engine.step_edits - piece.edits) // edits))
-                fit = min(waves, (engine.shard_edits - piece.edits) // edits, int(by_work))
+                by_work = max((most_work - piece.work) / wave.work, -(-(engine.step_edits - piece.edits) // wave.edits))
+                fit = min(waves, (engine.shard_edits - piece.edits) // wave.edits, int(by_work))
                 if fit < 1 and piece.runs:
                     yield piece
                     piece = _Piece()
                     continue
                 fit = max(1, fit)  # a single wave is taken whatever its size
-                piece.add(Run(run.cells, start, start + fit * step, run.also), fit * edits, fit * work, lanes)
-                start += fit * step
+                piece.add(_take(rest, fit * wave.groups), fit * wave.edits, fit * wave.work, wave.lanes)
                 waves -= fit
     if piece.runs:
         yield piece
+
+
+def _take(rest: deque[Run], groups: int) -> Iterator[Run]:
+    """The next so many groups of each cell of a chain."""
+    while groups:
+        run = rest.popleft()
+        if len(run) > groups:
+            middle = run.start + groups
+            rest.appendleft(replace(run, start=middle))
+            run = replace(run, stop=middle)
+        groups -= len(run)
+        yield run
 
 
 def _longest_tokens(data: Dataset, score: ScoreConfig) -> int:

@@ -27,7 +27,7 @@ GUESSED_SECONDS = 1.0
 """Seconds of one unit of work where nothing at all has been measured. Only the ratio of a schedule means anything then."""
 
 
-def wave_work(cost: float, edits: int, scored: int, lanes: int, on_gpu: bool) -> float:
+def wave_work(cost: float, edits: int, scored: float, lanes: int, on_gpu: bool) -> float:
     """Work of one wave: ``edits`` steps of a method ``cost`` times as dear as FT, and ``scored`` requests, in each lane."""
     more = GPU_LANE_SHARE if on_gpu else CPU_LANE_SHARE
     return (edits * cost + scored * SCORE_SHARE) * (1 + (lanes - 1) * more)

@@ -164,6 +164,11 @@ class EngineSpec(Frozen):
     lanes_across_seeds: bool = Field(
         False, description="true: the seeds of a cell share waves; false: a wave holds groups of one cell"
     )
+    share_prefixes: bool = Field(
+        True,
+        description="true: with rollback: group, a lane also reports to the groups of smaller T that start where its own does; "
+        "false: every T makes all of its edits",
+    )
     gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU in GiB, as declared")
     threads: int = Field(1, ge=1, description="torch threads of one actor")
     cache_bytes: int = Field(

@@ -78,7 +78,8 @@ def test_every_group_is_planned_once(dataset: Dataset) -> None:
     manifests = [plan.manifest(shard) for shard in plan.shards]
     assert lanes_of(manifests) == groups_of(plan)
     assert len({shard.shard_id for shard in plan.shards}) == len(plan.shards)
-    assert plan.edits == plan.edits_left == 2 * 3 * 2 * 50
+    assert plan.edits == plan.edits_left + plan.edits_shared == 2 * 3 * 2 * 50
+    assert plan.edits_shared == 2 * 2 * (10 + 5)  # T=10's first group, and T=1's wherever a larger one starts
     for shard, manifest in zip(plan.shards, manifests, strict=True):
         task = Task.of(manifest)
         assert manifest.bounds == cut_steps(manifest.job, 20)
@@ -190,6 +191,158 @@ def test_waves_follow_from_the_spec_whatever_cuts_clocks_and_interruptions_do(
     assert waves_of(resumed) == waves_of(first)
 
 
+def starts_of(plan: Plan) -> Counter[tuple[int, int, int, int]]:
+    """Per lane of a plan its variant, seed, first request and T."""
+    cells = {cell.cell_id: cell for cell in plan.cells}
+    found: Counter[tuple[int, int, int, int]] = Counter()
+    for job in (plan.manifest(shard).job for shard in plan.shards):
+        for lane in (lane for wave in job.waves for lane in wave):
+            cell = cells[job.cells[lane.cell].cell_id]
+            found[cell.variant, cell.seed, lane.group * cell.T, cell.T] += 1
+    return found
+
+
+def assert_full(plan: Plan, lanes: int) -> None:
+    """Every wave of a cell (or of seeds together) is as wide as it may be, except its last one."""
+    widths: dict[tuple[int, ...], list[int]] = {}
+    for job in (plan.manifest(shard).job for shard in plan.shards):
+        for wave in job.waves:
+            team = tuple(dict.fromkeys(job.cells[lane.cell].cell_id for lane in wave))
+            widths.setdefault((job.T, *team), []).append(len(wave))
+    for (_, *team), found in widths.items():
+        full = len(team) * max(1, lanes // len(team))
+        assert sum(width < full for width in found) <= 1, (team, found)
+
+
+def test_the_standard_grid_makes_the_edits_that_T_have_in_common_once(dataset: Dataset) -> None:
+    def plan_of(seeds: int, **engine: Any) -> Plan:
+        spec = spec_of(
+            dataset__edits=1000,
+            methods=["ft", "rome"],
+            grid={"T": [1, 10, 100, 1000], "seeds": list(range(seeds))},
+            engine={"lanes": 10, **engine},
+        )
+        return make_plan(spec, dataset=dataset)
+
+    for plan in (plan_of(1), plan_of(3, lanes_across_seeds=True)):
+        cells = len(plan.cells) // 4
+        assert (plan.edits, plan.edits_left, plan.edits_shared) == (cells * 4000, cells * 3700, cells * 300)
+        manifests = [plan.manifest(shard) for shard in plan.shards]
+        assert lanes_of(manifests) == groups_of(plan)
+        assert sum(Task.of(manifest).edits for manifest in manifests) == plan.edits_left
+        assert Counter(T for *_, T in starts_of(plan)) == {1: cells * 900, 10: cells * 90, 100: cells * 9, 1000: cells}
+        assert {plan.group_sizes(shard) for shard in plan.shards} == {(1,), (1, 10), (1, 10, 100), (1, 10, 100, 1000)}
+        assert_full(plan, 10)
+        # a row of every moment for every T: nothing is lost by sharing
+        assert sum(Task.of(manifest).expected_rows for manifest in manifests) == cells * 2 * 4000
+    apart = plan_of(1, share_prefixes=False)
+    assert (apart.edits_left, apart.edits_shared) == (8000, 0)
+    assert {plan.group_sizes(shard) for plan in (apart,) for shard in plan.shards} == {(1,), (10,), (100,), (1000,)}
+    assert not any(lane.also for s in apart.shards for wave in apart.manifest(s).job.waves for lane in wave)
+    whole, parts = plan_of(1), apart
+    assert by_name(whole) == by_name(parts)
+    # less work together, a little more in the longest shard, which goes first
+    assert sum(s.cost for s in whole.shards) < 0.95 * sum(s.cost for s in parts.shards)
+    assert parts.shards[0].cost < whole.shards[0].cost < 1.02 * parts.shards[0].cost
+    assert whole.shards[0].T == 1000
+
+
+def test_what_is_added_later_shares_what_is_still_to_be_done(dataset: Dataset) -> None:
+    def plan_of(Ts: list[int], edits: int = 100, progress: Progress | None = None) -> Plan:
+        spec = spec_of(dataset__edits=edits, methods=["ft"], grid={"T": Ts, "seeds": [0]}, engine={"lanes": 4})
+        return make_plan(spec, progress, dataset)
+
+    def check(plan: Plan, left: int, shared: int) -> None:
+        assert (plan.edits_left, plan.edits_shared) == (left, shared)
+        assert_full(plan, 4)
+
+    first = plan_of([1, 10])
+    check(first, 100 + 90, 10)
+    done: dict[str, set[int]] = {cell.cell_id: set(range(cell.groups)) for cell in first.cells}
+    more = plan_of([1, 10, 5, 50], progress=Progress(done=done))  # T=5 rides with T=50, the others are complete
+    check(more, 100 + 90, 10)
+    done |= {cell.cell_id: set(range(cell.groups)) for cell in more.cells}
+    longer = plan_of([1, 10, 5, 50], 200, Progress(done=done))
+    check(longer, 100 + 80 + 50 + 80, 20 + 50 + 20)
+    assert lanes_of(map(longer.manifest, longer.shards)) == groups_of(longer) - groups_of(more)
+    # half of T=10 is done or begun: T=50 takes along what is not
+    begun = [first.manifest(next(s for s in first.shards if s.T == 10))]
+    gone = lanes_of(begun)
+    mixed = plan_of([1, 10, 50], progress=Progress(begun=begun))
+    new = [shard for shard in mixed.shards if not shard.begun]
+    assert lanes_of(map(mixed.manifest, new)) == groups_of(mixed) - gone
+    assert begun[0] in map(mixed.manifest, mixed.shards)
+    ids = by_name(mixed)
+    taken = {g for cell, g in gone if cell == ids["ft", 10, 0]}
+    (lanes,) = [job.waves[0] for job in (mixed.manifest(s).job for s in new) if job.T == 50]
+    assert [len(lane.also) for lane in lanes] == [2 if group not in taken else 0 for group in (0, 5)]
+    # a single T asked for shares nothing with what is left out
+    planner = _planner(spec_of(methods=["ft"], grid={"T": [1, 10], "seeds": [0]}))
+    (only,) = [cell.cell_id for cell in planner.cells if cell.T == 1]
+    assert planner.plan(Progress(), {only}).edits_left == 50
+
+
+def test_failed_groups_and_gaps_still_fill_waves(dataset: Dataset) -> None:
+    spec = spec_of(methods=["ft"], grid={"T": [1], "seeds": [0]}, engine={"lanes": 4})
+    (cell,) = make_plan(spec, dataset=dataset).cells
+    plan = make_plan(spec, Progress(done={cell.cell_id: set(range(0, 50, 3))}), dataset)
+    assert sum(len(plan.manifest(shard).job.waves) for shard in plan.shards) == 9  # of 33 groups
+    assert_full(plan, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lanes=st.integers(1, 9),
+    T=st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60]), min_size=2, max_size=4, unique=True),
+    seeds=st.integers(1, 3),
+    across=st.booleans(),
+    batch_size=st.sampled_from([1, 1, 2]),
+    shard_edits=st.integers(1, 200),
+    data=st.data(),
+)
+def test_any_grid_is_covered_once_by_full_waves_that_share_what_they_can(
+    lanes: int, T: list[int], seeds: int, across: bool, batch_size: int, shard_edits: int, data: st.DataObject
+) -> None:
+    planner = _planner(
+        spec_of(
+            dataset__edits=60,
+            methods=["ft"],
+            grid={"T": [t * batch_size for t in T if 60 % (t * batch_size) == 0] or [60], "seeds": list(range(seeds)),
+                  "batch_size": batch_size},
+            engine={"lanes": lanes, "lanes_across_seeds": across, "shard_edits": shard_edits},
+        )
+    )  # fmt: skip
+    done: dict[str, set[int]] = {}
+    for cell in planner.cells:
+        if data.draw(st.booleans()):
+            done[cell.cell_id] = data.draw(st.sets(st.integers(0, cell.groups - 1), max_size=6))
+    plan = planner.plan(Progress(done=done))
+    left = Counter(key for key in groups_of(plan) if key[1] not in done.get(key[0], ()))
+    manifests = [plan.manifest(shard) for shard in plan.shards]
+    assert lanes_of(manifests) == left
+    # one lane for all groups that start at one request, of the largest T
+    cells = {cell.cell_id: cell for cell in plan.cells}
+    largest: dict[tuple[int, int, int], int] = {}
+    for cell_id, group in left:
+        cell = cells[cell_id]
+        key = (cell.variant, cell.seed, group * cell.T)
+        largest[key] = max(cell.T, largest.get(key, 0))
+    assert starts_of(plan) == Counter((*key, t) for key, t in largest.items())
+    assert plan.edits_left == sum(largest.values())
+    assert plan.edits_left + plan.edits_shared == sum(cells[cell_id].T for cell_id, _ in left)
+    assert_full(plan, lanes)
+    for shard, manifest in zip(plan.shards, manifests, strict=True):
+        assert shard.lanes == max(map(len, manifest.job.waves)) <= lanes
+        assert shard.edits == Task.of(manifest).edits == sum(manifest.job.T * len(wave) for wave in manifest.job.waves)
+        assert ShardManifest.model_validate_json(manifest.model_dump_json()) == manifest
+    # half of it begun: those shards stay as they are, and the others are what they were
+    begun = [manifest for manifest in manifests if data.draw(st.booleans())]
+    again = planner.plan(Progress(done=done, begun=begun))
+    assert waves_of(again) == waves_of(plan)
+    assert {shard.shard_id for shard in again.shards if shard.begun} == {manifest.shard_id for manifest in begun}
+    assert (again.edits_left, again.edits_shared) == (plan.edits_left, plan.edits_shared)
+
+
 def test_seeds_share_waves_only_where_the_spec_says_so(dataset: Dataset) -> None:
     def waves(T: int, across: bool, **engine: Any) -> list[list[tuple[int, int]]]:
         spec = spec_of(
@@ -294,7 +447,8 @@ def test_wise_table_2_on_64_actors_ends_within_a_tenth_of_the_bound(seven_billio
     plan = make_plan(table2((*seven_billion, f"grid.seeds={list(range(seeds))}")))
     found = plan.simulate(64)
     assert found.bound <= found.makespan <= 1.1 * found.bound, found
-    assert plan.edits_left == plan.edits == 5 * 4 * seeds * 1000
+    assert plan.edits == 5 * 4 * seeds * 1000
+    assert plan.edits_left == 5 * 3700 * seeds
     if seeds == 3:  # as it ships, the streams of a thousand edits are the critical path: all of them start at once
         assert {shard.T for shard in plan.shards[:6]} == {1000}
         assert found.longest > found.total / 64
@@ -442,7 +596,7 @@ def test_a_method_that_edits_whole_groups_goes_by_T(dataset: Dataset, monkeypatc
             sum(len(job.waves[i]) * (tick.stop - tick.start) for tick in timeline(job) if tick.wave == i)
             for i in range(len(job.waves))
         ]
-        assert {kind for tick in timeline(job) for kind in moments(job, tick, 0)} == {"final"}
+        assert {kind for tick in timeline(job) for kind in moments(job, tick, job.waves[0][0])} == {"final"}
         assert Task.of(manifest).expected_rows == expected_rows(job) == sum(job.T * len(wave) for wave in job.waves)
     # without rollback its edits depend on T, so no lane reports to two of them
     continued = plan_of(1, "never")
