@@ -148,7 +148,7 @@ def plan(
     out.table("", header, rows, right=range(2, 10))
     out.say(f"lanes: for T={'/'.join(map(str, spec.grid.T))}, as far as there are groups")
     if made.edits_shared:
-        out.say(f"shared: {made.edits_shared} more edits are the same at a larger T and are made once, there")
+        out.say(f"edits shared between T: {made.edits_shared} more, which a lane of a larger T makes")
     out.say(
         f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; peak memory of one actor, estimated: up to "
         f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + lanes x memory/lane + one batch's activations"

@@ -88,7 +88,8 @@ def test_plan_runs_and_writes_nothing(call: Any, spec: Path, tmp_path: Path, mon
     for word in (
         "2 cells",
         "2 shards",
-        "8 edits",
+        "7 edits",
+        "edits shared between T: 1 more",
         "ft-3",
         "memory/lane",
         "4 of 1000 requests of tinyworld",
@@ -468,7 +469,7 @@ def test_live_view_on_a_terminal(spec: Path, tmp_path: Path) -> None:
     os.close(master)
     assert process.wait() == 0
     assert b"\x1b[" in seen
-    assert b"ft-3 T=4" in seen
+    assert b"ft-3 T=1/4" in seen
     assert b"all 2 cells finished" in seen
 
 

@@ -45,6 +45,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return rows(folder)
 
 
+ONE_LANE = {**RAW["engine"], "lanes": 1}
+"""Cells that are planned at another time share other prefixes, and have other neighbours: bits are theirs with one lane only."""
+
+
+@pytest.fixture(scope="module")
+def one_lane(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("one_lane") / "r"
+    assert run(folder, engine=ONE_LANE).exit_code == 0
+    return rows(folder)
+
+
 # --- the local engine ------------------------------------------------------------------------------------------------
 
 
@@ -172,9 +183,9 @@ def test_one_group_that_raises_leaves_the_others_of_its_cell(
     assert 1 <= len(failed) <= 2  # the request is once in every seed's order
 
 
-def test_only_some_cells(tmp_path: Path, reference: list[dict[str, Any]]) -> None:
+def test_only_some_cells(tmp_path: Path, one_lane: list[dict[str, Any]]) -> None:
     store = LocalStore(tmp_path / "r")
-    outcome = run_sweep(spec_of(), store, run_local, Watch(), only=["method=grace,T=6", "T=6,seed=1"])
+    outcome = run_sweep(spec_of(engine=ONE_LANE), store, run_local, Watch(), only=["method=grace,T=6", "T=6,seed=1"])
     assert outcome.exit_code == 0
     found = rows(tmp_path / "r")
     assert {(r["method"], r["T"], r["seed"]) for r in found} == {("grace", 6, 0), ("grace", 6, 1), ("ft", 6, 1)}
@@ -182,21 +193,21 @@ def test_only_some_cells(tmp_path: Path, reference: list[dict[str, Any]]) -> Non
         run_sweep(spec_of(), store, run_local, Watch(), only=["method=gracee"])
     with pytest.raises(SpecError, match=r"'methd' is unknown; valid are: method, algorithm, T, seed, cell"):
         run_sweep(spec_of(), store, run_local, Watch(), only=["methd=ft"])
-    assert run(tmp_path / "r").exit_code == 0
-    assert placeless(rows(tmp_path / "r")) == placeless(reference)
+    assert run(tmp_path / "r", engine=ONE_LANE).exit_code == 0
+    assert placeless(rows(tmp_path / "r")) == placeless(one_lane)
 
 
-def test_forgotten_cells_are_gone_and_come_back_when_asked_for(tmp_path: Path, reference: list[dict[str, Any]]) -> None:
+def test_forgotten_cells_are_gone_and_come_back_when_asked_for(tmp_path: Path, one_lane: list[dict[str, Any]]) -> None:
     def kill(step: StepReport) -> None:
         if step.edits and len({s.shard_id for s in watch.steps}) == 2:
             raise Stop
 
     watch = Watch(kill)
     with pytest.raises(Stop):
-        run(tmp_path / "r", watch)
+        run(tmp_path / "r", watch, engine=ONE_LANE)
     results = open_results(tmp_path / "r")
     (under_way,) = results.journal.begun().values()
-    run(tmp_path / "r", methods=RAW["methods"], grid={"T": [1], "seeds": [0]})  # some of it enters the table
+    run(tmp_path / "r", grid={"T": [1], "seeds": [0]}, engine=ONE_LANE)  # some of it enters the table
     cells = {cell.cell_id for cell in under_way.job.cells}
     before = rows(tmp_path / "r")
     found = look_up(results, [f"cell={next(iter(cells))[:8]}", "method=grace,T=1"])
@@ -207,8 +218,8 @@ def test_forgotten_cells_are_gone_and_come_back_when_asked_for(tmp_path: Path, r
     assert removed == found.rows <= len(before) - len(after)
     assert not found.cells & results.central.done().keys()
     assert forget(results, look_up(results, ["method=grace,T=1"]), said.append) == 0
-    assert run(tmp_path / "r").exit_code == 0
-    assert placeless(rows(tmp_path / "r")) == placeless(reference)
+    assert run(tmp_path / "r", engine=ONE_LANE).exit_code == 0
+    assert placeless(rows(tmp_path / "r")) == placeless(one_lane)
 
 
 @pytest.mark.parametrize("times", [1, 9])
