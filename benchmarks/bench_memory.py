@@ -220,8 +220,9 @@ def main() -> None:
                 "%-28s stated %6.0f MiB (%.0f of weights) + allowance, measured %6.0f",
                 *(title, found["stated"], found["weights"], found["measured"]),
             )
-            goal = round(found["stated"] + allowance)
-            report.at_most(f"peak of {title}", found["measured"], goal, "MiB", f"stated {found['stated']:.0f}")
+            goal = found["stated"] + allowance
+            note = f"stated {found['stated']:.0f}; with the allowance {goal / found['measured']:.1f}x what it took"
+            report.at_most(f"peak of {title}", found["measured"], round(goal), "MiB", note)
             name = title.rsplit(", ", 1)[1]
             worst = max(loads.get(name, (0.0, 0.0))[0], found["loaded"])
             loads[name] = worst, found["weights"]
