@@ -49,6 +49,9 @@ HPARAMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """As short as an edit can be; layers, and the text for second moments, are added by :func:`hparams`."""
 
+NEEDING = ("rome", "memit", "wise")
+"""Methods that need something built."""
+
 LANES = (1, 8)
 QUICK_LARGE = ("ft", "memit")
 """What a quick run measures on the larger model: the widest overlay, and the most that lanes share."""
@@ -212,7 +215,7 @@ def main() -> None:
         loads: dict[str, tuple[float, float]] = {}
         built: set[str] = set()
         for title, case in cases(names, chosen, args, folder):
-            if case.root not in built:
+            if case.method in NEEDING and case.root not in built:
                 in_own_process(Case(**{**asdict(case), "build": True}))
                 built.add(case.root)
             found = in_own_process(case)
