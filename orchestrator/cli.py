@@ -151,7 +151,8 @@ def plan(
         out.say(f"edits shared between T: {made.edits_shared} more, which a lane of a larger T makes")
     out.say(
         f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; peak memory of one actor, estimated: up to "
-        f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + lanes x memory/lane + one batch's activations"
+        f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + what lanes share + lanes x memory/lane "
+        "+ one batch's activations"
     )
     if made.shards:
         _show_schedule(out, made, actors)
