@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Rollback = Literal["group", "never"]
 
+SCORING_PROTOCOL = 1
+"""Version of what a model's reply to a scoring batch holds. Raising it makes every stored base-model score stale."""
+
 
 class Frozen(BaseModel):
     """Immutable, refuses unknown keys, survives a round trip through JSON."""
@@ -166,6 +169,29 @@ def moments(job: StreamJob, tick: Tick, share: int) -> tuple[str, ...]:
     # where one call edits a whole group, its own scores are the final ones
     immediate = job.score.immediate and not job.whole_group
     return ("immediate",) * immediate + ("final",) * (job.batch_size == T)
+
+
+def asked(job: StreamJob, tick: Tick) -> list[tuple[int, str]]:
+    """The rows a tick gives for each of its requests: a lane's share (by its number) and the moment."""
+    return [(share, scored) for share in tick.shares for scored in moments(job, tick, share)]
+
+
+def first_request(job: StreamJob, lane: Lane) -> int:
+    """Index of the first request after the lane's pristine state, in the order of its seed."""
+    return lane.group * job.T if job.rollback == "group" else 0
+
+
+def schedule_of(job: StreamJob) -> StreamJob:
+    """The job without its method: which requests are scored in which batches, and nothing else. It cannot be run.
+
+    Jobs of one schedule ask the base model the same questions. Held-out text is none of them: an actor reads it once.
+    """
+    cells = tuple(StreamCell(cell_id="", seed=cell.seed, T=cell.T or job.T) for cell in job.cells)
+    defaults = ScoreConfig()
+    score = job.score.model_copy(
+        update={name: getattr(defaults, name) for name in ("ability_text", "ability_tokens", "ability_window")}
+    )
+    return job.model_copy(update={"method": "", "config": {}, "cells": cells, "score": score})
 
 
 def timeline(job: StreamJob) -> list[Tick]:
