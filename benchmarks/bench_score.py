@@ -6,6 +6,7 @@ The one-at-a-time loop scores as the field's scripts do: for each probe one forw
 over prompt and target, the head at every position. Batched scoring fills the same columns (token, exact, log-probability,
 margin, locality against the base model); generation is off on both sides. Every score is checked to be equal. The second figure
 repeats the batches with activations below the edit kept, against repeating them without: base scores are known in both.
+The edited layer is that of WISE and GRACE.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
-from bench_edit import model
+from bench_edit import config_of, model
 from common import LOG, Report, alternate, median_ratio, parser
+from reference import as_it_comes
 
 from workers.data.tinyworld import load_dataset
 from workers.job import ScoreConfig
@@ -27,8 +29,6 @@ from workers.scoring import BaseAnswers, Item, Prefixes, score
 from workers.types import EditRequest
 
 CONFIG = ScoreConfig(generated=False)
-LAYER_SHARE = 27 / 32
-"""Depth of the edited layer, as published for WISE and GRACE on LLaMA-2-7B."""
 
 
 @torch.no_grad()
@@ -64,13 +64,20 @@ def one_at_a_time(base: BaseModel, overlay: DenseOverlay, requests: Sequence[Edi
     return found
 
 
+def edited(base: BaseModel, layer: int) -> DenseOverlay:
+    """The same noise on one map of every model of a shape."""
+    site = base.site(layer)
+    overlay = DenseOverlay([site], 1, torch.float32)
+    noise_OI = torch.randn(site.shape, generator=torch.Generator().manual_seed(0))
+    overlay.weights_LOI[site.name][0] += 0.3 * noise_OI * site.weight_OI.std()
+    return overlay
+
+
 def measure(name: str, requests: Sequence[EditRequest], rounds: int, report: Report) -> None:
     base = model(name)
-    site = base.site(int(LAYER_SHARE * len(base.layers)))
-    overlay = DenseOverlay([site], 1, torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    noise_OI = torch.randn(site.shape, generator=generator)
-    overlay.weights_LOI[site.name][0] += 0.3 * noise_OI * site.weight_OI.std()
+    field = as_it_comes(base)
+    layer = int(config_of(base, name, "wise").layer)
+    overlay, changed = edited(base, layer), edited(field, layer)
     items = [Item(0, r) for r in requests]
 
     def batched(answers: Callable[[], BaseAnswers], prefixes: Prefixes) -> Callable[[], object]:
@@ -80,18 +87,18 @@ def measure(name: str, requests: Sequence[EditRequest], rounds: int, report: Rep
     score(base, overlay, items, CONFIG, known, kept)
     seconds = alternate(
         {
-            "one": lambda: one_at_a_time(base, overlay, requests),
+            "one": lambda: one_at_a_time(field, changed, requests),
             "batched": batched(BaseAnswers, Prefixes()),
             "again": batched(lambda: known, Prefixes()),
             "kept": batched(lambda: known, kept),
         },
         rounds,
     )
-    ours, theirs = score(base, overlay, items, CONFIG), one_at_a_time(base, overlay, requests)
+    ours, theirs = score(base, overlay, items, CONFIG), one_at_a_time(field, changed, requests)
     pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in b if key.endswith("_token")]
     different = sum(abs(float(a or 0) - b) > 1e-6 for a, b in pairs)
     gap = max(abs(float(a["target_logprob"] or 0) - b["target_logprob"]) for a, b in zip(ours, theirs, strict=True))
-    title = f"{name}, {len(requests)} requests, edit at layer {site.layer} of {len(base.layers)}"
+    title = f"{name}, {len(requests)} requests, edit at layer {layer} of {len(base.layers)}"
     speed = {key: len(requests) / sorted(values)[len(values) // 2] for key, values in seconds.items()}
     LOG.info(
         "%s: requests/s one at a time %.0f, batched %.0f, with known base scores %.0f, with kept activations %.0f",

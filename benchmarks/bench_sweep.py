@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench_score import one_at_a_time
 from common import LOG, Report, clock, parser
-from reference import LOOPS
+from reference import LOOPS, as_it_comes
 
 from orchestrator.driver import run_ray
 from orchestrator.execute import Outcome, StepReport, run_sweep
@@ -92,7 +92,7 @@ def plain_seconds(spec: SweepSpec, sample: int) -> float:
     """What the field's loop takes for all cells of the sweep, on one core."""
     plan = Planner(spec).plan(Progress())
     session = Session.open(spec.model)
-    base = session.base
+    base = as_it_comes(session.base)
     requests = list(load_dataset("tune").requests)[:sample]
     site = base.site(len(base.layers) - 1)
     scoring = clock(lambda: one_at_a_time(base, DenseOverlay([site], 1, base.master_dtype), requests)) / sample

@@ -28,21 +28,29 @@ from workers.locate import STOP_LOSS as ROME_STOP
 from workers.methods.wise import STOP_CHANGE
 from workers.methods.wise import STOP_LOSS as WISE_STOP
 from workers.models import BaseModel, Site
+from workers.products import slow
 from workers.rng import Draws
 from workers.types import EditRequest
+
+
+def as_it_comes(base: BaseModel) -> BaseModel:
+    """A copy of the model whose linear maps are PyTorch's own, as the field's scripts load it."""
+    copied = BaseModel(copy.deepcopy(base.model), base.tokenizer, base.config)
+    slow(copied.model)
+    return copied
 
 
 class Loop(ABC):
     """One method on its own copy of the model."""
 
     def __init__(self, base: BaseModel, config: Any, inputs: Mapping[str, ArtifactData]) -> None:
-        self.model = copy.deepcopy(base.model)
+        self.base = as_it_comes(base)
+        self.model = self.base.model
         self.encoder = base.encoder
         self.pad = base.encoder.pad_id
         self.device = base.device
         self.config = config
         self.inputs = inputs
-        self.base = BaseModel(self.model, base.tokenizer, base.config)
         layer = config.layers[0] if hasattr(config, "layers") else config.layer
         self.site: Site = self.base.site(layer, config.module)
         self.weight: Tensor = self.site.module.weight

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from workers.overlay import LaneState, Overlay, lane_linear
@@ -85,7 +84,7 @@ class AdapterOverlay(Overlay):
             down_LRI[lane] = uniform_A(draws, f"A {name}", down_LRI.shape[1], down_LRI.shape[2])
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
-        out_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        out_BSO = site.answer(x_BSI)
         if not any(self._started[lane] for lane, _, _ in rows.segments):
             return out_BSO
         if self.dropout is not None:

@@ -244,7 +244,7 @@ def gradient_factors(
 
 
 def _plain(site: Site, x_BSI: Tensor, rows: Rows, overlay: Overlay | None) -> Tensor:
-    return F.linear(x_BSI, site.weight_OI, site.bias_O) if overlay is None else overlay.forward(site, x_BSI, rows)
+    return site.answer(x_BSI) if overlay is None else overlay.forward(site, x_BSI, rows)
 
 
 def _answer_at(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:

@@ -321,6 +321,12 @@ class Site:
         bias: Tensor | None = self.module.bias
         return None if bias is None else bias.detach()
 
+    def answer(self, x_BSI: Tensor) -> Tensor:
+        """What the base's map answers, (B, S, O)."""
+        from workers.products import linear
+
+        return linear(x_BSI, self.weight_OI, self.bias_O)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
@@ -332,9 +338,11 @@ class BaseModel:
     """A frozen causal language model: the shared, read-only ground every overlay stands on."""
 
     def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, chat_template: bool = False) -> None:
+        from workers.products import quicken
         from workers.rows import Encoder
 
         self.model: Any = model.eval().requires_grad_(False)
+        quicken(model)
         self.config = config
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, chat_template)
@@ -431,11 +439,11 @@ class BaseModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Head in at least float32 (in bfloat16 a few percent of the top-2 tie exactly). (..., D) -> (..., V)."""
-        import torch.nn.functional as F
+        from workers.products import linear
 
         weight, bias = self.head_module.weight, getattr(self.head_module, "bias", None)
         dtype = self.master_dtype
-        out = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        out = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         if self._softcap is not None:
             out = (out / self._softcap).tanh() * self._softcap
         return out

@@ -21,9 +21,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from workers.products import lane_products, linear
 from workers.replay import ABOVE, answering
 from workers.rows import Rows
 from workers.types import JSON
@@ -130,14 +130,16 @@ class _LaneProduct(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x_LNI: Tensor, weight_LOI: Tensor) -> Tensor:
         context.save_for_backward(x_LNI, weight_LOI)
-        return torch.bmm(x_LNI, weight_LOI.transpose(1, 2))
+        return lane_products(x_LNI, weight_LOI)
 
     @staticmethod
     def backward(context: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad_LNO,) = grads
         x_LNI, weight_LOI = context.saved_tensors
-        grad_x_LNI = torch.bmm(grad_LNO, weight_LOI) if context.needs_input_grad[0] else None
-        grad_LOI = torch.bmm(grad_LNO.transpose(1, 2), x_LNI) if context.needs_input_grad[1] else None
+        grad_x_LNI = lane_products(grad_LNO, weight_LOI.transpose(1, 2)) if context.needs_input_grad[0] else None
+        grad_LOI = None
+        if context.needs_input_grad[1]:
+            grad_LOI = lane_products(grad_LNO.transpose(1, 2), x_LNI.transpose(1, 2))
         return grad_x_LNI, grad_LOI
 
 
@@ -150,13 +152,13 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Rows, bias_O: Tensor | 
     weight_LOI = weight_LOI.to(x_BSI.dtype)
     lanes = weight_LOI.shape[0]
     if len(rows.segments) == 1:
-        return F.linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
+        return linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
     if rows.even(lanes):
         x_LNI = x_BSI.reshape(lanes, -1, x_BSI.shape[-1])
         out_LNO: Tensor = _LaneProduct.apply(x_LNI, weight_LOI)  # type: ignore[no-untyped-call]
         out = out_LNO.reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
         return out if bias_O is None else out + bias_O
-    return torch.cat([F.linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments])
+    return torch.cat([linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments])
 
 
 class DenseOverlay(Overlay):
@@ -307,7 +309,7 @@ class LowRankOverlay(Overlay):
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
         part = self._parts[site.name]
-        out = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        out = site.answer(x_BSI)
         if part.dense_LOI is not None:
             out = out + lane_linear(x_BSI, part.dense_LOI, rows)
         if part.rank:

@@ -27,7 +27,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -105,7 +104,7 @@ class Deferral(Overlay):
         return torch.sigmoid(gate_B), value_BO
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
-        out_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        out_BSO = site.answer(x_BSI)
         if not any(self.edited[lane] for lane, _, _ in rows.segments):
             return out_BSO
         gate_B, value_BO = self.answer(self.query_of(x_BSI, rows), rows)

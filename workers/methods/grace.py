@@ -121,7 +121,7 @@ class Codebook(Overlay):
         self.labels: list[list[tuple[int, ...]]] = [[] for _ in range(lanes)]
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
-        out_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        out_BSO = site.answer(x_BSI)
         if not any(self.labels[lane] for lane, _, _ in rows.segments):
             return out_BSO
         value_BO, hit_B = self._answer(x_BSI, rows)

@@ -47,7 +47,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -257,7 +256,7 @@ class BlockOverlay(Overlay):
 
         def answer(site: Site, x_BSI: Tensor) -> Tensor:
             inner_BSR = lane_linear(x_BSI, down_LRI[site.name], rows)
-            plain_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
+            plain_BSO = site.answer(x_BSI)
             return plain_BSO + lane_linear(inner_BSR, up_LOR[site.name], rows) * self.scale
 
         with ExitStack() as stack:
@@ -266,7 +265,7 @@ class BlockOverlay(Overlay):
             yield
 
     def _look_up(self, rows: Rows, route: _Route, x_BSI: Tensor) -> Tensor:
-        out_BSO = F.linear(x_BSI, self.key.weight_OI, self.key.bias_O)
+        out_BSO = self.key.answer(x_BSI)
         query_BO = at_prompt_end(out_BSO, rows).to(self._like.dtype)
         route.block_B = [
             block for lane, start, stop in rows.segments for block in self.databases[lane].find(query_BO[start:stop])
@@ -274,7 +273,7 @@ class BlockOverlay(Overlay):
         return out_BSO
 
     def _answer(self, site: Site, rows: Rows, route: _Route, x_BSI: Tensor) -> Tensor:
-        out_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
+        out_BSO = site.answer(x_BSI)
         if route.block_B is None:
             raise RuntimeError("a map with blocks was run before the map that chooses them")
         lane_B = [lane for lane, start, stop in rows.segments for _ in range(start, stop)]

@@ -60,7 +60,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -72,6 +71,7 @@ from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape,
 from workers.optim import SGD, LaneOptimizer
 from workers.overlay import LaneState, Overlay, lane_linear
 from workers.pretrain import TrainingSource
+from workers.products import linear
 from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
 from workers.templates import KIND as TEMPLATES
@@ -222,7 +222,7 @@ class SideMemories(Overlay):
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
         with torch.no_grad():
-            plain_BSO = F.linear(x_BSI, site.weight_OI, site.bias_O)
+            plain_BSO = site.answer(x_BSI)
         if not any(self._memories(lane) for lane, _, _ in rows.segments):
             return plain_BSO
         token_BS = rows.prompt_mask_BS if self.config.routing == "prompt" else rows.attention_mask_BS.bool()
@@ -234,7 +234,7 @@ class SideMemories(Overlay):
         answer_RSO = plain_RSO
         best_R = torch.zeros(x_RSI.shape[0], dtype=self.delta_LOI.dtype, device=x_RSI.device)
         for delta_OI, threshold in self._memories(lane):
-            change_RSO = F.linear(x_RSI, delta_OI.to(x_RSI.dtype))
+            change_RSO = linear(x_RSI, delta_OI.to(x_RSI.dtype))
             activation_R = token_mean(self.strength(plain_RSO, change_RSO), token_RS)
             wins_R = (activation_R >= threshold) & (activation_R > best_R)
             answer_RSO = torch.where(wins_R[:, None, None], plain_RSO + change_RSO, answer_RSO)
