@@ -10,11 +10,13 @@ They are used only where they would be computed alike: on the same kind of proce
 from __future__ import annotations
 
 import math
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -126,10 +128,20 @@ def made_on(base: BaseModel) -> dict[str, JSON]:
     cuda = base.device.type == "cuda"
     return {
         "device": base.device.type,
-        "processor": torch.cuda.get_device_name(base.device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "processor": torch.cuda.get_device_name(base.device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         **{package: version(package) for package in ("torch", "transformers")},
     }
+
+
+def _processor() -> str:
+    """The kind of processor: by it, and by its instructions, libraries choose how they compute."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _so_far(base: BaseModel, begun: BaseScores | None, kept: BaseAnswers, ticks: int) -> bytes:
@@ -168,7 +180,7 @@ def _pack(base: BaseModel, begun: BaseScores | None, kept: BaseAnswers, ticks: i
 
 
 def _bytes(data: bytes) -> Tensor:
-    return torch.tensor(list(data), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _bounds(sizes: list[int]) -> list[int]:
