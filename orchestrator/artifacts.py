@@ -14,7 +14,7 @@ from typing import Protocol
 
 from orchestrator import lock as locking
 from orchestrator.paths import ResultsPaths
-from orchestrator.store import Damaged, Missing, Store, put_aside, seal_json, sha256_of, unseal_json
+from orchestrator.store import Damaged, Missing, Store, StoreError, put_aside, seal_json, sha256_of, unseal_json
 from workers.artifacts import Stopped
 from workers.types import JSON, EditSweepError
 
@@ -134,8 +134,8 @@ class ArtifactStore:
                         data = self.put(spec, build(Unfinished(self.store, self.paths, spec, lock.check)))
             except locking.LockLost:
                 continue
-            except Stopped:
-                raise
+            except (Stopped, StoreError):
+                raise  # neither says anything of the artifact
             except Exception as error:
                 self.record_failure(spec, run_id, f"{type(error).__name__}: {error}")
                 raise

@@ -521,8 +521,12 @@ class Books:
 
     def artifact_failed(self, spec: ArtifactSpec, cause: str) -> None:
         """One that nobody will try to build again in this run. The shards that need it fail with its cause; base-model
-        scores they compute themselves."""
+        scores they compute themselves.
+
+        Raises :class:`~workers.types.EditSweepError` if the storage is what failed.
+        """
         self.view.artifact_ended(artifact_title(spec))
+        _refuse_storage(cause)
         cause = self.artifacts.failure(spec, self.run_id) or cause
         self.artifacts.record_failure(spec, self.run_id, cause)
         self.view.warn(f"artifact {artifact_title(spec)} failed: {cause.splitlines()[0][:500]}")
@@ -559,9 +563,7 @@ class Books:
 
         Raises :class:`~workers.types.EditSweepError` if the storage is what failed: every other shard would fail too.
         """
-        storage = _STORAGE.search(cause)
-        if storage:
-            raise EditSweepError(f"{cause[storage.end() :]}; mend it and run the same command again: it continues")
+        _refuse_storage(cause)
         error = ShardError(shard_id, "error", cause, attempts, self.store.where(self.paths.shard(shard_id)))
         try:
             recorded = self.journal.errors(shard_id)
@@ -610,6 +612,12 @@ class Books:
 
 _STORAGE = re.compile(r"(^|\.)StoreError: ")
 """A cause as `Class: message`, or as the last line of a traceback."""
+
+
+def _refuse_storage(cause: str) -> None:
+    storage = _STORAGE.search(cause)
+    if storage:
+        raise EditSweepError(f"{cause[storage.end() :]}; mend it and run the same command again: it continues")
 
 
 def artifact_title(spec: ArtifactSpec) -> str:
