@@ -259,7 +259,7 @@ class MethodContract:
         rows = timeless([row for r in rest for row in r.rows])
         assert {row["group"] for row in rows} == {0, 2}
         expected = timeless([row for r in whole[2:] for row in r.rows if row["group"] != 1])
-        assert rows == expected
+        assert near(rows, expected, 1e-5)  # the scoring batches are smaller, and their products may round differently
 
     def test_batched_scoring_is_one_at_a_time_scoring(self, arch: str) -> None:
         requests = [stretched(golden, i % 6) for i, golden in enumerate(golden_requests(200))]

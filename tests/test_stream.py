@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.contract import near
 from tests.small import build_inputs, golden_model, golden_requests, job, random_model, session, timeless
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, cut_steps, expected_rows, timeline
+from workers.methods.base import EditOutcome, LaneEdit
+from workers.methods.ft import FT as FTMethod
 from workers.methods.ft import FTConfig
+from workers.methods.rome import ROMEConfig
 from workers.methods.wise import WISEConfig
 from workers.models import BaseModel
+from workers.overlay import Overlay
 from workers.scoring import Item, normalise, score
 from workers.stream import StepResult, Stream
 from workers.types import EditRequest, Probe
 
 REQUESTS = golden_requests(60)
+ROME = ROMEConfig(layer=1, mom2_adjustment=False, v_num_grad_steps=3, context_template_length_params=())
 FT = FTConfig(layers=(1,), lr=1e-2, num_steps=4, objective="target_new")
 
 
@@ -52,6 +60,91 @@ def test_groups_start_from_the_pristine_model() -> None:
     together = rows_of(run(base, job("ft", FT, 3, [[0], [1]])))
     alone = rows_of(run(random_model("llama"), job("ft", FT, 3, [[1]])))
     assert [r for r in together if r["group"] == 1] == alone
+
+
+def with_bad(*places: int) -> list[EditRequest]:
+    """The requests, some of which cannot be edited."""
+    return [replace(r, subject="Nobody") if i in places else r for i, r in enumerate(REQUESTS)]
+
+
+def two_cells(T: int, method: str = "rome") -> StreamJob:
+    """One wave: groups 0 and 1 of one cell, group 0 of another."""
+    config = FT if method == "ft" else ROME
+    names = {"templates": "templates"} if method == "rome" else {}
+    cells = tuple(StreamCell(cell_id=f"seed {seed}", seed=seed, artifacts=names) for seed in (0, 1))
+    lanes = (Lane(group=0, stop_group=1), Lane(group=1, stop_group=2), Lane(cell=1, group=0, stop_group=1))
+    return StreamJob(method=method, config=config.model_dump(mode="json"), cells=cells, T=T, waves=(lanes,))
+
+
+def test_a_lane_that_raises_fails_alone() -> None:
+    base, work = random_model("llama"), two_cells(3)
+    inputs = build_inputs(base, "rome", ROME)
+    requests = [with_bad(4), with_bad()]  # in group 1, the second
+    stream = Stream(session(base), work, requests, inputs)
+    results = list(stream.run(cut_steps(work, 1)))
+    (failure,) = [f for r in results for f in r.failures]
+    assert (failure.cell_id, failure.group, failure.position, failure.kind) == ("seed 0", 1, 1, "DataError")
+    assert "lacks its subject" in failure.message and "Traceback" in failure.trace
+    whole = rows_of(list(Stream(session(base), work, [REQUESTS, REQUESTS], inputs).run(cut_steps(work, 1))))
+    rows = rows_of(results)
+    lost = [r for r in whole if (r["cell_id"], r["group"]) == ("seed 0", 1)]
+    assert near(
+        [r for r in rows if (r["cell_id"], r["group"]) != ("seed 0", 1)], [r for r in whole if r not in lost], 1e-4
+    )
+    assert [(r["position"], r["scored"]) for r in rows if (r["cell_id"], r["group"]) == ("seed 0", 1)] == [
+        (0, "immediate")
+    ]
+    assert sum(r.edits for r in results) == 3 + 2 + 2
+    for i, result in enumerate(results[:-1]):  # however it is cut, the rest is the same to the last bit
+        rest = list(Stream(session(base), work, requests, inputs).run(cut_steps(work, 1), result.stop, result.state))
+        assert rows_of(rest) == rows_of(results[i + 1 :])
+        assert [f for r in rest for f in r.failures] == [f for r in results[i + 1 :] for f in r.failures]
+
+
+def test_lanes_that_raise_one_after_another() -> None:
+    base, work = random_model("llama"), two_cells(3)
+    inputs = build_inputs(base, "rome", ROME)
+    stream = Stream(session(base), work, [with_bad(3, 2), with_bad(1)], inputs)
+    results = list(stream.run(cut_steps(work, 1)))
+    failed = [(f.cell_id, f.group, f.position) for r in results for f in r.failures]
+    assert failed == [("seed 0", 1, 0), ("seed 1", 0, 1), ("seed 0", 0, 2)]
+    assert [(r["cell_id"], r["group"], r["position"], r["scored"]) for r in rows_of(results)] == [
+        ("seed 0", 0, 0, "immediate"),
+        ("seed 1", 0, 0, "immediate"),
+        ("seed 0", 0, 1, "immediate"),
+    ]
+
+
+def test_what_was_half_edited_when_it_raised_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, work = random_model("llama"), two_cells(2, "ft")
+    whole = rows_of(list(Stream(session(base), work, [REQUESTS, REQUESTS], {}).run(cut_steps(work, 1))))
+    edit = FTMethod.edit
+
+    def edits_and_raises(self: FTMethod, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        outcomes = edit(self, overlay, edits)
+        if any(request.case_id == "3" for lane in edits for request in lane.requests):
+            raise FloatingPointError("too late")
+        return outcomes
+
+    monkeypatch.setattr(FTMethod, "edit", edits_and_raises)
+    results = list(Stream(session(base), work, [REQUESTS, REQUESTS], {}).run(cut_steps(work, 1)))
+    assert [(f.group, f.position, f.kind) for r in results for f in r.failures] == [(1, 1, "FloatingPointError")]
+    rows = [r for r in rows_of(results) if r["group"] == 0]
+    assert near(rows, [r for r in whole if r["group"] == 0], 1e-4)
+
+
+def test_where_no_lane_raises_alone_all_of_them_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = FTMethod.edit
+
+    def only_alone(self: FTMethod, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if len(edits) > 1:
+            raise FloatingPointError("only together")
+        return edit(self, overlay, edits)
+
+    monkeypatch.setattr(FTMethod, "edit", only_alone)
+    results = run(random_model("llama"), job("ft", FT, 1, [[0, 1], [2]]))
+    assert [(f.group, f.message) for r in results for f in r.failures] == [(0, "only together"), (1, "only together")]
+    assert {r["group"] for r in rows_of(results)} == {2}
 
 
 def test_one_edit_a_group_takes_one_forward_and_gives_two_rows() -> None:

@@ -57,8 +57,8 @@ _QUICK: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType({nn.Linear:
 
 
 def quicken(model: nn.Module) -> None:
-    """Let the linear maps of ``model`` answer by :func:`linear`: they change their class, and nothing else."""
-    if _available():
+    """Let the linear maps of a model on the processor answer by :func:`linear`: they change their class, and nothing else."""
+    if _available() and all(p.device.type == "cpu" for p in model.parameters()):
         _change(model, _QUICK)
 
 

@@ -42,7 +42,7 @@ NOTHING: Mapping[str, JSON] = MappingProxyType(
 
 @dataclass(frozen=True)
 class GroupFailure:
-    """A lane whose numbers stopped being finite, or whose wave raised. Its group has no complete rows; others go on.
+    """A lane whose numbers stopped being finite, or that raised. Its group has no complete rows; others go on.
 
     ``kind`` is ``diverged`` or the exception's class, ``trace`` its traceback.
     """
@@ -89,6 +89,8 @@ class _Wave:
     lanes: tuple[Lane, ...]
     overlay: Overlay
     dead: set[int] = field(default_factory=set)
+    raised: dict[int, int] = field(default_factory=dict)
+    """Lanes that cannot be edited any more, and the tick at which they raised."""
     log: list[list[dict[str, JSON]]] = field(default_factory=list)
     """Per lane, what editing each position cost and reported."""
     ability: dict[int, dict[int, tuple[float | None, float | None]]] = field(default_factory=dict)
@@ -96,6 +98,17 @@ class _Wave:
 
     def alive(self) -> list[int]:
         return [i for i in range(len(self.lanes)) if i not in self.dead]
+
+
+@dataclass
+class _Done:
+    """What one tick gave."""
+
+    rows: list[dict[str, JSON]] = field(default_factory=list)
+    failures: list[GroupFailure] = field(default_factory=list)
+    edits: int = 0
+    edit_seconds: float = 0.0
+    score_seconds: float = 0.0
 
 
 class Stream:
@@ -137,9 +150,9 @@ class Stream:
     ) -> Iterator[StepResult]:
         """Yield one result per step. ``start`` is 0 or one of ``bounds``; ``state`` is what the step ending there gave.
 
-        What the method raises ends the wave: its groups fail, the next wave starts from the pristine model. Raised are
-        only errors that may pass (:func:`workers.failures.may_pass`), such as a device running out of memory in an edit;
-        what was yielded before stays valid.
+        A lane that makes the method raise fails alone; the others go on from where they stood before. Raised are only
+        errors that may pass (:func:`workers.failures.may_pass`), such as a device running out of memory in an edit; what
+        was yielded before stays valid.
         """
         if start not in (0, *bounds):
             raise ValueError(f"start {start} is not a step boundary of {list(bounds)}")
@@ -154,18 +167,20 @@ class Stream:
                 tick = self.ticks[index]
                 if wave is None:
                     wave = self._begin(tick)
-                try:
-                    clock = self._now()
-                    if tick.kind == "edit":
-                        edits += self._edit(wave, tick, failures)
-                        edit_seconds += self._now() - clock
-                        clock = self._now()
-                    rows += self._score(wave, tick)
-                    score_seconds += self._now() - clock
-                except Exception as error:
-                    if may_pass(error):
-                        raise
-                    self._fail_wave(wave, tick, error, failures)
+                done: _Done | None = None
+                while done is None:
+                    try:
+                        done = self._do(wave, tick)
+                    except Exception as error:
+                        if may_pass(error):
+                            raise
+                        wave, found = self._without_culprits(wave, index, error)
+                        failures += found
+                rows += done.rows
+                failures += done.failures
+                edits += done.edits
+                edit_seconds += done.edit_seconds
+                score_seconds += done.score_seconds
                 if tick.last:
                     wave = None  # rollback: the overlay is dropped, the base was never touched
                 if on_tick is not None:
@@ -179,13 +194,28 @@ class Stream:
         lanes = self.job.waves[tick.wave]
         return _Wave(lanes, self.method.new_overlay(len(lanes)), log=[[] for _ in lanes])
 
+    def _do(self, wave: _Wave, tick: Tick) -> _Done:
+        done = _Done()
+        clock = self._now()
+        if tick.kind == "edit":
+            done.edits = self._edit(wave, tick, done.failures)
+            done.edit_seconds = self._now() - clock
+            clock = self._now()
+        done.rows = self._score(wave, tick)
+        done.score_seconds = self._now() - clock
+        return done
+
     def _edit(self, wave: _Wave, tick: Tick, failures: list[GroupFailure]) -> int:
-        """Edit positions ``start .. stop`` of every lane; returns how many edits the living lanes made."""
+        """Edit positions ``start .. stop`` of every lane; returns how many edits the living lanes made.
+
+        A lane whose numbers are not finite keeps its place in the batch, and another's requests take that of one that raised.
+        """
         alive = wave.alive()
         if not alive:
             return 0
         clock = self._now()
-        outcomes = self.method.edit(wave.overlay, [self._lane_edit(lane, tick) for lane in wave.lanes])
+        lanes = [wave.lanes[alive[0]] if i in wave.raised else lane for i, lane in enumerate(wave.lanes)]
+        outcomes = self.method.edit(wave.overlay, [self._lane_edit(lane, tick) for lane in lanes])
         size = tick.stop - tick.start
         seconds = (self._now() - clock) / (size * len(alive))
         for i in alive:
@@ -278,11 +308,46 @@ class Stream:
             for group in range(max(share.group, reached), share.stop_group):
                 yield GroupFailure(cell, group, tick.start, kind, message, trace)
 
-    def _fail_wave(self, wave: _Wave, tick: Tick, error: Exception, failures: list[GroupFailure]) -> None:
-        """Freeze every lane: an exception does not say whose request raised it, and the overlay may be half edited."""
-        trace = "".join(traceback.format_exception(error))
-        for i in wave.alive():
-            failures += self._fail(wave, i, tick, type(error).__name__, str(error)[:1000], trace)
+    def _without_culprits(self, wave: _Wave, index: int, error: Exception) -> tuple[_Wave, list[GroupFailure]]:
+        """The wave as it was before tick ``index``, which raised ``error``, without the lanes that raise there by themselves.
+
+        An exception does not say whose request raised it, and the overlay may be half edited: the wave is edited again from
+        the pristine model up to here, then every lane tries the tick alone. If none raises alone, all of them fail.
+        """
+        tick, failures = self.ticks[index], list[GroupFailure]()
+        again = self._begin(tick)
+        for i in range(index):
+            if self.ticks[i].wave == tick.wave:
+                self._bury(again, wave, i)
+                if self.ticks[i].kind == "edit":
+                    self._edit(again, self.ticks[i], [])
+        self._bury(again, wave, index)
+        causes: dict[int, Exception] = {}
+        for i, lane in enumerate(again.lanes):
+            if i in again.raised:
+                continue
+            alone = _Wave((lane,), self.method.new_overlay(1), log=[list(again.log[i])])
+            alone.overlay.load_state(0, again.overlay.state(i))
+            try:
+                self._do(alone, tick)
+            except Exception as cause:
+                if may_pass(cause):
+                    raise
+                causes[i] = cause
+        for i in causes or again.alive():
+            why = causes.get(i, error)
+            again.raised[i] = index
+            if i not in again.dead:
+                trace = "".join(traceback.format_exception(why))
+                failures += self._fail(again, i, tick, type(why).__name__, str(why)[:1000], trace)
+        return again, failures
+
+    def _bury(self, again: _Wave, wave: _Wave, index: int) -> None:
+        """Let the lanes of ``wave`` that raised at tick ``index`` be out of it in ``again``, too."""
+        for i in (i for i, at in wave.raised.items() if at == index):
+            again.raised[i] = index
+            if i not in again.dead:
+                list(self._fail(again, i, self.ticks[index], "", ""))  # has been told
 
     # --- where a lane's requests and random numbers come from ---
 
@@ -300,7 +365,8 @@ class Stream:
         if wave is None:
             return None
         states = [wave.overlay.state(i) for i in range(len(wave.lanes))]
-        return pack_states(states, {"dead": sorted(wave.dead), "log": wave.log})
+        raised: list[JSON] = [[i, at] for i, at in sorted(wave.raised.items())]
+        return pack_states(states, {"dead": sorted(wave.dead), "log": wave.log, "raised": raised})
 
     def _restore(self, blob: bytes, start: int) -> _Wave:
         states, meta = unpack_states(blob)
@@ -309,6 +375,7 @@ class Stream:
             wave.overlay.load_state(i, state)
         wave.dead = set(meta["dead"])
         wave.log = meta["log"]
+        wave.raised = {int(i): int(at) for i, at in meta.get("raised", ())}  # not in early checkpoints
         return wave
 
     # --- measuring ---
