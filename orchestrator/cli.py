@@ -149,7 +149,8 @@ def plan(
     out.say(f"lanes: for T={'/'.join(map(str, spec.grid.T))}, as far as there are groups")
     out.say(
         f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; peak memory of one actor, estimated: up to "
-        f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + lanes x memory/lane + one batch's activations"
+        f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + what lanes share + lanes x memory/lane "
+        "+ one batch's activations"
     )
     if made.shards:
         _show_schedule(out, made, actors)

@@ -36,17 +36,20 @@ TEMPLATE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per lane."""
+    """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per lane; ``shared`` is what a
+    method keeps beside them once (second moments and their factors, ...), ``kept`` what is kept of scoring."""
 
     weights: int
     overlay: int
     edit: int
     score: int
     kept: int = 0
+    shared: int = 0
 
     def peak(self, lanes: int) -> int:
-        """Weights + lanes x overlay + what is kept of scoring + the activations of one batch: of an edit or of scoring."""
-        return self.weights + self.kept + lanes * self.overlay + max(lanes * self.edit, self.score)
+        """Weights + what lanes share + lanes x overlay + the activations of one batch: of an edit or of scoring."""
+        once = self.weights + self.kept + self.shared
+        return once + lanes * self.overlay + max(lanes * self.edit, self.score)
 
     def lanes_within(self, budget: float) -> int:
         """The most lanes whose peak stays within ``budget`` bytes, :data:`MOST_LANES` at most; 0 if one does not fit."""
@@ -61,6 +64,7 @@ def estimate(
     score: ScoreConfig,
     tokens: int,
     cache_bytes: int = 0,
+    shared_bytes: int = 0,
 ) -> Memory:
     """The memory of a method's config on a model; ``tokens`` bounds a sequence's length.
 
@@ -78,7 +82,14 @@ def estimate(
     edited = rows_per_edit(config) * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
     rows = max(1, min(score.rows_per_batch, score.tokens_per_batch // tokens))
     scored = rows * (tokens * (layer + 2 * shape.hidden * value) + 2 * logits)
-    return Memory(weights=shape.weight_bytes, overlay=overlay_bytes, edit=edited, score=scored, kept=cache_bytes)
+    return Memory(
+        weights=shape.weight_bytes,
+        overlay=overlay_bytes,
+        edit=edited,
+        score=scored,
+        kept=cache_bytes,
+        shared=shared_bytes,
+    )
 
 
 def first_layer(config: Mapping[str, JSON]) -> int:

@@ -708,6 +708,7 @@ class _Grid:
                 score=self.spec.scoring,
                 tokens=self.tokens,
                 cache_bytes=self.spec.engine.cache_bytes,
+                shared_bytes=kind.shared_bytes(config, shape),
             )
             self.memory[number, T] = need
             self.widths[number, T] = self._lanes(method.label, T, need)
@@ -763,7 +764,8 @@ class _Grid:
         if not lanes:
             raise SpecError(
                 f"{field_name}: an actor has {declared:g} GiB, but {label} at T={T} needs about {need.peak(1) / GIB:.1f} GiB "
-                f"for one lane ({need.weights / GIB:.1f} of weights, {need.overlay / GIB:.1f} of overlay, the rest activations) "
+                f"for one lane ({need.weights / GIB:.1f} of weights, {need.overlay / GIB:.1f} of overlay, "
+                f"{need.shared / GIB:.1f} that lanes share, the rest activations) "
                 f"and {1 - USABLE:.0%} are kept free; declare more, use a smaller dtype, or set engine.lanes: 1 to try"
             )
         return lanes

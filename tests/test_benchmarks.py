@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 pytestmark = pytest.mark.slow
 
-JUDGED = {"engine": 2, "plan": 2, "resume": 4, "rollback": 4, "table": 2}
+JUDGED = {"engine": 2, "memory": 3, "plan": 2, "resume": 4, "rollback": 4, "table": 2}
 """How many targets each judges."""
 
 

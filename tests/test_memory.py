@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.execute import check_declared
 from orchestrator.memory import GIB, MOST_LANES, Memory, estimate, first_layer, lane_edits, rows_per_edit
+from workers.artifacts import ArtifactData
 from workers.job import ScoreConfig
-from workers.models import ModelConfig, model_shape
+from workers.methods import get_method
+from workers.models import ModelConfig, Site, model_shape
+from workers.session import Session
 from workers.types import ModelError
 
 BYTES = st.integers(0, 1 << 40)
@@ -50,6 +57,63 @@ def test_what_an_estimate_grows_with() -> None:
     assert capped.score == base.score // 2
     keeps = estimate(shape, {"layer": 4}, 100, 1, ScoreConfig(rows_per_batch=8), tokens=40, cache_bytes=1000)
     assert keeps.peak(3) == base.peak(3) + 1000
+    shares = estimate(shape, {"layer": 4}, 100, 1, ScoreConfig(rows_per_batch=8), tokens=40, shared_bytes=1000)
+    assert shares.peak(3) == base.peak(3) + 1000
+
+
+class Held:
+    """Finds the bytes of every tensor that an object leads to; what shares memory counts once."""
+
+    def __init__(self, *skip: object) -> None:
+        self.seen = {id(thing) for thing in skip}
+        self.found: dict[int, int] = {}
+
+    def add(self, value: object) -> int:
+        if id(value) not in self.seen:
+            self.seen.add(id(value))
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                self.found[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(value, Mapping):
+                for part in value.values():
+                    self.add(part)
+            elif isinstance(value, tuple | list):
+                for part in value:
+                    self.add(part)
+            elif hasattr(value, "__dict__") and not isinstance(value, Site | type):
+                self.add(vars(value))
+        return sum(self.found.values())
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "alphaedit", "ft-ewc", "mend", "none"])
+def test_what_lanes_share_is_stated(name: str) -> None:
+    """What a prepared method holds beside the base fits into what is stated, which is not many times more."""
+    base = Session.open(ModelConfig(name="embedded", device="cpu")).base
+    shape = model_shape(base.config)
+    kind = get_method(name)
+    config = kind.Config.model_validate({**kind.embedded(), **({"rank": 16} if name == "mend" else {})})
+    out, into = shape.site(None)
+    inputs: dict[str, ArtifactData] = {"templates": ArtifactData(meta={"templates": ["{}"]})}
+    moment_II = torch.eye(into)
+    inputs["moment"] = ArtifactData({"moment": moment_II})
+    for layer in (3, 4):
+        inputs[f"moment.{layer}"] = ArtifactData({"moment": moment_II.clone()})
+        inputs[f"null_space.{layer}"] = ArtifactData({"projection": moment_II.clone()})
+        inputs[f"fisher_{layer}"] = ArtifactData({"fisher": torch.ones(out, into)})
+    if name == "mend":
+        network: Any = kind
+        net = network.network(base, config.model_dump(mode="json"), torch.Generator().manual_seed(0))
+        inputs["pretrained"] = ArtifactData(net.data())
+    asked = {"rome": ("moment",), "mend": ("pretrained",), "ft-ewc": ("fisher_3",), "none": ()}
+    kept = asked.get(name, tuple(f"{'moment' if name == 'memit' else 'null_space'}.{layer}" for layer in (3, 4)))
+    weights = Held()
+    weights.add(dict(base.model.named_parameters()))
+    method = kind.prepare(base, config, {key: inputs[key] for key in (*kept, "templates")})
+    held = Held(base, base.model)
+    held.add(vars(method))
+    bytes_held = sum(size for place, size in held.found.items() if place not in weights.found)
+    stated = kind.shared_bytes(config, shape)
+    assert bytes_held <= stated <= 6 * bytes_held
 
 
 def test_which_layer_and_how_many_edits() -> None:

@@ -109,6 +109,11 @@ class HypernetMethod(Method[C]):
     def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
         """Untrained networks."""
 
+    @classmethod
+    @abstractmethod
+    def blocks(cls, config: Any) -> int:
+        """How many blocks the network of one shape has."""
+
     @abstractmethod
     def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
         """The change of each map."""
@@ -149,6 +154,17 @@ class HypernetMethod(Method[C]):
         copies = 3  # weight, its change, one temporary
         sizes = sum(out * into for out, into in site_shapes(shape, config.layers, config.modules))
         return copies * sizes * max(4, shape.bytes_per_value)
+
+    @classmethod
+    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
+        copies = 2  # as they were read, and in use
+        sizes = site_shapes(shape, config.layers, config.modules)
+        values = 4 * len(sizes)  # step sizes, counts
+        for out, into in set(sizes):
+            width = out + into
+            block = width * (2 * min(config.rank, width) + 2 * sizes.count((out, into)) + 1)
+            values += cls.blocks(config) * block + 4 * width  # and its statistics, in float64
+        return copies * values * max(4, shape.bytes_per_value)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

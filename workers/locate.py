@@ -133,6 +133,11 @@ def _made_by(fingerprint: ModelFingerprint, model: ModelConfig) -> dict[str, Any
 # --- algebra in float64 ---
 
 
+def moment_value(config: LocateConfig) -> int:
+    """Bytes of one number of a second moment."""
+    return 8 if config.precision == "float64" else 4
+
+
 def inverse_moment(moment_II: Tensor) -> Tensor:
     """``C^-1`` in float64. Raises :class:`DataError` if ``C`` is singular."""
     inverse_II, info = torch.linalg.inv_ex(moment_II.to(torch.float64))

@@ -35,6 +35,7 @@ from workers.locate import (
     layer_list,
     moment_name,
     moment_spec,
+    moment_value,
     observe,
     search,
     template_spec,
@@ -247,6 +248,12 @@ class RidgeMethod(SpreadMethod[C]):
             moment_II = inputs[moment_name(site.layer)].tensors["moment"].to(base.device, torch.float64)
             factors[site.name] = Factor.of(cls.weighted(config, moment_II), site.layer)
         return cls(base, config, inputs, factors)
+
+    @classmethod
+    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
+        _, into = shape.site(config.module)
+        # second moments and their factors in float64; while the last is factorised, it in float64 and a temporary
+        return (len(config.layers) * (moment_value(config) + 8) + 2 * 8) * into * into
 
     @classmethod
     def weighted(cls, config: C, moment_II: Tensor) -> Tensor:

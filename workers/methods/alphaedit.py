@@ -34,7 +34,7 @@ from torch import Tensor
 
 from workers import stats
 from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import facts_of, lane_chunks, observe, template_spec
+from workers.locate import facts_of, lane_chunks, moment_value, observe, template_spec
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
 from workers.overlay import LaneState, LowRankOverlay, Overlay
@@ -191,6 +191,11 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig]):
         _, into = shape.site(config.module)
         keys = into * min(edits, into) * max(4, shape.bytes_per_value)
         return super().overlay_bytes(config, shape, edits) + (len(config.layers) + 1) * keys
+
+    @classmethod
+    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
+        _, into = shape.site(config.module)
+        return len(config.layers) * into * into * moment_value(config)
 
 
 def _null_space(layer: int) -> str:

@@ -251,6 +251,11 @@ class Method(ABC, Generic[C]):
         """Estimated bytes of one lane after ``edits`` edits, optimiser state included."""
         return 0
 
+    @classmethod
+    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
+        """Estimated bytes that all lanes share beside the base: artifacts, and what :meth:`prepare` makes of them."""
+        return 0
+
 
 def as_float(loss: Tensor) -> float:
     """A scalar tensor as a Python float."""

@@ -156,6 +156,13 @@ class FTEWC(Method[FTEWCConfig]):
         copies = 4 + 3  # weight, gradient, two moments; temporaries of one step and of the penalty
         return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
 
+    @classmethod
+    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
+        out, into = shape.site(config.module)
+        artifact = 8 if config.precision == "float64" else 4
+        # and in the masters' precision the Fisher information and the weights that hold it back
+        return len(config.layers) * out * into * (artifact + 2 * max(4, shape.bytes_per_value))
+
 
 def _artifact(layer: int) -> str:
     return f"fisher_{layer}"

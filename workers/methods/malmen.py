@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -123,6 +123,10 @@ class MALMEN(HypernetMethod[MALMENConfig]):
     def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
+
+    @classmethod
+    def blocks(cls, config: Any) -> int:
+        return int(config.n_blocks)
 
     def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
         return fitted(self.net, fit_keys(factors, self.config.tokens))

@@ -165,6 +165,10 @@ class RLEdit(HypernetMethod[RLEditConfig]):
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
 
+    @classmethod
+    def blocks(cls, config: Any) -> int:
+        return int(config.n_blocks)
+
     def new_overlay(self, lanes: int) -> RLEditOverlay:
         return RLEditOverlay(self.net, self.base, self.config, lanes)
 

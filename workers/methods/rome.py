@@ -46,6 +46,7 @@ from workers.locate import (
     facts_of,
     inverse_moment,
     moment_spec,
+    moment_value,
     search,
     template_spec,
 )
@@ -197,6 +198,12 @@ class ROME(Method[ROMEConfig]):
         if edits >= min(out, into) // 2:
             return 3 * out * into * value  # dense, and two temporaries while a change is added
         return 2 * edits * (out + into) * value
+
+    @classmethod
+    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
+        _, into = shape.site(config.module)
+        # the second moment; while it is inverted it, its factors, the inverse and two temporaries, in float64
+        return (moment_value(config) + 5 * 8) * into * into if config.mom2_adjustment else 0
 
 
 _AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(

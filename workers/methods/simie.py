@@ -314,6 +314,10 @@ class SimIE(Method[SimIEConfig]):
         inner = _method(config.base_method).overlay_bytes(base, shape, 1 if config.init_model else max(edits, into))
         return maps * (out * into * value + kept) + solving + inner
 
+    @classmethod
+    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
+        return _method(config.base_method).shared_bytes(config.base_config, shape)
+
 
 def _method(name: str) -> type[Method[Any]]:
     """The base method's class; methods know each other by the registry alone."""
