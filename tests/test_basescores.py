@@ -276,6 +276,20 @@ def test_without_rollback_one_stream_for_all_T(tmp_path: Path, calls: Calls) -> 
     assert rows(tmp_path / "r") == rows(tmp_path / "alone")
 
 
+def test_what_this_process_has_heard_is_not_asked_again(tmp_path: Path, calls: Calls) -> None:
+    """Schedules that were cut at different places have batches in common."""
+    spec, *_ = make_plan(spec_of()).base_scores()
+    bench = Bench(str(tmp_path / "a"), "r")
+    bench.build(spec, spec_of().model, 1)
+    assert calls.take()[0]
+    (path,) = stored(tmp_path / "a")
+    data = path.read_bytes()
+    path.unlink()
+    path.with_suffix(".json").unlink()
+    bench.build(spec, spec_of().model, 1)
+    assert calls.take() == (0, 0) and path.read_bytes() == data
+
+
 # --- in a stream -----------------------------------------------------------------------------------------------------
 
 

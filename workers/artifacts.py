@@ -19,6 +19,7 @@ from workers.types import JSON, DataError, ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from workers.scoring import BaseAnswers
     from workers.types import Dataset
 
 ARTIFACT_VERSION = 1
@@ -150,6 +151,8 @@ class Workbench:
     stopping: Callable[[], bool] = bool
     dataset: Callable[[Mapping[str, JSON], str], Dataset] = _read_dataset
     """The data set of this kind, path and so on; refused if its fingerprint is another one."""
+    answers: BaseAnswers | None = None
+    """What the base model has said in this process; the session lends it."""
     _saved: float = field(default_factory=time.monotonic)
     _took: float = 0.0
 

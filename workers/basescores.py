@@ -42,9 +42,9 @@ def build_base_scores(base: BaseModel, recipe: dict[str, JSON], bench: Workbench
         base = base.with_encoder(Encoder(base.tokenizer, chat_template=True))
     requests = requests_of(job, bench.dataset(recipe["source"], recipe["dataset"]), recipe["order"])
     ticks = timeline(job)
-    kept, start = BaseAnswers(), 0
-    for part in (kept, kept.numbers):
-        part.resize(sys.maxsize)
+    kept, start = BaseAnswers(budget=sys.maxsize, heard=bench.answers), 0
+    kept.numbers.resize(sys.maxsize)
+    kept.numbers.heard = None if bench.answers is None else bench.answers.numbers
     begun, unfinished = None, bench.load()
     if unfinished is not None:
         state = ArtifactData.from_bytes(unfinished)

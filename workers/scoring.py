@@ -204,6 +204,8 @@ class _OfBase(_Recent[V]):
     known: Callable[[bytes], V | None] | None = None
     given: int = 0
     """How often it was known."""
+    heard: _OfBase[V] | None = None
+    """Asked too, and told: what another job has heard."""
 
     def get(self, key: Key) -> V | None:
         found = super().get(key)
@@ -212,10 +214,16 @@ class _OfBase(_Recent[V]):
             if found is not None:
                 self.misses -= 1
                 self.given += 1
+        if found is None and self.heard is not None:
+            found = self.heard.get(key)
+            if found is not None:
+                self._keep(key, found, 1)
         return found
 
     def put(self, key: Key, value: V) -> None:
         self._keep(key, value, 1)
+        if self.heard is not None:
+            self.heard.put(key, value)
 
 
 class BaseNumbers(_OfBase[Numbers]):

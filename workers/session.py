@@ -70,6 +70,7 @@ class Session:
 
         Raises :class:`ModelError` for a kind nobody builds.
         """
+        bench.answers = self.base_answers
         return _build(self.base, spec, bench)
 
 
