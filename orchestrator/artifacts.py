@@ -14,7 +14,7 @@ from typing import Protocol
 
 from orchestrator import lock as locking
 from orchestrator.paths import ResultsPaths
-from orchestrator.store import Damaged, Missing, Store, put_aside, seal_json, sha256_of, unseal_json
+from orchestrator.store import Damaged, Missing, Store, StoreError, put_aside, seal_json, sha256_of, unseal_json
 from workers.artifacts import Stopped
 from workers.types import JSON, EditSweepError
 
@@ -72,7 +72,7 @@ class ArtifactStore:
                 raise Damaged(f"{self.store.where(key)}: checksum does not match its contents")
         except Damaged as error:
             aside = self.paths.artifact_aside(spec.kind, spec.key, sha256_of(data))
-            log.warning("%s; put aside as %s, it will be built again", error, self.store.where(aside))
+            log.warning("%s; put aside as %s, it will be computed again", error, self.store.where(aside))
             self.store.delete(info_key)
             put_aside(self.store, key, aside)
             return None
@@ -97,11 +97,15 @@ class ArtifactStore:
             if (found := self.get(spec)) is not None:
                 return found
 
-    def size(self, spec: Spec) -> int | None:
-        """Bytes of a finished artifact; None if there is none."""
-        folder, _, name = self.paths.artifact(spec.kind, spec.key).rpartition("/")
-        sizes = [entry.size for entry in self.store.list(folder) if entry.name == name]
-        return sizes[0] if sizes and self.has(spec) else None
+    def sizes(self, kind: str) -> dict[str, int]:
+        """Bytes of every finished artifact of a kind, by key. Their bytes are not verified."""
+        entries = {entry.name: entry.size for entry in self.store.list(self.paths.artifacts_of(kind))}
+        found = {}
+        for name, size in entries.items():
+            key, _, ending = name.rpartition(".")
+            if ending == "safetensors" and f"{key}.json" in entries:
+                found[key] = size
+        return found
 
     def get_or_build(self, spec: Spec, run_id: str, build: Callable[[Unfinished], bytes]) -> bytes:
         """The stored artifact, built first if need be: here, unless another process is at it, whose work is waited for.
@@ -130,8 +134,8 @@ class ArtifactStore:
                         data = self.put(spec, build(Unfinished(self.store, self.paths, spec, lock.check)))
             except locking.LockLost:
                 continue
-            except Stopped:
-                raise
+            except (Stopped, StoreError):
+                raise  # neither says anything of the artifact
             except Exception as error:
                 self.record_failure(spec, run_id, f"{type(error).__name__}: {error}")
                 raise

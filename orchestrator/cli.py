@@ -23,7 +23,7 @@ from orchestrator.console import Output, duration, percent, size
 from workers.types import JSON, DataError, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
-    from orchestrator.execute import Engine, Outcome
+    from orchestrator.execute import ArtifactState, Engine, Outcome
     from orchestrator.plan import Plan
     from orchestrator.query import Results
     from orchestrator.spec import SweepSpec
@@ -173,6 +173,12 @@ def plan(
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
         present = sum(key not in {spec.key for spec in missing} for key in needed)
         out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built")
+    shared = [shards for shards in made.schedules() if len(shards) > 1]
+    if shared:
+        out.say(
+            f"base model: its replies to what {sum(map(len, shared))} of {len(made.shards)} shards score are computed once "
+            f"for {len(shared)} schedules that several share"
+        )
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
 
 
@@ -268,10 +274,7 @@ def artifacts(
         raise typer.Exit(130) from None
     except Exception as error:
         raise Bug(folder) from error
-    rows = [
-        (found.spec.kind, found.spec.key, "" if found.bytes is None else size(found.bytes), found.state)
-        for found in states
-    ]
+    rows = _artifact_rows(states)
     out.table("", ("kind", "key", "size", "state"), rows, right=(2,))
     if not rows:
         out.say("no method of this sweep needs an artifact")
@@ -279,6 +282,23 @@ def artifacts(
     if lacking:
         out.error(f"{lacking} of {len(states)} artifacts do not exist; run the same command again to continue")
         raise typer.Exit(130 if interrupted else 1)
+
+
+def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str, str]]:
+    """A line for each; one for all of a kind that comes in hundreds and is in the same state."""
+    from orchestrator.execute import TOLD_TOGETHER
+
+    together: dict[tuple[str, str], list[ArtifactState]] = {}
+    for found in states:
+        one = "" if found.spec.kind in TOLD_TOGETHER else found.spec.key
+        together.setdefault((found.spec.kind, one or found.state), []).append(found)
+    rows = []
+    for alike in together.values():
+        first = alike[0]
+        told = f"{len(alike)} of them" if first.spec.kind in TOLD_TOGETHER else first.spec.key
+        sizes = [found.bytes for found in alike if found.bytes is not None]
+        rows.append((first.spec.kind, told, size(sum(sizes)) if sizes else "", first.state))
+    return rows
 
 
 def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:

@@ -23,6 +23,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,17 +38,20 @@ from orchestrator import lock as locking
 from orchestrator.artifacts import ArtifactStore, Unfinished
 from orchestrator.journal import Journal, ShardManifest, ShardProgress, Superseded
 from orchestrator.paths import ResultsPaths
-from orchestrator.plan import Plan, Planner, Progress, Shard, Spent, Task, load_spec_dataset, requests_of
+from orchestrator.plan import Common, Plan, Planner, Progress, Shard, Spent, Task, base_scores_of, load_spec_dataset
 from orchestrator.select import select
 from orchestrator.spec import DatasetSpec, SweepSpec, scoring_identity
 from orchestrator.store import Missing, Store, StoreError, open_store, seal_json, sha256_of, unseal_json
 from orchestrator.table import CentralTable, TableShard, count_done
-from workers.artifacts import ArtifactData, ArtifactSpec, Workbench, in_order
+from workers.artifacts import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench, in_order
+from workers.data import requests_of
 from workers.failures import may_pass
+from workers.job import StreamJob
 from workers.models import ModelConfig
 from workers.types import JSON, DataError, Dataset, EditSweepError, ModelError
 
 if TYPE_CHECKING:
+    from workers.basescores import BaseScores
     from workers.session import Session
     from workers.stream import GroupFailure
 
@@ -57,6 +61,9 @@ SAVE_SECONDS = 30.0
 """Time between two savings of an unfinished artifact, about."""
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "pydantic")
 """Packages whose versions a result may depend on: equal on every node."""
+
+TOLD_TOGETHER = frozenset({BASE_SCORES})
+"""Kinds of small artifacts that come in hundreds."""
 
 BACKOFF_SECONDS = 1.0
 BACKOFF_MOST = 30.0
@@ -188,7 +195,7 @@ class Bench:
         def make(unfinished: Unfinished) -> bytes:
             inputs = {need.name: self.build(need, model, threads, progress, stopping) for need in spec.needs}
             bench = _Workbench(inputs, progress, save_seconds=self.save_seconds, stopping=stopping)
-            bench.durable = unfinished
+            bench.durable, bench.dataset = unfinished, self._read_dataset
             return self.session(model, threads).build(spec, bench).to_bytes()
 
         data = ArtifactData.from_bytes(self.artifacts.get_or_build(spec, self.run_id, make))
@@ -237,7 +244,9 @@ class Bench:
                 key: self._data.get(key) or self.build(spec, common.model, common.threads)
                 for key, spec in specs.items()
             }
-            stream = Stream(session, manifest.job, requests_of(manifest, data), self._data)
+            requests = requests_of(manifest.job, data, common.dataset.order)
+            stream = Stream(session, manifest.job, requests, self._data)
+            session.base_answers.know(self._base_scores(session, common, manifest.job))
             prefixes = session.prefixes
             prefixes.resize(common.cache_bytes)
             hits, misses = prefixes.hits, prefixes.misses
@@ -294,6 +303,21 @@ class Bench:
         except Missing:
             before = f"shard {shard_id}, attempt {attempt}, run {self.run_id}, {_worker()}\n\n"
         self.store.replace(key, (before + text)[-_LOG_CHARACTERS:].encode())
+
+    def _base_scores(self, session: Session, common: Common, job: StreamJob) -> BaseScores | None:
+        """What the store knows of the base model's replies to this job; what it does not, the stream computes."""
+        from workers.basescores import BaseScores
+
+        spec = base_scores_of(common, job)
+        found = self.artifacts.get(spec)
+        if found is None:
+            return None
+        data = ArtifactData.from_bytes(found)
+        data.check_made_as(spec, self.store.where(self.paths.artifact(spec.kind, spec.key)))
+        return BaseScores.open(data, session.base)
+
+    def _read_dataset(self, source: Mapping[str, JSON], fingerprint: str) -> Dataset:
+        return self._load_dataset(DatasetSpec.model_validate(source), fingerprint)
 
     def _load_dataset(self, spec: DatasetSpec, fingerprint: str) -> Dataset:
         if self._dataset is None or self._dataset[0] != spec or self._dataset[1].fingerprint != fingerprint:
@@ -430,6 +454,9 @@ class Books:
     _began: float = field(default_factory=time.monotonic)
     _ready: list[str] = field(default_factory=list)
     _gathered: float = field(default_factory=time.monotonic)
+    _many: Counter[str] = field(default_factory=Counter)
+    """How many artifacts are to be built, of kinds that are told together."""
+    _built: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def journal(self) -> Journal:
@@ -444,6 +471,10 @@ class Books:
         return {shard.shard_id: shard for shard in self.plan.shards}
 
     @cached_property
+    def base_scores(self) -> list[ArtifactSpec]:
+        return self.plan.base_scores()
+
+    @cached_property
     def artifacts(self) -> ArtifactStore:
         return ArtifactStore(self.store, self.paths)
 
@@ -452,18 +483,50 @@ class Books:
         keys = dict.fromkeys(key for shard in self.plan.shards for key in self.plan.artifact_keys(shard))
         if self.artifacts_only:
             keys = dict.fromkeys(self.plan.artifacts)
-        return in_order((self.plan.artifacts[key] for key in keys), self.artifacts.has)
+        missing = in_order((self.plan.artifacts[key] for key in keys), self.artifacts.has)
+        scores = self.base_scores
+        there = self.artifacts.sizes(BASE_SCORES) if scores else {}
+        missing += [spec for spec in scores if spec.key not in there]
+        self._many = Counter(spec.kind for spec in missing if spec.kind in TOLD_TOGETHER)
+        self._built = Counter()
+        return missing
 
     def artifact_step(self, spec: ArtifactSpec, done: int, total: int, what: str) -> None:
-        self.view.artifact_step(artifact_title(spec), done, total, what)
+        if spec.kind in self._many:
+            self._tell_together(spec.kind)
+        else:
+            self.view.artifact_step(artifact_title(spec), done, total, what)
 
     def artifact_built(self, spec: ArtifactSpec, number: int, total: int) -> None:
+        if spec.kind in self._many:
+            self._built[spec.kind] += 1
+            self._tell_together(spec.kind)
+            return
         self.view.artifact_ended(artifact_title(spec))
         self.view.note(f"artifact {number}/{total} built: {artifact_title(spec)}")
 
+    def _tell_together(self, kind: str) -> None:
+        """One line for all artifacts of a kind, and one more when the last one is there."""
+        built, all_of_kind = self._built[kind], self._many[kind]
+        if built < all_of_kind:
+            self.view.artifact_step(kind, built, all_of_kind, f"{built} of {all_of_kind}")
+            return
+        self.view.artifact_ended(kind)
+        self.view.note(f"artifacts built: {all_of_kind} {kind}")
+
+    def artifacts_ended(self) -> None:
+        """Nothing is being built any more, whatever came of it."""
+        for kind in self._many:
+            self.view.artifact_ended(kind)
+
     def artifact_failed(self, spec: ArtifactSpec, cause: str) -> None:
-        """One that nobody will try to build again in this run: the shards that need it fail with its cause."""
+        """One that nobody will try to build again in this run. The shards that need it fail with its cause; base-model
+        scores they compute themselves.
+
+        Raises :class:`~workers.types.EditSweepError` if the storage is what failed.
+        """
         self.view.artifact_ended(artifact_title(spec))
+        _refuse_storage(cause)
         cause = self.artifacts.failure(spec, self.run_id) or cause
         self.artifacts.record_failure(spec, self.run_id, cause)
         self.view.warn(f"artifact {artifact_title(spec)} failed: {cause.splitlines()[0][:500]}")
@@ -500,9 +563,7 @@ class Books:
 
         Raises :class:`~workers.types.EditSweepError` if the storage is what failed: every other shard would fail too.
         """
-        storage = _STORAGE.search(cause)
-        if storage:
-            raise EditSweepError(f"{cause[storage.end() :]}; mend it and run the same command again: it continues")
+        _refuse_storage(cause)
         error = ShardError(shard_id, "error", cause, attempts, self.store.where(self.paths.shard(shard_id)))
         try:
             recorded = self.journal.errors(shard_id)
@@ -551,6 +612,12 @@ class Books:
 
 _STORAGE = re.compile(r"(^|\.)StoreError: ")
 """A cause as `Class: message`, or as the last line of a traceback."""
+
+
+def _refuse_storage(cause: str) -> None:
+    storage = _STORAGE.search(cause)
+    if storage:
+        raise EditSweepError(f"{cause[storage.end() :]}; mend it and run the same command again: it continues")
 
 
 def artifact_title(spec: ArtifactSpec) -> str:
@@ -651,7 +718,7 @@ def build_artifacts(
 ) -> tuple[tuple[ArtifactState, ...], bool]:
     """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing else.
 
-    Also returns whether the user interrupted it.
+    Base-model scores are those that the shards share which are left to run. Also returns whether the user interrupted it.
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
@@ -659,7 +726,7 @@ def build_artifacts(
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
         _enter_folder(spec, store, paths)
-        plan = planner.plan(Progress())
+        plan = planner.plan(read_progress(CentralTable(store, paths), Journal(store, paths)))
         _write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths, artifacts_only=True)
         missing = {needed.key for needed in books.missing_artifacts()}
@@ -677,8 +744,10 @@ def build_artifacts(
 def _artifact_states(books: Books, missing: Collection[str]) -> tuple[ArtifactState, ...]:
     saved = {found["key"]: found for found in books.artifacts.unfinished()}
     states = []
-    for spec in in_order(books.plan.artifacts.values()):
-        size = books.artifacts.size(spec)
+    specs = [*in_order(books.plan.artifacts.values()), *books.base_scores]
+    sizes = {kind: books.artifacts.sizes(kind) for kind in {spec.kind for spec in specs}}
+    for spec in specs:
+        size = sizes[spec.kind].get(spec.key)
         if size is not None:
             state = "built" if spec.key in missing else "present"
         elif (failure := books.artifacts.failure(spec, books.run_id)) is not None:

@@ -60,6 +60,7 @@ def _build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
         except Exception as error:
             books.artifact_failed(spec, f"{type(error).__name__}: {error}")
         books.check()
+    books.artifacts_ended()
 
 
 def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event) -> None:

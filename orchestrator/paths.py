@@ -116,11 +116,14 @@ class ResultsPaths:
     def table_aside(self, number: int) -> str:
         return f"{self.table_bad}/{number:06d}.parquet"
 
+    def artifacts_of(self, kind: str) -> str:
+        return f"{self.artifacts}/{_name(kind)}"
+
     def artifact(self, kind: str, key: str) -> str:
-        return f"{self.artifacts}/{_name(kind)}/{_name(key)}.safetensors"
+        return f"{self.artifacts_of(kind)}/{_name(key)}.safetensors"
 
     def artifact_info(self, kind: str, key: str) -> str:
-        return f"{self.artifacts}/{_name(kind)}/{_name(key)}.json"
+        return f"{self.artifacts_of(kind)}/{_name(key)}.json"
 
     def artifact_aside(self, kind: str, key: str, digest: str) -> str:
         return f"{self.artifacts_bad}/{_name(kind)}-{_name(key)}-{digest[:8]}.safetensors"

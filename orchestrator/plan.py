@@ -31,7 +31,7 @@ from orchestrator.journal import ShardManifest
 from orchestrator.memory import CPU_MEMORY_GB, GIB, TEMPLATE_TOKENS, USABLE, Memory, estimate, lane_edits
 from orchestrator.schedule import Clock, Simulation, Timing, calibrate, simulate, wave_work
 from orchestrator.spec import DatasetSpec, MethodSpec, SweepSpec
-from workers.artifacts import ArtifactSpec
+from workers.artifacts import BASE_SCORES, ArtifactSpec
 from workers.data import (
     count_conflicts,
     count_cut_cases,
@@ -42,7 +42,19 @@ from workers.data import (
     order_requests,
 )
 from workers.data.text import read_held_out
-from workers.job import Frozen, Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows
+from workers.job import (
+    SCORING_PROTOCOL,
+    Frozen,
+    Lane,
+    Rollback,
+    ScoreConfig,
+    Share,
+    StreamCell,
+    StreamJob,
+    cut_steps,
+    expected_rows,
+    schedule_of,
+)
 from workers.models import (
     EMBEDDED,
     ModelConfig,
@@ -205,11 +217,17 @@ def _step(width: int, seeds: int) -> int:
     return max(1, width // seeds)
 
 
+def _chains(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """A shard's runs, those together whose waves go on from one to the next."""
+    for _, chain in groupby(runs, key=lambda run: run.cells):
+        yield list(chain)
+
+
 def _waves(runs: Sequence[Run], width: int) -> Iterator[list[tuple[Run, int]]]:
     """The waves of a shard's runs with at most ``width`` lanes: whole groups of all cells, each with the run it is of."""
-    for seeds, chain in groupby(runs, key=lambda run: run.cells):
+    for chain in _chains(runs):
         groups = [(run, group) for run in chain for group in range(run.start, run.stop)]
-        step = _step(width, len(seeds))
+        step = _step(width, len(chain[0].cells))
         for low in range(0, len(groups), step):
             yield groups[low : low + step]
 
@@ -355,6 +373,50 @@ class Plan:
         seeds = dict.fromkeys(self.cells[i].seed for i in _members(shard))
         return tuple(dict.fromkeys(key for seed in seeds for _, key in self.cell_artifacts[shard.variant, seed]))
 
+    def schedules(self) -> list[tuple[Shard, ...]]:
+        """The shards that are left, by what they score: those of one tuple ask the base model the same questions.
+
+        One that has begun is alone here: its job says what it scores, see :meth:`base_scores`.
+        """
+        found: dict[object, list[Shard]] = {}
+        waves = self.common.rollback == "group"
+        for shard in self.shards:
+            scored = tuple(
+                (
+                    min(sum(map(len, chain)), _step(shard.width, len(chain[0].cells))) if waves else 1,
+                    tuple(self.cells[i].seed for i in chain[0].cells),
+                    *(
+                        (
+                            *((share.start, share.stop, self.cells[share.cells[0]].T) for share in run.shares),
+                            *(self.cells[riders[0]].T for riders in run.riders),
+                        )
+                        for run in chain
+                    ),
+                )
+                for chain in _chains(shard.runs)
+            )
+            whole = self.variants[shard.variant].whole_group
+            key = shard.shard_id if shard.begun else (shard.T, whole, scored)
+            found.setdefault(key, []).append(shard)
+        return [tuple(shards) for shards in found.values()]
+
+    def base_scores(self) -> list[ArtifactSpec]:
+        """The base model's replies that at least two of the shards that are left can use; one shard makes its own.
+
+        A shard needs no name for them: what its job scores says where they are (:func:`base_scores_of`).
+        """
+        schedules = self.schedules()
+        begun = {(shard.T, shard.lanes, shard.edits) for shard in self.shards if shard.begun}
+        users: dict[str, int] = {}
+        found: dict[str, ArtifactSpec] = {}
+        for shards in schedules:
+            first = shards[0]
+            if len(shards) > 1 or (first.T, first.lanes, first.edits) in begun:
+                spec = base_scores_of(self.common, self.manifest(first).job)
+                users[spec.key] = users.get(spec.key, 0) + len(shards)
+                found[spec.key] = spec
+        return [spec for key, spec in found.items() if users[key] > 1]
+
     def manifest(self, shard: Shard) -> ShardManifest:
         """Write a shard's ranges out into the job its actor executes."""
         if shard.begun:
@@ -368,6 +430,25 @@ class Plan:
             tuple(self.artifacts[key] for key in self.artifact_keys(shard)),
             self.spec.engine.gpu_memory_gb if self.spec.on_gpu else None,
         )
+
+
+def base_scores_of(common: Common, job: StreamJob) -> ArtifactSpec:
+    """What the base model says to a job's scoring batches: the same for every method that scores the same ones."""
+    schedule = schedule_of(job).model_dump_json()
+    return ArtifactSpec(
+        name=BASE_SCORES,
+        kind=BASE_SCORES,
+        recipe={
+            "model": common.model_fingerprint,
+            "tokenizer": common.tokenizer_fingerprint,
+            "dtype": common.model.dtype,
+            "dataset": common.dataset_fingerprint,
+            "order": common.dataset.order,
+            "schedule": hashlib.sha256(schedule.encode()).hexdigest(),
+            "protocol": SCORING_PROTOCOL,
+        },
+        where={"job": schedule, "source": common.dataset.model_dump(mode="json")},
+    )
 
 
 def expand(
@@ -1265,18 +1346,3 @@ def _digest(value: JSON) -> str:
 
 def _shard_id(composition: str, retry: int) -> str:
     return hashlib.sha256(f"{composition}#{retry}".encode()).hexdigest()[:16]
-
-
-def requests_of(manifest: ShardManifest, dataset: Dataset) -> list[list[EditRequest]]:
-    """Per cell of the job, its requests in the order its seed gives, as many as the job edits."""
-    order = Task.of(manifest).common.dataset.order
-    need = [0] * len(manifest.job.cells)
-    for wave in manifest.job.waves:
-        for lane in wave:
-            last = max(share.stop_group * manifest.job.T_of(share) for share in lane.shares)
-            for share in lane.shares:
-                need[share.cell] = max(need[share.cell], last)
-    return [
-        [dataset.requests[i] for i in order_requests(dataset, order, cell.seed)[:n]]
-        for cell, n in zip(manifest.job.cells, need, strict=True)
-    ]

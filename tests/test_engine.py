@@ -473,19 +473,30 @@ def test_a_driver_stopped_across_a_takeover_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission denied")],
+    ("number", "words", "writes"),
+    [
+        (errno.ENOSPC, "the disk is full", 12),  # when the first artifact is built
+        (errno.ENOSPC, "the disk is full", 60),
+        (errno.EROFS, "read-only", 60),
+        (errno.EACCES, "permission denied", 60),
+    ],
 )
 def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]], number: int, words: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: list[dict[str, Any]],
+    number: int,
+    words: str,
+    writes: int,
 ) -> None:
     """Every write fails from some moment on, half of its bytes written."""
-    temporary, left = LocalStore._temporary, [12]
+    temporary, left = LocalStore._temporary, [writes]
 
     @contextlib.contextmanager
     def failing(self: LocalStore, path: Path, data: bytes) -> Iterator[Path]:
         left[0] -= 1
         if left[0] < 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / ".tmp-half").write_bytes(data[: len(data) // 2])
             raise OSError(number, os.strerror(number))
         with temporary(self, path, data) as found:

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from orchestrator.journal import ShardManifest
 from orchestrator.memory import CPU_MEMORY_GB, GIB, MOST_LANES, USABLE
-from orchestrator.plan import Plan, Planner, Progress, Spent, Task, make_plan, requests_of
+from orchestrator.plan import Plan, Planner, Progress, Spent, Task, make_plan
 from orchestrator.schedule import simulate
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
-from workers.data import load_dataset
+from workers.data import load_dataset, requests_of
 from workers.data.tinyworld import assets_dir
 from workers.job import Lane, cut_steps, expected_rows, moments, timeline
 from workers.methods import get_method
@@ -702,10 +702,10 @@ def test_one_stream_serves_every_T_without_rollback(dataset: Dataset) -> None:
 def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) -> None:
     plan = make_plan(spec_of(methods=["ft"], grid={"T": [10], "seeds": [0, 1]}), dataset=dataset)
     manifest = max(map(plan.manifest, plan.shards), key=lambda m: len(m.job.cells))
-    lists = requests_of(manifest, dataset)
+    lists = requests_of(manifest.job, dataset, "shuffle")
     assert lists[0] != lists[1]
     more = make_plan(spec_of(methods=["ft"], dataset__edits=100, grid={"T": [100], "seeds": [0]}), dataset=dataset)
-    long = requests_of(more.manifest(more.shards[0]), dataset)[0]
+    long = requests_of(more.manifest(more.shards[0]).job, dataset, "shuffle")[0]
     short = lists[[c.seed for c in manifest.job.cells].index(0)]
     assert long[: len(short)] == short
 

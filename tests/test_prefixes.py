@@ -15,6 +15,7 @@ from workers.artifacts import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows, moments, timeline
 from workers.methods import get_method
 from workers.overlay import pack_states, unpack_states
+from workers.scoring import score
 from workers.stream import StepResult, Stream
 
 REQUESTS = golden_requests(24)
@@ -159,6 +160,25 @@ def test_a_lane_that_diverges_keeps_the_groups_that_were_complete() -> None:
     expected = [r for r in sorted_rows(whole) if (r["cell_id"], r["group"]) not in {("T6", 0), ("T4", 0)}]
     assert [[r[k] for k in KEY] for r in kept] == [[r[k] for k in KEY] for r in expected]
     assert {(r["cell_id"], r["group"]) for r in kept} == {("T2", 0), ("T1", 0), ("T6", 1), ("T2", 3), ("T1", 6)}
+
+
+def test_a_lane_that_raises_keeps_the_groups_that_were_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while a request of it is scored: the lane is found, whichever place in the wave it has."""
+    work = job_of("ft", {}, (lane_of(0, 4, 2, 1), lane_of(1, 2, 1)), score_at=())
+    whole = results_of(work, {})
+
+    def picky(base: Any, overlay: Any, items: Any, *rest: Any) -> Any:
+        if any(item.request is REQUESTS[9] for item in items):
+            raise ValueError("not this one")
+        return score(base, overlay, items, *rest)
+
+    monkeypatch.setattr("workers.stream.score", picky)
+    results = results_of(work, {})
+    assert [(f.cell_id, f.group, f.position) for r in results for f in r.failures] == [("T6", 1, 3)]
+    kept = [r for r in sorted_rows(results) if (r["cell_id"], r["group"]) != ("T6", 1)]
+    assert [[r[k] for k in KEY] for r in kept] == [
+        [r[k] for k in KEY] for r in sorted_rows(whole) if (r["cell_id"], r["group"]) != ("T6", 1)
+    ]
 
 
 def share(T: int, group: int, stop: int | None = None) -> Share:

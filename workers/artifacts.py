@@ -14,12 +14,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workers.job import Frozen
-from workers.types import JSON, ModelError
+from workers.types import JSON, DataError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from workers.scoring import BaseAnswers
+    from workers.types import Dataset
+
 ARTIFACT_VERSION = 1
+
+BASE_SCORES = "base-scores"
+"""The kind whose artifacts hold the base model's replies to scoring batches (:mod:`workers.basescores`)."""
 
 
 class ArtifactSpec(Frozen):
@@ -111,6 +117,19 @@ def _nothing(done: int, total: int, what: str) -> None:
     """Nobody is watching."""
 
 
+def _read_dataset(source: Mapping[str, JSON], fingerprint: str) -> Dataset:
+    """Reads it from its file."""
+    from pathlib import Path
+
+    from workers.data import load_dataset
+
+    path, train_path = (None if source[name] is None else Path(source[name]) for name in ("path", "train_path"))
+    data = load_dataset(source["kind"], path, train_path, source["on_bad_record"])
+    if data.fingerprint != fingerprint:
+        raise DataError(f"the data set {source['kind']} ({path or 'embedded'}) is not the one that was planned with")
+    return data
+
+
 class Stopped(Exception):
     """A builder was asked to stop; what it had is saved."""
 
@@ -130,6 +149,10 @@ class Workbench:
     save_seconds: float = 30.0
     """Time between two savings, at least; twenty times as long as a saving takes, if that is longer."""
     stopping: Callable[[], bool] = bool
+    dataset: Callable[[Mapping[str, JSON], str], Dataset] = _read_dataset
+    """The data set of this kind, path and so on; refused if its fingerprint is another one."""
+    answers: BaseAnswers | None = None
+    """What the base model has said in this process; the session lends it."""
     _saved: float = field(default_factory=time.monotonic)
     _took: float = 0.0
 

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Rollback = Literal["group", "never"]
 
+SCORING_PROTOCOL = 1
+"""Version of what a model's reply to a scoring batch holds. Raising it makes every stored base-model score stale."""
+
 
 class Frozen(BaseModel):
     """Immutable, refuses unknown keys, survives a round trip through JSON."""
@@ -179,10 +182,27 @@ def moments(job: StreamJob, tick: Tick, share: Share) -> tuple[str, ...]:
     return ("immediate",) * immediate + ("final",) * (job.batch_size == T)
 
 
-def reporting(job: StreamJob, tick: Tick) -> list[int]:
-    """The lanes (by their number in the wave) that a tick gives rows of."""
-    lanes = enumerate(job.waves[tick.wave])
-    return [i for i, lane in lanes if any(moments(job, tick, share) for share in lane.shares)]
+def asked(job: StreamJob, tick: Tick, lane: Lane) -> list[tuple[Share, str]]:
+    """The rows a tick gives for each of its requests, as a lane of its wave has them scored: of which share, at which moment."""
+    return [(share, scored) for share in lane.shares for scored in moments(job, tick, share)]
+
+
+def first_request(job: StreamJob, lane: Lane) -> int:
+    """Index of the first request after the lane's pristine state, in the order of its seed."""
+    return lane.group * job.T if job.rollback == "group" else 0
+
+
+def schedule_of(job: StreamJob) -> StreamJob:
+    """The job without its method: which requests are scored in which batches, and nothing else. It cannot be run.
+
+    Jobs of one schedule ask the base model the same questions. Held-out text is none of them: an actor reads it once.
+    """
+    cells = tuple(StreamCell(cell_id="", seed=cell.seed, T=cell.T or job.T) for cell in job.cells)
+    defaults = ScoreConfig()
+    score = job.score.model_copy(
+        update={name: getattr(defaults, name) for name in ("ability_text", "ability_tokens", "ability_window")}
+    )
+    return job.model_copy(update={"method": "", "config": {}, "cells": cells, "score": score})
 
 
 def timeline(job: StreamJob) -> list[Tick]:
@@ -244,7 +264,7 @@ def cut_steps(job: StreamJob, step_edits: int) -> tuple[int, ...]:
     ticks = timeline(job)
     for i, tick in enumerate(ticks):
         wave = job.waves[tick.wave]
-        lanes = len(wave) if tick.kind == "edit" else len(reporting(job, tick))
+        lanes = sum(tick.kind == "edit" or bool(asked(job, tick, lane)) for lane in wave)
         work += lanes * (tick.stop - tick.start) * (1.0 if tick.kind == "edit" else 0.2)
         if work >= step_edits or i == len(ticks) - 1:
             bounds.append(i + 1)

@@ -20,16 +20,18 @@ answers the very same batches, so that an untouched model has locality exactly 1
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 import torch
 
 from workers.failures import out_of_memory
-from workers.job import ScoreConfig
+from workers.job import Lane, ScoreConfig, StreamJob, Tick, first_request
 from workers.replay import Prefix, capture, replay
 from workers.rows import Encoded, Rows, collate
 from workers.types import DataError, EditRequest
@@ -112,12 +114,33 @@ class Text:
 
 
 @dataclass(frozen=True)
-class _Reply:
+class Reply:
+    """What a model says to one batch, row by row."""
+
     answers: tuple[Answer, ...]
     texts: tuple[Text, ...]
 
 
+Key = tuple[object, ...]
+"""The content of a batch: everything a model's reply depends on."""
+
+Numbers = tuple[float | None, ...]
+"""One figure per row."""
+
 V = TypeVar("V")
+
+
+def digest(key: Key) -> bytes:
+    """Stands for a batch where its content is too long to keep."""
+    text = json.dumps(key, default=lambda e: [e.ids, e.prompt_len, e.clean])
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+class Known(Protocol):
+    """What the base model says, computed before (:class:`workers.basescores.BaseScores`), by the batch's digest."""
+
+    def reply(self, batch: bytes) -> Reply | None: ...
+    def numbers(self, batch: bytes) -> Numbers | None: ...
 
 
 @dataclass
@@ -131,7 +154,7 @@ class _Recent(Generic[V]):
     hits: int = 0
     misses: int = 0
     used: int = 0
-    _kept: OrderedDict[tuple[object, ...], tuple[V, int]] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[Key, tuple[V, int]] = field(default_factory=OrderedDict)
 
     def resize(self, budget: int) -> None:
         """Change the budget; what no longer fits goes."""
@@ -145,7 +168,12 @@ class _Recent(Generic[V]):
         self.used = 0
         return some
 
-    def get(self, key: tuple[object, ...]) -> V | None:
+    def items(self) -> Iterator[tuple[Key, V]]:
+        """Everything that is kept."""
+        for key, (value, _) in self._kept.items():
+            yield key, value
+
+    def get(self, key: Key) -> V | None:
         found = self._kept.get(key)
         if found is None:
             self.misses += 1
@@ -154,7 +182,7 @@ class _Recent(Generic[V]):
         self._kept.move_to_end(key)
         return found[0]
 
-    def _keep(self, key: tuple[object, ...], value: V, weight: int) -> None:
+    def _keep(self, key: Key, value: V, weight: int) -> None:
         if weight > self.budget:
             return
         _, freed = self._kept.pop(key, (None, 0))
@@ -169,24 +197,49 @@ class _Recent(Generic[V]):
 
 
 @dataclass
-class BaseNumbers(_Recent[tuple[float | None, ...]]):
-    """Figures of the base model on a batch that are no replies to probes, one per row. ``budget`` counts batches."""
+class _OfBase(_Recent[V]):
+    """What the base model said, and what is ``known`` without asking it. ``budget`` counts batches."""
 
     budget: int = 1024
+    known: Callable[[bytes], V | None] | None = None
+    given: int = 0
+    """How often it was known."""
+    heard: _OfBase[V] | None = None
+    """Asked too, and told: what another job has heard."""
 
-    def put(self, key: tuple[object, ...], numbers: tuple[float | None, ...]) -> None:
-        self._keep(key, numbers, 1)
+    def get(self, key: Key) -> V | None:
+        found = super().get(key)
+        if found is None and self.known is not None:
+            found = self.known(digest(key))
+            if found is not None:
+                self.misses -= 1
+                self.given += 1
+        if found is None and self.heard is not None:
+            found = self.heard.get(key)
+            if found is not None:
+                self._keep(key, found, 1)
+        return found
+
+    def put(self, key: Key, value: V) -> None:
+        self._keep(key, value, 1)
+        if self.heard is not None:
+            self.heard.put(key, value)
+
+
+class BaseNumbers(_OfBase[Numbers]):
+    """Figures of the base model on a batch that are no replies to probes, one per row."""
 
 
 @dataclass
-class BaseAnswers(_Recent[_Reply]):
-    """The base model's replies to scoring batches, kept by the session. ``budget`` counts batches."""
+class BaseAnswers(_OfBase[Reply]):
+    """The base model's replies to scoring batches, kept by the session."""
 
-    budget: int = 1024
     numbers: BaseNumbers = field(default_factory=BaseNumbers)
 
-    def put(self, key: tuple[object, ...], reply: _Reply) -> None:
-        self._keep(key, reply, 1)
+    def know(self, known: Known | None) -> None:
+        """Look there before asking the model, and nowhere else than there: it replaces what was known before."""
+        self.known = None if known is None else known.reply
+        self.numbers.known = None if known is None else known.numbers
 
 
 @dataclass
@@ -196,7 +249,7 @@ class Prefixes(_Recent[Prefix]):
     ``budget`` is in bytes; 0 keeps nothing.
     """
 
-    def put(self, key: tuple[object, ...], prefix: Prefix) -> None:
+    def put(self, key: Key, prefix: Prefix) -> None:
         # a new tensor: an empty view would hold the whole output's memory
         prefix = replace(prefix, output_BSD=prefix.output_BSD.new_empty(0))
         self._keep(key, prefix, prefix.bytes())
@@ -226,6 +279,28 @@ def score(
                 found[probe.item].add(probe, before.answers[i], after.answers[i], before.texts[i], after.texts[i])
                 found[probe.item].splits = max(found[probe.item].splits, splits)
     return [f.scores(config.generated) for f in found]
+
+
+def items_of(
+    job: StreamJob, tick: Tick, requests: Sequence[Sequence[EditRequest]], lanes: Mapping[int, Lane]
+) -> list[Item]:
+    """What a tick scores of ``lanes``, by their number. ``requests``: per cell of the job, in the order of its seed."""
+    return [
+        Item(i, requests[lane.cell][first_request(job, lane) + position])
+        for i, lane in lanes.items()
+        for position in range(tick.start, tick.stop)
+    ]
+
+
+@torch.no_grad()
+def ask_base(base: BaseModel, items: Sequence[Item], config: ScoreConfig, kept: BaseAnswers) -> None:
+    """Put the base model's replies to all batches of :func:`score` into ``kept``, but for one that memory does not hold."""
+    for batch in _batches(list(_probes(base, items)), config):
+        try:
+            _both(base, None, batch, config, kept, Prefixes())
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
 
 
 @torch.no_grad()
@@ -295,7 +370,7 @@ def _fitting(
     kept: BaseAnswers,
     prefixes: Prefixes,
     splits: int = 0,
-) -> Iterator[tuple[list[Probe], int, _Reply, _Reply]]:
+) -> Iterator[tuple[list[Probe], int, Reply, Reply]]:
     """Both models' replies to a batch; where memory runs out, to its halves, each with how often it was halved.
 
     What is kept for later goes first: that changes no bit. Halves may differ from the whole by rounding, but the base model
@@ -326,7 +401,7 @@ def _both(
     config: ScoreConfig,
     kept: BaseAnswers,
     prefixes: Prefixes,
-) -> tuple[_Reply, _Reply]:
+) -> tuple[Reply, Reply]:
     """The base model's reply and the edited one's, to the identical batch."""
     rows = collate([p.encoded for p in batch], [p.lane for p in batch], base.encoder.pad_id, base.device)
     texts = tuple(p.encoded for p in batch)
@@ -370,9 +445,9 @@ def _reply(
     batch: list[Probe],
     config: ScoreConfig,
     base_texts: Sequence[Text] | None,
-) -> _Reply:
+) -> Reply:
     answers = _answers(base, overlay, hidden_BSD, rows, batch)
-    return _Reply(answers, _texts(base, overlay, batch, answers, config, base_texts))
+    return Reply(answers, _texts(base, overlay, batch, answers, config, base_texts))
 
 
 def _answers(

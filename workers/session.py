@@ -11,7 +11,8 @@ from typing import Self
 import torch
 import transformers
 
-from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.artifacts import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
+from workers.basescores import build_base_scores
 from workers.fisher import KIND as FISHER
 from workers.fisher import build_fisher
 from workers.models import BaseModel, ModelConfig
@@ -31,6 +32,7 @@ BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], Artifac
         TEMPLATES: build_templates,
         TRAINING: build_training,
         PRETRAINED: build_pretrained,
+        BASE_SCORES: build_base_scores,
     }
 )
 
@@ -68,6 +70,7 @@ class Session:
 
         Raises :class:`ModelError` for a kind nobody builds.
         """
+        bench.answers = self.base_answers
         return _build(self.base, spec, bench)
 
 

@@ -24,13 +24,13 @@ from workers.ability import Ability
 from workers.artifacts import ArtifactData
 from workers.failures import may_pass
 from workers.fluency import fluency
-from workers.job import Lane, StreamJob, Tick, moments, timeline
+from workers.job import Lane, StreamJob, Tick, asked, first_request, timeline
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.overlay import Overlay, pack_states, unpack_states
 from workers.rng import Draws
 from workers.rows import Encoder
-from workers.scoring import Item, score
+from workers.scoring import Item, items_of, score
 from workers.session import Session
 from workers.types import JSON, EditRequest
 
@@ -236,19 +236,15 @@ class Stream:
     def _score(self, wave: _Wave, tick: Tick) -> list[dict[str, JSON]]:
         """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its group)."""
         job = self.job
-        asked = {
-            i: [(share, scored) for share in wave.lanes[i].shares for scored in moments(job, tick, share)]
-            for i in wave.alive()
-        }
-        alive = [i for i in asked if asked[i]]
+        told = {i: asked(job, tick, wave.lanes[i]) for i in wave.alive()}
+        alive = [i for i in told if told[i]]
         if not alive:
             return []
         clock = self._now()
-        places = [(i, position) for i in alive for position in range(tick.start, tick.stop)]
-        items = [Item(i, self._request(wave.lanes[i], position)) for i, position in places]
+        items = items_of(job, tick, self.requests, {i: wave.lanes[i] for i in alive})
         session = self.session
         found = score(self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes)
-        ends = {i for i in alive if any(scored != "immediate" for _, scored in asked[i])}
+        ends = {i for i in alive if any(scored != "immediate" for _, scored in told[i])}
         ending = [item for item in items if item.lane in ends]
         extra = iter(self._at_the_end(wave, tick, ending) if ending else ())
         seconds = (self._now() - clock) / len(items)
@@ -256,7 +252,8 @@ class Stream:
         sizes = {i: wave.overlay.lane_bytes(i) for i in alive}
         memory = self._peak_memory()
         rows = []
-        for (i, position), item, scores in zip(places, items, found, strict=True):
+        for k, (item, scores) in enumerate(zip(items, found, strict=True)):
+            i, position = item.lane, tick.start + k % (tick.stop - tick.start)
             at_the_end = next(extra) if i in ends else NOTHING
             row: dict[str, JSON] = {
                 "case_id": item.request.case_id,
@@ -270,7 +267,7 @@ class Stream:
                 "overlay_bytes": sizes[i],
                 "delta_norm": norms[i],
             }
-            for share, scored in asked[i]:
+            for share, scored in told[i]:
                 T = job.T_of(share)
                 place: dict[str, JSON] = {
                     "cell_id": job.cells[share.cell].cell_id,
@@ -356,18 +353,11 @@ class Stream:
 
     # --- where a lane's requests and random numbers come from ---
 
-    def _first(self, lane: Lane) -> int:
-        """Index of the first request after the lane's pristine state."""
-        return lane.group * self.job.T if self.job.rollback == "group" else 0
-
-    def _request(self, lane: Lane, position: int) -> EditRequest:
-        return self.requests[lane.cell][self._first(lane) + position]
-
     def _lane_edit(self, lane: Lane, tick: Tick) -> LaneEdit:
-        seed = self.job.cells[lane.cell].seed
+        seed, first = self.job.cells[lane.cell].seed, first_request(self.job, lane)
         return LaneEdit(
-            tuple(self._request(lane, position) for position in range(tick.start, tick.stop)),
-            Draws(self.job.method, self._config_json, seed, self._first(lane), tick.start),
+            tuple(self.requests[lane.cell][first + tick.start : first + tick.stop]),
+            Draws(self.job.method, self._config_json, seed, first, tick.start),
             self._inputs[lane.cell],
         )
 

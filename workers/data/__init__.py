@@ -11,9 +11,10 @@ names the file, the record and the field; a file of another kind is told by its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from workers.data import counterfact, hallucination, jsonl, knowedit, mquake, temporal, wikibigedit, zsre
 from workers.data.records import (
@@ -26,7 +27,8 @@ from workers.data.records import (
     fingerprint,
     order_requests,
 )
-from workers.types import DataError, Dataset
+from workers.job import StreamJob
+from workers.types import DataError, Dataset, EditRequest
 
 __all__ = [
     "DATASETS",
@@ -40,6 +42,7 @@ __all__ = [
     "load_dataset",
     "load_training",
     "order_requests",
+    "requests_of",
 ]
 
 Loader = Callable[[Path | None, Path | None, OnBadRecord], Dataset]
@@ -152,3 +155,17 @@ def load_training(kind: str, path: Path | None = None, on_bad_record: OnBadRecor
         _refuse("tinyworld", "training.path", path, "it ships with the package")
         return tinyworld.load_dataset(split="train")
     return load_dataset(kind, path, None, on_bad_record)
+
+
+def requests_of(job: StreamJob, dataset: Dataset, order: Literal["file", "shuffle"]) -> list[Sequence[EditRequest]]:
+    """Per cell, its requests in the order its seed gives, as many as the job edits."""
+    need = [0] * len(job.cells)
+    for wave in job.waves:
+        for lane in wave:
+            last = max(share.stop_group * job.T_of(share) for share in lane.shares)
+            for share in lane.shares:
+                need[share.cell] = max(need[share.cell], last)
+    return [
+        [dataset.requests[i] for i in order_requests(dataset, order, cell.seed)[:n]]
+        for cell, n in zip(job.cells, need, strict=True)
+    ]
