@@ -393,9 +393,8 @@ def expected_contents(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) ->
     ticks: dict[int, list[Tick]] = {}
     for tick in timeline(job):
         ticks.setdefault(tick.wave, []).append(tick)
-    counted: dict[
-        tuple[int, int, int, int], int
-    ] = {}  # lanes that serve the same groups, or any group of one T, write as many
+    # lanes that serve the same groups, or any group of one T, write as many
+    counted: dict[tuple[int, int, int, int], int] = {}
     for w, wave in enumerate(job.waves):
         for lane in wave:
             for share in lane.shares:
