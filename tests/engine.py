@@ -76,12 +76,38 @@ def run(folder: Path, watch: View | None = None, **changes: Any) -> Outcome:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     found = open_results(folder).table().to_pylist()
-    found.sort(key=lambda r: (r["cell_id"], r["group"], r["position"], r["scored"], r["edits_applied"]))
-    return [{key: value for key, value in row.items() if key not in VOLATILE} for row in found]
+    return [{key: value for key, value in row.items() if key not in VOLATILE} for row in _in_order(found)]
+
+
+def placeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the shard: in another plan a group is part of another one."""
+    return [{key: value for key, value in row.items() if key != "shard_id"} for row in _in_order(found)]
+
+
+def _in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(found, key=lambda r: (r["cell_id"], r["group"], r["position"], r["scored"], r["edits_applied"]))
 
 
 class Stop(BaseException):
     """Ends the process's work as a kill would, as far as Python code can tell."""
+
+
+def run_in_pieces(folder: Path, steps: int, **changes: Any) -> tuple[Outcome, int]:
+    """Run a sweep that is killed whenever ``steps`` steps with edits were made; the end of it, and how often that was."""
+    killed = 0
+    while True:
+        left = steps
+
+        def count(step: StepReport) -> None:
+            nonlocal left
+            left -= step.edits > 0
+            if left == 0:
+                raise Stop
+
+        try:
+            return run(folder, Watch(count), **changes), killed
+        except Stop:
+            killed += 1
 
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:

@@ -19,13 +19,13 @@ from orchestrator.artifacts import ArtifactStore
 from orchestrator.cli import main
 from orchestrator.execute import Bench, build_artifacts, run_sweep
 from orchestrator.local import run_local
-from orchestrator.plan import Plan, Progress, base_scores_of, make_plan
+from orchestrator.plan import Progress, base_scores_of, make_plan
 from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.store import LocalStore
 from tests.engine import ROOT, Watch, rows
 from tests.small import golden_requests, random_model
 from workers import basescores, fluency, scoring
-from workers.artifacts import BASE_SCORES
+from workers.artifacts import BASE_SCORES, ArtifactData
 from workers.basescores import BaseScores
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, schedule_of, timeline
 from workers.models import EMBEDDED, BaseModel
@@ -83,15 +83,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Rows of the sweep whose every shard asks the base model itself."""
+    """Rows of the sweep one method at a time, so that every shard asks the base model itself: what is added later finds
+    nobody to share with."""
     folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Plan, "base_scores", lambda self: [])
-        assert run_sweep(spec_of(), LocalStore(folder), run_local, Watch()).exit_code == 0
-    assert not stored(folder)
+    one_by_one(folder)
     found = rows(folder)
     assert {row["fluency_base"] is None for row in found} == {True, False}
     return found
+
+
+def one_by_one(folder: Path, **changes: Any) -> None:
+    assert run_sweep(spec_of(methods=[GRACE], **changes), LocalStore(folder), run_local, Watch()).exit_code == 0
+    assert run_sweep(spec_of(**changes), LocalStore(folder), run_local, Watch()).exit_code == 0
+    assert not stored(folder)
 
 
 # --- in the engine ---------------------------------------------------------------------------------------------------
@@ -113,14 +117,6 @@ def test_shards_ask_the_base_model_nothing_and_rows_keep_their_bits(
     assert not states  # nothing is left that could use them
 
 
-def test_one_method_alone_makes_its_own(tmp_path: Path, alone: list[dict[str, Any]], calls: Calls) -> None:
-    """A single user's own forward serves base and edit at once. What is added later finds nobody to share with."""
-    run_sweep(spec_of(methods=[GRACE]), LocalStore(tmp_path), run_local, Watch())
-    run_sweep(spec_of(), LocalStore(tmp_path), run_local, Watch())
-    assert not stored(tmp_path) and calls.take()[0]
-    assert rows(tmp_path) == alone
-
-
 def test_what_is_gone_or_damaged_is_computed_in_place(
     tmp_path: Path, alone: list[dict[str, Any]], calls: Calls, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,13 +136,16 @@ def test_what_is_gone_or_damaged_is_computed_in_place(
     assert rows(tmp_path) == alone
 
 
-def test_what_another_processor_said_is_not_used(
-    tmp_path: Path, alone: list[dict[str, Any]], calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(basescores, "made_on", lambda base: {"processor": "another"})
-        build_artifacts(spec_of(), LocalStore(tmp_path), run_local, Watch())
+def test_what_another_processor_said_is_not_used(tmp_path: Path, alone: list[dict[str, Any]], calls: Calls) -> None:
+    states, _ = build_artifacts(spec_of(), LocalStore(tmp_path), run_local, Watch())
     built = calls.take()
+    for path in stored(tmp_path):
+        made = ArtifactData.from_bytes(path.read_bytes())
+        made.meta["made_on"] = {**made.meta["made_on"], "processor": "another"}
+        path.unlink()
+        path.with_suffix(".json").unlink()
+        (spec,) = [state.spec for state in states if state.spec.key == path.stem]
+        ArtifactStore(LocalStore(tmp_path)).put(spec, made.to_bytes())
     assert run_sweep(spec_of(), LocalStore(tmp_path), run_local, Watch()).exit_code == 0
     assert calls.take() == built  # both methods ran in this process, which keeps what it has heard
     assert rows(tmp_path) == alone
@@ -270,9 +269,7 @@ def test_without_rollback_one_stream_for_all_T(tmp_path: Path, calls: Calls) -> 
     made = calls.take()
     Bench(str(tmp_path / "again"), "r").build(spec, spec_of().model, 1)
     assert calls.take() == made
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Plan, "base_scores", lambda self: [])
-        run_sweep(spec_of(**changes), LocalStore(tmp_path / "alone"), run_local, Watch())
+    one_by_one(tmp_path / "alone", **changes)
     assert rows(tmp_path / "r") == rows(tmp_path / "alone")
 
 

@@ -31,7 +31,7 @@ from orchestrator.local import run_local
 from orchestrator.query import open_results
 from orchestrator.spec import RaySpec
 from orchestrator.store import LocalStore, StoreError
-from tests.engine import RAW, ROOT, Stop, Watch, rows, run, spec_of, wait_for
+from tests.engine import RAW, ROOT, Stop, Watch, placeless, rows, run, spec_of, wait_for
 from workers import scoring
 from workers.types import EditSweepError, SpecError
 
@@ -153,11 +153,6 @@ def test_a_cell_that_raises_fails_alone_and_runs_again_when_asked(
     assert outcome.exit_code == 0
     assert placeless(rows(tmp_path / "r")) == placeless(reference)
     assert read_status(str(tmp_path / "r"))["failed_cells"] == []
-
-
-def placeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the shard: a group that failed runs again as part of another one."""
-    return [{key: value for key, value in row.items() if key != "shard_id"} for row in found]
 
 
 def test_one_group_that_raises_leaves_the_others_of_its_cell(

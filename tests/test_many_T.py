@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orchestrator.plan import Task
-from tests.engine import Stop, Watch, rows, run
+from tests.engine import placeless, rows, run, run_in_pieces
 from tests.small import GOLDEN, build_inputs, golden_model, golden_requests, session, timeless
 from workers.artifacts import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows, timeline
@@ -156,26 +156,10 @@ def test_a_sweep_equals_sweeps_of_one_T_each_and_grows_by_what_is_new(tmp_path: 
         assert outcome.plan.edits_left == 24
         alone += rows(tmp_path / f"T{T}")
 
-    def content(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        kept = [{k: v for k, v in row.items() if k != "shard_id"} for row in found]
-        return sorted(kept, key=lambda r: (r["cell_id"], r["group"], r["position"], r["scored"], r["edits_applied"]))
-
-    def kill(step: Any, left: list[int]) -> None:
-        left[0] -= step.edits > 0
-        if left[0] == 0:
-            raise Stop
-
-    interrupted = 0
-    while True:
-        left = [3]
-        try:
-            outcome = run(tmp_path / "r", Watch(lambda step, left=left: kill(step, left)), **base, grid=grid(1, 4, 12))
-            break
-        except Stop:
-            interrupted += 1
+    outcome, interrupted = run_in_pieces(tmp_path / "r", 3, **base, grid=grid(1, 4, 12))
     assert interrupted > 2
     assert outcome.exit_code == 0
-    assert content(rows(tmp_path / "r")) == content(alone)
+    assert placeless(rows(tmp_path / "r")) == placeless(alone)
 
     more = run(tmp_path / "r", **base, grid=grid(1, 4, 6, 12))
     assert more.plan.edits_left == 24
@@ -187,4 +171,4 @@ def test_a_sweep_equals_sweeps_of_one_T_each_and_grows_by_what_is_new(tmp_path: 
     assert sum(Task.of(longer.plan.manifest(s)).edits for s in longer.plan.shards) == 48
     assert longer.exit_code == 0
     run(tmp_path / "T6", **base, grid=grid(6), dataset={"kind": "tinyworld", "edits": 24})
-    assert content([r for r in rows(tmp_path / "r") if r["T"] == 6]) == content(rows(tmp_path / "T6"))
+    assert placeless([r for r in rows(tmp_path / "r") if r["T"] == 6]) == placeless(rows(tmp_path / "T6"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine import RAW, Stop, Watch, rows, run
+from tests.engine import RAW, placeless, rows, run, run_in_pieces
 from tests.small import build_inputs, golden_model, golden_requests, session, timeless
 from tests.test_many_T import CONFIGS
 from workers.artifacts import ArtifactData
@@ -214,10 +214,6 @@ def test_what_else_cannot_be_shared() -> None:
         StreamJob.model_validate({**work.model_dump(), "batch_size": 3})
 
 
-def content(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "shard_id"} for row in rows(folder)]
-
-
 @pytest.mark.parametrize("across", [False, True])
 def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path, across: bool) -> None:
     """One lane each (or one per seed): the same bits, killed after every few steps, and with a T and edits added later."""
@@ -231,34 +227,21 @@ def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path
     plain = run(tmp_path / "plain", **base, grid=grid(1, 4, 6, 12), engine={**engine, "share_prefixes": False})
     assert (plain.plan.edits_left, plain.plan.edits_shared) == (96, 0)
 
-    def kill(step: Any, left: list[int]) -> None:
-        left[0] -= step.edits > 0
-        if left[0] == 0:
-            raise Stop
-
-    interrupted = 0
-    while True:
-        left = [4]
-        try:
-            watch = Watch(lambda step, left=left: kill(step, left))
-            outcome = run(tmp_path / "shared", watch, **base, grid=grid(1, 4, 6, 12), engine=engine)
-            break
-        except Stop:
-            interrupted += 1
+    outcome, interrupted = run_in_pieces(tmp_path / "shared", 4, **base, grid=grid(1, 4, 6, 12), engine=engine)
     assert interrupted > 3
     assert outcome.exit_code == 0
-    assert content(tmp_path / "shared") == content(tmp_path / "plain")
+    assert placeless(rows(tmp_path / "shared")) == placeless(rows(tmp_path / "plain"))
 
     first = run(tmp_path / "grown", **base, grid=grid(1, 6), engine=engine)
     assert (first.plan.edits_left, first.plan.edits_shared) == (2 * (12 + 10), 2 * 2)
     more = run(tmp_path / "grown", **base, grid=grid(1, 4, 6, 12), engine=engine)
     assert (more.plan.edits_left, more.plan.edits_shared) == (2 * (12 + 8), 2 * 4)
     assert more.exit_code == 0
-    assert content(tmp_path / "grown") == content(tmp_path / "plain")
+    assert placeless(rows(tmp_path / "grown")) == placeless(rows(tmp_path / "plain"))
     longer = {"kind": "tinyworld", "edits": 24}
     last = run(tmp_path / "grown", **base, dataset=longer, grid=grid(1, 4, 6, 12), engine=engine)
     # T=12's second group takes T=6's third, T=4's fourth and T=1's thirteenth along, T=6's and T=4's others T=1's
     assert last.plan.edits_left == 2 * (12 + 6 + 8 + (12 - 4))
     assert last.exit_code == 0
     run(tmp_path / "long", **base, dataset=longer, grid=grid(1, 4, 6, 12), engine={**engine, "share_prefixes": False})
-    assert content(tmp_path / "grown") == content(tmp_path / "long")
+    assert placeless(rows(tmp_path / "grown")) == placeless(rows(tmp_path / "long"))

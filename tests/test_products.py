@@ -15,6 +15,10 @@ from workers.overlay import lane_linear
 from workers.products import lane_products, linear, quicken, slow
 from workers.rows import Encoded, collate
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch comes without oneDNN"
+)
+
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
