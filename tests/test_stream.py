@@ -147,6 +147,23 @@ def test_where_no_lane_raises_alone_all_of_them_fail(monkeypatch: pytest.MonkeyP
     assert {r["group"] for r in rows_of(results)} == {2}
 
 
+def test_one_raises_alone_and_then_the_others_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = FTMethod.edit
+
+    def picky(self: FTMethod, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if any(request.case_id == "1" for lane in edits for request in lane.requests):
+            raise ValueError("not this one")
+        if len(edits) > 1:
+            raise FloatingPointError("only together")
+        return edit(self, overlay, edits)
+
+    monkeypatch.setattr(FTMethod, "edit", picky)
+    results = run(random_model("llama"), job("ft", FT, 1, [[0, 1, 2], [3]]))
+    failed = [(f.group, f.message) for r in results for f in r.failures]
+    assert failed == [(1, "not this one"), (0, "only together"), (2, "only together")]
+    assert {r["group"] for r in rows_of(results)} == {3}
+
+
 def test_one_edit_a_group_takes_one_forward_and_gives_two_rows() -> None:
     work = job("ft", FT, 1, [[0, 1, 2]])
     assert len(timeline(work)) == 1
