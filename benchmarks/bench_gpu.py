@@ -11,12 +11,11 @@ more product per edit). Per method and number of lanes:
 - in a group: one more edit of the same overlay (the second edit of a T=10 group);
 - scoring: every probe of a request, teacher forced, edited and base model, nothing cached.
 
-**The floor** of an edit is ``max(bytes / bandwidth, operations / rate)`` of what replaying whole layers cannot leave
-out, with bandwidth and rates measured here first. It counts, for one pass over the whole model (capture) and for every
-optimisation step that ran: the weights of the layers from the edited one on and of the head, read once forward and,
-above the edited layer, once backward; two operations per weight and token forward, two backward for what lies above
-the edited map, two for the gradient of a trained weight; the head at the positions that are scored (float32, as scores
-are); and for trained weights the least passes over float32 master, gradient, moments and mask. Attention itself, norms,
+**The floor** of an edit is the sum, over every product of a linear map and of the head that replay cannot leave out (counted
+call by call in one edit that is neither compiled nor recorded), forward and, where a gradient passes through, backward, of
+``max(bytes of its weight / bandwidth, operations / rate)``, with bandwidth and rate measured here first. A sum, because each of
+them waits for the one before it. For a trained weight the same with a bfloat16 copy that is read and a gradient that is
+written, and then the least pass over gradient, float32 master, moments, mask and copy that moves it. Attention itself, norms,
 activations and the host are left out: real time lies above the floor. Tokens count as they were run, padding included.
 """
 
@@ -24,11 +23,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,9 +35,9 @@ import torch
 from common import LOG, Report, alternate, parser
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from workers.artifacts import ArtifactData
+from workers.compiled import Compiled
 from workers.data import load_dataset
 from workers.job import ScoreConfig
 from workers.methods import get_method, method_names
@@ -48,6 +46,7 @@ from workers.models import BaseModel, ModelConfig
 from workers.overlay import Overlay
 from workers.rng import Draws
 from workers.scoring import Item, score
+from workers.session import fix_numerics
 from workers.types import EditRequest
 
 METHODS = ("wise", "grace", "ft", "rome", "memit")
@@ -72,15 +71,16 @@ JUDGED = ("wise", "ft")
 """Methods with a target against the floor."""
 
 WIDE = 8
-"""The number of lanes at which targets are judged."""
+"""The number of lanes that is compared with one; shares are judged at the best number of those measured."""
 
-TRAINED_BYTES = {
-    # weight read forward, gradient written; Adam reads gradient, weight and two moments and writes three of them
-    "ft": 4 + 4 + 7 * 4,
-    # ... SGD reads gradient, weight and mask (a byte) and writes the weight
-    "wise": 4 + 4 + 3 * 4 + 1,
+TRAINED_BYTES = 2 + 2
+"""Per value of a trained matrix, per lane and step: a bfloat16 copy is read in the forward pass, its gradient written."""
+
+MOVED_BYTES = {
+    "ft": 2 + 6 * 4 + 2,  # Adam reads the gradient, reads and writes master and two moments, writes the copy
+    "wise": 2 + 2 * 4 + 1 + 2,  # gradient descent reads the gradient, master (and writes it) and mask, writes the copy
 }
-"""Least bytes per value of a trained matrix, per lane and optimisation step; other methods train vectors."""
+"""Least bytes per value that move a trained matrix, per lane and step; other methods train vectors."""
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -92,7 +92,6 @@ class Device:
 
     bandwidth: float
     rate: float
-    rate_float32: float
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype) -> Device:
@@ -101,93 +100,87 @@ class Device:
         target = torch.empty_like(source)
         copied = 2 * source.nbytes / _best(partial(target.copy_, source), device)
         read = source.nbytes / _best(source.sum, device)
-        rates = []
-        for kind, size in ((dtype, 8192 if big else 256), (torch.float32, 4096 if big else 256)):
-            a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-            rates.append(2 * size**3 / _best(partial(torch.matmul, a, b), device))
-        return cls(max(copied, read), *rates)
+        size = 8192 if big else 256
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return cls(max(copied, read), 2 * size**3 / _best(partial(torch.matmul, a, b), device))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that must pass through the device's memory and operations, of one product or one pass over memory."""
+
+    bytes: float
+    operations: float = 0.0
+    times: float = 1.0
+
+    def seconds(self, device: Device) -> float:
+        return self.times * max(self.bytes / device.bandwidth, self.operations / device.rate)
 
 
 @dataclass
 class Work:
-    """What one call of ``edit`` ran, counted from outside: tokens of every pass, positions of every head."""
+    """The products of one call, counted from outside."""
 
-    passes: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    steps: int = 0
-    """Optimisation steps of the lane that made most."""
-    lane_steps: int = 0
-    """Of all lanes together."""
+    products: list[Cost] = field(default_factory=list)
+    tokens: int = 0
+    """Of the batch, as the first map sees it."""
 
     @contextmanager
     def counted(self, base: BaseModel) -> Iterator[None]:
-        """Inside, every pass through the last layer and every call of the head is noted."""
-        head = base.logits
+        """Inside, nothing is compiled or recorded, and every product of a linear map and of the head is noted."""
+        head, pool, compiled = base.logits, base.pool, base.compiled
+        maps = [m for layer in base.layers for m in layer.modules() if isinstance(m, nn.Linear)]
 
         def logits(hidden: Tensor) -> Tensor:
-            self.positions.append(hidden[..., 0].numel())
+            self._product(base.head_module, hidden)
             return head(hidden)
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self.passes.append(hidden.shape[0] * hidden.shape[1])
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.tokens = self.tokens or args[0][..., 0].numel()
+            # in a step, what answers for a map is either the trained weight, which counts apart, or nothing at all
+            if not (torch.is_grad_enabled() and "forward" in module.__dict__):
+                self._product(module, args[0])
 
-        handle = base.layers[-1].register_forward_pre_hook(note, with_kwargs=True)
-        base.logits = logits  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            handle.remove()
-            del base.logits
+        with ExitStack() as stack:
+            for module in maps:
+                stack.callback(module.register_forward_pre_hook(note).remove)
+            base.pool, base.compiled = None, Compiled()
+            base.logits = logits  # type: ignore[method-assign]
+            try:
+                yield
+            finally:
+                del base.logits
+                base.pool, base.compiled = pool, compiled
+
+    def _product(self, module: nn.Module, x: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        times = 2 if torch.is_grad_enabled() and x.requires_grad else 1
+        self.products.append(Cost(weight.nbytes, 2 * weight.numel() * x[..., 0].numel(), times))
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Bytes and operations that must be spent; those of the head apart, they run in float32."""
+    """What cannot be left out, one after the other: nothing here can begin before the one before it has ended."""
 
-    bytes: float
-    operations: float
-    head_operations: float
+    costs: tuple[Cost, ...]
+
+    @property
+    def operations(self) -> float:
+        return sum(cost.times * cost.operations for cost in self.costs)
 
     def seconds(self, device: Device) -> float:
-        return max(
-            self.bytes / device.bandwidth,
-            self.operations / device.rate + self.head_operations / device.rate_float32,
-        )
+        return sum(cost.seconds(device) for cost in self.costs)
 
     @classmethod
-    def of_edit(cls, base: BaseModel, name: str, overlay: Overlay, work: Work) -> Floor:
-        layer = sum(p.numel() for p in base.layers[0].parameters())
-        head = base.head_module.weight.numel()
-        width = base.head_module.weight.element_size()
-        above = (len(base.layers) - 1 - overlay.first_layer) * layer
-        suffix = above + layer
-        edited = sum(site.weight_OI.numel() for site in overlay.sites) if name in TRAINED_BYTES else 0
-        capture, *replays = work.passes
-        backward = replays[: work.steps]
-        heads = 2 * head * sum(work.positions)
-        return cls(
-            bytes=width * (len(base.layers) * layer + len(replays) * (suffix + head) + len(backward) * (above + head))
-            + work.lane_steps * edited * TRAINED_BYTES.get(name, 0),
-            operations=2 * (len(base.layers) * layer * capture + suffix * sum(replays))
-            + 2 * (above + edited) * sum(backward),
-            head_operations=heads + heads * len(backward) / max(1, len(replays)),
-        )
-
-    @classmethod
-    def of_scores(cls, base: BaseModel, overlay: Overlay, work: Work) -> Floor:
-        """One pass of the whole model for the base's answers; from the edited layer on once more."""
-        layer = sum(p.numel() for p in base.layers[0].parameters())
-        head = base.head_module.weight.numel()
-        suffix = (len(base.layers) - overlay.first_layer) * layer
-        tokens = sum(work.passes) / 2
-        batches = len(work.passes) / 2
-        return cls(
-            bytes=base.head_module.weight.element_size()
-            * (batches * (len(base.layers) * layer + suffix) + 2 * batches * head),
-            operations=2 * tokens * (len(base.layers) * layer + suffix),
-            head_operations=2 * head * sum(work.positions),
-        )
+    def of_edit(cls, name: str, overlay: Overlay, work: Work, iterations: Sequence[int]) -> Floor:
+        """``iterations``: optimisation steps of each lane."""
+        if name not in MOVED_BYTES:
+            return cls(tuple(work.products))
+        trained = sum(site.weight_OI.numel() for site in overlay.sites)
+        lane_steps = sum(iterations)
+        # of one lane: its answers to its share of the tokens, and its gradient
+        product = Cost(TRAINED_BYTES / 2 * trained, 2 * trained * work.tokens / overlay.lanes, 2 * lane_steps)
+        return cls((*work.products, product, Cost(MOVED_BYTES[name] * trained, times=lane_steps)))
 
 
 @dataclass(frozen=True)
@@ -227,7 +220,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def model_on(device: torch.device, geometry: dict[str, int], dtype: torch.dtype) -> BaseModel:
+def model_on(device: torch.device, geometry: dict[str, int], dtype: torch.dtype, compiled: bool = False) -> BaseModel:
     """Random weights, made on the device; the embedded model's tokenizer."""
     embedded = BaseModel.load(ModelConfig(device="cpu"))
     config = AutoConfig.for_model(
@@ -241,7 +234,7 @@ def model_on(device: torch.device, geometry: dict[str, int], dtype: torch.dtype)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         torch.set_default_dtype(before)
-    return BaseModel(model, embedded.tokenizer, ModelConfig(name="random", dtype="bfloat16", device="auto"))
+    return BaseModel(model, embedded.tokenizer, ModelConfig(name="random", dtype="bfloat16", compile=compiled))
 
 
 def templates_of(requests: Sequence[EditRequest], lengths: Sequence[tuple[int, int]]) -> ArtifactData:
@@ -291,13 +284,12 @@ def measure(base: BaseModel, name: str, hparams: dict[str, Any], lanes: int, dev
     first()
     with work.counted(base):
         iterations = [outcome.iterations for outcome in later()]
-    work.steps, work.lane_steps = max(iterations), sum(iterations)
     with scoring.counted(base):
         scored()
     rounds = {call: partial(timed, function, base.device) for call, function in calls.items()}
     found = {call: statistics.median(s) for call, s in alternate(rounds, repeats, warm_up=0).items()}
     overlay = held[0]
-    floor, score_floor = Floor.of_edit(base, name, overlay, work), Floor.of_scores(base, overlay, scoring)
+    floor, score_floor = Floor.of_edit(name, overlay, work, iterations), Floor(tuple(scoring.products))
     return Result(
         lanes=lanes,
         first=found["first"],
@@ -305,7 +297,7 @@ def measure(base: BaseModel, name: str, hparams: dict[str, Any], lanes: int, dev
         floor=floor.seconds(device),
         scored=found["scored"] / lanes,
         score_floor=score_floor.seconds(device) / lanes,
-        rate_share=(floor.operations + floor.head_operations) / found["later"] / device.rate,
+        rate_share=floor.operations / found["later"] / device.rate,
         peak=torch.cuda.max_memory_allocated() if base.device.type == "cuda" else 0,
     )
 
@@ -349,11 +341,13 @@ def judge(report: Report, name: str, found: Sequence[Result], why_not: str) -> N
     """The targets of one method; those without results are skipped, and ``why_not`` says why."""
     layers = HPARAMS[name].get("layers", [HPARAMS[name].get("layer")])
     label = f"{LABELS.get(name, name)} at layer {','.join(map(str, layers))} of 7B geometry, bfloat16"
-    share, gain = f"{label}: share of the roofline at {WIDE} lanes", f"{label}: edits per second, {WIDE} lanes, T=1"
+    share, gain = f"{label}: share of the roofline", f"{label}: edits per second, {WIDE} lanes, T=1"
     by_lanes = {r.lanes: r for r in found}
     one, wide = by_lanes.get(1), by_lanes.get(WIDE)
-    if name in JUDGED and wide is not None:
-        report.at_least(share, 100 * wide.share, 70, "%")
+    if name in JUDGED and found:
+        best = max(found, key=lambda r: r.share)
+        at_wide = "" if wide is None else f"{100 * wide.share:.0f}% at {WIDE}"
+        report.at_least(f"{share}, {best.lanes} lanes", 100 * best.share, 70, "%", at_wide)
     elif name in JUDGED:
         report.skipped(share, why_not)
     if one is not None and wide is not None:
@@ -363,13 +357,10 @@ def judge(report: Report, name: str, found: Sequence[Result], why_not: str) -> N
 
 
 def settle(args: argparse.Namespace) -> torch.device | None:
-    """The device, set up as an actor sets it up (:meth:`workers.session.Session.open`); None without a GPU."""
+    """The device, set up as an actor sets it up; None without a GPU."""
     if args.device == "cuda" and not torch.cuda.is_available():
         return None
-    disable_progress_bar()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    fix_numerics()
     return torch.device(args.device)
 
 
@@ -377,7 +368,8 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--tiny", action="store_true", help="a tiny geometry, to check the code")
-    made.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    made.add_argument("--compile", action="store_true", help="decoder layers compiled, as with model.compile: true")
+    made.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     made.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
     args = made.parse_args()
     if args.smoke:
@@ -392,12 +384,11 @@ def main() -> None:
         return
     device = Device.measure(target, torch.bfloat16)
     LOG.info(
-        "attainable: %.0f GB/s, %.1f TFLOP/s in bfloat16, %.1f TFLOP/s in float32",
+        "attainable: %.0f GB/s, %.1f TFLOP/s in bfloat16",
         device.bandwidth / 1e9,
         device.rate / 1e12,
-        device.rate_float32 / 1e12,
     )
-    base = model_on(target, LLAMA_TINY if args.tiny else LLAMA_7B, torch.bfloat16)
+    base = model_on(target, LLAMA_TINY if args.tiny else LLAMA_7B, torch.bfloat16, args.compile)
     LOG.info("model: %.2f B parameters", sum(p.numel() for p in base.model.parameters()) / 1e9)
     repeats = 1 if args.smoke else 2 if args.quick else 5
     for name in args.methods:

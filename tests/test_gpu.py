@@ -15,6 +15,7 @@ from tests.small import GOLDEN, build_inputs, golden_requests, job, timeless
 from workers.job import cut_steps
 from workers.methods import get_method
 from workers.models import ModelConfig
+from workers.products import wide_linear
 from workers.session import Session
 from workers.stream import Stream
 from workers.types import ModelError
@@ -29,14 +30,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows_on(device: Any, method: str) -> list[dict[str, Any]]:
-    model = ModelConfig(name=str(GOLDEN / "models" / "tiny-llama"), device=device)
+def rows_on(device: Any, method: str, recorded: bool = True, compiled: bool = False) -> list[dict[str, Any]]:
+    model = ModelConfig(name=str(GOLDEN / "models" / "tiny-llama"), device=device, compile=compiled)
     session = Session.open(model)
+    session.base.compiled.updates = compiled
+    if not recorded:
+        session.base.pool = None
     config = get_method(method).Config.model_validate(CONFIGS[method])
     inputs = build_inputs(session.base, method, config)
     work = job(method, config, 5, [[0, 1], [2]], inputs)
     stream = Stream(session, work, [golden_requests(15)], inputs)
-    return timeless([row for step in stream.run(cut_steps(work, 10)) for row in step.rows])
+    rows = timeless([row for step in stream.run(cut_steps(work, 10)) for row in step.rows])
+    assert not session.base.compiled.broken
+    return rows
 
 
 def test_a_shard_planned_for_a_larger_gpu_is_refused(tmp_path: Path) -> None:
@@ -60,3 +66,31 @@ def test_a_device_repeats_itself_and_agrees_with_the_cpu(method: str) -> None:
     for name in ("reliability_token", "locality_token"):
         on_gpu, on_cpu = (sum(row[name] for row in rows) / len(rows) for rows in (first, cpu))
         assert on_gpu == pytest.approx(on_cpu, abs=0.1), name
+
+
+@pytest.mark.parametrize("method", sorted(CONFIGS))
+def test_a_recorded_step_has_the_bits_of_the_step_as_it_is_written(method: str) -> None:
+    assert rows_on("cuda", method) == rows_on("cuda", method, recorded=False)
+
+
+@pytest.mark.parametrize("method", ["ft", "wise"])
+def test_compiled_layers_and_updates_change_nothing_beyond_rounding(method: str) -> None:
+    compiled, plain = rows_on("cuda", method, compiled=True), rows_on("cuda", method)
+    for name in ("target_logprob", "delta_norm", "iterations"):
+        assert [row[name] for row in compiled] == pytest.approx([row[name] for row in plain], rel=0.05, abs=0.05), name
+
+
+def test_products_of_narrow_numbers_are_added_up_in_float32() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 256, device="cuda").bfloat16().requires_grad_(True)
+    weight = torch.randn(90, 256, device="cuda").bfloat16()
+    out = wide_linear(x, weight, None, torch.float32)
+    exact = x.double() @ weight.double().T
+    assert out.dtype == torch.float32
+    assert torch.linalg.vector_norm(out - exact) < 1e-5 * torch.linalg.vector_norm(exact)
+    pull = torch.randn_like(out)
+    (got,) = torch.autograd.grad(out, x, pull)
+    want = (
+        pull.double() @ weight.double()
+    ).bfloat16()  # rounded once, and not to what the gradient was rounded to before
+    assert torch.linalg.vector_norm((got - want).float()) < 1e-3 * torch.linalg.vector_norm(want.float())

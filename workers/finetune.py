@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
-from workers.optim import Adam, LaneOptimizer
+from workers.optim import Adam, Box, LaneOptimizer
 from workers.overlay import DenseOverlay
 from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
@@ -91,15 +91,25 @@ class Problem:
     def weights(self) -> list[Tensor]:
         return list(self.overlay.weights_LOI.values())
 
+    @property
+    def working(self) -> list[Tensor]:
+        """Their copies in the base's precision, if these are what answers."""
+        return list(self.overlay.working_LOI.values())
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """What gets the gradients."""
+        return self.working or self.weights
+
     @contextmanager
     def training(self) -> Iterator[None]:
         """Inside, gradients flow to the weights and to nothing else; afterwards there are none."""
-        for weight_KOI in self.weights:
+        for weight_KOI in self.trained:
             weight_KOI.requires_grad_(True)
         try:
             yield
         finally:
-            for weight_KOI in self.weights:
+            for weight_KOI in self.trained:
                 weight_KOI.requires_grad_(False)
                 weight_KOI.grad = None
 
@@ -136,39 +146,43 @@ def descend(
     num_steps: int,
     lr: float,
     weight_decay: float = 0.0,
-    box: Sequence[tuple[Tensor, Tensor]] = (),
+    boxes: Sequence[Box] = (),
     penalty: Callable[[Sequence[Tensor]], Tensor] | None = None,
 ) -> Descent:
     """Train the overlay's weights with Adam until a lane's loss is below :data:`STOP_LOSS` or the steps are spent.
 
-    ``box``: least and largest values of each weight, of all lanes or (with a lane axis) of each. ``penalty``: what is added to
-    the lanes' losses, (K,), given the weights (K lanes); it has no say in when to stop.
+    ``boxes``: how far each weight may go. ``penalty``: what is added to the lanes' losses, (K,), given the weights (K lanes); it
+    has no say in when to stop.
     """
     overlay.touch(range(overlay.lanes))
-    optimizer: LaneOptimizer = Adam(problem.weights, lr, weight_decay)
-    steps = Lockstep(overlay.lanes, base.device)
+    if base.compiled.updates and base.dtype != base.master_dtype and penalty is None:
+        # the step that moves the masters renews the copies as well: no pass over memory only casts
+        overlay.working_LOI = {name: weight_LOI.to(base.dtype) for name, weight_LOI in overlay.weights_LOI.items()}
+    optimizer: LaneOptimizer = Adam(problem.weights, lr, weight_decay, boxes, base.compiled, problem.working)
+    steps = Lockstep(overlay.lanes, base.device, pool=base.pool)
     steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=base.device)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        now_K = problem.loss(base)
+        goes_on_K = now_K.detach() >= STOP_LOSS
+        return (now_K if penalty is None else now_K + penalty(problem.weights)), goes_on_K
+
     for _ in range(num_steps):
         if steps.halved():
             steps_L[steps.live] = optimizer.steps_L
             problem.write_back(overlay, steps.live)
             kept = steps.compact()
             problem = problem.part(kept)
-            optimizer = optimizer.part(kept, problem.weights)
-            box = [(low[kept], high[kept]) if low.dim() == 3 else (low, high) for low, high in box]
+            optimizer = optimizer.part(kept, problem.weights, problem.working)
         with problem.training():
-            now_K = problem.loss(base)
-            goes_on_K = now_K.detach() >= STOP_LOSS
-            if penalty is not None:
-                now_K = now_K + penalty(problem.weights)
+            now_K, goes_on_K = steps.forward_all(losses, problem.trained)
             steps.record(now_K)
             steps.keep(goes_on_K)
             if steps.ended():
                 break
-            steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]
+            steps.backward()
             optimizer.step(steps.active_K, steps.moving)
-        for weight_KOI, (low, high) in zip(problem.weights, box, strict=False):
-            weight_KOI.clamp_(low, high)
     steps_L[steps.live] = optimizer.steps_L
     problem.write_back(overlay, steps.live)
+    overlay.working_LOI = {}
     return Descent(steps_L, steps.loss_L, steps.first_L)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -459,7 +460,8 @@ def search(
     steps_N = torch.zeros(batch.count, dtype=torch.long, device=base.device)
     deltas = [delta_NO.clone().requires_grad_(True) for delta_NO in found]
     optimizer: LaneOptimizer = Adam(deltas, config.v_lr)
-    steps = Lockstep(batch.count, base.device)
+    # what is sated weighs differently from step to step, so its steps are not one function of the vectors
+    steps = Lockstep(batch.count, base.device, pool=base.pool if sated is None else None)
 
     def note() -> None:
         steps_N[steps.live] = optimizer.steps_L
@@ -474,12 +476,12 @@ def search(
             deltas = [delta_KO.detach()[kept].requires_grad_(True) for delta_KO in deltas]
             optimizer = optimizer.part(kept, deltas)
         optimizer.zero_grad()
-        now_K, goes_on_K = problem.loss(base, config, deltas)
+        now_K, goes_on_K = steps.forward_all(partial(problem.loss, base, config, deltas), deltas)
         steps.record(now_K)
         steps.keep(goes_on_K)
         if step == config.v_num_grad_steps - 1 or steps.ended():
             break
-        steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]
+        steps.backward()
         optimizer.step(steps.active_K, steps.moving)
         for delta_KO, norm_K in zip(deltas, problem.norms, strict=True):
             into_ball(delta_KO, config.clamp_norm_factor * norm_K)

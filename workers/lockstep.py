@@ -1,27 +1,31 @@
 """Which lanes of one edit call still move, and when to look.
 
->>> steps = Lockstep(lanes=8, device=base.device)
+>>> steps = Lockstep(lanes=8, device=base.device, pool=base.pool)
 >>> for step in range(25):
 ...     if steps.halved():                  # half of the batch stands still: go on with the others alone
 ...         problem = problem.part(steps.compact())
-...     now_K = problem.loss()              # K lanes are left in the batch
+...     now_K = steps.forward(problem.loss, params)       # K lanes are left in the batch
 ...     steps.record(now_K)
 ...     steps.keep(now_K >= STOP)
 ...     if steps.ended():
 ...         break
-...     steps.masked(now_K).sum().backward()
+...     steps.backward()
 ...     optimizer.step(steps.active_K, steps.moving)
 
 The stopping rule is applied on the device after every step; on a GPU its outcome is read back every few steps only, because
-reading waits for the device. A lane that has stopped does not move, so looking later changes nothing but the time.
+reading waits for the device. A lane that has stopped does not move, so looking later changes nothing but the time. There, forward
+and backward are recorded in the second step of a batch and played in the later ones (:mod:`workers.recorded`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from workers.recorded import Pool, Recorded
 
 _READ_EVERY = 4
 """Steps between two looks, where looking waits for the device."""
@@ -33,8 +37,10 @@ _WORTH_HALVING = 8
 class Lockstep:
     """The lanes that are left in the batch (``live``, ascending), which of them move, and every lane's last loss."""
 
-    def __init__(self, lanes: int, device: torch.device, start: Sequence[bool] | None = None) -> None:
-        """``start``: lanes that move at all; None: all of them."""
+    def __init__(
+        self, lanes: int, device: torch.device, start: Sequence[bool] | None = None, pool: Pool | None = None
+    ) -> None:
+        """``start``: lanes that move at all; None: all of them. ``pool``: where steps are recorded; None: they are not."""
         self._flags = [True] * lanes if start is None else list(start)
         self.live = list(range(lanes))
         self._live_K = torch.arange(lanes, device=device)
@@ -42,10 +48,42 @@ class Lockstep:
         self.loss_L = self.first_L = torch.zeros(lanes, device=device)
         self._every = 1 if device.type == "cpu" else _READ_EVERY
         self._step = 0
+        self._pool = pool
+        self._again = False
+        """Whether the present batch has made its first pass."""
+        self._attached: Tensor | None = None
+        """The losses of a pass that was not recorded, with their graph."""
+        self._recorded: Recorded | None = None
+
+    def forward(self, losses: Callable[[], Tensor], params: Sequence[Tensor]) -> Tensor:
+        """The losses of the batch's lanes, (K,), without their graph. ``losses`` is a function of ``params`` that may be
+        recorded: called again it computes the same thing from the same tensors, without asking the device."""
+        return self.forward_all(lambda: (losses(),), params)[0]
+
+    def forward_all(self, losses: Callable[[], tuple[Tensor, ...]], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The same for a function that returns further tensors after the losses."""
+        if self._pool is not None and self._again:
+            if self._recorded is None:
+                self._recorded = Recorded(losses, params, self._pool)
+            return self._recorded.play()
+        self._again = True
+        with self._aside():
+            out = losses()
+        self._attached = out[0]
+        return tuple(t.detach() for t in out)
+
+    def backward(self) -> None:
+        """Gradients of the lanes that move, after :meth:`forward`; those of the others mean nothing."""
+        if self._attached is not None:
+            with self._aside():
+                torch.where(self.active_K, self._attached, 0).sum().backward()  # type: ignore[no-untyped-call]
+            self._attached = None
+
+    def _aside(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._pool is None else self._pool.aside()
 
     def record(self, now_K: Tensor) -> None:
         """Note a step's losses, of the lanes that move."""
-        now_K = now_K.detach()
         if self._step == 0:
             self.loss_L = self.first_L = now_K
         else:
@@ -68,10 +106,6 @@ class Lockstep:
         """Whether every lane is known to stand still."""
         return not any(self._flags)
 
-    def masked(self, now_K: Tensor) -> Tensor:
-        """Losses of the lanes that move, zero elsewhere."""
-        return torch.where(self.active_K, now_K, 0)
-
     def halved(self) -> bool:
         """Whether half of the lanes in the batch stand still, so that going on without them pays."""
         return len(self._flags) >= _WORTH_HALVING and 2 * sum(self._flags) <= len(self._flags)
@@ -83,4 +117,5 @@ class Lockstep:
         self._live_K = self._live_K[kept]
         self.active_K = self.active_K[kept]
         self._flags = [True] * len(kept)
+        self._again, self._recorded = False, None
         return kept

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from workers.recorded import Pool
     from workers.rows import Encoder, Rows
 
 EMBEDDED = "embedded"
@@ -45,6 +46,11 @@ class ModelConfig(Frozen):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
+    compile: bool = Field(
+        False,
+        description="torch.compile the decoder layers inside an edit's steps: faster on a GPU after a minute of compiling, but "
+        "rows of different actors agree up to rounding only",
+    )
 
 
 @dataclass(frozen=True)
@@ -338,11 +344,14 @@ class BaseModel:
     """A frozen causal language model: the shared, read-only ground every overlay stands on."""
 
     def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, chat_template: bool = False) -> None:
+        from workers.compiled import WORTH, Compiled
         from workers.products import quicken
         from workers.rows import Encoder
 
         self.model: Any = model.eval().requires_grad_(False)
         quicken(model)
+        large = self.device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= WORTH
+        self.compiled = Compiled(updates=large, layers=config.compile)
         self.config = config
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, chat_template)
@@ -402,6 +411,13 @@ class BaseModel:
 
         return torch.promote_types(self.dtype, torch.float32)
 
+    @cached_property
+    def pool(self) -> Pool | None:
+        """Where steps of edits are recorded; None: they are not, which would help on a GPU only."""
+        from workers.recorded import Pool
+
+        return Pool() if self.device.type == "cuda" else None
+
     @property
     def hidden(self) -> int:
         return int(self.model.config.hidden_size)
@@ -439,11 +455,10 @@ class BaseModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Head in at least float32 (in bfloat16 a few percent of the top-2 tie exactly). (..., D) -> (..., V)."""
-        from workers.products import linear
+        from workers.products import wide_linear
 
         weight, bias = self.head_module.weight, getattr(self.head_module, "bias", None)
-        dtype = self.master_dtype
-        out = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        out = wide_linear(hidden, weight, bias, self.master_dtype)
         if self._softcap is not None:
             out = (out / self._softcap).tanh() * self._softcap
         return out

@@ -151,7 +151,9 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Rows, bias_O: Tensor | 
     """
     weight_LOI = weight_LOI.to(x_BSI.dtype)
     lanes = weight_LOI.shape[0]
-    if len(rows.segments) == 1:
+    if len(rows.segments) == 1 and not (
+        lanes == 1 and x_BSI.device.type == "cuda"
+    ):  # there the view's gradient is a copy
         return linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
     if rows.even(lanes):
         x_LNI = x_BSI.reshape(lanes, -1, x_BSI.shape[-1])
@@ -169,16 +171,20 @@ class DenseOverlay(Overlay):
         self.weights_LOI = {
             site.name: site.weight_OI.to(dtype).unsqueeze(0).repeat(lanes, 1, 1).contiguous() for site in sites
         }
+        self.working_LOI: dict[str, Tensor] = {}
+        """Copies in the base's precision that answer in the weights' place while these are trained."""
         self._touched = [False] * lanes
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
-        return lane_linear(x_BSI, self.weights_LOI[site.name], rows, site.bias_O)
+        weight_LOI = self.working_LOI.get(site.name, self.weights_LOI[site.name])
+        return lane_linear(x_BSI, weight_LOI, rows, site.bias_O)
 
     def part(self, lanes: Sequence[int]) -> DenseOverlay:
         """An overlay of some of the lanes, with copies of their weights."""
         other = copy.copy(self)
         other.lanes = len(lanes)
         other.weights_LOI = {name: w[list(lanes)] for name, w in self.weights_LOI.items()}
+        other.working_LOI = {name: w[list(lanes)] for name, w in self.working_LOI.items()}
         other._touched = [self._touched[lane] for lane in lanes]
         return other
 

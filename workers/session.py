@@ -53,16 +53,7 @@ class Session:
     def open(cls, config: ModelConfig, threads: int = 1) -> Self:
         """Load the model. Fixes what the bits of a result depend on: thread count, no TF32, deterministic kernels."""
         torch.set_num_threads(threads)
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is deterministic with a fixed workspace only
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # the deterministic mode would also fill every fresh tensor with NaN first, a fifth of an edit's time; nothing here
-        # reads memory that was not written
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        fix_numerics()
         return cls(BaseModel.load(config))
 
     def build(self, spec: ArtifactSpec, bench: Workbench) -> ArtifactData:
@@ -72,6 +63,18 @@ class Session:
         """
         bench.answers = self.base_answers
         return _build(self.base, spec, bench)
+
+
+def fix_numerics() -> None:
+    """No TF32, deterministic kernels: for the whole process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # the deterministic mode would also fill every fresh tensor with NaN first, a fifth of an edit's time; nothing here
+    # reads memory that was not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def build_inputs(base: BaseModel, specs: Sequence[ArtifactSpec]) -> dict[str, ArtifactData]:

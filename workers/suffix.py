@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from workers.compiled import Compiled
 from workers.replay import Prefix, answering, capture, replay
 from workers.rows import Rows
 
@@ -200,6 +201,7 @@ class _Layer:
     """
 
     module: nn.Module
+    compiled: Compiled
     cache: str
     arguments: Mapping[str, Any]
     key_arguments: Mapping[str, Any] | None
@@ -218,10 +220,9 @@ class _Layer:
                 except _Recorded:
                     past = recorder.joined(past)
             hidden_RSD = hidden_RSD[:, self.given :]
-        arguments = dict(self.arguments)
         if past is not None:
-            arguments[self.cache] = _Past(*past)
-        return _hidden(self.module(hidden_RSD, **arguments))
+            return _hidden(self.module(hidden_RSD, **self.arguments, **{self.cache: _Past(*past)}))
+        return _hidden(self.compiled.layer(self.module)(hidden_RSD, **self.arguments))
 
     def part(self, index_R: Tensor) -> _Layer:
         rows = self.past[0].shape[0] if self.past is not None else None
@@ -276,7 +277,7 @@ def _prepare(
         cut = {name: _columns(value, name, first + given, None) for name, value in arguments.items()}
         attention = base.arch.attn_in
         query = module.get_submodule(attention[0]) if len(attention) == 3 else None  # query, key, value
-        prepared.append(_Layer(module, cache, cut, key_arguments, given, past, query))
+        prepared.append(_Layer(module, base.compiled, cache, cut, key_arguments, given, past, query))
     return tuple(prepared)
 
 

@@ -165,17 +165,21 @@ class DEFER(Method[DEFERConfig]):
             tensor.requires_grad_(True)
         optimizer = Adam(parameters, self.config.lr)
         steps = Lockstep(overlay.lanes, self.base.device)
-        for _ in range(self.config.n_iter):
-            optimizer.zero_grad()
+
+        def losses() -> Tensor:
             gate_B, value_BO = overlay.answer(query_BI, rows)
             gate_B11 = gate_B[:, None, None]
             mixed_BSO = gate_B11 * value_BO[:, None] + (1 - gate_B11) * suffix.output_BSO
-            now_L = targets.nll(self.base, suffix.hidden(mixed_BSO.to(suffix.output_BSO.dtype)))
+            return targets.nll(self.base, suffix.hidden(mixed_BSO.to(suffix.output_BSO.dtype)))
+
+        for _ in range(self.config.n_iter):
+            optimizer.zero_grad()
+            now_L = steps.forward(losses, parameters)
             steps.record(now_L)
-            steps.keep(torch.isfinite(now_L.detach()))
+            steps.keep(torch.isfinite(now_L))
             if steps.ended():
                 break
-            steps.masked(now_L).sum().backward()  # type: ignore[no-untyped-call]
+            steps.backward()
             optimizer.step(steps.active_K, steps.moving)
         optimizer.zero_grad()
         for tensor in parameters:

@@ -29,11 +29,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from workers.finetune import Example, Problem, descend, with_target
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
 from workers.models import BaseModel, ModelShape
+from workers.optim import Box
 from workers.overlay import DenseOverlay, Overlay
 from workers.rows import Encoded
 from workers.types import JSON, EditRequest, SpecError
@@ -103,7 +103,7 @@ class FT(Method[FTConfig]):
         config = self.config
         problem = Problem.of(self.base, overlay, [edit.requests for edit in edits], self._example)
         found = descend(
-            self.base, overlay, problem, config.num_steps, config.lr, config.weight_decay, self._box(overlay)
+            self.base, overlay, problem, config.num_steps, config.lr, config.weight_decay, self._boxes(overlay)
         )
         return [
             EditOutcome(count, loss, {"first_loss": first})
@@ -121,15 +121,14 @@ class FT(Method[FTConfig]):
         target = base.encoder.text(f" {request.target_new}") if self.config.public_bos else pair.target
         return Example(Encoded(prompt, len(prompt)), target, len(prompt) - 1, step=0)
 
-    def _box(self, overlay: DenseOverlay) -> list[tuple[Tensor, Tensor]]:
-        """Least and largest values of each trained map; empty without a constraint."""
+    def _boxes(self, overlay: DenseOverlay) -> list[Box]:
+        """How far each trained map may go; empty without a constraint."""
         bound = self.config.norm_constraint
         if bound is None:
             return []
         if self.config.constraint_around == "edit":
-            return [(w - bound, w + bound) for w in overlay.weights_LOI.values()]
-        centres = [site.weight_OI.to(overlay.weights_LOI[site.name].dtype) for site in overlay.sites]
-        return [(centre - bound, centre + bound) for centre in centres]
+            return [Box(w.clone(), bound) for w in overlay.weights_LOI.values()]
+        return [Box(site.weight_OI, bound) for site in overlay.sites]
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:

@@ -238,18 +238,22 @@ class GRACE(Method[GRACEConfig]):
 
         value_LO = torch.stack(starts).requires_grad_(True)
         optimizer = Adam([value_LO], self.config.lr)
-        steps = Lockstep(overlay.lanes, self.base.device, trained)
+        steps = Lockstep(overlay.lanes, self.base.device, trained, self.base.pool)
         plain_BSO = suffix.output_BSO[:, suffix.first :]
         where_BS1 = overlay.replaced(rows)[:, suffix.first :, None]
+
+        def losses() -> Tensor:
+            output_BSO = torch.where(where_BS1, value_LO.to(plain_BSO.dtype)[:, None], plain_BSO)
+            return batch.targets.nll(self.base, suffix.hidden(output_BSO))
+
         for _ in range(self.config.n_iter):
             optimizer.zero_grad()
-            output_BSO = torch.where(where_BS1, value_LO.to(plain_BSO.dtype)[:, None], plain_BSO)
-            now_L = batch.targets.nll(self.base, suffix.hidden(output_BSO))
+            now_L = steps.forward(losses, [value_LO])
             steps.record(now_L)
-            steps.keep(torch.isfinite(now_L.detach()))
+            steps.keep(torch.isfinite(now_L))
             if steps.ended():
                 break
-            steps.masked(now_L).sum().backward()  # type: ignore[no-untyped-call]
+            steps.backward()
             optimizer.step(steps.active_K, steps.moving)
         for lane, slot in enumerate(slots):
             overlay.values_LKO[lane, slot] = value_LO[lane].detach()

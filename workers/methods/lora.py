@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from workers.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
 from workers.finetune import batch, with_target
@@ -108,6 +109,11 @@ class LoRA(Method[LoRAConfig]):
         factors = overlay.factors
         optimizer = Adam(factors, config.lr, config.weight_decay)
         steps = Lockstep(overlay.lanes, base.device)
+
+        def losses() -> Tensor:
+            with overlay.installed(rows):
+                return targets.nll(base, replay(base, prefix)[targets.reads])
+
         if config.lora_dropout:
             overlay.dropout = Dropout(config.lora_dropout, [edit.draws for edit in edits])
         try:
@@ -115,13 +121,12 @@ class LoRA(Method[LoRAConfig]):
                 factor.requires_grad_(True)
             for _ in range(config.num_steps):
                 optimizer.zero_grad()
-                with overlay.installed(rows):
-                    now_L = targets.nll(base, replay(base, prefix)[targets.reads])
+                now_L = steps.forward(losses, factors)
                 steps.record(now_L)
-                steps.keep(torch.isfinite(now_L.detach()))
+                steps.keep(torch.isfinite(now_L))
                 if steps.ended():
                     break
-                steps.masked(now_L).sum().backward()  # type: ignore[no-untyped-call]
+                steps.backward()
                 optimizer.step(steps.active_K, steps.moving)
         finally:
             overlay.dropout = None

@@ -374,16 +374,20 @@ class MELO(Method[MELOConfig]):
             )
         optimizer = Adam([*down_LRI.values(), *up_LOR.values()], config.lr)
         steps = Lockstep(overlay.lanes, base.device)
+
+        def losses() -> Tensor:
+            with overlay.learning(rows, down_LRI, up_LOR):
+                return targets.nll(base, replay(base, prefix)[targets.reads])
+
         for step in range(config.num_iter):
             optimizer.lr = config.lr * 0.5 ** (step // config.halve_every)
             optimizer.zero_grad()
-            with overlay.learning(rows, down_LRI, up_LOR):
-                now_L = targets.nll(base, replay(base, prefix)[targets.reads])
+            now_L = steps.forward(losses, optimizer.params)
             steps.record(now_L)
-            steps.keep(torch.isfinite(now_L.detach()))
+            steps.keep(torch.isfinite(now_L))
             if steps.ended():
                 break
-            steps.masked(now_L).sum().backward()  # type: ignore[no-untyped-call]
+            steps.backward()
             optimizer.step(steps.active_K, steps.moving)
         for lane in range(overlay.lanes):
             overlay.append(lane, down_LRI, up_LOR)

@@ -54,8 +54,11 @@ The paper's text was not at hand: numbers of equations and algorithms are from m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -68,7 +71,7 @@ from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, take_inner_param
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.optim import SGD, LaneOptimizer
+from workers.optim import SGD, LaneOptimizer, gradient
 from workers.overlay import LaneState, Overlay, lane_linear
 from workers.pretrain import TrainingSource
 from workers.products import linear
@@ -423,6 +426,27 @@ def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
 # --- the method ---
 
 
+def masked_descent(
+    delta_KOI: Tensor,
+    grad_KOI: Tensor,
+    working_KOI: Tensor | None,
+    weight_OI: Tensor,
+    mask_KOI: Tensor,
+    active_K11: Tensor,
+    lr: float,
+    weight_decay: float,
+    bound: float,
+) -> None:
+    """One step of gradient descent inside the masks of the lanes that move, decay included, then back into the box; ``working``
+    becomes a copy of the result."""
+    step_KOI = grad_KOI.to(delta_KOI.dtype) + weight_decay * (weight_OI.to(delta_KOI.dtype) + delta_KOI)
+    moved_KOI = (delta_KOI - lr * torch.where(mask_KOI, step_KOI, 0)).clamp(-bound, bound)
+    moved_KOI = torch.where(active_K11, moved_KOI, delta_KOI)
+    delta_KOI.copy_(moved_KOI)
+    if working_KOI is not None:
+        working_KOI.copy_(moved_KOI)
+
+
 class WISE(Method[WISEConfig]):
     """Side memories with activation routing.
 
@@ -449,14 +473,22 @@ class WISE(Method[WISEConfig]):
         if not isinstance(overlay, SideMemories):
             raise TypeError(f"WISE edits SideMemories, not a {type(overlay).__name__}")
         config, device = self.config, self.base.device
-        whole = problem = _Problem.of(self.base, overlay, edits, [self._templates(edit) for edit in edits])
-        for lane, edit in enumerate(edits):
-            if not overlay.edits[lane]:
-                overlay.begin(lane, self.draw_mask(edit))
+        with ThreadPoolExecutor(self._threads) as pool:
+            # a mask of a 7B model takes a third of a second: lanes draw theirs side by side, and while the batch is prepared
+            drawn = [pool.submit(self._begin, overlay, lane, edit) for lane, edit in enumerate(edits)]
+            whole = problem = _Problem.of(self.base, overlay, edits, [self._templates(edit) for edit in edits])
+            for mask in drawn:
+                mask.result()
         delta_LOI = delta_KOI = overlay.delta_LOI
-        mask_KOI = torch.stack([mask for mask in overlay.masks_OI if mask is not None]).to(delta_LOI.dtype)
+        mask_KOI = torch.stack([mask for mask in overlay.masks_OI if mask is not None])
+        in_one = self._in_one
+        working_KOI: Tensor | None = None
+        if in_one is None:
+            mask_KOI = mask_KOI.to(delta_LOI.dtype)
+        elif self.base.dtype != delta_LOI.dtype:
+            working_KOI = delta_LOI.to(self.base.dtype)
         optimizer: LaneOptimizer = SGD([delta_KOI], config.lr)
-        steps = Lockstep(overlay.lanes, device)
+        steps = Lockstep(overlay.lanes, device, pool=self.base.pool)
         steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=device)
         before_K = torch.zeros(overlay.lanes, dtype=delta_LOI.dtype, device=device)
         for step in range(config.n_iter):
@@ -466,26 +498,31 @@ class WISE(Method[WISEConfig]):
                     delta_LOI[steps.live] = delta_KOI
                 kept = steps.compact()
                 problem, delta_KOI, mask_KOI = problem.part(kept), delta_KOI[kept], mask_KOI[kept]
+                working_KOI = None if working_KOI is None else working_KOI[kept]
                 before_K = before_K[kept]
                 optimizer = optimizer.part(kept, [delta_KOI])
-            delta_KOI.requires_grad_(True)
+            trained_KOI = delta_KOI if working_KOI is None else working_KOI
+            trained_KOI.requires_grad_(True)
             try:
-                now_K = problem.loss(self.base, delta_KOI)
+                now_K = steps.forward(partial(problem.loss, self.base, trained_KOI), [trained_KOI])
                 steps.record(now_K)
-                steps.keep(torch.isfinite(now_K.detach()))
+                steps.keep(torch.isfinite(now_K))
                 if steps.ended():
                     break
-                steps.masked(now_K).sum().backward()  # type: ignore[no-untyped-call]
-                self._descend(optimizer, delta_KOI, mask_KOI, steps)
+                steps.backward()
+                if in_one is None:
+                    self._descend(optimizer, delta_KOI, mask_KOI, steps)
+                else:
+                    optimizer.steps_L += steps.active_K
+                    in_one(delta_KOI, working_KOI, mask_KOI, steps.active_K)
             finally:
-                delta_KOI.requires_grad_(False)
-                optimizer.zero_grad()
-            loss_K = now_K.detach()
+                trained_KOI.requires_grad_(False)
+                trained_KOI.grad = None
             if step:
-                steps.keep(~(((loss_K - before_K).abs() <= STOP_CHANGE) & (loss_K <= STOP_LOSS)))
+                steps.keep(~(((now_K - before_K).abs() <= STOP_CHANGE) & (now_K <= STOP_LOSS)))
                 if steps.ended():
                     break
-            before_K = loss_K
+            before_K = now_K
         steps_L[steps.live] = optimizer.steps_L
         if delta_KOI is not delta_LOI:
             delta_LOI[steps.live] = delta_KOI
@@ -498,6 +535,16 @@ class WISE(Method[WISEConfig]):
             outcomes.append(EditOutcome(count, as_float(steps.loss_L[lane]), details))
         return outcomes
 
+    @property
+    def _threads(self) -> int:
+        """How many masks are drawn at once: beside a GPU the processor has nothing better to do."""
+        return (os.cpu_count() or 1) if self.base.device.type == "cuda" else 1
+
+    def _begin(self, overlay: SideMemories, lane: int, edit: LaneEdit) -> None:
+        """Give a lane's side memory its mask if it is fresh."""
+        if not overlay.edits[lane]:
+            overlay.begin(lane, self.draw_mask(edit))
+
     def draw_mask(self, edit: LaneEdit) -> Tensor:
         """Uniform numbers that decide a fresh side memory's mask, (O, I)."""
         return torch.rand(self.site.shape, generator=edit.draws.generator("mask"))
@@ -505,9 +552,7 @@ class WISE(Method[WISEConfig]):
     @torch.no_grad()
     def _descend(self, optimizer: LaneOptimizer, delta_KOI: Tensor, mask_KOI: Tensor, steps: Lockstep) -> None:
         """One step inside each memory's mask (decay included, unless as published), then back into the box."""
-        config, grad_KOI = self.config, delta_KOI.grad
-        if grad_KOI is None:
-            raise RuntimeError("no gradient: was backward() called?")
+        config, grad_KOI = self.config, gradient(delta_KOI)
         if config.public_decay:
             grad_KOI.mul_(mask_KOI)
         if config.weight_decay:
@@ -518,6 +563,25 @@ class WISE(Method[WISEConfig]):
         optimizer.step(steps.active_K, steps.moving)
         if config.norm_constraint is not None:
             delta_KOI.clamp_(-config.norm_constraint, config.norm_constraint)
+
+    @property
+    def _in_one(self) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], None] | None:
+        """:meth:`_descend` in one pass over memory, where functions are compiled: it moves changes that have gradients, or whose
+        working copies in the base's precision have, inside masks of truth values."""
+        config = self.config
+        if config.public_decay or config.activation == "public" or not self.base.compiled.updates:
+            return None
+        move, weight_OI = self.base.compiled.update(masked_descent), self.site.weight_OI
+        bound = float("inf") if config.norm_constraint is None else config.norm_constraint
+
+        @torch.no_grad()
+        def in_one(delta_KOI: Tensor, working_KOI: Tensor | None, mask_KOI: Tensor, active_K: Tensor) -> None:
+            grad_KOI = gradient(delta_KOI if working_KOI is None else working_KOI)
+            working_KOI = None if working_KOI is None else working_KOI.detach()
+            where = (weight_OI, mask_KOI, active_K[:, None, None])
+            move(delta_KOI.detach(), grad_KOI, working_KOI, *where, config.lr, config.weight_decay, bound)
+
+        return in_one
 
     def _templates(self, edit: LaneEdit) -> list[str]:
         data = edit.inputs.get("templates") or self.inputs["templates"]
