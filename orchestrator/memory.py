@@ -45,11 +45,14 @@ class Memory:
     score: int
     kept: int = 0
     shared: int = 0
+    recorded: bool = False
+    """Whether steps are recorded, as on a GPU: a recording's activations stay while the edit is scored."""
 
     def peak(self, lanes: int) -> int:
-        """Weights + what lanes share + lanes x overlay + the activations of one batch: of an edit or of scoring."""
+        """Weights + what lanes share + lanes x overlay + the activations of one batch: of an edit or of scoring, or both."""
         once = self.weights + self.kept + self.shared
-        return once + lanes * self.overlay + max(lanes * self.edit, self.score)
+        batches = (lanes * self.edit, self.score)
+        return once + lanes * self.overlay + (sum(batches) if self.recorded else max(batches))
 
     def lanes_within(self, budget: float) -> int:
         """The most lanes whose peak stays within ``budget`` bytes, :data:`MOST_LANES` at most; 0 if one does not fit."""
@@ -65,6 +68,7 @@ def estimate(
     tokens: int,
     cache_bytes: int = 0,
     shared_bytes: int = 0,
+    on_gpu: bool = False,
 ) -> Memory:
     """The memory of a method's config on a model; ``tokens`` bounds a sequence's length.
 
@@ -89,6 +93,7 @@ def estimate(
         score=scored,
         kept=cache_bytes,
         shared=shared_bytes,
+        recorded=on_gpu,
     )
 
 

@@ -783,6 +783,7 @@ class _Grid:
                 tokens=self.tokens,
                 cache_bytes=self.spec.engine.cache_bytes,
                 shared_bytes=kind.shared_bytes(config, shape),
+                on_gpu=self.spec.on_gpu,
             )
             self.memory[number, T] = need
             self.widths[number, T] = self._lanes(method.label, T, need)

@@ -59,6 +59,8 @@ def test_what_an_estimate_grows_with() -> None:
     assert keeps.peak(3) == base.peak(3) + 1000
     shares = estimate(shape, {"layer": 4}, 100, 1, ScoreConfig(rows_per_batch=8), tokens=40, shared_bytes=1000)
     assert shares.peak(3) == base.peak(3) + 1000
+    on_gpu = estimate(shape, {"layer": 4}, 100, 1, ScoreConfig(rows_per_batch=8), tokens=40, on_gpu=True)
+    assert on_gpu.peak(3) == base.weights + 3 * 100 + 3 * base.edit + base.score  # a recording keeps its activations
 
 
 class Held:

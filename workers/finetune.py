@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -155,9 +155,22 @@ def descend(
     has no say in when to stop.
     """
     overlay.touch(range(overlay.lanes))
-    if base.compiled.updates and base.dtype != base.master_dtype and penalty is None:
-        # the step that moves the masters renews the copies as well: no pass over memory only casts
-        overlay.working_LOI = {name: weight_LOI.to(base.dtype) for name, weight_LOI in overlay.weights_LOI.items()}
+    # where one pass moves the masters and renews narrower copies, no other pass only casts
+    copies = base.compiled.updates and base.dtype != base.master_dtype and penalty is None
+    with overlay.working(base.dtype) if copies else nullcontext():
+        return _descend(base, overlay, problem, num_steps, lr, weight_decay, boxes, penalty)
+
+
+def _descend(
+    base: BaseModel,
+    overlay: DenseOverlay,
+    problem: Problem,
+    num_steps: int,
+    lr: float,
+    weight_decay: float,
+    boxes: Sequence[Box],
+    penalty: Callable[[Sequence[Tensor]], Tensor] | None,
+) -> Descent:
     optimizer: LaneOptimizer = Adam(problem.weights, lr, weight_decay, boxes, base.compiled, problem.working)
     steps = Lockstep(overlay.lanes, base.device, pool=base.pool)
     steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=base.device)
@@ -184,5 +197,4 @@ def descend(
             optimizer.step(steps.active_K, steps.moving)
     steps_L[steps.live] = optimizer.steps_L
     problem.write_back(overlay, steps.live)
-    overlay.working_LOI = {}
     return Descent(steps_L, steps.loss_L, steps.first_L)

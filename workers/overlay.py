@@ -172,12 +172,21 @@ class DenseOverlay(Overlay):
             site.name: site.weight_OI.to(dtype).unsqueeze(0).repeat(lanes, 1, 1).contiguous() for site in sites
         }
         self.working_LOI: dict[str, Tensor] = {}
-        """Copies in the base's precision that answer in the weights' place while these are trained."""
+        """Inside :meth:`working`, the copies that answer."""
         self._touched = [False] * lanes
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
         weight_LOI = self.working_LOI.get(site.name, self.weights_LOI[site.name])
         return lane_linear(x_BSI, weight_LOI, rows, site.bias_O)
+
+    @contextmanager
+    def working(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, copies in ``dtype`` answer in the weights' place; whoever moves the weights renews them."""
+        self.working_LOI = {name: weight_LOI.to(dtype) for name, weight_LOI in self.weights_LOI.items()}
+        try:
+            yield
+        finally:
+            self.working_LOI = {}
 
     def part(self, lanes: Sequence[int]) -> DenseOverlay:
         """An overlay of some of the lanes, with copies of their weights."""
