@@ -43,6 +43,9 @@ class Encoder:
         if chat_template and not getattr(tokenizer, "chat_template", None):
             raise DataError("chat_template: true, but the model's tokenizer has no chat template")
         probe = tokenizer("a")["input_ids"]
+        # transformers wraps the tokenizer of a fast one in four times its own work for each text
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend = backend if backend is not None and backend.encode("a").ids == probe else None
         self._tail = 1 if probe and probe[-1] == tokenizer.eos_token_id and len(probe) > 1 else 0
         self._joiner = self._chat_joiner() if chat_template else " "
 
@@ -57,7 +60,10 @@ class Encoder:
 
     def text(self, text: str) -> tuple[int, ...]:
         """Ids of a plain text, with the tokenizer's own beginning-of-sequence token and no end token."""
-        ids = self.tokenizer(text, verbose=False)["input_ids"]  # a long text is cut up later: no warning
+        if self._backend is not None:
+            ids = self._backend.encode(text).ids
+        else:
+            ids = self.tokenizer(text, verbose=False)["input_ids"]  # a long text is cut up later: no warning
         return tuple(ids[: len(ids) - self._tail])
 
     def prompt(self, prompt: str) -> tuple[int, ...]:

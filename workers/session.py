@@ -11,6 +11,7 @@ from typing import Self
 import torch
 import transformers
 
+from workers.allocator import keep_freed_memory
 from workers.artifacts import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
 from workers.basescores import build_base_scores
 from workers.fisher import KIND as FISHER
@@ -54,6 +55,7 @@ class Session:
         """Load the model. Fixes what the bits of a result depend on: thread count, no TF32, deterministic kernels."""
         torch.set_num_threads(threads)
         fix_numerics()
+        keep_freed_memory()
         return cls(BaseModel.load(config))
 
     def build(self, spec: ArtifactSpec, bench: Workbench) -> ArtifactData:
