@@ -121,16 +121,18 @@ def test_a_layer_that_an_overlay_answers_in_is_not_compiled() -> None:
         assert compiled.layer(base.layers[2]) is not base.layers[2]
 
 
-def test_where_the_compiler_fails_the_code_runs_as_it_is_written(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("name", ["ft", "wise"])
+def test_where_the_compiler_fails_the_code_runs_as_it_is_written(name: str, caplog: pytest.LogCaptureFixture) -> None:
     def no_compiler(graph: object, inputs: object) -> object:
         raise RuntimeError("no C compiler found")
 
     base = random_model("llama")
-    outcomes, change = edited(base, "ft")
+    outcomes, change = edited(base, name)
     base.compiled = Compiled(updates=True, layers=True, backend=no_compiler)
     with caplog.at_level(logging.WARNING):
-        broken_outcomes, broken_change = edited(base, "ft")
+        broken_outcomes, broken_change = edited(base, name)
     assert base.compiled.broken
+    assert len(base.compiled.turns(LANES)) == LANES  # one after the other, which takes a lane's temporaries only
     (record,) = [r for r in caplog.records if "torch.compile failed" in r.message]
     assert "no C compiler found" in record.message
     assert [o.iterations for o in broken_outcomes] == [o.iterations for o in outcomes]

@@ -43,13 +43,18 @@ class Compiled:
 
     def layer(self, module: nn.Module) -> Callable[..., Any]:
         """The forward of a decoder layer; the layer itself where an overlay answers for a part of it."""
-        if not self.layers or any("forward" in part.__dict__ for part in module.modules()):
+        if not self.layers or self.broken or any("forward" in part.__dict__ for part in module.modules()):
             return module
         return self._careful(module)
 
     def update(self, function: F) -> F:
         """A function that changes large tensors in place, value by value."""
-        return self._careful(function) if self.updates else function
+        return self._careful(function) if self.updates and not self.broken else function
+
+    def turns(self, lanes: int) -> list[slice]:
+        """Which lanes an update is called for, call by call: all at once, unless it runs as it is written, with a dozen
+        temporaries of each lane it is given."""
+        return [slice(lane, lane + 1) for lane in range(lanes)] if self.broken else [slice(None)]
 
     def _careful(self, function: F) -> F:
         made = self._made.get(function)
@@ -70,7 +75,6 @@ class Compiled:
 
     def give_up(self, error: Exception) -> None:
         """Compile nothing more: the machine has no working compiler, or it does not know this model."""
-        self.updates = self.layers = False
         self.broken = True
         LOG.warning(
             "torch.compile failed, so edits run uncompiled, which takes longer and changes results by rounding: %s",

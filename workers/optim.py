@@ -138,7 +138,7 @@ class Adam(LaneOptimizer):
         parameters; it is they that have gradients, and each step renews them."""
         super().__init__(params, lr, weight_decay, boxes)
         self.working = list(working)
-        self._whole = compiled.update(adam_in_box) if compiled is not None and compiled.updates else None
+        self._compiled = compiled if compiled is not None and compiled.updates else None
         self._m = [torch.zeros_like(p) for p in self.params]
         self._v = [torch.zeros_like(p) for p in self.params]
         self._count = [torch.zeros(p.shape[0], dtype=torch.float32, device=p.device) for p in self.params]
@@ -163,29 +163,29 @@ class Adam(LaneOptimizer):
         )
 
     def _moved_whole(self, active_L: Tensor) -> bool:
-        if self._whole is None or self.decoupled:
+        if self._compiled is None or self.decoupled:
             return False
+        update = self._compiled.update(adam_in_box)
         for i, p in enumerate(self.params):
             count_L = self._count[i].add_(active_L)
             first_L11, second_L11 = ((1 - beta**count_L)[:, None, None] for beta in (BETA1, BETA2))
             working = self.working[i] if self.working else None
-            centre, bound = (
-                (self.boxes[i].centre, self.boxes[i].bound) if self.boxes else (p.new_zeros(1), float("inf"))
-            )
-            self._whole(
-                p.detach(),
-                gradient(p if working is None else working),
-                self._m[i],
-                self._v[i],
-                None if working is None else working.detach(),
-                active_L[:, None, None],
-                first_L11,
-                second_L11,
-                centre,
-                self.lr,
-                self.weight_decay,
-                bound,
-            )
+            box = self.boxes[i] if self.boxes else Box(p.new_zeros(1), float("inf"))
+            for at in self._compiled.turns(len(active_L)):
+                update(
+                    p.detach()[at],
+                    gradient(p if working is None else working)[at],
+                    self._m[i][at],
+                    self._v[i][at],
+                    None if working is None else working.detach()[at],
+                    active_L[at, None, None],
+                    first_L11[at],
+                    second_L11[at],
+                    box.centre[at] if box.centre.dim() == 3 else box.centre,
+                    self.lr,
+                    self.weight_decay,
+                    box.bound,
+                )
         return True
 
     def part(self, lane_K: Sequence[int], params: Sequence[Tensor], working: Sequence[Tensor] = ()) -> LaneOptimizer:

@@ -571,15 +571,17 @@ class WISE(Method[WISEConfig]):
         config = self.config
         if config.public_decay or config.activation == "public" or not self.base.compiled.updates:
             return None
-        move, weight_OI = self.base.compiled.update(masked_descent), self.site.weight_OI
+        compiled, weight_OI = self.base.compiled, self.site.weight_OI
+        move = compiled.update(masked_descent)
         bound = float("inf") if config.norm_constraint is None else config.norm_constraint
 
         @torch.no_grad()
         def in_one(delta_KOI: Tensor, working_KOI: Tensor | None, mask_KOI: Tensor, active_K: Tensor) -> None:
             grad_KOI = gradient(delta_KOI if working_KOI is None else working_KOI)
-            working_KOI = None if working_KOI is None else working_KOI.detach()
-            where = (weight_OI, mask_KOI, active_K[:, None, None])
-            move(delta_KOI.detach(), grad_KOI, working_KOI, *where, config.lr, config.weight_decay, bound)
+            for at in compiled.turns(len(active_K)):
+                copy_KOI = None if working_KOI is None else working_KOI.detach()[at]
+                where = (weight_OI, mask_KOI[at], active_K[at, None, None])
+                move(delta_KOI.detach()[at], grad_KOI[at], copy_KOI, *where, config.lr, config.weight_decay, bound)
 
         return in_one
 
