@@ -110,7 +110,7 @@ def test_core_after_twenty_iterations() -> None:
     recorded, expected = common.meta("llama")["wise_req0"], common.core("llama", "wise_req0")
     total = recorded["ft_loss"][19] + recorded["act_loss"][19]
     found = []
-    for base in common.rounded_copies(public_base("llama"), 12):
+    for base in common.rounded_copies(public_base("llama"), common.COPIES):
         editor, overlay, edit = public_request0(base, 20)
         (outcome,) = editor.edit(overlay, [edit])
         assert outcome.iterations == 20
