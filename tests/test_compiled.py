@@ -18,9 +18,9 @@ from workers.lockstep import Lockstep
 from workers.methods import get_method
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FTConfig
-from workers.methods.wise import WISEConfig
+from workers.methods.wise import WISEConfig, masked_descent
 from workers.models import BaseModel
-from workers.optim import Adam, Box
+from workers.optim import Adam, Box, adam_in_box
 from workers.overlay import DenseOverlay
 from workers.products import slow
 from workers.rng import Draws
@@ -65,6 +65,8 @@ def test_compiled_steps_do_what_the_written_ones_do(name: str, dtype: torch.dtyp
     base.compiled = Compiled(updates=True, layers=True, backend=TRACED)
     compiled_outcomes, compiled_change = edited(base, name)
     assert not base.compiled.broken
+    update = masked_descent if name == "wise" else adam_in_box
+    assert {update, base.layers[1]} <= base.compiled._made.keys()  # both were compiled, and were called
     assert compiled_change.dtype == torch.float32
     rel = 1e-3 if dtype == torch.float32 else 0.05
     assert [o.iterations for o in compiled_outcomes] == [o.iterations for o in outcomes]

@@ -151,9 +151,10 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Rows, bias_O: Tensor | 
     """
     weight_LOI = weight_LOI.to(x_BSI.dtype)
     lanes = weight_LOI.shape[0]
-    if len(rows.segments) == 1 and not (
+    whole = (
         lanes == 1 and x_BSI.device.type == "cuda"
-    ):  # there the view's gradient is a copy
+    )  # there the gradient of one lane's view costs a copy of the weight
+    if len(rows.segments) == 1 and not whole:
         return linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
     if rows.even(lanes):
         x_LNI = x_BSI.reshape(lanes, -1, x_BSI.shape[-1])

@@ -1,7 +1,7 @@
 """One forward and backward of an edit's inner loop, recorded on a GPU (a CUDA graph) and played again in every later step.
 
->>> recorded = Recorded(lambda: problem.loss(base, delta_KOI), [delta_KOI])
->>> now_K, = recorded.play()                 # as the function would answer now; delta_KOI.grad is there, too
+>>> recorded = Recorded(lambda: (problem.loss(base, delta_KOI),), [delta_KOI], base.pool)
+>>> (now_K,) = recorded.play()               # as the function would answer now; delta_KOI.grad is there, too
 
 A step of a few layers is a thousand small kernels, and starting them one by one from Python takes longer than they run. The
 recording holds the same kernels in the same order, so the bits are those of the step as it is written. It reads the very tensors
