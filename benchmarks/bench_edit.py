@@ -73,12 +73,12 @@ GOALS = {
 }
 LANES: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
-        "embedded": {"ft": 50, "grace": 50, "rome": 4, "wise": 4},
+        "embedded": {"ft": 50, "grace": 50, "rome": 8, "wise": 12},
         "llama-60m": {"ft": 16, "grace": 25, "rome": 4, "wise": 4},
         "gpt2-124m": {"ft": 8, "grace": 25, "rome": 4, "wise": 4},
     }
 )
-"""Lanes in lockstep: many where an edit is one short row, few where it is a dozen (a core's cache holds a thousand tokens)."""
+"""Lanes in lockstep: many where an edit is one short row, few where it is a dozen rows of a larger model."""
 
 
 def model(name: str) -> BaseModel:

@@ -36,8 +36,8 @@ TEMPLATE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per lane; ``shared`` is what a
-    method keeps beside them once (second moments and their factors, ...), ``kept`` what is kept of scoring."""
+    """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per lane; ``shared`` is what
+    lanes share (second moments and their factors, weights laid out for a processor, ...), ``kept`` what is kept of scoring."""
 
     weights: int
     overlay: int
@@ -82,7 +82,8 @@ def estimate(
         sum(sum(sizes) for sizes in shape.linear.values()) + 6 * shape.hidden + tokens * shape.hidden // 64
     ) * value
     logits = SCORED_TOKENS * shape.vocab * 4
-    suffix = shape.layers - first_layer(config)
+    first = first_layer(config)
+    suffix = shape.layers - first
     edited = rows_per_edit(config) * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
     rows = max(1, min(score.rows_per_batch, score.tokens_per_batch // tokens))
     scored = rows * (tokens * (layer + 2 * shape.hidden * value) + 2 * logits)
@@ -92,7 +93,7 @@ def estimate(
         edit=edited,
         score=scored,
         kept=cache_bytes,
-        shared=shared_bytes,
+        shared=shared_bytes + (0 if on_gpu else shape.laid_out_bytes(first)),
         recorded=on_gpu,
     )
 

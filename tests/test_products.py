@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.small import random_model
-from workers.overlay import lane_linear
-from workers.products import lane_products, linear, quicken, slow
+from workers.overlay import lane_linear, token_linear
+from workers.products import Joined, lane_products, linear, quicken, slow
 from workers.rows import Encoded, collate
 
 pytestmark = pytest.mark.skipif(
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN runs on any processor and at any size, only not always faster."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("workers.products._intel", lambda: False)
     monkeypatch.setattr("workers.products._MULTIPLICATIONS", 8 * 48 * 64)
 
 
@@ -98,6 +100,40 @@ def test_the_gradient_of_a_lane_is_that_of_its_rows(width: int) -> None:
         expected = torch.einsum("bso,bsi->oi", way[some], x[some].detach())
         torch.testing.assert_close(weight.grad[lane], expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(x.grad[some], way[some] @ weight[lane].detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("intel", [True, False])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_joined_maps_are_the_maps(monkeypatch: pytest.MonkeyPatch, intel: bool, rows: int) -> None:
+    monkeypatch.setattr("workers.products._intel", lambda: intel)
+    maps = [nn.Linear(48, 64, bias=False), nn.Linear(48, 32), nn.Linear(48, 80, bias=False)]
+    joined = Joined([(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in maps])
+    x = draw(2, rows, 48).requires_grad_()
+    outs = [m(x) for m in maps]
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(joined(x.detach()), torch.cat(outs, -1))
+    close(joined(x.detach(), 1, 3), torch.cat(outs[1:], -1))
+    ways = [draw(*out.shape) for out in outs]
+    for taken in ([True, True, True], [False, True, False]):
+        (expected,) = torch.autograd.grad(
+            [out for out, there in zip(outs, taken, strict=True) if there],
+            x,
+            [way for way, there in zip(ways, taken, strict=True) if there],
+            retain_graph=True,
+        )
+        close(joined.back(*(way if there else None for way, there in zip(ways, taken, strict=True))), expected)
+
+
+def test_each_token_times_the_weight_of_its_lane() -> None:
+    x, weight = draw(60, 48), draw(3, 64, 48).requires_grad_()
+    ends = (7, 47, 60)
+    out = token_linear(x, weight, ends)
+    way = draw(*out.shape)
+    out.backward(way)  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    for lane, (start, stop) in enumerate(((0, 7), (7, 47), (47, 60))):
+        torch.testing.assert_close(out[start:stop], x[start:stop] @ weight[lane].T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weight.grad[lane], way[start:stop].T @ x[start:stop], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])

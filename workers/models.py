@@ -31,10 +31,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from workers.layers import Weights
     from workers.recorded import Pool
     from workers.rows import Encoder, Rows
 
 EMBEDDED = "embedded"
+
+LAID_OUT = 1 << 22
+"""Weights of a decoder layer up to which edits on a processor lay them out a second time (:mod:`workers.layers`): a larger layer
+is products almost alone."""
 
 
 class ModelConfig(Frozen):
@@ -168,6 +173,11 @@ class ModelShape:
     @property
     def weight_bytes(self) -> int:
         return self.parameters * self.bytes_per_value
+
+    def laid_out_bytes(self, layer: int) -> int:
+        """What edits of ``layer`` on a processor keep of the layers above it beside the weights, at most."""
+        each = sum(out * into for out, into in self.linear.values())
+        return 2 * each * self.bytes_per_value * (self.layers - 1 - layer) if each <= LAID_OUT else 0
 
     def check_layer(self, layer: int, field: str) -> None:
         """Raise :class:`SpecError` if the model has no such decoder layer."""
@@ -361,6 +371,7 @@ class BaseModel:
         self.norm: Any = model.get_submodule(self.arch.norm)
         self.head_module: Any = model.get_submodule(self.arch.head)
         self.vocab = int(self.head_module.weight.shape[0])
+        self._quick: dict[int, Weights | None] = {}
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
     @classmethod
@@ -417,6 +428,14 @@ class BaseModel:
         from workers.recorded import Pool
 
         return Pool() if self.device.type == "cuda" else None
+
+    def quick_weights(self, layer: int) -> Weights | None:
+        """A decoder layer's weights laid out for :class:`~workers.layers.QuickLayer`, once; None where there is no such way."""
+        from workers.layers import Weights
+
+        if layer not in self._quick:
+            self._quick[layer] = Weights.of(self.layers[layer])
+        return self._quick[layer]
 
     @property
     def hidden(self) -> int:

@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from workers.products import lane_products, linear
+from workers.products import lane_products, linear, product_into
 from workers.replay import ABOVE, answering
 from workers.rows import Rows
 from workers.types import JSON
@@ -162,6 +163,34 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Rows, bias_O: Tensor | 
         out = out_LNO.reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
         return out if bias_O is None else out + bias_O
     return torch.cat([linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments])
+
+
+class _TokenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x_NI: Tensor, weight_LOI: Tensor, ends: tuple[int, ...]) -> Tensor:
+        context.save_for_backward(x_NI)
+        context.ends = ends
+        out_NO = x_NI.new_empty(len(x_NI), weight_LOI.shape[1])
+        for weight_OI, (start, stop) in zip(weight_LOI, pairwise((0, *ends)), strict=True):
+            product_into(out_NO[start:stop], x_NI[start:stop], weight_OI)
+        return out_NO
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (grad_NO,) = grads
+        (x_NI,) = context.saved_tensors
+        grad_LOI = x_NI.new_empty(len(context.ends), grad_NO.shape[1], x_NI.shape[1])
+        for grad_OI, (start, stop) in zip(grad_LOI, pairwise((0, *context.ends)), strict=True):
+            product_into(grad_OI, grad_NO[start:stop].T, x_NI[start:stop].T)
+        return None, grad_LOI, None
+
+
+def token_linear(x_NI: Tensor, weight_LOI: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """Each token times the weight of its own lane, (N, O). ``ends``: after which token each lane's end. Gradients flow to the
+    weights alone."""
+    out_NO: Tensor = _TokenProduct.apply(x_NI, weight_LOI.to(x_NI.dtype), ends)  # type: ignore[no-untyped-call]
+    return out_NO
 
 
 class DenseOverlay(Overlay):

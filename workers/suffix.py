@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.compiled import Compiled
+from workers.layers import QuickLayer, plain
 from workers.replay import Prefix, answering, capture, replay
 from workers.rows import Rows
 
@@ -209,8 +210,12 @@ class _Layer:
     past: tuple[Tensor, Tensor] | None
     query: nn.Module | None
     """The attention's query projection, where it is a map of its own: columns that only give keys ask nothing."""
+    quick: QuickLayer | None
+    """The same layer written out, where there is such a way."""
 
     def __call__(self, hidden_RSD: Tensor) -> Tensor:
+        if self.quick is not None and plain(self.module):
+            return self.quick(hidden_RSD)
         past = self.past
         if self.key_arguments is not None:
             recorder = _Recorder(stop=True)
@@ -233,6 +238,7 @@ class _Layer:
             arguments=chosen,
             key_arguments=None if keys is None else {k: _rows_of(v, index_R, k) for k, v in keys.items()},
             past=None if rows is None or self.past is None else (self.past[0][index_R], self.past[1][index_R]),
+            quick=None if self.quick is None else self.quick.part(index_R),
         )
 
 
@@ -252,10 +258,10 @@ def _prepare(
         module = base.layers[i]
         args, kwargs = prefix.calls[i - above + 1]
         names = list(inspect.signature(module.forward).parameters)
-        arguments = {**dict(zip(names[1:], args, strict=False)), **kwargs}
         cache = next((name for name in _CACHES if name in names), None)
         if cache is None or "attention_mask" not in names:
             return None
+        arguments = {**dict(zip(names[1:], args, strict=False)), **kwargs}
         arguments = {k: v for k, v in arguments.items() if k not in (*_CACHES, "use_cache") and v is not None}
         if "attention_mask" not in arguments:
             if base.model.config._attn_implementation != "sdpa":
@@ -277,7 +283,10 @@ def _prepare(
         cut = {name: _columns(value, name, first + given, None) for name, value in arguments.items()}
         attention = base.arch.attn_in
         query = module.get_submodule(attention[0]) if len(attention) == 3 else None  # query, key, value
-        prepared.append(_Layer(module, base.compiled, cache, cut, key_arguments, given, past, query))
+        quick = None
+        if not base.compiled.layers:
+            quick = QuickLayer.of(base.quick_weights(i), cut, key_arguments, given, past)
+        prepared.append(_Layer(module, base.compiled, cache, cut, key_arguments, given, past, query, quick))
     return tuple(prepared)
 
 

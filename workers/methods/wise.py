@@ -72,7 +72,7 @@ from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, take_inner_param
 from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
 from workers.optim import SGD, LaneOptimizer, gradient
-from workers.overlay import LaneState, Overlay, lane_linear
+from workers.overlay import LaneState, Overlay, token_linear
 from workers.pretrain import TrainingSource
 from workers.products import linear
 from workers.rows import Encoded, Rows, collate
@@ -254,27 +254,27 @@ class SideMemories(Overlay):
             found = [(delta_OI, smallest) for delta_OI, _ in found]
         return [(delta_OI, activation * self.config.act_ratio) for delta_OI, activation in found]
 
-    def strength(self, plain_BSO: Tensor, change_BSO: Tensor) -> Tensor:
-        """The routing activation of each token, (B, S)."""
+    def strength(self, plain_O: Tensor, change_O: Tensor) -> Tensor:
+        """The routing activation of each token: (..., O) -> (...)."""
         dtype = self.delta_LOI.dtype
         if self._function is not None:
-            plain_BSO = plain_BSO.to(dtype)
-            change_BSO = self._function(plain_BSO + change_BSO.to(dtype)) - self._function(plain_BSO)
-        norm: Tensor = torch.linalg.vector_norm(change_BSO.to(dtype), dim=-1)
+            plain_O = plain_O.to(dtype)
+            change_O = self._function(plain_O + change_O.to(dtype)) - self._function(plain_O)
+        norm: Tensor = torch.linalg.vector_norm(change_O.to(dtype), dim=-1)
         return norm
 
     # --- editing ---
 
-    def change(self, delta_KOI: Tensor, x_BSI: Tensor, rows: Rows) -> Tensor:
-        """``A(x) D`` of some lanes' side memories, (B, S, O). A fresh memory changes exactly nothing.
+    def change(self, delta_KOI: Tensor, x_NI: Tensor, ends: tuple[int, ...]) -> Tensor:
+        """``A(x) D`` of some lanes' side memories at their tokens, (N, O). A fresh memory changes exactly nothing.
 
         Parity needs the public code's rounding, too (the margin's hinges amplify it to percents in 20 steps): it subtracts
         two outputs.
         """
         if self.config.activation == "difference":
-            return lane_linear(x_BSI, delta_KOI, rows)
-        weight_KOI = self.sites[0].weight_OI.to(delta_KOI).expand_as(delta_KOI).contiguous()
-        return lane_linear(x_BSI, weight_KOI + delta_KOI, rows) - lane_linear(x_BSI, weight_KOI, rows)
+            return token_linear(x_NI, delta_KOI, ends)
+        weight_KOI = self.sites[0].weight_OI.to(delta_KOI).expand_as(delta_KOI)
+        return token_linear(x_NI, weight_KOI + delta_KOI, ends) - token_linear(x_NI, weight_KOI, ends)
 
     def begin(self, lane: int, draw: Tensor) -> None:
         """Give a fresh side memory its mask: the weights whose uniform draw, (O, I), is below ``mask_ratio``."""
@@ -648,14 +648,60 @@ class WISE(Method[WISEConfig]):
 
 
 @dataclass(frozen=True)
+class _Tokens:
+    """The N tokens of a batch without its padding, rows ascending: a third of a batch is padding, where templates of several
+    lengths stand before each prompt."""
+
+    input_NI: Tensor
+    output_NO: Tensor
+    """What enters the map and what it answers."""
+    ends: tuple[int, ...]
+    """After which token each lane's end."""
+    averaged_BS: Tensor
+    """The positions whose activations are averaged."""
+    place_N: Tensor
+    """Each token's place in the flattened batch."""
+    row_N: Tensor
+    share_N: Tensor
+    """Weights of each row's mean."""
+
+    @classmethod
+    def of(cls, suffix: Suffix, averaged_BS: Tensor) -> Self:
+        rows = suffix.rows
+        used_BS = averaged_BS | rows.attention_mask_BS.bool()
+        place_N = torch.nonzero(used_BS.flatten())[:, 0]
+        row_N = place_N // used_BS.shape[1]
+        count_B = used_BS.sum(1).cumsum(0).tolist()
+        share_BS = averaged_BS / averaged_BS.sum(1, keepdim=True).clamp_min(1)
+        return cls(
+            suffix.input_BSI.flatten(0, 1)[place_N],
+            suffix.output_BSO.flatten(0, 1)[place_N],
+            tuple(count_B[stop - 1] for _, _, stop in rows.segments),
+            averaged_BS,
+            place_N,
+            row_N,
+            share_BS.flatten()[place_N],
+        )
+
+    def spread(self, value_NO: Tensor) -> Tensor:
+        """In their places of the batch, (B, S, O); zero in the padding."""
+        flat = value_NO.new_zeros(self.averaged_BS.numel(), value_NO.shape[1])
+        return flat.index_copy(0, self.place_N, value_NO).view(*self.averaged_BS.shape, -1)
+
+    def mean(self, value_N: Tensor) -> Tensor:
+        """Mean over each row's averaged tokens, (B,)."""
+        weighted_N = value_N * self.share_N.to(value_N.dtype)
+        return value_N.new_zeros(len(self.averaged_BS)).index_add(0, self.row_N, weighted_N)
+
+
+@dataclass(frozen=True)
 class _Problem:
     """The lanes in one batch. Rows: per request its prompt in every context template, then its unrelated sentence."""
 
     overlay: SideMemories
     suffix: Suffix
     targets: TargetTokens
-    token_BS: Tensor
-    """The tokens whose activations are averaged."""
+    tokens: _Tokens
     row_E: Tensor
     """Of each edit row, its row in the batch."""
     owner_E: Tensor
@@ -712,11 +758,12 @@ class _Problem:
         targets = TargetTokens.of(rows, places, len(edits))
         sizes = tuple(len(edit.requests) for edit in edits)
         share_G = torch.tensor([1 / sizes[lane] for lane in lane_G], dtype=base.master_dtype, device=device)
+        suffix = Suffix.capture(base, overlay.sites[0], rows, targets.reads)
         return cls(
             overlay,
-            Suffix.capture(base, overlay.sites[0], rows, targets.reads),
+            suffix,
             targets,
-            token_BS,
+            _Tokens.of(suffix, token_BS),
             torch.tensor(row_E, device=device),
             torch.tensor(owner_E, device=device),
             torch.tensor(unrelated_G, device=device),
@@ -727,15 +774,18 @@ class _Problem:
 
     def loss(self, base: BaseModel, delta_KOI: Tensor) -> Tensor:
         """Target loss and margin of each lane, (K,)."""
-        suffix = self.suffix
-        change_BSO = self.overlay.change(delta_KOI, suffix.input_BSI, suffix.rows)
-        nll_K = self.targets.nll(base, suffix.hidden(suffix.output_BSO + change_BSO))
-        return nll_K + self._margin(self.overlay.strength(suffix.output_BSO, change_BSO))
+        tokens, suffix = self.tokens, self.suffix
+        change_NO = self.overlay.change(delta_KOI, tokens.input_NI, tokens.ends)
+        nll_K = self.targets.nll(base, suffix.hidden(suffix.output_BSO + tokens.spread(change_NO)))
+        return nll_K + self._margin(self._activation(change_NO))
 
-    def _margin(self, strength_BS: Tensor) -> Tensor:
+    def _activation(self, change_NO: Tensor) -> Tensor:
+        """Each row's mean over its tokens, (B,)."""
+        return self.tokens.mean(self.overlay.strength(self.tokens.output_NO, change_NO))
+
+    def _margin(self, activation_B: Tensor) -> Tensor:
         """Mean over a lane's requests, (K,)."""
         config = self.overlay.config
-        activation_B = token_mean(strength_BS, self.token_BS)
         outside_G = activation_B[self.unrelated_G]
         inside_E = activation_B[self.row_E]
         loss_G = (
@@ -756,9 +806,9 @@ class _Problem:
 
     def activations(self, delta_KOI: Tensor) -> list[list[float]]:
         """Per lane, for each request the mean activation of its rows."""
-        change_BSO = self.overlay.change(delta_KOI, self.suffix.input_BSI, self.suffix.rows)
-        strength_BS = self.overlay.strength(self.suffix.output_BSO, change_BSO)
-        activation_E = token_mean(strength_BS, self.token_BS)[self.row_E]
+        activation_E = self._activation(self.overlay.change(delta_KOI, self.tokens.input_NI, self.tokens.ends))[
+            self.row_E
+        ]
         mean_G = (self._sum(activation_E) / self._sum(torch.ones_like(activation_E))).tolist()
         at, out = 0, []
         for size in self.sizes:
@@ -771,7 +821,7 @@ class _Problem:
         targets, read_P = self.targets.part(lanes, row_B)
         device = self.row_E.device
         index_B = torch.tensor(row_B, device=device)
-        place_B = torch.zeros(self.token_BS.shape[0], dtype=torch.long, device=device)
+        place_B = torch.zeros(self.suffix.rows.size, dtype=torch.long, device=device)
         place_B[index_B] = torch.arange(len(row_B), device=device)
         lane_L = torch.full((len(self.sizes),), -1, dtype=torch.long, device=device)
         lane_L[list(lanes)] = torch.arange(len(lanes), device=device)
@@ -779,11 +829,12 @@ class _Problem:
         request_G = torch.full((len(self.lane_G),), -1, dtype=torch.long, device=device)
         request_G[keep_G] = torch.arange(len(keep_G), device=device)
         keep_E = torch.nonzero(request_G[self.owner_E] >= 0)[:, 0]
+        suffix = self.suffix.part(row_B, rows, read_P)
         return _Problem(
             self.overlay,
-            self.suffix.part(row_B, rows, read_P),
+            suffix,
             targets,
-            self.token_BS[index_B],
+            _Tokens.of(suffix, self.tokens.averaged_BS[index_B]),
             place_B[self.row_E[keep_E]],
             request_G[self.owner_E[keep_E]],
             place_B[self.unrelated_G[keep_G]],
