@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,13 @@ def test_a_benchmark_runs_and_judges_its_targets(name: str, tmp_path: Path) -> N
     for line in lines:
         met = line["measured"] <= line["goal"] if line["sign"] == "<=" else line["measured"] >= line["goal"]
         assert line["verdict"] == ("PASS" if met else "SHORT")
+
+
+@pytest.mark.parametrize("name", ["layers", "products"])
+def test_a_benchmark_without_targets_tells_its_ratios(name: str, tmp_path: Path) -> None:
+    done = python(str(BENCHMARKS / f"bench_{name}.py"), "--smoke", home=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"\(\d+\.\d\dx\)$", done.stdout, re.MULTILINE)
 
 
 def test_the_gpu_benchmark_runs_without_a_gpu_and_without_ray(tmp_path: Path) -> None:
