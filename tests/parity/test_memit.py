@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,14 @@ def test_scores(short: str, T: int, copies: int) -> None:
     """Edited one after another, as the records were. A hundred edits on top of each other amplify rounding."""
     expected = record(short, "MEMIT", T)
     inputs = {**templates(expected["context_templates"]), **moments(short)}
-    runs = []
+    tolerance = 0.1 if T == 100 else 1e-2
+    runs, apart = [], []
     for base in rounded_copies(model(short), copies):
         editor = MEMIT.prepare(base, MEMITConfig.model_validate(MEMIT_RECORDED), inputs)
         overlay, _ = run_groups(editor, T, expected["n_groups"], inputs)
         runs.append(final_scores(editor, overlay, T, expected["n_groups"]))
-        check_norms(overlay, expected, 0.1 if T == 100 else 1e-2)
+        apart.append(check_norms(overlay, expected, 2 * tolerance if copies > 1 else tolerance))
+    assert statistics.median(apart) <= tolerance, apart  # the copies' norms differ among themselves, too
     check_scores(runs, expected)
 
 
