@@ -258,10 +258,10 @@ def _prepare(
         module = base.layers[i]
         args, kwargs = prefix.calls[i - above + 1]
         names = list(inspect.signature(module.forward).parameters)
+        arguments = {**dict(zip(names[1:], args, strict=False)), **kwargs}
         cache = next((name for name in _CACHES if name in names), None)
         if cache is None or "attention_mask" not in names:
             return None
-        arguments = {**dict(zip(names[1:], args, strict=False)), **kwargs}
         arguments = {k: v for k, v in arguments.items() if k not in (*_CACHES, "use_cache") and v is not None}
         if "attention_mask" not in arguments:
             if base.model.config._attn_implementation != "sdpa":
