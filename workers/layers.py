@@ -201,7 +201,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (out_RQD,) = grads  # what is kept has its values of forward; every other name is a gradient of what it named there
+        # what was kept has its values of forward; every other name is the gradient of what it named there
+        (out_RQD,) = grads
         layer: QuickLayer = context.layer
         weights, given = layer.weights, layer.given
         inner_RCD, scale_RC1, attention, mlp_inner_RQD, mlp_scale_RQ1, gate_up_RQF = context.kept
