@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.small import random_model
 from tests.test_models import batch
-from workers.layers import QuickLayer, plain
+from workers.layers import Constants, QuickLayer, plain
 from workers.models import BaseModel
 from workers.overlay import DenseOverlay
 from workers.suffix import Suffix
@@ -92,12 +92,13 @@ def test_arguments_it_does_not_know_are_left_to_the_modules() -> None:
     weights = base.quick_weights(LAYER)
     cos, sin = torch.rand(2, 5, 6).repeat(1, 1, 2), torch.rand(2, 5, 6).repeat(1, 1, 2)
     known = {"attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.bool), "position_embeddings": (cos, sin)}
-    assert QuickLayer.of(weights, known) is not None
-    assert QuickLayer.of(None, known) is None
-    assert QuickLayer.of(weights, {**known, "alibi": cos}) is None
-    assert QuickLayer.of(weights, {"attention_mask": known["attention_mask"]}) is None
+    assert QuickLayer.of(weights, Constants.of(known)) is not None
+    assert QuickLayer.of(None, Constants.of(known)) is None
+    assert Constants.of({**known, "alibi": cos}) is None
+    assert Constants.of({"attention_mask": known["attention_mask"]}) is None
+    assert QuickLayer.of(weights, None) is None
     for halves in ((torch.rand(2, 5, 12), sin), (cos, torch.rand(2, 5, 12))):
-        assert QuickLayer.of(weights, {**known, "position_embeddings": halves}) is None
+        assert QuickLayer.of(weights, Constants.of({**known, "position_embeddings": halves})) is None
 
 
 def test_where_an_overlay_answers_for_a_part_the_modules_run() -> None:

@@ -9,6 +9,8 @@ import torch
 
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch, model_of
+from workers.fused import FusedLayer
+from workers.layers import QuickLayer
 from workers.lockstep import Lockstep
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
@@ -32,10 +34,16 @@ def double(model_type: str) -> BaseModel:
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize(
     ("model_type", "written_out"),
-    [(name, False) for name in sorted(ARCHITECTURES)] + [(name, True) for name in ("llama", "mistral", "qwen2")],
+    [(name, None) for name in sorted(ARCHITECTURES)]
+    + [(name, kind) for name in ("llama", "mistral", "qwen2") for kind in (QuickLayer, FusedLayer)],
 )
-def test_the_reduced_pass_is_the_whole_pass(model_type: str, layer: int, written_out: bool) -> None:
+def test_the_reduced_pass_is_the_whole_pass(
+    model_type: str, layer: int, written_out: type | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = double(model_type)
+    if written_out is FusedLayer:  # as on a GPU
+        monkeypatch.setattr("workers.suffix.QuickLayer.of", lambda weights, constants: None)
+        monkeypatch.setattr("workers.suffix.FusedLayer.of", FusedLayer)
     rows = batch(base, [0, 1, 2])
     site = base.site(layer)
     width = rows.input_ids_BS.shape[1]
@@ -51,7 +59,7 @@ def test_the_reduced_pass_is_the_whole_pass(model_type: str, layer: int, written
         suffix = Suffix.capture(base, site, rows, (row_P, column_P), first)
         assert suffix._layers is not None
         if written_out:
-            assert all(step.quick is not None for step in suffix._layers)
+            assert all(isinstance(step.quick, written_out) for step in suffix._layers)
         else:
             suffix = replace(suffix, _layers=tuple(replace(step, quick=None) for step in suffix._layers))
         generator = torch.Generator().manual_seed(0)

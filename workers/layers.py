@@ -1,6 +1,7 @@
 """A decoder layer of Llama's kind inside an edit's inner loop, on a processor: forward and backward written out.
 
->>> layer = QuickLayer.of(base.quick_weights(4), arguments)       # None: not a layer it knows, or not these arguments
+>>> constants = Constants.of(arguments)                           # None: not these arguments
+>>> layer = QuickLayer.of(base.quick_weights(4), constants)       # None: not a layer it knows
 >>> if layer is not None and plain(base.layers[4]):               # nobody answers for a part of it
 ...     hidden_RSD = layer(hidden_RSD)                            # gradients flow to the hidden states
 
@@ -60,8 +61,7 @@ class Weights:
     @classmethod
     def of(cls, module: Any) -> Self | None:
         """None: not a layer of this kind."""
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        if kind not in KINDS or type(module.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        if not known(module):
             return None
         matrices = [p for p in module.parameters() if p.dim() == 2]
         fits = sum(p.numel() for p in matrices) <= LAID_OUT
@@ -101,12 +101,48 @@ def _turning(linear: nn.Linear, size: int) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True)
-class QuickLayer:
-    """One layer with the constants of a batch of R rows.
+class Constants:
+    """What a layer is given beside the hidden states of a batch of R rows.
 
     C columns enter; the first ``given`` of them only give keys and values, the other Q are answered. P earlier columns never
     change and are there as ``past`` keys and values, (R, heads, P, head size).
     """
+
+    cos_RCE: Tensor
+    sin_RCE: Tensor
+    """Each column's rotation; R or 1 rows."""
+    mask_R1QK: Tensor
+    """Which of the K = P + C keys each query looks at, or what is added to its scores; R or 1 rows."""
+    given: int
+    past: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        arguments: Mapping[str, Any],
+        key_arguments: Mapping[str, Any] | None = None,
+        given: int = 0,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Self | None:
+        """``arguments`` are the layer's for the Q columns, ``key_arguments`` for those before; None if they hold more than this
+        knows."""
+        tensors = {name for name, value in arguments.items() if isinstance(value, Tensor | tuple | list)}
+        if not {"attention_mask", "position_embeddings"} <= tensors <= _UNDERSTOOD:
+            return None
+        parts = [arguments] if key_arguments is None else [key_arguments, arguments]
+        cos_RCE, sin_RCE = (torch.cat([part["position_embeddings"][i] for part in parts], 1) for i in (0, 1))
+        return cls(cos_RCE, sin_RCE, arguments["attention_mask"], given, past)
+
+    def part(self, index_R: Tensor) -> Self:
+        """The same for some of the rows."""
+        cos, sin, mask = (t if len(t) == 1 else t[index_R] for t in (self.cos_RCE, self.sin_RCE, self.mask_R1QK))
+        past = None if self.past is None else (self.past[0][index_R], self.past[1][index_R])
+        return replace(self, cos_RCE=cos, sin_RCE=sin, mask_R1QK=mask, past=past)
+
+
+@dataclass(frozen=True)
+class QuickLayer:
+    """One layer with the constants of a batch, as :class:`Constants` has them, laid out for its products."""
 
     weights: Weights
     given: int
@@ -119,25 +155,16 @@ class QuickLayer:
     """Whether what enters the map of the values is mixed by the attention's shares first."""
 
     @classmethod
-    def of(
-        cls,
-        weights: Weights | None,
-        arguments: Mapping[str, Any],
-        key_arguments: Mapping[str, Any] | None = None,
-        given: int = 0,
-        past: tuple[Tensor, Tensor] | None = None,
-    ) -> Self | None:
-        """``arguments`` are the layer's for the Q columns, ``key_arguments`` for those before; None if they hold more than this
-        knows."""
-        tensors = {name for name, value in arguments.items() if isinstance(value, Tensor | tuple | list)}
-        if weights is None or not {"attention_mask", "position_embeddings"} <= tensors <= _UNDERSTOOD:
+    def of(cls, weights: Weights | None, constants: Constants | None) -> Self | None:
+        """None if there are none, or if the two numbers of a pair do not rotate together."""
+        if weights is None or constants is None:
             return None
-        parts = [arguments] if key_arguments is None else [key_arguments, arguments]
-        cos, sin = (torch.cat([part["position_embeddings"][i] for part in parts], 1)[:, :, None] for i in (0, 1))
-        first, second = cos.chunk(2, -1)
-        if not torch.equal(first, second) or not torch.equal(*sin.chunk(2, -1)):
+        (cos, other_cos), (sin, other_sin) = (
+            t[:, :, None].chunk(2, -1) for t in (constants.cos_RCE, constants.sin_RCE)
+        )
+        if not torch.equal(cos, other_cos) or not torch.equal(sin, other_sin):
             return None
-        mask = arguments["attention_mask"]
+        given, mask, past = constants.given, constants.mask_R1QK, constants.past
         if mask.dtype == torch.bool:
             mask = cos.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(cos.dtype).min)
         past = None if past is None else (_side_by_side(past[0]), past[1].contiguous())
@@ -145,8 +172,7 @@ class QuickLayer:
         asked, columns, size = mask.shape[2], cos.shape[1], weights.value_HED.shape[1]
         mixing = asked * weights.heads * (columns + size)
         late_values = bool(given) and not weights.value_bias and 2 * mixing <= columns * weights.kv_heads * size
-        turn = torch.complex(first, sin.chunk(2, -1)[0])
-        return cls(weights, given, turn, mask, past, late_values)
+        return cls(weights, given, torch.complex(cos, sin), mask, past, late_values)
 
     def part(self, index_R: Tensor) -> Self:
         """The same for some of the rows."""
@@ -161,6 +187,12 @@ class QuickLayer:
     def __call__(self, hidden_RCD: Tensor) -> Tensor:
         out_RQD: Tensor = _Layer.apply(hidden_RCD, self)  # type: ignore[no-untyped-call]
         return out_RQD
+
+
+def known(module: Any) -> bool:
+    """Whether a layer is of the kind that is written out here."""
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return kind in KINDS and type(module.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
 def plain(module: nn.Module) -> bool:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from workers.compiled import Compiled
-from workers.layers import QuickLayer, plain
+from workers.fused import FusedLayer
+from workers.layers import Constants, QuickLayer, plain
 from workers.replay import Prefix, answering, capture, replay
 from workers.rows import Rows
 
@@ -210,7 +211,7 @@ class _Layer:
     past: tuple[Tensor, Tensor] | None
     query: nn.Module | None
     """The attention's query projection, where it is a map of its own: columns that only give keys ask nothing."""
-    quick: QuickLayer | None
+    quick: QuickLayer | FusedLayer | None
     """The same layer written out, where there is such a way."""
 
     def __call__(self, hidden_RSD: Tensor) -> Tensor:
@@ -283,9 +284,10 @@ def _prepare(
         cut = {name: _columns(value, name, first + given, None) for name, value in arguments.items()}
         attention = base.arch.attn_in
         query = module.get_submodule(attention[0]) if len(attention) == 3 else None  # query, key, value
-        quick = None
+        quick: QuickLayer | FusedLayer | None = None
         if not base.compiled.layers:
-            quick = QuickLayer.of(base.quick_weights(i), cut, key_arguments, given, past)
+            constants = Constants.of(cut, key_arguments, given, past)
+            quick = QuickLayer.of(base.quick_weights(i), constants) or FusedLayer.of(module, constants)
         prepared.append(_Layer(module, base.compiled, cache, cut, key_arguments, given, past, query, quick))
     return tuple(prepared)
 
