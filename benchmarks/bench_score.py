@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     count, rounds = (8, 1) if args.smoke else (300, 3 if args.quick else 5)
     measure("embedded", requests[:count], rounds, report)
     if not args.smoke:
-        measure("llama-60m", requests[: 60 if args.quick else 300], min(rounds, 3), report)
+        measure("llama-60m", requests[: 20 if args.quick else 300], min(rounds, 3), report)
     report.close()
 
 
