@@ -253,7 +253,7 @@ def main() -> None:
     report = Report("bench_resume", args)
     shards, rounds, cells, repeats = 200, {"local": 5, "ray": 5}, 10_000, 7
     if args.quick:
-        rounds, repeats = {"local": 3, "ray": 2}, 3
+        rounds, cells, repeats = {"local": 2, "ray": 1}, 2000, 3
     if args.smoke:
         shards, rounds, cells, repeats = 4, {"local": 1, "ray": 1}, 200, 1
     with tempfile.TemporaryDirectory(prefix="bench-resume-", ignore_cleanup_errors=True) as temporary:

@@ -85,6 +85,7 @@ def measure(name: str, requests: Sequence[EditRequest], rounds: int, report: Rep
 
     known, kept = BaseAnswers(), Prefixes(budget=1 << 32)
     score(base, overlay, items, CONFIG, known, kept)
+    ours, theirs = score(base, overlay, items, CONFIG), one_at_a_time(field, changed, requests)
     seconds = alternate(
         {
             "one": lambda: one_at_a_time(field, changed, requests),
@@ -93,8 +94,8 @@ def measure(name: str, requests: Sequence[EditRequest], rounds: int, report: Rep
             "kept": batched(lambda: known, kept),
         },
         rounds,
+        warm_up=0,  # both sides have run
     )
-    ours, theirs = score(base, overlay, items, CONFIG), one_at_a_time(field, changed, requests)
     pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in b if key.endswith("_token")]
     different = sum(abs(float(a or 0) - b) > 1e-6 for a, b in pairs)
     gap = max(abs(float(a["target_logprob"] or 0) - b["target_logprob"]) for a, b in zip(ours, theirs, strict=True))

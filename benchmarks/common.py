@@ -61,10 +61,10 @@ class Report:
 
     def skipped(self, target: str, why: str) -> None:
         """A target that cannot be judged here: it is told, not left out."""
-        self.lines.append({"benchmark": self.name, "verdict": "SKIP", "target": target, "note": why})
+        self._keep({"benchmark": self.name, "verdict": "SKIP", "target": target, "note": why})
 
     def _add(self, target: str, measured: float, goal: float, unit: str, sign: str, met: bool, note: str) -> None:
-        self.lines.append(
+        self._keep(
             {
                 "benchmark": self.name,
                 "verdict": "PASS" if met else "SHORT",
@@ -77,14 +77,18 @@ class Report:
             }
         )
 
+    def _keep(self, line: dict[str, Any]) -> None:
+        """At once into ``--out``, so that a benchmark that is stopped for its time has told what it found."""
+        self.lines.append(line)
+        if self.out is not None:
+            with self.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
     def close(self) -> None:
-        """The verdicts: one line per target, and into ``--out``."""
+        """The verdicts: one line per target."""
         LOG.info("\nload at the end: %s", _load())
         for line in self.lines:
             LOG.info("%s", verdict(line))
-        if self.out is not None:
-            with self.out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.lines)
 
 
 def verdict(line: Mapping[str, Any]) -> str:

@@ -48,7 +48,7 @@ def main() -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("names", nargs="*", help="without bench_ and .py (default: all)")
     made.add_argument("--full", action="store_true", help="without --quick: more repeats, longer than twenty minutes")
-    made.add_argument("--minutes", type=float, default=6.0, help="at most this long for each (default: 6)")
+    made.add_argument("--minutes", type=float, default=8.0, help="at most this long for each (default: 8)")
     args = made.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     known = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
