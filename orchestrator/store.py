@@ -322,12 +322,17 @@ def sha256_of(*data: bytes | bytearray | memoryview) -> str:
     return digest.hexdigest()
 
 
-def seal_json(value: Mapping[str, JSON]) -> bytes:
-    """A JSON object with a checksum of itself, so that a flipped bit cannot pass for another truth."""
+_HEAD, _MIDDLE = b'{"sha256": "', b'", "value": '
+
+
+def seal_json(value: Mapping[str, JSON], line: bool = False) -> bytes:
+    """A JSON object with a checksum of itself, so that a flipped bit cannot pass for another truth. ``line``: in one line, which
+    is read in half the time, instead of many for people."""
     body = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-    return json.dumps(
-        {"sha256": sha256_of(body), "value": value}, sort_keys=True, indent=1, ensure_ascii=False
-    ).encode()
+    digest = sha256_of(body)
+    if line:
+        return _HEAD + digest.encode() + _MIDDLE + body + b"}"
+    return json.dumps({"sha256": digest, "value": value}, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
 
 def unseal_json(data: bytes, name: str) -> dict[str, JSON]:
@@ -335,9 +340,11 @@ def unseal_json(data: bytes, name: str) -> dict[str, JSON]:
     try:
         sealed = json.loads(data.decode())
         value, digest = sealed["value"], sealed["sha256"]
-        body = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        body = data[len(_HEAD) + len(digest) + len(_MIDDLE) : -1]
+        if sha256_of(body) != digest:  # not in one line: written again as it was hashed
+            body = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{name}: not one of our JSON files ({type(error).__name__})") from error
-    if not isinstance(value, dict) or sha256_of(body.encode()) != digest:
+    if not isinstance(value, dict) or sha256_of(body) != digest:
         raise Damaged(f"{name}: checksum does not match its contents")
     return value

@@ -270,7 +270,7 @@ def encode(table: pa.Table, meta: Mapping[str, JSON], compression: Literal["zstd
         sink, table.schema, compression=compression, use_dictionary=text, write_page_checksum=True, store_schema=False
     ) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({"editsweep": seal_json(meta), "editsweep.sha256": _BLANK})
+        writer.add_key_value_metadata({"editsweep": seal_json(meta, line=True), "editsweep.sha256": _BLANK})
     data = bytearray(sink.getvalue())
     at = data.rfind(_SEAL + _BLANK)
     if at < 0:
@@ -306,20 +306,28 @@ def decode(data: bytes, name: str) -> tuple[pa.Table, dict[str, JSON]]:
     """Rows and metadata of a sealed file. Raises :class:`~orchestrator.store.Damaged`, naming ``name``."""
     check_seal(data, name)
     with _reading(name), pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-        return _conform(file.read(use_threads=False), name), _meta(file.metadata, name)
+        return _conform(file.read(use_threads=False), name), _meta(_sealed(file.metadata, name), name)
 
 
 def read_footer(file: BinaryIO, name: str) -> tuple[dict[str, JSON], int]:
     """Metadata and number of rows, without reading the rows. Raises :class:`~orchestrator.store.Damaged`."""
+    metadata = _footer(file, name)
+    return _meta(_sealed(metadata, name), name), metadata.num_rows
+
+
+def _footer(file: BinaryIO, name: str) -> pq.FileMetaData:
     with _reading(name):
-        metadata = pq.read_metadata(file)
-    return _meta(metadata, name), metadata.num_rows
+        return pq.read_metadata(file)
 
 
-def _meta(metadata: pq.FileMetaData, name: str) -> dict[str, JSON]:
-    sealed = (metadata.metadata or {}).get(b"editsweep")
+def _sealed(metadata: pq.FileMetaData, name: str) -> bytes:
+    sealed: bytes | None = (metadata.metadata or {}).get(b"editsweep")
     if sealed is None:
         raise Damaged(f"{name}: not one of our Parquet files")
+    return sealed
+
+
+def _meta(sealed: bytes, name: str) -> dict[str, JSON]:
     meta = unseal_json(sealed, name)
     if meta.get("version") != VERSION:
         raise TableError(f"{name}: written in format {meta.get('version')}, this editsweep reads format {VERSION}")
@@ -514,19 +522,21 @@ class Gathered:
 class _File:
     """A table file by its footer.
 
-    Who reads rows needs the shards' ids alone. The rest stays JSON text until it is asked for: as objects, the footers of
-    a few hundred files keep the garbage collector as busy as reading them.
+    Who reads rows needs the shards' ids alone. The rest stays as it was read until it is asked for: as objects, the
+    footers of a few hundred files keep the garbage collector as busy as reading them.
     """
 
     number: int
     key: str
     rows: int
     ids: frozenset[str]
-    listed: str
+    sealed: bytes
+    """The metadata."""
 
     @cached_property
     def shards(self) -> tuple[TableShard, ...]:
-        return tuple(TableShard.from_json(shard, self.number) for shard in json.loads(self.listed))
+        meta = unseal_json(self.sealed, self.key)
+        return tuple(TableShard.from_json(shard, self.number) for shard in meta["shards"])
 
 
 class CentralTable:
@@ -626,11 +636,13 @@ class CentralTable:
     def _read_footer(self, number: int, key: str) -> _File:
         name = self.store.where(key)
         with self.store.open(key) as file:
-            meta, rows = read_footer(file, name)
+            metadata = _footer(file, name)
+        sealed, rows = _sealed(metadata, name), metadata.num_rows
+        meta = _meta(sealed, name)
         if meta.get("kind") != "table" or meta.get("number") != number or meta.get("rows") != rows:
             raise Damaged(f"{name}: a foreign file, or one that was renamed")
         ids = frozenset(shard["shard_id"] for shard in meta["shards"])
-        return _File(number, key, rows, ids, json.dumps(meta["shards"]))
+        return _File(number, key, rows, ids, sealed)
 
     # -- writing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -145,16 +146,20 @@ def test_publishing_at_once_has_one_winner(store: LocalStore) -> None:
 
 
 @given(
-    st.dictionaries(st.text(), st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
+    st.dictionaries(
+        st.text(), st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+    ),
+    st.booleans(),
 )
-def test_sealed_json_round_trip(value: dict[str, object]) -> None:
-    assert unseal_json(seal_json(value), "x") == value
+def test_sealed_json_round_trip(value: dict[str, object], line: bool) -> None:
+    assert unseal_json(seal_json(value, line), "x") == value
+    assert json.loads(seal_json(value, line)) == json.loads(seal_json(value))
 
 
-@given(st.data())
-def test_sealed_json_notices_any_change_of_meaning(data: st.DataObject) -> None:
+@given(st.data(), st.booleans())
+def test_sealed_json_notices_any_change_of_meaning(data: st.DataObject, line: bool) -> None:
     value = {"chain": [[1, 0, 40]], "from": 40, "shard_id": "s0"}
-    sealed = bytearray(seal_json(value))
+    sealed = bytearray(seal_json(value, line))
     at = data.draw(st.integers(0, len(sealed) - 1))
     sealed[at] ^= 1 << data.draw(st.integers(0, 7))
     try:
@@ -162,7 +167,7 @@ def test_sealed_json_notices_any_change_of_meaning(data: st.DataObject) -> None:
     except Damaged as error:
         assert "the-file" in str(error)
     with pytest.raises(Damaged):
-        unseal_json(bytes(seal_json(value)[:at]), "the-file")
+        unseal_json(bytes(seal_json(value, line)[:at]), "the-file")
 
 
 def test_put_aside(store: LocalStore) -> None:
