@@ -6,9 +6,10 @@
   finished, some gathered, some not. Then, in turn, the same command on that folder and on an empty one, each until its
   first new edit is durable, and each ended by SIGKILL again. Clocked from the start of the process, Python's imports
   included; an edit that a worker of the killed run still commits does not count. With both engines.
-- status: `editsweep status`, as a process, on a folder where 10,000 cells of N = 1000 are planned, a tenth or nine tenths of
-  them finished, 64 shards under way and 60 finished and not gathered. The folder is made by the project's own planner,
-  journal and table; table files list real shards but hold one row each, because `status` reads footers alone.
+- status: `editsweep status`, as a process, on a folder where 10,000 cells of N = 1000 are planned (2,000 with --quick), a
+  tenth or nine tenths of them finished, 64 shards under way and 60 finished and not gathered. The folder is made by the
+  project's own planner, journal and table; table files list real shards but hold one row each, because `status` reads
+  footers alone.
 """
 
 from __future__ import annotations

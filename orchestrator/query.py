@@ -35,7 +35,7 @@ _BATCH_ROWS = 65_536
 _IN_MEMORY_BYTES = 64 << 20  # of Parquet files: below, reading all is faster than importing pyarrow.dataset (0.3 s)
 _FEW_VALUES = frozenset({"sweep", "model", "dataset", "method", "algorithm", "rollback", "scored", "device"})
 """Columns of a few texts repeated in every row: kept as the dictionaries they lie in, they are read in half the time. Not ids:
-those lie in order, so that Arrow can pass over files by the least and greatest of each, which it cannot do for dictionaries."""
+Arrow passes over files by the least and greatest text of a column, but not where it is a dictionary."""
 
 
 class QueryError(EditSweepError):

@@ -154,6 +154,7 @@ def test_publishing_at_once_has_one_winner(store: LocalStore) -> None:
 def test_sealed_json_round_trip(value: dict[str, object], line: bool) -> None:
     assert unseal_json(seal_json(value, line), "x") == value
     assert json.loads(seal_json(value, line)) == json.loads(seal_json(value))
+    assert (b"\n" in seal_json(value, line)) is not line
 
 
 @given(st.data(), st.booleans())

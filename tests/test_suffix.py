@@ -10,7 +10,7 @@ import torch
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch, model_of
 from workers.fused import FusedLayer
-from workers.layers import QuickLayer
+from workers.layers import Constants, QuickLayer
 from workers.lockstep import Lockstep
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
@@ -20,7 +20,7 @@ from workers.methods.wise import WISEConfig
 from workers.models import ARCHITECTURES, BaseModel
 from workers.replay import capture, replay
 from workers.rng import Draws
-from workers.suffix import Suffix
+from workers.suffix import Suffix, _Layer
 
 IN_FLOAT32 = {"gptj": 1e-7}  # computes its rotation in float32
 NORM_IN_FLOAT32 = 2e-6  # as the modules do whose layer is written out: rounding of the pass they are compared with
@@ -31,19 +31,21 @@ def double(model_type: str) -> BaseModel:
     return BaseModel(base.model.double(), base.tokenizer, base.config)
 
 
+def fused(step: _Layer) -> FusedLayer:
+    """The layer as a GPU runs it."""
+    constants = Constants.of(step.arguments, step.key_arguments, step.given, step.past)
+    assert constants is not None
+    return FusedLayer(step.module, constants)
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize(
     ("model_type", "written_out"),
     [(name, None) for name in sorted(ARCHITECTURES)]
     + [(name, kind) for name in ("llama", "mistral", "qwen2") for kind in (QuickLayer, FusedLayer)],
 )
-def test_the_reduced_pass_is_the_whole_pass(
-    model_type: str, layer: int, written_out: type | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reduced_pass_is_the_whole_pass(model_type: str, layer: int, written_out: type | None) -> None:
     base = double(model_type)
-    if written_out is FusedLayer:  # as on a GPU
-        monkeypatch.setattr("workers.suffix.QuickLayer.of", lambda weights, constants: None)
-        monkeypatch.setattr("workers.suffix.FusedLayer.of", FusedLayer)
     rows = batch(base, [0, 1, 2])
     site = base.site(layer)
     width = rows.input_ids_BS.shape[1]
@@ -58,10 +60,11 @@ def test_the_reduced_pass_is_the_whole_pass(
     ):
         suffix = Suffix.capture(base, site, rows, (row_P, column_P), first)
         assert suffix._layers is not None
-        if written_out:
-            assert all(isinstance(step.quick, written_out) for step in suffix._layers)
+        if written_out is QuickLayer:
+            assert all(isinstance(step.quick, QuickLayer) for step in suffix._layers)
         else:
-            suffix = replace(suffix, _layers=tuple(replace(step, quick=None) for step in suffix._layers))
+            quick = fused if written_out else lambda _: None
+            suffix = replace(suffix, _layers=tuple(replace(step, quick=quick(step)) for step in suffix._layers))
         generator = torch.Generator().manual_seed(0)
         change = torch.zeros_like(suffix.output_BSO)
         change[:, first:] = torch.randn(change[:, first:].shape, generator=generator, dtype=change.dtype)
