@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from orchestrator.journal import Journal
 from orchestrator.paths import ResultsPaths
 from orchestrator.store import LocalStore, Missing, Store, open_store, unseal_json
-from orchestrator.table import COLUMNS, CentralTable, schema
+from orchestrator.table import COLUMNS, CentralTable, TableFile, reading, schema
 from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
     import pyarrow as pa
+    import pyarrow.dataset as ds
+    import pyarrow.parquet as pq
 
 Answer = TypeVar("Answer")
 
@@ -123,30 +125,48 @@ class Results:
     def _register(self, connection: duckdb.DuckDBPyConnection) -> None:
         import pyarrow as pa
 
-        files, parts = self.central.snapshot(self.journal)
-        keys = {file.key for file in files}
-        size = sum(entry.size for entry in self.store.list(self.paths.table) if entry.key in keys)
-        if size < _IN_MEMORY_BYTES:
+        if sum(entry.size for entry in self.store.list(self.paths.table)) < _IN_MEMORY_BYTES:
+            files, parts = self.central.snapshot(self.journal)
             pieces = [self.central.read_file(file) for file in files]
             connection.register("edits", pa.concat_tables([*pieces, parts]))
             return
-        import pyarrow.dataset as ds
-
-        filesystem, root = self.store.filesystem()
-        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-        columns = schema()
-        for name in _FEW_VALUES:
-            at = columns.get_field_index(name)
-            columns = columns.set(at, columns.field(at).with_type(pa.dictionary(pa.int32(), pa.string())))
-        dataset = ds.dataset(
-            [f"{root}/{file.key}" for file in files],
-            schema=columns,
-            format=ds.ParquetFileFormat(default_fragment_scan_options=options, dictionary_columns=_FEW_VALUES),
-            filesystem=filesystem,
-        )
-        connection.register("_table", dataset)
+        table = _ScannedTable(self.store, self.paths)
+        files, parts = table.snapshot(self.journal)
+        connection.register("_table", table.dataset(files))
         connection.register("_parts", parts)
         connection.execute("CREATE VIEW edits AS SELECT * FROM _table UNION ALL SELECT * FROM _parts")
+
+
+class _ScannedTable(CentralTable):
+    """A table too large to be loaded: Arrow scans it, with the footers that its listing has read."""
+
+    def __init__(self, store: Store, paths: ResultsPaths) -> None:
+        import pyarrow as pa
+        import pyarrow.dataset as ds
+
+        super().__init__(store, paths)
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        self._format = ds.ParquetFileFormat(default_fragment_scan_options=options, dictionary_columns=_FEW_VALUES)
+        self._filesystem, self._root = store.filesystem()
+        self._fragments: dict[str, ds.ParquetFileFragment] = {}
+        self._schema = schema()
+        for name in _FEW_VALUES:
+            at = self._schema.get_field_index(name)
+            kept = self._schema.field(at).with_type(pa.dictionary(pa.int32(), pa.string()))
+            self._schema = self._schema.set(at, kept)
+
+    def _metadata(self, key: str, name: str) -> pq.FileMetaData:
+        with reading(name):
+            fragment = self._fragments[key] = self._format.make_fragment(f"{self._root}/{key}", self._filesystem)
+            fragment.ensure_complete_metadata()
+            return fragment.metadata
+
+    def dataset(self, files: Sequence[TableFile]) -> ds.Dataset:
+        """The rows of ``files``, which this object has listed."""
+        import pyarrow.dataset as ds
+
+        fragments = [self._fragments[file.key] for file in files]
+        return ds.FileSystemDataset(fragments, self._schema, self._format, self._filesystem)
 
 
 def open_results(folder: str | os.PathLike[str]) -> Results:

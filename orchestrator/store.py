@@ -336,16 +336,27 @@ def seal_json(value: Mapping[str, JSON], line: bool = False) -> bytes:
     return json.dumps({"sha256": digest, "value": value}, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
 
+def unseal_line(data: bytes) -> bytes | None:
+    """The JSON text of a value that was sealed in one line, if it is whole: for readers to whom a few bytes of it say enough."""
+    digest, middle, body = data[len(_HEAD) :].partition(_MIDDLE)
+    whole = data.startswith(_HEAD) and middle and data.endswith(b"}") and sha256_of(body[:-1]).encode() == digest
+    return body[:-1] if whole else None
+
+
 def unseal_json(data: bytes, name: str) -> dict[str, JSON]:
     """The value given to :func:`seal_json`. Raises :class:`Damaged`, naming ``name``."""
+    line = unseal_line(data)
     try:
-        sealed = json.loads(data.decode())
-        value, digest = sealed["value"], sealed["sha256"]
-        body = data[len(_HEAD) + len(digest) + len(_MIDDLE) : -1]
-        if sha256_of(body) != digest:  # not in one line: written again as it was hashed
+        if line is not None:
+            value = json.loads(line.decode())
+            whole = True
+        else:  # in many lines: written again as it was hashed
+            sealed = json.loads(data.decode())
+            value = sealed["value"]
             body = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+            whole = sha256_of(body) == sealed["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{name}: not one of our JSON files ({type(error).__name__})") from error
-    if not isinstance(value, dict) or sha256_of(body) != digest:
+    if not isinstance(value, dict) or not whole:
         raise Damaged(f"{name}: checksum does not match its contents")
     return value

@@ -70,6 +70,29 @@ def test_large_tables_are_scanned_not_loaded(results: Results, monkeypatch: pyte
     refuses_everything(results)
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_bad_file_is_left_out_with_a_warning(
+    tmp_path: Path, scanned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    LocalStore(tmp_path).publish_new(ResultsPaths().sweep, b"{}")
+    opened = open_results(tmp_path)
+    if scanned:
+        monkeypatch.setattr("orchestrator.query._IN_MEMORY_BYTES", 0)
+    for name in ("s0", "s1", "s2"):
+        finish(opened.journal, make_manifest(name, cell=name))
+        CentralTable(opened.store).gather(opened.journal)
+    first, second, third = sorted((tmp_path / "table").glob("*.parquet"))
+    question = "select distinct shard_id from edits order by all"
+    assert opened.sql(question)["shard_id"].to_pylist() == ["s0", "s1", "s2"]
+    second.write_bytes(first.read_bytes())  # a copy would be counted twice
+    third.write_bytes(third.read_bytes()[:-20])
+    assert open_results(tmp_path).sql(question)["shard_id"].to_pylist() == ["s0"]
+    assert f"{second}: a foreign file, or one that was renamed" in caplog.text
+    assert f"{third}: " in caplog.text
+    first.write_bytes(third.read_bytes())
+    assert open_results(tmp_path).sql(question).num_rows == 0
+
+
 def test_an_empty_folder_answers(tmp_path: Path) -> None:
     LocalStore(tmp_path).publish_new(ResultsPaths().sweep, b"{}")
     opened = open_results(tmp_path)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator.artifacts import ArtifactStore
 from orchestrator.paths import ResultsPaths
-from orchestrator.store import Damaged, LocalStore, Missing, StoreError, put_aside, seal_json, unseal_json
+from orchestrator.store import Damaged, LocalStore, Missing, StoreError, put_aside, seal_json, unseal_json, unseal_line
 from tests.shards import processes, publish_beyond_limit, publish_keys, publish_unprivileged
 from workers.job import Frozen
 
@@ -155,6 +155,8 @@ def test_sealed_json_round_trip(value: dict[str, object], line: bool) -> None:
     assert unseal_json(seal_json(value, line), "x") == value
     assert json.loads(seal_json(value, line)) == json.loads(seal_json(value))
     assert (b"\n" in seal_json(value, line)) is not line
+    text = unseal_line(seal_json(value, line))
+    assert (None if text is None else json.loads(text)) == (value if line else None)
 
 
 @given(st.data(), st.booleans())
@@ -167,6 +169,7 @@ def test_sealed_json_notices_any_change_of_meaning(data: st.DataObject, line: bo
         assert unseal_json(bytes(sealed), "the-file") == value  # a changed blank changes nothing
     except Damaged as error:
         assert "the-file" in str(error)
+    assert unseal_line(bytes(sealed)) is None
     with pytest.raises(Damaged):
         unseal_json(bytes(seal_json(value, line)[:at]), "the-file")
 
