@@ -156,7 +156,7 @@ def measure(name: str, engine: Engine, shards: int, actors: int) -> float:
 def main() -> None:
     args = parser(__doc__).parse_args()
     report = Report("bench_engine", args)
-    shards, others = (6, 6) if args.smoke else (1000, 200) if args.quick else (1000, 1000)
+    shards, others = (6, 6) if args.smoke else (1000, 100) if args.quick else (1000, 1000)
     local = measure("local", run_local, others, 1)
     bare = measure("bare", bare_actors, others, 1)
     ray = measure("ray", run_ray, shards, 1)

@@ -120,10 +120,12 @@ def measure(name: str, requests: Sequence[EditRequest], rounds: int, report: Rep
 def main(args: argparse.Namespace) -> None:
     report = Report("bench_score", args)
     requests = list(load_dataset("edit").requests)
-    count, rounds = (8, 1) if args.smoke else (300, 3 if args.quick else 5)
+    count, rounds = (8, 1) if args.smoke else (300, 2 if args.quick else 5)
     measure("embedded", requests[:count], rounds, report)
-    if not args.smoke:
-        measure("llama-60m", requests[: 20 if args.quick else 300], min(rounds, 3), report)
+    if args.quick:
+        measure("llama-60m", requests[:20], 1, report)
+    elif not args.smoke:
+        measure("llama-60m", requests[:count], 3, report)
     report.close()
 
 

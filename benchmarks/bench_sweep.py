@@ -135,14 +135,19 @@ def main(args: argparse.Namespace) -> None:
         LOG.info("demo: two actors %.1f s of work (%.1f s in all), one actor %.1f s", work_two, whole, work_one)
         report.at_most("demo: the whole sweep, two actors", whole, 120, "s")
         report.at_least("demo: two actors against one", work_one / work_two, 1.7, "x")
-        plain = plain_seconds(continual, 2 if args.smoke else 12)
+        plain = plain_seconds(continual, 2 if args.smoke else 6 if args.quick else 12)
         work, _, outcome = sweep(continual, Path(folder) / "continual", 2)
         edits = outcome.plan.edits
         LOG.info("continual: %d edits in %.0f s; the plain loop on two cores would take %.0f s", edits, work, plain / 2)
         name = f"continual (N={continual.dataset.edits}, T={','.join(map(str, continual.grid.T))})"
         report.at_least(f"{name}: two actors against the plain loop on two cores", plain / 2 / work, 4.5, "x")
         outside = 100 * (1 - inside(Path(folder) / "continual") / (2 * work))
-        report.at_most(f"{name}: actors' time outside editing and scoring", outside, 5, "%")
+        target = f"{name}: actors' time outside editing and scoring"
+        if args.quick:
+            why = f"{outside:.1f} %, of a sweep a tenth as long: mostly its actors' start; judged at N=1000, without --quick"
+            report.skipped(target, why)
+        else:
+            report.at_most(target, outside, 5, "%")
     report.close()
 
 

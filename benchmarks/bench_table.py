@@ -154,12 +154,16 @@ def gather(folder: Path, shards: int) -> tuple[float, float, int]:
 def fill(folder: Path, rows: int, file_rows: int) -> int:
     """A table of ``rows`` rows in files of ``file_rows``; its size in bytes."""
     store, paths = LocalStore(folder), ResultsPaths()
-    rng = np.random.default_rng(2)
+    first = random_rows(np.random.default_rng(2), 1, file_rows, -(-file_rows // (2 * SHARD_EDITS)))
     size = 0
     for number in range(1, -(-rows // file_rows) + 1):
         count = min(file_rows, rows - (number - 1) * file_rows)
         shards = -(-count // (2 * SHARD_EDITS))
-        table = sort_rows(random_rows(rng, number, count, shards))
+        table = first.slice(0, count)  # the same scores in every file
+        for name, values in identities(number, count, shards).items():
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+        table = sort_rows(table)
         entries = [entry_of(f"{number:08x}{i:08x}", number, count // shards) for i in range(shards)]
         data = encode(table, table_meta(number, entries, count))
         store.publish_new(paths.table_file(number), data)
@@ -167,27 +171,30 @@ def fill(folder: Path, rows: int, file_rows: int) -> int:
     return size
 
 
+def identities(number: int, count: int, shards: int) -> dict[str, Any]:
+    """The columns of ``count`` rows that differ from file to file: those of ``shards`` shards, each of one cell."""
+    shard = np.repeat(np.arange(shards), -(-count // shards))[:count]
+    edit = np.arange(count) % (2 * SHARD_EDITS) // 2
+    T = np.array([T_VALUES[(number + i) % len(T_VALUES)] for i in range(shards)])[shard]
+    return {
+        "cell_id": np.array([f"{number:04x}{i:012x}" for i in range(shards)])[shard],
+        "shard_id": np.array([f"{number:08x}{i:08x}" for i in range(shards)])[shard],
+        "method": np.array([METHODS[(number * shards + i) % len(METHODS)] for i in range(shards)])[shard],
+        "T": T,
+        "group": edit // T,
+        "position": edit % T,
+    }
+
+
 def random_rows(rng: np.random.Generator, number: int, count: int, shards: int) -> pa.Table:
     """``count`` rows of ``shards`` shards, each of one cell."""
-    shard = np.repeat(np.arange(shards), -(-count // shards))[:count]
+    known = identities(number, count, shards)
     place = np.arange(count) % (2 * SHARD_EDITS)
-    texts = {
-        "cell_id": [f"{number:04x}{i:012x}" for i in range(shards)],
-        "shard_id": [f"{number:08x}{i:08x}" for i in range(shards)],
-        "method": [METHODS[(number * shards + i) % len(METHODS)] for i in range(shards)],
-    }
-    T = np.array([T_VALUES[(number + i) % len(T_VALUES)] for i in range(shards)])[shard]
     arrays = []
     for column in COLUMNS:
         values: Any
-        if column.name in texts:
-            values = np.array(texts[column.name])[shard]
-        elif column.name == "T":
-            values = T
-        elif column.name == "group":
-            values = place // 2 // T
-        elif column.name == "position":
-            values = place // 2 % T
+        if column.name in known:
+            values = known[column.name]
         elif column.name == "scored":
             values = np.array(["immediate", "final"])[place % 2]
         elif column.name == "case_id":

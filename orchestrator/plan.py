@@ -17,11 +17,14 @@ spec and by work (never by the clock or the size of a cluster). What was measure
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -208,8 +211,9 @@ class Chain:
     riders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def runs(self) -> Iterator[Run]:
+        along = {sizes: tuple(self.riders[T] for T in sizes) for sizes in {sizes for *_, sizes in self.spans}}
         for start, stop, sizes in self.spans:
-            yield Run(self.cells, start, stop, self.also, tuple(self.riders[T] for T in sizes))
+            yield Run(self.cells, start, stop, self.also, along[sizes])
 
 
 def _step(width: int, seeds: int) -> int:
@@ -567,6 +571,19 @@ def make_plan(spec: SweepSpec, progress: Progress | None = None, dataset: Datase
     return Planner(spec, dataset).plan(progress or Progress())
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, Python does not search for cycles of garbage: a large plan is a million small objects that stay, and looking
+    through them again and again takes a quarter of the time."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
+
+
 class Planner:
     """Checks a spec against its data set, model and methods, and enumerates its cells; then plans as often as asked.
 
@@ -629,6 +646,7 @@ class Planner:
             for cell in self.cells
         ]
 
+    @_uncollected()
     def plan(self, progress: Progress, only: Collection[str] | None = None) -> Plan:
         """What is left of the cells ``only`` (ids; None: of all). The others stay as they are."""
         grid, cells = self.grid, self.cells
@@ -1079,10 +1097,15 @@ def _cut(
     common = _digest([_scoring_key(spec.scoring), *engine, spec.grid.rollback])
     whole = _families(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
     most_work = TAIL * _lower_bound(whole, effort)
+
+    @cache
+    def ids(numbers: tuple[int, ...]) -> str:
+        return "+".join(cells[i].cell_id for i in numbers)
+
     for (variant, T), chains in _families(spec, cells, left, effort).items():
         width = effort.widths[variant, T]
         for piece in _pack(variant, T, chains, effort, most_work):
-            composition = f"{common}:{width}:" + ",".join(_composition(run, cells) for run in piece.runs)
+            composition = f"{common}:{width}:" + ",".join(_composition(run, ids) for run in piece.runs)
             retry = 0
             shard_id = _shard_id(composition, retry)
             while shard_id in used:  # it ran before and some of its groups failed: a fresh try is a fresh shard
@@ -1101,12 +1124,8 @@ def _cut(
             )
 
 
-def _composition(run: Run, cells: Sequence[Cell]) -> str:
-    """What of a run enters its shard's id."""
-
-    def ids(numbers: Iterable[int]) -> str:
-        return "+".join(cells[i].cell_id for i in numbers)
-
+def _composition(run: Run, ids: Callable[[tuple[int, ...]], str]) -> str:
+    """What of a run enters its shard's id. ``ids``: those of cells, by their places in the plan."""
     ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
     return "^".join((ranges, *map(ids, run.riders)))
 

@@ -78,3 +78,8 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     done = python(str(tmp_path / "run.py"), "b", home=tmp_path)
     assert done.returncode == 0  # a target that is missed is a measurement
     assert python(str(tmp_path / "run.py"), "c", home=tmp_path).returncode == 2
+    (tmp_path / "bench_a.py").unlink()
+    (tmp_path / "bench_b.py").rename(tmp_path / "bench_plan.py")
+    done = python(str(tmp_path / "run.py"), "--total", "3", home=tmp_path)
+    assert done.stdout.splitlines()[-1] == 'LEFT   plan: no time was left; make bench BENCH="plan"'
+    assert "speed" in python(str(tmp_path / "run.py"), "--total", "3", "plan", home=tmp_path).stdout
