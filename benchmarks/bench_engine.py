@@ -156,15 +156,15 @@ def measure(name: str, engine: Engine, shards: int, actors: int) -> float:
 def main() -> None:
     args = parser(__doc__).parse_args()
     report = Report("bench_engine", args)
-    shards, others = (6, 6) if args.smoke else (1000, 100) if args.quick else (1000, 1000)
+    shards, others, paired = (6, 6, 6) if args.smoke else (1000, 100, 200) if args.quick else (1000, 1000, 1000)
     local = measure("local", run_local, others, 1)
     bare = measure("bare", bare_actors, others, 1)
     ray = measure("ray", run_ray, shards, 1)
-    pair = measure("ray", run_ray, others, 2)
+    pair = measure("ray", run_ray, paired, 2)
     LOG.info("\na trial of Tune costs %.1f ms more than a bare actor's call, Ray %.1f ms more than this process",
              1000 * (ray - bare), 1000 * (bare - local))  # fmt: skip
     report.at_most(f"overhead of a shard, {shards} no-op shards on Ray, one actor", 1000 * ray, 80, "ms")
-    report.at_most(f"wall time of a no-op shard, {others} shards on Ray, two actors", 1000 * pair, 80, "ms")
+    report.at_most(f"wall time of a no-op shard, {paired} shards on Ray, two actors", 1000 * pair, 80, "ms")
     report.close()
 
 

@@ -369,10 +369,10 @@ def main() -> None:
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--tiny", action="store_true", help="a tiny geometry, to check the code")
     made.add_argument("--compile", action="store_true", help="decoder layers compiled, as with model.compile: true")
-    made.add_argument("--lanes", type=int, nargs="+", help="default: 1 to 64, doubling; with --quick 1, 8 and 32")
+    made.add_argument("--lanes", type=int, nargs="+", help="default: 1 to 128, doubling; with --quick 1, 8 and 64")
     made.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
     args = made.parse_args()
-    args.lanes = args.lanes or ([1, 8, 32] if args.quick else [1, 2, 4, 8, 16, 32, 64])
+    args.lanes = args.lanes or ([1, 8, 64] if args.quick else [1, 2, 4, 8, 16, 32, 64, 128])
     if args.smoke:
         args.device, args.tiny, args.lanes = "cpu", True, [1, 8]
     report = Report("bench_gpu", args)

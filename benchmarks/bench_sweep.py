@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 from bench_score import one_at_a_time
 from common import LOG, Report, clock, parser
 from reference import LOOPS, as_it_comes
@@ -28,6 +29,7 @@ from orchestrator.plan import Plan, Planner, Progress, Shard
 from orchestrator.query import open_results
 from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.store import LocalStore
+from orchestrator.table import VARYING, sort_rows
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
 from workers.models import fingerprint_model
@@ -80,6 +82,11 @@ def sweep(spec: SweepSpec, folder: Path, actors: int) -> tuple[float, float, Out
     if outcome.unfinished:
         raise RuntimeError(f"{len(outcome.unfinished)} cells did not finish: {outcome.errors}")
     return view.seconds, time.monotonic() - began, outcome
+
+
+def comparable(folder: Path) -> pa.Table:
+    """The rows of a results folder in their order, without what two runs may differ in."""
+    return sort_rows(open_results(folder).table()).drop_columns(sorted(VARYING))
 
 
 def inside(folder: Path) -> float:
@@ -135,6 +142,9 @@ def main(args: argparse.Namespace) -> None:
         LOG.info("demo: two actors %.1f s of work (%.1f s in all), one actor %.1f s", work_two, whole, work_one)
         report.at_most("demo: the whole sweep, two actors", whole, 120, "s")
         report.at_least("demo: two actors against one", work_one / work_two, 1.7, "x")
+        rows = [comparable(Path(folder) / name) for name in ("one", "two")]
+        differ = sum(a != b for a, b in zip(*(table.to_pylist() for table in rows), strict=True))
+        report.at_most("demo: rows that differ between one actor and two", differ, 0, "", f"of {rows[0].num_rows}")
         plain = plain_seconds(continual, 2 if args.smoke else 6 if args.quick else 12)
         work, _, outcome = sweep(continual, Path(folder) / "continual", 2)
         edits = outcome.plan.edits

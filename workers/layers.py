@@ -112,7 +112,7 @@ class Constants:
     sin_RCE: Tensor
     """Each column's rotation; R or 1 rows."""
     mask_R1QK: Tensor
-    """Which of the K = P + C keys each query looks at, or what is added to its scores; R or 1 rows."""
+    """What is added to the scores of each query with the K = P + C keys; R or 1 rows."""
     given: int
     past: tuple[Tensor, Tensor] | None
 
@@ -131,7 +131,10 @@ class Constants:
             return None
         parts = [arguments] if key_arguments is None else [key_arguments, arguments]
         cos_RCE, sin_RCE = (torch.cat([part["position_embeddings"][i] for part in parts], 1) for i in (0, 1))
-        return cls(cos_RCE, sin_RCE, arguments["attention_mask"], given, past)
+        mask = arguments["attention_mask"]
+        if mask.dtype == torch.bool:  # which keys a query looks at: every layer would translate it anew in every step
+            mask = cos_RCE.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(cos_RCE.dtype).min)
+        return cls(cos_RCE, sin_RCE, mask, given, past)
 
     def part(self, index_R: Tensor) -> Self:
         """The same for some of the rows."""
@@ -149,7 +152,6 @@ class QuickLayer:
     turn_RC1F: Tensor
     """Each column's rotation, a complex number for each pair of a head's numbers; R or 1 rows."""
     mask_R1QK: Tensor
-    """Added to the attention scores; K = P + C."""
     past: tuple[Tensor, Tensor] | None
     late_values: bool
     """Whether what enters the map of the values is mixed by the attention's shares first."""
@@ -165,8 +167,6 @@ class QuickLayer:
         if not torch.equal(cos, other_cos) or not torch.equal(sin, other_sin):
             return None
         given, mask, past = constants.given, constants.mask_R1QK, constants.past
-        if mask.dtype == torch.bool:
-            mask = cos.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(cos.dtype).min)
         past = None if past is None else (_side_by_side(past[0]), past[1].contiguous())
         # the work of either order, over the width of what enters: a value of each column, or a mix and its value for each query
         asked, columns, size = mask.shape[2], cos.shape[1], weights.value_HED.shape[1]
