@@ -310,7 +310,8 @@ def check_seal(data: bytes, name: str) -> None:
 def reading(name: str) -> Iterator[None]:
     """Inside, a file called ``name`` is read.
 
-    Arrow reports damage as ArrowInvalid or as OSError without a number; a number comes from the operating system."""
+    Arrow reports damage as ArrowInvalid or as OSError without a number; a number comes from the operating system.
+    """
     try:
         yield
     except (pa.ArrowException, OSError) as error:
