@@ -369,10 +369,11 @@ def main() -> None:
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--tiny", action="store_true", help="a tiny geometry, to check the code")
     made.add_argument("--compile", action="store_true", help="decoder layers compiled, as with model.compile: true")
-    made.add_argument("--lanes", type=int, nargs="+", help="default: 1 to 128, doubling; with --quick 1, 8 and 64")
+    made.add_argument(
+        "--lanes", type=int, nargs="+", help="default: 1 to 128, doubling; with --quick 1, 8 and, where judged, 64"
+    )
     made.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
     args = made.parse_args()
-    args.lanes = args.lanes or ([1, 8, 64] if args.quick else [1, 2, 4, 8, 16, 32, 64, 128])
     if args.smoke:
         args.device, args.tiny, args.lanes = "cpu", True, [1, 8]
     report = Report("bench_gpu", args)
@@ -400,7 +401,9 @@ def main() -> None:
             LOG.info("\n%s: skipped, HPARAMS of this file has no settings for it", name)
             continue
         hparams = {**HPARAMS[name], **(TINY[name] if args.tiny else {})}
-        found = run(base, name, hparams, args.lanes, device, repeats)
+        quick = [1, WIDE, 64] if name in JUDGED else [1, WIDE]
+        lanes = args.lanes or (quick if args.quick else [2**power for power in range(8)])
+        found = run(base, name, hparams, lanes, device, repeats)
         if not args.tiny:
             judge(report, name, found, f"1 and {WIDE} lanes were not both asked for, or did not fit into memory")
     report.close()
