@@ -97,7 +97,7 @@ chaos-short: $(VENV)/.ready-test ## The same with a few faults of each kind (abo
 	@$(BIN)/python -m tests.chaos.run --short $(CHAOS_ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.ready ## Measure speed against its targets (20 minutes; BENCH="table plan" runs these)
+bench: $(VENV)/.ready ## Measure speed against its targets (about 20 minutes; BENCH="table plan" runs these)
 	@$(BIN)/python benchmarks/run.py $(BENCH)
 
 .PHONY: lint

@@ -263,10 +263,8 @@ def main() -> None:
     size = Size(Ts=(1, 10), rounds=5, plain=8, long=50)
     models = args.models
     if args.quick:
-        size, models = (
-            Size(Ts=(1,), rounds=3, plain=2, long=3, apart=False),
-            [name for name in models if name != "gpt2-124m"],
-        )
+        size = Size(Ts=(1,), rounds=3, plain=2, long=3, apart=False)
+        models = [name for name in models if name != "gpt2-124m"]
     if args.smoke:
         size, models = Size(Ts=(1,), rounds=1, plain=1, long=2, lanes=2), ["embedded"]
     for name in models:

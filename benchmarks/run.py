@@ -32,16 +32,16 @@ LEAST_MINUTES = 3.0
 """One of those is not begun with less than this left."""
 
 
-def run(script: Path, arguments: Sequence[str], seconds: float) -> str:
-    """Run one benchmark; what went wrong, or nothing."""
+def run(script: Path, arguments: Sequence[str], minutes: float | None) -> str:
+    """Run one benchmark, at most so long; what went wrong, or nothing."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     process = subprocess.Popen(
         [sys.executable, str(script), *arguments], env=environment, cwd=HERE.parent, start_new_session=True
     )
     try:
-        code = process.wait(seconds)
+        code = process.wait(None if minutes is None else 60 * minutes)
     except subprocess.TimeoutExpired:
-        return f"took longer than {seconds / 60:.0f} minutes"
+        return f"took longer than {minutes:g} minutes"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with the actors it may have started
@@ -53,7 +53,7 @@ def main() -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("names", nargs="*", help="without bench_ and .py (default: all)")
     made.add_argument("--full", action="store_true", help="without --quick: more repeats, however long it takes")
-    made.add_argument("--minutes", type=float, default=8.0, help="at most this long for each (default: 8)")
+    made.add_argument("--minutes", type=float, help="at most this long for each (default: 8; with --full no limit)")
     made.add_argument(
         "--total", type=float, default=20.0, help="minutes to fit into, where none is named (default: 20)"
     )
@@ -66,6 +66,7 @@ def main() -> int:
         return 2
     in_line = sorted(known, key=lambda name: LAST.index(name) if name in LAST else -1)
     chosen = {name: known[name] for name in args.names or in_line}
+    minutes = args.minutes if args.minutes is not None or args.full else 8.0
     began = time.perf_counter()
     latest = began + 60 * (args.total - LEAST_MINUTES)
     failed: dict[str, str] = {}
@@ -77,7 +78,7 @@ def main() -> int:
                 left_out.append(name)
                 continue
             clock = time.perf_counter()
-            problem = run(script, [*([] if args.full else ["--quick"]), "--out", str(out)], 60 * args.minutes)
+            problem = run(script, [*([] if args.full else ["--quick"]), "--out", str(out)], minutes)
             if problem:
                 failed[name] = problem
             LOG.info("# %s: %.0f s%s\n", script.name, time.perf_counter() - clock, f", {problem}" if problem else "")

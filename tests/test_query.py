@@ -82,11 +82,12 @@ def test_a_bad_file_is_left_out_with_a_warning(
         finish(opened.journal, make_manifest(name, cell=name))
         CentralTable(opened.store).gather(opened.journal)
     first, second, third = sorted((tmp_path / "table").glob("*.parquet"))
-    question = "select distinct shard_id from edits order by all"
-    assert opened.sql(question)["shard_id"].to_pylist() == ["s0", "s1", "s2"]
+    question = "select shard_id, count(*) as n from edits group by all order by all"
+    whole = opened.sql(question)
+    assert whole["shard_id"].to_pylist() == ["s0", "s1", "s2"]
     second.write_bytes(first.read_bytes())  # a copy would be counted twice
     third.write_bytes(third.read_bytes()[:-20])
-    assert open_results(tmp_path).sql(question)["shard_id"].to_pylist() == ["s0"]
+    assert open_results(tmp_path).sql(question) == whole.slice(0, 1)
     assert f"{second}: a foreign file, or one that was renamed" in caplog.text
     assert f"{third}: " in caplog.text
     first.write_bytes(third.read_bytes())
