@@ -1,0 +1,69 @@
+"""Which cells a command is about, as a person writes it: ``method=wise,T=1000``.
+
+>>> chosen = select(["method=wise,T=1000", "seed=3"], cells)      # of either kind      # doctest: +SKIP
+
+Within one text every key must fit, and a key given twice fits either value; several texts choose what any of them does.
+Knows nothing of torch or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from workers.types import JSON, SpecError
+
+KEYS = ("method", "algorithm", "T", "seed", "cell")
+"""``cell`` is an id or how it begins (four characters at least); a text without ``=`` is one too."""
+
+_SHOWN = 12
+_PREFIX = 4
+
+
+def select(texts: Sequence[str], cells: Iterable[Mapping[str, JSON]], option: str) -> frozenset[str]:
+    """Ids of the cells that any of ``texts`` fits. Each of ``cells`` has cell_id, method, algorithm, T and seed.
+
+    Raises :class:`SpecError`, naming ``option``, for a text that cannot be read, and for one that fits no cell.
+    """
+    known = list(cells)
+    chosen: set[str] = set()
+    for text in texts:
+        wanted = _parse(text, option)
+        found = {str(cell["cell_id"]) for cell in known if all(_fits(cell, key, wanted[key]) for key in wanted)}
+        if not found:
+            raise SpecError(f"{option} {text!r} fits no cell; {_what_there_is(known, wanted)}")
+        chosen |= found
+    return frozenset(chosen)
+
+
+def _parse(text: str, option: str) -> dict[str, set[str]]:
+    wanted: dict[str, set[str]] = {}
+    for piece in text.split(","):
+        key, sign, value = (part.strip() for part in piece.partition("="))
+        if not sign:
+            key, value = "cell", key
+        if key not in KEYS:
+            raise SpecError(f"{option} {text!r}: {key!r} is unknown; valid are: {', '.join(KEYS)}")
+        if not value:
+            raise SpecError(f"{option} {text!r}: expected key=value, for example method=wise,T=1000")
+        if key == "cell" and len(value) < _PREFIX:
+            raise SpecError(f"{option} {text!r}: give at least {_PREFIX} characters of a cell's id")
+        wanted.setdefault(key, set()).add(value)
+    return wanted
+
+
+def _fits(cell: Mapping[str, JSON], key: str, values: set[str]) -> bool:
+    if key == "cell":
+        return any(str(cell["cell_id"]).startswith(value) for value in values)
+    return str(cell[key]) in values
+
+
+def _what_there_is(cells: Sequence[Mapping[str, JSON]], wanted: Mapping[str, set[str]]) -> str:
+    """The values that the cells have for what was asked."""
+    if not cells:
+        return "there are no cells"
+    parts = []
+    for key in wanted:
+        values = list(dict.fromkeys(str(cell["cell_id" if key == "cell" else key]) for cell in cells))
+        more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
+        parts.append(f"{key}: {', '.join(values[:_SHOWN])}{more}")
+    return f"there are {'; '.join(parts)}"
