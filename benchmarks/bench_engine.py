@@ -32,12 +32,12 @@ from common import LOG, Report, parser
 
 from orchestrator.driver import run_ray
 from orchestrator.execute import Bench, Books, Engine, StepReport, run_sweep
-from orchestrator.journal import ShardManifest
 from orchestrator.local import run_local
 from orchestrator.plan import Plan, Shard
-from orchestrator.query import open_results
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.query import open_results
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.storage.local import LocalStore
 
 
 class Watch:

@@ -38,12 +38,17 @@ from bench_table import entry_of, random_rows, row_of
 from common import LOG, Report, clock, parser
 
 from orchestrator.execute import run_sweep
-from orchestrator.journal import Journal, ShardManifest
-from orchestrator.paths import ResultsPaths
 from orchestrator.plan import Plan, Shard
+from orchestrator.results.columns import sort_rows
+from orchestrator.results.journal import Journal
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.parquet import encode
+from orchestrator.results.table import CentralTable, table_meta
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore, Missing, unseal_json
-from orchestrator.table import CentralTable, encode, sort_rows, table_meta
+from orchestrator.storage.base import Missing
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import unseal_json
 from workers.job import StreamJob, moments, timeline
 
 UNDER_WAY, WAITING = 64, 60

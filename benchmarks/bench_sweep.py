@@ -26,10 +26,10 @@ from reference import LOOPS, as_it_comes
 from orchestrator.driver import run_ray
 from orchestrator.execute import Outcome, StepReport, run_sweep
 from orchestrator.plan import Plan, Planner, Progress, Shard
-from orchestrator.query import open_results
+from orchestrator.results.columns import VARYING, sort_rows
+from orchestrator.results.query import open_results
 from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.store import LocalStore
-from orchestrator.table import VARYING, sort_rows
+from orchestrator.storage.local import LocalStore
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
 from workers.models import fingerprint_model

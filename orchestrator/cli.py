@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,12 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from orchestrator.console import Output, duration, percent, size
+from orchestrator.results.status import read_status
 from workers.types import JSON, DataError, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.execute import ArtifactState, Engine, Outcome
     from orchestrator.plan import Plan
-    from orchestrator.query import Results
+    from orchestrator.results.query import Results
     from orchestrator.spec import SweepSpec
 
 app = typer.Typer(
@@ -107,12 +107,12 @@ def plan(
     """Show cells, shards, lanes, edits, memory and time; run nothing, write nothing."""
     from orchestrator.console import begin_line
     from orchestrator.execute import check_folder, read_progress
-    from orchestrator.journal import Journal
-    from orchestrator.paths import ResultsPaths
     from orchestrator.plan import Planner, Progress
-    from orchestrator.select import select
-    from orchestrator.store import open_store
-    from orchestrator.table import CentralTable
+    from orchestrator.results.journal import Journal
+    from orchestrator.results.select import select
+    from orchestrator.results.table import CentralTable
+    from orchestrator.storage.open import open_store
+    from orchestrator.storage.paths import ResultsPaths
 
     out = Output()
     spec = _load(spec_file, overrides, trust_remote_code)
@@ -163,7 +163,7 @@ def plan(
         out.warn(f"{failed} groups failed before and are left alone; --retry-failed runs them again")
     for warning in made.warnings:
         out.warn(warning)
-    from orchestrator.artifacts import ArtifactStore
+    from orchestrator.results.artifact_store import ArtifactStore
     from workers.artifacts import in_order
 
     artifact_store = ArtifactStore(store)
@@ -220,7 +220,7 @@ def run(
     folder = results or default_results(spec)
 
     from orchestrator.execute import run_sweep
-    from orchestrator.store import open_store
+    from orchestrator.storage.open import open_store
 
     began = time.monotonic()
     try:
@@ -262,7 +262,7 @@ def artifacts(
     folder = results or default_results(spec)
 
     from orchestrator.execute import build_artifacts
-    from orchestrator.store import open_store
+    from orchestrator.storage.open import open_store
 
     try:
         with _naming(spec_file):
@@ -304,7 +304,7 @@ def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str,
 def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
     """The summary, what failed and how to go on."""
     from orchestrator.console import safety_line
-    from orchestrator.query import open_results
+    from orchestrator.results.query import open_results
 
     _show_summary(out, open_results(folder), outcome.run_id if outcome.unfinished else None)
     if outcome.safety.actor_seconds:
@@ -467,112 +467,6 @@ def _say_more(out: Output, rows: Sequence[object], what: str) -> None:
         out.say(f"and {len(rows) - _ROWS} more {what}: --json lists all")
 
 
-def read_status(folder: str) -> dict[str, JSON]:
-    """What `status --json` prints."""
-    from orchestrator import lock
-    from orchestrator.artifacts import ArtifactStore
-    from orchestrator.store import Missing, unseal_json
-    from orchestrator.table import count_done
-
-    results = _existing(folder)
-    store, paths = results.store, results.paths
-    name = unseal_json(store.read(paths.sweep), store.where(paths.sweep)).get("name")
-    planned, current = results.plan()
-    shards = []
-    for shard_id, manifest in results.journal.begun().items():
-        try:
-            progress = results.journal.progress(shard_id)
-        except Missing:
-            continue  # gathered meanwhile
-        error = progress.error or {}
-        shards.append(
-            {
-                "shard_id": shard_id,
-                "methods": sorted({str(c["method"]) for c in manifest.columns.values()}),
-                "T": manifest.job.T,
-                "cells": sorted(manifest.columns),
-                "ticks": progress.ticks,
-                "committed": progress.committed,
-                "attempts": progress.attempts,
-                "edits": progress.edits,
-                "error": f"{error.get('kind')}: {error.get('message')}" if error else None,
-                "last_error": progress.error,
-            }
-        )
-    listed = results.central.shards()
-    done = results.central.done(listed)
-    failed = results.central.failed(listed)
-    failed_groups = Counter(str(failure["cell_id"]) for failure in failed)
-    failures = _failures_of_cells(results, shards, failed)
-    cells = []
-    for cell_id in current:
-        cell = planned[cell_id]
-        cells.append(
-            {
-                "cell_id": cell_id,
-                **{key: cell[key] for key in ("method", "algorithm", "T", "seed", "groups")},
-                "done": count_done(done.get(cell_id, set()), cell["groups"]),
-                "failed": failed_groups[cell_id],
-            }
-        )
-    holder = lock.owner(store, paths)
-    keys = ("cell_id", "method", "T", "seed")
-    wrong = [
-        {**{key: cell[key] for key in keys}, "failures": failures[cell["cell_id"]]}
-        for cell in cells
-        if cell["done"] < cell["groups"] and cell["cell_id"] in failures
-    ]
-    return {
-        "sweep": name,
-        "running": str(holder) if holder else None,
-        "finished": sum(cell["done"] == cell["groups"] for cell in cells),
-        "cells": cells,
-        "artifacts": ArtifactStore(store, paths).unfinished(),
-        "shards": shards,
-        "failures": failed,
-        "failed_cells": wrong,
-    }
-
-
-def _failures_of_cells(
-    results: Results, shards: Sequence[dict[str, JSON]], failed: Sequence[dict[str, JSON]]
-) -> dict[str, list[dict[str, JSON]]]:
-    """Per cell, what went wrong: groups that failed, and shards under way whose last attempt raised."""
-    store, paths = results.store, results.paths
-    logs: dict[str, str] = {}
-    for entry in store.list(paths.logs):
-        of_shard = paths.log_of_shard(entry.name)
-        if of_shard is not None:
-            logs[of_shard[0]] = store.where(entry.key)  # by name: the newest attempt's comes last
-    found: dict[str, list[dict[str, JSON]]] = {}
-    for failure in sorted(failed, key=lambda failure: int(failure["group"])):
-        found.setdefault(str(failure["cell_id"]), []).append(
-            {
-                "shard_id": failure["shard_id"],
-                "group": failure["group"],
-                "attempts": failure["attempts"],
-                "step": f"group {failure['group']}, edit {failure['position']}",
-                "kind": failure["kind"],
-                "message": failure["message"],
-                "log": logs.get(str(failure["shard_id"])),
-            }
-        )
-    for shard in shards:
-        error = shard["last_error"]
-        for cell_id in shard["cells"] if error else ():
-            found.setdefault(str(cell_id), []).append(
-                {
-                    "shard_id": shard["shard_id"],
-                    "attempts": shard["attempts"],
-                    "step": f"tick {shard['committed']} of {shard['ticks']}",
-                    "kind": error.get("kind"),
-                    "message": error.get("message"),
-                    "log": logs.get(str(shard["shard_id"])),
-                }
-            )
-    return found
-
-
 @app.command()
 def query(
     folder: Folder,
@@ -586,7 +480,7 @@ def query(
     time_limit: Annotated[float, typer.Option(min=0.1, help="seconds after which the query is stopped")] = 300.0,
 ) -> None:
     """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included."""
-    from orchestrator.query import write
+    from orchestrator.results.query import write
 
     results = _existing(folder)
     out = Output()
@@ -643,8 +537,8 @@ def report(
     """The summary: methods x T with mean scores on the final state and right after the edit."""
     results = _existing(folder)
     if picture is not None:
-        from orchestrator.plots import plot
-        from orchestrator.report import summary
+        from orchestrator.results.plots import plot
+        from orchestrator.results.report import summary
 
         plot(summary(results), picture)
         Output().say(f"written: {picture}")
@@ -652,13 +546,13 @@ def report(
     if output == "table":
         _show_summary(Output(), results, None)
         return
-    from orchestrator.report import CAPTION, markdown, summary
+    from orchestrator.results.report import CAPTION, markdown, summary
 
     Output().raw().write(f"{markdown(summary(results))}\n{CAPTION}\n".encode())
 
 
 def _show_summary(out: Output, results: Results, partial: str | None) -> None:
-    from orchestrator.report import CAPTION, HEADER, cells, summary
+    from orchestrator.results.report import CAPTION, HEADER, cells, summary
 
     rows = summary(results)
     if not rows:
@@ -684,7 +578,7 @@ def _yes(value: bool) -> str:
 
 
 def _existing(folder: str) -> Results:
-    from orchestrator.query import open_results
+    from orchestrator.results.query import open_results
 
     return open_results(folder)
 
@@ -707,7 +601,7 @@ def forget(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Remove cells from the results, after asking. If the spec still has them, the next run makes them again."""
-    from orchestrator import forget as forgetting
+    from orchestrator.results import forget as forgetting
 
     results = _existing(folder)
     out = Output()
@@ -777,8 +671,8 @@ def _bug(error: Exception) -> int:
 
 
 def _keep(text: str, folder: str | None) -> str:
-    from orchestrator.paths import ResultsPaths
-    from orchestrator.store import open_store
+    from orchestrator.storage.open import open_store
+    from orchestrator.storage.paths import ResultsPaths
 
     name = f"bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     if folder is not None:

@@ -23,10 +23,11 @@ from types import FrameType
 from typing import Any
 
 from orchestrator.execute import Bench, Books, StepReport, artifact_title, check_memory, versions
-from orchestrator.lock import LockLost
-from orchestrator.paths import ResultsPaths
 from orchestrator.spec import RaySpec, Resources
-from orchestrator.store import StoreError, open_store
+from orchestrator.storage.base import StoreError
+from orchestrator.storage.lock import LockLost
+from orchestrator.storage.open import open_store
+from orchestrator.storage.paths import ResultsPaths
 from workers.artifacts import ArtifactSpec
 from workers.models import ModelConfig, fingerprint_model
 from workers.types import EditSweepError

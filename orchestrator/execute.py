@@ -34,15 +34,18 @@ import yaml
 
 import orchestrator
 import workers
-from orchestrator import lock as locking
-from orchestrator.artifacts import ArtifactStore, Unfinished
-from orchestrator.journal import Journal, ShardManifest, ShardProgress, Superseded
-from orchestrator.paths import ResultsPaths
 from orchestrator.plan import Common, Plan, Planner, Progress, Shard, Spent, Task, base_scores_of, load_spec_dataset
-from orchestrator.select import select
+from orchestrator.results.artifact_store import ArtifactStore, Unfinished
+from orchestrator.results.journal import Journal, ShardProgress, Superseded
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.select import select
+from orchestrator.results.table import CentralTable, TableShard, count_done
 from orchestrator.spec import DatasetSpec, SweepSpec, scoring_identity
-from orchestrator.store import Missing, Store, StoreError, open_store, seal_json, sha256_of, unseal_json
-from orchestrator.table import CentralTable, TableShard, count_done
+from orchestrator.storage import lock as locking
+from orchestrator.storage.base import Missing, Store, StoreError
+from orchestrator.storage.open import open_store
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
 from workers.artifacts import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench, in_order
 from workers.data import requests_of
 from workers.failures import may_pass
@@ -207,7 +210,7 @@ class Bench:
 
         A launch again within one run waits first if the last came to nothing, longer each time: what may pass needs time to
         pass. Raises whatever the
-        stream raises, after noting it in the journal, and :class:`~orchestrator.journal.Superseded`.
+        stream raises, after noting it in the journal, and :class:`~orchestrator.results.journal.Superseded`.
         """
         from workers.stream import Stream
 
@@ -536,7 +539,7 @@ class Books:
         return f"{self.plan.variants[shard.variant].label} T={sizes} {shard.shard_id[:6]}"
 
     def started(self, shard_id: str) -> None:
-        """Raises :class:`~orchestrator.lock.LockLost`: who has lost the folder must not claim a shard of it."""
+        """Raises :class:`~orchestrator.storage.lock.LockLost`: who has lost the folder must not claim a shard of it."""
         self.check()
         shard = self.shards[shard_id]
         self.view.shard_started(shard, self.title(shard))
@@ -586,7 +589,7 @@ class Books:
         self.tick()
 
     def tick(self) -> None:
-        """Called often: gathers when there is enough to gather. Raises :class:`~orchestrator.lock.LockLost`."""
+        """Called often: gathers when there is enough to gather. Raises :class:`~orchestrator.storage.lock.LockLost`."""
         self.check()
         waited = time.monotonic() - self._gathered
         if len(self._ready) >= GATHER_SHARDS or (self._ready and waited >= GATHER_SECONDS):
@@ -663,7 +666,7 @@ def run_sweep(
 ) -> Outcome:
     """The whole of ``editsweep run``: plan, subtract what is done, run the rest, gather.
 
-    ``only``: run the cells that these fit (:mod:`orchestrator.select`). ``retry_failed``: also the groups that failed in an
+    ``only``: run the cells that these fit (:mod:`orchestrator.results.select`). ``retry_failed``: also the groups that failed in an
     earlier run, which are otherwise left alone: what diverged or raised would do so again.
     """
     paths = ResultsPaths()

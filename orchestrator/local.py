@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from orchestrator.execute import Bench, Books, check_memory, passing
-from orchestrator.lock import LockLost
+from orchestrator.storage.lock import LockLost
 from workers.artifacts import ArtifactSpec, Stopped
 
 LEAVE_SECONDS = 10.0

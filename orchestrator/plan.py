@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
-from orchestrator.journal import ShardManifest
 from orchestrator.memory import CPU_MEMORY_GB, GIB, TEMPLATE_TOKENS, USABLE, Memory, estimate, lane_edits
+from orchestrator.results.manifest import ShardManifest
 from orchestrator.schedule import Clock, Simulation, Timing, calibrate, simulate, wave_work
 from orchestrator.spec import DatasetSpec, MethodSpec, SweepSpec
 from workers.artifacts import BASE_SCORES, ArtifactSpec
@@ -634,7 +634,7 @@ class Planner:
                 self.common = self.common.model_copy(update={"training_overlap": found})
 
     def described(self) -> list[dict[str, JSON]]:
-        """Every cell as :func:`orchestrator.select.select` wants it."""
+        """Every cell as :func:`orchestrator.results.select.select` wants it."""
         return [
             {
                 "cell_id": cell.cell_id,

@@ -13,9 +13,9 @@ import yaml
 from orchestrator.execute import Outcome, StepReport, View, run_sweep
 from orchestrator.local import run_local
 from orchestrator.plan import Plan, Shard
-from orchestrator.query import open_results
+from orchestrator.results.query import open_results
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.storage.local import LocalStore
 from workers.models import EMBEDDED
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,16 +18,17 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import lock as locking
-from orchestrator.artifacts import ArtifactFailed, ArtifactStore
-from orchestrator.cli import main, read_status
+from orchestrator.cli import main
 from orchestrator.execute import Bench, run_sweep
 from orchestrator.local import run_local
-from orchestrator.paths import ResultsPaths
 from orchestrator.plan import Planner
-from orchestrator.query import open_results
+from orchestrator.results.artifact_store import ArtifactFailed, ArtifactStore
+from orchestrator.results.query import open_results
+from orchestrator.results.status import read_status
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.storage import lock as locking
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
 from tests import learner
 from tests.engine import Watch, wait_for
 from tests.learner import registered

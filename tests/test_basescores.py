@@ -15,13 +15,13 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.artifacts import ArtifactStore
 from orchestrator.cli import main
 from orchestrator.execute import Bench, build_artifacts, run_sweep
 from orchestrator.local import run_local
 from orchestrator.plan import Progress, base_scores_of, make_plan
+from orchestrator.results.artifact_store import ArtifactStore
 from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.storage.local import LocalStore
 from tests.engine import ROOT, Watch, rows
 from tests.small import golden_requests, random_model
 from workers import basescores, fluency, scoring

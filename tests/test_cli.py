@@ -25,9 +25,9 @@ from orchestrator import cli
 from orchestrator.cli import main
 from orchestrator.console import Output, duration, safety_line, size
 from orchestrator.execute import Safety, run_sweep
-from orchestrator.query import open_results
+from orchestrator.results.query import open_results
 from orchestrator.spec import parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.storage.local import LocalStore
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW: dict[str, Any] = {

@@ -22,15 +22,16 @@ import torch
 import yaml
 
 from orchestrator import execute, local
-from orchestrator import lock as locking
-from orchestrator.cli import read_status
 from orchestrator.execute import ResultsError, StepReport, run_sweep
-from orchestrator.forget import forget, look_up
-from orchestrator.journal import Journal, Superseded
 from orchestrator.local import run_local
-from orchestrator.query import open_results
+from orchestrator.results.forget import forget, look_up
+from orchestrator.results.journal import Journal, Superseded
+from orchestrator.results.query import open_results
+from orchestrator.results.status import read_status
 from orchestrator.spec import RaySpec
-from orchestrator.store import LocalStore, StoreError
+from orchestrator.storage import lock as locking
+from orchestrator.storage.base import StoreError
+from orchestrator.storage.local import LocalStore
 from tests.engine import RAW, ROOT, Stop, Watch, placeless, rows, run, spec_of, wait_for
 from workers import scoring
 from workers.types import EditSweepError, SpecError
@@ -359,7 +360,7 @@ def test_second_driver_is_refused(tmp_path: Path) -> None:
 def test_a_dead_owner_is_succeeded(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     code = (
-        "import os, sys; from orchestrator import lock; from orchestrator.store import LocalStore\n"
+        "import os, sys; from orchestrator import lock; from orchestrator.storage.local import LocalStore\n"
         "lock.acquire(LocalStore(sys.argv[1]), 'dead', print).__enter__(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
@@ -407,7 +408,7 @@ def test_an_owner_whose_claim_is_gone_has_lost_it(tmp_path: Path) -> None:
 def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> None:
     """SIGSTOP, takeover, SIGCONT: its very next check notices, before its heartbeat has had time to."""
     code = (
-        "import sys, time; from orchestrator import lock; from orchestrator.store import LocalStore\n"
+        "import sys, time; from orchestrator import lock; from orchestrator.storage.local import LocalStore\n"
         "with lock.acquire(LocalStore(sys.argv[1]), 'slow', print) as held:\n"
         "    held.beat_seconds = 0.1; last = time.monotonic(); print('held', flush=True)\n"
         "    while True:\n"

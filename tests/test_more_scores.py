@@ -13,11 +13,12 @@ import torch
 import yaml
 
 from orchestrator.execute import check_folder
-from orchestrator.paths import ResultsPaths
 from orchestrator.plan import make_plan
+from orchestrator.results.columns import STREAM_COLUMNS
 from orchestrator.spec import parse_spec, scoring_identity
-from orchestrator.store import LocalStore, seal_json
-from orchestrator.table import STREAM_COLUMNS
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json
 from tests.small import GOLDEN, golden_model, golden_requests, job, random_model, session, timeless
 from workers.ability import Ability, cut_windows
 from workers.fluency import continuations, fluency, n_gram_entropy

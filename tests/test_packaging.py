@@ -361,12 +361,12 @@ def skeleton(tmp_path: Path) -> Path:
         ({"workers/methods/ft.py": "def f():\n    import pyarrow.parquet"}, "streams-run-in-a-notebook"),
         ({"workers/types.py": "from orchestrator import plan"}, "streams-run-in-a-notebook"),
         ({"orchestrator/plan.py": "from ray import tune"}, "ray-in-two-modules"),
-        ({"orchestrator/table.py": "import transformers"}, "reading-results-is-light"),
+        ({"orchestrator/results/table.py": "import transformers"}, "reading-results-is-light"),
         (
-            {"orchestrator/query.py": "import orchestrator.plan", "orchestrator/plan.py": "import torch"},
+            {"orchestrator/results/query.py": "import orchestrator.plan", "orchestrator/plan.py": "import torch"},
             "reading-results-is-light",
         ),
-        ({"orchestrator/query.py": "import orchestrator.driver", "orchestrator/driver.py": "import ray"},
+        ({"orchestrator/results/query.py": "import orchestrator.driver", "orchestrator/driver.py": "import ray"},
          "reading-results-is-light"),
         ({"workers/methods/wise.py": "from workers.methods.ft import x"}, "methods-stand-alone"),
     ],
@@ -414,7 +414,7 @@ def test_the_map_in_the_readme_is_complete() -> None:
 
 def test_results_page_shows_every_path() -> None:
     """Whatever ``ResultsPaths`` can name stands in the page's tree."""
-    from orchestrator.paths import ResultsPaths
+    from orchestrator.storage.paths import ResultsPaths
 
     paths = ResultsPaths()
     page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")

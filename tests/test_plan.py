@@ -17,9 +17,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.journal import ShardManifest
 from orchestrator.memory import CPU_MEMORY_GB, GIB, MOST_LANES, USABLE
 from orchestrator.plan import Plan, Planner, Progress, Spent, Task, make_plan
+from orchestrator.results.manifest import ShardManifest
 from orchestrator.schedule import simulate
 from orchestrator.spec import SweepSpec, load_spec, parse_spec
 from workers.data import load_dataset, requests_of

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from orchestrator import lock as locking
-from orchestrator.paths import ResultsPaths
-from orchestrator.store import Damaged, Missing, Store, StoreError, put_aside, seal_json, sha256_of, unseal_json
+from orchestrator.storage import lock as locking
+from orchestrator.storage.base import Damaged, Missing, Store, StoreError, put_aside
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
 from workers.artifacts import Stopped
 from workers.types import JSON, EditSweepError
 
@@ -45,7 +46,7 @@ class ArtifactStore:
 
     One process builds an artifact: it holds a claim of the same kind as a driver's on its results folder, so a dead builder
     is succeeded, and whoever needs the artifact meanwhile waits. Should two build it all the same (one was believed dead),
-    the first one's bytes stay and both use them. Every verb may raise :class:`~orchestrator.store.StoreError`.
+    the first one's bytes stay and both use them. Every verb may raise :class:`~orchestrator.storage.base.StoreError`.
     """
 
     def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
@@ -196,7 +197,7 @@ class Unfinished:
         return data
 
     def save(self, data: bytes) -> None:
-        """Raises :class:`~orchestrator.lock.LockLost` if another process builds the artifact by now."""
+        """Raises :class:`~orchestrator.storage.lock.LockLost` if another process builds the artifact by now."""
         self.check()
         spec = self.spec
         self.store.replace(self.paths.building_state(spec.kind, spec.key), sha256_of(data).encode() + data)

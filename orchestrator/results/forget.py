@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator import lock as locking
-from orchestrator.query import Results
-from orchestrator.select import select
-from orchestrator.store import Missing, seal_json, unseal_json
+from orchestrator.results.query import Results
+from orchestrator.results.select import select
+from orchestrator.storage import lock as locking
+from orchestrator.storage.base import Missing
+from orchestrator.storage.sealed import seal_json, unseal_json
 from workers.types import JSON
 
 
@@ -34,7 +35,7 @@ class Found:
 
 
 def look_up(results: Results, texts: Sequence[str]) -> Found:
-    """The cells that ``texts`` fit (see :mod:`orchestrator.select`) among all this folder ever planned."""
+    """The cells that ``texts`` fit (see :mod:`orchestrator.results.select`) among all this folder ever planned."""
     planned, _ = results.plan()
     described: list[dict[str, JSON]] = [{"cell_id": cell_id, **cell} for cell_id, cell in planned.items()]
     cells = select(texts, described, "--cells")
@@ -57,7 +58,7 @@ def forget(results: Results, found: Found, say: Callable[[str], None]) -> int:
     """Remove the cells' rows and failures, and the progress of shards that serve them; how many rows went.
 
     Finished shards are gathered first, so that the other cells they serve lose nothing. Raises
-    :class:`~orchestrator.lock.Locked` while a run is at work in the folder.
+    :class:`~orchestrator.storage.lock.Locked` while a run is at work in the folder.
     """
     run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     with locking.acquire(results.store, run_id, say) as lock:

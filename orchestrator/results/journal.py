@@ -14,27 +14,18 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
 
-from orchestrator.paths import ResultsPaths
-from orchestrator.store import Damaged, Missing, Store, put_aside, seal_json, sha256_of, unseal_json
-from orchestrator.table import (
-    CELL_COLUMNS,
-    STREAM_COLUMNS,
-    VERSION,
-    TableError,
-    check_seal,
-    complete_rows,
-    decode,
-    encode,
-    no_rows,
-    read_footer,
-    rows_to_table,
-)
-from workers.job import Frozen, StreamJob, timeline
+from orchestrator.results.columns import STREAM_COLUMNS, TableError, no_rows, rows_to_table
+from orchestrator.results.contents import complete_rows
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.parquet import VERSION, check_seal, decode, encode, read_footer
+from orchestrator.storage.base import Damaged, Missing, Store, put_aside
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
 from workers.types import JSON, EditSweepError
 
 log = logging.getLogger(__name__)
@@ -49,38 +40,6 @@ class JournalError(EditSweepError):
 
 class Superseded(JournalError):
     """A newer attempt has taken the shard over: stop quietly, nothing this attempt writes counts any more."""
-
-
-class ShardManifest(Frozen):
-    """What a shard consists of; written once, before its first attempt, and never changed.
-
-    ``bounds``: ticks at which it commits, the last one included (:func:`workers.job.cut_steps`). ``columns``: for each
-    cell the columns of :data:`~orchestrator.table.CELL_COLUMNS`, the same in all its rows. ``task``: whatever else the
-    worker needs (model, data set, artifacts); the journal does not look inside.
-    """
-
-    shard_id: str
-    job: StreamJob
-    bounds: tuple[int, ...]
-    columns: dict[str, dict[str, Any]]
-    task: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        ticks = len(timeline(self.job))
-        if (
-            list(self.bounds) != sorted(set(self.bounds))
-            or not self.bounds
-            or self.bounds[0] < 1
-            or self.bounds[-1] != ticks
-        ):
-            raise ValueError(f"bounds must ascend and end with the job's last tick, {ticks}")
-        if self.columns.keys() != {cell.cell_id for cell in self.job.cells}:
-            raise ValueError("columns must name exactly the cells of the job")
-        for cell, columns in self.columns.items():
-            if columns.keys() != CELL_COLUMNS:
-                raise ValueError(f"columns of cell {cell} must be exactly {sorted(CELL_COLUMNS)}")
-        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +117,7 @@ class Journal:
     >>> for step in stream.run(manifest.bounds, attempt.position, attempt.state):  # doctest: +SKIP
     ...     attempt.commit(step.start, step.stop, step.rows, failures, step.state, stats)
 
-    Every verb may raise :class:`~orchestrator.store.StoreError`.
+    Every verb may raise :class:`~orchestrator.storage.base.StoreError`.
     """
 
     def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
@@ -206,7 +165,7 @@ class Journal:
         return found
 
     def manifest(self, shard_id: str) -> ShardManifest:
-        """Raises :class:`~orchestrator.store.Missing` or :class:`~orchestrator.store.Damaged`."""
+        """Raises :class:`~orchestrator.storage.base.Missing` or :class:`~orchestrator.storage.base.Damaged`."""
         key = self.paths.manifest(shard_id)
         value = unseal_json(self.store.read(key), self.store.where(key))
         try:
@@ -233,7 +192,7 @@ class Journal:
     def progress(self, shard_id: str) -> ShardProgress:
         """From file names and one footer; :meth:`claim` and :meth:`load` verify every byte.
 
-        Raises :class:`~orchestrator.store.Missing` if the shard has not begun.
+        Raises :class:`~orchestrator.storage.base.Missing` if the shard has not begun.
         """
         return self._progress(self.manifest(shard_id))
 
@@ -269,7 +228,7 @@ class Journal:
     def committed_rows(self, shard_id: str) -> pa.Table:
         """Rows committed so far, without those of failed groups. For readers: changes nothing.
 
-        Raises :class:`~orchestrator.store.Missing` if files vanish meanwhile (the shard was gathered): look at the
+        Raises :class:`~orchestrator.storage.base.Missing` if files vanish meanwhile (the shard was gathered): look at the
         table again.
         """
         chain = self._chain(shard_id, self._attempts(shard_id))
@@ -533,7 +492,7 @@ class Attempt:
 
         ``rows`` as the stream gives them: the columns of cell and attempt are added here. ``failures``: dicts with
         cell_id, group, position, kind, message. ``state``: the edit state after the step, None where the lanes are
-        pristine. ``stats``: edits, edit_seconds, score_seconds. After a :class:`~orchestrator.store.StoreError` the
+        pristine. ``stats``: edits, edit_seconds, score_seconds. After a :class:`~orchestrator.storage.base.StoreError` the
         same commit may be tried again. Raises :class:`Superseded`, and :class:`JournalError` for a step that does not
         follow the last.
         """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
-    from orchestrator.report import Row
+    from orchestrator.results.report import Row
 
 PANELS = ("reliability", "generalization", "locality")
 FORMATS = (".png", ".pdf", ".svg")

@@ -17,10 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from orchestrator.journal import Journal
-from orchestrator.paths import ResultsPaths
-from orchestrator.store import LocalStore, Missing, Store, open_store, unseal_json
-from orchestrator.table import COLUMNS, CentralTable, TableFile, reading, schema
+from orchestrator.results.columns import COLUMNS, schema
+from orchestrator.results.journal import Journal
+from orchestrator.results.parquet import reading
+from orchestrator.results.table import CentralTable, TableFile
+from orchestrator.storage.base import Missing, Store
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.open import open_store
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import unseal_json
 from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:

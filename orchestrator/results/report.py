@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from workers.types import JSON
 
 if TYPE_CHECKING:
-    from orchestrator.query import Results
+    from orchestrator.results.query import Results
 
 SCORES = ("reliability", "generalization", "locality", "portability")
 

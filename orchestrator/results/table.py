@@ -4,443 +4,41 @@ The table is a folder of immutable, numbered Parquet files. Each holds the rows 
 footer; a shard is in the table if and only if a file lists it. Nothing is ever compacted, updated or renamed. Any tool
 that reads Parquet reads the table; this module adds what plain readers do not do: the rows of shards that are still
 running, and checksums of whole files.
-Knows nothing of torch or Ray, and of DuckDB only that it exists (:mod:`orchestrator.query`).
+Knows nothing of torch or Ray, and of DuckDB only that it exists (:mod:`orchestrator.results.query`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, starmap
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrator.paths import ResultsPaths
-from orchestrator.store import (
-    Damaged,
-    Entry,
-    Missing,
-    Store,
-    StoreError,
-    put_aside,
-    seal_json,
-    sha256_of,
-    unseal_json,
-    unseal_line,
-)
-from workers.job import StreamJob, Tick, moments, timeline
-from workers.types import JSON, EditSweepError
+from orchestrator.results.columns import KEY, TableError, check_columns, has_duplicates, no_rows, sort_rows
+from orchestrator.results.contents import complete_rows, expected_contents
+from orchestrator.results.parquet import VERSION, _conform, _meta, _sealed, check_seal, decode, encode, reading
+from orchestrator.storage.base import Damaged, Entry, Missing, Store, StoreError, put_aside
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import unseal_json, unseal_line
+from workers.types import JSON
 
 if TYPE_CHECKING:
-    from orchestrator.journal import FinishedShard, Journal
+    from orchestrator.results.journal import FinishedShard, Journal
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["identity", "moment", "score", "cost", "provenance"]
-Source = Literal["stream", "cell", "attempt"]
 
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column of the table. ``source``: who fills it, the stream per row, the plan per cell, or the attempt."""
-
-    name: str
-    type: Literal["string", "int32", "int64", "double"]
-    unit: str
-    meaning: str
-    kind: Kind
-    source: Source = "stream"
-    nullable: bool = False
-
-
-def _score_columns() -> Iterator[Column]:
-    probes = {
-        "reliability": "on the edit prompt",
-        "generalization": "on the rephrased prompts (mean)",
-        "locality": "on the locality prompts, against the base model's answers (mean)",
-        "portability": "on the portability prompts (mean)",
-    }
-    protocols = {
-        "token": "share of target tokens predicted under teacher forcing",
-        "exact": "1 if every target token is predicted under teacher forcing",
-        "generated": "1 if greedy generation with a natural stop gives the normalised target",
-    }
-    for base in (False, True):
-        for probe, where in probes.items():
-            if base and probe == "locality":
-                continue  # 1 by definition
-            for protocol, what in protocols.items():
-                name = f"{probe}_{protocol}{'_base' if base else ''}"
-                meaning = f"{what}, {where}{'; the unedited model' if base else ''}"
-                yield Column(name, "double", "0..1", meaning, "score", nullable=True)
-
-
-def _later_score_columns() -> Iterator[Column]:
-    """Scores that only some data or settings have: null elsewhere, and in files from before they were declared."""
-    several = "the best of the portability prompts that are phrasings of one question"
-    at_end = "not in immediate rows, and off unless the spec asks for it"
-    scores = {
-        "portability_any_exact": ("0..1", f"{several}: 1 if every target token is predicted under teacher forcing"),
-        "portability_any_generated": (
-            "0..1",
-            f"{several}: 1 if greedy generation with a natural stop gives the normalised target or an alias",
-        ),
-        "ood_token": ("0..1", "share of the tokens of an out-of-distribution text predicted, the first one aside"),
-        "ood_confident": ("0..1", "share of its tokens that get a probability above 0.8, the first one aside"),
-        "perplexity": (
-            "",
-            "exp of the target's mean negative log-probability per token after the prompt, for passages",
-        ),
-        "fluency": (
-            "bits",
-            f"weighted mean entropy of bi- and trigrams of the edit prompt and its continuation; {at_end}",
-        ),
-        "ability_perplexity": ("", f"perplexity of the held-out text, the same in all rows of a group; {at_end}"),
-    }
-    for suffix, which in (("", ""), ("_base", "; the unedited model")):
-        for name, (unit, meaning) in scores.items():
-            yield Column(f"{name}{suffix}", "double", unit, meaning + which, "score", nullable=True)
-
-
-COLUMNS: tuple[Column, ...] = (
-    Column("sweep", "string", "", "name of the sweep", "identity", "cell"),
-    Column("cell_id", "string", "", "hash of everything the cell's numbers depend on", "identity"),
-    Column("shard_id", "string", "", "unit of scheduling that produced the row", "identity", "attempt"),
-    Column("model", "string", "", "base model as named in the spec", "identity", "cell"),
-    Column("dataset", "string", "", "data set as named in the spec", "identity", "cell"),
-    Column("method", "string", "", "label of the method variant", "identity", "cell"),
-    Column("algorithm", "string", "", "name of the method in the registry", "identity", "cell"),
-    Column("hparams_id", "string", "", "hash of the method's hyperparameters", "identity", "cell"),
-    Column("T", "int32", "edits", "consecutive edits before final scoring and rollback", "identity", "cell"),
-    Column("seed", "int64", "", "seed of the cell", "identity", "cell"),
-    Column("batch_size", "int32", "edits", "requests edited in one call", "identity", "cell"),
-    Column("rollback", "string", "", "group: after every T edits; never: continual editing", "identity", "cell"),
-    Column("group", "int32", "", "index of the group of T requests the request belongs to", "identity"),
-    Column("position", "int32", "", "place of the request within its group", "identity"),
-    Column("case_id", "string", "", "id of the request in the data set", "identity"),
-    Column("edits_applied", "int32", "edits", "edits the state had when the request was scored", "moment"),
-    Column(
-        "scored",
-        "string",
-        "",
-        "immediate: after the edit; final: at the group's end; checkpoint: at a score_at mark",
-        "moment",
-    ),
-    *_score_columns(),
-    Column(
-        "target_logprob",
-        "double",
-        "nats",
-        "mean log-probability of the target tokens after the edit prompt",
-        "score",
-        nullable=True,
-    ),
-    Column("target_logprob_base", "double", "nats", "the same for the unedited model", "score", nullable=True),
-    Column("min_margin", "double", "logits", "smallest top-2 margin over the target tokens", "score", nullable=True),
-    *_later_score_columns(),
-    Column("edit_seconds", "double", "s", "wall time of the edit, shared among the active lanes", "cost"),
-    Column("score_seconds", "double", "s", "wall time of the scoring, shared among the scored requests", "cost"),
-    Column("lanes", "int32", "", "lanes that ran in lockstep", "cost"),
-    Column("iterations", "int32", "", "optimisation steps of the edit", "cost"),
-    Column("loss", "double", "", "final loss of the edit", "cost", nullable=True),
-    Column("device", "string", "", "device the stream ran on", "cost"),
-    Column("peak_memory_bytes", "int64", "bytes", "peak memory of the actor so far", "cost", nullable=True),
-    Column("overlay_bytes", "int64", "bytes", "size of the lane's overlay", "cost"),
-    Column("delta_norm", "double", "", "relative Frobenius norm of the change", "cost", nullable=True),
-    Column("details", "string", "JSON", "further figures of the method", "cost", nullable=True),
-    Column(
-        "score_splits",
-        "int32",
-        "",
-        "times the scoring batch was halved because memory ran out; above 0 scores agree up to rounding only",
-        "provenance",
-        nullable=True,
-    ),
-    Column("run_id", "string", "", "call of `editsweep run` that produced the row", "provenance", "attempt"),
-    Column("attempt", "int32", "", "attempt of the shard that produced the row", "provenance", "attempt"),
-    Column(
-        "training_overlap",
-        "int32",
-        "requests",
-        "requests trained on that the sweep edits, with `allow_overlap: true`; null: refused, or nothing is trained",
-        "provenance",
-        "cell",
-        nullable=True,
-    ),
-)
-
-STREAM_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == "stream")
-CELL_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == "cell")
-KEY: tuple[str, ...] = ("cell_id", "group", "scored", "edits_applied", "position")
-"""Identifies a row, and orders the rows of a file."""
-
-VARYING: frozenset[str] = frozenset({"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"})
-"""Columns in which two runs of the same plan may differ; all others are equal bit for bit."""
-
-_REPEATING = frozenset(c.name for c in COLUMNS if c.type != "double" or c.unit == "0..1")
-"""Columns whose values repeat, written as dictionaries: half the time to read, a tenth less to store. Not so times and losses:
-hardly two are equal."""
-
-VERSION = 1
-_SEAL = b"editsweep.sha256\x18\x40"  # key of the footer entry, then the thrift header of a 64-byte string
-_BLANK = b"0" * 64
 _FILE_ROWS = 1_000_000
-
-
-class TableError(EditSweepError):
-    """Rows do not fit the declared columns, or the table was used wrongly."""
-
-
-def schema() -> pa.Schema:
-    """The Arrow schema of the table, from :data:`COLUMNS`."""
-    types = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}
-    return pa.schema([pa.field(c.name, types[c.type], nullable=c.nullable) for c in COLUMNS])
-
-
-def no_rows() -> pa.Table:
-    """A table without rows. (Arrow's own ``empty_table`` imports pandas, which takes longer than most queries.)"""
-    return pa.Table.from_arrays([pa.nulls(0, field.type) for field in schema()], schema=schema())
-
-
-def docs() -> str:
-    """The columns as a markdown table."""
-    lines = ["| column | type | unit | kind | may be null | meaning |", "| --- | --- | --- | --- | --- | --- |"]
-    for c in COLUMNS:
-        lines.append(f"| `{c.name}` | {c.type} | {c.unit} | {c.kind} | {'yes' if c.nullable else ''} | {c.meaning} |")
-    return "\n".join(lines) + "\n"
-
-
-def rows_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows as dicts -> Arrow table. ``details`` may be a dict; it becomes JSON.
-
-    Raises :class:`TableError` for an unknown or missing column, a null that is not allowed, or a value of another type:
-    a column that silently turned into nulls would be noticed days later.
-    """
-    names = {c.name for c in COLUMNS}
-    for number, row in enumerate(rows):
-        if row.keys() != names:
-            unknown, missing = sorted(row.keys() - names), sorted(names - row.keys())
-            raise TableError(f"row {number}: unknown columns {unknown}, missing columns {missing}")
-    none = type(None)
-    accepted: dict[str, set[type]] = {
-        "string": {str, none},
-        "int32": {int, none},
-        "int64": {int, none},
-        "double": {float, int, none},
-    }
-    arrays = []
-    for field in schema():
-        values = [row[field.name] for row in rows]
-        if field.name == "details":
-            values = [None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values]
-        strange = {type(v) for v in values} - accepted[str(field.type)]
-        if strange:
-            raise TableError(f"column {field.name} ({field.type}): a value of type {min(t.__name__ for t in strange)}")
-        try:
-            array = pa.array(values, field.type)
-        except (pa.ArrowException, ValueError, OverflowError) as error:
-            raise TableError(f"column {field.name} ({field.type}): {error}") from error
-        if array.null_count and not field.nullable:
-            raise TableError(f"column {field.name} must not be null")
-        arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=schema())
-
-
-def sort_rows(table: pa.Table) -> pa.Table:
-    """The rows ordered by :data:`KEY`."""
-    return table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in KEY]))
-
-
-def has_duplicates(ordered: pa.Table) -> bool:
-    """Whether two rows of a table ordered by :data:`KEY` share a key."""
-    same = None
-    for name in KEY:
-        column = ordered.column(name)
-        equal = pc.equal(column.slice(1), column.slice(0, max(len(column) - 1, 0)))
-        same = equal if same is None else pc.and_(same, equal)
-    return bool(pc.any(same).as_py())
-
-
-def encode(table: pa.Table, meta: Mapping[str, JSON], compression: Literal["zstd", "snappy"] = "zstd") -> bytes:
-    """A Parquet file with ``meta`` and a checksum of the whole file in its footer. The same input gives the same bytes.
-
-    For a hundred rows snappy is as small and twice as fast both ways: zstd sets itself up anew for each of fifty columns.
-
-    Page checksums, which other readers verify, leave the footer unprotected; hence one more over all bytes. It is
-    computed with its own 64 digits read as zeros.
-    """
-    sink = pa.BufferOutputStream()
-    few = [name for name in table.schema.names if name in _REPEATING]
-    with pq.ParquetWriter(
-        sink, table.schema, compression=compression, use_dictionary=few, write_page_checksum=True, store_schema=False
-    ) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({"editsweep": seal_json(meta, line=True), "editsweep.sha256": _BLANK})
-    data = bytearray(sink.getvalue())
-    at = data.rfind(_SEAL + _BLANK)
-    if at < 0:
-        raise TableError("this version of pyarrow lays Parquet footers out differently: the seal has no place")
-    at += len(_SEAL)
-    data[at : at + 64] = sha256_of(data).encode()
-    return bytes(data)
-
-
-def check_seal(data: bytes, name: str) -> None:
-    """Raises :class:`~orchestrator.store.Damaged`, naming ``name``, unless all bytes are as :func:`encode` made it."""
-    at = data.rfind(_SEAL)
-    if at < 0 or at + len(_SEAL) + 64 > len(data):
-        raise Damaged(f"{name}: truncated, or not one of our Parquet files")
-    at += len(_SEAL)
-    view = memoryview(data)
-    if sha256_of(view[:at], _BLANK, view[at + 64 :]).encode() != data[at : at + 64]:
-        raise Damaged(f"{name}: checksum does not match its contents")
-
-
-@contextlib.contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Inside, a file called ``name`` is read.
-
-    Arrow reports damage as ArrowInvalid or as OSError without a number; a number comes from the operating system.
-    """
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise StoreError("read", name, error.strerror or str(error)) from error
-        raise Damaged(f"{name}: {error}") from error
-
-
-def decode(data: bytes, name: str) -> tuple[pa.Table, dict[str, JSON]]:
-    """Rows and metadata of a sealed file. Raises :class:`~orchestrator.store.Damaged`, naming ``name``."""
-    check_seal(data, name)
-    with reading(name), pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-        return _conform(file.read(use_threads=False), name), _meta(_sealed(file.metadata, name), name)
-
-
-def read_footer(file: BinaryIO, name: str) -> tuple[dict[str, JSON], int]:
-    """Metadata and number of rows, without reading the rows. Raises :class:`~orchestrator.store.Damaged`."""
-    with reading(name):
-        metadata = pq.read_metadata(file)
-    return _meta(_sealed(metadata, name), name), metadata.num_rows
-
-
-def _sealed(metadata: pq.FileMetaData, name: str) -> bytes:
-    sealed: bytes | None = (metadata.metadata or {}).get(b"editsweep")
-    if sealed is None:
-        raise Damaged(f"{name}: not one of our Parquet files")
-    return sealed
-
-
-def _meta(sealed: bytes, name: str) -> dict[str, JSON]:
-    meta = unseal_json(sealed, name)
-    if meta.get("version") != VERSION:
-        raise TableError(f"{name}: written in format {meta.get('version')}, this editsweep reads format {VERSION}")
-    return meta
-
-
-def _conform(table: pa.Table, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The declared columns in the declared order. A column added to the declaration later is null in older files."""
-    declared = schema()
-    wanted = declared if columns is None else pa.schema([declared.field(c) for c in columns])
-    if table.schema.equals(wanted):
-        return table
-    present = set(table.column_names)
-    unknown = sorted(present - set(declared.names))
-    if unknown:
-        raise TableError(f"{name}: columns {unknown} are unknown; was it written by a newer editsweep?")
-    arrays = []
-    for field in wanted:
-        if field.name in present:
-            column = table.column(field.name)
-            arrays.append(column if column.type == field.type else column.cast(field.type))
-        else:
-            arrays.append(pa.nulls(table.num_rows, field.type))
-    return pa.Table.from_arrays(arrays, schema=wanted)
-
-
-def complete_rows(table: pa.Table, job: StreamJob, failures: Iterable[Mapping[str, JSON]]) -> pa.Table:
-    """Without the rows of failed groups, which a later shard may write in full.
-
-    In continual editing a failure ends the lane: what was scored after its group began goes too.
-    """
-    keep = None
-    T_of = {cell.cell_id: cell.T or job.T for cell in job.cells}
-    for cell, group in sorted(_first_failures(job, failures)):
-        bad = pc.and_(pc.equal(table["cell_id"], cell), pc.equal(table["group"], group))
-        if job.rollback == "never":
-            later = pc.or_(
-                pc.greater_equal(table["group"], group), pc.greater(table["edits_applied"], group * T_of[cell])
-            )
-            bad = pc.and_(pc.equal(table["cell_id"], cell), later)
-        keep = pc.invert(bad) if keep is None else pc.and_(keep, pc.invert(bad))
-    return table if keep is None else table.filter(keep)
-
-
-def _first_failures(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) -> set[tuple[str, int]]:
-    failed = {(str(f["cell_id"]), int(f["group"])) for f in failures}
-    if job.rollback == "group":
-        return failed
-    first: dict[str, int] = {}
-    for cell, group in failed:
-        first[cell] = min(group, first.get(cell, group))
-    return set(first.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What a finished shard must have written. All is per cell; ``rows`` are those of ``groups``."""
-
-    groups: dict[str, tuple[int, ...]]
-    failed: dict[str, tuple[int, ...]]
-    rows: dict[str, int]
-
-
-def expected_contents(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) -> Expected:
-    """Derives :class:`Expected` from the job alone and from the groups whose lane was frozen."""
-    planned: dict[str, set[int]] = {cell.cell_id: set() for cell in job.cells}
-    groups: dict[str, set[int]] = {cell.cell_id: set() for cell in job.cells}
-    rows: Counter[str] = Counter({cell.cell_id: 0 for cell in job.cells})
-    failed = _first_failures(job, failures)
-    ends: dict[str, int] = dict(failed) if job.rollback == "never" else {}
-    ticks: dict[int, list[Tick]] = {}
-    for tick in timeline(job):
-        ticks.setdefault(tick.wave, []).append(tick)
-    # lanes that serve the same groups, or any group of one T, write as many
-    counted: dict[tuple[int, int, int, int], int] = {}
-    for w, wave in enumerate(job.waves):
-        for lane in wave:
-            for share in lane.shares:
-                cell, T = job.cells[share.cell].cell_id, job.T_of(share)
-                planned[cell].update(range(share.group, share.stop_group))
-                if job.rollback == "group":
-                    end = share.group + ((cell, share.group) not in failed)
-                else:
-                    end = min(share.stop_group, ends.get(cell, share.stop_group))
-                if end > share.group:
-                    groups[cell].update(range(share.group, end))
-                    key = (w, T, 0, 0) if job.rollback == "group" else (w, T, share.group, end)
-                    if key not in counted:
-                        counted[key] = sum(
-                            (tick.stop - tick.start) * len(moments(job, tick, share))
-                            for tick in ticks[w]
-                            if job.rollback == "group" or tick.edits_applied <= end * T
-                        )
-                    rows[cell] += counted[key]
-    return Expected(
-        groups={cell: tuple(sorted(found)) for cell, found in groups.items()},
-        failed={cell: tuple(sorted(planned[cell] - found)) for cell, found in groups.items()},
-        rows=dict(rows),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -652,7 +250,7 @@ class CentralTable:
         log.warning("%s; its rows are left out until `editsweep run` mends it", error)
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
-        """A file's footer. Raises :class:`~orchestrator.store.Damaged`, naming it ``name``."""
+        """A file's footer. Raises :class:`~orchestrator.storage.base.Damaged`, naming it ``name``."""
         with self.store.open(key) as file, reading(name):
             return pq.read_metadata(file)
 
@@ -698,7 +296,7 @@ class CentralTable:
 
         A shard enters the table exactly once, whoever gathers and however often that is interrupted: files are created
         without overwriting, after all lower numbers have been read. Unfinished shards are passed over. Parts are
-        dropped only after the new file was read back and compared. Raises :class:`~orchestrator.store.StoreError`.
+        dropped only after the new file was read back and compared. Raises :class:`~orchestrator.storage.base.StoreError`.
         """
         began = time.perf_counter()
         asked = sorted(set(journal.shard_ids() if shard_ids is None else shard_ids))
@@ -863,7 +461,7 @@ class CentralTable:
         raise StoreError("read", self.store.where(self.paths.parts), "it keeps changing; try again")
 
     def read_file(self, file: TableFile, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of one table file. Raises :class:`~orchestrator.store.Damaged`, naming it."""
+        """Rows of one table file. Raises :class:`~orchestrator.storage.base.Damaged`, naming it."""
         name = self.store.where(file.key)
         with (
             self.store.open(file.key) as opened,
@@ -893,14 +491,6 @@ def _ids(files: Iterable[TableFile]) -> set[str]:
 def count_done(done: AbstractSet[int], groups: int) -> int:
     """How many of a cell's ``groups`` groups are done; more than these may be, from a sweep that was larger."""
     return len(done) if max(done, default=-1) < groups else sum(group < groups for group in done)
-
-
-def check_columns(columns: Sequence[str] | None) -> None:
-    """Raises :class:`TableError` with the valid names for an unknown column."""
-    names = [c.name for c in COLUMNS]
-    unknown = [c for c in columns or () if c not in names]
-    if unknown:
-        raise TableError(f"unknown columns {unknown}; valid are: {', '.join(names)}")
 
 
 def table_meta(number: int, shards: Sequence[TableShard], rows: int) -> dict[str, JSON]:

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import shutil
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from workers.types import JSON, EditSweepError
+from orchestrator.storage.base import Entry, Missing, Store, StoreError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -40,95 +36,6 @@ _CAUSES: Mapping[int, str] = {
     errno.ENAMETOOLONG: "the path is too long",
     errno.EMFILE: "too many open files",
 }
-
-
-class StoreError(EditSweepError):
-    """Results cannot be read or written. The message names path and cause; ``path`` and ``cause`` hold them apart."""
-
-    def __init__(self, action: str, path: str, cause: str) -> None:
-        super().__init__(f"cannot {action} {path}: {cause}")
-        self.path = path
-        self.cause = cause
-
-
-class Missing(StoreError):
-    """The object does not exist (any more): a reader starts over, everyone else has lost something."""
-
-
-class Damaged(EditSweepError):
-    """An object is truncated, altered or foreign. The message names it and says how it was noticed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One name in a folder. ``size`` is in bytes, 0 for a folder."""
-
-    key: str
-    name: str
-    folder: bool
-    size: int
-
-
-class Store(ABC):
-    """Whole objects under relative POSIX keys (see :class:`~orchestrator.paths.ResultsPaths`).
-
-    >>> store = LocalStore("results/demo")                           # doctest: +SKIP
-    >>> store.publish_new("table/000001.parquet", data)              # doctest: +SKIP
-    True
-
-    Every verb raises :class:`StoreError` with path and cause if the storage refuses.
-    """
-
-    @abstractmethod
-    def publish_new(self, key: str, data: bytes) -> bool:
-        """Makes ``data`` appear durably under ``key`` as a whole. False, and no change, if the key is taken."""
-
-    @abstractmethod
-    def replace(self, key: str, data: bytes, settle: bool = True) -> None:
-        """Makes ``data`` the durable value of ``key``, taken or not. Readers see the old or the new value, whole.
-
-        With ``settle=False`` its name may become durable only with the next object that is published into the same folder.
-        """
-
-    @abstractmethod
-    def read(self, key: str) -> bytes:
-        """The whole object. Raises :class:`Missing`."""
-
-    @abstractmethod
-    def open(self, key: str) -> BinaryIO:
-        """A seekable reader, for objects of which only the end is wanted. Raises :class:`Missing`."""
-
-    @abstractmethod
-    def list(self, folder: str) -> list[Entry]:
-        """What lies directly in ``folder``, sorted by name; empty if there is no such folder."""
-
-    @abstractmethod
-    def exists(self, key: str) -> bool:
-        """Whether the key, or a folder of that name, exists."""
-
-    @abstractmethod
-    def delete(self, key: str) -> None:
-        """Removes one object; nothing happens if it is gone already."""
-
-    @abstractmethod
-    def delete_folder(self, folder: str) -> None:
-        """Removes everything under ``folder``; nothing happens if it is gone already."""
-
-    @abstractmethod
-    def sync(self, folder: str = "") -> None:
-        """Makes deletions in ``folder`` durable (publishing is durable by itself)."""
-
-    @abstractmethod
-    def tidy(self, folder: str, older_than_s: float = 3600.0) -> None:
-        """Removes what interrupted writes left directly in ``folder``, if it is older than ``older_than_s`` seconds."""
-
-    @abstractmethod
-    def filesystem(self) -> tuple[FileSystem, str]:
-        """Arrow's view of the storage and the path of the results folder in it, for scans of many files."""
-
-    @abstractmethod
-    def where(self, key: str = "") -> str:
-        """The object's full name, for messages and for tools outside."""
 
 
 class LocalStore(Store):
@@ -272,15 +179,6 @@ class LocalStore(Store):
         return str(self._path(key))
 
 
-def open_store(where: str | os.PathLike[str]) -> Store:
-    """The store at a path, or at ``s3://bucket/prefix``. Touches nothing."""
-    if isinstance(where, str) and where.startswith("s3://"):
-        from orchestrator.s3 import S3Store
-
-        return S3Store(where)
-    return LocalStore(where)
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -299,64 +197,3 @@ def _telling(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
         raise StoreError(action, str(path), cause) from error
-
-
-def put_aside(store: Store, key: str, aside: str, instead: bytes | None = None) -> None:
-    """Keeps a damaged object as evidence under the name ``aside`` and frees its own, or puts ``instead`` there."""
-    try:
-        data = store.read(key)
-    except Missing:
-        return
-    store.publish_new(aside, data)
-    if instead is None:
-        store.delete(key)
-    else:
-        store.replace(key, instead)
-
-
-def sha256_of(*data: bytes | bytearray | memoryview) -> str:
-    """The checksum of every object of a results folder, hexadecimal. Several pieces count as one."""
-    digest = hashlib.sha256()
-    for piece in data:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-_HEAD, _MIDDLE = b'{"sha256": "', b'", "value": '
-"""What stands before and after the checksum of a value sealed in one line."""
-
-
-def seal_json(value: Mapping[str, JSON], line: bool = False) -> bytes:
-    """A JSON object with a checksum of itself, so that a flipped bit cannot pass for another truth. ``line``: in one line, which
-    is read in half the time, instead of many for people."""
-    body = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-    digest = sha256_of(body)
-    if line:
-        return _HEAD + digest.encode() + _MIDDLE + body + b"}"
-    return json.dumps({"sha256": digest, "value": value}, sort_keys=True, indent=1, ensure_ascii=False).encode()
-
-
-def unseal_line(data: bytes) -> bytes | None:
-    """The JSON text of a value that was sealed in one line, if it is whole: for readers to whom a few bytes of it say enough."""
-    digest, middle, body = data[len(_HEAD) :].partition(_MIDDLE)
-    whole = data.startswith(_HEAD) and middle and data.endswith(b"}") and sha256_of(body[:-1]).encode() == digest
-    return body[:-1] if whole else None
-
-
-def unseal_json(data: bytes, name: str) -> dict[str, JSON]:
-    """The value given to :func:`seal_json`. Raises :class:`Damaged`, naming ``name``."""
-    line = unseal_line(data)
-    try:
-        if line is not None:
-            value = json.loads(line.decode())
-            whole = True
-        else:  # in many lines: written again as it was hashed
-            sealed = json.loads(data.decode())
-            value = sealed["value"]
-            body = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-            whole = sha256_of(body) == sealed["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{name}: not one of our JSON files ({type(error).__name__})") from error
-    if not isinstance(value, dict) or not whole:
-        raise Damaged(f"{name}: checksum does not match its contents")
-    return value

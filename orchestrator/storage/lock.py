@@ -27,8 +27,8 @@ from typing import Self
 
 import psutil
 
-from orchestrator.paths import ResultsPaths
-from orchestrator.store import Missing, Store, StoreError
+from orchestrator.storage.base import Missing, Store, StoreError
+from orchestrator.storage.paths import ResultsPaths
 from workers.types import JSON, EditSweepError
 
 BEAT_SECONDS = 5.0

@@ -1,6 +1,6 @@
 """Every path of a results folder. No other module joins path strings.
 
-All values are keys: POSIX strings relative to the results folder, which a :class:`~orchestrator.store.Store` turns into
+All values are keys: POSIX strings relative to the results folder, which a :class:`~orchestrator.storage.base.Store` turns into
 files of a disk or objects of a bucket. ::
 
     sweep.json                                  which sweep this folder belongs to

@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from orchestrator.store import Entry, Missing, Store, StoreError
+from orchestrator.storage.base import Entry, Missing, Store, StoreError
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from typing import Any
 import psutil
 import yaml
 
-from orchestrator.query import open_results
-from orchestrator.table import COLUMNS
+from orchestrator.results.columns import COLUMNS
+from orchestrator.results.query import open_results
 
 LOG = logging.getLogger("chaos")
 ROOT = Path(__file__).resolve().parent.parent.parent
