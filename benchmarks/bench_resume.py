@@ -37,14 +37,14 @@ from bench_plan import T_VALUES, VARIANTS
 from bench_table import entry_of, random_rows, row_of
 from common import LOG, Report, clock, parser
 
-from orchestrator.execute import run_sweep
-from orchestrator.plan import Plan, Shard
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.planning.plan import Plan, Shard
+from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.results.columns import sort_rows
 from orchestrator.results.journal import Journal
 from orchestrator.results.manifest import ShardManifest
 from orchestrator.results.parquet import encode
 from orchestrator.results.table import CentralTable, table_meta
-from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.storage.base import Missing
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
@@ -61,7 +61,17 @@ PATIENCE = 180.0
 
 
 def command(spec: Path, folder: Path, engine: str) -> list[str]:
-    return [sys.executable, "-m", "orchestrator.cli", "run", str(spec), "--results", str(folder), "--engine", engine]
+    return [
+        sys.executable,
+        "-m",
+        "orchestrator.cli.app",
+        "run",
+        str(spec),
+        "--results",
+        str(folder),
+        "--engine",
+        engine,
+    ]
 
 
 @contextlib.contextmanager

@@ -23,12 +23,14 @@ from bench_score import one_at_a_time
 from common import LOG, Report, clock, parser
 from reference import LOOPS, as_it_comes
 
-from orchestrator.driver import run_ray
-from orchestrator.execute import Outcome, StepReport, run_sweep
-from orchestrator.plan import Plan, Planner, Progress, Shard
+from orchestrator.engine.books import Outcome
+from orchestrator.engine.ray_engine.run import run_ray
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.engine.worker import StepReport
+from orchestrator.planning.plan import Plan, Planner, Progress, Shard
+from orchestrator.planning.spec import SweepSpec, load_spec
 from orchestrator.results.columns import VARYING, sort_rows
 from orchestrator.results.query import open_results
-from orchestrator.spec import SweepSpec, load_spec
 from orchestrator.storage.local import LocalStore
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method

@@ -131,7 +131,7 @@ def registered() -> Iterator[None]:
 
 
 def build(folder: str, spec: str) -> None:
-    from orchestrator.execute import Bench
+    from orchestrator.engine.worker import Bench
 
     steps: list[int] = []
     bench = Bench(folder, "run", save_seconds=0)
@@ -149,6 +149,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "build":
         build(sys.argv[2], sys.argv[3])
     else:
-        from orchestrator.cli import main
+        from orchestrator.cli.main import main
 
         main(sys.argv[1:])

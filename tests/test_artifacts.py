@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.cli import main
-from orchestrator.execute import Bench, run_sweep
-from orchestrator.local import run_local
-from orchestrator.plan import Planner
+from orchestrator.cli.main import main
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.engine.worker import Bench
+from orchestrator.planning.plan import Planner
+from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.results.artifact_store import ArtifactFailed, ArtifactStore
 from orchestrator.results.query import open_results
 from orchestrator.results.status import read_status
-from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.storage import lock as locking
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths

@@ -15,12 +15,14 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.cli import main
-from orchestrator.execute import Bench, build_artifacts, run_sweep
-from orchestrator.local import run_local
-from orchestrator.plan import Progress, base_scores_of, make_plan
+from orchestrator.cli.main import main
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import build_artifacts, run_sweep
+from orchestrator.engine.worker import Bench
+from orchestrator.planning.plan import Progress, make_plan
+from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.planning.work import base_scores_of
 from orchestrator.results.artifact_store import ArtifactStore
-from orchestrator.spec import SweepSpec, parse_spec
 from orchestrator.storage.local import LocalStore
 from tests.engine import ROOT, Watch, rows
 from tests.small import golden_requests, random_model
@@ -168,7 +170,7 @@ def test_killed_while_building_and_run_again(tmp_path: Path) -> None:
     spec, *_ = make_plan(spec_of()).base_scores()
     code = (
         "import os, signal, sys\n"
-        "from orchestrator.execute import Bench\n"
+        "from orchestrator.engine.sweep import Bench\n"
         "from workers.artifacts import ArtifactSpec\n"
         "from workers.models import ModelConfig\n"
         "def tell(done, total, what):\n"

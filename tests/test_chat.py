@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.plan import make_plan
-from orchestrator.spec import parse_spec
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.spec import parse_spec
 from tests.small import GOLDEN, build_inputs, golden_model, golden_requests, job, random_model, session
 from tests.test_methods import FEW
 from workers.job import ScoreConfig

@@ -21,14 +21,16 @@ import pytest
 import torch
 import yaml
 
-from orchestrator import execute, local
-from orchestrator.execute import ResultsError, StepReport, run_sweep
-from orchestrator.local import run_local
+from orchestrator.engine import local, worker
+from orchestrator.engine.folder import ResultsError
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.engine.worker import StepReport
+from orchestrator.planning.spec import RaySpec
 from orchestrator.results.forget import forget, look_up
 from orchestrator.results.journal import Journal, Superseded
 from orchestrator.results.query import open_results
 from orchestrator.results.status import read_status
-from orchestrator.spec import RaySpec
 from orchestrator.storage import lock as locking
 from orchestrator.storage.base import StoreError
 from orchestrator.storage.local import LocalStore
@@ -235,7 +237,7 @@ def test_memory_that_runs_out_in_an_edit(
 
     with monkeypatch.context() as patch:
         patch.setattr(GRACE, "edit", short)
-        patch.setattr(execute.time, "sleep", waits.append)
+        patch.setattr(worker.time, "sleep", waits.append)
         watch = Watch()
         outcome = run(tmp_path / "r", watch, engine={**RAW["engine"], "max_failures": 3})
     assert any("OutOfMemoryError" in warning and "launching it again" in warning for warning in watch.warnings)
@@ -500,7 +502,7 @@ def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continue
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "_temporary", failing)
-        patch.setattr(execute, "BACKOFF_SECONDS", 0.01)
+        patch.setattr(worker, "BACKOFF_SECONDS", 0.01)
         with pytest.raises(EditSweepError, match=rf"cannot write {tmp_path}.*{words}.*run the same command again"):
             run(tmp_path / "r")
     # the lock could not be released, and the process that held it is this one
@@ -660,7 +662,7 @@ def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str
 
 
 def test_a_trial_ends_where_trying_again_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.trial import ShardTrial
+    from orchestrator.engine.ray_engine.trial import ShardTrial
 
     def step(error: Exception) -> dict[str, Any]:
         trial = ShardTrial.__new__(ShardTrial)
@@ -697,7 +699,8 @@ def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> Non
     ("address", "words"), [("ray://h:10001", "Ray Client is not supported"), ("somewhere", "not host:port or auto")]
 )
 def test_ray_addresses_of_no_use(address: str, words: str) -> None:
-    from orchestrator.driver import ClusterError, _answers
+    from orchestrator.engine.ray_engine.preflight import ClusterError
+    from orchestrator.engine.ray_engine.run import _answers
 
     with pytest.raises(ClusterError, match=words):
         _answers(RaySpec(address=address))

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.execute import Bench
-from orchestrator.plan import make_plan
-from orchestrator.spec import parse_spec
+from orchestrator.engine.worker import Bench
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.spec import parse_spec
 from tests.small import GOLDEN, build_inputs, golden_requests, job, timeless
 from workers.job import cut_steps
 from workers.methods import get_method

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.plan import make_plan
-from orchestrator.spec import parse_spec
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.spec import parse_spec
 from tests.small import golden_requests, random_model
 from workers.job import ScoreConfig
 from workers.methods import load_config

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.plan import Task
+from orchestrator.planning.work import Task
 from tests.engine import placeless, rows, run, run_in_pieces
 from tests.small import GOLDEN, build_inputs, golden_model, golden_requests, session, timeless
 from workers.artifacts import ArtifactData

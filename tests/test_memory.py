@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.execute import check_declared
-from orchestrator.memory import GIB, MOST_LANES, Memory, estimate, first_layer, lane_edits, rows_per_edit
+from orchestrator.engine.machine import check_declared
+from orchestrator.planning.memory import GIB, MOST_LANES, Memory, estimate, first_layer, lane_edits, rows_per_edit
 from workers.artifacts import ArtifactData
 from workers.job import ScoreConfig
 from workers.methods import get_method

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.execute import check_folder
-from orchestrator.plan import make_plan
+from orchestrator.engine.folder import check_folder
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.spec import parse_spec, scoring_identity
 from orchestrator.results.columns import STREAM_COLUMNS
-from orchestrator.spec import parse_spec, scoring_identity
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json

@@ -50,7 +50,7 @@ def requirements() -> list[Requirement]:
 
 def test_distribution() -> None:
     assert (PROJECT["name"], PROJECT["version"]) == ("editsweep", "0.1.0")
-    assert PROJECT["scripts"] == {"editsweep": "orchestrator.cli:main"}
+    assert PROJECT["scripts"] == {"editsweep": "orchestrator.cli.main:main"}
     assert set(PROJECT["optional-dependencies"]) == {"test", "plots", "s3"}
 
 
@@ -336,7 +336,12 @@ def test_every_method_stands_in_the_contract() -> None:
 @pytest.fixture
 def skeleton(tmp_path: Path) -> Path:
     """Empty modules under the real contracts: what they forbid can be planted one at a time."""
-    modules = {"orchestrator.driver", "orchestrator.trial", "orchestrator.plan", "workers.types"}
+    modules = {
+        "orchestrator.engine.ray_engine.run",
+        "orchestrator.engine.ray_engine.trial",
+        "orchestrator.planning.plan",
+        "workers.types",
+    }
     for contract in CONTRACTS.values():
         modules |= set(contract.get("source_modules", [])) | set(contract.get("modules", []))
     for module in sorted(modules):
@@ -355,18 +360,18 @@ def skeleton(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("planted", "broken"),
     [
-        ({"orchestrator/driver.py": "import ray", "orchestrator/trial.py": "import ray.tune"}, None),
-        ({"orchestrator/plan.py": "import torch, workers.types"}, None),
+        ({"orchestrator/engine/ray_engine/run.py": "import ray", "orchestrator/engine/ray_engine/trial.py": "import ray.tune"}, None),
+        ({"orchestrator/planning/plan.py": "import torch, workers.types"}, None),
         ({"workers/types.py": "import ray"}, "streams-run-in-a-notebook"),
         ({"workers/methods/ft.py": "def f():\n    import pyarrow.parquet"}, "streams-run-in-a-notebook"),
         ({"workers/types.py": "from orchestrator import plan"}, "streams-run-in-a-notebook"),
-        ({"orchestrator/plan.py": "from ray import tune"}, "ray-in-two-modules"),
+        ({"orchestrator/planning/plan.py": "from ray import tune"}, "ray-in-two-modules"),
         ({"orchestrator/results/table.py": "import transformers"}, "reading-results-is-light"),
         (
-            {"orchestrator/results/query.py": "import orchestrator.plan", "orchestrator/plan.py": "import torch"},
+            {"orchestrator/results/query.py": "import orchestrator.planning.plan", "orchestrator/planning/plan.py": "import torch"},
             "reading-results-is-light",
         ),
-        ({"orchestrator/results/query.py": "import orchestrator.driver", "orchestrator/driver.py": "import ray"},
+        ({"orchestrator/results/query.py": "import orchestrator.engine.ray_engine.run", "orchestrator/engine/ray_engine/run.py": "import ray"},
          "reading-results-is-light"),
         ({"workers/methods/wise.py": "from workers.methods.ft import x"}, "methods-stand-alone"),
     ],

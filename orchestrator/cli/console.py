@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from orchestrator.execute import Safety, StepReport
-    from orchestrator.plan import Plan, Shard
+    from orchestrator.engine.books import Safety
+    from orchestrator.engine.worker import StepReport
+    from orchestrator.planning.plan import Plan, Shard
 
 PLAIN_SECONDS = 5.0
 """How often a plain line is printed."""
@@ -97,7 +98,7 @@ class _Flight:
 
 @dataclass
 class RunView:
-    """Progress in plain lines, and the bookkeeping both kinds of view share (:class:`orchestrator.execute.View`)."""
+    """Progress in plain lines, and the bookkeeping both kinds of view share (:class:`orchestrator.engine.books.View`)."""
 
     console: Console
     plan: Plan | None = None

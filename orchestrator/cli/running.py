@@ -1,98 +1,32 @@
-"""The command line. Exit codes: 0 everything finished, 1 something failed or is a bug, 2 bad input, 130 Ctrl-C.
-
-Every command imports what it needs when it runs: `status`, `query` and `report` start without torch and Ray.
-"""
+"""The commands that plan and run: `plan`, `run`, `artifacts`."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from orchestrator.console import Output, duration, percent, size
-from orchestrator.results.status import read_status
-from workers.types import JSON, DataError, EditSweepError, ModelError, SpecError
+from orchestrator.cli.app import Bug, Only, Overrides, RemoteCode, RetryFailed, SpecFile, _quiet, _quoted
+from orchestrator.cli.console import Output, duration, size
+from orchestrator.cli.summary import _show_summary
+from workers.types import DataError, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
-    from orchestrator.execute import ArtifactState, Engine, Outcome
-    from orchestrator.plan import Plan
-    from orchestrator.results.query import Results
-    from orchestrator.spec import SweepSpec
-
-app = typer.Typer(
-    name="editsweep",
-    help="Runs the (method x T x seed) grid of lifelong knowledge editing with one command and leaves one table.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
-Folder = Annotated[
-    str, typer.Argument(metavar="DIR", help="a results folder, or s3://bucket/prefix", show_default=False)
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--only",
-        metavar="CELLS",
-        help="only these cells, e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
-    ),
-]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="also what failed in an earlier run")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. grid.T=[1,10]; repeatable"),
-]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)")
-]
+    from orchestrator.engine.books import Engine, Outcome
+    from orchestrator.engine.sweep import ArtifactState
+    from orchestrator.planning.plan import Plan
+    from orchestrator.planning.spec import SweepSpec
 
 
-_LISTED = 10
-"""Cells, or failures of a cell, that are listed one by one."""
-
-_ROWS = 100
-"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large sweep, and nobody reads them."""
-
-_FORCE_SECONDS = 5.0
-_CELL_CHARACTERS = 1000
-"""What is shown of one value in a terminal."""
+commands = typer.Typer()
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="show the version and exit")] = False,
-) -> None:
-    if version:
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as version_of
-
-        try:
-            Output().say(f"editsweep {version_of('editsweep')}")
-        except PackageNotFoundError:
-            Output().say("editsweep (not installed)")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        Output().say(context.get_help())
-        raise typer.Exit(2)
-
-
-# --- plan and run ----------------------------------------------------------------------------------------------------
-
-
-@app.command()
+@commands.command()
 def plan(
     spec_file: SpecFile,
     results: Annotated[str | None, typer.Option(help="subtract what this results folder already holds")] = None,
@@ -105,9 +39,9 @@ def plan(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show cells, shards, lanes, edits, memory and time; run nothing, write nothing."""
-    from orchestrator.console import begin_line
-    from orchestrator.execute import check_folder, read_progress
-    from orchestrator.plan import Planner, Progress
+    from orchestrator.cli.console import begin_line
+    from orchestrator.engine.folder import check_folder, read_progress
+    from orchestrator.planning.plan import Planner, Progress
     from orchestrator.results.journal import Journal
     from orchestrator.results.select import select
     from orchestrator.results.table import CentralTable
@@ -199,7 +133,7 @@ def _show_schedule(out: Output, made: Plan, actors: int | None) -> None:
     out.say(f"estimate: {made.clock.note({(shard.variant, shard.T) for shard in made.shards})}")
 
 
-@app.command()
+@commands.command()
 def run(
     spec_file: SpecFile,
     results: Annotated[
@@ -219,7 +153,7 @@ def run(
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
 
-    from orchestrator.execute import run_sweep
+    from orchestrator.engine.sweep import run_sweep
     from orchestrator.storage.open import open_store
 
     began = time.monotonic()
@@ -245,7 +179,7 @@ def run(
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command()
+@commands.command()
 def artifacts(
     spec_file: SpecFile,
     results: Annotated[str | None, typer.Option(help="results folder (default: results/<name of the sweep>)")] = None,
@@ -261,7 +195,7 @@ def artifacts(
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
 
-    from orchestrator.execute import build_artifacts
+    from orchestrator.engine.sweep import build_artifacts
     from orchestrator.storage.open import open_store
 
     try:
@@ -286,7 +220,7 @@ def artifacts(
 
 def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str, str]]:
     """A line for each; one for all of a kind that comes in hundreds and is in the same state."""
-    from orchestrator.execute import TOLD_TOGETHER
+    from orchestrator.engine.books import TOLD_TOGETHER
 
     together: dict[tuple[str, str], list[ArtifactState]] = {}
     for found in states:
@@ -303,7 +237,7 @@ def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str,
 
 def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
     """The summary, what failed and how to go on."""
-    from orchestrator.console import safety_line
+    from orchestrator.cli.console import safety_line
     from orchestrator.results.query import open_results
 
     _show_summary(out, open_results(folder), outcome.run_id if outcome.unfinished else None)
@@ -359,7 +293,7 @@ def _failures_by_cell(outcome: Outcome) -> dict[str, list[str]]:
 
 
 def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: bool) -> SweepSpec:
-    from orchestrator.spec import load_spec
+    from orchestrator.planning.spec import load_spec
 
     spec = load_spec(spec_file, overrides or ())
     if spec.model.trust_remote_code and not trust_remote_code:
@@ -373,10 +307,10 @@ def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: b
 def _engine(name: Literal["ray", "local"]) -> Engine:
     """Imported when it is chosen: the local engine needs no Ray."""
     if name == "local":
-        from orchestrator.local import run_local
+        from orchestrator.engine.local import run_local
 
         return run_local
-    from orchestrator.driver import run_ray
+    from orchestrator.engine.ray_engine.run import run_ray
 
     return run_ray
 
@@ -392,318 +326,3 @@ def _naming(spec_file: Path) -> Iterator[None]:
 
 def default_results(spec: SweepSpec) -> str:
     return str(Path("results") / spec.name)
-
-
-# --- reading results -------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """How far a sweep is: finished cells, shards under way, failures, and whether a run is at work."""
-    found = read_status(folder)
-    out = Output()
-    if as_json:
-        out.raw().write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
-        return
-    running = found["running"]
-    state = f"a run is at work ({running})" if running else "no run is at work"
-    out.say(f"sweep {found['sweep']}: {found['finished']} of {len(found['cells'])} cells finished; {state}")
-    rows = [
-        (
-            str(cell["method"]),
-            str(cell["T"]),
-            str(cell["seed"]),
-            f"{cell['done']}/{cell['groups']}",
-            str(cell["failed"] or ""),
-            cell["cell_id"],
-        )
-        for cell in found["cells"]
-        if cell["done"] < cell["groups"]
-    ]
-    if rows:
-        columns = ("method", "T", "seed", "groups", "failed", "cell")
-        out.table("not finished", columns, rows[:_ROWS], right=(1, 2, 3, 4))
-        _say_more(out, rows, "cells that are not finished")
-    built = [(a["kind"], a["key"], percent(a["done"], a["total"]), a["what"]) for a in found["artifacts"]]
-    if built:
-        out.table("artifacts begun", ("kind", "key", "done", "what"), built, right=(2,))
-    shards = [
-        (
-            shard["shard_id"],
-            ", ".join(shard["methods"]),
-            str(shard["T"]),
-            f"{shard['committed']}/{shard['ticks']}",
-            str(shard["attempts"]),
-            shard["error"] or "",
-        )
-        for shard in found["shards"]
-    ]
-    if shards:
-        columns = ("shard", "method", "T", "ticks", "attempts", "last error")
-        out.table("shards begun", columns, shards[:_ROWS], right=(2, 3, 4))
-        _say_more(out, shards, "shards begun")
-    failed = [
-        (
-            f"{cell['method']} T={cell['T']} seed={cell['seed']}",
-            str(failure["attempts"]),
-            failure["step"],
-            f"{failure['kind']}: {_shortened(str(failure['message']), 300)}",
-            failure["log"] or "-",
-        )
-        for cell in found["failed_cells"]
-        for failure in cell["failures"][:_LISTED]
-    ]
-    if failed:
-        out.table("failed cells", ("cell", "attempts", "last step", "exception", "log"), failed[:_ROWS], right=(1,))
-        _say_more(out, failed, "failures")
-        more = sum(max(0, len(cell["failures"]) - _LISTED) for cell in found["failed_cells"])
-        if more:
-            out.say(f"{more} further failures: --json lists all")
-        out.say("run them again with: editsweep run SPEC --retry-failed")
-
-
-def _say_more(out: Output, rows: Sequence[object], what: str) -> None:
-    if len(rows) > _ROWS:
-        out.say(f"and {len(rows) - _ROWS} more {what}: --json lists all")
-
-
-@app.command()
-def query(
-    folder: Folder,
-    sql: Annotated[
-        str, typer.Argument(metavar="SQL", help="a question; the table is called edits", show_default=False)
-    ],
-    output: Annotated[
-        Literal["table", "csv", "json", "parquet"], typer.Option("--format", help="how to answer")
-    ] = "table",
-    limit: Annotated[int, typer.Option(min=1, help="rows shown by --format table")] = 200,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds after which the query is stopped")] = 300.0,
-) -> None:
-    """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included."""
-    from orchestrator.results.query import write
-
-    results = _existing(folder)
-    out = Output()
-    if output != "table":
-        with _ended_by_force(time_limit + _FORCE_SECONDS, out):
-            table = results.sql(sql, time_limit)
-        write(table, output, out.raw())
-        return
-    with _ended_by_force(time_limit + _FORCE_SECONDS, out):
-        shown, total = results.first_rows(sql, limit, time_limit)
-    numbers = [
-        i for i, kind in enumerate(shown.schema.types) if str(kind).startswith(("int", "uint", "double", "float"))
-    ]
-    rows = [tuple(_cell(value) for value in row.values()) for row in shown.to_pylist()]
-    out.table("", shown.column_names, rows, right=numbers)
-    if total > limit:
-        out.note(f"{limit} of {total} rows shown; --limit or --format csv gives more")
-
-
-def _cell(value: JSON) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.6g}" if isinstance(value, float) else _shortened(str(value), _CELL_CHARACTERS)
-
-
-@contextlib.contextmanager
-def _ended_by_force(seconds: float, out: Output) -> Iterator[None]:
-    """End the process if the block takes longer: a query is interrupted between two pieces of work, and one can be endless."""
-    import threading
-
-    def end() -> None:
-        out.error(f"the query did not stop when told to; ended by force after {seconds:.0f} s")
-        os._exit(2)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
-
-
-@app.command()
-def report(
-    folder: Folder,
-    output: Annotated[Literal["table", "markdown"], typer.Option("--format", help="how to show it")] = "table",
-    picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw it: .png, .pdf or .svg")] = None,
-) -> None:
-    """The summary: methods x T with mean scores on the final state and right after the edit."""
-    results = _existing(folder)
-    if picture is not None:
-        from orchestrator.results.plots import plot
-        from orchestrator.results.report import summary
-
-        plot(summary(results), picture)
-        Output().say(f"written: {picture}")
-        return
-    if output == "table":
-        _show_summary(Output(), results, None)
-        return
-    from orchestrator.results.report import CAPTION, markdown, summary
-
-    Output().raw().write(f"{markdown(summary(results))}\n{CAPTION}\n".encode())
-
-
-def _show_summary(out: Output, results: Results, partial: str | None) -> None:
-    from orchestrator.results.report import CAPTION, HEADER, cells, summary
-
-    rows = summary(results)
-    if not rows:
-        return
-    out.table("so far" if partial else "", HEADER, cells(rows), right=range(1, len(HEADER)))
-    out.say(CAPTION)
-
-
-@app.command()
-def methods() -> None:
-    """The editing methods: name, paper, whether they need pretraining and whether they edit in batches."""
-    from workers.methods import get_method, method_names
-
-    rows = []
-    for name in method_names():
-        method = get_method(name)
-        rows.append((name, method.title, method.paper, _yes(method.needs_pretraining), _yes(method.batch_edits)))
-    Output().table("", ("name", "title", "paper", "needs pretraining", "batch edits"), rows)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _existing(folder: str) -> Results:
-    from orchestrator.results.query import open_results
-
-    return open_results(folder)
-
-
-# --- removing results ------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def forget(
-    folder: Folder,
-    cells: Annotated[
-        list[str],
-        typer.Option(
-            "--cells",
-            metavar="CELLS",
-            help="cell ids, or e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
-            show_default=False,
-        ),
-    ],
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
-) -> None:
-    """Remove cells from the results, after asking. If the spec still has them, the next run makes them again."""
-    from orchestrator.results import forget as forgetting
-
-    results = _existing(folder)
-    out = Output()
-    found = forgetting.look_up(results, cells)
-    for title in found.titles[:_LISTED]:
-        out.say(f"  {title}")
-    if len(found.titles) > _LISTED:
-        out.say(f"  and {len(found.titles) - _LISTED} more")
-    out.say(
-        f"{len(found.cells)} cells with {found.rows} rows of the table would be removed from {results.store.where()}"
-    )
-    if found.shards:
-        out.say(f"{len(found.shards)} shards under way lose their progress")
-    if found.others:
-        out.warn(f"that progress is also of {len(found.others)} other cells: {', '.join(found.others[:_LISTED])}")
-    if not yes and not typer.confirm("Remove them for good?", err=True):
-        out.note("nothing was removed")
-        raise typer.Exit(1)
-    removed = forgetting.forget(results, found, out.note)
-    out.say(f"removed: {len(found.cells)} cells, {removed} rows")
-
-
-# --- how a call ends -------------------------------------------------------------------------------------------------
-
-
-_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-"""Base of the errors about the command line itself; newer Typers carry their own copy of click."""
-
-
-class Bug(Exception):
-    """An exception nobody expected, with the results folder whose log gets the traceback."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
-        self.folder = folder
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script."""
-    try:
-        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except _USAGE as error:
-        error.show()
-        code = error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        code = 130
-    except EditSweepError as error:
-        Output().error(str(error))
-        code = 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except Exception as error:
-        code = _bug(error)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _bug(error: Exception) -> int:
-    """Keep the traceback, say where it is."""
-    folder = error.folder if isinstance(error, Bug) else None
-    cause = error.__cause__ if isinstance(error, Bug) and error.__cause__ else error
-    text = "".join(traceback.format_exception(cause))
-    path = _keep(text, folder)
-    kind = f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
-    Output().error(f"this is a bug in editsweep: {kind}\n  the traceback is in {path}")
-    return 1
-
-
-def _keep(text: str, folder: str | None) -> str:
-    from orchestrator.storage.open import open_store
-    from orchestrator.storage.paths import ResultsPaths
-
-    name = f"bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    if folder is not None:
-        store = open_store(folder)
-        try:
-            if not store.exists(ResultsPaths().sweep):
-                raise EditSweepError("no results folder to keep it in")
-            store.replace(ResultsPaths().log(name), text.encode())
-            return store.where(ResultsPaths().log(name))
-        except EditSweepError:
-            pass
-    with tempfile.NamedTemporaryFile("w", prefix="editsweep-", suffix=".log", delete=False) as file:
-        file.write(text)
-    return file.name
-
-
-def _quiet(verbose: bool) -> None:
-    """Libraries keep their progress bars and advice to themselves unless asked."""
-    import logging
-
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
-    if not verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _quoted(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from orchestrator.execute import Bench, Books, check_memory, passing
+from orchestrator.engine.books import Books
+from orchestrator.engine.machine import check_memory
+from orchestrator.engine.worker import Bench, passing
 from orchestrator.storage.lock import LockLost
 from workers.artifacts import ArtifactSpec, Stopped
 

@@ -6,7 +6,7 @@
 
 Every fault is a :class:`~workers.types.SpecError` that names the file, the field, the value and the valid choices.
 What needs a model or a data set (T against the number of edits is here, N against the data set's size is not) is
-checked by :mod:`orchestrator.plan`.
+checked by :mod:`orchestrator.planning.plan`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -18,50 +17,22 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from orchestrator.execute import Bench, Books, StepReport, artifact_title, check_memory, versions
-from orchestrator.spec import RaySpec, Resources
-from orchestrator.storage.base import StoreError
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+
+from orchestrator.engine.books import Books
+from orchestrator.engine.ray_engine import ENVIRONMENT
+from orchestrator.engine.ray_engine.builders import _build_artifacts
+from orchestrator.engine.ray_engine.preflight import ClusterError, _preflight
+from orchestrator.engine.ray_engine.trial import ShardTrial
+from orchestrator.engine.worker import StepReport
+from orchestrator.planning.spec import RaySpec
 from orchestrator.storage.lock import LockLost
-from orchestrator.storage.open import open_store
-from orchestrator.storage.paths import ResultsPaths
-from workers.artifacts import ArtifactSpec
-from workers.models import ModelConfig, fingerprint_model
 from workers.types import EditSweepError
-
-_ENVIRONMENT: Mapping[str, str] = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours remembers that it was Ctrl-C
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own snapshots are never read
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",
-    "TUNE_MAX_PENDING_TRIALS_PG": "auto",
-}
-# Ray and Tune read these when they are imported.
-for _name, _value in _ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
-
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-from ray.tune.experiment import Trial  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
-
-from orchestrator.trial import ShardTrial  # noqa: E402
-
-PREFLIGHT_SECONDS = 180.0
-STOP_SECONDS = 60.0
-"""How long builders may take to save what they have."""
-
-
-class ClusterError(EditSweepError):
-    """Ray cannot be reached, or a node cannot do the work. The message names node and cause."""
 
 
 def run_ray(books: Books, max_actors: int | None = None) -> None:
@@ -91,7 +62,7 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        **_ENVIRONMENT,
+        **ENVIRONMENT,
     }
     runtime = {**spec.runtime_env, "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})}}
     options: dict[str, Any] = {
@@ -215,238 +186,7 @@ def _ctrl_c(books: Books) -> Iterator[None]:
 # --- preflight -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Question:
-    """What every node is asked before the first shard."""
-
-    root: str
-    nonce: str
-    run_id: str
-    model: ModelConfig
-    weight_bytes: int
-    resources: Resources
-
-
-@dataclass(frozen=True)
-class _Answer:
-    host: str
-    nonce: str
-    versions: dict[str, str]
-    fingerprint: str
-    problem: str = ""
-
-
-@ray.remote(num_cpus=0, max_retries=1)
-def _prove(question: _Question, node: str) -> _Answer:
-    """Runs on a node: reads and writes the results folder, hashes the model, looks at memory."""
-    host = socket.gethostname()
-    paths = ResultsPaths()
-    store = open_store(question.root)
-    try:
-        nonce = store.read(paths.log(f"preflight-{question.run_id}")).decode()
-    except StoreError as error:
-        return _Answer(host, "", versions(), "", f"it does not see the results folder ({error})")
-    try:
-        store.replace(paths.log(f"preflight-{question.run_id}-{node}"), nonce.encode())
-        fingerprint = fingerprint_model(question.model)
-        resources = question.resources
-        check_memory(question.model, question.weight_bytes, resources.gpu, resources.memory_gb, where=host)
-    except EditSweepError as error:
-        return _Answer(host, nonce, versions(), "", str(error))
-    return _Answer(host, nonce, versions(), f"{fingerprint.model}:{fingerprint.tokenizer}")
-
-
-def _preflight(books: Books) -> int:
-    """Let every node that can hold an actor prove itself; how many actors they hold together."""
-    plan, store, paths = books.plan, books.store, books.paths
-    resources = plan.spec.engine.resources
-    if plan.common.model.device == "cuda" and not resources.gpu:
-        raise ClusterError("model.device is cuda, but engine.resources.gpu is 0; set it to 1 (or a fraction)")
-    alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = {n["NodeID"]: n for n in alive if n["Alive"]}
-    room = {node: _actors_on(info["Resources"], resources) for node, info in nodes.items()}
-    able = {node: count for node, count in room.items() if count}
-    if not able:
-        have = ", ".join(
-            f"{n['NodeManagerHostname']}: {n['Resources'].get('CPU', 0):g} cpu, {n['Resources'].get('GPU', 0):g} gpu"
-            for n in nodes.values()
-        )
-        raise ClusterError(
-            f"engine.resources: an actor needs {resources.cpu:g} cpu and {resources.gpu:g} gpu; no node has them ({have})"
-        )
-    nonce = os.urandom(16).hex()
-    store.replace(paths.log(f"preflight-{books.run_id}"), nonce.encode())
-    question = _Question(
-        store.where(), nonce, books.run_id, plan.common.model, plan.weight_bytes, plan.spec.engine.resources
-    )
-    asked = {
-        node: _prove.options(
-            num_gpus=resources.gpu, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote(question, node)
-        for node in able
-    }
-    problems = []
-    mine = versions()
-    expected = f"{plan.common.model_fingerprint}:{plan.common.tokenizer_fingerprint}"
-    for node, ref in asked.items():
-        name = nodes[node]["NodeManagerHostname"]
-        try:
-            answer: _Answer = ray.get(ref, timeout=PREFLIGHT_SECONDS)
-        except ray.exceptions.GetTimeoutError:
-            problems.append(f"{name}: no answer within {PREFLIGHT_SECONDS:.0f} seconds")
-            continue
-        except ray.exceptions.RayError as error:
-            problems.append(f"{name}: {str(error).strip().splitlines()[-1][:500]}")
-            continue
-        problems += [f"{name}: {problem}" for problem in _problems(answer, nonce, mine, expected)]
-        back = paths.log(f"preflight-{books.run_id}-{node}")
-        if not answer.problem:
-            if not store.exists(back):
-                problems.append(f"{name}: what it writes into {store.where()} is not seen here; use a shared folder")
-            store.delete(back)
-    store.delete(paths.log(f"preflight-{books.run_id}"))
-    if problems:
-        raise ClusterError("the cluster is not ready:\n  " + "\n  ".join(problems))
-    return sum(able.values())
-
-
-def _problems(answer: _Answer, nonce: str, mine: Mapping[str, str], fingerprint: str) -> Iterator[str]:
-    """What is wrong with one node's answer."""
-    different = [
-        f"{name} {answer.versions.get(name)} (here {version})"
-        for name, version in mine.items()
-        if answer.versions.get(name) != version
-    ]
-    if different:
-        yield f"other versions than the driver's: {', '.join(different)}"
-    if answer.problem:
-        yield answer.problem
-    elif answer.nonce != nonce:
-        yield "the results folder of this name is another one there; results must be on a folder that all nodes share"
-    elif answer.fingerprint != fingerprint:
-        yield "the model's files differ from the driver's (another version of the weights or the tokenizer)"
-
-
-def _actors_on(have: Mapping[str, float], need: Resources) -> int:
-    counts = [have.get("CPU", 0) // need.cpu]
-    if need.gpu:
-        gpus = have.get("GPU", 0)
-        counts.append(gpus // need.gpu if need.gpu >= 1 else gpus * (1 // need.gpu))
-    return int(min(counts))
-
-
 # --- artifacts -------------------------------------------------------------------------------------------------------
-
-
-class _Builder:
-    """An actor that builds artifacts with one loaded model; a second thread answers while it does."""
-
-    def __init__(self, root: str, run_id: str, save_seconds: float) -> None:
-        self.bench = Bench(root, run_id, save_seconds)
-        self.told: tuple[int, int, str] | None = None
-        self.stopped = threading.Event()
-
-    def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> None:
-        self.told = None
-        self.bench.build(spec, model, threads, self._tell, self.stopped.is_set)
-
-    def _tell(self, done: int, total: int, what: str) -> None:
-        self.told = (done, total, what)
-
-    def progress(self) -> tuple[int, int, str] | None:
-        return self.told
-
-    def stop(self) -> None:
-        self.stopped.set()
-
-
-@dataclass
-class _Site:
-    """One builder, what it builds at present, and the question after its progress that is not answered yet."""
-
-    actor: Any
-    spec: ArtifactSpec | None = None
-    asked: Any = None
-
-    def look(self, books: Books) -> None:
-        """Pass on what the builder told since the last look; never wait for it."""
-        if self.asked is not None and ray.wait([self.asked], timeout=0)[0]:
-            with contextlib.suppress(ray.exceptions.RayError):
-                told = ray.get(self.asked)
-                if told is not None and self.spec is not None:
-                    books.artifact_step(self.spec, *told)
-            self.asked = None
-        if self.asked is None:
-            self.asked = self.actor.progress.remote()
-
-
-def _build_artifacts(books: Books, actors: int) -> None:
-    """Build what the plan's shards need and the store lacks, each by one actor, what it needs before it.
-
-    A failure is told; the shards that need the artifact fail with its cause.
-    """
-    missing = books.missing_artifacts()
-    if not missing:
-        return
-    engine, common = books.plan.spec.engine, books.plan.common
-    builder: Any = ray.remote(_Builder)
-    make = builder.options(
-        num_cpus=engine.resources.cpu,
-        num_gpus=engine.resources.gpu,
-        max_concurrency=2,
-        max_restarts=engine.max_failures,
-        max_task_retries=engine.max_failures,
-    )
-    keys = {spec.key for spec in missing}
-    at_once = sum(not any(need.key in keys for need in spec.needs) for spec in missing)
-    sites = [
-        _Site(make.remote(books.store.where(), books.run_id, engine.checkpoint_seconds))
-        for _ in range(min(actors, at_once))
-    ]
-    todo, failed = list(missing), set[str]()
-    running: dict[Any, _Site] = {}
-    done = 0
-    try:
-        while todo or running:
-            waiting = {spec.key for spec in todo} | {site.spec.key for site in running.values() if site.spec}
-            for spec in list(todo):
-                lost = [need for need in spec.needs if need.key in failed]
-                if lost:
-                    todo.remove(spec)
-                    failed.add(spec.key)
-                    books.artifact_failed(spec, f"it needs {artifact_title(lost[0])}, which failed")
-                elif not any(need.key in waiting for need in spec.needs):
-                    free = next((site for site in sites if site.spec is None), None)
-                    if free is None:
-                        break
-                    todo.remove(spec)
-                    free.spec = spec
-                    running[free.actor.build.remote(spec, common.model, common.threads)] = free
-            for ref in ray.wait(list(running), num_returns=1, timeout=1.0)[0] if running else ():
-                site = running.pop(ref)
-                built, site.spec = site.spec, None
-                assert built is not None
-                try:
-                    ray.get(ref)
-                    done += 1
-                    books.artifact_built(built, done, len(missing))
-                except ray.exceptions.RayError as error:
-                    failed.add(built.key)
-                    books.artifact_failed(built, str(error).strip().splitlines()[-1])
-            for site in running.values():
-                site.look(books)
-            books.tick()
-    except KeyboardInterrupt:
-        for site in running.values():
-            site.actor.stop.remote()
-        if running:
-            books.view.note("stopping: unfinished artifacts are being saved (Ctrl-C again to leave at once)")
-            ray.wait(list(running), num_returns=len(running), timeout=STOP_SECONDS)
-        raise
-    finally:
-        books.artifacts_ended()
-        for site in sites:
-            ray.kill(site.actor)
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The Ray side of one shard: a Tune trainable whose every step is one committed step of a stream.
 
 An actor serves many shards one after another (``reuse_actors``) and keeps the loaded model in its
-:class:`~orchestrator.execute.Bench`. Tune's checkpoints are not used: a restarted trial asks the journal where to go on.
+:class:`~orchestrator.engine.worker.Bench`. Tune's checkpoints are not used: a restarted trial asks the journal where to go on.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from ray import tune
 
-from orchestrator.execute import Bench, StepReport, passing
-from orchestrator.plan import Plan
+from orchestrator.engine.worker import Bench, StepReport, passing
+from orchestrator.planning.plan import Plan
 
 
 class ShardTrial(tune.Trainable):
