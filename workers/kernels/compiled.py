@@ -1,0 +1,102 @@
+"""torch.compile for large models on a GPU. Everywhere else, and where the compiler fails, the same code runs as it is written.
+
+>>> compiled = Compiled(updates=True, layers=False)
+>>> compiled.update(move)(weight_LOI, gradient_LOI)                         # one pass over memory, not a dozen
+>>> hidden_BSD = compiled.layer(base.layers[30])(hidden_BSD, **arguments)   # as it is: layers are not compiled here
+
+*Updates* of large weights are functions of each value alone; compiled, they give the same bits whatever was compiled before. A
+decoder *layer* is a hundred small kernels, most of which only wait for memory, and a dozen when compiled; but it holds
+reductions, and how their sums are cut depends on the sizes that the compiler met first (measured: two actors that meet their
+batches in another order give other bits). So layers are compiled on request only (``model.compile``), and never for scoring.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+LOG = logging.getLogger(__name__)
+
+WORTH = 1_000_000_000
+"""Parameters from which compiling is worth its time on a GPU."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Compiled:
+    """What was compiled for one model."""
+
+    def __init__(
+        self, updates: bool = False, layers: bool = False, backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
+        """``updates``, ``layers``: whether these are compiled."""
+        self.updates = updates
+        self.layers = layers
+        self.broken = False
+        """Whether the compiler has failed: what was to be compiled then runs as it is written."""
+        self._backend = backend
+        self._made: dict[Any, Callable[..., Any]] = {}
+
+    def layer(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward of a decoder layer; the layer itself where an overlay answers for a part of it."""
+        if not self.layers or self.broken or any("forward" in part.__dict__ for part in module.modules()):
+            return module
+        return self._careful(module)
+
+    def update(self, function: F) -> F:
+        """A function that changes large tensors in place, value by value."""
+        return self._careful(function) if self.updates and not self.broken else function
+
+    def turns(self, lanes: int) -> list[slice]:
+        """Which lanes an update is called for, call by call: all at once, unless it runs as it is written, with a dozen
+        temporaries of each lane it is given."""
+        return [slice(lane, lane + 1) for lane in range(lanes)] if self.broken else [slice(None)]
+
+    def _careful(self, function: F) -> F:
+        made = self._made.get(function)
+        if made is None:
+            made = self._made[function] = _Careful(self, function)
+        return made  # type: ignore[return-value]
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Once for all sizes."""
+        if self._backend != "inductor":
+            return torch.compile(function, dynamic=True, backend=self._backend)
+        import torch._inductor.config as inductor
+
+        options: dict[str, Any] = {
+            name: True for name in ("deterministic", "batch_invariant") if hasattr(inductor, name)
+        }
+        return torch.compile(function, dynamic=True, options=options)
+
+    def give_up(self, error: Exception) -> None:
+        """Compile nothing more: the machine has no working compiler, or it does not know this model."""
+        self.broken = True
+        LOG.warning(
+            "torch.compile failed, so edits run uncompiled, which takes longer and changes results by rounding: %s",
+            " ".join(str(error).split())[:300],
+        )
+
+
+class _Careful:
+    """Calls the compiled function, or as it is written once the compiler has failed."""
+
+    def __init__(self, owner: Compiled, function: Callable[..., Any]) -> None:
+        self.owner = owner
+        self.function = function
+        self.compiled = owner.compile(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo.exc import TorchDynamoException
+
+        if self.owner.broken:
+            return self.function(*args, **kwargs)
+        try:
+            return self.compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            self.owner.give_up(error)
+            return self.function(*args, **kwargs)
