@@ -26,9 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, Site
-from workers.overlay import Overlay
-from workers.replay import capture
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.overlay import Overlay
+from workers.model.replay import capture
 from workers.rng import Draws
 from workers.session import Session, build_inputs
 from workers.types import EditRequest

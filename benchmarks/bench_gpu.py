@@ -37,16 +37,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.artifacts import ArtifactData
-from workers.compiled import Compiled
 from workers.data import load_dataset
 from workers.job import ScoreConfig
+from workers.kernels.compiled import Compiled
+from workers.kernels.process import fix_numerics
 from workers.methods import get_method, method_names
 from workers.methods.base import EditOutcome, LaneEdit, Method
-from workers.models import BaseModel, ModelConfig
-from workers.overlay import Overlay
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
+from workers.model.overlay import Overlay
 from workers.rng import Draws
 from workers.scoring import Item, score
-from workers.session import fix_numerics
 from workers.types import EditRequest
 
 METHODS = ("wise", "grace", "ft", "rome", "memit")

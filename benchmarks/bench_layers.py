@@ -1,4 +1,5 @@
-"""Decoder layers written out (workers/layers.py) against the same layers run by their modules, as an edit's inner loop runs them.
+"""Decoder layers written out (workers/kernels/llama_cpu.py) against the same layers run by their modules, as an edit's
+inner loop runs them.
 
     python benchmarks/bench_layers.py [--quick]
 
@@ -15,8 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from common import LOG, Report, alternate, median_ratio, parser
 
-from workers.models import BaseModel, ModelConfig
-from workers.rows import Encoded, collate
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
+from workers.model.rows import Encoded, collate
 from workers.session import Session
 from workers.suffix import Suffix
 

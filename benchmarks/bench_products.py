@@ -1,4 +1,4 @@
-"""Products in float32: the way of workers/products.py against PyTorch's own, by the number of rows.
+"""Products in float32: the way of workers/kernels/matmul.py against PyTorch's own, by the number of rows.
 
     python benchmarks/bench_products.py [--quick]
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from common import LOG, Report, alternate, median_ratio, parser
 from torch import Tensor
 
-from workers.products import linear
+from workers.kernels.matmul import linear
 
 MAPS = ((128, 512), (512, 128), (128, 128), (512, 2048), (2048, 512))
 

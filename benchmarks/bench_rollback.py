@@ -33,7 +33,8 @@ from workers.artifacts import ArtifactData
 from workers.data import load_dataset
 from workers.methods import get_method, load_config
 from workers.methods.base import LaneEdit, Method
-from workers.models import BaseModel, ModelConfig
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
 from workers.rng import Draws
 
 LAYER = {"ft": 3, "rome": 0, "grace": 4, "wise": 4}

@@ -23,9 +23,9 @@ from reference import as_it_comes
 
 from workers.data.tinyworld import load_dataset
 from workers.job import ScoreConfig
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
-from workers.rows import Encoded, collate
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
+from workers.model.rows import Encoded, collate
 from workers.scoring import BaseAnswers, Item, Prefixes, score
 from workers.types import EditRequest
 

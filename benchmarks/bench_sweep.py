@@ -34,8 +34,8 @@ from orchestrator.results.query import open_results
 from orchestrator.storage.local import LocalStore
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
-from workers.models import fingerprint_model
-from workers.overlay import DenseOverlay
+from workers.model.config import fingerprint_model
+from workers.model.overlay import DenseOverlay
 from workers.rng import Draws
 from workers.session import Session, build_inputs
 

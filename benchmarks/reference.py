@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from workers.artifacts import ArtifactData
 from workers.finetune import STOP_LOSS as FT_STOP
+from workers.kernels.matmul import slow
 from workers.locate import MOMENT, inverse_moment
 from workers.locate import STOP_LOSS as ROME_STOP
 from workers.methods.wise import STOP_CHANGE
 from workers.methods.wise import STOP_LOSS as WISE_STOP
-from workers.models import BaseModel, Site
-from workers.products import slow
+from workers.model.base import BaseModel, Site
 from workers.rng import Draws
 from workers.types import EditRequest
 

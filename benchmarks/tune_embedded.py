@@ -18,7 +18,7 @@ from typing import Any
 from workers.data.tinyworld import load_dataset
 from workers.job import Lane, StreamCell, StreamJob, cut_steps
 from workers.methods import get_method, load_config, method_names
-from workers.models import ModelConfig, fingerprint_model
+from workers.model.config import ModelConfig, fingerprint_model
 from workers.pretrain import training_source
 from workers.session import Session, build_inputs
 from workers.stream import Stream

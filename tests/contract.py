@@ -29,10 +29,10 @@ from workers.artifacts import ArtifactData
 from workers.job import ScoreConfig, StreamJob
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method, MethodConfig
-from workers.models import BaseModel
-from workers.overlay import LaneState, Overlay, pack_states, unpack_states
+from workers.model.base import BaseModel
+from workers.model.overlay import LaneState, Overlay, pack_states, unpack_states
+from workers.model.rows import Rows, collate
 from workers.rng import Draws
-from workers.rows import Rows, collate
 from workers.scoring import Item, score
 from workers.stream import StepResult, Stream
 from workers.types import EditRequest

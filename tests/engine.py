@@ -18,7 +18,7 @@ from orchestrator.planning.plan import Plan, Shard
 from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.results.query import open_results
 from orchestrator.storage.local import LocalStore
-from workers.models import EMBEDDED
+from workers.model.config import EMBEDDED
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = {"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"}

@@ -26,9 +26,10 @@ from workers import methods
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.methods.base import MethodConfig
 from workers.methods.ft import FT, FTConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.rows import collate
 from workers.pretrain import Schedule, Trainer, TrainingSource, pretrained
-from workers.rows import collate
 from workers.types import JSON, EditRequest
 
 

@@ -35,7 +35,7 @@ from tests.engine import Watch, wait_for
 from tests.learner import registered
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.data import find_overlap, load_training, tinyworld
-from workers.models import EMBEDDED, ModelConfig
+from workers.model.config import EMBEDDED, ModelConfig
 from workers.types import EditRequest, EditSweepError, ModelError, SpecError
 
 ROOT = Path(__file__).resolve().parent.parent

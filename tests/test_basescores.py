@@ -30,8 +30,9 @@ from workers import basescores, fluency, scoring
 from workers.artifacts import BASE_SCORES, ArtifactData
 from workers.basescores import BaseScores
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, schedule_of, timeline
-from workers.models import EMBEDDED, BaseModel
-from workers.overlay import DenseOverlay
+from workers.model.base import BaseModel
+from workers.model.config import EMBEDDED
+from workers.model.overlay import DenseOverlay
 from workers.scoring import Answer, BaseAnswers, Item, Reply, Text, ask_base, digest, score
 
 FT: dict[str, Any] = {"method": "ft", "hparams": {"num_steps": 2}}
@@ -172,7 +173,7 @@ def test_killed_while_building_and_run_again(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from orchestrator.engine.sweep import Bench\n"
         "from workers.artifacts import ArtifactSpec\n"
-        "from workers.models import ModelConfig\n"
+        "from workers.model.base import ModelConfig\n"
         "def tell(done, total, what):\n"
         "    if done == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"

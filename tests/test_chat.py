@@ -21,9 +21,10 @@ from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
 from workers.methods.rome import ROMEConfig
 from workers.methods.wise import WISEConfig
-from workers.models import BaseModel, ModelConfig, has_chat_template
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, has_chat_template
+from workers.model.rows import Encoder
 from workers.rng import Draws
-from workers.rows import Encoder
 from workers.scoring import Item, score
 from workers.stream import Stream
 from workers.types import DataError, EditRequest, SpecError

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch
-from workers.compiled import Compiled
+from workers.kernels.compiled import Compiled
+from workers.kernels.matmul import slow
 from workers.lockstep import Lockstep
 from workers.methods import get_method
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FTConfig
 from workers.methods.wise import WISEConfig, masked_descent
-from workers.models import BaseModel
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
 from workers.optim import Adam, Box, adam_in_box
-from workers.overlay import DenseOverlay
-from workers.products import slow
 from workers.rng import Draws
 
 TRACED = "aot_eager"

@@ -16,7 +16,8 @@ from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method
 from workers.methods.ft import FTConfig
 from workers.methods.ft_ewc import FTEWC, FTEWCConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint
 from workers.rng import Draws
 from workers.types import DataError, SpecError
 

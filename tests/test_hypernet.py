@@ -34,11 +34,12 @@ from workers.methods.base import LaneEdit
 from workers.methods.malmen import MALMENConfig
 from workers.methods.mend import MENDConfig
 from workers.methods.rledit import RLEdit, RLEditConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.overlay import DenseOverlay, LaneState
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.overlay import DenseOverlay, LaneState
+from workers.model.rows import collate
 from workers.pretrain import Schedule, Trainer, training_source
 from workers.rng import Draws, derive_generator
-from workers.rows import collate
 from workers.session import build_inputs
 from workers.stream import Stream
 from workers.types import DataError, EditRequest, SpecError

@@ -15,9 +15,10 @@ from workers.methods import load_config
 from workers.methods.base import LaneEdit
 from workers.methods.icl import ICL, ICLConfig
 from workers.methods.none import NoEdit, NoEditConfig
-from workers.models import ModelConfig, model_shape
+from workers.model.base import model_shape
+from workers.model.config import ModelConfig
+from workers.model.rows import Encoded, collate
 from workers.rng import Draws
-from workers.rows import Encoded, collate
 from workers.scoring import Item, score
 from workers.types import DataError, SpecError
 

@@ -15,7 +15,7 @@ from workers.artifacts import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows, timeline
 from workers.methods import get_method
 from workers.methods.base import MethodConfig
-from workers.overlay import pack_states, unpack_states
+from workers.model.overlay import pack_states, unpack_states
 from workers.stream import StepResult, Stream
 
 REQUESTS = {0: golden_requests(24), 1: golden_requests(48)[24:]}

@@ -14,10 +14,11 @@ from workers.job import ScoreConfig
 from workers.methods import load_config
 from workers.methods.base import LaneEdit
 from workers.methods.melo import MELO, NO_BLOCK, MELOConfig, _Database
-from workers.models import ModelConfig, model_shape
-from workers.overlay import LaneState
+from workers.model.base import model_shape
+from workers.model.config import ModelConfig
+from workers.model.overlay import LaneState
+from workers.model.rows import collate
 from workers.rng import Draws
-from workers.rows import collate
 from workers.scoring import Item, score
 from workers.types import EditRequest, SpecError
 

@@ -16,7 +16,8 @@ from orchestrator.planning.memory import GIB, MOST_LANES, Memory, estimate, firs
 from workers.artifacts import ArtifactData
 from workers.job import ScoreConfig
 from workers.methods import get_method
-from workers.models import ModelConfig, Site, model_shape
+from workers.model.base import Site, model_shape
+from workers.model.config import ModelConfig
 from workers.session import Session
 from workers.types import ModelError
 

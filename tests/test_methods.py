@@ -29,7 +29,7 @@ from workers.methods.serac import SERACConfig
 from workers.methods.simie import SimIEConfig
 from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise import WISEConfig
-from workers.models import BaseModel
+from workers.model.base import BaseModel
 from workers.pretrain import Schedule
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}

@@ -24,8 +24,8 @@ from workers.ability import Ability, cut_windows
 from workers.fluency import continuations, fluency, n_gram_entropy
 from workers.job import ScoreConfig, StreamJob, cut_steps
 from workers.methods.ft import FTConfig
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
 from workers.scoring import ANY_COLUMNS, OOD_COLUMNS, BaseAnswers, Item, Prefixes, exp, score
 from workers.stream import Stream
 from workers.types import DataError, EditRequest, EditSweepError, Probe

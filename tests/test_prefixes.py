@@ -14,7 +14,7 @@ from tests.test_many_T import CONFIGS
 from workers.artifacts import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows, moments, timeline
 from workers.methods import get_method
-from workers.overlay import pack_states, unpack_states
+from workers.model.overlay import pack_states, unpack_states
 from workers.scoring import score
 from workers.stream import StepResult, Stream
 

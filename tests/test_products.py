@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.small import random_model
-from workers.overlay import lane_linear, token_linear
-from workers.products import Joined, lane_products, linear, quicken, slow
-from workers.rows import Encoded, collate
+from workers.kernels.matmul import Joined, lane_products, linear, quicken, slow
+from workers.model.overlay import lane_linear, token_linear
+from workers.model.rows import Encoded, collate
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch comes without oneDNN"
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN runs on any processor and at any size, only not always faster."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("workers.products._intel", lambda: False)
-    monkeypatch.setattr("workers.products._MULTIPLICATIONS", 8 * 48 * 64)
+    monkeypatch.setattr("workers.kernels.matmul._intel", lambda: False)
+    monkeypatch.setattr("workers.kernels.matmul._MULTIPLICATIONS", 8 * 48 * 64)
 
 
 def draw(*sizes: int) -> Tensor:
@@ -105,7 +105,7 @@ def test_the_gradient_of_a_lane_is_that_of_its_rows(width: int) -> None:
 @pytest.mark.parametrize("intel", [True, False])
 @pytest.mark.parametrize("rows", [4, 40])
 def test_joined_maps_are_the_maps(monkeypatch: pytest.MonkeyPatch, intel: bool, rows: int) -> None:
-    monkeypatch.setattr("workers.products._intel", lambda: intel)
+    monkeypatch.setattr("workers.kernels.matmul._intel", lambda: intel)
     maps = [nn.Linear(48, 64, bias=False), nn.Linear(48, 32), nn.Linear(48, 80, bias=False)]
     joined = Joined([(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in maps])
     x = draw(2, rows, 48).requires_grad_()

@@ -13,7 +13,8 @@ from workers.data.tinyworld import load_requests
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
 from workers.methods.serac import SERAC, SERACConfig, SERACTrainer
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint
 from workers.pretrain import Schedule, training_source
 from workers.rng import Draws, derive_generator
 from workers.scoring import Item, score

@@ -11,8 +11,9 @@ import torch
 
 from tests.small import random_model
 from workers.artifacts import ArtifactData, Stopped, Workbench
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.rows import Encoded, collate
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.rows import Encoded, collate
 from workers.stats import Place, build_second_moment, documents, second_moment
 from workers.types import DataError
 

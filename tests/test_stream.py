@@ -19,8 +19,8 @@ from workers.methods.ft import FT as FTMethod
 from workers.methods.ft import FTConfig
 from workers.methods.rome import ROMEConfig
 from workers.methods.wise import WISEConfig
-from workers.models import BaseModel
-from workers.overlay import Overlay
+from workers.model.base import BaseModel
+from workers.model.overlay import Overlay
 from workers.scoring import Item, normalise, score
 from workers.stream import StepResult, Stream
 from workers.types import EditRequest, Probe
@@ -352,7 +352,7 @@ sys.meta_path.insert(0, Refuse())
 from tests.test_stream import FT, job, random_model, rows_of, run
 assert len(rows_of(run(random_model("llama"), job("ft", FT, 2, [[0, 1]])))) == 8
 from workers.session import Session
-from workers.models import ModelConfig
+from workers.model.base import ModelConfig
 assert not {"ray", "pyarrow", "duckdb", "orchestrator"} & {m.split(".")[0] for m in sys.modules}
 print("ran")
 """

@@ -9,16 +9,17 @@ import torch
 
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch, model_of
-from workers.fused import FusedLayer
-from workers.layers import Constants, QuickLayer
+from workers.kernels.llama_cpu import Constants, QuickLayer
+from workers.kernels.llama_gpu import FusedLayer
 from workers.lockstep import Lockstep
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.methods.ft import FTConfig
 from workers.methods.rome import ROMEConfig
 from workers.methods.wise import WISEConfig
-from workers.models import ARCHITECTURES, BaseModel
-from workers.replay import capture, replay
+from workers.model.architectures import ARCHITECTURES
+from workers.model.base import BaseModel
+from workers.model.replay import capture, replay
 from workers.rng import Draws
 from workers.suffix import Suffix, _Layer
 

@@ -14,9 +14,9 @@ import torch
 
 from workers.data.text import read_held_out
 from workers.job import ScoreConfig
-from workers.models import BaseModel
-from workers.overlay import Overlay
-from workers.rows import Encoder
+from workers.model.base import BaseModel
+from workers.model.overlay import Overlay
+from workers.model.rows import Encoder
 from workers.scoring import BaseAnswers, Prefixes, exp, text_logprobs
 from workers.types import DataError
 

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workers.overlay import LaneState, Overlay, lane_linear
+from workers.model.overlay import LaneState, Overlay, lane_linear
+from workers.model.rows import Rows
 from workers.rng import Draws
-from workers.rows import Rows
 from workers.types import SpecError
 
 if TYPE_CHECKING:
-    from workers.models import Arch, BaseModel, ModelShape, Site
+    from workers.model.architectures import Arch
+    from workers.model.base import BaseModel, Site
+    from workers.model.config import ModelShape
 
 
 def target_paths(arch: Arch, target_modules: Sequence[str] | None) -> tuple[str, ...]:

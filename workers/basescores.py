@@ -27,12 +27,12 @@ from workers.data import requests_of
 from workers.failures import out_of_memory
 from workers.fluency import fluency
 from workers.job import StreamJob, asked, timeline
-from workers.rows import Encoder
+from workers.model.rows import Encoder
 from workers.scoring import Answer, BaseAnswers, Numbers, Reply, Text, ask_base, digest, items_of
 from workers.types import JSON
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel
+    from workers.model.base import BaseModel
 
 
 def build_base_scores(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:

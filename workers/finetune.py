@@ -16,14 +16,14 @@ from torch import Tensor
 
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
+from workers.model.overlay import DenseOverlay
+from workers.model.rows import Encoded, Rows, collate
 from workers.optim import Adam, Box, LaneOptimizer
-from workers.overlay import DenseOverlay
-from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
 from workers.types import EditRequest
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel
+    from workers.model.base import BaseModel
 
 STOP_LOSS = 1e-2
 """A lane whose loss is below this makes no further step (the public code's constant)."""

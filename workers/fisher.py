@@ -13,12 +13,12 @@ from torch import Tensor
 
 from workers.artifacts import ArtifactData, Workbench
 from workers.losses import TargetTokens
-from workers.rows import Encoded, collate
+from workers.model.rows import Encoded, collate
 from workers.stats import Place, documents, positions
 from workers.types import JSON, DataError
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel, Site
+    from workers.model.base import BaseModel, Site
 
 KIND = "fisher_diagonal"
 

@@ -19,10 +19,10 @@ from itertools import pairwise
 import torch
 
 from workers.job import ScoreConfig
-from workers.models import BaseModel
-from workers.overlay import Overlay
+from workers.model.base import BaseModel
+from workers.model.overlay import Overlay
+from workers.model.rows import Encoded, collate
 from workers.rng import derive_seed
-from workers.rows import Encoded, collate
 from workers.scoring import BaseAnswers, Item
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}

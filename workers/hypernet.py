@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.losses import TargetTokens
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.overlay import DenseOverlay, Overlay, lane_linear
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import DenseOverlay, Overlay, lane_linear
+from workers.model.replay import Prefix, answering, capture, replay
+from workers.model.rows import Encoded, Rows, collate
 from workers.pretrain import PRETRAINED, Trainer, TrainingSource, pretrained
-from workers.replay import Prefix, answering, capture, replay
-from workers.rows import Encoded, Rows, collate
 from workers.types import JSON, DataError, EditRequest, SpecError
 
 _TINY = 1e-7

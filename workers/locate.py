@@ -30,11 +30,12 @@ from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
 from workers.methods.base import LaneEdit, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, Site
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.overlay import Overlay
+from workers.model.replay import answering
+from workers.model.rows import Encoded, Rows, collate
 from workers.optim import Adam, LaneOptimizer
-from workers.overlay import Overlay
-from workers.replay import answering
-from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
 from workers.types import JSON, DataError, EditRequest
 

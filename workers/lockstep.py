@@ -14,7 +14,7 @@
 
 The stopping rule is applied on the device after every step; on a GPU its outcome is read back every few steps only, because
 reading waits for the device. A lane that has stopped does not move, so looking later changes nothing but the time. There, forward
-and backward are recorded in the second step of a batch and played in the later ones (:mod:`workers.recorded`).
+and backward are recorded in the second step of a batch and played in the later ones (:mod:`workers.kernels.cuda_graphs`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from workers.recorded import Pool, Recorded
+from workers.kernels.cuda_graphs import Pool, Recorded
 
 _READ_EVERY = 4
 """Steps between two looks, where looking waits for the device."""

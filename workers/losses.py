@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workers.rows import Rows
+from workers.model.rows import Rows
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel
+    from workers.model.base import BaseModel
 
 
 @dataclass(frozen=True)

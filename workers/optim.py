@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from workers.compiled import Compiled
+from workers.kernels.compiled import Compiled
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 """Adam's constants, as everywhere."""

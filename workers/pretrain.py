@@ -40,7 +40,8 @@ from workers.types import JSON, DataError, EditRequest, ModelError, Probe, SpecE
 
 if TYPE_CHECKING:
     from workers.methods.base import Method
-    from workers.models import BaseModel, ModelConfig, ModelFingerprint
+    from workers.model.base import BaseModel
+    from workers.model.config import ModelConfig, ModelFingerprint
 
 TRAINING = "training"
 """Kind of a trainer's state after a data shard."""

@@ -32,15 +32,15 @@ import torch
 
 from workers.failures import out_of_memory
 from workers.job import Lane, ScoreConfig, StreamJob, Tick, first_request
-from workers.replay import Prefix, capture, replay
-from workers.rows import Encoded, Rows, collate
+from workers.model.replay import Prefix, capture, replay
+from workers.model.rows import Encoded, Rows, collate
 from workers.types import DataError, EditRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from workers.models import BaseModel
-    from workers.overlay import Overlay
+    from workers.model.base import BaseModel
+    from workers.model.overlay import Overlay
 
 Kind = Literal["reliability", "generalization", "locality", "portability", "ood"]
 KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality", "portability")

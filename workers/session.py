@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Self
 
 import torch
-import transformers
 
-from workers.allocator import keep_freed_memory
 from workers.artifacts import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
 from workers.basescores import build_base_scores
 from workers.fisher import KIND as FISHER
 from workers.fisher import build_fisher
-from workers.models import BaseModel, ModelConfig
+from workers.kernels.process import fix_numerics, keep_freed_memory
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
 from workers.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
 from workers.scoring import BaseAnswers, Prefixes
 from workers.stats import KIND as SECOND_MOMENT
@@ -65,18 +64,6 @@ class Session:
         """
         bench.answers = self.base_answers
         return _build(self.base, spec, bench)
-
-
-def fix_numerics() -> None:
-    """No TF32, deterministic kernels: for the whole process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # the deterministic mode would also fill every fresh tensor with NaN first, a fifth of an edit's time; nothing here
-    # reads memory that was not written
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def build_inputs(base: BaseModel, specs: Sequence[ArtifactSpec]) -> dict[str, ArtifactData]:

@@ -41,8 +41,9 @@ from workers.locate import (
     template_spec,
 )
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, split_module
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.overlay import LowRankOverlay, Overlay
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import LowRankOverlay, Overlay
 from workers.pretrain import TrainingSource
 from workers.types import JSON
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
-from workers.rows import Encoded, collate
+from workers.model.rows import Encoded, collate
 from workers.types import JSON, DataError, SpecError
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel, ModelConfig, ModelFingerprint
+    from workers.model.base import BaseModel
+    from workers.model.config import ModelConfig, ModelFingerprint
 
 KIND = "second_moment"
 NULL_SPACE = "null_space"

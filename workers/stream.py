@@ -27,9 +27,9 @@ from workers.fluency import fluency
 from workers.job import Lane, StreamJob, Tick, asked, first_request, timeline
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
-from workers.overlay import Overlay, pack_states, unpack_states
+from workers.model.overlay import Overlay, pack_states, unpack_states
+from workers.model.rows import Encoder
 from workers.rng import Draws
-from workers.rows import Encoder
 from workers.scoring import Item, items_of, score
 from workers.session import Session
 from workers.types import JSON, EditRequest

@@ -11,9 +11,10 @@ Everything the loss does not depend on, or that no step can change, is computed 
 - columns before the first one whose answer changes keep their keys and values (attention is causal);
 - in the last layer only columns that are read pass through attention and MLP; the earlier ones give keys and values only.
 
-The hidden states equal those of :func:`workers.replay.replay` up to rounding (products of other shapes round differently), which
-is why scoring, where bits count, uses that one. Works for every decoder of ``models.ARCHITECTURES`` whose layer adds the edited
-map's answer to a sum; any other map (attention projections, the MLP's input) is replayed from its layer on.
+The hidden states equal those of :func:`workers.model.replay.replay` up to rounding (products of other shapes round
+differently), which is why scoring, where bits count, uses that one. Works for every decoder of ``models.ARCHITECTURES``
+whose layer adds the edited map's answer to a sum; any other map (attention projections, the MLP's input) is replayed
+from its layer on.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workers.compiled import Compiled
-from workers.fused import FusedLayer
-from workers.layers import Constants, QuickLayer, plain
-from workers.replay import Prefix, answering, capture, replay
-from workers.rows import Rows
+from workers.kernels.compiled import Compiled
+from workers.kernels.llama_cpu import Constants, QuickLayer, plain
+from workers.kernels.llama_gpu import FusedLayer
+from workers.model.replay import Prefix, answering, capture, replay
+from workers.model.rows import Rows
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel, Site
-    from workers.overlay import Overlay
+    from workers.model.base import BaseModel, Site
+    from workers.model.overlay import Overlay
 
 _COLUMN_AXIS: Mapping[str, int] = MappingProxyType(
     {"attention_mask": 2, "position_ids": 1, "position_embeddings": 1, "cache_position": 0}

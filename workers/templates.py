@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from workers.artifacts import ArtifactData, Workbench
+from workers.model.rows import Encoded, collate
 from workers.rng import derive_generator
-from workers.rows import Encoded, collate
 from workers.types import JSON
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel
+    from workers.model.base import BaseModel
 
 KIND = "context_templates"
 

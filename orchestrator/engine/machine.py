@@ -11,7 +11,7 @@ from pathlib import Path
 import orchestrator
 import workers
 from orchestrator.storage.sealed import sha256_of
-from workers.models import ModelConfig
+from workers.model.config import ModelConfig
 from workers.types import JSON, ModelError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "pydantic")

@@ -24,7 +24,7 @@ from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
 from workers.data import requests_of
 from workers.failures import may_pass
 from workers.job import StreamJob
-from workers.models import ModelConfig
+from workers.model.config import ModelConfig
 from workers.types import JSON, DataError, Dataset
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, USABLE, Memory, est
 from orchestrator.planning.spec import MethodSpec, SweepSpec
 from orchestrator.planning.work import Cell, Common, Variant
 from workers.artifacts import ArtifactSpec
-from workers.models import ModelFingerprint, ModelShape
+from workers.model.config import ModelFingerprint, ModelShape
 from workers.types import JSON, EditRequest, SpecError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from workers.data import (
     order_requests,
 )
 from workers.job import ScoreConfig
-from workers.models import EMBEDDED
+from workers.model.config import EMBEDDED
 from workers.types import Dataset, EditRequest, SpecError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.job import Rollback, ScoreConfig
-from workers.models import ModelShape
+from workers.model.config import ModelShape
 from workers.types import JSON
 
 GIB = 1 << 30

@@ -55,11 +55,8 @@ from workers.job import (
     cut_steps,
     expected_rows,
 )
-from workers.models import (
-    fingerprint_model,
-    has_chat_template,
-    model_shape,
-)
+from workers.model.base import model_shape
+from workers.model.config import fingerprint_model, has_chat_template
 from workers.types import JSON, Dataset, SpecError
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from workers.data import DATASETS
 from workers.data.text import read_held_out
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Frozen, Rollback, ScoreConfig
-from workers.models import ModelConfig
+from workers.model.config import ModelConfig
 from workers.types import JSON, SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")

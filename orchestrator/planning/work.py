@@ -15,7 +15,7 @@ from orchestrator.planning.spec import DatasetSpec
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts import BASE_SCORES, ArtifactSpec
 from workers.job import SCORING_PROTOCOL, Frozen, Rollback, ScoreConfig, StreamJob, schedule_of
-from workers.models import ModelConfig
+from workers.model.config import ModelConfig
 from workers.types import JSON
 
 

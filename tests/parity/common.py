@@ -25,8 +25,9 @@ from tests.small import GOLDEN, golden_model, golden_requests
 from workers.artifacts import ArtifactData, Workbench
 from workers.job import ScoreConfig
 from workers.methods.base import EditOutcome, LaneEdit, Method
-from workers.models import BaseModel, ModelConfig
-from workers.overlay import Overlay
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
+from workers.model.overlay import Overlay
 from workers.rng import Draws
 from workers.scoring import Item, score
 from workers.stats import build_second_moment

@@ -28,8 +28,8 @@ from tests.parity.common import (
 from workers.artifacts import ArtifactData, Workbench
 from workers.methods import load_config
 from workers.methods.alphaedit import AlphaEdit, AlphaEditConfig, AlphaEditOverlay, alphaedit_keys
-from workers.models import ModelFingerprint
-from workers.overlay import LaneState
+from workers.model.config import ModelFingerprint
+from workers.model.overlay import LaneState
 from workers.stats import build_null_space
 from workers.types import DataError
 

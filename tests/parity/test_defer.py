@@ -14,7 +14,7 @@ from tests.small import golden_requests
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
 from workers.methods.defer import DEFER, DEFERConfig, Deferral
-from workers.overlay import LaneState
+from workers.model.overlay import LaneState
 from workers.rng import Draws
 from workers.scoring import Item, score
 from workers.types import SpecError
@@ -84,7 +84,7 @@ def test_the_answer_does_not_leak_into_the_decision() -> None:
     editor.edit(overlay, [LaneEdit((request,), Draws("defer", {}, 0, 0, 0))])
     public = Deferral(overlay.sites[0], 1, torch.float32, DEFERConfig(layer=4, query="row"))
     public.load_state(0, overlay.state(0))
-    from workers.rows import collate
+    from workers.model.rows import collate
 
     gates = {}
     for kind, which in (("prompt", overlay), ("row", public)):

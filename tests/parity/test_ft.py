@@ -23,7 +23,7 @@ from tests.parity.common import (
 )
 from workers.methods import load_config
 from workers.methods.ft import FT, FTConfig
-from workers.models import model_shape
+from workers.model.base import model_shape
 from workers.types import SpecError
 
 METHODS = {"FT-L": "prompt_last", "FT-M": "target_new"}

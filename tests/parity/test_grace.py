@@ -13,9 +13,9 @@ from tests.parity import common
 from tests.small import golden_requests
 from workers.methods.base import LaneEdit
 from workers.methods.grace import GRACE, Codebook, GRACEConfig
-from workers.models import BaseModel
+from workers.model.base import BaseModel
+from workers.model.rows import Encoded, collate
 from workers.rng import Draws
-from workers.rows import Encoded, collate
 from workers.types import SpecError
 
 SEEDS = range(5)

@@ -13,7 +13,7 @@ import torch
 from tests.parity.common import ELSEWHERE, PAIRS, final_scores, lane_edits, model, record, run_groups
 from workers.methods import load_config
 from workers.methods.lora import LoRA, LoRAConfig
-from workers.models import model_shape
+from workers.model.base import model_shape
 from workers.types import SpecError
 
 SEEDS = 8

@@ -36,7 +36,8 @@ from workers.methods import load_config
 from workers.methods.base import LaneEdit
 from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass
 from workers.methods.rome import ROME, RROME, RROMEConfig
-from workers.models import BaseModel, ModelFingerprint, model_shape
+from workers.model.base import BaseModel, model_shape
+from workers.model.config import ModelFingerprint
 from workers.rng import Draws
 from workers.spread import ridge_keys
 from workers.types import DataError, SpecError

@@ -27,7 +27,8 @@ from workers.artifacts import ArtifactData
 from workers.hypernet import Questions, gradient_factors
 from workers.methods import load_config
 from workers.methods.mend import MEND, MENDConfig
-from workers.models import ModelConfig, ModelFingerprint, model_shape
+from workers.model.base import model_shape
+from workers.model.config import ModelConfig, ModelFingerprint
 from workers.types import SpecError
 
 VARIANTS = ("mend_llama", "mend_llama_nobos")

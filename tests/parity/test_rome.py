@@ -29,7 +29,8 @@ from workers.artifacts import ArtifactData
 from workers.locate import inverse_moment
 from workers.methods import load_config
 from workers.methods.rome import ROME, ROMEConfig
-from workers.models import BaseModel, ModelFingerprint, model_shape
+from workers.model.base import BaseModel, model_shape
+from workers.model.config import ModelFingerprint
 from workers.types import DataError, SpecError
 
 RECORDED = {

@@ -15,9 +15,9 @@ from tests.small import GOLDEN, golden_requests
 from workers.artifacts import ArtifactData
 from workers.methods.base import LaneEdit
 from workers.methods.serac import SERAC, SERACConfig, mixed, scope_of
-from workers.models import ModelShape
+from workers.model.config import ModelShape
+from workers.model.rows import collate
 from workers.rng import Draws
-from workers.rows import collate
 from workers.types import DataError, ModelError, SpecError
 
 FOLDER = GOLDEN / "pretrained"

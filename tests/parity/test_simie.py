@@ -20,9 +20,10 @@ from workers.methods import get_method, load_config, method_names
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.rome import ROME, ROMEConfig
 from workers.methods.simie import BASES, SimIE, SimIEConfig
-from workers.models import EMBEDDED, ModelConfig, ModelFingerprint, model_shape
-from workers.overlay import LowRankOverlay, Overlay
-from workers.rows import Encoded, Rows, collate
+from workers.model.base import model_shape
+from workers.model.config import EMBEDDED, ModelConfig, ModelFingerprint
+from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.rows import Encoded, Rows, collate
 from workers.types import EditRequest, SpecError
 
 ELSEWHERE = ModelConfig(name="some/other-model")

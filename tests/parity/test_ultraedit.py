@@ -22,7 +22,7 @@ from tests.parity.common import (
 from workers.methods import load_config
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ultraedit import EPS, UltraEdit, UltraEditConfig, UltraEditOverlay
-from workers.models import model_shape
+from workers.model.base import model_shape
 from workers.rng import Draws
 from workers.types import SpecError
 

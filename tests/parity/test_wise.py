@@ -20,10 +20,10 @@ from workers.artifacts import ArtifactData
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
 from workers.methods.wise import PUBLIC, WISE, SideMemories, WISEConfig, merge_deltas, slerp
-from workers.models import BaseModel
+from workers.model.base import BaseModel
+from workers.model.rows import Encoder
 from workers.optim import LaneOptimizer
 from workers.rng import Draws
-from workers.rows import Encoder
 from workers.scoring import Item, score
 from workers.types import DataError, SpecError
 

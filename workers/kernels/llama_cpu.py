@@ -5,11 +5,12 @@
 >>> if layer is not None and plain(base.layers[4]):               # nobody answers for a part of it
 ...     hidden_RSD = layer(hidden_RSD)                            # gradients flow to the hidden states
 
-A step of an edit runs such a layer on some dozens or hundreds of tokens, where a product takes a tenth of a millisecond. Run by
-its modules, more time than that goes into a few dozen small passes forward and as many backward, into attention by a kernel made
-for long rows, and into products whose right factor lies the wrong way round (see :mod:`workers.products`). Here the maps that
-share an input are one product, attention is two batched products over keys and values as they lie, and backward computes what
-frozen weights leave to compute: the gradient of the hidden states.
+A step of an edit runs such a layer on some dozens or hundreds of tokens, where a product takes a tenth of a
+millisecond. Run by its modules, more time than that goes into a few dozen small passes forward and as many backward,
+into attention by a kernel made for long rows, and into products whose right factor lies the wrong way round (see
+:mod:`workers.kernels.matmul`). Here the maps that share an input are one product, attention is two batched products
+over keys and values as they lie, and backward computes what frozen weights leave to compute: the gradient of the hidden
+states.
 
 The result equals the modules' up to rounding. It is used where edits search (:mod:`workers.suffix`), never for scoring.
 """
@@ -24,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.models import LAID_OUT
-from workers.products import Joined
+from workers.kernels.limits import LAID_OUT
+from workers.kernels.matmul import Joined
 
 KINDS = frozenset(
     f"transformers.models.{name}.modeling_{name}.{title}DecoderLayer"

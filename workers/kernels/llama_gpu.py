@@ -4,10 +4,10 @@
 >>> if layer is not None and plain(base.layers[30]):
 ...     hidden_RSD = layer(hidden_RSD)                            # gradients flow to the hidden states
 
-Beside a layer's seven products the modules start some thirty kernels forward and fifty backward, each of which waits for memory.
-Here a norm is one kernel, as torch has it, and rotary positions are three either way. Nothing is compiled, so that the bits of a
-step depend on its batch alone, and not on what a compiler met before (see :mod:`workers.compiled`). On a processor torch has no
-such norm, and there is nothing to gain.
+Beside a layer's seven products the modules start some thirty kernels forward and fifty backward, each of which waits
+for memory. Here a norm is one kernel, as torch has it, and rotary positions are three either way. Nothing is compiled,
+so that the bits of a step depend on its batch alone, and not on what a compiler met before (see
+:mod:`workers.kernels.compiled`). On a processor torch has no such norm, and there is nothing to gain.
 
 The result equals the modules' up to rounding: a norm rounds to the model's precision once, at its end. Used where edits search
 (:mod:`workers.suffix`), never for scoring.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.layers import Constants, known
+from workers.kernels.llama_cpu import Constants, known
 
 
 @dataclass(frozen=True)

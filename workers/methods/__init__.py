@@ -14,7 +14,7 @@ from typing import Any
 
 from workers.inputs import MAX_BYTES, explain, parse_yaml
 from workers.methods.base import Method, MethodConfig
-from workers.models import EMBEDDED, ModelConfig
+from workers.model.config import EMBEDDED, ModelConfig
 from workers.types import JSON, SpecError
 
 REGISTRY: Mapping[str, str] = MappingProxyType(

@@ -36,8 +36,9 @@ from workers import stats
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.locate import facts_of, lane_chunks, moment_value, observe, template_spec
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.overlay import LaneState, LowRankOverlay, Overlay
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import LaneState, LowRankOverlay, Overlay
 from workers.pretrain import TrainingSource
 from workers.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
 from workers.types import JSON

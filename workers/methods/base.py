@@ -23,8 +23,9 @@ from torch import Tensor
 
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.job import Frozen
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.overlay import Overlay
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import Overlay
 from workers.pretrain import Trainer, TrainingSource
 from workers.rng import Draws
 from workers.types import JSON, EditRequest, SpecError

@@ -30,8 +30,8 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.methods.base import MethodConfig
-from workers.models import Site
-from workers.overlay import LowRankOverlay
+from workers.model.base import Site
+from workers.model.overlay import LowRankOverlay
 from workers.spread import RidgeMethod, SpreadConfig, ridge_keys
 from workers.types import JSON
 

@@ -32,10 +32,11 @@ from pydantic import Field, field_validator
 
 from workers.finetune import Example, Problem, descend, with_target
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelShape
+from workers.model.base import BaseModel
+from workers.model.config import ModelShape
+from workers.model.overlay import DenseOverlay, Overlay
+from workers.model.rows import Encoded
 from workers.optim import Box
-from workers.overlay import DenseOverlay, Overlay
-from workers.rows import Encoded
 from workers.types import JSON, EditRequest, SpecError
 
 

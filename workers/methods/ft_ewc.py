@@ -40,8 +40,9 @@ from workers import fisher, stats
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.finetune import Problem, descend, with_target
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.overlay import DenseOverlay, Overlay
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import DenseOverlay, Overlay
 from workers.pretrain import TrainingSource
 from workers.types import JSON
 

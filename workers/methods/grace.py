@@ -49,10 +49,11 @@ from torch import Tensor
 from workers.lockstep import Lockstep
 from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
-from workers.models import BaseModel, ModelShape, Site
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelShape
+from workers.model.overlay import LaneState, Overlay
+from workers.model.rows import Encoded, Rows, collate
 from workers.optim import Adam
-from workers.overlay import LaneState, Overlay
-from workers.rows import Encoded, Rows, collate
 from workers.suffix import Suffix
 from workers.types import JSON, SpecError
 

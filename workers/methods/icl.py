@@ -39,9 +39,10 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.models import BaseModel, ModelShape, context_length
-from workers.overlay import LaneState, Overlay, SitelessOverlay
-from workers.rows import Encoded, Rows, collate
+from workers.model.base import BaseModel
+from workers.model.config import ModelShape, context_length
+from workers.model.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.rows import Encoded, Rows, collate
 from workers.types import JSON, DataError, EditRequest, SpecError
 
 _FACT = "New Fact: {}\n"

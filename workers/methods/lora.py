@@ -37,10 +37,11 @@ from workers.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_site
 from workers.finetune import batch, with_target
 from workers.lockstep import Lockstep
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig
-from workers.models import ModelShape, architecture
+from workers.model.architectures import architecture
+from workers.model.config import ModelShape
+from workers.model.overlay import Overlay
+from workers.model.replay import capture, replay
 from workers.optim import Adam
-from workers.overlay import Overlay
-from workers.replay import capture, replay
 from workers.types import JSON, SpecError
 
 

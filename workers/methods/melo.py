@@ -54,11 +54,12 @@ from workers.adapter import uniform_A
 from workers.finetune import batch, with_target
 from workers.lockstep import Lockstep
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
-from workers.models import ModelShape, Site
+from workers.model.base import Site
+from workers.model.config import ModelShape
+from workers.model.overlay import LaneState, Overlay, lane_linear
+from workers.model.replay import answering, capture, replay
+from workers.model.rows import Rows
 from workers.optim import Adam
-from workers.overlay import LaneState, Overlay, lane_linear
-from workers.replay import answering, capture, replay
-from workers.rows import Rows
 from workers.types import JSON, SpecError
 
 _TOP_LEVEL = frozenset(

@@ -51,8 +51,8 @@ from workers.hypernet import (
     hypernet_sites,
 )
 from workers.methods.base import IGNORED, TRAINER_KEYS, MethodConfig
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
 from workers.pretrain import Schedule
 from workers.types import JSON, EditRequest, SpecError
 

@@ -38,10 +38,10 @@ from torch import Tensor, nn
 
 from workers.locate import Facts, Sated, chunked, facts_of, observe, search
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig, split_module
-from workers.models import BaseModel, Site
-from workers.overlay import LowRankOverlay, Overlay
-from workers.replay import Prefix, capture, replay
-from workers.rows import Rows
+from workers.model.base import BaseModel, Site
+from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.replay import Prefix, capture, replay
+from workers.model.rows import Rows
 from workers.spread import RidgeMethod, SpreadConfig, by_lane, figures_of, outcomes_of, ridge_keys
 from workers.types import JSON, SpecError
 

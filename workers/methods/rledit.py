@@ -62,8 +62,9 @@ from workers.hypernet import (
     token_choice,
 )
 from workers.methods.base import IGNORED, MethodConfig
-from workers.models import BaseModel, ModelShape
-from workers.overlay import DenseOverlay, LaneState
+from workers.model.base import BaseModel
+from workers.model.config import ModelShape
+from workers.model.overlay import DenseOverlay, LaneState
 from workers.pretrain import Schedule
 from workers.types import JSON, EditRequest
 

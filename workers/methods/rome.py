@@ -51,8 +51,9 @@ from workers.locate import (
     template_spec,
 )
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.overlay import LowRankOverlay, Overlay
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import LowRankOverlay, Overlay
 from workers.pretrain import TrainingSource
 from workers.types import JSON, SpecError
 

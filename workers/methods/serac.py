@@ -45,10 +45,11 @@ from torch import Tensor, nn
 
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.methods.base import IGNORED, TRAINER_KEYS, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, context_length, resolve
-from workers.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape, context_length, resolve
+from workers.model.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.rows import Rows
 from workers.pretrain import PRETRAINED, Schedule, Trainer, TrainingSource, pretrained
-from workers.rows import Rows
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
 
 LARGEST_COPY = 50_000_000

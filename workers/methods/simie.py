@@ -49,11 +49,12 @@ from torch import Tensor, nn
 from workers.artifacts import ArtifactData, ArtifactSpec
 from workers.inputs import explain
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.overlay import DenseOverlay, LaneState, LowRankOverlay, Overlay
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, Overlay
+from workers.model.replay import answering
+from workers.model.rows import collate
 from workers.pretrain import TrainingSource
-from workers.replay import answering
-from workers.rows import collate
 from workers.types import JSON, SpecError
 
 BASES = ("rome", "rrome", "memit", "emmet", "pmet", "alphaedit", "ft", "ft-ewc")

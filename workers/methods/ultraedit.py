@@ -44,9 +44,10 @@ from torch import Tensor, nn
 
 from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelShape, Site
-from workers.overlay import DenseOverlay, LaneState, Overlay
-from workers.rows import Encoded, collate
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelShape
+from workers.model.overlay import DenseOverlay, LaneState, Overlay
+from workers.model.rows import Encoded, collate
 from workers.types import JSON, EditRequest, SpecError
 
 MLP_OUT = "mlp_out"

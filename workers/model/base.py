@@ -12,253 +12,21 @@ Only :func:`fingerprint_model` and :func:`model_shape` serve the planner: they r
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from workers.job import Frozen
+from workers.model.architectures import ARCHITECTURES, Arch, architecture
+from workers.model.config import ModelConfig, ModelShape, context_length, resolve
 from workers.types import ModelError, SpecError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from workers.layers import Weights
-    from workers.recorded import Pool
-    from workers.rows import Encoder, Rows
-
-EMBEDDED = "embedded"
-
-LAID_OUT = 1 << 22
-"""Weights of a decoder layer up to which edits on a processor lay them out a second time (:mod:`workers.layers`): a larger layer
-is products almost alone."""
-
-
-class ModelConfig(Frozen):
-    """Which base model, in which precision, where."""
-
-    name: str = Field(
-        EMBEDDED, min_length=1, max_length=1000, description="'embedded', a local folder, or a Hugging Face name"
-    )
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = False
-    compile: bool = Field(
-        False,
-        description="torch.compile the decoder layers inside an edit's steps: faster on a GPU after a minute of compiling, but "
-        "rows of different actors agree up to rounding only",
-    )
-
-
-@dataclass(frozen=True)
-class Arch:
-    """Module paths of one architecture; paths below ``layers`` are relative to one decoder layer."""
-
-    backbone: str
-    layers: str
-    norm: str
-    head: str
-    attn: str
-    attn_in: tuple[str, ...]
-    attn_out: str
-    mlp: str
-    mlp_in: tuple[str, ...]
-    mlp_out: str
-
-
-_LLAMA = Arch(
-    backbone="model",
-    layers="model.layers",
-    norm="model.norm",
-    head="lm_head",
-    attn="self_attn",
-    attn_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    attn_out="self_attn.o_proj",
-    mlp="mlp",
-    mlp_in=("mlp.gate_proj", "mlp.up_proj"),
-    mlp_out="mlp.down_proj",
-)
-
-ARCHITECTURES: Mapping[str, Arch] = MappingProxyType(
-    {
-        "llama": _LLAMA,
-        "mistral": _LLAMA,
-        "qwen2": _LLAMA,
-        "qwen3": _LLAMA,
-        "gemma": _LLAMA,
-        "phi3": replace(_LLAMA, attn_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
-        "gpt2": Arch(
-            backbone="transformer",
-            layers="transformer.h",
-            norm="transformer.ln_f",
-            head="lm_head",
-            attn="attn",
-            attn_in=("attn.c_attn",),
-            attn_out="attn.c_proj",
-            mlp="mlp",
-            mlp_in=("mlp.c_fc",),
-            mlp_out="mlp.c_proj",
-        ),
-        "gptj": Arch(
-            backbone="transformer",
-            layers="transformer.h",
-            norm="transformer.ln_f",
-            head="lm_head",
-            attn="attn",
-            attn_in=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
-            attn_out="attn.out_proj",
-            mlp="mlp",
-            mlp_in=("mlp.fc_in",),
-            mlp_out="mlp.fc_out",
-        ),
-        "gpt_neox": Arch(
-            backbone="gpt_neox",
-            layers="gpt_neox.layers",
-            norm="gpt_neox.final_layer_norm",
-            head="lm_head",
-            attn="attention",
-            attn_in=("attention.query_key_value",),
-            attn_out="attention.dense",
-            mlp="mlp",
-            mlp_in=("mlp.dense_h_to_4h",),
-            mlp_out="mlp.dense_4h_to_h",
-        ),
-    }
-)
-
-
-def architecture(model_type: str) -> Arch:
-    """Raises :class:`ModelError` with what to add for an unknown type."""
-    try:
-        return ARCHITECTURES[model_type]
-    except KeyError:
-        raise ModelError(
-            f"model type {model_type!r} is not known; known: {', '.join(sorted(ARCHITECTURES))}. "
-            "To add it, give the paths of its decoder layers, projections, final norm and head "
-            "in ARCHITECTURES of workers/models.py (one entry)."
-        ) from None
-
-
-@dataclass(frozen=True)
-class ModelFingerprint:
-    """Content hashes that enter every cell id."""
-
-    model: str
-    tokenizer: str
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the planner needs to know of a model: sizes of linear maps, never their values."""
-
-    model_type: str
-    layers: int
-    hidden: int
-    vocab: int
-    parameters: int
-    bytes_per_value: int
-    linear: Mapping[str, tuple[int, int]]
-    """(out, in) of each linear map of a decoder layer, by its path inside the layer."""
-    context: int | None = None
-    """Tokens the model reads at most; None: unknown."""
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.parameters * self.bytes_per_value
-
-    def laid_out_bytes(self, layer: int) -> int:
-        """What edits of ``layer`` on a processor keep of the layers above it beside the weights, at most."""
-        each = sum(out * into for out, into in self.linear.values())
-        return 2 * each * self.bytes_per_value * (self.layers - 1 - layer) if each <= LAID_OUT else 0
-
-    def check_layer(self, layer: int, field: str) -> None:
-        """Raise :class:`SpecError` if the model has no such decoder layer."""
-        if not 0 <= layer < self.layers:
-            raise SpecError(f"{field}: layer {layer} is out of range; the model has layers 0 to {self.layers - 1}")
-
-    def site(self, module: str | None) -> tuple[int, int]:
-        """(out, in) of a layer's linear map; None means the MLP's output projection."""
-        path = module or architecture(self.model_type).mlp_out
-        try:
-            return self.linear[path]
-        except KeyError:
-            raise SpecError(
-                f"module: {path!r} is not a linear map of a {self.model_type} layer; choices: {', '.join(self.linear)}"
-            ) from None
-
-
-def resolve(config: ModelConfig) -> Path:
-    """The folder with the model's files. Hub names resolve through the local cache or a download.
-
-    Raises :class:`ModelError` if nothing is found there.
-    """
-    if config.name == EMBEDDED:
-        from workers.data.tinyworld import assets_dir
-
-        return assets_dir()
-    path = Path(os.path.expanduser(config.name))  # the function leaves an unknown user's name as it stands
-    if os.path.exists(path):  # and this one says no to what no path can be
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model.name: {config.name!r} is a folder without config.json")
-        return path.resolve()
-    if path.is_absolute() or config.name.startswith(".") or config.name.count("/") > 1:
-        raise ModelError(f"model.name: {config.name!r} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(config.name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-        )
-    except Exception as error:
-        raise ModelError(
-            f"model.name: {config.name!r} is neither a folder nor a model that could be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); "
-            f"choices: '{EMBEDDED}', a local folder, or a hub name such as 'org/model'"
-        ) from error
-
-
-def fingerprint_model(config: ModelConfig) -> ModelFingerprint:
-    """Hash the files that decide the numbers: config and weights, and apart from them the tokenizer."""
-    folder = resolve(config)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"model.name: {folder} holds no *.safetensors (pickled weights are never read)")
-    tokenizer = sorted(
-        p
-        for p in folder.iterdir()
-        if p.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"))
-    )
-    return ModelFingerprint(_hash_files([folder / "config.json", *weights]), _hash_files(tokenizer))
-
-
-def has_chat_template(config: ModelConfig) -> bool:
-    """Whether the model's tokenizer knows how to write a chat; told by its files, without loading it."""
-    folder = resolve(config)
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: cannot be read: {error}") from None
-    return isinstance(settings, dict) and bool(settings.get("chat_template"))
-
-
-def _hash_files(paths: list[Path]) -> str:
-    whole = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            whole.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "blake2b").digest())
-    return whole.hexdigest()[:32]
+    from workers.kernels.cuda_graphs import Pool
+    from workers.kernels.llama_cpu import Weights
+    from workers.model.rows import Encoder, Rows
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
@@ -287,12 +55,6 @@ def model_shape(config: ModelConfig) -> ModelShape:
         linear=MappingProxyType(linear),
         context=context_length(hf),
     )
-
-
-def context_length(hf: Any) -> int | None:
-    """How many tokens a model reads, from its ``transformers`` config; None if it does not say."""
-    value = getattr(hf, "max_position_embeddings", None)
-    return None if value is None else int(value)
 
 
 def _read(load: Any, config: ModelConfig) -> Any:
@@ -339,7 +101,7 @@ class Site:
 
     def answer(self, x_BSI: Tensor) -> Tensor:
         """What the base's map answers, (B, S, O)."""
-        from workers.products import linear
+        from workers.kernels.matmul import linear
 
         return linear(x_BSI, self.weight_OI, self.bias_O)
 
@@ -354,9 +116,9 @@ class BaseModel:
     """A frozen causal language model: the shared, read-only ground every overlay stands on."""
 
     def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, chat_template: bool = False) -> None:
-        from workers.compiled import WORTH, Compiled
-        from workers.products import quicken
-        from workers.rows import Encoder
+        from workers.kernels.compiled import WORTH, Compiled
+        from workers.kernels.matmul import quicken
+        from workers.model.rows import Encoder
 
         self.model: Any = model.eval().requires_grad_(False)
         quicken(model)
@@ -425,13 +187,14 @@ class BaseModel:
     @cached_property
     def pool(self) -> Pool | None:
         """Where steps of edits are recorded; None: they are not, which would help on a GPU only."""
-        from workers.recorded import Pool
+        from workers.kernels.cuda_graphs import Pool
 
         return Pool() if self.device.type == "cuda" else None
 
     def quick_weights(self, layer: int) -> Weights | None:
-        """A decoder layer's weights laid out for :class:`~workers.layers.QuickLayer`, once; None where there is no such way."""
-        from workers.layers import Weights
+        """A decoder layer's weights laid out for :class:`~workers.kernels.llama_cpu.QuickLayer`, once; None where there
+        is no such way."""
+        from workers.kernels.llama_cpu import Weights
 
         if layer not in self._quick:
             self._quick[layer] = Weights.of(self.layers[layer])
@@ -474,7 +237,7 @@ class BaseModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Head in at least float32 (in bfloat16 a few percent of the top-2 tie exactly). (..., D) -> (..., V)."""
-        from workers.products import wide_linear
+        from workers.kernels.matmul import wide_linear
 
         weight, bias = self.head_module.weight, getattr(self.head_module, "bias", None)
         out = wide_linear(hidden, weight, bias, self.master_dtype)

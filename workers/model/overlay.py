@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workers.products import lane_products, linear, product_into
-from workers.replay import ABOVE, answering
-from workers.rows import Rows
+from workers.kernels.matmul import lane_products, linear, product_into
+from workers.model.replay import ABOVE, answering
+from workers.model.rows import Rows
 from workers.types import JSON
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel, Site
+    from workers.model.base import BaseModel, Site
 
 
 @dataclass(frozen=True)

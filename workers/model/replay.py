@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from workers.models import BaseModel
-    from workers.rows import Rows
+    from workers.model.base import BaseModel
+    from workers.model.rows import Rows
 
 
 ABOVE = sys.maxsize

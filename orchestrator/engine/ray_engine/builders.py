@@ -12,7 +12,7 @@ import ray
 from orchestrator.engine.books import Books, artifact_title
 from orchestrator.engine.worker import Bench
 from workers.artifacts import ArtifactSpec
-from workers.models import ModelConfig
+from workers.model.config import ModelConfig
 
 STOP_SECONDS = 60.0
 """How long builders may take to save what they have."""

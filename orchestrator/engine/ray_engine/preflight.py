@@ -17,7 +17,7 @@ from orchestrator.planning.spec import Resources
 from orchestrator.storage.base import StoreError
 from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
-from workers.models import ModelConfig, fingerprint_model
+from workers.model.config import ModelConfig, fingerprint_model
 from workers.types import EditSweepError
 
 PREFLIGHT_SECONDS = 180.0
