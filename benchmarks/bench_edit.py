@@ -110,7 +110,10 @@ def config_of(base: BaseModel, name: str, method: str) -> Any:
 def without_replay() -> Iterator[None]:
     """Inside, every step runs all layers, rows and columns: a full forward but for the embedding."""
     from_the_first = lambda base, rows, _: capture(base, rows, 0)  # noqa: E731
-    with patch("workers.suffix.capture", from_the_first), patch.object(Site, "is_mlp_output", lambda *_: False):
+    with (
+        patch("workers.inner_loop.suffix.capture", from_the_first),
+        patch.object(Site, "is_mlp_output", lambda *_: False),
+    ):
         yield
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from common import LOG, Report, alternate, median_ratio, parser
 
+from workers.inner_loop.suffix import Suffix
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig
 from workers.model.rows import Encoded, collate
 from workers.session import Session
-from workers.suffix import Suffix
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from workers.job import ScoreConfig
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
 from workers.model.rows import Encoded, collate
-from workers.scoring import BaseAnswers, Item, Prefixes, score
+from workers.scoring.cache import BaseAnswers, Prefixes
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import EditRequest
 
 CONFIG = ScoreConfig(generated=False)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.artifacts import ArtifactData
-from workers.finetune import STOP_LOSS as FT_STOP
+from workers.inner_loop.finetune import STOP_LOSS as FT_STOP
 from workers.kernels.matmul import slow
 from workers.locate import MOMENT, inverse_moment
 from workers.locate import STOP_LOSS as ROME_STOP

@@ -33,7 +33,8 @@ from workers.model.base import BaseModel
 from workers.model.overlay import LaneState, Overlay, pack_states, unpack_states
 from workers.model.rows import Rows, collate
 from workers.rng import Draws
-from workers.scoring import Item, score
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.stream import StepResult, Stream
 from workers.types import EditRequest
 

@@ -26,14 +26,18 @@ from orchestrator.results.artifact_store import ArtifactStore
 from orchestrator.storage.local import LocalStore
 from tests.engine import ROOT, Watch, rows
 from tests.small import golden_requests, random_model
-from workers import basescores, fluency, scoring
+from workers import basescores
 from workers.artifacts import BASE_SCORES, ArtifactData
 from workers.basescores import BaseScores
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, schedule_of, timeline
 from workers.model.base import BaseModel
 from workers.model.config import EMBEDDED
 from workers.model.overlay import DenseOverlay
-from workers.scoring import Answer, BaseAnswers, Item, Reply, Text, ask_base, digest, score
+from workers.scoring import fluency
+from workers.scoring import score as scoring
+from workers.scoring.cache import BaseAnswers, digest
+from workers.scoring.probes import Answer, Item, Reply, Text
+from workers.scoring.score import ask_base, score
 
 FT: dict[str, Any] = {"method": "ft", "hparams": {"num_steps": 2}}
 GRACE: dict[str, Any] = {"method": "grace", "hparams": {"n_iter": 2}}

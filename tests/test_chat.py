@@ -25,7 +25,8 @@ from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, has_chat_template
 from workers.model.rows import Encoder
 from workers.rng import Draws
-from workers.scoring import Item, score
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.stream import Stream
 from workers.types import DataError, EditRequest, SpecError
 

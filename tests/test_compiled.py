@@ -13,16 +13,16 @@ from torch import Tensor
 
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.optim import Adam, Box, adam_in_box
 from workers.kernels.compiled import Compiled
 from workers.kernels.matmul import slow
-from workers.lockstep import Lockstep
 from workers.methods import get_method
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FTConfig
 from workers.methods.wise import WISEConfig, masked_descent
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
-from workers.optim import Adam, Box, adam_in_box
 from workers.rng import Draws
 
 TRACED = "aot_eager"
@@ -83,7 +83,7 @@ def test_working_copies_go_on_where_half_of_the_lanes_have_arrived(monkeypatch: 
     halvings: list[int] = []
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])
-    monkeypatch.setattr("workers.finetune.STOP_LOSS", 2.0)
+    monkeypatch.setattr("workers.inner_loop.finetune.STOP_LOSS", 2.0)
     found = []
     for compiled in (Compiled(), Compiled(updates=True, backend=TRACED)):
         base.compiled = compiled

@@ -35,7 +35,7 @@ from orchestrator.storage import lock as locking
 from orchestrator.storage.base import StoreError
 from orchestrator.storage.local import LocalStore
 from tests.engine import RAW, ROOT, Stop, Watch, placeless, rows, run, spec_of, wait_for
-from workers import scoring
+from workers.scoring import score as scoring
 from workers.types import EditSweepError, SpecError
 
 

@@ -19,7 +19,8 @@ from workers.model.base import model_shape
 from workers.model.config import ModelConfig
 from workers.model.rows import Encoded, collate
 from workers.rng import Draws
-from workers.scoring import Item, score
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import DataError, SpecError
 
 REQUESTS = golden_requests(20)

@@ -19,7 +19,8 @@ from workers.model.config import ModelConfig
 from workers.model.overlay import LaneState
 from workers.model.rows import collate
 from workers.rng import Draws
-from workers.scoring import Item, score
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import EditRequest, SpecError
 
 REQUESTS = golden_requests(8)

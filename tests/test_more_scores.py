@@ -20,13 +20,16 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json
 from tests.small import GOLDEN, golden_model, golden_requests, job, random_model, session, timeless
-from workers.ability import Ability, cut_windows
-from workers.fluency import continuations, fluency, n_gram_entropy
 from workers.job import ScoreConfig, StreamJob, cut_steps
 from workers.methods.ft import FTConfig
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
-from workers.scoring import ANY_COLUMNS, OOD_COLUMNS, BaseAnswers, Item, Prefixes, exp, score
+from workers.scoring.ability import Ability, cut_windows
+from workers.scoring.cache import BaseAnswers, Prefixes
+from workers.scoring.columns import ANY_COLUMNS, OOD_COLUMNS, exp
+from workers.scoring.fluency import continuations, fluency, n_gram_entropy
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.stream import Stream
 from workers.types import DataError, EditRequest, EditSweepError, Probe
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.small import random_model
+from workers.inner_loop.optim import SGD, Adam, AdamW, LaneOptimizer
 from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, lane_linear, pack_states, unpack_states
 from workers.model.rows import Encoded, Rows, collate
-from workers.optim import SGD, Adam, AdamW, LaneOptimizer
 
 
 def rows_of(lanes: list[int]) -> Rows:

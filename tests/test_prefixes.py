@@ -15,7 +15,7 @@ from workers.artifacts import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows, moments, timeline
 from workers.methods import get_method
 from workers.model.overlay import pack_states, unpack_states
-from workers.scoring import score
+from workers.scoring.score import score
 from workers.stream import StepResult, Stream
 
 REQUESTS = golden_requests(24)

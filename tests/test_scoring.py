@@ -11,7 +11,9 @@ from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
 from workers.model.replay import capture
 from workers.model.rows import collate
-from workers.scoring import BaseAnswers, Item, Prefixes, score
+from workers.scoring.cache import BaseAnswers, Prefixes
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 
 REQUESTS = golden_requests(40)
 

@@ -17,7 +17,8 @@ from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.pretrain import Schedule, training_source
 from workers.rng import Draws, derive_generator
-from workers.scoring import Item, score
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.session import build_inputs
 from workers.types import SpecError
 

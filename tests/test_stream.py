@@ -21,7 +21,8 @@ from workers.methods.rome import ROMEConfig
 from workers.methods.wise import WISEConfig
 from workers.model.base import BaseModel
 from workers.model.overlay import Overlay
-from workers.scoring import Item, normalise, score
+from workers.scoring.probes import Item, normalise
+from workers.scoring.score import score
 from workers.stream import StepResult, Stream
 from workers.types import EditRequest, Probe
 

@@ -9,9 +9,10 @@ import torch
 
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch, model_of
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.suffix import Suffix, _Layer
 from workers.kernels.llama_cpu import Constants, QuickLayer
 from workers.kernels.llama_gpu import FusedLayer
-from workers.lockstep import Lockstep
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.methods.ft import FTConfig
@@ -21,7 +22,6 @@ from workers.model.architectures import ARCHITECTURES
 from workers.model.base import BaseModel
 from workers.model.replay import capture, replay
 from workers.rng import Draws
-from workers.suffix import Suffix, _Layer
 
 IN_FLOAT32 = {"gptj": 1e-7}  # computes its rotation in float32
 NORM_IN_FLOAT32 = 2e-6  # as the modules do whose layer is written out: rounding of the pass they are compared with
@@ -143,7 +143,7 @@ def test_lanes_that_have_arrived_leave_the_batch_and_nothing_else_changes(
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])
     stop = {"ft": 2.0, "rome": {"llama": 10.0, "gpt2": 14.0}[arch], "wise": 2.0}[name]
-    where = {"ft": "workers.finetune", "rome": "workers.locate"}.get(name, f"workers.methods.{name}")
+    where = {"ft": "workers.inner_loop.finetune", "rome": "workers.locate"}.get(name, f"workers.methods.{name}")
     monkeypatch.setattr(f"{where}.STOP_LOSS", stop)
     if name == "wise":
         monkeypatch.setattr("workers.methods.wise.STOP_CHANGE", 1e9)

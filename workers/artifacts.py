@@ -19,7 +19,7 @@ from workers.types import JSON, DataError, ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from workers.scoring import BaseAnswers
+    from workers.scoring.cache import BaseAnswers
     from workers.types import Dataset
 
 ARTIFACT_VERSION = 1

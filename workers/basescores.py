@@ -25,10 +25,12 @@ from torch import Tensor
 from workers.artifacts import ArtifactData, Workbench
 from workers.data import requests_of
 from workers.failures import out_of_memory
-from workers.fluency import fluency
 from workers.job import StreamJob, asked, timeline
 from workers.model.rows import Encoder
-from workers.scoring import Answer, BaseAnswers, Numbers, Reply, Text, ask_base, digest, items_of
+from workers.scoring.cache import BaseAnswers, Numbers, digest
+from workers.scoring.fluency import fluency
+from workers.scoring.probes import Answer, Reply, Text, items_of
+from workers.scoring.score import ask_base
 from workers.types import JSON
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ def build_base_scores(base: BaseModel, recipe: dict[str, JSON], bench: Workbench
 
 
 class BaseScores:
-    """The finished product, as :meth:`workers.scoring.BaseAnswers.know` wants it. A reply is put together when it is asked for.
+    """The finished product, as :meth:`workers.scoring.cache.BaseAnswers.know` wants it. A reply is put together when it
+    is asked for.
 
     >>> session.base_answers.know(BaseScores.open(data, session.base))  # doctest: +SKIP
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.artifacts import ArtifactData, Workbench
-from workers.losses import TargetTokens
+from workers.inner_loop.losses import TargetTokens
 from workers.model.rows import Encoded, collate
 from workers.stats import Place, documents, positions
 from workers.types import JSON, DataError

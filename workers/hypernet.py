@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.losses import TargetTokens
+from workers.inner_loop.losses import TargetTokens
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape

@@ -27,16 +27,16 @@ from torch import Tensor, nn
 
 from workers import stats, templates
 from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.lockstep import Lockstep
-from workers.losses import TargetTokens
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.losses import TargetTokens
+from workers.inner_loop.optim import Adam, LaneOptimizer
+from workers.inner_loop.suffix import Suffix
 from workers.methods.base import LaneEdit, MethodConfig
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.model.overlay import Overlay
 from workers.model.replay import answering
 from workers.model.rows import Encoded, Rows, collate
-from workers.optim import Adam, LaneOptimizer
-from workers.suffix import Suffix
 from workers.types import JSON, DataError, EditRequest
 
 STOP_LOSS = 5e-2

@@ -17,7 +17,7 @@ from workers.kernels.process import fix_numerics, keep_freed_memory
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig
 from workers.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
-from workers.scoring import BaseAnswers, Prefixes
+from workers.scoring.cache import BaseAnswers, Prefixes
 from workers.stats import KIND as SECOND_MOMENT
 from workers.stats import NULL_SPACE, build_null_space, build_second_moment
 from workers.templates import KIND as TEMPLATES

@@ -20,17 +20,18 @@ from types import MappingProxyType
 
 import torch
 
-from workers.ability import Ability
 from workers.artifacts import ArtifactData
 from workers.failures import may_pass
-from workers.fluency import fluency
 from workers.job import Lane, StreamJob, Tick, asked, first_request, timeline
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.model.overlay import Overlay, pack_states, unpack_states
 from workers.model.rows import Encoder
 from workers.rng import Draws
-from workers.scoring import Item, items_of, score
+from workers.scoring.ability import Ability
+from workers.scoring.fluency import fluency
+from workers.scoring.probes import Item, items_of
+from workers.scoring.score import score
 from workers.session import Session
 from workers.types import JSON, EditRequest
 

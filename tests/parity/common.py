@@ -29,7 +29,8 @@ from workers.model.base import BaseModel
 from workers.model.config import ModelConfig
 from workers.model.overlay import Overlay
 from workers.rng import Draws
-from workers.scoring import Item, score
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.stats import build_second_moment
 
 ELSEWHERE = ModelConfig(name="some/other-model")

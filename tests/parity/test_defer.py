@@ -16,7 +16,8 @@ from workers.methods.base import LaneEdit
 from workers.methods.defer import DEFER, DEFERConfig, Deferral
 from workers.model.overlay import LaneState
 from workers.rng import Draws
-from workers.scoring import Item, score
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import SpecError
 
 SEEDS = 8

@@ -17,14 +17,15 @@ from torch import Tensor
 from tests.parity import common
 from tests.small import build_inputs, golden_model, golden_requests
 from workers.artifacts import ArtifactData
+from workers.inner_loop.optim import LaneOptimizer
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
 from workers.methods.wise import PUBLIC, WISE, SideMemories, WISEConfig, merge_deltas, slerp
 from workers.model.base import BaseModel
 from workers.model.rows import Encoder
-from workers.optim import LaneOptimizer
 from workers.rng import Draws
-from workers.scoring import Item, score
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import DataError, SpecError
 
 HPARAMS = {"layer": 4, "lr": 0.3, "n_iter": 8, "alpha": 0.2, "beta": 0.8, "gamma": 0.4}

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from workers.lockstep import Lockstep
-from workers.losses import TargetTokens
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.losses import TargetTokens
+from workers.inner_loop.optim import Adam, Box, LaneOptimizer
+from workers.inner_loop.suffix import Suffix
 from workers.model.overlay import DenseOverlay
 from workers.model.rows import Encoded, Rows, collate
-from workers.optim import Adam, Box, LaneOptimizer
-from workers.suffix import Suffix
 from workers.types import EditRequest
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ into attention by a kernel made for long rows, and into products whose right fac
 over keys and values as they lie, and backward computes what frozen weights leave to compute: the gradient of the hidden
 states.
 
-The result equals the modules' up to rounding. It is used where edits search (:mod:`workers.suffix`), never for scoring.
+The result equals the modules' up to rounding. It is used where edits search (:mod:`workers.inner_loop.suffix`), never
+for scoring.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ so that the bits of a step depend on its batch alone, and not on what a compiler
 :mod:`workers.kernels.compiled`). On a processor torch has no such norm, and there is nothing to gain.
 
 The result equals the modules' up to rounding: a norm rounds to the model's precision once, at its end. Used where edits search
-(:mod:`workers.suffix`), never for scoring.
+(:mod:`workers.inner_loop.suffix`), never for scoring.
 """
 
 from __future__ import annotations

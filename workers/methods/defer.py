@@ -30,15 +30,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.lockstep import Lockstep
-from workers.losses import TargetTokens
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.losses import TargetTokens
+from workers.inner_loop.optim import Adam
+from workers.inner_loop.suffix import Suffix
 from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
 from workers.model.base import Site
 from workers.model.config import ModelShape
 from workers.model.overlay import LaneState, Overlay, lane_linear
 from workers.model.rows import Encoded, Rows, collate
-from workers.optim import Adam
-from workers.suffix import Suffix
 from workers.types import JSON
 
 Query = Literal["prompt", "row"]

@@ -30,13 +30,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from workers.finetune import Example, Problem, descend, with_target
+from workers.inner_loop.finetune import Example, Problem, descend, with_target
+from workers.inner_loop.optim import Box
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
 from workers.model.base import BaseModel
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, Overlay
 from workers.model.rows import Encoded
-from workers.optim import Box
 from workers.types import JSON, EditRequest, SpecError
 
 

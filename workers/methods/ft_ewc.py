@@ -38,7 +38,7 @@ from torch import Tensor
 
 from workers import fisher, stats
 from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.finetune import Problem, descend, with_target
+from workers.inner_loop.finetune import Problem, descend, with_target
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape

@@ -34,14 +34,14 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
-from workers.finetune import batch, with_target
-from workers.lockstep import Lockstep
+from workers.inner_loop.finetune import batch, with_target
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.optim import Adam
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.model.architectures import architecture
 from workers.model.config import ModelShape
 from workers.model.overlay import Overlay
 from workers.model.replay import capture, replay
-from workers.optim import Adam
 from workers.types import JSON, SpecError
 
 

@@ -51,15 +51,15 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.adapter import uniform_A
-from workers.finetune import batch, with_target
-from workers.lockstep import Lockstep
+from workers.inner_loop.finetune import batch, with_target
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
 from workers.model.base import Site
 from workers.model.config import ModelShape
 from workers.model.overlay import LaneState, Overlay, lane_linear
 from workers.model.replay import answering, capture, replay
 from workers.model.rows import Rows
-from workers.optim import Adam
 from workers.types import JSON, SpecError
 
 _TOP_LEVEL = frozenset(

@@ -42,7 +42,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from workers.losses import TargetTokens
+from workers.inner_loop.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelShape

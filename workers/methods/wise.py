@@ -67,17 +67,17 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from workers.artifacts import ArtifactSpec
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.losses import TargetTokens
+from workers.inner_loop.optim import SGD, LaneOptimizer, gradient
+from workers.inner_loop.suffix import Suffix
 from workers.kernels.matmul import linear
-from workers.lockstep import Lockstep
-from workers.losses import TargetTokens
 from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, as_float, take_inner_param
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import LaneState, Overlay, token_linear
 from workers.model.rows import Encoded, Rows, collate
-from workers.optim import SGD, LaneOptimizer, gradient
 from workers.pretrain import TrainingSource
-from workers.suffix import Suffix
 from workers.templates import KIND as TEMPLATES
 from workers.types import JSON, DataError, EditRequest, SpecError
 

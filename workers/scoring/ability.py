@@ -17,7 +17,9 @@ from workers.job import ScoreConfig
 from workers.model.base import BaseModel
 from workers.model.overlay import Overlay
 from workers.model.rows import Encoder
-from workers.scoring import BaseAnswers, Prefixes, exp, text_logprobs
+from workers.scoring.cache import BaseAnswers, Prefixes
+from workers.scoring.columns import exp
+from workers.scoring.score import text_logprobs
 from workers.types import DataError
 
 CHARACTERS = 16

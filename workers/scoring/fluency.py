@@ -23,7 +23,8 @@ from workers.model.base import BaseModel
 from workers.model.overlay import Overlay
 from workers.model.rows import Encoded, collate
 from workers.rng import derive_seed
-from workers.scoring import BaseAnswers, Item
+from workers.scoring.cache import BaseAnswers
+from workers.scoring.probes import Item
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
