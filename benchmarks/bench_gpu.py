@@ -36,7 +36,7 @@ from common import LOG, Report, alternate, parser
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.data import load_dataset
 from workers.job import ScoreConfig
 from workers.kernels.compiled import Compiled

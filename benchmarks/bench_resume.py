@@ -49,7 +49,8 @@ from orchestrator.storage.base import Missing
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import unseal_json
-from workers.job import StreamJob, moments, timeline
+from workers.job import StreamJob
+from workers.timeline import moments, timeline
 
 UNDER_WAY, WAITING = 64, 60
 """Shards that have begun, and that are finished and not gathered: of 64 actors, just before the next gather."""

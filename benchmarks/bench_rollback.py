@@ -29,7 +29,7 @@ from common import LOG, Report, alternate, median_ratio, parser
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.data import load_dataset
 from workers.methods import get_method, load_config
 from workers.methods.base import LaneEdit, Method

@@ -39,7 +39,8 @@ from orchestrator.results.query import Results
 from orchestrator.results.table import CentralTable, TableShard, table_meta
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
-from workers.job import Lane, StreamCell, StreamJob, cut_steps, timeline
+from workers.job import Lane, StreamCell, StreamJob
+from workers.timeline import cut_steps, timeline
 
 METHODS = ("ft", "rome", "grace", "wise-merge", "wise-retrieve", "memit", "alphaedit", "mend")
 T_VALUES = (1, 10, 100, 1000)

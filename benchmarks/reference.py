@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.inner_loop.finetune import STOP_LOSS as FT_STOP
 from workers.kernels.matmul import slow
-from workers.locate import MOMENT, inverse_moment
-from workers.locate import STOP_LOSS as ROME_STOP
-from workers.methods.wise import STOP_CHANGE
-from workers.methods.wise import STOP_LOSS as WISE_STOP
+from workers.methods.families.locate import MOMENT, inverse_moment
+from workers.methods.families.locate import STOP_LOSS as ROME_STOP
+from workers.methods.wise.method import STOP_CHANGE
+from workers.methods.wise.method import STOP_LOSS as WISE_STOP
 from workers.model.base import BaseModel, Site
 from workers.rng import Draws
 from workers.types import EditRequest

@@ -25,7 +25,7 @@ from tests.small import (
     session,
     timeless,
 )
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.job import ScoreConfig, StreamJob
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method, MethodConfig

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from workers import methods
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import Schedule, Trainer, TrainingSource, pretrained
 from workers.methods.base import MethodConfig
 from workers.methods.ft import FT, FTConfig
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.model.rows import collate
-from workers.pretrain import Schedule, Trainer, TrainingSource, pretrained
 from workers.types import JSON, EditRequest
 
 
@@ -109,7 +109,7 @@ class Learner(FT):
         training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
         hparams = {"width": config.width, "lr": config.train_lr}
-        return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
+        return (pretrained(cls.name, hparams, config.schedule, fingerprint, model, training),)
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Decoder:

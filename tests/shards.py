@@ -21,7 +21,8 @@ from orchestrator.results.manifest import ShardManifest
 from orchestrator.results.table import CentralTable
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.open import open_store
-from workers.job import Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, Tick, cut_steps, moments, timeline
+from workers.job import Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob
+from workers.timeline import Tick, cut_steps, moments, timeline
 
 Row = dict[str, Any]
 

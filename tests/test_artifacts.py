@@ -33,7 +33,7 @@ from orchestrator.storage.paths import ResultsPaths
 from tests import learner
 from tests.engine import Watch, wait_for
 from tests.learner import registered
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.data import find_overlap, load_training, tinyworld
 from workers.model.config import EMBEDDED, ModelConfig
 from workers.types import EditRequest, EditSweepError, ModelError, SpecError

@@ -26,10 +26,10 @@ from orchestrator.results.artifact_store import ArtifactStore
 from orchestrator.storage.local import LocalStore
 from tests.engine import ROOT, Watch, rows
 from tests.small import golden_requests, random_model
-from workers import basescores
-from workers.artifacts import BASE_SCORES, ArtifactData
-from workers.basescores import BaseScores
-from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, schedule_of, timeline
+from workers.artifacts import base_scores as basescores
+from workers.artifacts.base import BASE_SCORES, ArtifactData
+from workers.artifacts.base_scores import BaseScores
+from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, schedule_of
 from workers.model.base import BaseModel
 from workers.model.config import EMBEDDED
 from workers.model.overlay import DenseOverlay
@@ -38,6 +38,7 @@ from workers.scoring import score as scoring
 from workers.scoring.cache import BaseAnswers, digest
 from workers.scoring.probes import Answer, Item, Reply, Text
 from workers.scoring.score import ask_base, score
+from workers.timeline import timeline
 
 FT: dict[str, Any] = {"method": "ft", "hparams": {"num_steps": 2}}
 GRACE: dict[str, Any] = {"method": "grace", "hparams": {"n_iter": 2}}
@@ -176,7 +177,7 @@ def test_killed_while_building_and_run_again(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
         "from orchestrator.engine.sweep import Bench\n"
-        "from workers.artifacts import ArtifactSpec\n"
+        "from workers.artifacts.base import ArtifactSpec\n"
         "from workers.model.base import ModelConfig\n"
         "def tell(done, total, what):\n"
         "    if done == 3:\n"

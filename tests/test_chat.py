@@ -20,7 +20,7 @@ from workers.methods.base import LaneEdit, MethodConfig
 from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
 from workers.methods.rome import ROMEConfig
-from workers.methods.wise import WISEConfig
+from workers.methods.wise.config import WISEConfig
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, has_chat_template
 from workers.model.rows import Encoder

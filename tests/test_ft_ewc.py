@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.small import GOLDEN, build_inputs, golden_requests, random_model
-from workers.artifacts import Stopped, Workbench
-from workers.fisher import KIND, build_fisher
+from workers.artifacts.base import Stopped, Workbench
+from workers.artifacts.fisher import KIND, build_fisher
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method
 from workers.methods.ft import FTConfig

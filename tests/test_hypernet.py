@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from tests.small import golden_requests, job, model_hash, random_model, session
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
+from workers.artifacts.pretrain import Schedule, Trainer, training_source
 from workers.data.tinyworld import load_requests
-from workers.hypernet import (
+from workers.methods import get_method, load_config
+from workers.methods.base import LaneEdit
+from workers.methods.families.hypernet import (
     Block,
     Hypernet,
-    HypernetTrainer,
     Questions,
     Statistics,
-    changed,
     fit,
     fit_keys,
     fitted,
@@ -29,8 +30,7 @@ from workers.hypernet import (
     hypernet_sites,
     squared_norm,
 )
-from workers.methods import get_method, load_config
-from workers.methods.base import LaneEdit
+from workers.methods.families.hypernet_training import HypernetTrainer, changed
 from workers.methods.malmen import MALMENConfig
 from workers.methods.mend import MENDConfig
 from workers.methods.rledit import RLEdit, RLEditConfig
@@ -38,7 +38,6 @@ from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.model.overlay import DenseOverlay, LaneState
 from workers.model.rows import collate
-from workers.pretrain import Schedule, Trainer, training_source
 from workers.rng import Draws, derive_generator
 from workers.session import build_inputs
 from workers.stream import Stream

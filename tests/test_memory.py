@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.engine.machine import check_declared
 from orchestrator.planning.memory import GIB, MOST_LANES, Memory, estimate, first_layer, lane_edits, rows_per_edit
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.job import ScoreConfig
 from workers.methods import get_method
 from workers.model.base import Site, model_shape

@@ -8,6 +8,7 @@ import torch
 
 from tests.contract import MethodContract
 from tests.small import GOLDEN, random_model
+from workers.artifacts.pretrain import Schedule
 from workers.methods.alphaedit import AlphaEditConfig
 from workers.methods.base import MethodConfig
 from workers.methods.defer import DEFERConfig
@@ -28,9 +29,8 @@ from workers.methods.rome import ROMEConfig, RROMEConfig
 from workers.methods.serac import SERACConfig
 from workers.methods.simie import SimIEConfig
 from workers.methods.ultraedit import UltraEditConfig
-from workers.methods.wise import WISEConfig
+from workers.methods.wise.config import WISEConfig
 from workers.model.base import BaseModel
-from workers.pretrain import Schedule
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
 """Fewer context templates than the papers use: the contract does not depend on how many."""

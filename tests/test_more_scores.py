@@ -20,7 +20,7 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json
 from tests.small import GOLDEN, golden_model, golden_requests, job, random_model, session, timeless
-from workers.job import ScoreConfig, StreamJob, cut_steps
+from workers.job import ScoreConfig, StreamJob
 from workers.methods.ft import FTConfig
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
@@ -31,6 +31,7 @@ from workers.scoring.fluency import continuations, fluency, n_gram_entropy
 from workers.scoring.probes import Item
 from workers.scoring.score import score
 from workers.stream import Stream
+from workers.timeline import cut_steps
 from workers.types import DataError, EditRequest, EditSweepError, Probe
 
 REQUESTS = golden_requests(20)

@@ -25,8 +25,9 @@ from orchestrator.planning.work import Task
 from orchestrator.results.manifest import ShardManifest
 from workers.data import load_dataset, requests_of
 from workers.data.tinyworld import assets_dir
-from workers.job import Lane, cut_steps, expected_rows, moments, timeline
+from workers.job import Lane
 from workers.methods import get_method
+from workers.timeline import cut_steps, expected_rows, moments, timeline
 from workers.types import Dataset, EditSweepError, SpecError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,11 +12,11 @@ import torch
 
 from tests.learner import Decoder, Learner, LearnerConfig, registered
 from tests.small import random_model
-from workers.artifacts import ArtifactData, ArtifactSpec, Stopped, Workbench
+from workers.artifacts.base import ArtifactData, ArtifactSpec, Stopped, Workbench
+from workers.artifacts.pretrain import PRETRAINED, TRAINING, Schedule, TrainingSource, training_source
 from workers.data import load_training
 from workers.model.base import BaseModel
 from workers.model.config import ModelFingerprint
-from workers.pretrain import PRETRAINED, TRAINING, Schedule, TrainingSource, training_source
 from workers.rng import derive_generator
 from workers.session import Session
 from workers.types import DataError, EditRequest, ModelError, SpecError

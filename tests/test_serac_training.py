@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.small import random_model
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
+from workers.artifacts.pretrain import Schedule, training_source
 from workers.data.tinyworld import load_requests
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
 from workers.methods.serac import SERAC, SERACConfig, SERACTrainer
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint
-from workers.pretrain import Schedule, training_source
 from workers.rng import Draws, derive_generator
 from workers.scoring.probes import Item
 from workers.scoring.score import score

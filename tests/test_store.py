@@ -16,7 +16,7 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json, unseal_line
 from tests.shards import processes, publish_beyond_limit, publish_keys, publish_unprivileged
-from workers.job import Frozen
+from workers.types import Frozen
 
 
 @pytest.fixture

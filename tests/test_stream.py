@@ -13,17 +13,18 @@ import torch
 
 from tests.contract import near
 from tests.small import build_inputs, golden_model, golden_requests, job, random_model, session, timeless
-from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, cut_steps, expected_rows, timeline
+from workers.job import Lane, ScoreConfig, StreamCell, StreamJob
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FT as FTMethod
 from workers.methods.ft import FTConfig
 from workers.methods.rome import ROMEConfig
-from workers.methods.wise import WISEConfig
+from workers.methods.wise.config import WISEConfig
 from workers.model.base import BaseModel
 from workers.model.overlay import Overlay
 from workers.scoring.probes import Item, normalise
 from workers.scoring.score import score
 from workers.stream import StepResult, Stream
+from workers.timeline import cut_steps, expected_rows, timeline
 from workers.types import EditRequest, Probe
 
 REQUESTS = golden_requests(60)

@@ -17,7 +17,7 @@ from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.methods.ft import FTConfig
 from workers.methods.rome import ROMEConfig
-from workers.methods.wise import WISEConfig
+from workers.methods.wise.config import WISEConfig
 from workers.model.architectures import ARCHITECTURES
 from workers.model.base import BaseModel
 from workers.model.replay import capture, replay
@@ -143,10 +143,12 @@ def test_lanes_that_have_arrived_leave_the_batch_and_nothing_else_changes(
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])
     stop = {"ft": 2.0, "rome": {"llama": 10.0, "gpt2": 14.0}[arch], "wise": 2.0}[name]
-    where = {"ft": "workers.inner_loop.finetune", "rome": "workers.locate"}.get(name, f"workers.methods.{name}")
+    where = {"ft": "workers.inner_loop.finetune", "rome": "workers.methods.families.locate"}.get(
+        name, f"workers.methods.{name}"
+    )
     monkeypatch.setattr(f"{where}.STOP_LOSS", stop)
     if name == "wise":
-        monkeypatch.setattr("workers.methods.wise.STOP_CHANGE", 1e9)
+        monkeypatch.setattr("workers.methods.wise.method.STOP_CHANGE", 1e9)
     together = editor.new_overlay(10)
     outcomes = editor.edit(together, edits)
     assert len({o.iterations for o in outcomes}) > 1

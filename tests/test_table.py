@@ -33,7 +33,8 @@ from tests.shards import (
     run_steps,
     undisturbed,
 )
-from workers.job import Lane, Share, cut_steps, expected_rows
+from workers.job import Lane, Share
+from workers.timeline import cut_steps, expected_rows
 
 
 @pytest.fixture

@@ -9,19 +9,20 @@ from typing import Self
 
 import torch
 
-from workers.artifacts import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
-from workers.basescores import build_base_scores
-from workers.fisher import KIND as FISHER
-from workers.fisher import build_fisher
+from workers.artifacts.base import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
+from workers.artifacts.base_scores import build_base_scores
+from workers.artifacts.fisher import KIND as FISHER
+from workers.artifacts.fisher import build_fisher
+from workers.artifacts.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
+from workers.artifacts.stats import KIND as SECOND_MOMENT
+from workers.artifacts.stats import NULL_SPACE, build_null_space, build_second_moment
+from workers.artifacts.templates import KIND as TEMPLATES
+from workers.artifacts.templates import build_templates
 from workers.kernels.process import fix_numerics, keep_freed_memory
+from workers.methods import get_method
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig
-from workers.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
 from workers.scoring.cache import BaseAnswers, Prefixes
-from workers.stats import KIND as SECOND_MOMENT
-from workers.stats import NULL_SPACE, build_null_space, build_second_moment
-from workers.templates import KIND as TEMPLATES
-from workers.templates import build_templates
 from workers.types import JSON, ModelError
 
 BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], ArtifactData]] = MappingProxyType(
@@ -75,5 +76,6 @@ def _build(base: BaseModel, spec: ArtifactSpec, bench: Workbench) -> ArtifactDat
     builder = BUILDERS.get(spec.kind)
     if builder is None:
         raise ModelError(f"artifact kind {spec.kind!r} is unknown; choices: {', '.join(sorted(BUILDERS))}")
+    bench.trainer_of = lambda name: get_method(name).trainer
     data = builder(base, {**spec.where, **spec.recipe}, bench)
     return replace(data, made_as={"kind": spec.kind, "key": spec.key, "recipe": spec.recipe})

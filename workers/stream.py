@@ -20,9 +20,9 @@ from types import MappingProxyType
 
 import torch
 
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.failures import may_pass
-from workers.job import Lane, StreamJob, Tick, asked, first_request, timeline
+from workers.job import Lane, StreamJob, first_request
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.model.overlay import Overlay, pack_states, unpack_states
@@ -33,6 +33,7 @@ from workers.scoring.fluency import fluency
 from workers.scoring.probes import Item, items_of
 from workers.scoring.score import score
 from workers.session import Session
+from workers.timeline import Tick, asked, timeline
 from workers.types import JSON, EditRequest
 
 NOTHING: Mapping[str, JSON] = MappingProxyType(

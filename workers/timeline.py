@@ -1,150 +1,12 @@
-"""What a stream is asked to do, as frozen data, and the timeline of ticks that follows from it. Free of torch.
-
-The planner writes a :class:`StreamJob` into a shard's manifest; a stream executes it tick by tick. Everything that
-decides a bit of the result stands here (lanes, batch composition, scoring batches), so that a shard resumed elsewhere
-repeats exactly the same arithmetic.
-"""
+"""The timeline of a stream: ticks, steps and the rows that are expected."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-Rollback = Literal["group", "never"]
-
-SCORING_PROTOCOL = 1
-"""Version of what a model's reply to a scoring batch holds. Raising it makes every stored base-model score stale."""
-
-
-class Frozen(BaseModel):
-    """Immutable, refuses unknown keys, survives a round trip through JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ScoreConfig(Frozen):
-    """Which moments are scored, and how scoring work is cut into frozen batches."""
-
-    immediate: bool = Field(True, description="score every edit right after it is made")
-    generated: bool = Field(True, description="fill the *_generated columns by greedy generation")
-    score_at: tuple[int, ...] = Field((), description="edit counts at which everything edited so far is scored too")
-    rows_per_batch: int = Field(256, ge=1, description="sequences of one scoring forward, at most")
-    tokens_per_batch: int = Field(1024, ge=1, description="tokens of one scoring forward, padding included, at most")
-    requests_per_tick: int = Field(25, ge=1, description="requests a lane has scored between two possible commits")
-    extra_tokens: int = Field(
-        4, ge=1, description="tokens greedy generation may run beyond the target before it is cut"
-    )
-    fluency_tokens: int = Field(
-        0, ge=0, description="tokens written after each edit prompt at a group's end for `fluency`; 0: not measured"
-    )
-    fluency_top_k: int = Field(5, ge=1, description="a token of these texts is drawn from so many likeliest; 1: greedy")
-    ability_text: Path | None = Field(
-        None, description="UTF-8 file of held-out text, whose perplexity is measured at each group's end"
-    )
-    ability_tokens: int = Field(2048, ge=2, description="tokens of that text that are read, at most")
-    ability_window: int = Field(256, ge=2, description="tokens read in one go, at most (and the model's own limit)")
-
-
-class StreamCell(Frozen):
-    """The part of a cell that differs between the lanes of one stream."""
-
-    cell_id: str
-    seed: int
-    T: int | None = Field(None, ge=1, description="where it is not the job's: several T of one continual stream")
-    artifacts: dict[str, str] = Field(default_factory=dict, description="what the method calls it -> artifact key")
-
-
-class Share(Frozen):
-    """What a lane reports: groups ``group .. stop_group`` (exclusive) of ``cells[cell]``."""
-
-    cell: int = 0
-    group: int
-    stop_group: int
-
-
-class Lane(Share):
-    """One lane of one wave, and what it reports first of all.
-
-    With ``rollback: group`` a lane holds exactly one group. Its first edits are those of a smaller T's group that starts
-    at the same request (nothing random derives from T), so it may report ``also`` to such groups, one of each T.
-    With ``rollback: never`` it edits from the very first request up to the end of the last group and reports only the
-    groups asked for. There T says nothing but when to score, so it may report ``also`` to cells of any other T.
-    Either way each cell gets the rows a lane of its own would give.
-    """
-
-    also: tuple[Share, ...] = ()
-
-    @property
-    def shares(self) -> tuple[Share, ...]:
-        return (self, *self.also)
-
-
-class StreamJob(Frozen):
-    """One shard's work. Lanes of a wave run in lockstep; waves run one after another, each from the pristine model."""
-
-    method: str
-    config: dict[str, Any]
-    cells: tuple[StreamCell, ...]
-    T: int = Field(ge=1)
-    batch_size: int = Field(1, ge=1)
-    whole_group: bool = Field(
-        False, description="the method edits a group in one call: there is no moment but the final one"
-    )
-    rollback: Rollback = "group"
-    waves: tuple[tuple[Lane, ...], ...]
-    score: ScoreConfig = ScoreConfig()
-    chat_template: bool = False
-
-    def T_of(self, share: Share) -> int:
-        """Edits of a group of the cell that ``share`` is of."""
-        return self.cells[share.cell].T or self.T
-
-    def lane_edits(self, lane: Lane) -> int:
-        """Edits a lane makes from its pristine state on."""
-        return self.T if self.rollback == "group" else max(s.stop_group * self.T_of(s) for s in lane.shares)
-
-    @model_validator(mode="after")
-    def _lockstep(self) -> Self:
-        for T in (self.T, *(cell.T for cell in self.cells if cell.T is not None)):
-            if T % self.batch_size:
-                raise ValueError(
-                    f"batch_size {self.batch_size} does not divide T={T}: batches never cross a group border"
-                )
-        if self.whole_group and any((cell.T or self.T) != self.batch_size for cell in self.cells):
-            raise ValueError(f"a method that edits whole groups has batch_size T, not {self.batch_size}")
-        for wave in self.waves:
-            if not wave:
-                raise ValueError("a wave needs at least one lane")
-            for lane in wave:
-                for share in lane.shares:
-                    if not 0 <= share.cell < len(self.cells):
-                        raise ValueError(f"lane refers to cell {share.cell} of {len(self.cells)}")
-                    if self.cells[share.cell].seed != self.cells[lane.cell].seed:
-                        raise ValueError(
-                            "a lane reports to cells of one seed: another has its requests in another order"
-                        )
-                if self.rollback == "group":
-                    self._check_group(lane)
-                elif self._spans(lane) != self._spans(wave[0]):
-                    raise ValueError("with rollback 'never' the lanes of a wave cover the same groups")
-        return self
-
-    def _check_group(self, lane: Lane) -> None:
-        if any(share.stop_group != share.group + 1 for share in lane.shares):
-            raise ValueError("with rollback 'group' a lane holds exactly one group")
-        if self.T_of(lane) != self.T:
-            raise ValueError(f"with rollback 'group' a lane makes a group of the job's T={self.T}, not of another")
-        sizes = [self.T_of(share) for share in lane.also]
-        if any(T >= self.T for T in sizes) or len(set(sizes)) < len(sizes):
-            raise ValueError(f"with rollback 'group' a lane of T={self.T} reports also to smaller T, to each once")
-        if any(share.group * T != lane.group * self.T for share, T in zip(lane.also, sizes, strict=True)):
-            raise ValueError("with rollback 'group' a lane reports to groups that start where its own does")
-
-    def _spans(self, lane: Lane) -> list[tuple[int, int, int]]:
-        return [(self.T_of(share), share.group, share.stop_group) for share in lane.shares]
+from workers.job import Lane, Share, StreamJob
+from workers.types import Frozen
 
 
 class Tick(Frozen):
@@ -185,24 +47,6 @@ def moments(job: StreamJob, tick: Tick, share: Share) -> tuple[str, ...]:
 def asked(job: StreamJob, tick: Tick, lane: Lane) -> list[tuple[Share, str]]:
     """The rows a tick gives for each of its requests, as a lane of its wave has them scored: of which share, at which moment."""
     return [(share, scored) for share in lane.shares for scored in moments(job, tick, share)]
-
-
-def first_request(job: StreamJob, lane: Lane) -> int:
-    """Index of the first request after the lane's pristine state, in the order of its seed."""
-    return lane.group * job.T if job.rollback == "group" else 0
-
-
-def schedule_of(job: StreamJob) -> StreamJob:
-    """The job without its method: which requests are scored in which batches, and nothing else. It cannot be run.
-
-    Jobs of one schedule ask the base model the same questions. Held-out text is none of them: an actor reads it once.
-    """
-    cells = tuple(StreamCell(cell_id="", seed=cell.seed, T=cell.T or job.T) for cell in job.cells)
-    defaults = ScoreConfig()
-    score = job.score.model_copy(
-        update={name: getattr(defaults, name) for name in ("ability_text", "ability_tokens", "ability_window")}
-    )
-    return job.model_copy(update={"method": "", "config": {}, "cells": cells, "score": score})
 
 
 def timeline(job: StreamJob) -> list[Tick]:

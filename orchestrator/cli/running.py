@@ -98,7 +98,7 @@ def plan(
     for warning in made.warnings:
         out.warn(warning)
     from orchestrator.results.artifact_store import ArtifactStore
-    from workers.artifacts import in_order
+    from workers.artifacts.base import in_order
 
     artifact_store = ArtifactStore(store)
     needed = {key: made.artifacts[key] for shard in made.shards for key in made.artifact_keys(shard)}

@@ -17,7 +17,7 @@ from orchestrator.results.journal import Journal
 from orchestrator.results.table import CentralTable
 from orchestrator.storage.base import Store
 from orchestrator.storage.paths import ResultsPaths
-from workers.artifacts import BASE_SCORES, ArtifactSpec, in_order
+from workers.artifacts.base import BASE_SCORES, ArtifactSpec, in_order
 from workers.types import JSON, EditSweepError
 
 GATHER_SHARDS = 64

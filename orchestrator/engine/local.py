@@ -16,7 +16,7 @@ from orchestrator.engine.books import Books
 from orchestrator.engine.machine import check_memory
 from orchestrator.engine.worker import Bench, passing
 from orchestrator.storage.lock import LockLost
-from workers.artifacts import ArtifactSpec, Stopped
+from workers.artifacts.base import ArtifactSpec, Stopped
 
 LEAVE_SECONDS = 10.0
 """How long the first Ctrl-C waits for the step at hand."""

@@ -28,7 +28,7 @@ from orchestrator.results.table import CentralTable, count_done
 from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
-from workers.artifacts import ArtifactSpec, in_order
+from workers.artifacts.base import ArtifactSpec, in_order
 
 
 def run_sweep(

@@ -20,7 +20,7 @@ from orchestrator.results.manifest import ShardManifest
 from orchestrator.storage.base import Missing, StoreError
 from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
-from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.data import requests_of
 from workers.failures import may_pass
 from workers.job import StreamJob
@@ -28,7 +28,7 @@ from workers.model.config import ModelConfig
 from workers.types import JSON, DataError, Dataset
 
 if TYPE_CHECKING:
-    from workers.basescores import BaseScores
+    from workers.artifacts.base_scores import BaseScores
     from workers.session import Session
     from workers.stream import GroupFailure
 
@@ -126,7 +126,7 @@ class Bench:
     ) -> ArtifactData:
         """An artifact from the store, built and stored first if it is not there, and what it needs before it.
 
-        Raises :class:`~workers.artifacts.Stopped`, with everything saved, if ``stopping`` says so between two steps.
+        Raises :class:`~workers.artifacts.base.Stopped`, with everything saved, if ``stopping`` says so between two steps.
         """
 
         def make(unfinished: Unfinished) -> bytes:
@@ -243,7 +243,7 @@ class Bench:
 
     def _base_scores(self, session: Session, common: Common, job: StreamJob) -> BaseScores | None:
         """What the store knows of the base model's replies to this job; what it does not, the stream computes."""
-        from workers.basescores import BaseScores
+        from workers.artifacts.base_scores import BaseScores
 
         spec = base_scores_of(common, job)
         found = self.artifacts.get(spec)

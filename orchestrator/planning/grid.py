@@ -11,12 +11,12 @@ from orchestrator.planning.inputs import _training
 from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, USABLE, Memory, estimate, lane_edits
 from orchestrator.planning.spec import MethodSpec, SweepSpec
 from orchestrator.planning.work import Cell, Common, Variant
-from workers.artifacts import ArtifactSpec
+from workers.artifacts.base import ArtifactSpec
 from workers.model.config import ModelFingerprint, ModelShape
 from workers.types import JSON, EditRequest, SpecError
 
 if TYPE_CHECKING:
-    from workers.pretrain import TrainingSource
+    from workers.artifacts.pretrain import TrainingSource
 
 
 SCHEMA = 1

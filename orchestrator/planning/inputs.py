@@ -21,7 +21,7 @@ from workers.model.config import EMBEDDED
 from workers.types import Dataset, EditRequest, SpecError
 
 if TYPE_CHECKING:
-    from workers.pretrain import TrainingSource
+    from workers.artifacts.pretrain import TrainingSource
 
 
 OFFENDERS_SHOWN = 20
@@ -36,7 +36,7 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
 
 def _training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
     """Where networks are to learn; None if the spec does not say and nothing is at hand."""
-    from workers.pretrain import training_source
+    from workers.artifacts.pretrain import training_source
 
     told, dataset = spec.training, spec.dataset
     shards = told.shards or None

@@ -44,19 +44,12 @@ from orchestrator.planning.schedule import Clock, Simulation, Timing, calibrate,
 from orchestrator.planning.spec import SweepSpec
 from orchestrator.planning.work import Cell, Common, Task, Variant, base_scores_of, cell_columns
 from orchestrator.results.manifest import ShardManifest
-from workers.artifacts import ArtifactSpec
+from workers.artifacts.base import ArtifactSpec
 from workers.data.text import read_held_out
-from workers.job import (
-    Lane,
-    ScoreConfig,
-    Share,
-    StreamCell,
-    StreamJob,
-    cut_steps,
-    expected_rows,
-)
+from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
 from workers.model.base import model_shape
 from workers.model.config import fingerprint_model, has_chat_template
+from workers.timeline import cut_steps, expected_rows
 from workers.types import JSON, Dataset, SpecError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ read, and its kernels started, once for all lanes; a core is busy with the produ
 ten lanes against those of two)."""
 
 SCORE_SHARE = 0.2
-"""Scoring one request, in FT edits (the same figure by which :func:`workers.job.cut_steps` sets commits)."""
+"""Scoring one request, in FT edits (the same figure by which :func:`workers.timeline.cut_steps` sets commits)."""
 
 GUESSED_SECONDS = 1.0
 """Seconds of one unit of work where nothing at all has been measured. Only the ratio of a schedule means anything then."""

@@ -23,9 +23,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from workers.data import DATASETS
 from workers.data.text import read_held_out
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
-from workers.job import Frozen, Rollback, ScoreConfig
+from workers.job import Rollback, ScoreConfig
 from workers.model.config import ModelConfig
-from workers.types import JSON, SpecError
+from workers.types import JSON, Frozen, SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 

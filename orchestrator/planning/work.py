@@ -13,10 +13,10 @@ from pydantic import Field
 
 from orchestrator.planning.spec import DatasetSpec
 from orchestrator.results.manifest import ShardManifest
-from workers.artifacts import BASE_SCORES, ArtifactSpec
-from workers.job import SCORING_PROTOCOL, Frozen, Rollback, ScoreConfig, StreamJob, schedule_of
+from workers.artifacts.base import BASE_SCORES, ArtifactSpec
+from workers.job import SCORING_PROTOCOL, Rollback, ScoreConfig, StreamJob, schedule_of
 from workers.model.config import ModelConfig
-from workers.types import JSON
+from workers.types import JSON, Frozen
 
 
 class Variant(Frozen):

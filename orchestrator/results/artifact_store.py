@@ -16,7 +16,7 @@ from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Damaged, Missing, Store, StoreError, put_aside
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
-from workers.artifacts import Stopped
+from workers.artifacts.base import Stopped
 from workers.types import JSON, EditSweepError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class ArtifactFailed(EditSweepError):
 
 
 class Spec(Protocol):
-    """What identifies an artifact (:class:`workers.artifacts.ArtifactSpec`)."""
+    """What identifies an artifact (:class:`workers.artifacts.base.ArtifactSpec`)."""
 
     @property
     def kind(self) -> str: ...

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from workers.job import StreamJob, Tick, moments, timeline
+from workers.job import StreamJob
+from workers.timeline import Tick, moments, timeline
 from workers.types import JSON
 
 

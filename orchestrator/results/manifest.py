@@ -7,13 +7,15 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from orchestrator.results.columns import CELL_COLUMNS
-from workers.job import Frozen, StreamJob, timeline
+from workers.job import StreamJob
+from workers.timeline import timeline
+from workers.types import Frozen
 
 
 class ShardManifest(Frozen):
     """What a shard consists of; written once, before its first attempt, and never changed.
 
-    ``bounds``: ticks at which it commits, the last one included (:func:`workers.job.cut_steps`). ``columns``: for each
+    ``bounds``: ticks at which it commits, the last one included (:func:`workers.timeline.cut_steps`). ``columns``: for each
     cell the columns of :data:`~orchestrator.results.columns.CELL_COLUMNS`, the same in all its rows. ``task``: whatever else the
     worker needs (model, data set, artifacts); the journal does not look inside.
     """

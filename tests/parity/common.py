@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.small import GOLDEN, golden_model, golden_requests
-from workers.artifacts import ArtifactData, Workbench
+from workers.artifacts.base import ArtifactData, Workbench
+from workers.artifacts.stats import build_second_moment
 from workers.job import ScoreConfig
 from workers.methods.base import EditOutcome, LaneEdit, Method
 from workers.model.base import BaseModel
@@ -31,7 +32,6 @@ from workers.model.overlay import Overlay
 from workers.rng import Draws
 from workers.scoring.probes import Item
 from workers.scoring.score import score
-from workers.stats import build_second_moment
 
 ELSEWHERE = ModelConfig(name="some/other-model")
 """A model that is not here and for which no hyperparameters are tuned."""

@@ -30,16 +30,16 @@ from tests.parity.common import (
     run_groups,
     templates,
 )
-from workers.artifacts import ArtifactData
-from workers.locate import Factor, inverse_moment
+from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
 from workers.methods.base import LaneEdit
+from workers.methods.families.locate import Factor, inverse_moment
+from workers.methods.families.spread import ridge_keys
 from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass
 from workers.methods.rome import ROME, RROME, RROMEConfig
 from workers.model.base import BaseModel, model_shape
 from workers.model.config import ModelFingerprint
 from workers.rng import Draws
-from workers.spread import ridge_keys
 from workers.types import DataError, SpecError
 
 
@@ -208,7 +208,7 @@ def test_more_facts_than_one_search_takes(monkeypatch: pytest.MonkeyPatch) -> No
     )
     whole = editor.new_overlay(1)
     editor.edit(whole, first_ten(inputs))
-    monkeypatch.setattr("workers.locate._AT_ONCE", 4)
+    monkeypatch.setattr("workers.methods.families.locate._AT_ONCE", 4)
     cut = editor.new_overlay(1)
     editor.edit(cut, first_ten(inputs))
     for site in editor.sites:

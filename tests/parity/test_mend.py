@@ -23,9 +23,9 @@ from tests.parity.common import (
     relative_error,
     run_groups,
 )
-from workers.artifacts import ArtifactData
-from workers.hypernet import Questions, gradient_factors
+from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
+from workers.methods.families.hypernet import Questions, gradient_factors
 from workers.methods.mend import MEND, MENDConfig
 from workers.model.base import model_shape
 from workers.model.config import ModelConfig, ModelFingerprint

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.parity import common
 from tests.small import GOLDEN, golden_requests
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.methods.base import LaneEdit
 from workers.methods.serac import SERAC, SERACConfig, mixed, scope_of
 from workers.model.config import ModelShape

@@ -15,9 +15,9 @@ from tests.parity.common import check_norms, check_scores, core, final_scores, l
 from tests.parity.test_rome import RECORDED, recorded_templates
 from tests.parity.test_wise import public_base
 from tests.small import GOLDEN, build_inputs, random_model
-from workers.locate import request_lines
 from workers.methods import get_method, load_config, method_names
 from workers.methods.base import EditOutcome, LaneEdit
+from workers.methods.families.locate import request_lines
 from workers.methods.rome import ROME, ROMEConfig
 from workers.methods.simie import BASES, SimIE, SimIEConfig
 from workers.model.base import model_shape

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from tests.parity import common
 from tests.small import build_inputs, golden_model, golden_requests
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.inner_loop.optim import LaneOptimizer
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
-from workers.methods.wise import PUBLIC, WISE, SideMemories, WISEConfig, merge_deltas, slerp
+from workers.methods.wise.config import PUBLIC, WISEConfig
+from workers.methods.wise.memories import SideMemories
+from workers.methods.wise.merging import merge_deltas, slerp
+from workers.methods.wise.method import WISE
 from workers.model.base import BaseModel
 from workers.model.rows import Encoder
 from workers.rng import Draws

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from workers.job import Frozen
-from workers.types import JSON, DataError, ModelError
+from workers.types import JSON, DataError, Frozen, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 ARTIFACT_VERSION = 1
 
 BASE_SCORES = "base-scores"
-"""The kind whose artifacts hold the base model's replies to scoring batches (:mod:`workers.basescores`)."""
+"""The kind whose artifacts hold the base model's replies to scoring batches (:mod:`workers.artifacts.base_scores`)."""
 
 
 class ArtifactSpec(Frozen):
@@ -134,6 +133,10 @@ class Stopped(Exception):
     """A builder was asked to stop; what it had is saved."""
 
 
+def _no_trainer(method: str) -> Callable[..., Any]:
+    raise LookupError(f"no trainer of {method}: training needs a session, which knows the methods")
+
+
 @dataclass
 class Workbench:
     """What a builder finds beside the model: the artifacts it needs, someone to tell, and a place for unfinished work.
@@ -153,6 +156,8 @@ class Workbench:
     """The data set of this kind, path and so on; refused if its fingerprint is another one."""
     answers: BaseAnswers | None = None
     """What the base model has said in this process; the session lends it."""
+    trainer_of: Callable[[str], Callable[..., Any]] = _no_trainer
+    """A method's own ``trainer(base, hparams, generator)``, by the method's name; the session lends it."""
     _saved: float = field(default_factory=time.monotonic)
     _took: float = 0.0
 

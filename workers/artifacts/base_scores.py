@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from workers.artifacts import ArtifactData, Workbench
+from workers.artifacts.base import ArtifactData, Workbench
 from workers.data import requests_of
 from workers.failures import out_of_memory
-from workers.job import StreamJob, asked, timeline
+from workers.job import StreamJob
 from workers.model.rows import Encoder
 from workers.scoring.cache import BaseAnswers, Numbers, digest
 from workers.scoring.fluency import fluency
 from workers.scoring.probes import Answer, Reply, Text, items_of
 from workers.scoring.score import ask_base
+from workers.timeline import asked, timeline
 from workers.types import JSON
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workers.artifacts import ArtifactData, Workbench
+from workers.artifacts.base import ArtifactData, Workbench
+from workers.artifacts.stats import Place, documents, positions
 from workers.inner_loop.losses import TargetTokens
 from workers.model.rows import Encoded, collate
-from workers.stats import Place, documents, positions
 from workers.types import JSON, DataError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ A method that needs it brings a :class:`Trainer` (its loss and its optimiser) an
 ``artifacts``; the stage brings the order of the requests, checkpoints, progress and the retention of what earlier data taught:
 
     def artifacts(cls, config, fingerprint, model, seed, training=None):
-        return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
+        return (pretrained(cls.name, hparams, config.schedule, fingerprint, model, training),)
 
     def trainer(cls, base, hparams, generator): ...      # an untrained Trainer
     inputs["pretrained"]                                 # at edit time: what its ``product`` gave
@@ -27,19 +27,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
-from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.data import OnBadRecord, fingerprint, load_training
-from workers.job import Frozen
 from workers.rng import canonical, derive_generator
-from workers.types import JSON, DataError, EditRequest, ModelError, Probe, SpecError
+from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError
 
 if TYPE_CHECKING:
-    from workers.methods.base import Method
     from workers.model.base import BaseModel
     from workers.model.config import ModelConfig, ModelFingerprint
 
@@ -135,7 +133,7 @@ class Trainer(ABC):
 
 
 def pretrained(
-    method: type[Method[Any]],
+    method: str,
     hparams: Mapping[str, JSON],
     schedule: Schedule,
     fingerprint: ModelFingerprint,
@@ -152,11 +150,11 @@ def pretrained(
     """
     if training is None:
         raise SpecError(
-            f"training: required, because {method.name} learns from data before it edits; give training: {{kind: zsre, "
+            f"training: required, because {method} learns from data before it edits; give training: {{kind: zsre, "
             "counterfact or jsonl, path: ...}, a file of requests that the sweep does not edit"
         )
     common: dict[str, JSON] = {
-        "method": method.name,
+        "method": method,
         "trainer_version": trainer_version,
         "hparams": dict(hparams),
         "seed": schedule.seed,
@@ -198,7 +196,7 @@ def pretrained(
 def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
     """One data shard's training, from the artifact of the shard before (if any) on. Recipe: see :func:`pretrained`."""
     course = _Course.of(recipe, bench.inputs.get(_BEFORE))
-    trainer = _trainer(base, recipe)
+    trainer = _trainer(base, recipe, bench)
     step = 0
     log = _Log(course.schedule.steps)
     unfinished = bench.load()
@@ -225,19 +223,18 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
 def build_pretrained(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
     """What edits need of a trained state. ``meta["pretraining"]`` says what it was trained on."""
     state = bench.inputs[_STATE]
-    trainer = _trainer(base, recipe)
+    trainer = _trainer(base, recipe, bench)
     trainer.load_state(_part(state))
     product = trainer.product()
     told = {key: state.meta[key] for key in ("shards", "requests", "steps", "log")}
     return replace(product, meta={**product.meta, "pretraining": told})
 
 
-def _trainer(base: BaseModel, recipe: Mapping[str, JSON]) -> Trainer:
+def _trainer(base: BaseModel, recipe: Mapping[str, JSON], bench: Workbench) -> Trainer:
     """The method's own trainer, as it is before its first step."""
-    from workers.methods import get_method
-
     start = derive_generator("pretraining", recipe["method"], recipe["hparams"], recipe["seed"], "start")
-    return get_method(recipe["method"]).trainer(base, recipe["hparams"], start)
+    trainer: Trainer = bench.trainer_of(recipe["method"])(base, recipe["hparams"], start)
+    return trainer
 
 
 def _whole(trainer: Trainer, meta: dict[str, JSON]) -> ArtifactData:

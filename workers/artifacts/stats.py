@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData, ArtifactSpec, Workbench
+from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.model.rows import Encoded, collate
 from workers.types import JSON, DataError, SpecError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workers.artifacts import ArtifactData, Workbench
+from workers.artifacts.base import ArtifactData, Workbench
 from workers.model.rows import Encoded, collate
 from workers.rng import derive_generator
 from workers.types import JSON

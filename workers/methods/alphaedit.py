@@ -32,15 +32,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers import stats
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import facts_of, lane_chunks, moment_value, observe, template_spec
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig
+from workers.artifacts import stats
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import TrainingSource
+from workers.methods.base import EditOutcome, LaneEdit, MethodConfig
+from workers.methods.easyedit import IGNORED
+from workers.methods.families.locate import facts_of, lane_chunks, moment_value, observe, template_spec
+from workers.methods.families.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import LaneState, LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
-from workers.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
 from workers.types import JSON
 
 

@@ -34,7 +34,8 @@ from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import take_inner_param
 from workers.model.base import Site
 from workers.model.config import ModelShape
 from workers.model.overlay import LaneState, Overlay, lane_linear

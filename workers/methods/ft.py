@@ -32,7 +32,8 @@ from pydantic import Field, field_validator
 
 from workers.inner_loop.finetune import Example, Problem, descend, with_target
 from workers.inner_loop.optim import Box
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, Overlay

@@ -50,7 +50,8 @@ from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, take_inner_param
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelShape
 from workers.model.overlay import LaneState, Overlay

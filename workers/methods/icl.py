@@ -38,7 +38,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel
 from workers.model.config import ModelShape, context_length
 from workers.model.overlay import LaneState, Overlay, SitelessOverlay

@@ -33,11 +33,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
 from workers.inner_loop.finetune import batch, with_target
 from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.optim import Adam
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.easyedit import IGNORED
+from workers.methods.families.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
 from workers.model.architectures import architecture
 from workers.model.config import ModelShape
 from workers.model.overlay import Overlay

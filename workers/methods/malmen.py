@@ -39,23 +39,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from workers.hypernet import (
+from workers.artifacts.pretrain import Schedule
+from workers.methods.base import MethodConfig
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
     HypernetConfig,
     HypernetMethod,
-    Objective,
     Pair,
-    SingleEditTrainer,
     fit_keys,
     fitted,
     hypernet_sites,
     token_choice,
 )
-from workers.methods.base import IGNORED, TRAINER_KEYS, MethodConfig
+from workers.methods.families.hypernet_training import Objective, SingleEditTrainer
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
-from workers.pretrain import Schedule
 from workers.types import JSON, EditRequest, SpecError
 
 

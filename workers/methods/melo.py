@@ -50,11 +50,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.adapter import uniform_A
 from workers.inner_loop.finetune import batch, with_target
 from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.optim import Adam
-from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.easyedit import split_module
+from workers.methods.families.adapter import uniform_A
 from workers.model.base import Site
 from workers.model.config import ModelShape
 from workers.model.overlay import LaneState, Overlay, lane_linear

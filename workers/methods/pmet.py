@@ -9,7 +9,7 @@ whole layer, to which attention and MLP both add, and then make the MLP answer f
   search ends if the KL term is at most 0.01, so that a value is no longer pushed than it must;
 - only the MLP's value ``z`` is written. Layer by layer, with keys ``K`` and the last layer's present MLP answer ``m`` read off
   the model as it is now, the residual is ``R = (z - m) / sqrt(layers still to come)`` and a layer's map changes by
-  ``R K^T (mom2_update_weight * C + K K^T)^-1``, solved as in MEMIT (:mod:`workers.spread`).
+  ``R K^T (mom2_update_weight * C + K K^T)^-1``, solved as in MEMIT (:mod:`workers.methods.families.spread`).
 
 Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
 
@@ -36,13 +36,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from workers.locate import Facts, Sated, chunked, facts_of, observe, search
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig, split_module
+from workers.methods.base import EditOutcome, LaneEdit, MethodConfig
+from workers.methods.easyedit import IGNORED, split_module
+from workers.methods.families.locate import Facts, Sated, chunked, facts_of, observe, search
+from workers.methods.families.spread import RidgeMethod, SpreadConfig, by_lane, figures_of, outcomes_of, ridge_keys
 from workers.model.base import BaseModel, Site
 from workers.model.overlay import LowRankOverlay, Overlay
 from workers.model.replay import Prefix, capture, replay
 from workers.model.rows import Rows
-from workers.spread import RidgeMethod, SpreadConfig, by_lane, figures_of, outcomes_of, ridge_keys
 from workers.types import JSON, SpecError
 
 SATED_WEIGHT = 0.1

@@ -41,17 +41,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from workers.hypernet import (
+from workers.artifacts.pretrain import Schedule
+from workers.methods.base import MethodConfig
+from workers.methods.easyedit import IGNORED
+from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
     HypernetConfig,
     HypernetMethod,
-    HypernetTrainer,
-    Judge,
-    Objective,
     Pair,
     Questions,
-    Sentences,
     add,
     fit_keys,
     fitted,
@@ -61,11 +60,10 @@ from workers.hypernet import (
     squared_norm,
     token_choice,
 )
-from workers.methods.base import IGNORED, MethodConfig
+from workers.methods.families.hypernet_training import HypernetTrainer, Judge, Objective, Sentences
 from workers.model.base import BaseModel
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, LaneState
-from workers.pretrain import Schedule
 from workers.types import JSON, EditRequest
 
 

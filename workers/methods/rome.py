@@ -37,8 +37,11 @@ from typing import Any, ClassVar, Self
 from pydantic import Field
 from torch import Tensor
 
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import (
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import TrainingSource
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, split_module
+from workers.methods.families.locate import (
     MOMENT,
     AtMap,
     Facts,
@@ -50,11 +53,9 @@ from workers.locate import (
     search,
     template_spec,
 )
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
 from workers.types import JSON, SpecError
 
 

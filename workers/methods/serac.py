@@ -43,13 +43,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.methods.base import IGNORED, TRAINER_KEYS, EditOutcome, LaneEdit, Method, MethodConfig
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import PRETRAINED, Schedule, Trainer, TrainingSource, pretrained
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape, context_length, resolve
 from workers.model.overlay import LaneState, Overlay, SitelessOverlay
 from workers.model.rows import Rows
-from workers.pretrain import PRETRAINED, Schedule, Trainer, TrainingSource, pretrained
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
 
 LARGEST_COPY = 50_000_000
@@ -427,7 +428,7 @@ class SERAC(Method[SERACConfig]):
         seed: int,
         training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
-        return (pretrained(cls, _learnt(config), config.schedule, fingerprint, model, training),)
+        return (pretrained(cls.name, _learnt(config), config.schedule, fingerprint, model, training),)
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:

@@ -46,15 +46,16 @@ import torch
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import TrainingSource
 from workers.inputs import explain
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, Overlay
 from workers.model.replay import answering
 from workers.model.rows import collate
-from workers.pretrain import TrainingSource
 from workers.types import JSON, SpecError
 
 BASES = ("rome", "rrome", "memit", "emmet", "pmet", "alphaedit", "ft", "ft-ewc")
@@ -117,7 +118,7 @@ class SimIEConfig(MethodConfig):
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         """The base method's hyperparameters are those of the file of the same name in its own folder, if there is one."""
-        from workers.methods import read_hparams
+        from workers.methods.easyedit import read_hparams
 
         out = super().from_easyedit(values, source)
         if "base_method" in out:

@@ -43,7 +43,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from workers.inner_loop.losses import TargetTokens
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, LaneState, Overlay

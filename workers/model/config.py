@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from workers.job import Frozen
 from workers.kernels.limits import LAID_OUT
 from workers.model.architectures import architecture
-from workers.types import ModelError, SpecError
+from workers.types import Frozen, ModelError, SpecError
 
 EMBEDDED = "embedded"
 

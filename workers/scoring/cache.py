@@ -28,7 +28,7 @@ def digest(key: Key) -> bytes:
 
 
 class Known(Protocol):
-    """What the base model says, computed before (:class:`workers.basescores.BaseScores`), by the batch's digest."""
+    """What the base model says, computed before (:class:`workers.artifacts.base_scores.BaseScores`), by the batch's digest."""
 
     def reply(self, batch: bytes) -> Reply | None: ...
     def numbers(self, batch: bytes) -> Numbers | None: ...

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from workers.job import Lane, ScoreConfig, StreamJob, Tick, first_request
+from workers.job import Lane, ScoreConfig, StreamJob, first_request
 from workers.model.rows import Encoded
+from workers.timeline import Tick
 from workers.types import DataError, EditRequest
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import ray
 
 from orchestrator.engine.books import Books, artifact_title
 from orchestrator.engine.worker import Bench
-from workers.artifacts import ArtifactSpec
+from workers.artifacts.base import ArtifactSpec
 from workers.model.config import ModelConfig
 
 STOP_SECONDS = 60.0

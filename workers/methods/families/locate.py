@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from workers import stats, templates
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts import stats, templates
+from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam, LaneOptimizer

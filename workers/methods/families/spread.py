@@ -5,10 +5,11 @@
 ...     def right(self, overlay, site, keys_LIN):
 ...         return ridge_keys(self.factors[site.name], keys_LIN, ridge=1.0)
 
-For each request ``z = h + d``: ``h`` is the output of the last edited layer at the lookup token of the bare prompt, ``d`` the
-vector that the search of :mod:`workers.locate` finds there. Then, from the first layer to the last: the keys ``K`` of all
-requests are read off the model as it is now, and so is the present ``h``; the layer's map changes by the residual
-``(z - h) / (layers still to come)`` times a right factor, which is what the methods differ in.
+For each request ``z = h + d``: ``h`` is the output of the last edited layer at the lookup token of the bare prompt,
+``d`` the vector that the search of :mod:`workers.methods.families.locate` finds there. Then, from the first layer to
+the last: the keys ``K`` of all requests are read off the model as it is now, and so is the present ``h``; the layer's
+map changes by the residual ``(z - h) / (layers still to come)`` times a right factor, which is what the methods differ
+in.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import (
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import TrainingSource
+from workers.methods.base import EditOutcome, LaneEdit, Method
+from workers.methods.easyedit import IGNORED, split_module
+from workers.methods.families.locate import (
     AtMap,
     Factor,
     Facts,
@@ -40,11 +44,9 @@ from workers.locate import (
     search,
     template_spec,
 )
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, split_module
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
 from workers.types import JSON
 
 SOLVE_BYTES = 1 << 30
