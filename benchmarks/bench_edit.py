@@ -30,7 +30,7 @@ from workers.model.base import BaseModel, Site
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.model.overlay import Overlay
 from workers.model.replay import capture
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.session import Session, build_inputs
 from workers.types import EditRequest
 
@@ -126,8 +126,8 @@ class Bench:
     loop: Loop
     requests: list[EditRequest]
 
-    def draws(self, first: int, position: int) -> Draws:
-        return Draws(self.editor.name, self.editor.config.model_dump(mode="json"), 0, first, position)
+    def draws(self, first: int, position: int) -> RandomStreams:
+        return RandomStreams(self.editor.name, self.editor.config.model_dump(mode="json"), 0, first, position)
 
     def lanes(self, T: int, groups: list[int], whole: bool) -> Callable[[], Overlay]:
         """Edit ``groups`` in lockstep, T edits each."""

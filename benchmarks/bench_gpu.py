@@ -46,7 +46,7 @@ from workers.methods.base import EditOutcome, LaneEdit, Method
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig
 from workers.model.overlay import Overlay
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.scoring.probes import Item
 from workers.scoring.score import score
 from workers.types import EditRequest
@@ -265,7 +265,8 @@ def measure(base: BaseModel, name: str, hparams: dict[str, Any], lanes: int, dev
     def edits(position: int) -> list[LaneEdit]:
         chosen = requests[position * lanes : (position + 1) * lanes]
         return [
-            LaneEdit((request,), Draws(name, plain, 0, lane, position), inputs) for lane, request in enumerate(chosen)
+            LaneEdit((request,), RandomStreams(name, plain, 0, lane, position), inputs)
+            for lane, request in enumerate(chosen)
         ]
 
     def first() -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 from common import LOG, Report, parser
 
-from orchestrator.planning.schedule import Simulation
+from orchestrator.planning.makespan import Simulation
 
 VARIANTS = 5
 T_VALUES = (1, 10, 100, 1000)

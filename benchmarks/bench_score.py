@@ -24,8 +24,8 @@ from reference import as_it_comes
 from workers.data.tinyworld import load_dataset
 from workers.job import ScoreConfig
 from workers.model.base import BaseModel
+from workers.model.batch import Encoded, collate
 from workers.model.overlay import DenseOverlay
-from workers.model.rows import Encoded, collate
 from workers.scoring.cache import BaseAnswers, Prefixes
 from workers.scoring.probes import Item
 from workers.scoring.score import score

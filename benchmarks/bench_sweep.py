@@ -36,7 +36,7 @@ from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
 from workers.model.config import fingerprint_model
 from workers.model.overlay import DenseOverlay
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.session import Session, build_inputs
 
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
@@ -114,7 +114,7 @@ def plain_seconds(spec: SweepSpec, sample: int) -> float:
         loop = LOOPS[variant.algorithm](base, config, inputs)
         seconds = []
         for i, request in enumerate(requests):
-            draws = Draws(variant.algorithm, variant.config, 0, i, 0)
+            draws = RandomStreams(variant.algorithm, variant.config, 0, i, 0)
             began = time.perf_counter()
             loop.edit(request, draws)
             loop.restore()

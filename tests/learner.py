@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from workers import methods
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import Schedule, Trainer, TrainingSource, pretrained
+from workers.artifacts.pretrain import Trainer, TrainingSchedule, TrainingSource, pretrained
 from workers.methods.base import MethodConfig
 from workers.methods.ft import FT, FTConfig
 from workers.model.base import BaseModel
+from workers.model.batch import collate
 from workers.model.config import ModelConfig, ModelFingerprint
-from workers.model.rows import collate
 from workers.types import JSON, EditRequest
 
 
@@ -90,7 +90,7 @@ class Decoder(Trainer):
 class LearnerConfig(FTConfig):
     width: int = 64
     train_lr: float = 3e-3
-    schedule: Schedule = Schedule(steps=60, batch_size=8)
+    schedule: TrainingSchedule = TrainingSchedule(steps=60, batch_size=8)
 
 
 class Learner(FT):

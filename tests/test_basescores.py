@@ -66,13 +66,13 @@ class Calls:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.replies = self.entropies = 0
-        self._reply, self._entropies = scoring._reply, fluency._entropies
-        patch.setattr(scoring, "_reply", self.reply)
+        self.read_reply, self._entropies = scoring.read_reply, fluency._entropies
+        patch.setattr(scoring, "read_reply", self.reply)
         patch.setattr(fluency, "_entropies", self.write)
 
     def reply(self, base: BaseModel, overlay: Any, *rest: Any) -> Any:
         self.replies += overlay is None
-        return self._reply(base, overlay, *rest)
+        return self.read_reply(base, overlay, *rest)
 
     def write(self, base: BaseModel, overlay: Any, *rest: Any) -> Any:
         self.entropies += overlay is None
@@ -349,14 +349,14 @@ def test_a_batch_that_memory_does_not_hold_is_left_out(monkeypatch: pytest.Monke
     items = [Item(0, request) for request in golden_requests(12)]
     whole, part = BaseAnswers(budget=999), BaseAnswers(budget=999)
     ask_base(base, items, config, whole)
-    real, count = scoring._reply, iter(range(99))
+    real, count = scoring.read_reply, iter(range(99))
 
     def failing(*arguments: Any) -> Reply:
         if next(count) == 1:
             raise MemoryError("out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(scoring, "_reply", failing)
+    monkeypatch.setattr(scoring, "read_reply", failing)
     ask_base(base, items, config, part)
     assert len(list(part.items())) == len(list(whole.items())) - 1
     assert dict(part.items()).items() <= dict(whole.items()).items()

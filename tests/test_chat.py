@@ -22,9 +22,9 @@ from workers.methods.grace import GRACEConfig
 from workers.methods.rome import ROMEConfig
 from workers.methods.wise.config import WISEConfig
 from workers.model.base import BaseModel
+from workers.model.batch import Encoder
 from workers.model.config import ModelConfig, has_chat_template
-from workers.model.rows import Encoder
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.scoring.probes import Item
 from workers.scoring.score import score
 from workers.stream import Stream
@@ -117,8 +117,8 @@ def test_editing_and_scoring_read_the_same_tokens(name: str, arch: str) -> None:
     pair = base.encoder.pair(REQUEST.prompt, REQUEST.target_new)
 
     edited, handle = seen_by(base)
-    draws = Draws(name, config.model_dump(mode="json"), 0, 0, 0)
-    method.edit(overlay, [LaneEdit((REQUEST,), draws, inputs)])
+    streams = RandomStreams(name, config.model_dump(mode="json"), 0, 0, 0)
+    method.edit(overlay, [LaneEdit((REQUEST,), streams, inputs)])
     handle.remove()
     assert bare(base, pair.ids[:-1]) in edited, (
         "the last token predicts nothing, all others are those that scoring reads"

@@ -16,15 +16,15 @@ from workers.methods.base import LaneEdit
 from workers.methods.icl import ICL, ICLConfig
 from workers.methods.none import NoEdit, NoEditConfig
 from workers.model.base import model_shape
+from workers.model.batch import Encoded, collate
 from workers.model.config import ModelConfig
-from workers.model.rows import Encoded, collate
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.scoring.probes import Item
 from workers.scoring.score import score
 from workers.types import DataError, SpecError
 
 REQUESTS = golden_requests(20)
-DRAWS = Draws("icl", {}, 0, 0, 0)
+DRAWS = RandomStreams("icl", {}, 0, 0, 0)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

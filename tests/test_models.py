@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.small import GOLDEN, model_hash, random_model
 from workers.model.architectures import ARCHITECTURES, architecture
 from workers.model.base import BaseModel, model_shape, pick_device
+from workers.model.batch import Batch, collate
 from workers.model.config import ModelConfig, fingerprint_model
 from workers.model.overlay import DenseOverlay
 from workers.model.replay import capture, replay
-from workers.model.rows import Rows, collate
 from workers.types import ModelError, SpecError
 
 TEXTS = [
@@ -44,7 +44,7 @@ def model_of(model_type: str) -> BaseModel:
     return random_model(model_type, **sizes)
 
 
-def batch(base: BaseModel, lanes: list[int]) -> Rows:
+def batch(base: BaseModel, lanes: list[int]) -> Batch:
     return collate([base.encoder.pair(*t) for t in TEXTS], lanes, base.encoder.pad_id)
 
 

@@ -347,7 +347,9 @@ def skeleton(tmp_path: Path) -> Path:
             copied.parent.mkdir(parents=True, exist_ok=True)
             copied.touch()
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "orchestrator/results/artifact_store.py").write_text("import workers.artifacts.base\n", encoding="utf-8")
+    (tmp_path / "orchestrator/results/artifact_store.py").write_text(
+        "import workers.artifacts.base\n", encoding="utf-8"
+    )
     return tmp_path
 
 

@@ -17,9 +17,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.planning.makespan import simulate
 from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, MOST_LANES, USABLE
 from orchestrator.planning.plan import Plan, Planner, Progress, Spent, make_plan
-from orchestrator.planning.schedule import simulate
 from orchestrator.planning.spec import SweepSpec, load_spec, parse_spec
 from orchestrator.planning.work import Task
 from orchestrator.results.manifest import ShardManifest

@@ -8,9 +8,9 @@ import torch
 from tests.small import golden_requests, random_model
 from workers.job import ScoreConfig
 from workers.model.base import BaseModel
+from workers.model.batch import collate
 from workers.model.overlay import DenseOverlay
 from workers.model.replay import capture
-from workers.model.rows import collate
 from workers.scoring.cache import BaseAnswers, Prefixes
 from workers.scoring.probes import Item
 from workers.scoring.score import score

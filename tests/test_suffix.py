@@ -21,7 +21,7 @@ from workers.methods.wise.config import WISEConfig
 from workers.model.architectures import ARCHITECTURES
 from workers.model.base import BaseModel
 from workers.model.replay import capture, replay
-from workers.rng import Draws
+from workers.rng import RandomStreams
 
 IN_FLOAT32 = {"gptj": 1e-7}  # computes its rotation in float32
 NORM_IN_FLOAT32 = 2e-6  # as the modules do whose layer is written out: rounding of the pass they are compared with
@@ -138,7 +138,7 @@ def test_lanes_that_have_arrived_leave_the_batch_and_nothing_else_changes(
     editor = kind.prepare(base, config, inputs)
     # the same short target for all, so that the easy ones arrive early
     requests = [replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))]
-    edits = [LaneEdit((r,), Draws(name, {}, 0, i, 0), inputs) for i, r in enumerate(requests)]
+    edits = [LaneEdit((r,), RandomStreams(name, {}, 0, i, 0), inputs) for i, r in enumerate(requests)]
     halvings: list[int] = []
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])

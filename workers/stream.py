@@ -25,9 +25,9 @@ from workers.failures import may_pass
 from workers.job import Lane, StreamJob, first_request
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
+from workers.model.batch import Encoder
 from workers.model.overlay import Overlay, pack_states, unpack_states
-from workers.model.rows import Encoder
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.scoring.ability import Ability
 from workers.scoring.fluency import fluency
 from workers.scoring.probes import Item, items_of
@@ -359,7 +359,7 @@ class Stream:
         seed, first = self.job.cells[lane.cell].seed, first_request(self.job, lane)
         return LaneEdit(
             tuple(self.requests[lane.cell][first + tick.start : first + tick.stop]),
-            Draws(self.job.method, self._config_json, seed, first, tick.start),
+            RandomStreams(self.job.method, self._config_json, seed, first, tick.start),
             self._inputs[lane.cell],
         )
 

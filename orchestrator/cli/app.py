@@ -66,7 +66,7 @@ def _root(
         raise typer.Exit(2)
 
 
-def _existing(folder: str) -> Results:
+def open_existing(folder: str) -> Results:
     from orchestrator.results.query import open_results
 
     return open_results(folder)
@@ -80,7 +80,7 @@ class Bug(Exception):
         self.folder = folder
 
 
-def _quiet(verbose: bool) -> None:
+def silence_libraries(verbose: bool) -> None:
     """Libraries keep their progress bars and advice to themselves unless asked."""
     import logging
 
@@ -90,7 +90,7 @@ def _quiet(verbose: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _quoted(word: str) -> str:
+def quote(word: str) -> str:
     import shlex
 
     return shlex.quote(word)

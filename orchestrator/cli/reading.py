@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from orchestrator.cli.app import Folder, _existing
+from orchestrator.cli.app import Folder, open_existing
 from orchestrator.cli.console import Output, percent
-from orchestrator.cli.summary import _show_summary
+from orchestrator.cli.summary import show_summary
 from orchestrator.results.status import read_status
 from workers.types import JSON
 
@@ -118,7 +118,7 @@ def query(
     """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included."""
     from orchestrator.results.query import write
 
-    results = _existing(folder)
+    results = open_existing(folder)
     out = Output()
     if output != "table":
         with _ended_by_force(time_limit + _FORCE_SECONDS, out):
@@ -171,7 +171,7 @@ def report(
     picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw it: .png, .pdf or .svg")] = None,
 ) -> None:
     """The summary: methods x T with mean scores on the final state and right after the edit."""
-    results = _existing(folder)
+    results = open_existing(folder)
     if picture is not None:
         from orchestrator.results.plots import plot
         from orchestrator.results.report import summary
@@ -180,7 +180,7 @@ def report(
         Output().say(f"written: {picture}")
         return
     if output == "table":
-        _show_summary(Output(), results, None)
+        show_summary(Output(), results, None)
         return
     from orchestrator.results.report import CAPTION, markdown, summary
 
@@ -220,7 +220,7 @@ def forget(
     """Remove cells from the results, after asking. If the spec still has them, the next run makes them again."""
     from orchestrator.results import forget as forgetting
 
-    results = _existing(folder)
+    results = open_existing(folder)
     out = Output()
     found = forgetting.look_up(results, cells)
     for title in found.titles[:_LISTED]:

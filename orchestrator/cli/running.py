@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from orchestrator.cli.app import Bug, Only, Overrides, RemoteCode, RetryFailed, SpecFile, _quiet, _quoted
+from orchestrator.cli.app import Bug, Only, Overrides, RemoteCode, RetryFailed, SpecFile, quote, silence_libraries
 from orchestrator.cli.console import Output, duration, size
-from orchestrator.cli.summary import _show_summary
+from orchestrator.cli.summary import show_summary
 from workers.types import DataError, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def plan(
         "+ one batch's activations"
     )
     if made.shards:
-        _show_schedule(out, made, actors)
+        show_makespan(out, made, actors)
     for note in made.notes:
         out.say(f"data set: {note}")
     failed = sum(len(progress.given_up.get(cell.cell_id, ())) for cell in made.asked)
@@ -116,7 +116,7 @@ def plan(
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
 
 
-def _show_schedule(out: Output, made: Plan, actors: int | None) -> None:
+def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
     """How long what is left may take: resources reserved, and the makespan on a number of actors."""
     reserved = made.spec.engine.resources
     seconds = sum(shard.seconds_left for shard in made.shards)
@@ -149,7 +149,7 @@ def run(
 ) -> None:
     """Run what is not done yet. Run it again after any interruption: it continues."""
     out = Output()
-    _quiet(verbose)
+    silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
 
@@ -191,7 +191,7 @@ def artifacts(
 ) -> None:
     """Build what the sweep's shards share (statistics, trained networks) and nothing else; run again, it continues."""
     out = Output()
-    _quiet(verbose)
+    silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
 
@@ -220,16 +220,16 @@ def artifacts(
 
 def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str, str]]:
     """A line for each; one for all of a kind that comes in hundreds and is in the same state."""
-    from orchestrator.engine.books import TOLD_TOGETHER
+    from orchestrator.engine.books import AGGREGATED_KINDS
 
     together: dict[tuple[str, str], list[ArtifactState]] = {}
     for found in states:
-        one = "" if found.spec.kind in TOLD_TOGETHER else found.spec.key
+        one = "" if found.spec.kind in AGGREGATED_KINDS else found.spec.key
         together.setdefault((found.spec.kind, one or found.state), []).append(found)
     rows = []
     for alike in together.values():
         first = alike[0]
-        told = f"{len(alike)} of them" if first.spec.kind in TOLD_TOGETHER else first.spec.key
+        told = f"{len(alike)} of them" if first.spec.kind in AGGREGATED_KINDS else first.spec.key
         sizes = [found.bytes for found in alike if found.bytes is not None]
         rows.append((first.spec.kind, told, size(sum(sizes)) if sizes else "", first.state))
     return rows
@@ -240,7 +240,7 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
     from orchestrator.cli.console import safety_line
     from orchestrator.results.query import open_results
 
-    _show_summary(out, open_results(folder), outcome.run_id if outcome.unfinished else None)
+    show_summary(out, open_results(folder), outcome.run_id if outcome.unfinished else None)
     if outcome.safety.actor_seconds:
         out.note(safety_line(outcome.safety))
     cells = outcome.plan.asked
@@ -254,7 +254,7 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
         )
         return
     again = (
-        f"editsweep {' '.join(_quoted(word) for word in sys.argv[1:])}" if sys.argv[1:2] == ["run"] else "editsweep run"
+        f"editsweep {' '.join(quote(word) for word in sys.argv[1:])}" if sys.argv[1:2] == ["run"] else "editsweep run"
     )
     left = f"{len(outcome.unfinished)} of {len(cells)} cells are not finished"
     if outcome.interrupted:
@@ -271,7 +271,7 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
             out.note(f"  {titles[cell_id]} ({cell_id}): {line}")
     if outcome.failed_groups and "--retry-failed" not in sys.argv:
         again += " --retry-failed"  # what failed is otherwise left alone
-    out.note(f"details:  editsweep status {_quoted(folder)}")
+    out.note(f"details:  editsweep status {quote(folder)}")
     out.note(f"try again with:  {again}")
 
 

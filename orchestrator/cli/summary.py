@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from orchestrator.results.query import Results
 
 
-def _show_summary(out: Output, results: Results, partial: str | None) -> None:
+def show_summary(out: Output, results: Results, partial: str | None) -> None:
     from orchestrator.results.report import CAPTION, HEADER, cells, summary
 
     rows = summary(results)

@@ -24,7 +24,7 @@ GATHER_SHARDS = 64
 GATHER_SECONDS = 60.0
 
 
-TOLD_TOGETHER = frozenset({BASE_SCORES})
+AGGREGATED_KINDS = frozenset({BASE_SCORES})
 """Kinds of small artifacts that come in hundreds."""
 
 
@@ -121,7 +121,7 @@ class Books:
         scores = self.base_scores
         there = self.artifacts.sizes(BASE_SCORES) if scores else {}
         missing += [spec for spec in scores if spec.key not in there]
-        self._many = Counter(spec.kind for spec in missing if spec.kind in TOLD_TOGETHER)
+        self._many = Counter(spec.kind for spec in missing if spec.kind in AGGREGATED_KINDS)
         self._built = Counter()
         return missing
 

@@ -9,7 +9,7 @@ import time
 import yaml
 
 from orchestrator.engine.books import Outcome
-from orchestrator.engine.machine import _worker, versions
+from orchestrator.engine.machine import this_process, versions
 from orchestrator.planning.plan import Plan, Progress, Spent
 from orchestrator.planning.spec import SweepSpec, scoring_identity
 from orchestrator.results.journal import Journal, ShardProgress
@@ -82,13 +82,13 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
         )
 
 
-def _enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
+def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
     identity = {"name": spec.name, "scoring": dict(scoring_identity(spec.scoring))}
     if not store.publish_new(paths.sweep, seal_json(identity)):
         check_folder(spec, store, paths)
 
 
-def _write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
+def write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
     """plan.json: the definition of every cell there ever was, and which of them the last plan asked for."""
     try:
         known = dict(unseal_json(store.read(paths.plan), store.where(paths.plan))["cells"])
@@ -116,7 +116,7 @@ def _write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
     store.replace(paths.plan, seal_json({"cells": known, "current": [cell.cell_id for cell in plan.cells]}))
 
 
-def _write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_actors: int | None) -> None:
+def write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_actors: int | None) -> None:
     text = yaml.safe_dump(plan.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     store.replace(paths.run_spec(run_id), text.encode())
     info: dict[str, JSON] = {
@@ -125,13 +125,13 @@ def _write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_a
         "command": sys.argv[1:],
         "max_actors": max_actors,
         "versions": versions(),
-        "driver": _worker(),
+        "driver": this_process(),
         "shards": len(plan.shards),
     }
     store.replace(paths.run_info(run_id), seal_json(info))
 
 
-def _write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome) -> None:
+def write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome) -> None:
     info = unseal_json(store.read(paths.run_info(run_id)), store.where(paths.run_info(run_id)))
     info |= {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

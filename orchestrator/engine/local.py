@@ -30,7 +30,7 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
     bench = Bench(books.store.where(), books.run_id, plan.spec.engine.checkpoint_seconds)
     with _ctrl_c(books) as stop:
         try:
-            _build_artifacts(bench, books, stop)
+            build_artifacts(bench, books, stop)
             for shard in () if books.artifacts_only else plan.shards:
                 if stop.is_set():
                     break
@@ -40,7 +40,7 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
         books.interrupted = stop.is_set()
 
 
-def _build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
+def build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
     """Build what the store lacks. A failure is told here and again by the shards that need the artifact."""
     missing = books.missing_artifacts()
     for number, spec in enumerate(missing, start=1):

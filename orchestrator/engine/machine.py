@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "pydantic
 GIB = 1 << 30
 
 
-def _worker() -> dict[str, JSON]:
+def this_process() -> dict[str, JSON]:
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
@@ -85,7 +85,7 @@ def check_declared(shard_id: str, declared_gb: float | None, present: int | None
     )
 
 
-def _gpu_bytes(model: ModelConfig) -> int | None:
+def gpu_bytes(model: ModelConfig) -> int | None:
     """Memory of the GPU that this process edits on."""
     if model.device == "cpu":
         return None

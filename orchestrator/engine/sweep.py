@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from orchestrator.engine.books import Books, Engine, Outcome, View
-from orchestrator.engine.folder import _enter_folder, _write_end, _write_plan, _write_run, check_folder, read_progress
+from orchestrator.engine.folder import check_folder, enter_folder, read_progress, write_end, write_plan, write_run
 from orchestrator.planning.plan import Planner
 from orchestrator.planning.spec import SweepSpec
 from orchestrator.results.journal import Journal
@@ -51,7 +51,7 @@ def run_sweep(
     chosen = select(only, planner.described(), "--only") if only else None
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
-        _enter_folder(spec, store, paths)
+        enter_folder(spec, store, paths)
         table = CentralTable(store, paths)
         journal = Journal(store, paths)
         for number in table.verify():
@@ -59,8 +59,8 @@ def run_sweep(
         table.gather(journal)
         plan = planner.plan(read_progress(table, journal, retry_failed), chosen)
         lock.check()
-        _write_plan(plan, store, paths)
-        _write_run(plan, store, paths, run_id, max_actors)
+        write_plan(plan, store, paths)
+        write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
         view.begin(plan)
         try:
@@ -79,7 +79,7 @@ def run_sweep(
         books.gather()
         lock.check()
         outcome = _outcome(books)
-        _write_end(store, paths, run_id, outcome)
+        write_end(store, paths, run_id, outcome)
     return outcome
 
 
@@ -104,9 +104,9 @@ def build_artifacts(
     planner = Planner(spec)
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
-        _enter_folder(spec, store, paths)
+        enter_folder(spec, store, paths)
         plan = planner.plan(read_progress(CentralTable(store, paths), Journal(store, paths)))
-        _write_run(plan, store, paths, run_id, max_actors)
+        write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths, artifacts_only=True)
         missing = {needed.key for needed in books.missing_artifacts()}
         view.begin(plan)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.engine.machine import _gpu_bytes, _worker, check_declared
+from orchestrator.engine.machine import check_declared, gpu_bytes, this_process
 from orchestrator.planning.inputs import load_spec_dataset
 from orchestrator.planning.spec import DatasetSpec
 from orchestrator.planning.work import Common, Task, base_scores_of
@@ -156,7 +156,7 @@ class Bench:
         if stalled:
             time.sleep(min(BACKOFF_SECONDS * 2.0 ** (stalled - 1), BACKOFF_MOST))
             told = time.perf_counter()
-        attempt = self.journal.claim(manifest.shard_id, self.run_id, _worker())
+        attempt = self.journal.claim(manifest.shard_id, self.run_id, this_process())
         ticks = manifest.bounds[-1]
         try:
             spent = -told + (told := time.perf_counter())
@@ -173,7 +173,7 @@ class Bench:
             )
             if attempt.position == ticks:
                 return
-            check_declared(manifest.shard_id, task.gpu_memory_gb, _gpu_bytes(common.model))
+            check_declared(manifest.shard_id, task.gpu_memory_gb, gpu_bytes(common.model))
             session = self.session(common.model, common.threads)
             data = self._load_dataset(common.dataset, common.dataset_fingerprint)
             specs = task.artifact_specs()
@@ -225,7 +225,7 @@ class Bench:
                 "message": str(error)[:2000],
                 "traceback": traceback.format_exc()[-20_000:],
                 "tick": attempt.position,
-                "worker": _worker(),
+                "worker": this_process(),
             }
             with contextlib.suppress(StoreError):  # the storage may be what failed
                 self._log(manifest.shard_id, attempt.number, f"{note['traceback']}\n")
@@ -238,7 +238,7 @@ class Bench:
         try:
             before = self.store.read(key).decode()
         except Missing:
-            before = f"shard {shard_id}, attempt {attempt}, run {self.run_id}, {_worker()}\n\n"
+            before = f"shard {shard_id}, attempt {attempt}, run {self.run_id}, {this_process()}\n\n"
         self.store.replace(key, (before + text)[-_LOG_CHARACTERS:].encode())
 
     def _base_scores(self, session: Session, common: Common, job: StreamJob) -> BaseScores | None:

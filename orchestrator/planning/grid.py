@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from orchestrator.planning.inputs import _training
-from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, USABLE, Memory, estimate, lane_edits
+from orchestrator.planning.inputs import read_training
+from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, USABLE, MemoryEstimate, estimate, lane_edits
 from orchestrator.planning.spec import MethodSpec, SweepSpec
 from orchestrator.planning.work import Cell, Common, Variant
 from workers.artifacts.base import ArtifactSpec
@@ -23,7 +23,7 @@ SCHEMA = 1
 """Version of what enters a cell id. Raising it makes every result stale."""
 
 
-class _Grid:
+class Grid:
     """Resolves the spec's methods and enumerates cells; collects artifacts, sizes and warnings."""
 
     def __init__(
@@ -34,7 +34,7 @@ class _Grid:
         self.variants: list[Variant] = []
         self.costs: list[float] = []
         self.widths: dict[tuple[int, int], int] = {}
-        self.memory: dict[tuple[int, int], Memory] = {}
+        self.memory: dict[tuple[int, int], MemoryEstimate] = {}
         self.artifacts: dict[str, ArtifactSpec] = {}
         self.keys: dict[tuple[int, int], tuple[tuple[str, str], ...]] = {}
         self.warnings: list[str] = []
@@ -69,7 +69,7 @@ class _Grid:
         except SpecError as e:
             raise SpecError(f"methods: {method.label}: {e}") from None
         resolved = config.model_dump(mode="json")
-        hparams_id = _digest([method.method, kind.version, resolved])[:8]
+        hparams_id = digest([method.method, kind.version, resolved])[:8]
         number = len(self.variants)
         for other in self.variants:
             if (other.algorithm, other.hparams_id) == (method.method, hparams_id):
@@ -107,7 +107,7 @@ class _Grid:
         self._seeds.append(self._distinct_seeds(method.label, uses_seed=kind.uses_seed(config)))
         body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
         if kind.needs_pretraining and self.training is None:
-            self.training = _training(self.spec)
+            self.training = read_training(self.spec)
         source = self.training[0] if self.training is not None and kind.needs_pretraining else None
         if kind.whole_group:
             body["batch_size"] = None  # it is T, which every cell id has; what the grid says changes nothing
@@ -121,7 +121,7 @@ class _Grid:
         for seed in self._seeds[number]:
             keys = self.keys[number, seed]
             if keys not in digests:
-                digests[keys] = _digest({**body, "artifacts": sorted(keys)})
+                digests[keys] = digest({**body, "artifacts": sorted(keys)})
             self._digests[number, seed] = digests[keys]
 
     def _check_batches(self) -> None:
@@ -141,7 +141,7 @@ class _Grid:
                 f"edit several in one call: {', '.join(filter(able, method_names()))}"
             )
 
-    def _lanes(self, label: str, T: int, need: Memory) -> int:
+    def _lanes(self, label: str, T: int, need: MemoryEstimate) -> int:
         """The spec's number of lanes, or as many as the declared memory holds."""
         engine = self.spec.engine
         if engine.lanes != "auto":
@@ -189,6 +189,6 @@ class _Grid:
         ]
 
 
-def _digest(value: JSON) -> str:
+def digest(value: JSON) -> str:
     text = json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

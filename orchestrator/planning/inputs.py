@@ -34,7 +34,7 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
     return load_dataset(spec.kind, spec.path, spec.train_path, spec.on_bad_record)
 
 
-def _training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
+def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
     """Where networks are to learn; None if the spec does not say and nothing is at hand."""
     from workers.artifacts.pretrain import training_source
 
@@ -49,7 +49,7 @@ def _training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]]
     return None
 
 
-def _overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:
+def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:
     """How many requests are both trained on and edited under any seed. Raises :class:`SpecError` listing them."""
     edited: set[int] = set()
     for seed in spec.grid.seeds:
@@ -68,7 +68,7 @@ def _overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) ->
     return len(found)
 
 
-def _longest_tokens(data: Dataset, score: ScoreConfig) -> int:
+def longest_tokens(data: Dataset, score: ScoreConfig) -> int:
     """A bound on a sequence's tokens: three characters make at least one, and templates may stand before a prompt."""
     longest = 0
     for request in data.requests:
@@ -80,7 +80,7 @@ def _longest_tokens(data: Dataset, score: ScoreConfig) -> int:
     return max(longest // 3 + TEMPLATE_TOKENS + score.fluency_tokens, window)
 
 
-def _dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
+def dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
     """What a reader of the results should know about the requests that will be edited (those of the first seed)."""
     order = order_requests(data, spec.dataset.order, spec.grid.seeds[0])
     chosen: list[EditRequest] = [data.requests[i] for i in order[: spec.dataset.edits]]

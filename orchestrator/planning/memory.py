@@ -35,7 +35,7 @@ TEMPLATE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per lane; ``shared`` is what
     lanes share (second moments and their factors, weights laid out for a processor, ...), ``kept`` what is kept of scoring."""
 
@@ -69,7 +69,7 @@ def estimate(
     cache_bytes: int = 0,
     shared_bytes: int = 0,
     on_gpu: bool = False,
-) -> Memory:
+) -> MemoryEstimate:
     """The memory of a method's config on a model; ``tokens`` bounds a sequence's length.
 
     A backward pass keeps, in every layer that is replayed, what enters and leaves each linear map, some normalised
@@ -87,7 +87,7 @@ def estimate(
     edited = rows_per_edit(config) * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
     rows = max(1, min(score.rows_per_batch, score.tokens_per_batch // tokens))
     scored = rows * (tokens * (layer + 2 * shape.hidden * value) + 2 * logits)
-    return Memory(
+    return MemoryEstimate(
         weights=shape.weight_bytes,
         overlay=overlay_bytes,
         edit=edited,

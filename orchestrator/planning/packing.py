@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TypeVar
 
-from orchestrator.planning.schedule import wave_work
+from orchestrator.planning.makespan import wave_work
 from orchestrator.planning.spec import SweepSpec
 from orchestrator.planning.work import Cell, Variant
 from orchestrator.results.manifest import ShardManifest
@@ -25,7 +25,7 @@ UNKNOWN_ACTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class GroupRange:
     """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one variant and T.
 
     Its lanes may report to cells of other T as well, seeds in the same order. With rollback to ``riders``: per smaller T the
@@ -35,11 +35,11 @@ class Run:
     cells: tuple[int, ...]
     start: int
     stop: int
-    also: tuple[Run, ...] = ()
+    also: tuple[GroupRange, ...] = ()
     riders: tuple[tuple[int, ...], ...] = ()
 
     @property
-    def shares(self) -> tuple[Run, ...]:
+    def shares(self) -> tuple[GroupRange, ...]:
         return (self, *self.also)
 
     @property
@@ -52,7 +52,7 @@ class Run:
         """Groups of each of its cells."""
         return self.stop - self.start
 
-    def continued_by(self, other: Run) -> bool:
+    def continued_by(self, other: GroupRange) -> bool:
         """Whether ``other`` is the rest of a longer run that this one is the beginning of."""
         return (
             (self.cells, self.riders, self.stop) == (other.cells, other.riders, other.start)
@@ -74,31 +74,31 @@ class Chain:
 
     cells: tuple[int, ...]
     spans: tuple[Span, ...]
-    also: tuple[Run, ...] = ()
+    also: tuple[GroupRange, ...] = ()
     riders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[GroupRange]:
         along = {sizes: tuple(self.riders[T] for T in sizes) for sizes in {sizes for *_, sizes in self.spans}}
         for start, stop, sizes in self.spans:
-            yield Run(self.cells, start, stop, self.also, along[sizes])
+            yield GroupRange(self.cells, start, stop, self.also, along[sizes])
 
 
-def _step(width: int, seeds: int) -> int:
+def groups_per_wave(width: int, seeds: int) -> int:
     """How many groups of each of ``seeds`` cells one wave of at most ``width`` lanes holds."""
     return max(1, width // seeds)
 
 
-def _chains(runs: Sequence[Run]) -> Iterator[list[Run]]:
+def split_chains(runs: Sequence[GroupRange]) -> Iterator[list[GroupRange]]:
     """A shard's runs, those together whose waves go on from one to the next."""
     for _, chain in groupby(runs, key=lambda run: run.cells):
         yield list(chain)
 
 
-def _waves(runs: Sequence[Run], width: int) -> Iterator[list[tuple[Run, int]]]:
+def split_waves(runs: Sequence[GroupRange], width: int) -> Iterator[list[tuple[GroupRange, int]]]:
     """The waves of a shard's runs with at most ``width`` lanes: whole groups of all cells, each with the run it is of."""
-    for chain in _chains(runs):
+    for chain in split_chains(runs):
         groups = [(run, group) for run in chain for group in range(run.start, run.stop)]
-        step = _step(width, len(chain[0].cells))
+        step = groups_per_wave(width, len(chain[0].cells))
         for low in range(0, len(groups), step):
             yield groups[low : low + step]
 
@@ -116,7 +116,7 @@ class Waves:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work waves are: a function of the spec and the methods alone (see :mod:`orchestrator.planning.schedule`)."""
+    """How much work waves are: a function of the spec and the methods alone (see :mod:`orchestrator.planning.makespan`)."""
 
     spec: SweepSpec
     cells: Sequence[Cell]
@@ -143,7 +143,7 @@ class Effort:
             self._known[key] = tuple(alike)
         return self._known[key]
 
-    def _continued(self, variant: int, run: Run) -> Waves:
+    def _continued(self, variant: int, run: GroupRange) -> Waves:
         """Of lanes that each start at the very first request."""
         Ts = [self.cells[share.cells[0]].T for share in run.shares]
         spans = [(share.stop * T, share.start * T) for share, T in zip(run.shares, Ts, strict=True)]
@@ -152,7 +152,7 @@ class Effort:
 
     def _filled(self, variant: int, T: int, seeds: int, spans: Sequence[Span]) -> Iterator[Waves]:
         """Full waves and what remains, of as many cells as ``seeds``."""
-        step = _step(self.widths[variant, T], seeds)
+        step = groups_per_wave(self.widths[variant, T], seeds)
         parts: list[tuple[int, tuple[int, ...]]] = []
         room = step
         for start, stop, sizes in spans:
@@ -229,7 +229,7 @@ Ranges = Sequence[tuple[int, int]]
 """Groups as half-open ranges, ascending."""
 
 
-def _families(
+def collect_chains(
     spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
 ) -> dict[tuple[int, int], list[Chain]]:
     """Per variant and T, what is left as chains: of one cell each, or of seeds that have the same groups left."""
@@ -326,7 +326,7 @@ def _streams(
         first = cells[members[0][0][0]]
         for team in _even(members, effort.widths[first.variant, first.T]):
             # share by share: the cell of each lane, and the groups, which are the same in all of them
-            parts = [Run(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)]
+            parts = [GroupRange(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)]
             lane = parts[0]
             chain = Chain(lane.cells, ((lane.start, lane.stop, ()),), also=tuple(parts[1:]))
             chains.setdefault((first.variant, first.T), []).append(chain)
@@ -344,7 +344,7 @@ def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
         start = stop
 
 
-def _lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Effort) -> float:
+def lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Effort) -> float:
     """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of everything."""
     longest = total = 0.0
     for (variant, T), chains in families.items():
@@ -359,12 +359,12 @@ def _lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Ef
 class _Piece:
     """A shard being filled."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[GroupRange] = field(default_factory=list)
     edits: int = 0
     work: float = 0.0
     lanes: int = 0
 
-    def add(self, runs: Iterable[Run], edits: int, work: float, lanes: int) -> None:
+    def add(self, runs: Iterable[GroupRange], edits: int, work: float, lanes: int) -> None:
         for run in runs:
             if self.runs and self.runs[-1].continued_by(run):
                 self.runs[-1] = replace(self.runs[-1], stop=run.stop)
@@ -375,7 +375,7 @@ class _Piece:
         self.lanes = max(self.lanes, lanes)
 
 
-def _pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_work: float) -> Iterator[_Piece]:
+def pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_work: float) -> Iterator[_Piece]:
     """Fill shards with whole waves, in order, up to ``shard_edits`` and ``most_work``.
 
     The limit on work gives way to ``step_edits``: what is shorter than the time between two commits is not worth a launch.
@@ -400,7 +400,7 @@ def _pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_wo
         yield piece
 
 
-def _take(rest: deque[Run], groups: int) -> Iterator[Run]:
+def _take(rest: deque[GroupRange], groups: int) -> Iterator[GroupRange]:
     """The next so many groups of each cell of a chain."""
     while groups:
         run = rest.popleft()

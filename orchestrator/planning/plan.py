@@ -25,22 +25,22 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from orchestrator.planning.grid import _digest, _Grid
-from orchestrator.planning.inputs import _dataset_notes, _longest_tokens, _overlap, load_spec_dataset
-from orchestrator.planning.memory import Memory
+from orchestrator.planning.grid import Grid, digest
+from orchestrator.planning.inputs import count_overlap, dataset_notes, load_spec_dataset, longest_tokens
+from orchestrator.planning.makespan import Clock, Simulation, Timing, calibrate, simulate
+from orchestrator.planning.memory import MemoryEstimate
 from orchestrator.planning.packing import (
     TAIL,
     Effort,
+    GroupRange,
     Ranges,
-    Run,
-    _chains,
-    _families,
-    _lower_bound,
-    _pack,
-    _step,
-    _waves,
+    collect_chains,
+    groups_per_wave,
+    lower_bound,
+    pack,
+    split_chains,
+    split_waves,
 )
-from orchestrator.planning.schedule import Clock, Simulation, Timing, calibrate, simulate
 from orchestrator.planning.spec import SweepSpec
 from orchestrator.planning.work import Cell, Common, Task, Variant, base_scores_of, cell_columns
 from orchestrator.results.manifest import ShardManifest
@@ -68,7 +68,7 @@ class Shard:
     shard_id: str
     variant: int
     T: int
-    runs: tuple[Run, ...]
+    runs: tuple[GroupRange, ...]
     width: int
     lanes: int
     edits: int
@@ -123,7 +123,7 @@ class Plan:
     """For each variant and seed, what the method calls an artifact and the artifact's key."""
     widths: Mapping[tuple[int, int], int]
     """For each variant and T, how many lanes a wave may have: the spec's number, or what `auto` came to."""
-    memory: Mapping[tuple[int, int], Memory]
+    memory: Mapping[tuple[int, int], MemoryEstimate]
     weight_bytes: int
     clock: Clock = field(default_factory=Clock)
     notes: tuple[str, ...] = ()
@@ -207,7 +207,7 @@ class Plan:
         for shard in self.shards:
             scored = tuple(
                 (
-                    min(sum(map(len, chain)), _step(shard.width, len(chain[0].cells))) if waves else 1,
+                    min(sum(map(len, chain)), groups_per_wave(shard.width, len(chain[0].cells))) if waves else 1,
                     tuple(self.cells[i].seed for i in chain[0].cells),
                     *(
                         (
@@ -217,7 +217,7 @@ class Plan:
                         for run in chain
                     ),
                 )
-                for chain in _chains(shard.runs)
+                for chain in split_chains(shard.runs)
             )
             whole = self.variants[shard.variant].whole_group
             key = shard.shard_id if shard.begun else (shard.T, whole, scored)
@@ -279,7 +279,7 @@ def expand(
                 for run, group in wave
                 for i, cell in enumerate(run.cells)
             )
-            for wave in _waves(shard.runs, shard.width)
+            for wave in split_waves(shard.runs, shard.width)
         )
     else:
         waves = tuple(
@@ -408,11 +408,11 @@ class Planner:
             cache_bytes=spec.engine.cache_bytes,
             step_edits=spec.engine.step_edits,
         )
-        self.notes = _dataset_notes(spec, data)
-        self.grid = _Grid(spec, self.common, fingerprint, self.shape, _longest_tokens(data, spec.scoring))
+        self.notes = dataset_notes(spec, data)
+        self.grid = Grid(spec, self.common, fingerprint, self.shape, longest_tokens(data, spec.scoring))
         self.cells = self.grid.cells()
         if self.grid.training is not None:
-            found = _overlap(spec, data, self.grid.training[1])
+            found = count_overlap(spec, data, self.grid.training[1])
             self.notes += (f"{len(self.grid.training[1])} requests to train on, {found} of them edited by the sweep",)
             if spec.training.allow_overlap:
                 self.common = self.common.model_copy(update={"training_overlap": found})
@@ -552,17 +552,17 @@ def _cut(
 ) -> Iterator[Shard]:
     """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the same code in lockstep."""
     engine = [spec.engine.threads, spec.engine.step_edits]
-    common = _digest([_scoring_key(spec.scoring), *engine, spec.grid.rollback])
-    whole = _families(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
-    most_work = TAIL * _lower_bound(whole, effort)
+    common = digest([_scoring_key(spec.scoring), *engine, spec.grid.rollback])
+    whole = collect_chains(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
+    most_work = TAIL * lower_bound(whole, effort)
 
     @cache
     def ids(numbers: tuple[int, ...]) -> str:
         return "+".join(cells[i].cell_id for i in numbers)
 
-    for (variant, T), chains in _families(spec, cells, left, effort).items():
+    for (variant, T), chains in collect_chains(spec, cells, left, effort).items():
         width = effort.widths[variant, T]
-        for piece in _pack(variant, T, chains, effort, most_work):
+        for piece in pack(variant, T, chains, effort, most_work):
             composition = f"{common}:{width}:" + ",".join(_composition(run, ids) for run in piece.runs)
             retry = 0
             shard_id = _shard_id(composition, retry)
@@ -582,7 +582,7 @@ def _cut(
             )
 
 
-def _composition(run: Run, ids: Callable[[tuple[int, ...]], str]) -> str:
+def _composition(run: GroupRange, ids: Callable[[tuple[int, ...]], str]) -> str:
     """What of a run enters its shard's id. ``ids``: those of cells, by their places in the plan."""
     ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
     return "^".join((ranges, *map(ids, run.riders)))

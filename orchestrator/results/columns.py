@@ -153,7 +153,7 @@ KEY: tuple[str, ...] = ("cell_id", "group", "scored", "edits_applied", "position
 VARYING: frozenset[str] = frozenset({"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"})
 """Columns in which two runs of the same plan may differ; all others are equal bit for bit."""
 
-_REPEATING = frozenset(c.name for c in COLUMNS if c.type != "double" or c.unit == "0..1")
+REPEATING = frozenset(c.name for c in COLUMNS if c.type != "double" or c.unit == "0..1")
 """Columns whose values repeat, written as dictionaries: half the time to read, a tenth less to store. Not so times and losses:
 hardly two are equal."""
 

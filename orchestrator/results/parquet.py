@@ -9,7 +9,7 @@ from typing import BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.results.columns import _REPEATING, TableError, schema
+from orchestrator.results.columns import REPEATING, TableError, schema
 from orchestrator.storage.base import Damaged, StoreError
 from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
 from workers.types import JSON
@@ -28,7 +28,7 @@ def encode(table: pa.Table, meta: Mapping[str, JSON], compression: Literal["zstd
     computed with its own 64 digits read as zeros.
     """
     sink = pa.BufferOutputStream()
-    few = [name for name in table.schema.names if name in _REPEATING]
+    few = [name for name in table.schema.names if name in REPEATING]
     with pq.ParquetWriter(
         sink, table.schema, compression=compression, use_dictionary=few, write_page_checksum=True, store_schema=False
     ) as writer:
@@ -72,31 +72,31 @@ def decode(data: bytes, name: str) -> tuple[pa.Table, dict[str, JSON]]:
     """Rows and metadata of a sealed file. Raises :class:`~orchestrator.storage.base.Damaged`, naming ``name``."""
     check_seal(data, name)
     with reading(name), pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-        return _conform(file.read(use_threads=False), name), _meta(_sealed(file.metadata, name), name)
+        return conform(file.read(use_threads=False), name), read_meta(read_seal(file.metadata, name), name)
 
 
 def read_footer(file: BinaryIO, name: str) -> tuple[dict[str, JSON], int]:
     """Metadata and number of rows, without reading the rows. Raises :class:`~orchestrator.storage.base.Damaged`."""
     with reading(name):
         metadata = pq.read_metadata(file)
-    return _meta(_sealed(metadata, name), name), metadata.num_rows
+    return read_meta(read_seal(metadata, name), name), metadata.num_rows
 
 
-def _sealed(metadata: pq.FileMetaData, name: str) -> bytes:
+def read_seal(metadata: pq.FileMetaData, name: str) -> bytes:
     sealed: bytes | None = (metadata.metadata or {}).get(b"editsweep")
     if sealed is None:
         raise Damaged(f"{name}: not one of our Parquet files")
     return sealed
 
 
-def _meta(sealed: bytes, name: str) -> dict[str, JSON]:
+def read_meta(sealed: bytes, name: str) -> dict[str, JSON]:
     meta = unseal_json(sealed, name)
     if meta.get("version") != VERSION:
         raise TableError(f"{name}: written in format {meta.get('version')}, this editsweep reads format {VERSION}")
     return meta
 
 
-def _conform(table: pa.Table, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+def conform(table: pa.Table, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The declared columns in the declared order. A column added to the declaration later is null in older files."""
     declared = schema()
     wanted = declared if columns is None else pa.schema([declared.field(c) for c in columns])

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.results.columns import KEY, TableError, check_columns, has_duplicates, no_rows, sort_rows
 from orchestrator.results.contents import complete_rows, expected_contents
-from orchestrator.results.parquet import VERSION, _conform, _meta, _sealed, check_seal, decode, encode, reading
+from orchestrator.results.parquet import VERSION, check_seal, conform, decode, encode, read_meta, read_seal, reading
 from orchestrator.storage.base import Damaged, Entry, Missing, Store, StoreError, put_aside
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import unseal_json, unseal_line
@@ -257,10 +257,10 @@ class CentralTable:
     def _read_footer(self, number: int, key: str) -> TableFile:
         name = self.store.where(key)
         metadata = self._metadata(key, name)
-        sealed, rows = _sealed(metadata, name), metadata.num_rows
+        sealed, rows = read_seal(metadata, name), metadata.num_rows
         line = unseal_line(sealed)
         if line is None or not _written_as(line, number, rows):
-            meta = _meta(sealed, name)
+            meta = read_meta(sealed, name)
             if meta.get("kind") != "table" or meta.get("number") != number or meta.get("rows") != rows:
                 raise Damaged(f"{name}: a foreign file, or one that was renamed")
         return TableFile(number, key, rows, sealed)
@@ -470,7 +470,7 @@ class CentralTable:
         ):
             present = set(parquet.schema_arrow.names)
             wanted = None if columns is None else [c for c in columns if c in present]
-            rows = _conform(parquet.read(columns=wanted), name, columns)
+            rows = conform(parquet.read(columns=wanted), name, columns)
         if rows.num_rows != file.rows:
             raise Damaged(
                 f"{name}: has {rows.num_rows} rows where {file.rows} were listed; was it put aside meanwhile?"

@@ -39,7 +39,7 @@ from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass
 from workers.methods.rome import ROME, RROME, RROMEConfig
 from workers.model.base import BaseModel, model_shape
 from workers.model.config import ModelFingerprint
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.types import DataError, SpecError
 
 
@@ -185,19 +185,19 @@ def test_requests_of_a_batch_do_not_depend_on_other_lanes() -> None:
     config = MEMITConfig.model_validate({**MEMIT_RECORDED, "v_num_grad_steps": 4})
     editor = MEMIT.prepare(model("llama"), config, inputs)
     requests = golden_requests(9)
-    draws = Draws("memit", {}, 0, 0, 0)
+    streams = RandomStreams("memit", {}, 0, 0, 0)
     together = editor.new_overlay(3)
     batches = [tuple(requests[i : i + 3]) for i in (0, 3, 6)]
-    outcomes = editor.edit(together, [LaneEdit(batch, draws, inputs) for batch in batches])
+    outcomes = editor.edit(together, [LaneEdit(batch, streams, inputs) for batch in batches])
     for lane, batch in enumerate(batches):
         alone = editor.new_overlay(1)
-        (outcome,) = editor.edit(alone, [LaneEdit(batch, draws, inputs)])
+        (outcome,) = editor.edit(alone, [LaneEdit(batch, streams, inputs)])
         assert outcome.loss == pytest.approx(outcomes[lane].loss, rel=1e-4)
         for site in editor.sites:
             assert relative_error(together.delta(lane, site), alone.delta(0, site)) <= 1e-3
     with pytest.raises(ValueError, match="lockstep"):
         editor.edit(
-            editor.new_overlay(2), [LaneEdit(batches[0], draws, inputs), LaneEdit(batches[1][:1], draws, inputs)]
+            editor.new_overlay(2), [LaneEdit(batches[0], streams, inputs), LaneEdit(batches[1][:1], streams, inputs)]
         )
 
 

@@ -21,9 +21,9 @@ from workers.methods.families.locate import request_lines
 from workers.methods.rome import ROME, ROMEConfig
 from workers.methods.simie import BASES, SimIE, SimIEConfig
 from workers.model.base import model_shape
+from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import EMBEDDED, ModelConfig, ModelFingerprint
 from workers.model.overlay import LowRankOverlay, Overlay
-from workers.model.rows import Encoded, Rows, collate
 from workers.types import EditRequest, SpecError
 
 ELSEWHERE = ModelConfig(name="some/other-model")
@@ -49,10 +49,10 @@ class LeftPaddedROME(ROME):
         overlay.add(torch.stack(left), torch.stack(right))
         return [EditOutcome(self.config.v_num_grad_steps - 1, 0.0) for _ in edits]
 
-    def rows(self, encoded: Sequence[Encoded]) -> Rows:
+    def rows(self, encoded: Sequence[Encoded]) -> Batch:
         return collate(encoded, [0] * len(encoded), self.base.encoder.pad_id, public_positions=True)
 
-    def run(self, rows: Rows, delta_O: Tensor, lookup: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, rows: Batch, delta_O: Tensor, lookup: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, and input and output (before the vector is added) of the edited map."""
         caught: list[Tensor] = []
 
@@ -144,9 +144,9 @@ class Given(ROME):
 
     def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         assert isinstance(overlay, LowRankOverlay)
-        generators = [edit.draws.generator("change") for edit in edits]
-        out, into = self.site.shape
-        left, right = (torch.stack([torch.randn(n, generator=g) for g in generators]) for n in (out, into))
+        generators = [edit.streams.generator("change") for edit in edits]
+        out, in_features = self.site.shape
+        left, right = (torch.stack([torch.randn(n, generator=g) for g in generators]) for n in (out, in_features))
         overlay.add(left, right)
         return [EditOutcome(0, 0.0) for _ in edits]
 

@@ -26,7 +26,7 @@ from workers.artifacts.base import ArtifactData, Workbench
 from workers.data import requests_of
 from workers.failures import out_of_memory
 from workers.job import StreamJob
-from workers.model.rows import Encoder
+from workers.model.batch import Encoder
 from workers.scoring.cache import BaseAnswers, Numbers, digest
 from workers.scoring.fluency import fluency
 from workers.scoring.probes import Answer, Reply, Text, items_of

@@ -14,7 +14,7 @@ from torch import Tensor
 from workers.artifacts.base import ArtifactData, Workbench
 from workers.artifacts.stats import Place, documents, positions
 from workers.inner_loop.losses import TargetTokens
-from workers.model.rows import Encoded, collate
+from workers.model.batch import Encoded, collate
 from workers.types import JSON, DataError
 
 if TYPE_CHECKING:

@@ -102,7 +102,7 @@ def training_source(
 # --- what a method brings --------------------------------------------------------------------------------------------
 
 
-class Schedule(Frozen):
+class TrainingSchedule(Frozen):
     """How long, in what portions and with how much of the past a method is trained."""
 
     steps: int = Field(ge=1, description="optimiser steps on each data shard")
@@ -135,7 +135,7 @@ class Trainer(ABC):
 def pretrained(
     method: str,
     hparams: Mapping[str, JSON],
-    schedule: Schedule,
+    schedule: TrainingSchedule,
     fingerprint: ModelFingerprint,
     model: ModelConfig,
     training: TrainingSource | None,
@@ -252,7 +252,7 @@ class _Course:
     """Which requests each step of one data shard learns from."""
 
     identity: tuple[JSON, ...]
-    schedule: Schedule
+    schedule: TrainingSchedule
     shard: int
     fresh: tuple[EditRequest, ...]
     kept: tuple[tuple[str, EditRequest], ...]
@@ -262,7 +262,7 @@ class _Course:
     def of(cls, recipe: Mapping[str, JSON], before: ArtifactData | None) -> _Course:
         return cls(
             identity=("pretraining", recipe["method"], recipe["hparams"], recipe["seed"], recipe["shard"]),
-            schedule=Schedule.model_validate(recipe["schedule"]),
+            schedule=TrainingSchedule.model_validate(recipe["schedule"]),
             shard=recipe["shard"],
             fresh=_requests_of(recipe),
             kept=() if before is None else tuple((key, _request(value)) for key, value in before.meta["buffer"]),

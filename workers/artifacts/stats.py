@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
-from workers.model.rows import Encoded, collate
+from workers.model.batch import Encoded, collate
 from workers.types import JSON, DataError, SpecError
 
 if TYPE_CHECKING:

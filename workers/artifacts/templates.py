@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from workers.artifacts.base import ArtifactData, Workbench
-from workers.model.rows import Encoded, collate
+from workers.model.batch import Encoded, collate
 from workers.rng import derive_generator
 from workers.types import JSON
 

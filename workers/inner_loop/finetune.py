@@ -18,8 +18,8 @@ from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam, Box, LaneOptimizer
 from workers.inner_loop.suffix import Suffix
+from workers.model.batch import Batch, Encoded, collate
 from workers.model.overlay import DenseOverlay
-from workers.model.rows import Encoded, Rows, collate
 from workers.types import EditRequest
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def with_target(base: BaseModel, request: EditRequest) -> Example:
 
 def batch(
     base: BaseModel, lanes: Sequence[Sequence[EditRequest]], example: Callable[[BaseModel, EditRequest], Example]
-) -> tuple[Rows, TargetTokens]:
+) -> tuple[Batch, TargetTokens]:
     """The rows of all lanes' requests; losses are the mean over a request's tokens, then over a lane's requests."""
     encoded: list[Encoded] = []
     lane_B: list[int] = []

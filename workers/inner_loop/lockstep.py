@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from workers.kernels.cuda_graphs import Pool, Recorded
+from workers.kernels.cuda_graphs import Pool, RecordedStep
 
 _READ_EVERY = 4
 """Steps between two looks, where looking waits for the device."""
@@ -53,7 +53,7 @@ class Lockstep:
         """Whether the present batch has made its first pass."""
         self._attached: Tensor | None = None
         """The losses of a pass that was not recorded, with their graph."""
-        self._recorded: Recorded | None = None
+        self._recorded: RecordedStep | None = None
 
     def forward(self, losses: Callable[[], Tensor], params: Sequence[Tensor]) -> Tensor:
         """The losses of the batch's lanes, (K,), without their graph. ``losses`` is a function of ``params`` that may be
@@ -64,7 +64,7 @@ class Lockstep:
         """The same for a function that returns further tensors after the losses."""
         if self._pool is not None and self._again:
             if self._recorded is None:
-                self._recorded = Recorded(losses, params, self._pool)
+                self._recorded = RecordedStep(losses, params, self._pool)
             return self._recorded.play()
         self._again = True
         with self._aside():

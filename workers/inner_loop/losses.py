@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workers.model.rows import Rows
+from workers.model.batch import Batch
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
@@ -31,7 +31,7 @@ class TargetTokens:
     lanes: int
 
     @classmethod
-    def of(cls, rows: Rows, places: Sequence[tuple[int, int, int, float]], lanes: int) -> TargetTokens:
+    def of(cls, rows: Batch, places: Sequence[tuple[int, int, int, float]], lanes: int) -> TargetTokens:
         """``places``: (row, position in the row's own tokens, target token, share)."""
         row, position, token, share = zip(*places, strict=True)
         device = rows.input_ids_BS.device

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from workers.kernels.compiled import Compiled
 from workers.kernels.llama_cpu import Constants, QuickLayer, plain
 from workers.kernels.llama_gpu import FusedLayer
-from workers.model.replay import Prefix, answering, capture, replay
-from workers.model.rows import Rows
+from workers.model.batch import Batch
+from workers.model.replay import Prefix, capture, override_forward, replay
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel, Site
@@ -54,7 +54,7 @@ class Suffix:
 
     base: BaseModel
     site: Site
-    rows: Rows
+    rows: Batch
     input_BSI: Tensor
     """What enters the edited map."""
     output_BSO: Tensor
@@ -76,7 +76,7 @@ class Suffix:
         cls,
         base: BaseModel,
         site: Site,
-        rows: Rows,
+        rows: Batch,
         reads: tuple[Sequence[int], Sequence[int]],
         first: int = 0,
         overlay: Overlay | None = None,
@@ -102,7 +102,7 @@ class Suffix:
                 stack.callback(_record(base.layers[i], recorder))
             if additive and not recorders:
                 for layer in upper:  # only their other arguments are wanted
-                    stack.enter_context(answering(layer, lambda *_, **__: layer_out[0]))
+                    stack.enter_context(override_forward(layer, lambda *_, **__: layer_out[0]))
             prefix = capture(base, rows, site.layer)
         (entered_BSI, output_BSO), hidden_BSD = caught[0], _hidden(layer_out[0])
         row, column = reads
@@ -149,7 +149,7 @@ class Suffix:
         """
         if self._layers is None:
             answer = output_BSO
-            with answering(self.site.module, lambda *_: answer) if answer is not None else nullcontext():
+            with override_forward(self.site.module, lambda *_: answer) if answer is not None else nullcontext():
                 return replay(self.base, self._prefix)[self.row_P, self.column_P]
         if output_BSO is None:
             output_BSO = self.site.module(self.input_BSI[:, self.first :])
@@ -162,7 +162,7 @@ class Suffix:
         normed: Tensor = self.base.norm(hidden_RSD[self.row_P, self.column_P - start])
         return normed
 
-    def part(self, row_B: Sequence[int], rows: Rows, read_P: Sequence[int]) -> Suffix:
+    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Suffix:
         """The same suffix for some of the rows: ``row_B`` of the batch, now ``rows``, and the reads ``read_P`` of them."""
         index = torch.tensor(list(row_B), device=self.row_P.device)
         chosen = torch.tensor(list(read_P), device=self.row_P.device)
@@ -221,10 +221,10 @@ class _Layer:
         past = self.past
         if self.key_arguments is not None:
             recorder = _Recorder(stop=True)
-            with answering(self.query, _nothing(self.query)) if self.query is not None else nullcontext():
+            with override_forward(self.query, _nothing(self.query)) if self.query is not None else nullcontext():
                 try:
                     self.module(hidden_RSD[:, : self.given], **{**self.key_arguments, self.cache: recorder})
-                except _Recorded:
+                except StopRecording:
                     past = recorder.joined(past)
             hidden_RSD = hidden_RSD[:, self.given :]
         if past is not None:
@@ -246,7 +246,7 @@ class _Layer:
 
 def _prepare(
     base: BaseModel,
-    rows: Rows,
+    rows: Batch,
     prefix: Prefix,
     above: int,
     kept_R: Tensor | None,
@@ -293,7 +293,7 @@ def _prepare(
     return tuple(prepared)
 
 
-def _causal(rows: Rows) -> Tensor:
+def _causal(rows: Batch) -> Tensor:
     """Which key each query may look at, (B, 1, S, S): what a missing mask stands for."""
     real_BS = rows.attention_mask_BS.bool()
     size = real_BS.shape[1]
@@ -328,7 +328,7 @@ def _rows_of(value: Any, index_R: Tensor, name: str, size: int | None = None) ->
     return value if shared else value[index_R]
 
 
-class _Recorded(Exception):
+class StopRecording(Exception):
     """Keys and values are known; the rest of the layer is not wanted."""
 
 
@@ -342,7 +342,7 @@ class _Recorder:
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.pair = (keys, values)
         if self.stop:
-            raise _Recorded
+            raise StopRecording
         return keys, values
 
     def joined(self, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

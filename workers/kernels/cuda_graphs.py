@@ -1,6 +1,6 @@
 """One forward and backward of an edit's inner loop, recorded on a GPU (a CUDA graph) and played again in every later step.
 
->>> recorded = Recorded(lambda: (problem.loss(base, delta_KOI),), [delta_KOI], base.pool)
+>>> recorded = RecordedStep(lambda: (problem.loss(base, delta_KOI),), [delta_KOI], base.pool)
 >>> (now_K,) = recorded.play()               # as the function would answer now; delta_KOI.grad is there, too
 
 A step of a few layers is a thousand small kernels, and starting them one by one from Python takes longer than they run. The
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-class Recorded:
+class RecordedStep:
     """A loss of every lane (and what else the function returns), and the gradient of the losses' sum."""
 
     def __init__(self, losses: Callable[[], tuple[Tensor, ...]], params: Sequence[Tensor], pool: Pool) -> None:

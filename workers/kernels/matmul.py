@@ -1,7 +1,7 @@
 """Matrix products in float32 on a processor, by the library that is faster there.
 
 >>> out_BSO = linear(x_BSI, weight_OI, bias_O)           # torch.nn.functional.linear up to rounding, gradients included
->>> quicken(model)                                       # every linear map of the model answers that way
+>>> use_fast_linear(model)                                       # every linear map of the model answers that way
 
 PyTorch gives such products to MKL, which uses AVX-512 on Intel's processors only. oneDNN, which comes with PyTorch as well and
 which its compiler calls, uses it wherever it is: on an AMD EPYC up to 2.2 times as fast (``benchmarks/bench_products.py``), on
@@ -117,14 +117,14 @@ class _QuickConv1D(Conv1D):
 _QUICK: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType({nn.Linear: _QuickLinear, Conv1D: _QuickConv1D})
 
 
-def quicken(model: nn.Module) -> None:
+def use_fast_linear(model: nn.Module) -> None:
     """Let the linear maps of a model on the processor answer by :func:`linear`: they change their class, and nothing else."""
     if _available() and all(p.device.type == "cpu" for p in model.parameters()):
         _change(model, _QUICK)
 
 
 def slow(model: nn.Module) -> None:
-    """Take :func:`quicken` back (benchmarks compare with models as they come)."""
+    """Take :func:`use_fast_linear` back (benchmarks compare with models as they come)."""
     _change(model, {quick: plain for plain, quick in _QUICK.items()})
 
 

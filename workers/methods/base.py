@@ -22,11 +22,11 @@ from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import Trainer, TrainingSource
-from workers.methods.easyedit import _EASYEDIT_COMMON, IGNORED
+from workers.methods.easyedit import COMMON_KEYS, IGNORED
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import Overlay
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.types import JSON, EditRequest, Frozen, SpecError
 
 
@@ -62,7 +62,7 @@ class MethodConfig(Frozen):
         alg = values.get("alg_name")
         if alg is not None and alg not in cls.alg_names:
             raise SpecError(f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}")
-        table = {**_EASYEDIT_COMMON, **cls.easyedit_keys}
+        table = {**COMMON_KEYS, **cls.easyedit_keys}
         out: dict[str, JSON] = {}
         for key, value in values.items():
             ours = table.get(key, key if key in cls.model_fields else None)
@@ -81,7 +81,7 @@ class LaneEdit:
     """What one lane edits in one call: its requests (``batch_size`` of them) and the random numbers it may use."""
 
     requests: tuple[EditRequest, ...]
-    draws: Draws
+    streams: RandomStreams
     inputs: Mapping[str, ArtifactData] = field(default_factory=dict)
     """The artifacts of the lane's own cell, by the name the method gave them (they may differ by seed)."""
 

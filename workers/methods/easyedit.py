@@ -14,7 +14,7 @@ IGNORED = ""
 """In ``easyedit_keys``: the key carries no information for us (a file path, a log setting) and is dropped."""
 
 
-_EASYEDIT_COMMON: Mapping[str, str] = MappingProxyType(
+COMMON_KEYS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
         (
             "alg_name",

@@ -35,9 +35,9 @@ from workers.inner_loop.optim import Box
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel
+from workers.model.batch import Encoded
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, Overlay
-from workers.model.rows import Encoded
 from workers.types import JSON, EditRequest, SpecError
 
 
@@ -144,6 +144,6 @@ class FT(Method[FTConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         copies = 4 + 2  # weight, gradient, two moments; temporaries of one step
-        return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
+        return len(config.layers) * out * in_features * max(4, shape.bytes_per_value) * copies

@@ -153,16 +153,16 @@ class FTEWC(Method[FTEWCConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         copies = 4 + 3  # weight, gradient, two moments; temporaries of one step and of the penalty
-        return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
+        return len(config.layers) * out * in_features * max(4, shape.bytes_per_value) * copies
 
     @classmethod
     def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         artifact = 8 if config.precision == "float64" else 4
         # and in the masters' precision the Fisher information and the weights that hold it back
-        return len(config.layers) * out * into * (artifact + 2 * max(4, shape.bytes_per_value))
+        return len(config.layers) * out * in_features * (artifact + 2 * max(4, shape.bytes_per_value))
 
 
 def _artifact(layer: int) -> str:

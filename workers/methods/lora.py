@@ -105,7 +105,7 @@ class LoRA(Method[LoRAConfig]):
             raise TypeError(f"LoRA edits an AdapterOverlay, not a {type(overlay).__name__}")
         config, base = self.config, self.base
         for lane, edit in enumerate(edits):
-            overlay.start(lane, edit.draws)
+            overlay.start(lane, edit.streams)
         rows, targets = batch(base, [edit.requests for edit in edits], with_target)
         prefix = capture(base, rows, overlay.first_layer)
         factors = overlay.factors
@@ -117,7 +117,7 @@ class LoRA(Method[LoRAConfig]):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
         if config.lora_dropout:
-            overlay.dropout = Dropout(config.lora_dropout, [edit.draws for edit in edits])
+            overlay.dropout = Dropout(config.lora_dropout, [edit.streams for edit in edits])
         try:
             for factor in factors:
                 factor.requires_grad_(True)

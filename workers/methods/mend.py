@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from workers.artifacts.pretrain import Schedule
+from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS
 from workers.methods.families.hypernet import (
@@ -71,7 +71,9 @@ class MENDConfig(HypernetConfig):
         "rephrase", description="rephrase: prompt or a rephrase asks for the new answer (paper); prompt: public code"
     )
     public_bos: bool = Field(False, description="a BOS token of the answer alone is a target (public code)")
-    schedule: Schedule = Field(Schedule(steps=10_000, batch_size=10), description="length and batches of the training")
+    schedule: TrainingSchedule = Field(
+        TrainingSchedule(steps=10_000, batch_size=10), description="length and batches of the training"
+    )
 
     alg_names: ClassVar[tuple[str, ...]] = ("MEND",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(

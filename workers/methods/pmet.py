@@ -41,9 +41,9 @@ from workers.methods.easyedit import IGNORED, split_module
 from workers.methods.families.locate import Facts, Sated, chunked, facts_of, observe, search
 from workers.methods.families.spread import RidgeMethod, SpreadConfig, by_lane, figures_of, outcomes_of, ridge_keys
 from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch
 from workers.model.overlay import LowRankOverlay, Overlay
 from workers.model.replay import Prefix, capture, replay
-from workers.model.rows import Rows
 from workers.types import JSON, SpecError
 
 SATED_WEIGHT = 0.1
@@ -140,8 +140,8 @@ class _AtLayer:
     gives, so a step runs everything from this layer on, under the edits made so far."""
 
     base: BaseModel
-    rows: Rows
-    lane_rows: Rows
+    rows: Batch
+    lane_rows: Batch
     overlay: Overlay
     maps: tuple[nn.Module, nn.Module]
     here_BS1: Tensor
@@ -187,7 +187,7 @@ class _AtLayer:
             stack.enter_context(self.overlay.installed(self.lane_rows))
             return replay(self.base, self.prefix)[self.row_P, self.column_P]
 
-    def part(self, row_B: Sequence[int], rows: Rows, read_P: Sequence[int]) -> _AtLayer:
+    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> _AtLayer:
         index = torch.tensor(list(row_B), device=self.row_P.device)
         place = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
         place[index] = torch.arange(len(row_B), device=index.device)
@@ -203,7 +203,7 @@ class _AtLayer:
         )
 
 
-def _under_lanes(rows: Rows, whole: Rows, row_B: Sequence[int]) -> Rows:
+def _under_lanes(rows: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
     """Some rows of a batch, now ``rows``, under the lanes that they have in the whole."""
     lane_of = {row: lane for lane, start, stop in whole.segments for row in range(start, stop)}
     lanes = [lane_of[row] for row in row_B]

@@ -41,7 +41,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from workers.artifacts.pretrain import Schedule
+from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.methods.families.hypernet import (
@@ -90,8 +90,8 @@ class RLEditConfig(HypernetConfig):
     train_on: Literal["rephrase", "prompt"] = Field(
         "rephrase", description="rephrase: prompt or a rephrase asks for the new answer; prompt: the prompt only"
     )
-    schedule: Schedule = Field(
-        Schedule(steps=1, batch_size=8000), description="number of trajectories, and requests of each"
+    schedule: TrainingSchedule = Field(
+        TrainingSchedule(steps=1, batch_size=8000), description="number of trajectories, and requests of each"
     )
 
     alg_names: ClassVar[tuple[str, ...]] = ("RLEdit",)
@@ -202,7 +202,9 @@ class RLEdit(HypernetMethod[RLEditConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        statistics = sum(16 * (out + into) for out, into in set(site_shapes(shape, config.layers, config.modules)))
+        statistics = sum(
+            16 * (out + in_features) for out, in_features in set(site_shapes(shape, config.layers, config.modules))
+        )
         return statistics + super().overlay_bytes(config, shape, edits)
 
 

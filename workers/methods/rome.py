@@ -195,17 +195,17 @@ class ROME(Method[ROMEConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         value = max(4, shape.bytes_per_value)
-        if edits >= min(out, into) // 2:
-            return 3 * out * into * value  # dense, and two temporaries while a change is added
-        return 2 * edits * (out + into) * value
+        if edits >= min(out, in_features) // 2:
+            return 3 * out * in_features * value  # dense, and two temporaries while a change is added
+        return 2 * edits * (out + in_features) * value
 
     @classmethod
     def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        _, into = shape.site(config.module)
+        _, in_features = shape.site(config.module)
         # the second moment; while it is inverted it, its factors, the inverse and two temporaries, in float64
-        return (moment_value(config) + 5 * 8) * into * into if config.mom2_adjustment else 0
+        return (moment_value(config) + 5 * 8) * in_features * in_features if config.mom2_adjustment else 0
 
 
 _AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from workers.kernels.cuda_graphs import Pool
     from workers.kernels.llama_cpu import Weights
-    from workers.model.rows import Encoder, Rows
+    from workers.model.batch import Batch, Encoder
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
@@ -117,11 +117,11 @@ class BaseModel:
 
     def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, chat_template: bool = False) -> None:
         from workers.kernels.compiled import WORTH, Compiled
-        from workers.kernels.matmul import quicken
-        from workers.model.rows import Encoder
+        from workers.kernels.matmul import use_fast_linear
+        from workers.model.batch import Encoder
 
         self.model: Any = model.eval().requires_grad_(False)
-        quicken(model)
+        use_fast_linear(model)
         large = self.device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= WORTH
         self.compiled = Compiled(updates=large, layers=config.compile)
         self.config = config
@@ -224,7 +224,7 @@ class BaseModel:
             raise SpecError(f"module: decoder layer {layer} has no {path!r}") from None
         return Site(found, f"{self.arch.layers}.{layer}.{path}", layer)
 
-    def hidden_states(self, rows: Rows) -> Tensor:
+    def hidden_states(self, rows: Batch) -> Tensor:
         """Hidden states after the final norm, (B, S, D). Runs every layer; see ``replay`` for less."""
         out = self.backbone(
             input_ids=rows.input_ids_BS,

@@ -64,7 +64,7 @@ class ModelShape:
 
     def laid_out_bytes(self, layer: int) -> int:
         """What edits of ``layer`` on a processor keep of the layers above it beside the weights, at most."""
-        each = sum(out * into for out, into in self.linear.values())
+        each = sum(out * in_features for out, in_features in self.linear.values())
         return 2 * each * self.bytes_per_value * (self.layers - 1 - layer) if each <= LAID_OUT else 0
 
     def check_layer(self, layer: int, field: str) -> None:

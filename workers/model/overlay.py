@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from workers.kernels.matmul import lane_products, linear, product_into
-from workers.model.replay import ABOVE, answering
-from workers.model.rows import Rows
+from workers.model.batch import Batch
+from workers.model.replay import ABOVE, override_forward
 from workers.types import JSON
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Overlay(ABC):
         return False
 
     @abstractmethod
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         """What the edited linear map answers, (B, S, O). ``rows`` tells each row's lane and where its prompt ends."""
 
     @abstractmethod
@@ -80,26 +80,26 @@ class Overlay(ABC):
         where an edit changes the tokens that are read; such an overlay gives its own :meth:`hidden_states`."""
         return True
 
-    def hidden_states(self, base: BaseModel, rows: Rows) -> Tensor:
+    def hidden_states(self, base: BaseModel, rows: Batch) -> Tensor:
         """The edited model's hidden states after the final norm at the rows' columns, (B, S, D)."""
         with self.installed(rows):
             return base.hidden_states(rows)
 
     def logits(
-        self, base: BaseModel, hidden_PD: Tensor, rows: Rows, row_P: Sequence[int], column_P: Sequence[int]
+        self, base: BaseModel, hidden_PD: Tensor, rows: Batch, row_P: Sequence[int], column_P: Sequence[int]
     ) -> Tensor:
         """The edited model's logits (P, V) at some positions of ``rows``, where its hidden states are ``hidden_PD``."""
         return base.logits(hidden_PD)
 
     @contextmanager
-    def installed(self, rows: Rows) -> Iterator[None]:
+    def installed(self, rows: Batch) -> Iterator[None]:
         """Let the edited maps answer through this overlay inside the ``with``; the modules are themselves again after."""
         with ExitStack() as stack:
             for site in self.sites:
-                stack.enter_context(answering(site.module, partial(self._answer_at, site, rows)))
+                stack.enter_context(override_forward(site.module, partial(self._answer_at, site, rows)))
             yield
 
-    def _answer_at(self, site: Site, rows: Rows, x_BSI: Tensor) -> Tensor:
+    def _answer_at(self, site: Site, rows: Batch, x_BSI: Tensor) -> Tensor:
         return self.forward(site, x_BSI, rows)
 
     def finite(self, lane: int) -> bool:
@@ -117,7 +117,7 @@ class SitelessOverlay(Overlay):
     def __init__(self, lanes: int) -> None:
         super().__init__([], lanes)
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no edited map, {site.name} least of all")
 
     def delta_norm(self, lane: int) -> float | None:
@@ -144,7 +144,7 @@ class _LaneProduct(torch.autograd.Function):
         return grad_x_LNI, grad_LOI
 
 
-def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Rows, bias_O: Tensor | None = None) -> Tensor:
+def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Batch, bias_O: Tensor | None = None) -> Tensor:
     """Each row times the weight of its own lane, (B, S, O).
 
     One lane uses its weight directly; lanes with equally many rows share one batched product; otherwise lane by lane.
@@ -205,7 +205,7 @@ class DenseOverlay(Overlay):
         """Inside :meth:`working`, the copies that answer."""
         self._touched = [False] * lanes
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         weight_LOI = self.working_LOI.get(site.name, self.weights_LOI[site.name])
         return lane_linear(x_BSI, weight_LOI, rows, site.bias_O)
 
@@ -264,11 +264,11 @@ class _LowRank:
     """The change of one map, all lanes: factors, and what became dense."""
 
     def __init__(self, site: Site, lanes: int, dtype: torch.dtype) -> None:
-        out, into = site.shape
+        out, in_features = site.shape
         device = site.weight_OI.device
-        self.limit = max(1, min(out, into) // 2)
+        self.limit = max(1, min(out, in_features) // 2)
         self.left_LOK = torch.zeros(lanes, out, 0, dtype=dtype, device=device)
-        self.right_LKI = torch.zeros(lanes, 0, into, dtype=dtype, device=device)
+        self.right_LKI = torch.zeros(lanes, 0, in_features, dtype=dtype, device=device)
         self.dense_LOI: Tensor | None = None
 
     @property
@@ -352,7 +352,7 @@ class LowRankOverlay(Overlay):
             left, right = left.unsqueeze(2), right.unsqueeze(1)
         self.part_of(site).add(left, right)
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         part = self._parts[site.name]
         out = site.answer(x_BSI)
         if part.dense_LOI is not None:

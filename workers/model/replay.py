@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
-    from workers.model.rows import Rows
+    from workers.model.batch import Batch
 
 
 ABOVE = sys.maxsize
@@ -70,7 +70,7 @@ class Prefix:
 
 
 @torch.no_grad()
-def capture(base: BaseModel, rows: Rows, first_layer: int) -> Prefix:
+def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
     """Run the base once and keep the inputs of every layer from ``first_layer`` on (or of the final norm, above them)."""
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -90,7 +90,7 @@ def capture(base: BaseModel, rows: Rows, first_layer: int) -> Prefix:
 
 
 @contextmanager
-def answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+def override_forward(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
     """Inside, ``answer`` is what the module does when called; its hooks run all the same. Afterwards it is itself again."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = answer  # shadows the method, as assigning an attribute would

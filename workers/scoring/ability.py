@@ -15,8 +15,8 @@ import torch
 from workers.data.text import read_held_out
 from workers.job import ScoreConfig
 from workers.model.base import BaseModel
+from workers.model.batch import Encoder
 from workers.model.overlay import Overlay
-from workers.model.rows import Encoder
 from workers.scoring.cache import BaseAnswers, Prefixes
 from workers.scoring.columns import exp
 from workers.scoring.score import text_logprobs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from workers.scoring.probes import KINDS, PROTOCOLS, Answer, Probe, Text
+from workers.scoring.probes import KINDS, PROTOCOLS, Answer, EncodedProbe, Text
 from workers.types import EditRequest
 
 _EXP_LIMIT = 709.0
@@ -15,7 +15,7 @@ def exp(value: float) -> float:
     return math.exp(value) if value < _EXP_LIMIT else math.inf
 
 
-class _Found:
+class ItemScores:
     """Gathers the probes of one item."""
 
     def __init__(self, request: EditRequest) -> None:
@@ -24,7 +24,7 @@ class _Found:
         self.extra: dict[str, float] = {}
         self.splits = 0
 
-    def add(self, probe: Probe, before: Answer, after: Answer, before_text: Text, after_text: Text) -> None:
+    def add(self, probe: EncodedProbe, before: Answer, after: Answer, before_text: Text, after_text: Text) -> None:
         target = probe.scored
         if probe.kind == "ood":
             for suffix, answer in (("", after), ("_base", before)):

@@ -20,8 +20,8 @@ import torch
 
 from workers.job import ScoreConfig
 from workers.model.base import BaseModel
+from workers.model.batch import Encoded, collate
 from workers.model.overlay import Overlay
-from workers.model.rows import Encoded, collate
 from workers.rng import derive_seed
 from workers.scoring.cache import BaseAnswers
 from workers.scoring.probes import Item

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from workers.job import Lane, ScoreConfig, StreamJob, first_request
-from workers.model.rows import Encoded
+from workers.model.batch import Encoded
 from workers.timeline import Tick
 from workers.types import DataError, EditRequest
 
@@ -32,7 +32,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class EncodedProbe:
     """One sequence of one item. ``start``: the first token that is scored; None: where the target begins."""
 
     item: int
@@ -100,7 +100,7 @@ def items_of(
     ]
 
 
-def _probes(base: BaseModel, items: Sequence[Item]) -> Iterator[Probe]:
+def item_probes(base: BaseModel, items: Sequence[Item]) -> Iterator[EncodedProbe]:
     for i, item in enumerate(items):
         r = item.request
         pairs: list[tuple[Kind, str, str, tuple[str, ...]]] = [("reliability", r.prompt, r.target_new, ())]
@@ -108,21 +108,21 @@ def _probes(base: BaseModel, items: Sequence[Item]) -> Iterator[Probe]:
         pairs += [("locality", p.prompt, p.target, ()) for p in r.locality]
         pairs += [("portability", p.prompt, p.target, p.aliases) for p in r.portability]
         for kind, prompt, target, aliases in pairs:
-            yield Probe(i, kind, item.lane, base.encoder.pair(prompt, target), prompt, target, aliases)
+            yield EncodedProbe(i, kind, item.lane, base.encoder.pair(prompt, target), prompt, target, aliases)
         for text in r.ood:
             yield text_probe(i, "ood", item.lane, base.encoder.text(text), text)
 
 
-def text_probe(item: int, kind: Kind, lane: int, ids: tuple[int, ...], text: str) -> Probe:
+def text_probe(item: int, kind: Kind, lane: int, ids: tuple[int, ...], text: str) -> EncodedProbe:
     """A text that is all prompt: whatever routes by the prompt sees the whole of it. Scored from its second token on."""
     if len(ids) < 2:
         raise DataError(f"a text to score needs at least two tokens: {text!r}")
-    return Probe(item, kind, lane, Encoded(ids, len(ids)), text, "", start=1)
+    return EncodedProbe(item, kind, lane, Encoded(ids, len(ids)), text, "", start=1)
 
 
-def _batches(probes: list[Probe], config: ScoreConfig) -> Iterator[list[Probe]]:
+def probe_batches(probes: list[EncodedProbe], config: ScoreConfig) -> Iterator[list[EncodedProbe]]:
     """Rows of like length together, as many as fit the budget of padded tokens; inside a batch lane by lane."""
-    batch: list[Probe] = []
+    batch: list[EncodedProbe] = []
     for probe in sorted(probes, key=lambda p: len(p.encoded.ids)):
         tokens = (len(batch) + 1) * len(probe.encoded.ids)  # ascending lengths: the newest row is the longest
         if batch and (len(batch) == config.rows_per_batch or tokens > config.tokens_per_batch):

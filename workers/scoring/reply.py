@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from workers.job import ScoreConfig
-from workers.model.rows import Encoded, Rows, collate
-from workers.scoring.probes import CONFIDENT, Answer, Probe, Reply, Text, normalise
+from workers.model.batch import Batch, Encoded, collate
+from workers.scoring.probes import CONFIDENT, Answer, EncodedProbe, Reply, Text, normalise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,12 +24,12 @@ _HEAD_VALUES = 2**26
 """Logits computed at once, at most (256 MB in float32)."""
 
 
-def _reply(
+def read_reply(
     base: BaseModel,
     overlay: Overlay | None,
     hidden_BSD: Tensor,
-    rows: Rows,
-    batch: list[Probe],
+    rows: Batch,
+    batch: list[EncodedProbe],
     config: ScoreConfig,
     base_texts: Sequence[Text] | None,
 ) -> Reply:
@@ -38,7 +38,7 @@ def _reply(
 
 
 def _answers(
-    base: BaseModel, overlay: Overlay | None, hidden_BSD: Tensor, rows: Rows, batch: list[Probe]
+    base: BaseModel, overlay: Overlay | None, hidden_BSD: Tensor, rows: Batch, batch: list[EncodedProbe]
 ) -> tuple[Answer, ...]:
     """Argmax, log-probability and margin at the target positions; the head runs nowhere else."""
     row_P: list[int] = []
@@ -82,7 +82,7 @@ def _logits(
     base: BaseModel,
     overlay: Overlay | None,
     hidden_PD: Tensor,
-    rows: Rows,
+    rows: Batch,
     row_P: Sequence[int],
     column_P: Sequence[int],
 ) -> Tensor:
@@ -92,7 +92,7 @@ def _logits(
 class _Generation:
     """One greedy continuation in the making."""
 
-    def __init__(self, base: BaseModel, probe: Probe, limit: int, want: tuple[str, ...] | None) -> None:
+    def __init__(self, base: BaseModel, probe: EncodedProbe, limit: int, want: tuple[str, ...] | None) -> None:
         self.tokenizer = base.tokenizer
         self.probe = probe
         self.prompt = probe.encoded.ids[: probe.encoded.prompt_len]
@@ -118,7 +118,7 @@ class _Generation:
 def _texts(
     base: BaseModel,
     overlay: Overlay | None,
-    batch: list[Probe],
+    batch: list[EncodedProbe],
     answers: Sequence[Answer],
     config: ScoreConfig,
     base_texts: Sequence[Text] | None,

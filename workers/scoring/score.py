@@ -27,12 +27,12 @@ import torch
 
 from workers.failures import out_of_memory
 from workers.job import ScoreConfig
+from workers.model.batch import collate
 from workers.model.replay import capture, replay
-from workers.model.rows import collate
 from workers.scoring.cache import BaseAnswers, Prefixes
-from workers.scoring.columns import _Found
-from workers.scoring.probes import Item, Probe, Reply, _batches, _probes, text_probe
-from workers.scoring.reply import _reply
+from workers.scoring.columns import ItemScores
+from workers.scoring.probes import EncodedProbe, Item, Reply, item_probes, probe_batches, text_probe
+from workers.scoring.reply import read_reply
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
@@ -55,9 +55,9 @@ def score(
     """
     base_answers = base_answers if base_answers is not None else BaseAnswers(budget=1)
     prefixes = prefixes if prefixes is not None else Prefixes()
-    probes = list(_probes(base, items))
-    found: list[_Found] = [_Found(item.request) for item in items]
-    for whole in _batches(probes, config):
+    probes = list(item_probes(base, items))
+    found: list[ItemScores] = [ItemScores(item.request) for item in items]
+    for whole in probe_batches(probes, config):
         for batch, splits, before, after in _fitting(base, overlay, whole, config, base_answers, prefixes):
             for i, probe in enumerate(batch):
                 found[probe.item].add(probe, before.answers[i], after.answers[i], before.texts[i], after.texts[i])
@@ -68,7 +68,7 @@ def score(
 @torch.no_grad()
 def ask_base(base: BaseModel, items: Sequence[Item], config: ScoreConfig, kept: BaseAnswers) -> None:
     """Put the base model's replies to all batches of :func:`score` into ``kept``, but for one that memory does not hold."""
-    for batch in _batches(list(_probes(base, items)), config):
+    for batch in probe_batches(list(item_probes(base, items)), config):
         try:
             _both(base, None, batch, config, kept, Prefixes())
         except Exception as error:
@@ -90,7 +90,7 @@ def text_logprobs(
     config = config.model_copy(update={"generated": False})
     probes = [text_probe(0, "ood", lane, ids, "") for lane in lanes for ids in texts]
     sums = dict.fromkeys(lanes, (0.0, 0.0))
-    for batch in _batches(probes, config):
+    for batch in probe_batches(probes, config):
         before, after = _both(base, overlay, batch, config, base_answers, prefixes)
         for i, probe in enumerate(batch):
             edited, pristine = sums[probe.lane]
@@ -105,12 +105,12 @@ def text_logprobs(
 def _fitting(
     base: BaseModel,
     overlay: Overlay | None,
-    batch: list[Probe],
+    batch: list[EncodedProbe],
     config: ScoreConfig,
     kept: BaseAnswers,
     prefixes: Prefixes,
     splits: int = 0,
-) -> Iterator[tuple[list[Probe], int, Reply, Reply]]:
+) -> Iterator[tuple[list[EncodedProbe], int, Reply, Reply]]:
     """Both models' replies to a batch; where memory runs out, to its halves, each with how often it was halved.
 
     What is kept for later goes first: that changes no bit. Halves may differ from the whole by rounding, but the base model
@@ -137,7 +137,7 @@ def _fitting(
 def _both(
     base: BaseModel,
     overlay: Overlay | None,
-    batch: list[Probe],
+    batch: list[EncodedProbe],
     config: ScoreConfig,
     kept: BaseAnswers,
     prefixes: Prefixes,
@@ -149,20 +149,20 @@ def _both(
     before = kept.get(key)
     if overlay is None or overlay.inert:
         if before is None:
-            before = _reply(base, None, base.hidden_states(rows), rows, batch, config, None)
+            before = read_reply(base, None, base.hidden_states(rows), rows, batch, config, None)
             kept.put(key, before)
         return before, before
     if not overlay.replays:
         if before is None:
-            before = _reply(base, None, base.hidden_states(rows), rows, batch, config, None)
+            before = read_reply(base, None, base.hidden_states(rows), rows, batch, config, None)
             kept.put(key, before)
         hidden_BSD = overlay.hidden_states(base, rows)
-        return before, _reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
+        return before, read_reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
     place = (overlay.first_layer, texts)
     prefix = prefixes.get(place)
     if before is None:
         pristine = capture(base, rows, overlay.first_layer)
-        before = _reply(base, None, pristine.output_BSD, rows, batch, config, None)
+        before = read_reply(base, None, pristine.output_BSD, rows, batch, config, None)
         kept.put(key, before)
         if prefix is None:
             prefix = pristine
@@ -174,4 +174,4 @@ def _both(
             prefix = capture(base, rows, overlay.first_layer)
             hidden_BSD = prefix.output_BSD
             prefixes.put(place, prefix)
-    return before, _reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
+    return before, read_reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)

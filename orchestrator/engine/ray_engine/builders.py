@@ -41,7 +41,7 @@ class _Builder:
 
 
 @dataclass
-class _Site:
+class _BuilderActor:
     """One builder, what it builds at present, and the question after its progress that is not answered yet."""
 
     actor: Any
@@ -60,7 +60,7 @@ class _Site:
             self.asked = self.actor.progress.remote()
 
 
-def _build_artifacts(books: Books, actors: int) -> None:
+def build_artifacts(books: Books, actors: int) -> None:
     """Build what the plan's shards need and the store lacks, each by one actor, what it needs before it.
 
     A failure is told; the shards that need the artifact fail with its cause.
@@ -80,11 +80,11 @@ def _build_artifacts(books: Books, actors: int) -> None:
     keys = {spec.key for spec in missing}
     at_once = sum(not any(need.key in keys for need in spec.needs) for spec in missing)
     sites = [
-        _Site(make.remote(books.store.where(), books.run_id, engine.checkpoint_seconds))
+        _BuilderActor(make.remote(books.store.where(), books.run_id, engine.checkpoint_seconds))
         for _ in range(min(actors, at_once))
     ]
     todo, failed = list(missing), set[str]()
-    running: dict[Any, _Site] = {}
+    running: dict[Any, _BuilderActor] = {}
     done = 0
     try:
         while todo or running:

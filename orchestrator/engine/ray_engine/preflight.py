@@ -68,7 +68,7 @@ def _prove(question: _Question, node: str) -> _Answer:
     return _Answer(host, nonce, versions(), f"{fingerprint.model}:{fingerprint.tokenizer}")
 
 
-def _preflight(books: Books) -> int:
+def check_nodes(books: Books) -> int:
     """Let every node that can hold an actor prove itself; how many actors they hold together."""
     plan, store, paths = books.plan, books.store, books.paths
     resources = plan.spec.engine.resources

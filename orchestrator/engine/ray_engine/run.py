@@ -26,8 +26,8 @@ from ray.tune.experiment import Trial
 
 from orchestrator.engine.books import Books
 from orchestrator.engine.ray_engine import ENVIRONMENT
-from orchestrator.engine.ray_engine.builders import _build_artifacts
-from orchestrator.engine.ray_engine.preflight import ClusterError, _preflight
+from orchestrator.engine.ray_engine.builders import build_artifacts
+from orchestrator.engine.ray_engine.preflight import ClusterError, check_nodes
 from orchestrator.engine.ray_engine.trial import ShardTrial
 from orchestrator.engine.worker import StepReport
 from orchestrator.planning.spec import RaySpec
@@ -41,9 +41,9 @@ def run_ray(books: Books, max_actors: int | None = None) -> None:
     threads = plan.common.threads
     with _ctrl_c(books), _connected(plan.spec.ray, threads, books):
         try:
-            actors = _preflight(books)
+            actors = check_nodes(books)
             wanted = max_actors or plan.spec.engine.max_actors or actors
-            _build_artifacts(books, min(wanted, actors))
+            build_artifacts(books, min(wanted, actors))
             if books.artifacts_only:
                 return
             _tune(books, min(wanted, len(plan.shards)))

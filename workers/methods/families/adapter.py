@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workers.model.batch import Batch
 from workers.model.overlay import LaneState, Overlay, lane_linear
-from workers.model.rows import Rows
-from workers.rng import Draws
+from workers.rng import RandomStreams
 from workers.types import SpecError
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ def adapter_bytes(shape: ModelShape, paths: Sequence[str], layers: int, rank: in
     return layers * rank * sum(sum(shape.site(path)) for path in paths) * max(4, shape.bytes_per_value)
 
 
-def uniform_A(draws: Draws, purpose: str, rank: int, width: int) -> Tensor:
+def uniform_A(streams: RandomStreams, purpose: str, rank: int, width: int) -> Tensor:
     """The start of A, (R, I): uniform within ``1 / sqrt(I)``, PyTorch's own for a linear map, as public adapters have it."""
     bound = 1 / math.sqrt(width)
-    unit_RI = torch.rand(rank, width, generator=draws.generator(purpose))
+    unit_RI = torch.rand(rank, width, generator=streams.generator(purpose))
     return (unit_RI * 2 - 1) * bound
 
 
@@ -64,9 +64,9 @@ class AdapterOverlay(Overlay):
         self.down_LRI: dict[str, Tensor] = {}
         self.up_LOR: dict[str, Tensor] = {}
         for site in sites:
-            out, into = site.shape
+            out, in_features = site.shape
             device = site.weight_OI.device
-            self.down_LRI[site.name] = torch.zeros(lanes, rank, into, dtype=dtype, device=device)
+            self.down_LRI[site.name] = torch.zeros(lanes, rank, in_features, dtype=dtype, device=device)
             self.up_LOR[site.name] = torch.zeros(lanes, out, rank, dtype=dtype, device=device)
         self.dropout: Dropout | None = None
         """Set while a lane trains; scoring has none."""
@@ -77,15 +77,15 @@ class AdapterOverlay(Overlay):
         """Everything that is trained."""
         return [*self.down_LRI.values(), *self.up_LOR.values()]
 
-    def start(self, lane: int, draws: Draws) -> None:
+    def start(self, lane: int, streams: RandomStreams) -> None:
         """Give a lane its adapters, unless it has them."""
         if self._started[lane]:
             return
         self._started[lane] = True
         for name, down_LRI in self.down_LRI.items():
-            down_LRI[lane] = uniform_A(draws, f"A {name}", down_LRI.shape[1], down_LRI.shape[2])
+            down_LRI[lane] = uniform_A(streams, f"A {name}", down_LRI.shape[1], down_LRI.shape[2])
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
         if not any(self._started[lane] for lane, _, _ in rows.segments):
             return out_BSO
@@ -126,11 +126,11 @@ class Dropout:
     """Masks of an edit's adapter inputs. A lane's masks come from its own generator and cover its real tokens alone, so that
     they depend neither on padding nor on the lanes beside."""
 
-    def __init__(self, rate: float, draws: Sequence[Draws]) -> None:
+    def __init__(self, rate: float, streams: Sequence[RandomStreams]) -> None:
         self.rate = rate
-        self._generators = [d.generator("dropout") for d in draws]
+        self._generators = [d.generator("dropout") for d in streams]
 
-    def __call__(self, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, x_BSI: Tensor, rows: Batch) -> Tensor:
         keep_BSI = torch.zeros(x_BSI.shape, dtype=torch.bool)
         real_BS = rows.attention_mask_BS.bool().cpu()
         for lane, start, stop in rows.segments:

@@ -30,10 +30,10 @@ from workers.inner_loop.losses import TargetTokens
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import split_module
 from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import DenseOverlay, Overlay
-from workers.model.replay import answering
-from workers.model.rows import Encoded, Rows, collate
+from workers.model.replay import override_forward
 from workers.types import JSON, SpecError
 
 _TINY = 1e-7
@@ -153,7 +153,7 @@ class HypernetMethod(Method[C]):
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
         copies = 3  # weight, its change, one temporary
-        sizes = sum(out * into for out, into in site_shapes(shape, config.layers, config.modules))
+        sizes = sum(out * in_features for out, in_features in site_shapes(shape, config.layers, config.modules))
         return copies * sizes * max(4, shape.bytes_per_value)
 
     @classmethod
@@ -161,9 +161,9 @@ class HypernetMethod(Method[C]):
         copies = 2  # as they were read, and in use
         sizes = site_shapes(shape, config.layers, config.modules)
         values = 4 * len(sizes)  # step sizes, counts
-        for out, into in set(sizes):
-            width = out + into
-            block = width * (2 * min(config.rank, width) + 2 * sizes.count((out, into)) + 1)
+        for out, in_features in set(sizes):
+            width = out + in_features
+            block = width * (2 * min(config.rank, width) + 2 * sizes.count((out, in_features)) + 1)
             values += cls.blocks(config) * block + 4 * width  # and its statistics, in float64
         return copies * values * max(4, shape.bytes_per_value)
 
@@ -175,7 +175,7 @@ class HypernetMethod(Method[C]):
 class Questions:
     """Prompts with the answers they are to have, some per lane, as one batch."""
 
-    rows: Rows
+    rows: Batch
     targets: TargetTokens
 
     @classmethod
@@ -232,7 +232,7 @@ def gradient_factors(
     outputs: dict[str, Tensor] = {}
 
     def answer(site: Site, x_BSI: Tensor) -> Tensor:
-        plain = _plain(site, x_BSI, rows, overlay)
+        plain = plain_answer(site, x_BSI, rows, overlay)
         # nothing below the lowest sites needs a gradient, so there one has to begin
         out_BSO = plain if plain.requires_grad else plain.detach().requires_grad_(True)
         inputs[site.name], outputs[site.name] = x_BSI.detach(), out_BSO
@@ -242,7 +242,7 @@ def gradient_factors(
         if overlay is not None:
             stack.enter_context(overlay.installed(rows))
         for site in sites:
-            stack.enter_context(answering(site.module, _answer_at(answer, site)))
+            stack.enter_context(override_forward(site.module, _answer_at(answer, site)))
         row_P, column_P = targets.reads
         hidden_PD = base.hidden_states(rows)[list(row_P), list(column_P)]
         loss_L = targets.nll(base, hidden_PD)
@@ -260,7 +260,7 @@ def gradient_factors(
     return found, loss_L.detach()
 
 
-def _plain(site: Site, x_BSI: Tensor, rows: Rows, overlay: Overlay | None) -> Tensor:
+def plain_answer(site: Site, x_BSI: Tensor, rows: Batch, overlay: Overlay | None) -> Tensor:
     return site.answer(x_BSI) if overlay is None else overlay.forward(site, x_BSI, rows)
 
 
@@ -347,18 +347,18 @@ class Hypernet(nn.Module):
     ) -> None:
         """``shapes``: (out, in) of each map. ``generator``: for the initial weights."""
         super().__init__()
-        self.names = [f"{into}x{out}" for out, into in shapes]
+        self.names = [f"{in_features}x{out}" for out, in_features in shapes]
         self.modes = [self.names[:i].count(name) for i, name in enumerate(self.names)]
         self.rate_S = nn.Parameter(torch.full((len(shapes),), rate))
         self.damping_S = nn.Parameter(torch.zeros(len(shapes)))
         self.statistics = nn.ModuleDict()
         self.blocks = nn.ModuleDict()
-        for name, (out, into) in zip(self.names, shapes, strict=True):
+        for name, (out, in_features) in zip(self.names, shapes, strict=True):
             if name not in self.blocks:
                 modes = self.names.count(name)
-                self.statistics[name] = Statistics(into + out)
+                self.statistics[name] = Statistics(in_features + out)
                 self.blocks[name] = nn.ModuleList(
-                    Block(into + out, rank, modes, order, generator) for _ in range(blocks)
+                    Block(in_features + out, rank, modes, order, generator) for _ in range(blocks)
                 )
 
     def learn_scale(self, factors: Sequence[Factors], scale: Scale | None = None) -> None:
@@ -384,8 +384,8 @@ class Hypernet(nn.Module):
             x_MF = block(x_MF, self.modes[place])
         out_LNF = x_MF.new_zeros(*factors.kept_LN.shape, x_MF.shape[1])
         out_LNF = out_LNF.masked_scatter(factors.kept_LN[..., None], x_MF)
-        into = factors.key_LNI.shape[-1]
-        return out_LNF[..., :into], out_LNF[..., into:]
+        in_features = factors.key_LNI.shape[-1]
+        return out_LNF[..., :in_features], out_LNF[..., in_features:]
 
     def _blocks_of(self, name: str) -> nn.ModuleList:
         blocks = self.blocks[name]
@@ -450,9 +450,9 @@ def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
     A lane whose keys are not finite gives what is not finite; the others are what they are alone.
     """
     wide_LNI = key_LNI.to(torch.float64)
-    _, tokens, into = wide_LNI.shape
-    eye = torch.eye(min(tokens, into), dtype=torch.float64, device=key_LNI.device) * damping.to(torch.float64)
-    if tokens <= into:
+    _, tokens, in_features = wide_LNI.shape
+    eye = torch.eye(min(tokens, in_features), dtype=torch.float64, device=key_LNI.device) * damping.to(torch.float64)
+    if tokens <= in_features:
         gram_LNN = wide_LNI @ wide_LNI.transpose(1, 2) + eye
         found_LNI = torch.linalg.solve_ex(gram_LNN, wide_LNI)[0]
     else:

@@ -16,17 +16,17 @@ from torch import Tensor
 from workers.artifacts.base import ArtifactData
 from workers.artifacts.pretrain import Trainer
 from workers.inner_loop.losses import TargetTokens
-from workers.methods.families.hypernet import Factors, Hypernet, Pair, Questions, _plain, gradient_factors
+from workers.methods.families.hypernet import Factors, Hypernet, Pair, Questions, gradient_factors, plain_answer
 from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch, Encoded, collate
 from workers.model.overlay import Overlay, lane_linear
-from workers.model.replay import Prefix, answering, capture, replay
-from workers.model.rows import Encoded, Rows, collate
+from workers.model.replay import Prefix, capture, override_forward, replay
 from workers.types import DataError, EditRequest
 
 
 @contextmanager
 def changed(
-    sites: Sequence[Site], changes: Sequence[Pair], rows: Rows, overlay: Overlay | None = None
+    sites: Sequence[Site], changes: Sequence[Pair], rows: Batch, overlay: Overlay | None = None
 ) -> Iterator[None]:
     """Inside, each map answers with its lane's change added, to the pristine weights or an overlay's; gradients flow into the
     changes."""
@@ -34,11 +34,11 @@ def changed(
     def answer(site: Site, pair: Pair, x_BSI: Tensor) -> Tensor:
         left_LNO, right_LNI = pair
         low_BSN = lane_linear(x_BSI, right_LNI, rows)
-        return _plain(site, x_BSI, rows, overlay) + lane_linear(low_BSN, left_LNO.transpose(1, 2), rows)
+        return plain_answer(site, x_BSI, rows, overlay) + lane_linear(low_BSN, left_LNO.transpose(1, 2), rows)
 
     with ExitStack() as stack:
         for site, pair in zip(sites, changes, strict=True):
-            stack.enter_context(answering(site.module, _changed_at(answer, site, pair)))
+            stack.enter_context(override_forward(site.module, _changed_at(answer, site, pair)))
         yield
 
 
@@ -173,7 +173,7 @@ class Sentences:
 class Judge:
     """Sentences as one batch through the pristine model, and how much each of them counts."""
 
-    rows: Rows
+    rows: Batch
     prefix: Prefix
     targets: TargetTokens
     other_row_P: list[int]

@@ -33,10 +33,10 @@ from workers.inner_loop.optim import Adam, LaneOptimizer
 from workers.inner_loop.suffix import Suffix
 from workers.methods.base import LaneEdit, MethodConfig
 from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.model.overlay import Overlay
-from workers.model.replay import answering
-from workers.model.rows import Encoded, Rows, collate
+from workers.model.replay import override_forward
 from workers.types import JSON, DataError, EditRequest
 
 STOP_LOSS = 5e-2
@@ -170,10 +170,10 @@ class Factor:
 
     def solve(self, keys_LIN: Tensor) -> Tensor:
         """``C^-1 K`` of every lane, (L, I, N), float64."""
-        lanes, into, count = keys_LIN.shape
-        flat_IM = keys_LIN.to(torch.float64).movedim(0, 1).reshape(into, lanes * count)
+        lanes, in_features, count = keys_LIN.shape
+        flat_IM = keys_LIN.to(torch.float64).movedim(0, 1).reshape(in_features, lanes * count)
         solved_IM: Tensor = torch.linalg.lu_solve(self.lu_II, self.pivots_I, flat_IM)
-        return solved_IM.view(into, lanes, count).movedim(1, 0)
+        return solved_IM.view(in_features, lanes, count).movedim(1, 0)
 
 
 def lane_chunks(lanes: int, bytes_each: int, limit: int) -> Iterator[slice]:
@@ -273,7 +273,7 @@ class Facts:
         device = base.device
         self.count = len(facts)
         encoded, pad = [line.encoded for _, line in lines], base.encoder.pad_id
-        self.rows: Rows = collate(encoded, [n for n, _ in lines], pad, device)
+        self.rows: Batch = collate(encoded, [n for n, _ in lines], pad, device)
         self.lane_rows = self.rows
         if [fact.lane for fact in facts] != list(range(len(facts))):
             self.lane_rows = collate(encoded, [facts[n].lane for n, _ in lines], pad, device)
@@ -330,13 +330,13 @@ class Added(Protocol):
     """The model with each fact's vectors added at its lookup tokens: what :func:`search` steps through."""
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Batch:
         """Its rows; every fact is a lane of its own."""
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
         """Hidden states after the final norm at the places that are read, (P, D). ``deltas``: (facts, width) each."""
 
-    def part(self, row_B: Sequence[int], rows: Rows, read_P: Sequence[int]) -> Added:
+    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Added:
         """The same for some of the rows, now ``rows``, and the reads ``read_P`` of them."""
 
 
@@ -362,7 +362,7 @@ class AtMap:
         return cls(suffix, batch.lookup_mask(suffix.first), value_NO, layer_NO)
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Batch:
         return self.suffix.rows
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
@@ -371,7 +371,7 @@ class AtMap:
         shift_B1O = delta_KO[self.rows.lane_B].to(plain_BSO.dtype)[:, None]
         return self.suffix.hidden(plain_BSO + torch.where(self.here_BS1, shift_B1O, 0))
 
-    def part(self, row_B: Sequence[int], rows: Rows, read_P: Sequence[int]) -> AtMap:
+    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> AtMap:
         return replace(self, suffix=self.suffix.part(row_B, rows, read_P), here_BS1=self.here_BS1[list(row_B)])
 
 
@@ -535,7 +535,7 @@ def observe(
                 base.layers[last].register_forward_hook(lambda _, args, out, top=top: top.append(out)).remove
             )
             for layer in base.layers[last + 1 :]:
-                stack.enter_context(answering(layer, lambda *_, top=top, **__: top[0]))
+                stack.enter_context(override_forward(layer, lambda *_, top=top, **__: top[0]))
             base.hidden_states(rows)
         share_B = torch.tensor(
             [share for fact in part for share in _shares(len(fact.contexts), bare_share)], dtype=base.master_dtype

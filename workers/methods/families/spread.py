@@ -141,9 +141,9 @@ def ridge_keys(factor: Factor, keys_LIN: Tensor, ridge: float, weight: float = 1
     With ``ridge`` 1 this is ``K^T (weight * C + K K^T)^-1`` (Woodbury), with 0 the left inverse of K that ordinary keys feel
     least. Its temporaries take at most ``limit`` bytes, or one lane.
     """
-    lanes, into, count = keys_LIN.shape
-    out_LNI = keys_LIN.new_empty(lanes, count, into)
-    for some in lane_chunks(lanes, 8 * (3 * into * count + 2 * count * count), limit):
+    lanes, in_features, count = keys_LIN.shape
+    out_LNI = keys_LIN.new_empty(lanes, count, in_features)
+    for some in lane_chunks(lanes, 8 * (3 * in_features * count + 2 * count * count), limit):
         keys_KIN = keys_LIN[some]
         solved_KIN = factor.solve(keys_KIN) / weight
         small_KNN = keys_KIN.transpose(1, 2) @ solved_KIN
@@ -227,11 +227,11 @@ class SpreadMethod(Method[C]):
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
         """A lane's factors after ``edits`` edits, and the temporaries while they grow."""
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         value = max(4, shape.bytes_per_value)
-        if edits >= min(out, into) // 2:
-            return (len(config.layers) + 2) * out * into * value
-        return (len(config.layers) + 1) * edits * (out + into) * value
+        if edits >= min(out, in_features) // 2:
+            return (len(config.layers) + 2) * out * in_features * value
+        return (len(config.layers) + 1) * edits * (out + in_features) * value
 
 
 class RidgeMethod(SpreadMethod[C]):
@@ -254,9 +254,9 @@ class RidgeMethod(SpreadMethod[C]):
 
     @classmethod
     def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        _, into = shape.site(config.module)
+        _, in_features = shape.site(config.module)
         # second moments and their factors in float64; while the last is factorised, it in float64 and a temporary
-        return (len(config.layers) * (moment_value(config) + 8) + 2 * 8) * into * into
+        return (len(config.layers) * (moment_value(config) + 8) + 2 * 8) * in_features * in_features
 
     @classmethod
     def weighted(cls, config: C, moment_II: Tensor) -> Tensor:

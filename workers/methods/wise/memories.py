@@ -13,13 +13,13 @@ from workers.kernels.matmul import linear
 from workers.methods.wise.config import MERGED_SHARE, WISEConfig
 from workers.methods.wise.merging import merge_deltas
 from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch
 from workers.model.overlay import LaneState, Overlay, token_linear
-from workers.model.rows import Rows
 from workers.types import JSON
 
 
 @dataclass(frozen=True)
-class Memory:
+class SideMemory:
     """A saved change of the map. ``activation`` is the smallest of its own edits."""
 
     delta_OI: Tensor
@@ -32,20 +32,20 @@ class SideMemories(Overlay):
 
     def __init__(self, base: BaseModel, site: Site, lanes: int, config: WISEConfig) -> None:
         super().__init__([site], lanes)
-        out, into = site.shape
+        out, in_features = site.shape
         self.config = config
-        self.delta_LOI = torch.zeros(lanes, out, into, dtype=base.master_dtype, device=base.device)
+        self.delta_LOI = torch.zeros(lanes, out, in_features, dtype=base.master_dtype, device=base.device)
         self.masks_OI: list[Tensor | None] = [None] * lanes
         self.edits = [0] * lanes
         """Edits in the current side memory."""
         self.activation = [math.inf] * lanes
         """Smallest activation of those edits."""
-        self.saved: list[list[Memory]] = [[] for _ in range(lanes)]
+        self.saved: list[list[SideMemory]] = [[] for _ in range(lanes)]
         self._function = base.activation if config.activation == "public" else None
 
     # --- answering ---
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         with torch.no_grad():
             plain_BSO = site.answer(x_BSI)
         if not any(self._memories(lane) for lane, _, _ in rows.segments):
@@ -108,7 +108,7 @@ class SideMemories(Overlay):
         self.activation[lane] = min(self.activation[lane], *activations)
         if self.edits[lane] < self.config.save_freq:
             return
-        self.saved[lane].append(Memory(self.delta_LOI[lane].clone(), self.activation[lane], merged=False))
+        self.saved[lane].append(SideMemory(self.delta_LOI[lane].clone(), self.activation[lane], merged=False))
         self._reset(lane)
         waiting = [m for m in self.saved[lane] if not m.merged]
         if len(waiting) < self.config.memories_per_merge:
@@ -119,7 +119,7 @@ class SideMemories(Overlay):
         weights = [share / len(waiting)] * len(waiting) + [MERGED_SHARE] * len(absorbed)
         parts = waiting + absorbed
         delta_OI = merge_deltas(self.config, self.sites[0], [m.delta_OI for m in parts], weights, generator)
-        merged = Memory(delta_OI, min(m.activation for m in parts), merged=True)
+        merged = SideMemory(delta_OI, min(m.activation for m in parts), merged=True)
         self.saved[lane] = [*done, merged] if self.config.retrieve else [merged]
 
     def _reset(self, lane: int) -> None:
@@ -155,7 +155,7 @@ class SideMemories(Overlay):
             self.masks_OI[lane] = state.tensors["mask"].to(self.delta_LOI.device, torch.bool)
             self.edits[lane], self.activation[lane] = side["edits"], side["activation"]
         self.saved[lane] = [
-            Memory(state.tensors[f"saved.{i}"].to(self.delta_LOI, copy=True), m["activation"], m["merged"])
+            SideMemory(state.tensors[f"saved.{i}"].to(self.delta_LOI, copy=True), m["activation"], m["merged"])
             for i, m in enumerate(state.meta.get("saved", []))
         ]
 

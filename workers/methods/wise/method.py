@@ -74,9 +74,9 @@ from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, as
 from workers.methods.wise.config import TEMPLATE_STARTS, WISEConfig
 from workers.methods.wise.memories import SideMemories
 from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import Overlay
-from workers.model.rows import Encoded, Rows, collate
 from workers.types import JSON, DataError, EditRequest
 
 STOP_LOSS, STOP_CHANGE = 0.02, 1e-4
@@ -193,7 +193,7 @@ class WISE(Method[WISEConfig]):
             activations = whole.activations(delta_LOI)
         outcomes = []
         for lane, (edit, count) in enumerate(zip(edits, steps_L.tolist(), strict=True)):
-            overlay.finish(lane, activations[lane], edit.draws.generator("merge"))
+            overlay.finish(lane, activations[lane], edit.streams.generator("merge"))
             details: dict[str, JSON] = {"activation": min(activations[lane]), "memories": len(overlay.saved[lane])}
             outcomes.append(EditOutcome(count, as_float(steps.loss_L[lane]), details))
         return outcomes
@@ -210,7 +210,7 @@ class WISE(Method[WISEConfig]):
 
     def draw_mask(self, edit: LaneEdit) -> Tensor:
         """Uniform numbers that decide a fresh side memory's mask, (O, I)."""
-        return torch.rand(self.site.shape, generator=edit.draws.generator("mask"))
+        return torch.rand(self.site.shape, generator=edit.streams.generator("mask"))
 
     @torch.no_grad()
     def _descend(self, optimizer: LaneOptimizer, delta_KOI: Tensor, mask_KOI: Tensor, steps: Lockstep) -> None:
@@ -302,12 +302,12 @@ class WISE(Method[WISEConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
-        size = out * into * max(4, shape.bytes_per_value)
+        out, in_features = shape.site(config.module)
+        size = out * in_features * max(4, shape.bytes_per_value)
         waiting = min(config.memories_per_merge - 1, edits // config.save_freq)
         merged = edits // config.merge_freq if config.retrieve else min(1, edits // config.merge_freq)
         # change, gradient, two temporaries of a step, the mask as bytes, and the saved memories
-        return int(size * (4 + waiting + merged) + out * into)
+        return int(size * (4 + waiting + merged) + out * in_features)
 
 
 @dataclass(frozen=True)
@@ -507,7 +507,7 @@ class _Problem:
         )
 
 
-def _own_columns(encoded: Sequence[Encoded], rows: Rows) -> Tensor:
+def _own_columns(encoded: Sequence[Encoded], rows: Batch) -> Tensor:
     """Columns as each lane alone would count them, (B, S): negative in padding that only other lanes need."""
     total = rows.input_ids_BS.shape[1]
     widths = [max(len(e.ids) for e in encoded[a:b]) for _, a, b in rows.segments for _ in range(a, b)]

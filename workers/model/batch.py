@@ -120,7 +120,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Batch:
     """A padded batch. Rows of one lane stand together, lanes ascending.
 
     ``prompt_end_B`` is the index of the last prompt token inside the padded row; ``prompt_mask_BS`` marks the real prompt
@@ -147,7 +147,7 @@ class Rows:
             stop - start == self.segments[0][2] for _, start, stop in self.segments
         )
 
-    def part(self, lanes: Sequence[int]) -> tuple[Rows, list[int]]:
+    def part(self, lanes: Sequence[int]) -> tuple[Batch, list[int]]:
         """The rows of some lanes (ascending), which become lanes 0, 1, ..., and where they stood."""
         spans = {lane: (start, stop) for lane, start, stop in self.segments}
         kept: list[int] = []
@@ -159,7 +159,7 @@ class Rows:
         index = torch.tensor(kept, device=self.lane_B.device)
         lane_B = torch.tensor([i for i, a, b in segments for _ in range(a, b)], device=self.lane_B.device)
         return (
-            Rows(
+            Batch(
                 input_ids_BS=self.input_ids_BS[index],
                 attention_mask_BS=self.attention_mask_BS[index],
                 position_ids_BS=self.position_ids_BS[index],
@@ -180,7 +180,7 @@ def collate(
     device: torch.device | str = "cpu",
     side: str = "left",
     public_positions: bool = False,
-) -> Rows:
+) -> Batch:
     """Pad to the longest. ``lanes`` must ascend. ``side='right'`` and ``public_positions`` exist for parity with public code.
 
     position_ids count real tokens from 0; ``public_positions`` counts columns instead, padding included.
@@ -207,7 +207,7 @@ def collate(
     position_BS = (mask_BS.cumsum(1) - 1).clamp_min(0)
     if public_positions:
         position_BS = torch.arange(width, device=device).expand(len(encoded), width).contiguous()
-    return Rows(
+    return Batch(
         input_ids_BS=torch.tensor(ids, device=device),
         attention_mask_BS=mask_BS,
         position_ids_BS=position_BS,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.planning.schedule import GUESSED_SECONDS, Timing, calibrate, simulate, wave_work
+from orchestrator.planning.makespan import GUESSED_SECONDS, Timing, calibrate, simulate, wave_work
 
 DURATIONS = st.lists(st.floats(0.01, 1000), min_size=1, max_size=60)
 
