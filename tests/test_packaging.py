@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,30 +108,6 @@ def test_package_data_pattern_finds_the_shipped_model() -> None:
     found = [path for path in (ROOT / "workers" / "data").glob(pattern) if path.is_file()]
     assert any(path.suffix == ".safetensors" for path in found)
     assert sum(path.stat().st_size for path in found) < 12 * 2**20
-
-
-@pytest.mark.slow
-def test_wheel_holds_packages_and_assets(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    for name in ("orchestrator", "workers"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
-    subprocess.run(command, check=True, timeout=280)
-    (wheel,) = tmp_path.glob("editsweep-0.1.0-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    expected = {
-        path.relative_to(ROOT).as_posix()
-        for package in ("orchestrator", "workers")
-        for path in (ROOT / package).rglob("*")
-        if path.is_file() and (path.suffix == ".py" or "assets" in path.parts)
-    }
-    assert expected <= names
-    assert not [name for name in names if name.startswith(("tests/", "results/", "benchmarks/"))]
 
 
 # --- Makefile and CI -----------------------------------------------------------------------------------------------
