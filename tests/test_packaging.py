@@ -376,14 +376,6 @@ def test_the_methods_page_has_a_line_and_a_section_for_each_in_the_registrys_ord
     assert unsaid == []
 
 
-def test_the_map_in_the_readme_is_complete() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    for package in ("workers", "orchestrator"):
-        (drawn,) = re.findall(rf"(?m)^{package}/ .*\n((?: .*\n)+)", page)
-        named = [name for line in drawn.splitlines() for name in re.findall(r"\w+\.py", line[:24])]
-        assert sorted(named) == sorted(p.name for p in (ROOT / package).glob("*.py") if p.name != "__init__.py")
-
-
 # --- results/README.md ---------------------------------------------------------------------------------------------
 
 
