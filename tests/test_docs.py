@@ -81,6 +81,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=name_of)
+def test_prose_breaks_at_a_hundred_characters(page: Path) -> None:
+    """Tables, headings and pictures cannot be broken."""
+    lines = prose_of(page).splitlines()
+    assert [line for line in lines if len(line) > 100 and not line.lstrip().startswith(("|", "#", "!["))] == []
+
+
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     readme = ROOT / "README.md"
     assert len(text_of(readme).splitlines()) <= 180
