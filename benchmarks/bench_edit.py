@@ -26,10 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, Site
-from workers.overlay import Overlay
-from workers.replay import capture
-from workers.rng import Draws
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.overlay import Overlay
+from workers.model.replay import capture
+from workers.rng import RandomStreams
 from workers.session import Session, build_inputs
 from workers.types import EditRequest
 
@@ -109,7 +110,10 @@ def config_of(base: BaseModel, name: str, method: str) -> Any:
 def without_replay() -> Iterator[None]:
     """Inside, every step runs all layers, rows and columns: a full forward but for the embedding."""
     from_the_first = lambda base, rows, _: capture(base, rows, 0)  # noqa: E731
-    with patch("workers.suffix.capture", from_the_first), patch.object(Site, "is_mlp_output", lambda *_: False):
+    with (
+        patch("workers.inner_loop.suffix.capture", from_the_first),
+        patch.object(Site, "is_mlp_output", lambda *_: False),
+    ):
         yield
 
 
@@ -122,8 +126,8 @@ class Bench:
     loop: Loop
     requests: list[EditRequest]
 
-    def draws(self, first: int, position: int) -> Draws:
-        return Draws(self.editor.name, self.editor.config.model_dump(mode="json"), 0, first, position)
+    def draws(self, first: int, position: int) -> RandomStreams:
+        return RandomStreams(self.editor.name, self.editor.config.model_dump(mode="json"), 0, first, position)
 
     def lanes(self, T: int, groups: list[int], whole: bool) -> Callable[[], Overlay]:
         """Edit ``groups`` in lockstep, T edits each."""

@@ -14,9 +14,9 @@ shards: what an actor does once (importing torch, loading the model) is not paid
 driver and streams compete; there wall time per shard is printed and nothing is subtracted. Three ways to run the same
 plan:
 
-- ray: ``orchestrator.driver``, one Tune trial per shard;
+- ray: ``orchestrator.engine.ray_engine.run``, one Tune trial per shard;
 - bare: Ray actors that are handed manifests one after another, without Tune (what Ray itself costs);
-- local: ``orchestrator.local``, in this process.
+- local: ``orchestrator.engine.local``, in this process.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from pathlib import Path
 import yaml
 from common import LOG, Report, parser
 
-from orchestrator.driver import run_ray
-from orchestrator.execute import Bench, Books, Engine, StepReport, run_sweep
-from orchestrator.journal import ShardManifest
-from orchestrator.local import run_local
-from orchestrator.plan import Plan, Shard
-from orchestrator.query import open_results
-from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.engine.books import Books, Engine
+from orchestrator.engine.local import run_local
+from orchestrator.engine.ray_engine.run import run_ray
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.engine.worker import Bench, StepReport
+from orchestrator.planning.plan import Plan, Shard
+from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.query import open_results
+from orchestrator.storage.local import LocalStore
 
 
 class Watch:

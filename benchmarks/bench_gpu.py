@@ -36,17 +36,19 @@ from common import LOG, Report, alternate, parser
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from workers.artifacts import ArtifactData
-from workers.compiled import Compiled
+from workers.artifacts.base import ArtifactData
 from workers.data import load_dataset
 from workers.job import ScoreConfig
+from workers.kernels.compiled import Compiled
+from workers.kernels.process import fix_numerics
 from workers.methods import get_method, method_names
 from workers.methods.base import EditOutcome, LaneEdit, Method
-from workers.models import BaseModel, ModelConfig
-from workers.overlay import Overlay
-from workers.rng import Draws
-from workers.scoring import Item, score
-from workers.session import fix_numerics
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
+from workers.model.overlay import Overlay
+from workers.rng import RandomStreams
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import EditRequest
 
 METHODS = ("wise", "grace", "ft", "rome", "memit")
@@ -263,7 +265,8 @@ def measure(base: BaseModel, name: str, hparams: dict[str, Any], lanes: int, dev
     def edits(position: int) -> list[LaneEdit]:
         chosen = requests[position * lanes : (position + 1) * lanes]
         return [
-            LaneEdit((request,), Draws(name, plain, 0, lane, position), inputs) for lane, request in enumerate(chosen)
+            LaneEdit((request,), RandomStreams(name, plain, 0, lane, position), inputs)
+            for lane, request in enumerate(chosen)
         ]
 
     def first() -> None:

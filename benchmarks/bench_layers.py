@@ -1,4 +1,5 @@
-"""Decoder layers written out (workers/layers.py) against the same layers run by their modules, as an edit's inner loop runs them.
+"""Decoder layers written out (workers/kernels/llama_cpu.py) against the same layers run by their modules, as an edit's
+inner loop runs them.
 
     python benchmarks/bench_layers.py [--quick]
 
@@ -15,14 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 from common import LOG, Report, alternate, median_ratio, parser
 
-from workers.models import BaseModel, ModelConfig
-from workers.rows import Encoded, collate
+from workers.inner_loop.suffix import Suffix
+from workers.model.base import BaseModel
+from workers.model.batch import Encoded, collate
+from workers.model.config import ModelConfig
 from workers.session import Session
-from workers.suffix import Suffix
 
 
 @dataclass(frozen=True)
-class Batch:
+class LayerBatch:
     title: str
     layer: int
     rows: int
@@ -34,13 +36,13 @@ class Batch:
 
 
 BATCHES = (
-    Batch("FT, 50 short rows", layer=3, rows=50, columns=13, changed=13, read=1),
-    Batch("ROME, 4 requests in 12 contexts", layer=0, rows=48, columns=27, changed=4, read=3),
-    Batch("WISE, 4 requests in 11 contexts", layer=4, rows=44, columns=26, changed=26, read=3),
+    LayerBatch("FT, 50 short rows", layer=3, rows=50, columns=13, changed=13, read=1),
+    LayerBatch("ROME, 4 requests in 12 contexts", layer=0, rows=48, columns=27, changed=4, read=3),
+    LayerBatch("WISE, 4 requests in 11 contexts", layer=4, rows=44, columns=26, changed=26, read=3),
 )
 
 
-def steps(base: BaseModel, batch: Batch) -> dict[str, Callable[[], object]]:
+def steps(base: BaseModel, batch: LayerBatch) -> dict[str, Callable[[], object]]:
     """One forward and backward each way."""
     ids = torch.randint(3, base.vocab, (batch.rows, batch.columns), generator=torch.Generator().manual_seed(0))
     rows = collate([Encoded(tuple(row), batch.columns) for row in ids.tolist()], [0] * batch.rows, base.encoder.pad_id)

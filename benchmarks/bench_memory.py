@@ -2,10 +2,11 @@
 
     python benchmarks/bench_memory.py [--quick] [--models embedded llama-60m] [--methods ft rome ...]
 
-Each case is a process of its own that imports everything, plans, loads the model and runs every shard of the plan as an actor
-does (edits, scores, journal; the activation cache is off). Its peak resident memory beyond what the imports took is compared with
-:meth:`orchestrator.memory.Memory.peak`. What the method needs is built before, by another process; few optimisation steps are
-enough, for every step takes the same memory. The 60 M Llama has random weights, is saved once and loaded as a user's model.
+Each case is a process of its own that imports everything, plans, loads the model and runs every shard of the plan as an
+actor does (edits, scores, journal; the activation cache is off). Its peak resident memory beyond what the imports took
+is compared with :meth:`orchestrator.planning.memory.Memory.peak`. What the method needs is built before, by another
+process; few optimisation steps are enough, for every step takes the same memory. The 60 M Llama has random weights, is
+saved once and loaded as a user's model.
 
 **The allowance** is what an actor takes beyond the imports and the weights when it holds no edit and scores one request,
 sequence by sequence, on the embedded model (method `none`): code of libraries that is first used then, their buffers, the
@@ -90,9 +91,9 @@ def measured(case: Case) -> dict[str, float]:
     """Run a case in this process; mebibytes of what was stated and of what it took."""
     import yaml
 
-    from orchestrator.execute import Bench
-    from orchestrator.plan import Planner, Progress
-    from orchestrator.spec import parse_spec
+    from orchestrator.engine.worker import Bench
+    from orchestrator.planning.plan import Planner, Progress
+    from orchestrator.planning.spec import parse_spec
     from workers import methods, stream
 
     assert methods.method_names() and stream.Stream  # imported before the base line is taken
@@ -171,7 +172,8 @@ def cases(
     names: Sequence[str], chosen: Sequence[str], args: argparse.Namespace, folder: Path
 ) -> list[tuple[str, Case]]:
     """Every case with what its line is to say."""
-    from workers.models import ModelConfig, model_shape
+    from workers.model.base import model_shape
+    from workers.model.config import ModelConfig
 
     found = []
     for name in names:

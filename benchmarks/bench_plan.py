@@ -7,8 +7,8 @@ work, whichever is more; with LLaMA-2-7B's geometry without its weights, and the
 
 Five method variants, four T, and as many seeds as the number of cells asks for; N = 1000, so that ten thousand cells are
 ten million edits in tens of thousands of shards. Each size runs in a process of its own, whose peak memory is taken with
-and without the plan. Timed is :class:`orchestrator.plan.Planner` with its ``plan`` of an empty results folder: reading the
-data set, hashing the model, cells, shards, launch order. Importing torch is not (it does not grow).
+and without the plan. Timed is :class:`orchestrator.planning.plan.Planner` with its ``plan`` of an empty results folder: reading
+the data set, hashing the model, cells, shards, launch order. Importing torch is not (it does not grow).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 from common import LOG, Report, parser
 
-from orchestrator.schedule import Simulation
+from orchestrator.planning.makespan import Simulation
 
 VARIANTS = 5
 T_VALUES = (1, 10, 100, 1000)
@@ -37,8 +37,8 @@ SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 
 def plan_once(cells: int) -> dict[str, float]:
     """Plan ``cells`` cells in this process."""
-    from orchestrator.plan import Planner, Progress
-    from orchestrator.spec import parse_spec
+    from orchestrator.planning.plan import Planner, Progress
+    from orchestrator.planning.spec import parse_spec
     from workers import methods, stream
 
     assert methods.method_names() and stream.Stream  # torch is imported before the clock starts
@@ -65,8 +65,8 @@ def makespan(actors: int) -> Simulation:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from orchestrator.plan import Planner, Progress
-    from orchestrator.spec import parse_spec
+    from orchestrator.planning.plan import Planner, Progress
+    from orchestrator.planning.spec import parse_spec
 
     raw = yaml.safe_load((SWEEPS / "wise_table2.yaml").read_text(encoding="utf-8"))
     raw["dataset"] = {"kind": "tinyworld", "edits": 1000}

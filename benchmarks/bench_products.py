@@ -1,4 +1,4 @@
-"""Products in float32: the way of workers/products.py against PyTorch's own, by the number of rows.
+"""Products in float32: the way of workers/kernels/matmul.py against PyTorch's own, by the number of rows.
 
     python benchmarks/bench_products.py [--quick]
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from common import LOG, Report, alternate, median_ratio, parser
 from torch import Tensor
 
-from workers.products import linear
+from workers.kernels.matmul import linear
 
 MAPS = ((128, 512), (512, 128), (128, 128), (512, 2048), (2048, 512))
 
@@ -30,11 +30,11 @@ def passes(product: Callable[[Tensor, Tensor], Tensor], x_NI: Tensor, weight_OI:
 def main(args: argparse.Namespace) -> None:
     report = Report("bench_products", args)
     rows = (64,) if args.smoke else (8, 16, 32, 64, 256, 1024)
-    for into, out in MAPS[:1] if args.smoke else MAPS:
-        weight_OI = torch.randn(out, into)
+    for in_features, out in MAPS[:1] if args.smoke else MAPS:
+        weight_OI = torch.randn(out, in_features)
         for count in rows:
-            x_NI = torch.randn(count, into, requires_grad=True)
-            operations = 4 * count * into * out
+            x_NI = torch.randn(count, in_features, requires_grad=True)
+            operations = 4 * count * in_features * out
             again = 1 if args.smoke else max(1, int(4e8 / operations))
             seconds = alternate(
                 {
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
             rate = {name: operations * again / sorted(s)[len(s) // 2] / 1e9 for name, s in seconds.items()}
             LOG.info(
                 "%4d rows, %4d -> %4d: PyTorch %4.0f GFLOP/s, ours %4.0f GFLOP/s (%.2fx)",
-                *(count, into, out, rate["torch"], rate["ours"]),
+                *(count, in_features, out, rate["torch"], rate["ours"]),
                 median_ratio(seconds["torch"], seconds["ours"]),
             )
     report.close()

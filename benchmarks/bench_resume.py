@@ -37,14 +37,20 @@ from bench_plan import T_VALUES, VARIANTS
 from bench_table import entry_of, random_rows, row_of
 from common import LOG, Report, clock, parser
 
-from orchestrator.execute import run_sweep
-from orchestrator.journal import Journal, ShardManifest
-from orchestrator.paths import ResultsPaths
-from orchestrator.plan import Plan, Shard
-from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore, Missing, unseal_json
-from orchestrator.table import CentralTable, encode, sort_rows, table_meta
-from workers.job import StreamJob, moments, timeline
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.planning.plan import Plan, Shard
+from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.results.columns import sort_rows
+from orchestrator.results.journal import Journal
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.parquet import encode
+from orchestrator.results.table import CentralTable, table_meta
+from orchestrator.storage.base import Missing
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import unseal_json
+from workers.job import StreamJob
+from workers.timeline import moments, timeline
 
 UNDER_WAY, WAITING = 64, 60
 """Shards that have begun, and that are finished and not gathered: of 64 actors, just before the next gather."""
@@ -56,7 +62,17 @@ PATIENCE = 180.0
 
 
 def command(spec: Path, folder: Path, engine: str) -> list[str]:
-    return [sys.executable, "-m", "orchestrator.cli", "run", str(spec), "--results", str(folder), "--engine", engine]
+    return [
+        sys.executable,
+        "-m",
+        "orchestrator.cli.app",
+        "run",
+        str(spec),
+        "--results",
+        str(folder),
+        "--engine",
+        engine,
+    ]
 
 
 @contextlib.contextmanager

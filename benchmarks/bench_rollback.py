@@ -29,12 +29,13 @@ from common import LOG, Report, alternate, median_ratio, parser
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.data import load_dataset
 from workers.methods import get_method, load_config
 from workers.methods.base import LaneEdit, Method
-from workers.models import BaseModel, ModelConfig
-from workers.rng import Draws
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
+from workers.rng import RandomStreams
 
 LAYER = {"ft": 3, "rome": 0, "grace": 4, "wise": 4}
 """Where each method edits: as in the recorded reference numbers of the embedded geometry."""
@@ -96,7 +97,9 @@ def ours(base: BaseModel, name: str) -> Callable[[], object]:
     plain = config.model_dump(mode="json")
 
     def edits(first: int) -> list[LaneEdit]:
-        return [LaneEdit((requests[lane],), Draws(name, plain, 0, first + lane, 0), inputs) for lane in range(LANES)]
+        return [
+            LaneEdit((requests[lane],), RandomStreams(name, plain, 0, first + lane, 0), inputs) for lane in range(LANES)
+        ]
 
     held = [method.new_overlay(LANES)]
     method.edit(held[0], edits(0))
@@ -172,8 +175,8 @@ def main() -> None:
     LOG.info("\nthe edited map grows (six layers):")
 
     def by_map(base: BaseModel) -> str:
-        out, into = base.site(0).shape
-        return f"{out}x{into}"
+        out, in_features = base.site(0).shape
+        return f"{out}x{in_features}"
 
     grown = [model_of(size, embedded) for size in (LARGER_MAP[:2] if args.smoke else LARGER_MAP)]
     found = measure(grown, repeats, copies, by_map)

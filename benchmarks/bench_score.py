@@ -23,10 +23,12 @@ from reference import as_it_comes
 
 from workers.data.tinyworld import load_dataset
 from workers.job import ScoreConfig
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
-from workers.rows import Encoded, collate
-from workers.scoring import BaseAnswers, Item, Prefixes, score
+from workers.model.base import BaseModel
+from workers.model.batch import Encoded, collate
+from workers.model.overlay import DenseOverlay
+from workers.scoring.cache import BaseAnswers, Prefixes
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import EditRequest
 
 CONFIG = ScoreConfig(generated=False)

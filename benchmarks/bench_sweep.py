@@ -23,18 +23,20 @@ from bench_score import one_at_a_time
 from common import LOG, Report, clock, parser
 from reference import LOOPS, as_it_comes
 
-from orchestrator.driver import run_ray
-from orchestrator.execute import Outcome, StepReport, run_sweep
-from orchestrator.plan import Plan, Planner, Progress, Shard
-from orchestrator.query import open_results
-from orchestrator.spec import SweepSpec, load_spec
-from orchestrator.store import LocalStore
-from orchestrator.table import VARYING, sort_rows
+from orchestrator.engine.books import Outcome
+from orchestrator.engine.ray_engine.run import run_ray
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.engine.worker import StepReport
+from orchestrator.planning.plan import Plan, Planner, Progress, Shard
+from orchestrator.planning.spec import SweepSpec, load_spec
+from orchestrator.results.columns import VARYING, sort_rows
+from orchestrator.results.query import open_results
+from orchestrator.storage.local import LocalStore
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
-from workers.models import fingerprint_model
-from workers.overlay import DenseOverlay
-from workers.rng import Draws
+from workers.model.config import fingerprint_model
+from workers.model.overlay import DenseOverlay
+from workers.rng import RandomStreams
 from workers.session import Session, build_inputs
 
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
@@ -112,7 +114,7 @@ def plain_seconds(spec: SweepSpec, sample: int) -> float:
         loop = LOOPS[variant.algorithm](base, config, inputs)
         seconds = []
         for i, request in enumerate(requests):
-            draws = Draws(variant.algorithm, variant.config, 0, i, 0)
+            draws = RandomStreams(variant.algorithm, variant.config, 0, i, 0)
             began = time.perf_counter()
             loop.edit(request, draws)
             loop.restore()

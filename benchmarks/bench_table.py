@@ -6,7 +6,7 @@
   and with one of 1 MB.
 - gather: 1,000 finished shards of 250 edits (500 rows each), 64 at a time, as the driver does; the sum of the calls.
 - query: a table of 10 M rows in files as gathering leaves them (64 shards of 500 rows a file), asked for a mean by
-  (method, T) through :meth:`orchestrator.query.Results.sql`, each time by a fresh reader: files are listed, footers
+  (method, T) through :meth:`orchestrator.results.query.Results.sql`, each time by a fresh reader: files are listed, footers
   read, page checksums verified; Arrow and DuckDB use every core, as they do for a user. The files are encoded and
   published by the project's own code; only the way through a hundred thousand single parts is left out. Scores are as
   coarse as real ones, seconds and log-probabilities random.
@@ -31,12 +31,16 @@ import numpy as np
 import pyarrow as pa
 from common import LOG, Report, alternate, clock, parser
 
-from orchestrator.journal import Journal, ShardManifest
-from orchestrator.paths import ResultsPaths
-from orchestrator.query import Results
-from orchestrator.store import LocalStore
-from orchestrator.table import COLUMNS, CentralTable, TableShard, encode, sort_rows, table_meta
-from workers.job import Lane, StreamCell, StreamJob, cut_steps, timeline
+from orchestrator.results.columns import COLUMNS, sort_rows
+from orchestrator.results.journal import Journal
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.parquet import encode
+from orchestrator.results.query import Results
+from orchestrator.results.table import CentralTable, TableShard, table_meta
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
+from workers.job import Lane, StreamCell, StreamJob
+from workers.timeline import cut_steps, timeline
 
 METHODS = ("ft", "rome", "grace", "wise-merge", "wise-retrieve", "memit", "alphaedit", "mend")
 T_VALUES = (1, 10, 100, 1000)

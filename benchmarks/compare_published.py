@@ -16,7 +16,7 @@ import logging
 import sys
 from pathlib import Path
 
-from orchestrator.query import open_results
+from orchestrator.results.query import open_results
 
 LOG = logging.getLogger("compare")
 

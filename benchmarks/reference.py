@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData
-from workers.finetune import STOP_LOSS as FT_STOP
-from workers.locate import MOMENT, inverse_moment
-from workers.locate import STOP_LOSS as ROME_STOP
-from workers.methods.wise import STOP_CHANGE
-from workers.methods.wise import STOP_LOSS as WISE_STOP
-from workers.models import BaseModel, Site
-from workers.products import slow
-from workers.rng import Draws
+from workers.artifacts.base import ArtifactData
+from workers.inner_loop.finetune import STOP_LOSS as FT_STOP
+from workers.kernels.matmul import slow
+from workers.methods.families.locate import MOMENT, inverse_moment
+from workers.methods.families.locate import STOP_LOSS as ROME_STOP
+from workers.methods.wise.method import STOP_CHANGE
+from workers.methods.wise.method import STOP_LOSS as WISE_STOP
+from workers.model.base import BaseModel, Site
+from workers.rng import RandomStreams
 from workers.types import EditRequest
 
 
@@ -61,7 +61,7 @@ class Loop(ABC):
         """What is made once before the first edit, and again by :meth:`restore`."""
 
     @abstractmethod
-    def edit(self, request: EditRequest, draws: Draws) -> int:
+    def edit(self, request: EditRequest, draws: RandomStreams) -> int:
         """Edit the model; how many optimisation steps it took."""
 
     def restore(self) -> None:
@@ -94,7 +94,7 @@ class Loop(ABC):
 class FTLoop(Loop):
     """Adam on the weight itself."""
 
-    def edit(self, request: EditRequest, draws: Draws) -> int:
+    def edit(self, request: EditRequest, draws: RandomStreams) -> int:
         config = self.config
         pair = self.encoder.pair(request.prompt, request.target_new)
         if config.objective == "prompt_last":
@@ -127,7 +127,7 @@ class ROMELoop(Loop):
         if self.config.mom2_adjustment:
             self.inverse_II = inverse_moment(self.inputs[MOMENT].tensors["moment"]).to(self.device, torch.float32)
 
-    def edit(self, request: EditRequest, draws: Draws) -> int:
+    def edit(self, request: EditRequest, draws: RandomStreams) -> int:
         config, encoder = self.config, self.encoder
         texts = ["{}", *(t for t in self.inputs["templates"].meta["templates"] if t != "{}")]
         rows, lookups, targets = [], [], []
@@ -207,7 +207,7 @@ class GRACELoop(Loop):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def edit(self, request: EditRequest, draws: Draws) -> int:
+    def edit(self, request: EditRequest, draws: RandomStreams) -> int:
         pair = self.encoder.pair(request.prompt, request.target_new)
         batch, _ = self.batch([pair.ids[:-1]])
         places = list(range(pair.prompt_len - 1, len(pair.ids) - 1))
@@ -253,7 +253,7 @@ class WISELoop(Loop):
     def prepare(self) -> None:
         self.mask_OI: Tensor | None = None
 
-    def edit(self, request: EditRequest, draws: Draws) -> int:
+    def edit(self, request: EditRequest, draws: RandomStreams) -> int:
         config, encoder = self.config, self.encoder
         texts = [str(t) for t in self.inputs["templates"].meta["templates"]]
         pairs = [encoder.pair(t.replace("{}", request.prompt), request.target_new) for t in texts]

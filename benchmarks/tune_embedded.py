@@ -15,13 +15,14 @@ import sys
 import time
 from typing import Any
 
+from workers.artifacts.pretrain import training_source
 from workers.data.tinyworld import load_dataset
-from workers.job import Lane, StreamCell, StreamJob, cut_steps
+from workers.job import Lane, StreamCell, StreamJob
 from workers.methods import get_method, load_config, method_names
-from workers.models import ModelConfig, fingerprint_model
-from workers.pretrain import training_source
+from workers.model.config import ModelConfig, fingerprint_model
 from workers.session import Session, build_inputs
 from workers.stream import Stream
+from workers.timeline import cut_steps
 
 LOG = logging.getLogger("tune")
 GROUPS = {1: 30, 10: 3, 100: 1}

@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.query import Results, open_results
+    from orchestrator.results.query import Results, open_results
 
 __all__ = ["Results", "open_results"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from orchestrator import query
+        from orchestrator.results import query
 
         return getattr(query, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,15 +25,16 @@ from tests.small import (
     session,
     timeless,
 )
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.job import ScoreConfig, StreamJob
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method, MethodConfig
-from workers.models import BaseModel
-from workers.overlay import LaneState, Overlay, pack_states, unpack_states
-from workers.rng import Draws
-from workers.rows import Rows, collate
-from workers.scoring import Item, score
+from workers.model.base import BaseModel
+from workers.model.batch import Batch, collate
+from workers.model.overlay import LaneState, Overlay, pack_states, unpack_states
+from workers.rng import RandomStreams
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.stream import StepResult, Stream
 from workers.types import EditRequest
 
@@ -90,8 +91,8 @@ class MethodContract:
         inputs = build_inputs(base, self.method, self.config())
         return get_method(self.method).prepare(base, self.config(), inputs), inputs
 
-    def draws(self, first: int, position: int) -> Draws:
-        return Draws(self.method, self.config().model_dump(mode="json"), 0, first, position)
+    def streams(self, first: int, position: int) -> RandomStreams:
+        return RandomStreams(self.method, self.config().model_dump(mode="json"), 0, first, position)
 
     def edit(
         self, method: Method[Any], overlay: Overlay, inputs: Mapping[str, ArtifactData], lanes: list[list[EditRequest]]
@@ -100,7 +101,7 @@ class MethodContract:
         for position in range(len(lanes[0])):
             method.edit(
                 overlay,
-                [LaneEdit((lane[position],), self.draws(10 * i, position), inputs) for i, lane in enumerate(lanes)],
+                [LaneEdit((lane[position],), self.streams(10 * i, position), inputs) for i, lane in enumerate(lanes)],
             )
 
     def stream(self, base: BaseModel, job: StreamJob, inputs: dict[str, ArtifactData]) -> Stream:
@@ -204,7 +205,7 @@ class MethodContract:
         for i, requests in enumerate(lanes):
             alone = method.new_overlay(1)
             for position, request in enumerate(requests):
-                method.edit(alone, [LaneEdit((request,), self.draws(10 * i, position), inputs)])
+                method.edit(alone, [LaneEdit((request,), self.streams(10 * i, position), inputs)])
             self.assert_near(method, together.state(i), alone.state(0), tolerance)
 
     def test_lanes_of_batches_do_not_depend_on_each_other(self, arch: str) -> None:
@@ -216,7 +217,7 @@ class MethodContract:
 
         def edit(overlay: Overlay, numbers: list[int]) -> None:
             for at in (0, 2):
-                batch = [LaneEdit(tuple(lanes[i][at : at + 2]), self.draws(10 * i, at), inputs) for i in numbers]
+                batch = [LaneEdit(tuple(lanes[i][at : at + 2]), self.streams(10 * i, at), inputs) for i in numbers]
                 method.edit(overlay, batch)
 
         together = method.new_overlay(3)
@@ -295,7 +296,7 @@ class MethodContract:
             assert (logits_BSV[i, rows.offsets[i] + start :] - logits_SV[start:]).abs().max() <= 1e-5
 
     @torch.no_grad()
-    def all_logits(self, base: BaseModel, overlay: Overlay, rows: Rows) -> torch.Tensor:
+    def all_logits(self, base: BaseModel, overlay: Overlay, rows: Batch) -> torch.Tensor:
         """The edited model's logits at every position, (B, S, V)."""
         hidden_BSD = overlay.hidden_states(base, rows)
         size, width = hidden_BSD.shape[:2]

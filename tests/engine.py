@@ -10,13 +10,15 @@ from typing import Any
 
 import yaml
 
-from orchestrator.execute import Outcome, StepReport, View, run_sweep
-from orchestrator.local import run_local
-from orchestrator.plan import Plan, Shard
-from orchestrator.query import open_results
-from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore
-from workers.models import EMBEDDED
+from orchestrator.engine.books import Outcome, View
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.engine.worker import StepReport
+from orchestrator.planning.plan import Plan, Shard
+from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.results.query import open_results
+from orchestrator.storage.local import LocalStore
+from workers.model.config import EMBEDDED
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = {"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"}

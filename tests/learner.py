@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from workers import methods
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import Trainer, TrainingSchedule, TrainingSource, pretrained
 from workers.methods.base import MethodConfig
 from workers.methods.ft import FT, FTConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.pretrain import Schedule, Trainer, TrainingSource, pretrained
-from workers.rows import collate
+from workers.model.base import BaseModel
+from workers.model.batch import collate
+from workers.model.config import ModelConfig, ModelFingerprint
 from workers.types import JSON, EditRequest
 
 
@@ -89,7 +90,7 @@ class Decoder(Trainer):
 class LearnerConfig(FTConfig):
     width: int = 64
     train_lr: float = 3e-3
-    schedule: Schedule = Schedule(steps=60, batch_size=8)
+    schedule: TrainingSchedule = TrainingSchedule(steps=60, batch_size=8)
 
 
 class Learner(FT):
@@ -108,7 +109,7 @@ class Learner(FT):
         training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
         hparams = {"width": config.width, "lr": config.train_lr}
-        return (pretrained(cls, hparams, config.schedule, fingerprint, model, training),)
+        return (pretrained(cls.name, hparams, config.schedule, fingerprint, model, training),)
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Decoder:
@@ -131,7 +132,7 @@ def registered() -> Iterator[None]:
 
 
 def build(folder: str, spec: str) -> None:
-    from orchestrator.execute import Bench
+    from orchestrator.engine.worker import Bench
 
     steps: list[int] = []
     bench = Bench(folder, "run", save_seconds=0)
@@ -149,6 +150,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "build":
         build(sys.argv[2], sys.argv[3])
     else:
-        from orchestrator.cli import main
+        from orchestrator.cli.main import main
 
         main(sys.argv[1:])

@@ -15,10 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from orchestrator.journal import Attempt, Journal, ShardManifest
-from orchestrator.store import LocalStore, open_store
-from orchestrator.table import STREAM_COLUMNS, VARYING, CentralTable, sort_rows
-from workers.job import Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob, Tick, cut_steps, moments, timeline
+from orchestrator.results.columns import STREAM_COLUMNS, VARYING, sort_rows
+from orchestrator.results.journal import Attempt, Journal
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.table import CentralTable
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.open import open_store
+from workers.job import Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob
+from workers.timeline import Tick, cut_steps, moments, timeline
 
 Row = dict[str, Any]
 

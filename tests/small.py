@@ -12,11 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from workers import session as session_module
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
+from workers.artifacts.pretrain import training_source
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob
 from workers.methods import get_method
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.pretrain import training_source
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint
 from workers.session import Session
 from workers.types import EditRequest, Probe
 

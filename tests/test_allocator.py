@@ -10,7 +10,7 @@ import pytest
 
 _COUNT = """
 import resource, sys, torch
-from workers.allocator import keep_freed_memory
+from workers.kernels.process import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def work():

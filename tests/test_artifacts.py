@@ -18,22 +18,24 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import lock as locking
-from orchestrator.artifacts import ArtifactFailed, ArtifactStore
-from orchestrator.cli import main, read_status
-from orchestrator.execute import Bench, run_sweep
-from orchestrator.local import run_local
-from orchestrator.paths import ResultsPaths
-from orchestrator.plan import Planner
-from orchestrator.query import open_results
-from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.cli.main import main
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.engine.worker import Bench
+from orchestrator.planning.plan import Planner
+from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.results.artifact_store import ArtifactFailed, ArtifactStore
+from orchestrator.results.query import open_results
+from orchestrator.results.status import read_status
+from orchestrator.storage import lock as locking
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
 from tests import learner
 from tests.engine import Watch, wait_for
 from tests.learner import registered
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.data import find_overlap, load_training, tinyworld
-from workers.models import EMBEDDED, ModelConfig
+from workers.model.config import EMBEDDED, ModelConfig
 from workers.types import EditRequest, EditSweepError, ModelError, SpecError
 
 ROOT = Path(__file__).resolve().parent.parent

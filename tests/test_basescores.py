@@ -15,22 +15,30 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.artifacts import ArtifactStore
-from orchestrator.cli import main
-from orchestrator.execute import Bench, build_artifacts, run_sweep
-from orchestrator.local import run_local
-from orchestrator.plan import Progress, base_scores_of, make_plan
-from orchestrator.spec import SweepSpec, parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.cli.main import main
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import build_artifacts, run_sweep
+from orchestrator.engine.worker import Bench
+from orchestrator.planning.plan import Progress, make_plan
+from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.planning.work import base_scores_of
+from orchestrator.results.artifact_store import ArtifactStore
+from orchestrator.storage.local import LocalStore
 from tests.engine import ROOT, Watch, rows
 from tests.small import golden_requests, random_model
-from workers import basescores, fluency, scoring
-from workers.artifacts import BASE_SCORES, ArtifactData
-from workers.basescores import BaseScores
-from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, schedule_of, timeline
-from workers.models import EMBEDDED, BaseModel
-from workers.overlay import DenseOverlay
-from workers.scoring import Answer, BaseAnswers, Item, Reply, Text, ask_base, digest, score
+from workers.artifacts import base_scores as basescores
+from workers.artifacts.base import BASE_SCORES, ArtifactData
+from workers.artifacts.base_scores import BaseScores
+from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, schedule_of
+from workers.model.base import BaseModel
+from workers.model.config import EMBEDDED
+from workers.model.overlay import DenseOverlay
+from workers.scoring import fluency
+from workers.scoring import score as scoring
+from workers.scoring.cache import BaseAnswers, digest
+from workers.scoring.probes import Answer, Item, Reply, Text
+from workers.scoring.score import ask_base, score
+from workers.timeline import timeline
 
 FT: dict[str, Any] = {"method": "ft", "hparams": {"num_steps": 2}}
 GRACE: dict[str, Any] = {"method": "grace", "hparams": {"n_iter": 2}}
@@ -58,13 +66,13 @@ class Calls:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.replies = self.entropies = 0
-        self._reply, self._entropies = scoring._reply, fluency._entropies
-        patch.setattr(scoring, "_reply", self.reply)
+        self.read_reply, self._entropies = scoring.read_reply, fluency._entropies
+        patch.setattr(scoring, "read_reply", self.reply)
         patch.setattr(fluency, "_entropies", self.write)
 
     def reply(self, base: BaseModel, overlay: Any, *rest: Any) -> Any:
         self.replies += overlay is None
-        return self._reply(base, overlay, *rest)
+        return self.read_reply(base, overlay, *rest)
 
     def write(self, base: BaseModel, overlay: Any, *rest: Any) -> Any:
         self.entropies += overlay is None
@@ -168,9 +176,9 @@ def test_killed_while_building_and_run_again(tmp_path: Path) -> None:
     spec, *_ = make_plan(spec_of()).base_scores()
     code = (
         "import os, signal, sys\n"
-        "from orchestrator.execute import Bench\n"
-        "from workers.artifacts import ArtifactSpec\n"
-        "from workers.models import ModelConfig\n"
+        "from orchestrator.engine.sweep import Bench\n"
+        "from workers.artifacts.base import ArtifactSpec\n"
+        "from workers.model.base import ModelConfig\n"
         "def tell(done, total, what):\n"
         "    if done == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -341,14 +349,14 @@ def test_a_batch_that_memory_does_not_hold_is_left_out(monkeypatch: pytest.Monke
     items = [Item(0, request) for request in golden_requests(12)]
     whole, part = BaseAnswers(budget=999), BaseAnswers(budget=999)
     ask_base(base, items, config, whole)
-    real, count = scoring._reply, iter(range(99))
+    real, count = scoring.read_reply, iter(range(99))
 
     def failing(*arguments: Any) -> Reply:
         if next(count) == 1:
             raise MemoryError("out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(scoring, "_reply", failing)
+    monkeypatch.setattr(scoring, "read_reply", failing)
     ask_base(base, items, config, part)
     assert len(list(part.items())) == len(list(whole.items())) - 1
     assert dict(part.items()).items() <= dict(whole.items()).items()

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.plan import make_plan
-from orchestrator.spec import parse_spec
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.spec import parse_spec
 from tests.small import GOLDEN, build_inputs, golden_model, golden_requests, job, random_model, session
 from tests.test_methods import FEW
 from workers.job import ScoreConfig
@@ -20,11 +20,13 @@ from workers.methods.base import LaneEdit, MethodConfig
 from workers.methods.ft import FTConfig
 from workers.methods.grace import GRACEConfig
 from workers.methods.rome import ROMEConfig
-from workers.methods.wise import WISEConfig
-from workers.models import BaseModel, ModelConfig, has_chat_template
-from workers.rng import Draws
-from workers.rows import Encoder
-from workers.scoring import Item, score
+from workers.methods.wise.config import WISEConfig
+from workers.model.base import BaseModel
+from workers.model.batch import Encoder
+from workers.model.config import ModelConfig, has_chat_template
+from workers.rng import RandomStreams
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.stream import Stream
 from workers.types import DataError, EditRequest, SpecError
 
@@ -115,8 +117,8 @@ def test_editing_and_scoring_read_the_same_tokens(name: str, arch: str) -> None:
     pair = base.encoder.pair(REQUEST.prompt, REQUEST.target_new)
 
     edited, handle = seen_by(base)
-    draws = Draws(name, config.model_dump(mode="json"), 0, 0, 0)
-    method.edit(overlay, [LaneEdit((REQUEST,), draws, inputs)])
+    streams = RandomStreams(name, config.model_dump(mode="json"), 0, 0, 0)
+    method.edit(overlay, [LaneEdit((REQUEST,), streams, inputs)])
     handle.remove()
     assert bare(base, pair.ids[:-1]) in edited, (
         "the last token predicts nothing, all others are those that scoring reads"

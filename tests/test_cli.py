@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from orchestrator import cli
-from orchestrator.cli import main
-from orchestrator.console import Output, duration, safety_line, size
-from orchestrator.execute import Safety, run_sweep
-from orchestrator.query import open_results
-from orchestrator.spec import parse_spec
-from orchestrator.store import LocalStore
+from orchestrator.cli.console import Output, duration, safety_line, size
+from orchestrator.cli.main import main
+from orchestrator.engine.books import Safety
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.planning.spec import parse_spec
+from orchestrator.results.query import open_results
+from orchestrator.storage.local import LocalStore
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW: dict[str, Any] = {
@@ -218,7 +218,7 @@ def test_forget_asks_first(
 def test_a_bug_leaves_its_traceback_in_the_logs(
     call: Any, spec: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import execute
+    from orchestrator.engine import sweep as execute
 
     def bug(*_: object, **__: object) -> None:
         raise KeyError("nobody expected this")
@@ -373,8 +373,8 @@ def test_a_query_is_stopped_and_its_answer_is_bounded(call: Any, results: Path) 
 
 def test_a_query_that_does_not_listen_is_ended(results: Path) -> None:
     code = (
-        "import sys; from orchestrator import cli; cli._FORCE_SECONDS = 0.5\n"
-        "cli.main(['query', sys.argv[1], sys.argv[2], '--time-limit', '0.2'])"
+        "import sys; from orchestrator.cli import main, reading; reading._FORCE_SECONDS = 0.5\n"
+        "main.main(['query', sys.argv[1], sys.argv[2], '--time-limit', '0.2'])"
     )
     began = time.monotonic()
     done = subprocess.run(
@@ -416,7 +416,7 @@ def test_methods_help_and_version(call: Any) -> None:
 def test_reading_is_light(results: Path, arguments: list[str]) -> None:
     command, *rest = arguments
     code = (
-        "import sys; from orchestrator.cli import main\n"
+        "import sys; from orchestrator.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules)\n"
@@ -478,4 +478,3 @@ def test_units() -> None:
     told = safety_line(Safety(journal_seconds=0.8, actor_seconds=80, gather_seconds=0.25, wall_seconds=50))
     assert told == "safety: journal 0.8 s of 80 actor-seconds, gather 0.2 s of 50 s: 1.5%"
     assert [size(b) for b in (5, 2048, 3 << 30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
-    assert cli.app is not None

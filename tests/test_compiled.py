@@ -13,17 +13,18 @@ from torch import Tensor
 
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch
-from workers.compiled import Compiled
-from workers.lockstep import Lockstep
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.optim import Adam, Box, adam_in_box
+from workers.kernels.compiled import Compiled
+from workers.kernels.matmul import slow
 from workers.methods import get_method
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FTConfig
-from workers.methods.wise import WISEConfig, masked_descent
-from workers.models import BaseModel
-from workers.optim import Adam, Box, adam_in_box
-from workers.overlay import DenseOverlay
-from workers.products import slow
-from workers.rng import Draws
+from workers.methods.wise.config import WISEConfig
+from workers.methods.wise.method import masked_descent
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
+from workers.rng import RandomStreams
 
 TRACED = "aot_eager"
 LANES = 3
@@ -45,9 +46,9 @@ def edited(base: BaseModel, name: str) -> tuple[list[EditOutcome], Tensor]:
     plain = config.model_dump(mode="json")
     for position in range(2):
         chosen = requests[position * LANES : (position + 1) * LANES]
-        draws = [Draws(kind.name, plain, 0, lane, position) for lane in range(LANES)]
+        streams = [RandomStreams(kind.name, plain, 0, lane, position) for lane in range(LANES)]
         outcomes = method.edit(
-            overlay, [LaneEdit((request,), d, inputs) for request, d in zip(chosen, draws, strict=True)]
+            overlay, [LaneEdit((request,), d, inputs) for request, d in zip(chosen, streams, strict=True)]
         )
     if isinstance(overlay, DenseOverlay):
         assert not overlay.working_LOI  # once trained, the masters answer
@@ -79,11 +80,11 @@ def test_working_copies_go_on_where_half_of_the_lanes_have_arrived(monkeypatch: 
     base = random_model("llama", torch.bfloat16)
     requests = [replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))]
     kind, config = get_method("ft"), FTConfig(layers=(1,), lr=2e-2, num_steps=12, norm_constraint=0.05)
-    edits = [LaneEdit((r,), Draws("ft", {}, 0, i, 0), {}) for i, r in enumerate(requests)]
+    edits = [LaneEdit((r,), RandomStreams("ft", {}, 0, i, 0), {}) for i, r in enumerate(requests)]
     halvings: list[int] = []
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])
-    monkeypatch.setattr("workers.finetune.STOP_LOSS", 2.0)
+    monkeypatch.setattr("workers.inner_loop.finetune.STOP_LOSS", 2.0)
     found = []
     for compiled in (Compiled(), Compiled(updates=True, backend=TRACED)):
         base.compiled = compiled

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from orchestrator import open_results
-from orchestrator.spec import SweepSpec, parse_spec
+from orchestrator.planning.spec import SweepSpec, parse_spec
 from tests.shards import finish, make_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,18 +21,21 @@ import pytest
 import torch
 import yaml
 
-from orchestrator import execute, local
-from orchestrator import lock as locking
-from orchestrator.cli import read_status
-from orchestrator.execute import ResultsError, StepReport, run_sweep
-from orchestrator.forget import forget, look_up
-from orchestrator.journal import Journal, Superseded
-from orchestrator.local import run_local
-from orchestrator.query import open_results
-from orchestrator.spec import RaySpec
-from orchestrator.store import LocalStore, StoreError
+from orchestrator.engine import local, worker
+from orchestrator.engine.folder import ResultsError
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.engine.worker import StepReport
+from orchestrator.planning.spec import RaySpec
+from orchestrator.results.forget import forget, look_up
+from orchestrator.results.journal import Journal, Superseded
+from orchestrator.results.query import open_results
+from orchestrator.results.status import read_status
+from orchestrator.storage import lock as locking
+from orchestrator.storage.base import StoreError
+from orchestrator.storage.local import LocalStore
 from tests.engine import RAW, ROOT, Stop, Watch, placeless, rows, run, spec_of, wait_for
-from workers import scoring
+from workers.scoring import score as scoring
 from workers.types import EditSweepError, SpecError
 
 
@@ -234,7 +237,7 @@ def test_memory_that_runs_out_in_an_edit(
 
     with monkeypatch.context() as patch:
         patch.setattr(GRACE, "edit", short)
-        patch.setattr(execute.time, "sleep", waits.append)
+        patch.setattr(worker.time, "sleep", waits.append)
         watch = Watch()
         outcome = run(tmp_path / "r", watch, engine={**RAW["engine"], "max_failures": 3})
     assert any("OutOfMemoryError" in warning and "launching it again" in warning for warning in watch.warnings)
@@ -359,7 +362,7 @@ def test_second_driver_is_refused(tmp_path: Path) -> None:
 def test_a_dead_owner_is_succeeded(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     code = (
-        "import os, sys; from orchestrator import lock; from orchestrator.store import LocalStore\n"
+        "import os, sys; from orchestrator import lock; from orchestrator.storage.local import LocalStore\n"
         "lock.acquire(LocalStore(sys.argv[1]), 'dead', print).__enter__(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
@@ -407,7 +410,7 @@ def test_an_owner_whose_claim_is_gone_has_lost_it(tmp_path: Path) -> None:
 def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> None:
     """SIGSTOP, takeover, SIGCONT: its very next check notices, before its heartbeat has had time to."""
     code = (
-        "import sys, time; from orchestrator import lock; from orchestrator.store import LocalStore\n"
+        "import sys, time; from orchestrator import lock; from orchestrator.storage.local import LocalStore\n"
         "with lock.acquire(LocalStore(sys.argv[1]), 'slow', print) as held:\n"
         "    held.beat_seconds = 0.1; last = time.monotonic(); print('held', flush=True)\n"
         "    while True:\n"
@@ -499,7 +502,7 @@ def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continue
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "_temporary", failing)
-        patch.setattr(execute, "BACKOFF_SECONDS", 0.01)
+        patch.setattr(worker, "BACKOFF_SECONDS", 0.01)
         with pytest.raises(EditSweepError, match=rf"cannot write {tmp_path}.*{words}.*run the same command again"):
             run(tmp_path / "r")
     # the lock could not be released, and the process that held it is this one
@@ -659,7 +662,7 @@ def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str
 
 
 def test_a_trial_ends_where_trying_again_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.trial import ShardTrial
+    from orchestrator.engine.ray_engine.trial import ShardTrial
 
     def step(error: Exception) -> dict[str, Any]:
         trial = ShardTrial.__new__(ShardTrial)
@@ -696,7 +699,8 @@ def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> Non
     ("address", "words"), [("ray://h:10001", "Ray Client is not supported"), ("somewhere", "not host:port or auto")]
 )
 def test_ray_addresses_of_no_use(address: str, words: str) -> None:
-    from orchestrator.driver import ClusterError, _answers
+    from orchestrator.engine.ray_engine.preflight import ClusterError
+    from orchestrator.engine.ray_engine.run import _answers
 
     with pytest.raises(ClusterError, match=words):
         _answers(RaySpec(address=address))

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from tests.small import GOLDEN, build_inputs, golden_requests, random_model
-from workers.artifacts import Stopped, Workbench
-from workers.fisher import KIND, build_fisher
+from workers.artifacts.base import Stopped, Workbench
+from workers.artifacts.fisher import KIND, build_fisher
 from workers.methods import get_method
 from workers.methods.base import LaneEdit, Method
 from workers.methods.ft import FTConfig
 from workers.methods.ft_ewc import FTEWC, FTEWCConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.rng import Draws
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.rng import RandomStreams
 from workers.types import DataError, SpecError
 
 CORPUS = str(GOLDEN / "corpus.txt")
@@ -36,7 +37,7 @@ def edited(
     editor = get_method(name).prepare(base, settings, build_inputs(base, name, settings))
     overlay = editor.new_overlay(1)
     for i in range(edits):
-        (outcome,) = editor.edit(overlay, [LaneEdit((REQUESTS[i],), Draws(name, {}, 0, 0, i))])
+        (outcome,) = editor.edit(overlay, [LaneEdit((REQUESTS[i],), RandomStreams(name, {}, 0, 0, i))])
     (site,) = overlay.sites
     return editor, overlay.state(0).tensors[site.name] - site.weight_OI, outcome
 

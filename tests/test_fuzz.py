@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import cli
+from orchestrator.cli.main import main
 from tests.test_data import RAW, write
 from workers.data import load_dataset
 from workers.types import DataError
@@ -113,7 +113,7 @@ def mutated(good: Any, rng: random.Random) -> tuple[Any, Path_, str]:
 
 def said_of(path: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> tuple[int, str]:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["plan", str(path), "--results", str(folder / "none")])
+        main(["plan", str(path), "--results", str(folder / "none")])
     out = capsys.readouterr()
     code = ended.value.code
     return (code if isinstance(code, int) else 0), out.out + out.err

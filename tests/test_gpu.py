@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.execute import Bench
-from orchestrator.plan import make_plan
-from orchestrator.spec import parse_spec
+from orchestrator.engine.worker import Bench
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.spec import parse_spec
 from tests.small import GOLDEN, build_inputs, golden_requests, job, timeless
-from workers.job import cut_steps
+from workers.kernels.matmul import wide_linear
 from workers.methods import get_method
-from workers.models import ModelConfig
-from workers.products import wide_linear
+from workers.model.config import ModelConfig
 from workers.session import Session
 from workers.stream import Stream
+from workers.timeline import cut_steps
 from workers.types import ModelError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from tests.small import golden_requests, job, model_hash, random_model, session
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
+from workers.artifacts.pretrain import Trainer, TrainingSchedule, training_source
 from workers.data.tinyworld import load_requests
-from workers.hypernet import (
+from workers.methods import get_method, load_config
+from workers.methods.base import LaneEdit
+from workers.methods.families.hypernet import (
     Block,
     Hypernet,
-    HypernetTrainer,
     Questions,
     Statistics,
-    changed,
     fit,
     fit_keys,
     fitted,
@@ -29,25 +30,26 @@ from workers.hypernet import (
     hypernet_sites,
     squared_norm,
 )
-from workers.methods import get_method, load_config
-from workers.methods.base import LaneEdit
+from workers.methods.families.hypernet_training import HypernetTrainer, changed
 from workers.methods.malmen import MALMENConfig
 from workers.methods.mend import MENDConfig
 from workers.methods.rledit import RLEdit, RLEditConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.overlay import DenseOverlay, LaneState
-from workers.pretrain import Schedule, Trainer, training_source
-from workers.rng import Draws, derive_generator
-from workers.rows import collate
+from workers.model.base import BaseModel
+from workers.model.batch import collate
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.overlay import DenseOverlay, LaneState
+from workers.rng import RandomStreams, derive_generator
 from workers.session import build_inputs
 from workers.stream import Stream
 from workers.types import DataError, EditRequest, SpecError
 
 CONFIGS: Mapping[str, Any] = {
-    "mend": MENDConfig(layers=(0, 2), rank=8, lr=1e-3, schedule=Schedule(steps=2)),
-    "malmen": MALMENConfig(layers=(0, 2), modules=(), rank=8, lr=1e-2, meta_lr=1e-3, schedule=Schedule(steps=2)),
+    "mend": MENDConfig(layers=(0, 2), rank=8, lr=1e-3, schedule=TrainingSchedule(steps=2)),
+    "malmen": MALMENConfig(
+        layers=(0, 2), modules=(), rank=8, lr=1e-2, meta_lr=1e-3, schedule=TrainingSchedule(steps=2)
+    ),
     "rledit": RLEditConfig(
-        layers=(0, 2), rank=8, n_blocks=2, lr=1e-2, meta_lr=1e-3, edit_size=2, schedule=Schedule(steps=2)
+        layers=(0, 2), rank=8, n_blocks=2, lr=1e-2, meta_lr=1e-3, edit_size=2, schedule=TrainingSchedule(steps=2)
     ),
 }
 
@@ -296,11 +298,11 @@ def test_rledits_statistics_are_a_lanes_own(statistics: str) -> None:
         overlay = method.new_overlay(2)
         empty = overlay.state(0)
         for request in lead:
-            method.edit(overlay, [LaneEdit((request,), Draws("x", {}, 0, 0, 0))] * 2)
+            method.edit(overlay, [LaneEdit((request,), RandomStreams("x", {}, 0, 0, 0))] * 2)
         saved = overlay.state(1)
         weightless = LaneState({n: t for n, t in saved.tensors.items() if "/" in n} | pristine(method))
         overlay.load_state(0, weightless if lead else empty)
-        method.edit(overlay, [LaneEdit((second,), Draws("x", {}, 0, 0, 1))] * 2)
+        method.edit(overlay, [LaneEdit((second,), RandomStreams("x", {}, 0, 0, 1))] * 2)
         states.append(overlay.state(0).tensors)
         overlay.load_state(0, empty)
         assert not overlay.state(0).tensors

@@ -7,22 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.plan import make_plan
-from orchestrator.spec import parse_spec
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.spec import parse_spec
 from tests.small import golden_requests, random_model
 from workers.job import ScoreConfig
 from workers.methods import load_config
 from workers.methods.base import LaneEdit
 from workers.methods.icl import ICL, ICLConfig
 from workers.methods.none import NoEdit, NoEditConfig
-from workers.models import ModelConfig, model_shape
-from workers.rng import Draws
-from workers.rows import Encoded, collate
-from workers.scoring import Item, score
+from workers.model.base import model_shape
+from workers.model.batch import Encoded, collate
+from workers.model.config import ModelConfig
+from workers.rng import RandomStreams
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import DataError, SpecError
 
 REQUESTS = golden_requests(20)
-DRAWS = Draws("icl", {}, 0, 0, 0)
+DRAWS = RandomStreams("icl", {}, 0, 0, 0)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

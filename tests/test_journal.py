@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import store as store_module
-from orchestrator.journal import Journal, JournalError, ShardManifest, Superseded
-from orchestrator.paths import ResultsPaths
-from orchestrator.store import LocalStore
-from orchestrator.table import CELL_COLUMNS, CentralTable, TableError
+from orchestrator.results.columns import CELL_COLUMNS, TableError
+from orchestrator.results.journal import Journal, JournalError, Superseded
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.table import CentralTable
+from orchestrator.storage import local as store_module
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
 from tests.shards import (
     STATS,
     claim_attempts,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.small import random_model
 from tests.test_models import batch
-from workers.layers import Constants, QuickLayer, plain
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
-from workers.suffix import Suffix
+from workers.inner_loop.suffix import Suffix
+from workers.kernels.llama_cpu import Constants, QuickLayer, plain
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
 
 LAYER = 2
 

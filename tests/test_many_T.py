@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.plan import Task
+from orchestrator.planning.work import Task
 from tests.engine import placeless, rows, run, run_in_pieces
 from tests.small import GOLDEN, build_inputs, golden_model, golden_requests, session, timeless
-from workers.artifacts import ArtifactData
-from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows, timeline
+from workers.artifacts.base import ArtifactData
+from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
 from workers.methods import get_method
 from workers.methods.base import MethodConfig
-from workers.overlay import pack_states, unpack_states
+from workers.model.overlay import pack_states, unpack_states
 from workers.stream import StepResult, Stream
+from workers.timeline import cut_steps, expected_rows, timeline
 
 REQUESTS = {0: golden_requests(24), 1: golden_requests(48)[24:]}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -14,11 +14,13 @@ from workers.job import ScoreConfig
 from workers.methods import load_config
 from workers.methods.base import LaneEdit
 from workers.methods.melo import MELO, NO_BLOCK, MELOConfig, _Database
-from workers.models import ModelConfig, model_shape
-from workers.overlay import LaneState
-from workers.rng import Draws
-from workers.rows import collate
-from workers.scoring import Item, score
+from workers.model.base import model_shape
+from workers.model.batch import collate
+from workers.model.config import ModelConfig
+from workers.model.overlay import LaneState
+from workers.rng import RandomStreams
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import EditRequest, SpecError
 
 REQUESTS = golden_requests(8)
@@ -31,7 +33,7 @@ def prepared(**changes: Any) -> MELO:
 
 
 def edit(editor: MELO, overlay: Any, *requests: EditRequest, position: int = 0) -> Any:
-    (outcome,) = editor.edit(overlay, [LaneEdit(requests, Draws("melo", {}, 0, 0, position))])
+    (outcome,) = editor.edit(overlay, [LaneEdit(requests, RandomStreams("melo", {}, 0, 0, position))])
     return outcome
 
 

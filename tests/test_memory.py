@@ -11,12 +11,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.execute import check_declared
-from orchestrator.memory import GIB, MOST_LANES, Memory, estimate, first_layer, lane_edits, rows_per_edit
-from workers.artifacts import ArtifactData
+from orchestrator.engine.machine import check_declared
+from orchestrator.planning.memory import (
+    GIB,
+    MOST_LANES,
+    MemoryEstimate,
+    estimate,
+    first_layer,
+    lane_edits,
+    rows_per_edit,
+)
+from workers.artifacts.base import ArtifactData
 from workers.job import ScoreConfig
 from workers.methods import get_method
-from workers.models import ModelConfig, Site, model_shape
+from workers.model.base import Site, model_shape
+from workers.model.config import ModelConfig
 from workers.session import Session
 from workers.types import ModelError
 
@@ -25,7 +34,7 @@ BYTES = st.integers(0, 1 << 40)
 
 @given(weights=BYTES, overlay=BYTES, edit=BYTES, score=BYTES, budget=BYTES)
 def test_as_many_lanes_as_fit_and_not_one_more(weights: int, overlay: int, edit: int, score: int, budget: int) -> None:
-    need = Memory(weights, overlay, edit, score)
+    need = MemoryEstimate(weights, overlay, edit, score)
     lanes = need.lanes_within(budget)
     assert lanes == 0 or need.peak(lanes) <= budget
     assert lanes == MOST_LANES or need.peak(lanes + 1) > budget
@@ -96,14 +105,14 @@ def test_what_lanes_share_is_stated(name: str) -> None:
     shape = model_shape(base.config)
     kind = get_method(name)
     config = kind.Config.model_validate({**kind.embedded(), **({"rank": 16} if name == "mend" else {})})
-    out, into = shape.site(None)
+    out, in_features = shape.site(None)
     inputs: dict[str, ArtifactData] = {"templates": ArtifactData(meta={"templates": ["{}"]})}
-    moment_II = torch.eye(into)
+    moment_II = torch.eye(in_features)
     inputs["moment"] = ArtifactData({"moment": moment_II})
     for layer in (3, 4):
         inputs[f"moment.{layer}"] = ArtifactData({"moment": moment_II.clone()})
         inputs[f"null_space.{layer}"] = ArtifactData({"projection": moment_II.clone()})
-        inputs[f"fisher_{layer}"] = ArtifactData({"fisher": torch.ones(out, into)})
+        inputs[f"fisher_{layer}"] = ArtifactData({"fisher": torch.ones(out, in_features)})
     if name == "mend":
         network: Any = kind
         net = network.network(base, config.model_dump(mode="json"), torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ import torch
 
 from tests.contract import MethodContract
 from tests.small import GOLDEN, random_model
+from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.alphaedit import AlphaEditConfig
 from workers.methods.base import MethodConfig
 from workers.methods.defer import DEFERConfig
@@ -28,9 +29,8 @@ from workers.methods.rome import ROMEConfig, RROMEConfig
 from workers.methods.serac import SERACConfig
 from workers.methods.simie import SimIEConfig
 from workers.methods.ultraedit import UltraEditConfig
-from workers.methods.wise import WISEConfig
-from workers.models import BaseModel
-from workers.pretrain import Schedule
+from workers.methods.wise.config import WISEConfig
+from workers.model.base import BaseModel
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
 """Fewer context templates than the papers use: the contract does not depend on how many."""
@@ -239,7 +239,7 @@ class TestSERAC(MethodContract):
     runs_base = False
 
     def config(self) -> MethodConfig:
-        return SERACConfig(lr=1e-3, threshold=1e-3, schedule=Schedule(steps=4, batch_size=4))
+        return SERACConfig(lr=1e-3, threshold=1e-3, schedule=TrainingSchedule(steps=4, batch_size=4))
 
     def model(self, arch: str, dtype: torch.dtype = torch.float32) -> BaseModel:
         return random_model(arch, dtype, max_position_embeddings=512)
@@ -249,21 +249,23 @@ class TestMEND(MethodContract):
     method = "mend"
 
     def config(self) -> MethodConfig:
-        return MENDConfig(layers=(1, 2), rank=8, edit_lr=1e-2, schedule=Schedule(steps=3, batch_size=4))
+        return MENDConfig(layers=(1, 2), rank=8, edit_lr=1e-2, schedule=TrainingSchedule(steps=3, batch_size=4))
 
 
 class TestMALMEN(MethodContract):
     method = "malmen"
 
     def config(self) -> MethodConfig:
-        return MALMENConfig(layers=(1, 2), rank=8, lr=2e-2, schedule=Schedule(steps=3, batch_size=4))
+        return MALMENConfig(layers=(1, 2), rank=8, lr=2e-2, schedule=TrainingSchedule(steps=3, batch_size=4))
 
 
 class TestRLEdit(MethodContract):
     method = "rledit"
 
     def config(self) -> MethodConfig:
-        return RLEditConfig(layers=(1, 2), rank=8, lr=2e-2, edit_size=2, schedule=Schedule(steps=3, batch_size=4))
+        return RLEditConfig(
+            layers=(1, 2), rank=8, lr=2e-2, edit_size=2, schedule=TrainingSchedule(steps=3, batch_size=4)
+        )
 
 
 class TestSimIE(MethodContract):

@@ -11,18 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.small import GOLDEN, model_hash, random_model
-from workers.models import (
-    ARCHITECTURES,
-    BaseModel,
-    ModelConfig,
-    architecture,
-    fingerprint_model,
-    model_shape,
-    pick_device,
-)
-from workers.overlay import DenseOverlay
-from workers.replay import capture, replay
-from workers.rows import Rows, collate
+from workers.model.architectures import ARCHITECTURES, architecture
+from workers.model.base import BaseModel, model_shape, pick_device
+from workers.model.batch import Batch, collate
+from workers.model.config import ModelConfig, fingerprint_model
+from workers.model.overlay import DenseOverlay
+from workers.model.replay import capture, replay
 from workers.types import ModelError, SpecError
 
 TEXTS = [
@@ -50,7 +44,7 @@ def model_of(model_type: str) -> BaseModel:
     return random_model(model_type, **sizes)
 
 
-def batch(base: BaseModel, lanes: list[int]) -> Rows:
+def batch(base: BaseModel, lanes: list[int]) -> Batch:
     return collate([base.encoder.pair(*t) for t in TEXTS], lanes, base.encoder.pad_id)
 
 
@@ -112,7 +106,7 @@ def test_a_forward_that_raises_leaves_the_modules_as_they_were() -> None:
 
 
 def test_an_unknown_type_says_what_to_add() -> None:
-    with pytest.raises(ModelError, match=r"'mamba' is not known; known: gemma.*ARCHITECTURES of workers/models.py"):
+    with pytest.raises(ModelError, match=r"'mamba' is not known; known: gemma.*ARCHITECTURES of workers/model/base.py"):
         architecture("mamba")
 
 

@@ -12,21 +12,26 @@ import pytest
 import torch
 import yaml
 
-from orchestrator.execute import check_folder
-from orchestrator.paths import ResultsPaths
-from orchestrator.plan import make_plan
-from orchestrator.spec import parse_spec, scoring_identity
-from orchestrator.store import LocalStore, seal_json
-from orchestrator.table import STREAM_COLUMNS
+from orchestrator.engine.folder import check_folder
+from orchestrator.planning.plan import make_plan
+from orchestrator.planning.spec import parse_spec, scoring_identity
+from orchestrator.results.columns import STREAM_COLUMNS
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json
 from tests.small import GOLDEN, golden_model, golden_requests, job, random_model, session, timeless
-from workers.ability import Ability, cut_windows
-from workers.fluency import continuations, fluency, n_gram_entropy
-from workers.job import ScoreConfig, StreamJob, cut_steps
+from workers.job import ScoreConfig, StreamJob
 from workers.methods.ft import FTConfig
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
-from workers.scoring import ANY_COLUMNS, OOD_COLUMNS, BaseAnswers, Item, Prefixes, exp, score
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
+from workers.scoring.ability import Ability, cut_windows
+from workers.scoring.cache import BaseAnswers, Prefixes
+from workers.scoring.columns import ANY_COLUMNS, OOD_COLUMNS, exp
+from workers.scoring.fluency import continuations, fluency, n_gram_entropy
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.stream import Stream
+from workers.timeline import cut_steps
 from workers.types import DataError, EditRequest, EditSweepError, Probe
 
 REQUESTS = golden_requests(20)

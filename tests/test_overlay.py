@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.small import random_model
-from workers.optim import SGD, Adam, AdamW, LaneOptimizer
-from workers.overlay import DenseOverlay, LaneState, LowRankOverlay, lane_linear, pack_states, unpack_states
-from workers.rows import Encoded, Rows, collate
+from workers.inner_loop.optim import SGD, Adam, AdamW, LaneOptimizer
+from workers.model.batch import Batch, Encoded, collate
+from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, lane_linear, pack_states, unpack_states
 
 
-def rows_of(lanes: list[int]) -> Rows:
+def rows_of(lanes: list[int]) -> Batch:
     return collate([Encoded((5, 6, 7), 2) for _ in lanes], lanes, 0)
 
 

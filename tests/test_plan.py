@@ -17,15 +17,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.journal import ShardManifest
-from orchestrator.memory import CPU_MEMORY_GB, GIB, MOST_LANES, USABLE
-from orchestrator.plan import Plan, Planner, Progress, Spent, Task, make_plan
-from orchestrator.schedule import simulate
-from orchestrator.spec import SweepSpec, load_spec, parse_spec
+from orchestrator.planning.makespan import simulate
+from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, MOST_LANES, USABLE
+from orchestrator.planning.plan import Plan, Planner, Progress, Spent, make_plan
+from orchestrator.planning.spec import SweepSpec, load_spec, parse_spec
+from orchestrator.planning.work import Task
+from orchestrator.results.manifest import ShardManifest
 from workers.data import load_dataset, requests_of
 from workers.data.tinyworld import assets_dir
-from workers.job import Lane, cut_steps, expected_rows, moments, timeline
+from workers.job import Lane
 from workers.methods import get_method
+from workers.timeline import cut_steps, expected_rows, moments, timeline
 from workers.types import Dataset, EditSweepError, SpecError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -778,5 +780,5 @@ def test_ten_thousand_cells_take_no_longer_each_than_a_thousand(dataset: Dataset
 
 
 def test_specs_and_manifests_need_no_torch() -> None:
-    code = "import sys, orchestrator.spec, orchestrator.plan; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    code = "import sys, orchestrator.planning.plan; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0

@@ -11,12 +11,13 @@ import torch
 from tests.engine import RAW, placeless, rows, run, run_in_pieces
 from tests.small import build_inputs, golden_model, golden_requests, session, timeless
 from tests.test_many_T import CONFIGS
-from workers.artifacts import ArtifactData
-from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob, cut_steps, expected_rows, moments, timeline
+from workers.artifacts.base import ArtifactData
+from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
 from workers.methods import get_method
-from workers.overlay import pack_states, unpack_states
-from workers.scoring import score
+from workers.model.overlay import pack_states, unpack_states
+from workers.scoring.score import score
 from workers.stream import StepResult, Stream
+from workers.timeline import cut_steps, expected_rows, moments, timeline
 
 REQUESTS = golden_requests(24)
 SIZES = (6, 4, 2, 1)

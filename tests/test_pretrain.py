@@ -12,10 +12,11 @@ import torch
 
 from tests.learner import Decoder, Learner, LearnerConfig, registered
 from tests.small import random_model
-from workers.artifacts import ArtifactData, ArtifactSpec, Stopped, Workbench
+from workers.artifacts.base import ArtifactData, ArtifactSpec, Stopped, Workbench
+from workers.artifacts.pretrain import PRETRAINED, TRAINING, TrainingSchedule, TrainingSource, training_source
 from workers.data import load_training
-from workers.models import BaseModel, ModelFingerprint
-from workers.pretrain import PRETRAINED, TRAINING, Schedule, TrainingSource, training_source
+from workers.model.base import BaseModel
+from workers.model.config import ModelFingerprint
 from workers.rng import derive_generator
 from workers.session import Session
 from workers.types import DataError, EditRequest, ModelError, SpecError
@@ -76,7 +77,7 @@ def test_the_key_is_what_the_bits_depend_on(base: BaseModel, tmp_path: Path) -> 
     assert third.needs[0].key == second.key  # a new data shard continues from the artifact there is
     other, _ = training_source("jsonl", write(tmp_path / "c.jsonl", REQUESTS[1:41]), (16, 16))
     assert spec_of(base, other).needs[0].needs[0].key != first.key
-    for change in ({"width": 8}, {"schedule": Schedule(steps=61, batch_size=8)}):
+    for change in ({"width": 8}, {"schedule": TrainingSchedule(steps=61, batch_size=8)}):
         assert spec_of(base, training, LearnerConfig(layers=(1,), **change)).key != spec.key  # type: ignore[arg-type]
     assert spec_of(base, training, LearnerConfig(layers=(1,), num_steps=3)).key == spec.key  # edits, not training
     (elsewhere,) = Learner.artifacts(
@@ -109,7 +110,7 @@ def test_every_request_once_an_epoch_and_its_share_of_replay(base: BaseModel, mo
     monkeypatch.setattr(Decoder, "state", lambda self: ArtifactData())
     monkeypatch.setattr(Decoder, "load_state", lambda self, state: None)
     training, _ = training_source("tinyworld", shards=(12, 12))
-    config = LearnerConfig(layers=(1,), schedule=Schedule(steps=12, batch_size=3, replay=0.25, buffer=5))
+    config = LearnerConfig(layers=(1,), schedule=TrainingSchedule(steps=12, batch_size=3, replay=0.25, buffer=5))
     state = build(base, spec_of(base, training, config).needs[0])
     first, second = seen[:12], seen[12:]
     ids = [r.case_id for r in REQUESTS[:24]]
@@ -135,7 +136,7 @@ def test_without_replay_the_first_shard_is_forgotten(base: BaseModel, tmp_path: 
     training, _ = training_source("jsonl", write(tmp_path / "a.jsonl", [*first, *second]), (24, 24))
     found = {}
     for replay in (0.0, 0.5):
-        schedule = Schedule(steps=150, batch_size=8, replay=replay)
+        schedule = TrainingSchedule(steps=150, batch_size=8, replay=replay)
         spec = spec_of(base, training, LearnerConfig(layers=(1,), train_lr=1e-2, schedule=schedule))
         for name, wanted in (("before", spec.needs[0].needs[0]), ("after", spec.needs[0])):
             decoder = Decoder(base, {"width": 64, "lr": 1e-2}, derive_generator("any"))
@@ -155,7 +156,7 @@ def test_without_replay_the_first_shard_is_forgotten(base: BaseModel, tmp_path: 
 
 def test_neither_interruptions_nor_how_often_it_saves_change_a_bit(base: BaseModel) -> None:
     training, _ = training_source("tinyworld", shards=(16, 16))
-    config = LearnerConfig(layers=(1,), schedule=Schedule(steps=20, batch_size=4))
+    config = LearnerConfig(layers=(1,), schedule=TrainingSchedule(steps=20, batch_size=4))
     spec = spec_of(base, training, config)
     whole = {s.key: build(base, s).to_bytes() for s in (spec, spec.needs[0])}
     often = build(base, spec, lambda spec: Workbench(save_seconds=0))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.small import random_model
-from workers.overlay import lane_linear, token_linear
-from workers.products import Joined, lane_products, linear, quicken, slow
-from workers.rows import Encoded, collate
+from workers.kernels.matmul import Joined, lane_products, linear, slow, use_fast_linear
+from workers.model.batch import Encoded, collate
+from workers.model.overlay import lane_linear, token_linear
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch comes without oneDNN"
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN runs on any processor and at any size, only not always faster."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("workers.products._intel", lambda: False)
-    monkeypatch.setattr("workers.products._MULTIPLICATIONS", 8 * 48 * 64)
+    monkeypatch.setattr("workers.kernels.matmul._intel", lambda: False)
+    monkeypatch.setattr("workers.kernels.matmul._MULTIPLICATIONS", 8 * 48 * 64)
 
 
 def draw(*sizes: int) -> Tensor:
@@ -49,7 +49,7 @@ def strided(kind: str, rows: int) -> Tensor:
 def test_values_and_gradients_are_those_of_torch(kind: str, turned: bool, rows: int) -> None:
     found: list[Tensor | None] = []
     expected: list[Tensor | None] = []
-    for product, into in ((linear, found), (F.linear, expected)):
+    for product, in_features in ((linear, found), (F.linear, expected)):
         x = strided(kind, rows).requires_grad_()
         weight = (draw(48, 64).T if turned else draw(64, 48)).requires_grad_()
         bias = draw(64).requires_grad_()
@@ -59,7 +59,7 @@ def test_values_and_gradients_are_those_of_torch(kind: str, turned: bool, rows: 
         if product is linear and rows == 40:  # torch's own may take another way without gradients
             with torch.no_grad():
                 assert torch.equal(product(x, weight, bias), out)
-        into += [out, x.grad, weight.grad, bias.grad]
+        in_features += [out, x.grad, weight.grad, bias.grad]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +105,7 @@ def test_the_gradient_of_a_lane_is_that_of_its_rows(width: int) -> None:
 @pytest.mark.parametrize("intel", [True, False])
 @pytest.mark.parametrize("rows", [4, 40])
 def test_joined_maps_are_the_maps(monkeypatch: pytest.MonkeyPatch, intel: bool, rows: int) -> None:
-    monkeypatch.setattr("workers.products._intel", lambda: intel)
+    monkeypatch.setattr("workers.kernels.matmul._intel", lambda: intel)
     maps = [nn.Linear(48, 64, bias=False), nn.Linear(48, 32), nn.Linear(48, 80, bias=False)]
     joined = Joined([(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in maps])
     x = draw(2, rows, 48).requires_grad_()
@@ -147,7 +147,7 @@ def test_a_model_answers_as_before_and_so_does_its_copy(model_type: str) -> None
     slow(changed)
     assert not any(type(module).__name__.startswith("_Quick") for module in changed.modules())
     torch.testing.assert_close(changed(ids).logits, found, rtol=1e-4, atol=1e-4)
-    quicken(changed)
+    use_fast_linear(changed)
     assert torch.equal(changed(ids).logits, found)
     with torch.no_grad():  # a copy answers by its own weights
         for module in changed.modules():
@@ -160,7 +160,7 @@ def test_a_model_answers_as_before_and_so_does_its_copy(model_type: str) -> None
 def test_without_the_operator_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     module = nn.Sequential(nn.Linear(48, 64))
-    quicken(module)
+    use_fast_linear(module)
     assert type(module[0]) is nn.Linear
     x, weight = draw(40, 48), draw(64, 48)
     assert torch.equal(linear(x, weight), F.linear(x, weight))

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import open_results
-from orchestrator.paths import ResultsPaths
-from orchestrator.query import _FEW_VALUES, QueryError, Results, write
-from orchestrator.store import LocalStore
-from orchestrator.table import CentralTable
+from orchestrator.results.query import _FEW_VALUES, QueryError, Results, write
+from orchestrator.results.table import CentralTable
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
 from tests.shards import commit_steps, finish, make_manifest
 from workers.types import EditSweepError
 
@@ -65,7 +65,7 @@ def test_large_tables_are_scanned_not_loaded(results: Results, monkeypatch: pyte
     )
     small = [results.sql(query) for query in queries]
     assert sum(answer.num_rows > 0 for answer in small) >= 3
-    monkeypatch.setattr("orchestrator.query._IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("orchestrator.results.query._IN_MEMORY_BYTES", 0)
     assert [results.sql(query) for query in queries] == small
     refuses_everything(results)
 
@@ -77,7 +77,7 @@ def test_a_bad_file_is_left_out_with_a_warning(
     LocalStore(tmp_path).publish_new(ResultsPaths().sweep, b"{}")
     opened = open_results(tmp_path)
     if scanned:
-        monkeypatch.setattr("orchestrator.query._IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr("orchestrator.results.query._IN_MEMORY_BYTES", 0)
     for name in ("s0", "s1", "s2"):
         finish(opened.journal, make_manifest(name, cell=name))
         CentralTable(opened.store).gather(opened.journal)
@@ -209,7 +209,7 @@ def test_importing_is_light_and_quick(results: Results) -> None:
         "import sys, time\n"
         "import orchestrator\n"
         "assert 'pyarrow' not in sys.modules\n"
-        "import orchestrator.query\n"
+        "import orchestrator.results.query\n"
         "assert time.process_time() < 1.0, time.process_time()\n"
         f"r = orchestrator.open_results({results.store.where()!r})\n"
         "r.central.shards(), r.journal.finished()\n"

@@ -22,12 +22,13 @@ import boto3
 from botocore.awsrequest import AWSResponse
 from moto.server import ThreadedMotoServer
 
-from orchestrator import lock as locking
-from orchestrator.journal import Journal
-from orchestrator.query import open_results
-from orchestrator.s3 import S3Store
-from orchestrator.store import Missing, StoreError, open_store
-from orchestrator.table import CentralTable
+from orchestrator.results.journal import Journal
+from orchestrator.results.query import open_results
+from orchestrator.results.table import CentralTable
+from orchestrator.storage import lock as locking
+from orchestrator.storage.base import Missing, StoreError
+from orchestrator.storage.open import open_store
+from orchestrator.storage.s3 import S3Store
 from tests.shards import (
     commit_steps,
     comparable,
@@ -263,7 +264,7 @@ def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: 
     assert "taking over" in again.stderr
     here, there = open_results(str(tmp_path / "local")), open_results(where)
     assert comparable(here.table()) == comparable(there.table())
-    monkeypatch.setattr("orchestrator.query._IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("orchestrator.results.query._IN_MEMORY_BYTES", 0)
     assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [48]
     status = json.loads(run_cli("status", where, "--json").stdout)
     assert (status["finished"], status["running"]) == (2, None)

@@ -7,11 +7,13 @@ import torch
 
 from tests.small import golden_requests, random_model
 from workers.job import ScoreConfig
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
-from workers.replay import capture
-from workers.rows import collate
-from workers.scoring import BaseAnswers, Item, Prefixes, score
+from workers.model.base import BaseModel
+from workers.model.batch import collate
+from workers.model.overlay import DenseOverlay
+from workers.model.replay import capture
+from workers.scoring.cache import BaseAnswers, Prefixes
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 
 REQUESTS = golden_requests(40)
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from tests.small import random_model
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
+from workers.artifacts.pretrain import TrainingSchedule, training_source
 from workers.data.tinyworld import load_requests
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
 from workers.methods.serac import SERAC, SERACConfig, SERACTrainer
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.pretrain import Schedule, training_source
-from workers.rng import Draws, derive_generator
-from workers.scoring import Item, score
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.rng import RandomStreams, derive_generator
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.session import build_inputs
 from workers.types import SpecError
 
@@ -56,7 +58,7 @@ def test_continued_training_is_bit_identical(arch: str) -> None:
 def test_it_learns_the_embedded_world() -> None:
     """Some hundred steps: both losses fall, and edits of people it has not seen are answered."""
     base = BaseModel.load(ModelConfig(device="cpu"))
-    config = SERACConfig(lr=5e-4, schedule=Schedule(steps=300, batch_size=8))
+    config = SERACConfig(lr=5e-4, schedule=TrainingSchedule(steps=300, batch_size=8))
     source, _ = training_source("tinyworld", shards=(1600,))
     specs = SERAC.artifacts(config, ModelFingerprint("m", "t"), base.config, 0, source)
     inputs = build_inputs(base, specs)
@@ -66,7 +68,7 @@ def test_it_learns_the_embedded_world() -> None:
     editor = SERAC(base, config, inputs)
     requests = load_requests("tune")[:20]
     overlay = editor.new_overlay(20)
-    editor.edit(overlay, [LaneEdit((r,), Draws("serac", {}, 0, i, 0)) for i, r in enumerate(requests)])
+    editor.edit(overlay, [LaneEdit((r,), RandomStreams("serac", {}, 0, i, 0)) for i, r in enumerate(requests)])
     found = score(base, overlay, [Item(i, r) for i, r in enumerate(requests)], ScoreConfig(generated=False))
     reliability, base_reliability, locality = (
         sum(float(s[name] or 0) for s in found) / len(found)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.spec import SweepSpec, load_spec, parse_spec, scoring_identity
+from orchestrator.planning.spec import SweepSpec, load_spec, parse_spec, scoring_identity
 from workers.inputs import MAX_BYTES, parse_yaml
 from workers.methods import method_names
 from workers.types import SpecError

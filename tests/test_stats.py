@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.small import random_model
-from workers.artifacts import ArtifactData, Stopped, Workbench
-from workers.models import BaseModel, ModelConfig, ModelFingerprint
-from workers.rows import Encoded, collate
-from workers.stats import Place, build_second_moment, documents, second_moment
+from workers.artifacts.base import ArtifactData, Stopped, Workbench
+from workers.artifacts.stats import Place, build_second_moment, documents, second_moment
+from workers.model.base import BaseModel
+from workers.model.batch import Encoded, collate
+from workers.model.config import ModelConfig, ModelFingerprint
 from workers.types import DataError
 
 TEXTS = [f"The old letter number {i} was opened near the river{' and read again' * (i % 7)}." for i in range(300)]

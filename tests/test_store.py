@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.artifacts import ArtifactStore
-from orchestrator.paths import ResultsPaths
-from orchestrator.store import Damaged, LocalStore, Missing, StoreError, put_aside, seal_json, unseal_json, unseal_line
+from orchestrator.results.artifact_store import ArtifactStore
+from orchestrator.storage.base import Damaged, Missing, StoreError, put_aside
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json, unseal_json, unseal_line
 from tests.shards import processes, publish_beyond_limit, publish_keys, publish_unprivileged
-from workers.job import Frozen
+from workers.types import Frozen
 
 
 @pytest.fixture

@@ -13,16 +13,18 @@ import torch
 
 from tests.contract import near
 from tests.small import build_inputs, golden_model, golden_requests, job, random_model, session, timeless
-from workers.job import Lane, ScoreConfig, StreamCell, StreamJob, cut_steps, expected_rows, timeline
+from workers.job import Lane, ScoreConfig, StreamCell, StreamJob
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FT as FTMethod
 from workers.methods.ft import FTConfig
 from workers.methods.rome import ROMEConfig
-from workers.methods.wise import WISEConfig
-from workers.models import BaseModel
-from workers.overlay import Overlay
-from workers.scoring import Item, normalise, score
+from workers.methods.wise.config import WISEConfig
+from workers.model.base import BaseModel
+from workers.model.overlay import Overlay
+from workers.scoring.probes import Item, normalise
+from workers.scoring.score import score
 from workers.stream import StepResult, Stream
+from workers.timeline import cut_steps, expected_rows, timeline
 from workers.types import EditRequest, Probe
 
 REQUESTS = golden_requests(60)
@@ -352,7 +354,7 @@ sys.meta_path.insert(0, Refuse())
 from tests.test_stream import FT, job, random_model, rows_of, run
 assert len(rows_of(run(random_model("llama"), job("ft", FT, 2, [[0, 1]])))) == 8
 from workers.session import Session
-from workers.models import ModelConfig
+from workers.model.base import ModelConfig
 assert not {"ray", "pyarrow", "duckdb", "orchestrator"} & {m.split(".")[0] for m in sys.modules}
 print("ran")
 """

@@ -9,18 +9,19 @@ import torch
 
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch, model_of
-from workers.fused import FusedLayer
-from workers.layers import Constants, QuickLayer
-from workers.lockstep import Lockstep
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.suffix import Suffix, _Layer
+from workers.kernels.llama_cpu import Constants, QuickLayer
+from workers.kernels.llama_gpu import FusedLayer
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.methods.ft import FTConfig
 from workers.methods.rome import ROMEConfig
-from workers.methods.wise import WISEConfig
-from workers.models import ARCHITECTURES, BaseModel
-from workers.replay import capture, replay
-from workers.rng import Draws
-from workers.suffix import Suffix, _Layer
+from workers.methods.wise.config import WISEConfig
+from workers.model.architectures import ARCHITECTURES
+from workers.model.base import BaseModel
+from workers.model.replay import capture, replay
+from workers.rng import RandomStreams
 
 IN_FLOAT32 = {"gptj": 1e-7}  # computes its rotation in float32
 NORM_IN_FLOAT32 = 2e-6  # as the modules do whose layer is written out: rounding of the pass they are compared with
@@ -137,15 +138,17 @@ def test_lanes_that_have_arrived_leave_the_batch_and_nothing_else_changes(
     editor = kind.prepare(base, config, inputs)
     # the same short target for all, so that the easy ones arrive early
     requests = [replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))]
-    edits = [LaneEdit((r,), Draws(name, {}, 0, i, 0), inputs) for i, r in enumerate(requests)]
+    edits = [LaneEdit((r,), RandomStreams(name, {}, 0, i, 0), inputs) for i, r in enumerate(requests)]
     halvings: list[int] = []
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])
     stop = {"ft": 2.0, "rome": {"llama": 10.0, "gpt2": 14.0}[arch], "wise": 2.0}[name]
-    where = {"ft": "workers.finetune", "rome": "workers.locate"}.get(name, f"workers.methods.{name}")
+    where = {"ft": "workers.inner_loop.finetune", "rome": "workers.methods.families.locate"}.get(
+        name, f"workers.methods.{name}"
+    )
     monkeypatch.setattr(f"{where}.STOP_LOSS", stop)
     if name == "wise":
-        monkeypatch.setattr("workers.methods.wise.STOP_CHANGE", 1e9)
+        monkeypatch.setattr("workers.methods.wise.method.STOP_CHANGE", 1e9)
     together = editor.new_overlay(10)
     outcomes = editor.edit(together, edits)
     assert len({o.iterations for o in outcomes}) > 1

@@ -15,23 +15,14 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from orchestrator.journal import Journal, ShardManifest
-from orchestrator.store import Damaged, Entry, LocalStore
-from orchestrator.table import (
-    COLUMNS,
-    KEY,
-    CentralTable,
-    TableError,
-    count_done,
-    decode,
-    docs,
-    encode,
-    expected_contents,
-    has_duplicates,
-    no_rows,
-    schema,
-    sort_rows,
-)
+from orchestrator.results.columns import COLUMNS, KEY, TableError, docs, has_duplicates, no_rows, schema, sort_rows
+from orchestrator.results.contents import expected_contents
+from orchestrator.results.journal import Journal
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.parquet import decode, encode
+from orchestrator.results.table import CentralTable, count_done
+from orchestrator.storage.base import Damaged, Entry
+from orchestrator.storage.local import LocalStore
 from tests.shards import (
     commit_steps,
     comparable,
@@ -42,7 +33,8 @@ from tests.shards import (
     run_steps,
     undisturbed,
 )
-from workers.job import Lane, Share, cut_steps, expected_rows
+from workers.job import Lane, Share
+from workers.timeline import cut_steps, expected_rows
 
 
 @pytest.fixture

@@ -153,9 +153,9 @@ def test_wrong_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         tinyworld.relation_of("sings")
     file = tmp_path / "file"
     file.touch()
-    for arguments in ([], ["build", "--seed", "-1"], ["build", "--seed", "x"], ["build", "--out", str(file)]):
+    for arguments in (["build"], ["--seed", "-1"], ["--seed", "x"], ["--out", str(file)]):
         with pytest.raises(SystemExit) as caught:
-            tinyworld.main(arguments)
+            tinyworld_build.main(arguments)
         assert caught.value.code == 2
         assert "error:" in capsys.readouterr().err
 

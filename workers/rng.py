@@ -1,6 +1,6 @@
 """Random numbers: every generator is derived from what it is for, never shared and never global (DESIGN section 4).
 
->>> draws = Draws("wise", {"lr": 1.0}, seed=0, first=40, position=3)
+>>> draws = RandomStreams("wise", {"lr": 1.0}, seed=0, first=40, position=3)
 >>> mask = torch.rand(4, generator=draws.generator("mask"))
 """
 
@@ -33,7 +33,7 @@ def derive_generator(*parts: JSON) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomStreams:
     """The random numbers one edit of one lane may use.
 
     They depend on method, config, seed, the index of the group's first request and the position in the group; not on T,

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Self
 
 import torch
-import transformers
 
-from workers.allocator import keep_freed_memory
-from workers.artifacts import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
-from workers.basescores import build_base_scores
-from workers.fisher import KIND as FISHER
-from workers.fisher import build_fisher
-from workers.models import BaseModel, ModelConfig
-from workers.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
-from workers.scoring import BaseAnswers, Prefixes
-from workers.stats import KIND as SECOND_MOMENT
-from workers.stats import NULL_SPACE, build_null_space, build_second_moment
-from workers.templates import KIND as TEMPLATES
-from workers.templates import build_templates
+from workers.artifacts.base import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
+from workers.artifacts.base_scores import build_base_scores
+from workers.artifacts.fisher import KIND as FISHER
+from workers.artifacts.fisher import build_fisher
+from workers.artifacts.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
+from workers.artifacts.stats import KIND as SECOND_MOMENT
+from workers.artifacts.stats import NULL_SPACE, build_null_space, build_second_moment
+from workers.artifacts.templates import KIND as TEMPLATES
+from workers.artifacts.templates import build_templates
+from workers.kernels.process import fix_numerics, keep_freed_memory
+from workers.methods import get_method
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
+from workers.scoring.cache import BaseAnswers, Prefixes
 from workers.types import JSON, ModelError
 
 BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], ArtifactData]] = MappingProxyType(
@@ -67,18 +67,6 @@ class Session:
         return _build(self.base, spec, bench)
 
 
-def fix_numerics() -> None:
-    """No TF32, deterministic kernels: for the whole process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # the deterministic mode would also fill every fresh tensor with NaN first, a fifth of an edit's time; nothing here
-    # reads memory that was not written
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def build_inputs(base: BaseModel, specs: Sequence[ArtifactSpec]) -> dict[str, ArtifactData]:
     """Everything a method asks for, by the names it gave, built here and now and kept nowhere."""
     return {spec.name: _build(base, spec, Workbench(build_inputs(base, spec.needs))) for spec in specs}
@@ -88,5 +76,6 @@ def _build(base: BaseModel, spec: ArtifactSpec, bench: Workbench) -> ArtifactDat
     builder = BUILDERS.get(spec.kind)
     if builder is None:
         raise ModelError(f"artifact kind {spec.kind!r} is unknown; choices: {', '.join(sorted(BUILDERS))}")
+    bench.trainer_of = lambda name: get_method(name).trainer
     data = builder(base, {**spec.where, **spec.recipe}, bench)
     return replace(data, made_as={"kind": spec.kind, "key": spec.key, "recipe": spec.recipe})

@@ -20,18 +20,20 @@ from types import MappingProxyType
 
 import torch
 
-from workers.ability import Ability
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.failures import may_pass
-from workers.fluency import fluency
-from workers.job import Lane, StreamJob, Tick, asked, first_request, timeline
+from workers.job import Lane, StreamJob, first_request
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
-from workers.overlay import Overlay, pack_states, unpack_states
-from workers.rng import Draws
-from workers.rows import Encoder
-from workers.scoring import Item, items_of, score
+from workers.model.batch import Encoder
+from workers.model.overlay import Overlay, pack_states, unpack_states
+from workers.rng import RandomStreams
+from workers.scoring.ability import Ability
+from workers.scoring.fluency import fluency
+from workers.scoring.probes import Item, items_of
+from workers.scoring.score import score
 from workers.session import Session
+from workers.timeline import Tick, asked, timeline
 from workers.types import JSON, EditRequest
 
 NOTHING: Mapping[str, JSON] = MappingProxyType(
@@ -357,7 +359,7 @@ class Stream:
         seed, first = self.job.cells[lane.cell].seed, first_request(self.job, lane)
         return LaneEdit(
             tuple(self.requests[lane.cell][first + tick.start : first + tick.stop]),
-            Draws(self.job.method, self._config_json, seed, first, tick.start),
+            RandomStreams(self.job.method, self._config_json, seed, first, tick.start),
             self._inputs[lane.cell],
         )
 

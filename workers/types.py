@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 JSON = Any
 """A value that survives ``json.dumps`` and ``json.loads`` unchanged."""
 
@@ -72,3 +74,9 @@ class Dataset:
     requests: tuple[EditRequest, ...]
     fingerprint: str
     notes: dict[str, JSON] = field(default_factory=dict)
+
+
+class Frozen(BaseModel):
+    """Immutable, refuses unknown keys, survives a round trip through JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")

@@ -32,8 +32,8 @@ from typing import Any
 import psutil
 import yaml
 
-from orchestrator.query import open_results
-from orchestrator.table import COLUMNS
+from orchestrator.results.columns import COLUMNS
+from orchestrator.results.query import open_results
 
 LOG = logging.getLogger("chaos")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -123,7 +123,7 @@ class Verdict:
     different: int = 0
 
 
-Rows = dict[tuple[Any, ...], dict[str, Any]]
+Batch = dict[tuple[Any, ...], dict[str, Any]]
 
 
 class Chaos:
@@ -367,10 +367,10 @@ class Chaos:
 # --- looking at a folder --------------------------------------------------------------------------------------------------
 
 
-def rows(folder: Path) -> tuple[Rows, int]:
+def rows(folder: Path) -> tuple[Batch, int]:
     """The table's rows by key without what may differ, and how many keys came twice or more."""
     names = [column.name for column in COLUMNS if column.name not in VOLATILE]
-    found: Rows = {}
+    found: Batch = {}
     doubled = 0
     for row in open_results(folder).table().select(names).to_pylist():
         key = tuple(row[name] for name in KEY)

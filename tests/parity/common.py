@@ -22,14 +22,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.small import GOLDEN, golden_model, golden_requests
-from workers.artifacts import ArtifactData, Workbench
+from workers.artifacts.base import ArtifactData, Workbench
+from workers.artifacts.stats import build_second_moment
 from workers.job import ScoreConfig
 from workers.methods.base import EditOutcome, LaneEdit, Method
-from workers.models import BaseModel, ModelConfig
-from workers.overlay import Overlay
-from workers.rng import Draws
-from workers.scoring import Item, score
-from workers.stats import build_second_moment
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig
+from workers.model.overlay import Overlay
+from workers.rng import RandomStreams
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 
 ELSEWHERE = ModelConfig(name="some/other-model")
 """A model that is not here and for which no hyperparameters are tuned."""
@@ -81,7 +83,7 @@ def moment(short: str, layer: int) -> ArtifactData:
 
 def first_ten(inputs: Mapping[str, ArtifactData]) -> list[LaneEdit]:
     """Ten requests in one call of one lane, as the recorded batches."""
-    return [LaneEdit(tuple(golden_requests(10)), Draws("memit", {}, 0, 0, 0), inputs)]
+    return [LaneEdit(tuple(golden_requests(10)), RandomStreams("memit", {}, 0, 0, 0), inputs)]
 
 
 def core(short: str, name: str) -> dict[str, Tensor]:
@@ -165,7 +167,7 @@ def lane_edits(
     requests = golden_requests()
     config = editor.config.model_dump(mode="json")
     return [
-        LaneEdit((requests[g * T + position],), Draws(editor.name, config, seed, g * T, position), inputs)
+        LaneEdit((requests[g * T + position],), RandomStreams(editor.name, config, seed, g * T, position), inputs)
         for g in groups
     ]
 

@@ -25,12 +25,12 @@ from tests.parity.common import (
     run_groups,
     templates,
 )
-from workers.artifacts import ArtifactData, Workbench
+from workers.artifacts.base import ArtifactData, Workbench
+from workers.artifacts.stats import build_null_space
 from workers.methods import load_config
 from workers.methods.alphaedit import AlphaEdit, AlphaEditConfig, AlphaEditOverlay, alphaedit_keys
-from workers.models import ModelFingerprint
-from workers.overlay import LaneState
-from workers.stats import build_null_space
+from workers.model.config import ModelFingerprint
+from workers.model.overlay import LaneState
 from workers.types import DataError
 
 CONFIG = AlphaEditConfig.model_validate(

@@ -14,9 +14,10 @@ from tests.small import golden_requests
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
 from workers.methods.defer import DEFER, DEFERConfig, Deferral
-from workers.overlay import LaneState
-from workers.rng import Draws
-from workers.scoring import Item, score
+from workers.model.overlay import LaneState
+from workers.rng import RandomStreams
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import SpecError
 
 SEEDS = 8
@@ -44,7 +45,7 @@ def test_three_edits_in_a_row() -> None:
     overlay = editor.new_overlay(1)
     overlay.load_state(0, recorded_state(tensors, "init"))
     for position, request in enumerate(golden_requests()[:3]):
-        (outcome,) = editor.edit(overlay, [LaneEdit((request,), Draws("defer", {}, 0, 0, position))])
+        (outcome,) = editor.edit(overlay, [LaneEdit((request,), RandomStreams("defer", {}, 0, 0, position))])
         losses = recorded["losses"][position]
         assert outcome.details["first_loss"] == pytest.approx(losses[0], rel=1e-3 if position == 0 else 1e-2)
         assert outcome.loss == pytest.approx(losses[-1], rel=1e-2)
@@ -63,7 +64,8 @@ def test_scores(T: int) -> None:
     overlay = editor.new_overlay(len(cells))
     for position in range(T):
         edits = [
-            LaneEdit((requests[g * T + position],), Draws("defer", {}, seed, g * T, position)) for seed, g in cells
+            LaneEdit((requests[g * T + position],), RandomStreams("defer", {}, seed, g * T, position))
+            for seed, g in cells
         ]
         editor.edit(overlay, edits)
     items = [Item(lane, requests[g * T + i]) for lane, (_, g) in enumerate(cells) for i in range(T)]
@@ -81,10 +83,10 @@ def test_the_answer_does_not_leak_into_the_decision() -> None:
     editor = DEFER(base, DEFERConfig(layer=4, lr=1e-2, n_iter=5), {})
     overlay = editor.new_overlay(1)
     request = golden_requests()[0]
-    editor.edit(overlay, [LaneEdit((request,), Draws("defer", {}, 0, 0, 0))])
+    editor.edit(overlay, [LaneEdit((request,), RandomStreams("defer", {}, 0, 0, 0))])
     public = Deferral(overlay.sites[0], 1, torch.float32, DEFERConfig(layer=4, query="row"))
     public.load_state(0, overlay.state(0))
-    from workers.rows import collate
+    from workers.model.batch import collate
 
     gates = {}
     for kind, which in (("prompt", overlay), ("row", public)):

@@ -22,10 +22,10 @@ from tests.parity.common import (
     run_groups,
     templates,
 )
-from workers.locate import Factor, facts_of, observe
 from workers.methods import load_config
 from workers.methods.emmet import EMMET, EMMETConfig
-from workers.spread import by_lane, ridge_keys
+from workers.methods.families.locate import Factor, facts_of, observe
+from workers.methods.families.spread import by_lane, ridge_keys
 
 RECORDED = {
     "layers": [0],

@@ -23,7 +23,7 @@ from tests.parity.common import (
 )
 from workers.methods import load_config
 from workers.methods.ft import FT, FTConfig
-from workers.models import model_shape
+from workers.model.base import model_shape
 from workers.types import SpecError
 
 METHODS = {"FT-L": "prompt_last", "FT-M": "target_new"}
@@ -100,7 +100,7 @@ def test_a_batch_is_one_loss() -> None:
     overlay = editor.new_overlay(2)
     (first, _) = alone = editor.edit(overlay, lane_edits(editor, range(2), 1, 0, {}))
     template = lane_edits(editor, [0], 1, 0, {})[0]
-    (joint,) = editor.edit(editor.new_overlay(1), [type(template)(tuple(both), template.draws)])
+    (joint,) = editor.edit(editor.new_overlay(1), [type(template)(tuple(both), template.streams)])
     assert first.loss is not None and alone[1].loss is not None
     assert joint.loss == pytest.approx((first.loss + alone[1].loss) / 2, rel=1e-5)
 

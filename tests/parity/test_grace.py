@@ -13,9 +13,9 @@ from tests.parity import common
 from tests.small import golden_requests
 from workers.methods.base import LaneEdit
 from workers.methods.grace import GRACE, Codebook, GRACEConfig
-from workers.models import BaseModel
-from workers.rng import Draws
-from workers.rows import Encoded, collate
+from workers.model.base import BaseModel
+from workers.model.batch import Encoded, collate
+from workers.rng import RandomStreams
 from workers.types import SpecError
 
 SEEDS = range(5)
@@ -26,7 +26,7 @@ def config_of(short: str, hparams: dict[str, Any]) -> GRACEConfig:
 
 
 @dataclass(frozen=True)
-class Replayed(Draws):
+class Replayed(RandomStreams):
     """Hands out the one recorded random stream instead of derived ones."""
 
     stream: torch.Generator = field(default_factory=torch.Generator)
@@ -44,8 +44,8 @@ def test_ten_edits_in_a_row(short: str) -> None:
     overlay = editor.new_overlay(1)
     stream = torch.Generator().manual_seed(recorded["seed"])
     for i, request in enumerate(golden_requests()[:10]):
-        draws = Replayed("grace", {}, 0, 0, i, stream)
-        (outcome,) = editor.edit(overlay, [LaneEdit((request,), draws)])
+        streams = Replayed("grace", {}, 0, 0, i, stream)
+        (outcome,) = editor.edit(overlay, [LaneEdit((request,), streams)])
         for _ in range(editor.config.n_iter - 1):  # the public code draws at every forward and uses the first
             torch.rand(128, generator=stream)
         last = recorded["losses_per_edit"][i][-1]
@@ -105,7 +105,8 @@ def test_scores(short: str, T: int) -> None:
     overlay = editor.new_overlay(len(cells))
     for position in range(T):
         edits = [
-            LaneEdit((requests[g * T + position],), Draws("grace", {}, seed, g * T, position)) for seed, g in cells
+            LaneEdit((requests[g * T + position],), RandomStreams("grace", {}, seed, g * T, position))
+            for seed, g in cells
         ]
         editor.edit(overlay, edits)
     members = [(lane, requests[g * T + i]) for lane, (_, g) in enumerate(cells) for i in range(T)]
@@ -128,7 +129,7 @@ def test_scores(short: str, T: int) -> None:
 def edit_one(editor: GRACE, overlay: Codebook, prompt: str, target: str, position: int) -> dict[str, Any]:
     request = golden_requests()[0]
     changed = type(request)("x", prompt, prompt.split(maxsplit=1)[0], target)
-    (outcome,) = editor.edit(overlay, [LaneEdit((changed,), Draws("grace", {}, 0, 0, position))])
+    (outcome,) = editor.edit(overlay, [LaneEdit((changed,), RandomStreams("grace", {}, 0, 0, position))])
     return outcome.details
 
 
@@ -181,7 +182,7 @@ def test_replacements_and_starts(replacement: str, start: str) -> None:
     hparams = {"layer": 4, "eps": 1.0, "n_iter": 25, "replacement": replacement, "val_init": start}
     editor = GRACE(base, GRACEConfig.model_validate(hparams), {})
     overlay = editor.new_overlay(1)
-    (outcome,) = editor.edit(overlay, [LaneEdit((golden_requests()[0],), Draws("grace", {}, 0, 0, 0))])
+    (outcome,) = editor.edit(overlay, [LaneEdit((golden_requests()[0],), RandomStreams("grace", {}, 0, 0, 0))])
     assert outcome.loss is not None
     assert outcome.loss < 0.5
     saved = overlay.state(0)

@@ -13,7 +13,7 @@ import torch
 from tests.parity.common import ELSEWHERE, PAIRS, final_scores, lane_edits, model, record, run_groups
 from workers.methods import load_config
 from workers.methods.lora import LoRA, LoRAConfig
-from workers.models import model_shape
+from workers.model.base import model_shape
 from workers.types import SpecError
 
 SEEDS = 8
@@ -53,7 +53,7 @@ def test_a_fresh_adapter_is_random_in_one_factor_and_changes_nothing() -> None:
     editor = prepared()
     overlay = editor.new_overlay(1)
     (edit,) = lane_edits(editor, [0], 1, 0, {})
-    overlay.start(0, edit.draws)
+    overlay.start(0, edit.streams)
     state = overlay.state(0).tensors
     assert len(state) == 2 * 2 * 6  # query and value, A and B, of six layers
     for name, factor in state.items():
@@ -64,7 +64,7 @@ def test_a_fresh_adapter_is_random_in_one_factor_and_changes_nothing() -> None:
     assert overlay.delta_norm(0) == 0
     other = editor.new_overlay(1)
     (second,) = lane_edits(editor, [0], 1, 0, {}, seed=1)
-    other.start(0, second.draws)
+    other.start(0, second.streams)
     assert all(not torch.equal(state[n], t) for n, t in other.state(0).tensors.items() if n.endswith(".A"))
 
 

@@ -30,15 +30,16 @@ from tests.parity.common import (
     run_groups,
     templates,
 )
-from workers.artifacts import ArtifactData
-from workers.locate import Factor, inverse_moment
+from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
 from workers.methods.base import LaneEdit
+from workers.methods.families.locate import Factor, inverse_moment
+from workers.methods.families.spread import ridge_keys
 from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass
 from workers.methods.rome import ROME, RROME, RROMEConfig
-from workers.models import BaseModel, ModelFingerprint, model_shape
-from workers.rng import Draws
-from workers.spread import ridge_keys
+from workers.model.base import BaseModel, model_shape
+from workers.model.config import ModelFingerprint
+from workers.rng import RandomStreams
 from workers.types import DataError, SpecError
 
 
@@ -184,19 +185,19 @@ def test_requests_of_a_batch_do_not_depend_on_other_lanes() -> None:
     config = MEMITConfig.model_validate({**MEMIT_RECORDED, "v_num_grad_steps": 4})
     editor = MEMIT.prepare(model("llama"), config, inputs)
     requests = golden_requests(9)
-    draws = Draws("memit", {}, 0, 0, 0)
+    streams = RandomStreams("memit", {}, 0, 0, 0)
     together = editor.new_overlay(3)
     batches = [tuple(requests[i : i + 3]) for i in (0, 3, 6)]
-    outcomes = editor.edit(together, [LaneEdit(batch, draws, inputs) for batch in batches])
+    outcomes = editor.edit(together, [LaneEdit(batch, streams, inputs) for batch in batches])
     for lane, batch in enumerate(batches):
         alone = editor.new_overlay(1)
-        (outcome,) = editor.edit(alone, [LaneEdit(batch, draws, inputs)])
+        (outcome,) = editor.edit(alone, [LaneEdit(batch, streams, inputs)])
         assert outcome.loss == pytest.approx(outcomes[lane].loss, rel=1e-4)
         for site in editor.sites:
             assert relative_error(together.delta(lane, site), alone.delta(0, site)) <= 1e-3
     with pytest.raises(ValueError, match="lockstep"):
         editor.edit(
-            editor.new_overlay(2), [LaneEdit(batches[0], draws, inputs), LaneEdit(batches[1][:1], draws, inputs)]
+            editor.new_overlay(2), [LaneEdit(batches[0], streams, inputs), LaneEdit(batches[1][:1], streams, inputs)]
         )
 
 
@@ -207,7 +208,7 @@ def test_more_facts_than_one_search_takes(monkeypatch: pytest.MonkeyPatch) -> No
     )
     whole = editor.new_overlay(1)
     editor.edit(whole, first_ten(inputs))
-    monkeypatch.setattr("workers.locate._AT_ONCE", 4)
+    monkeypatch.setattr("workers.methods.families.locate._AT_ONCE", 4)
     cut = editor.new_overlay(1)
     editor.edit(cut, first_ten(inputs))
     for site in editor.sites:

@@ -23,11 +23,12 @@ from tests.parity.common import (
     relative_error,
     run_groups,
 )
-from workers.artifacts import ArtifactData
-from workers.hypernet import Questions, gradient_factors
+from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
+from workers.methods.families.hypernet import Questions, gradient_factors
 from workers.methods.mend import MEND, MENDConfig
-from workers.models import ModelConfig, ModelFingerprint, model_shape
+from workers.model.base import model_shape
+from workers.model.config import ModelConfig, ModelFingerprint
 from workers.types import SpecError
 
 VARIANTS = ("mend_llama", "mend_llama_nobos")
@@ -121,7 +122,7 @@ def test_requests_of_a_batch_are_edits_at_the_same_weights() -> None:
     editor.edit(alone, edits)
     together = editor.new_overlay(1)
     whole = tuple(edit.requests[0] for edit in edits)
-    editor.edit(together, [type(edits[0])(whole, edits[0].draws)])
+    editor.edit(together, [type(edits[0])(whole, edits[0].streams)])
     for site in editor.sites:
         changes_OI = (alone.weights_LOI[site.name] - site.weight_OI).sum(0)
         assert relative_error(together.weights_LOI[site.name][0] - site.weight_OI, changes_OI) <= 1e-4

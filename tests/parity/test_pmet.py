@@ -22,8 +22,8 @@ from tests.parity.common import (
     run_groups,
     templates,
 )
-from workers.locate import Facts, facts_of
 from workers.methods import load_config
+from workers.methods.families.locate import Facts, facts_of
 from workers.methods.pmet import PMET, PMETConfig, _AtLayer
 from workers.types import SpecError
 

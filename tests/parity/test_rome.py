@@ -25,11 +25,12 @@ from tests.parity.common import (
     rounded_copies,
     run_groups,
 )
-from workers.artifacts import ArtifactData
-from workers.locate import inverse_moment
+from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
+from workers.methods.families.locate import inverse_moment
 from workers.methods.rome import ROME, ROMEConfig
-from workers.models import BaseModel, ModelFingerprint, model_shape
+from workers.model.base import BaseModel, model_shape
+from workers.model.config import ModelFingerprint
 from workers.types import DataError, SpecError
 
 RECORDED = {

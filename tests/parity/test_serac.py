@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from tests.parity import common
 from tests.small import GOLDEN, golden_requests
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
 from workers.methods.base import LaneEdit
 from workers.methods.serac import SERAC, SERACConfig, mixed, scope_of
-from workers.models import ModelShape
-from workers.rng import Draws
-from workers.rows import collate
+from workers.model.batch import collate
+from workers.model.config import ModelShape
+from workers.rng import RandomStreams
 from workers.types import DataError, ModelError, SpecError
 
 FOLDER = GOLDEN / "pretrained"
@@ -48,7 +48,7 @@ def editor_of(**hparams: Any) -> SERAC:
 def remember(editor: SERAC, count: int) -> Any:
     overlay = editor.new_overlay(1)
     for position, request in enumerate(golden_requests()[:count]):
-        editor.edit(overlay, [LaneEdit((request,), Draws("serac", {}, 0, 0, position))])
+        editor.edit(overlay, [LaneEdit((request,), RandomStreams("serac", {}, 0, 0, position))])
     return overlay
 
 

@@ -15,14 +15,15 @@ from tests.parity.common import check_norms, check_scores, core, final_scores, l
 from tests.parity.test_rome import RECORDED, recorded_templates
 from tests.parity.test_wise import public_base
 from tests.small import GOLDEN, build_inputs, random_model
-from workers.locate import request_lines
 from workers.methods import get_method, load_config, method_names
 from workers.methods.base import EditOutcome, LaneEdit
+from workers.methods.families.locate import request_lines
 from workers.methods.rome import ROME, ROMEConfig
 from workers.methods.simie import BASES, SimIE, SimIEConfig
-from workers.models import EMBEDDED, ModelConfig, ModelFingerprint, model_shape
-from workers.overlay import LowRankOverlay, Overlay
-from workers.rows import Encoded, Rows, collate
+from workers.model.base import model_shape
+from workers.model.batch import Batch, Encoded, collate
+from workers.model.config import EMBEDDED, ModelConfig, ModelFingerprint
+from workers.model.overlay import LowRankOverlay, Overlay
 from workers.types import EditRequest, SpecError
 
 ELSEWHERE = ModelConfig(name="some/other-model")
@@ -48,10 +49,10 @@ class LeftPaddedROME(ROME):
         overlay.add(torch.stack(left), torch.stack(right))
         return [EditOutcome(self.config.v_num_grad_steps - 1, 0.0) for _ in edits]
 
-    def rows(self, encoded: Sequence[Encoded]) -> Rows:
+    def rows(self, encoded: Sequence[Encoded]) -> Batch:
         return collate(encoded, [0] * len(encoded), self.base.encoder.pad_id, public_positions=True)
 
-    def run(self, rows: Rows, delta_O: Tensor, lookup: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, rows: Batch, delta_O: Tensor, lookup: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, and input and output (before the vector is added) of the edited map."""
         caught: list[Tensor] = []
 
@@ -143,9 +144,9 @@ class Given(ROME):
 
     def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         assert isinstance(overlay, LowRankOverlay)
-        generators = [edit.draws.generator("change") for edit in edits]
-        out, into = self.site.shape
-        left, right = (torch.stack([torch.randn(n, generator=g) for g in generators]) for n in (out, into))
+        generators = [edit.streams.generator("change") for edit in edits]
+        out, in_features = self.site.shape
+        left, right = (torch.stack([torch.randn(n, generator=g) for g in generators]) for n in (out, in_features))
         overlay.add(left, right)
         return [EditOutcome(0, 0.0) for _ in edits]
 

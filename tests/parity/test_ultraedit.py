@@ -22,8 +22,8 @@ from tests.parity.common import (
 from workers.methods import load_config
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ultraedit import EPS, UltraEdit, UltraEditConfig, UltraEditOverlay
-from workers.models import model_shape
-from workers.rng import Draws
+from workers.model.base import model_shape
+from workers.rng import RandomStreams
 from workers.types import SpecError
 
 MODULES = {"mlp.gate_proj": (1, 2), "mlp.up_proj": (3, 4)}
@@ -46,7 +46,7 @@ def turn(editor: UltraEdit, overlay: UltraEditOverlay, starts: list[int], size: 
     """One turn of ``size`` requests in each lane."""
     config = editor.config.model_dump(mode="json")
     return editor.edit(
-        overlay, [LaneEdit(tuple(REQUESTS[a : a + size]), Draws(editor.name, config, 0, a, 0)) for a in starts]
+        overlay, [LaneEdit(tuple(REQUESTS[a : a + size]), RandomStreams(editor.name, config, 0, a, 0)) for a in starts]
     )
 
 

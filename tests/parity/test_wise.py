@@ -16,15 +16,19 @@ from torch import Tensor
 
 from tests.parity import common
 from tests.small import build_inputs, golden_model, golden_requests
-from workers.artifacts import ArtifactData
+from workers.artifacts.base import ArtifactData
+from workers.inner_loop.optim import LaneOptimizer
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
-from workers.methods.wise import PUBLIC, WISE, SideMemories, WISEConfig, merge_deltas, slerp
-from workers.models import BaseModel
-from workers.optim import LaneOptimizer
-from workers.rng import Draws
-from workers.rows import Encoder
-from workers.scoring import Item, score
+from workers.methods.wise.config import PUBLIC, WISEConfig
+from workers.methods.wise.memories import SideMemories
+from workers.methods.wise.merging import merge_deltas, slerp
+from workers.methods.wise.method import WISE
+from workers.model.base import BaseModel
+from workers.model.batch import Encoder
+from workers.rng import RandomStreams
+from workers.scoring.probes import Item
+from workers.scoring.score import score
 from workers.types import DataError, SpecError
 
 HPARAMS = {"layer": 4, "lr": 0.3, "n_iter": 8, "alpha": 0.2, "beta": 0.8, "gamma": 0.4}
@@ -70,7 +74,11 @@ def public_request0(base: BaseModel, n_iter: int) -> tuple[Masked, SideMemories,
     config = config_of("wise_req0", {**recorded["hparams"], "n_iter": n_iter}, **PUBLIC)
     editor = Masked(base, config, templates(recorded["templates"]))
     editor.mask_OI = common.core("llama", "wise_req0")["weight_mask_u8"].float()
-    return editor, editor.new_overlay(1), LaneEdit((golden_requests()[0],), Draws("wise", {}, 0, 0, 0), editor.inputs)
+    return (
+        editor,
+        editor.new_overlay(1),
+        LaneEdit((golden_requests()[0],), RandomStreams("wise", {}, 0, 0, 0), editor.inputs),
+    )
 
 
 def test_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +144,8 @@ def edited(editor: WISE, T: int, groups: int, seeds: Sequence[int]) -> SideMemor
     config = editor.config.model_dump(mode="json")
     for position in range(T):
         edits = [
-            LaneEdit((requests[g * T + position],), Draws("wise", config, seed, g * T, position)) for seed, g in cells
+            LaneEdit((requests[g * T + position],), RandomStreams("wise", config, seed, g * T, position))
+            for seed, g in cells
         ]
         editor.edit(overlay, edits)
     return overlay
@@ -148,7 +157,7 @@ def scores_of(base: BaseModel, overlay: SideMemories, T: int, groups: int) -> co
     return score(base, overlay, items, ScoreConfig(generated=False))
 
 
-class Recorded(WISE):
+class RecordedStep(WISE):
     """Masks drawn as in the recorded runs: one NumPy stream per group."""
 
     T: int
@@ -156,12 +165,12 @@ class Recorded(WISE):
 
     def draw_mask(self, edit: LaneEdit) -> Tensor:
         site = self.base.site(self.config.layer)
-        out, into = site.shape
-        group = edit.draws.first // self.T
+        out, in_features = site.shape
+        group = edit.streams.first // self.T
         stream = self.streams.setdefault(group, np.random.RandomState(1000 + group))
         ratio = self.config.mask_ratio
-        mask = torch.from_numpy(stream.choice([1, 0], size=out * into, p=[ratio, 1 - ratio])).float()
-        return 1 - (mask.view(into, out).T if site.transposed else mask.view(out, into))
+        mask = torch.from_numpy(stream.choice([1, 0], size=out * in_features, p=[ratio, 1 - ratio])).float()
+        return 1 - (mask.view(in_features, out).T if site.transposed else mask.view(out, in_features))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +185,7 @@ def test_scores_with_the_recorded_masks(short: str, T: int) -> None:
     record = common.record(short, "WISE", T)
     base, groups = public_base(short), record["n_groups"]
     config, inputs = config_of("WISE", record["hparams"], **PUBLIC), templates(record["context_templates"])
-    editor = Recorded(base, config, inputs)
+    editor = RecordedStep(base, config, inputs)
     editor.T, editor.streams = T, {}
     overlay = edited(editor, T, groups, [0])
     common.check_scores(scores_of(base, overlay, T, groups), record)
@@ -230,7 +239,7 @@ def edit_all(editor: WISE, overlay: SideMemories, start: int, stop: int, batch: 
     details = []
     for position in range(start, stop, batch):
         members = tuple(requests[position : position + batch])
-        (outcome,) = editor.edit(overlay, [LaneEdit(members, Draws("wise", config, 0, 0, position))])
+        (outcome,) = editor.edit(overlay, [LaneEdit(members, RandomStreams("wise", config, 0, 0, position))])
         details.append(outcome.details)
     return details
 
@@ -338,7 +347,9 @@ def test_lanes_are_independent(public: bool) -> None:
     editor = WISE(base, WISEConfig.model_validate(hparams), {})
     requests = golden_requests()
     starts = ["{}", "You found a river and a window near the harbour. {}", "Yes, {}"]
-    edits = [LaneEdit((requests[i],), Draws("wise", {}, 0, i, 0), templates(starts[: 1 + i % 3])) for i in range(8)]
+    edits = [
+        LaneEdit((requests[i],), RandomStreams("wise", {}, 0, i, 0), templates(starts[: 1 + i % 3])) for i in range(8)
+    ]
     together = editor.new_overlay(8)
     editor.edit(together, edits)
     for lane, edit in enumerate(edits):
@@ -353,7 +364,7 @@ def test_unrelated_sentence_is_needed(texts: dict[str, ArtifactData]) -> None:
     request = golden_requests()[0]
     bare = type(request)("case-7", request.prompt, request.subject, request.target_new)
     with pytest.raises(DataError, match="case-7"):
-        editor.edit(editor.new_overlay(1), [LaneEdit((bare,), Draws("wise", {}, 0, 0, 0))])
+        editor.edit(editor.new_overlay(1), [LaneEdit((bare,), RandomStreams("wise", {}, 0, 0, 0))])
 
 
 def test_templates_are_the_recorded_ones() -> None:

@@ -6,7 +6,7 @@
     model_path = tinyworld.assets_dir()          # a Llama checkpoint that transformers loads
     text_path = tinyworld.corpus_path()          # one sentence per line, for second-moment statistics
 
-``python -m workers.data.tinyworld build`` remakes the files from the seed.
+``python -m workers.data.tinyworld_build`` remakes the files from the seed.
 
 Sweeps need a model that surely knows what is being edited, a test machine has no network, and a probe is only worth its
 name if its answer is known to be in the weights. Hence an own world, whose facts fall into three disjoint groups:
@@ -25,17 +25,14 @@ shows three; the fourth is the rephrase probe. All is a pure function of the see
 
 from __future__ import annotations
 
-import argparse
-import logging
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from workers.data.records import fingerprint
-from workers.types import DataError, Dataset, EditRequest, EditSweepError, Probe
+from workers.types import DataError, Dataset, EditRequest, Probe
 
 Split = Literal["edit", "tune", "train"]
 Group = Literal["edit", "tune", "anchor"]
@@ -486,31 +483,3 @@ def assets_dir() -> Path:
 def corpus_path() -> Path:
     """The shipped text for second-moment statistics."""
     return assets_dir() / "corpus.txt"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of ``python -m workers.data.tinyworld``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m workers.data.tinyworld", description="The built-in tiny world.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="remake tokenizer, weights and corpus from the seed")
-    build.add_argument("--out", type=Path, default=assets_dir(), help="folder for the files (default: the shipped)")
-    build.add_argument("--seed", type=int, default=SHIPPED_SEED, help="seed of the world and of the training")
-    options = parser.parse_args(argv)
-    if options.seed < 0:
-        parser.error(f"--seed {options.seed}: must be 0 or more")
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out {options.out}: not a folder")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-
-    from workers.data import tinyworld_build  # torch, transformers: only who builds pays for them
-
-    try:
-        tinyworld_build.build(options.out, options.seed)
-    except (EditSweepError, OSError) as error:
-        logging.getLogger(__name__).error("%s", error)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

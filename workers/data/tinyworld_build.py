@@ -13,10 +13,12 @@ recall, never on bytes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +36,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from workers.data import tinyworld
 from workers.data.tinyworld import Fact
-from workers.types import DataError, Probe
+from workers.types import DataError, EditSweepError, Probe
 
 _log = logging.getLogger(__name__)
 
@@ -415,3 +417,34 @@ def _make(made: Path, seed: int, recipe: Recipe, began: float) -> dict[str, Any]
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of ``python -m workers.data.tinyworld_build``; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workers.data.tinyworld_build",
+        description="Remake the built-in tiny world's tokenizer, weights and corpus from the seed.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=tinyworld.assets_dir(), help="folder for the files (default: the shipped)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=tinyworld.SHIPPED_SEED, help="seed of the world and of the training"
+    )
+    options = parser.parse_args(argv)
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed}: must be 0 or more")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out}: not a folder")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+
+    try:
+        build(options.out, options.seed)
+    except (EditSweepError, OSError) as error:
+        _log.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

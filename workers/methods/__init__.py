@@ -12,9 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from workers.inputs import MAX_BYTES, explain, parse_yaml
+from workers.inputs import explain
 from workers.methods.base import Method, MethodConfig
-from workers.models import EMBEDDED, ModelConfig
+from workers.methods.easyedit import read_hparams
+from workers.model.config import EMBEDDED, ModelConfig
 from workers.types import JSON, SpecError
 
 REGISTRY: Mapping[str, str] = MappingProxyType(
@@ -36,7 +37,7 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "grace": "workers.methods.grace:GRACE",
         "defer": "workers.methods.defer:DEFER",
         "melo": "workers.methods.melo:MELO",
-        "wise": "workers.methods.wise:WISE",
+        "wise": "workers.methods.wise.method:WISE",
         "serac": "workers.methods.serac:SERAC",
         # networks that are trained first and then write weights
         "mend": "workers.methods.mend:MEND",
@@ -62,21 +63,6 @@ def get_method(name: str) -> type[Method[Any]]:
     module, attribute = target.split(":")
     found: type[Method[Any]] = getattr(import_module(module), attribute)
     return found
-
-
-def read_hparams(path: Path) -> dict[str, JSON]:
-    """The mapping of an EasyEdit YAML. Raises :class:`SpecError`."""
-    source = f"hparams_file: {path}"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{source}: cannot be read: {error}") from None
-    loaded = parse_yaml(text, source)
-    if not isinstance(loaded, dict):
-        raise SpecError(f"{source}: expected a mapping, found {type(loaded).__name__}")
-    return loaded
 
 
 def load_config(

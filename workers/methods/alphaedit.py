@@ -32,14 +32,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers import stats
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import facts_of, lane_chunks, moment_value, observe, template_spec
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.overlay import LaneState, LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
-from workers.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
+from workers.artifacts import stats
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import TrainingSource
+from workers.methods.base import EditOutcome, LaneEdit, MethodConfig
+from workers.methods.easyedit import IGNORED
+from workers.methods.families.locate import facts_of, lane_chunks, moment_value, observe, template_spec
+from workers.methods.families.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
+from workers.model.base import BaseModel, Site
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import LaneState, LowRankOverlay, Overlay
 from workers.types import JSON
 
 
@@ -188,14 +190,14 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        _, into = shape.site(config.module)
-        keys = into * min(edits, into) * max(4, shape.bytes_per_value)
+        _, in_features = shape.site(config.module)
+        keys = in_features * min(edits, in_features) * max(4, shape.bytes_per_value)
         return super().overlay_bytes(config, shape, edits) + (len(config.layers) + 1) * keys
 
     @classmethod
     def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        _, into = shape.site(config.module)
-        return len(config.layers) * into * into * moment_value(config)
+        _, in_features = shape.site(config.module)
+        return len(config.layers) * in_features * in_features * moment_value(config)
 
 
 def _null_space(layer: int) -> str:
@@ -212,11 +214,15 @@ def alphaedit_keys(
 ) -> Tensor:
     """``((P (Kp Kp^T + K K^T) + L2 I)^-1 P K)^T`` of every lane, (L, N, I), float64. ``Kp Kp^T`` is ``sum_LII`` and the outer
     products of ``kept_LIM``. At most ``limit`` bytes of temporaries, or one lane."""
-    lanes, into, count = keys_LIN.shape
+    lanes, in_features, count = keys_LIN.shape
     columns = kept_LIM.shape[2] + count
     projection_II = projection_II.double()
-    out_LNI = keys_LIN.new_empty(lanes, count, into, dtype=torch.float64)
-    each = 3 * into * columns + 2 * columns * columns if sum_LII is None else 3 * into * into + 2 * into * columns
+    out_LNI = keys_LIN.new_empty(lanes, count, in_features, dtype=torch.float64)
+    each = (
+        3 * in_features * columns + 2 * columns * columns
+        if sum_LII is None
+        else 3 * in_features * in_features + 2 * in_features * columns
+    )
     for some in lane_chunks(lanes, 8 * each, limit):
         all_KIM = torch.cat([kept_LIM[some].double(), keys_LIN[some].double()], dim=2)
         # a lane that is not finite must not raise for the others

@@ -10,7 +10,6 @@ requests; a lane's result does not depend on the lanes beside it.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +20,14 @@ import torch
 from pydantic import AfterValidator, ConfigDict
 from torch import Tensor
 
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.job import Frozen
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.overlay import Overlay
-from workers.pretrain import Trainer, TrainingSource
-from workers.rng import Draws
-from workers.types import JSON, EditRequest, SpecError
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import Trainer, TrainingSource
+from workers.methods.easyedit import COMMON_KEYS, IGNORED
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import Overlay
+from workers.rng import RandomStreams
+from workers.types import JSON, EditRequest, Frozen, SpecError
 
 
 def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -38,9 +38,6 @@ def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 Layers = Annotated[tuple[int, ...], AfterValidator(_distinct)]
 """Decoder layers, each once, in any order."""
-
-IGNORED = ""
-"""In ``easyedit_keys``: the key carries no information for us (a file path, a log setting) and is dropped."""
 
 
 class MethodConfig(Frozen):
@@ -65,7 +62,7 @@ class MethodConfig(Frozen):
         alg = values.get("alg_name")
         if alg is not None and alg not in cls.alg_names:
             raise SpecError(f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}")
-        table = {**_EASYEDIT_COMMON, **cls.easyedit_keys}
+        table = {**COMMON_KEYS, **cls.easyedit_keys}
         out: dict[str, JSON] = {}
         for key, value in values.items():
             ours = table.get(key, key if key in cls.model_fields else None)
@@ -79,77 +76,12 @@ class MethodConfig(Frozen):
         return out
 
 
-_EASYEDIT_COMMON: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(
-        (
-            "alg_name",
-            "model_name",
-            "device",
-            "model_parallel",
-            "stats_dir",
-            "results_dir",
-            "batch_size",  # the sweep's grid says how many requests are edited at once
-            "max_length",  # nothing is truncated here
-            "use_chat_template",  # the model section of a sweep says it
-            "fp16",
-            "tokenizer_class",
-            "tokenizer_name",
-            "layer_module_tmp",  # where a model's parts are is known from its type
-            "mlp_module_tmp",
-            "attn_module_tmp",
-            "ln_f_module",
-            "lm_head_module",
-            "save_path",
-            "load_path",
-        ),
-        IGNORED,
-    )
-)
-
-TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(
-        (
-            *("archive", "model_class", "alg", "opt", "seed", "half", "max_epochs", "model_save_pt", "save", "silent"),
-            *("verbose", "debug", "eval_only", "final_eval", "log_interval", "eval_log_interval", "val_interval"),
-            *("val_batch_size", "val_steps", "early_stop_patience", "early_stop_key"),
-        ),
-        IGNORED,
-    )
-)
-"""Keys of trained methods' files that say how the public trainer logs, saves, stops and validates."""
-
-_MODULE = re.compile(r"^.*?[.\[](?P<layer>\{\}|\d+)\]?\.(?P<path>.+?)(\.weight)?$")
-
-
-def split_module(name: str, source: str) -> tuple[int | None, str]:
-    """``model.layers[4].mlp.down_proj.weight`` -> (4, "mlp.down_proj"); a template's ``{}`` gives None.
-
-    This is how EasyEdit's module names become a layer index and a path inside a decoder layer.
-    """
-    match = _MODULE.match(name)
-    if match is None:
-        raise SpecError(
-            f"{source}: {name!r} is not a module inside a decoder layer such as 'model.layers[4].mlp.down_proj.weight'"
-        )
-    layer = match["layer"]
-    return (None if layer == "{}" else int(layer)), match["path"]
-
-
-def take_inner_param(out: dict[str, JSON], source: str) -> None:
-    """``inner_params`` of methods that edit one map, which ``easyedit_keys`` call ``module``: made ``layer`` and ``module``."""
-    if "module" in out:
-        names = out["module"]
-        if not isinstance(names, list) or len(names) != 1:
-            raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
-        out["layer"], out["module"] = split_module(str(names[0]), source)
-
-
 @dataclass(frozen=True)
 class LaneEdit:
     """What one lane edits in one call: its requests (``batch_size`` of them) and the random numbers it may use."""
 
     requests: tuple[EditRequest, ...]
-    draws: Draws
+    streams: RandomStreams
     inputs: Mapping[str, ArtifactData] = field(default_factory=dict)
     """The artifacts of the lane's own cell, by the name the method gave them (they may differ by seed)."""
 
@@ -235,7 +167,7 @@ class Method(ABC, Generic[C]):
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:
-        """An untrained trainer, for methods that ask for :func:`workers.pretrain.pretrained` with these ``hparams``.
+        """An untrained trainer, for methods that ask for :func:`workers.artifacts.pretrain.pretrained` with these ``hparams``.
 
         ``generator`` is for its initial weights.
         """

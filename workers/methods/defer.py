@@ -30,14 +30,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.lockstep import Lockstep
-from workers.losses import TargetTokens
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
-from workers.models import ModelShape, Site
-from workers.optim import Adam
-from workers.overlay import LaneState, Overlay, lane_linear
-from workers.rows import Encoded, Rows, collate
-from workers.suffix import Suffix
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.losses import TargetTokens
+from workers.inner_loop.optim import Adam
+from workers.inner_loop.suffix import Suffix
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import take_inner_param
+from workers.model.base import Site
+from workers.model.batch import Batch, Encoded, collate
+from workers.model.config import ModelShape
+from workers.model.overlay import LaneState, Overlay, lane_linear
 from workers.types import JSON
 
 Query = Literal["prompt", "row"]
@@ -70,12 +72,12 @@ class Deferral(Overlay):
 
     def __init__(self, site: Site, lanes: int, dtype: torch.dtype, config: DEFERConfig) -> None:
         super().__init__([site], lanes)
-        out, into = site.shape
+        out, in_features = site.shape
         device = site.weight_OI.device
         self.threshold, self.query = config.threshold, config.query
-        self.gate_L1I = torch.zeros(lanes, 1, into, dtype=dtype, device=device)
+        self.gate_L1I = torch.zeros(lanes, 1, in_features, dtype=dtype, device=device)
         self.gate_bias_L1 = torch.zeros(lanes, 1, dtype=dtype, device=device)
-        self.map_LOI = torch.zeros(lanes, out, into, dtype=dtype, device=device)
+        self.map_LOI = torch.zeros(lanes, out, in_features, dtype=dtype, device=device)
         self.map_bias_LO = torch.zeros(lanes, out, dtype=dtype, device=device)
         self.edited = [False] * lanes
 
@@ -88,7 +90,7 @@ class Deferral(Overlay):
             "map_bias": self.map_bias_LO,
         }
 
-    def query_of(self, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def query_of(self, x_BSI: Tensor, rows: Batch) -> Tensor:
         """What gate and map read of each row, (B, I)."""
         row_B = torch.arange(x_BSI.shape[0], device=x_BSI.device)
         if self.query == "prompt":
@@ -96,14 +98,14 @@ class Deferral(Overlay):
         columns_S = torch.arange(x_BSI.shape[1], device=x_BSI.device)
         return x_BSI[row_B, (columns_S * rows.attention_mask_BS).argmax(1)]
 
-    def answer(self, query_BI: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def answer(self, query_BI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
         """The gate (B,) and the map's answer (B, O) at each row's query."""
         query_B1I = query_BI.to(self.map_LOI.dtype)[:, None]
         gate_B = lane_linear(query_B1I, self.gate_L1I, rows)[:, 0, 0] + self.gate_bias_L1[rows.lane_B, 0]
         value_BO = lane_linear(query_B1I, self.map_LOI, rows)[:, 0] + self.map_bias_LO[rows.lane_B]
         return torch.sigmoid(gate_B), value_BO
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
         if not any(self.edited[lane] for lane, _, _ in rows.segments):
             return out_BSO
@@ -158,7 +160,7 @@ class DEFER(Method[DEFERConfig]):
         suffix = Suffix.capture(self.base, overlay.sites[0], rows, targets.reads)
         for lane, edit in enumerate(edits):
             if not overlay.edited[lane]:
-                overlay.start(lane, edit.draws.generator("start"))
+                overlay.start(lane, edit.streams.generator("start"))
         query_BI = overlay.query_of(suffix.input_BSI, rows)
         parameters = list(overlay.parameters.values())
         for tensor in parameters:
@@ -193,7 +195,7 @@ class DEFER(Method[DEFERConfig]):
             )
         ]
 
-    def _batch(self, edits: Sequence[LaneEdit]) -> tuple[Rows, TargetTokens]:
+    def _batch(self, edits: Sequence[LaneEdit]) -> tuple[Batch, TargetTokens]:
         """One row a lane, and where its loss is read."""
         pairs = []
         for edit in edits:
@@ -224,6 +226,6 @@ class DEFER(Method[DEFERConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         copies = 4 + 2  # parameters, gradient, two moments; temporaries of one step
-        return (out * into + out + into + 1) * max(4, shape.bytes_per_value) * copies
+        return (out * in_features + out + in_features + 1) * max(4, shape.bytes_per_value) * copies

@@ -5,7 +5,7 @@ answers to ordinary keys and the error at the new keys; ROME holds the second at
 EMMET holds it at zero for a whole batch. For the requests of a call,
 
 - values are sought at the last edited layer, keys and residuals ``R = (z - h) / (layers still to come)`` are read off the model
-  as it is now, layer by layer, all as in MEMIT (:mod:`workers.spread`);
+  as it is now, layer by layer, all as in MEMIT (:mod:`workers.methods.families.spread`);
 - a layer's map changes by ``R (K^T C^-1 K)^-1 K^T C^-1``, ``C = E[k k^T]`` over ordinary text. With ``A = C^-1 K`` that is
   ``R D^-1 A^T``, ``D = K^T A``: rank n for n requests, and ``C`` is factorised once for all lanes and edits.
 
@@ -30,9 +30,9 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.methods.base import MethodConfig
-from workers.models import Site
-from workers.overlay import LowRankOverlay
-from workers.spread import RidgeMethod, SpreadConfig, ridge_keys
+from workers.methods.families.spread import RidgeMethod, SpreadConfig, ridge_keys
+from workers.model.base import Site
+from workers.model.overlay import LowRankOverlay
 from workers.types import JSON
 
 

@@ -30,12 +30,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from workers.finetune import Example, Problem, descend, with_target
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelShape
-from workers.optim import Box
-from workers.overlay import DenseOverlay, Overlay
-from workers.rows import Encoded
+from workers.inner_loop.finetune import Example, Problem, descend, with_target
+from workers.inner_loop.optim import Box
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, split_module
+from workers.model.base import BaseModel
+from workers.model.batch import Encoded
+from workers.model.config import ModelShape
+from workers.model.overlay import DenseOverlay, Overlay
 from workers.types import JSON, EditRequest, SpecError
 
 
@@ -142,6 +144,6 @@ class FT(Method[FTConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         copies = 4 + 2  # weight, gradient, two moments; temporaries of one step
-        return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
+        return len(config.layers) * out * in_features * max(4, shape.bytes_per_value) * copies

@@ -5,10 +5,10 @@ kept by a quadratic penalty whose stiffness is the diagonal of the Fisher inform
 
 ``L(W) = NLL(W) + ew_lambda / 2 * sum_i F_i (W_i - W*_i)^2``.
 
-The earlier task is the model's pretraining: ``F`` is taken over a text corpus (:mod:`workers.fisher`, an artifact) at the
-pristine weights, which are ``W*``. ``NLL`` is that of FT-M: the mean over the target's tokens of
-``-log P(target_j | prompt, target_<j)``. As a baseline of continual editing: Lin et al., On Continual Model Refinement in
-Out-of-Distribution Data Streams (2022), and Hartvigsen et al., arXiv 2211.11031 ("FT+EWC").
+The earlier task is the model's pretraining: ``F`` is taken over a text corpus (:mod:`workers.artifacts.fisher`, an
+artifact) at the pristine weights, which are ``W*``. ``NLL`` is that of FT-M: the mean over the target's tokens of
+``-log P(target_j | prompt, target_<j)``. As a baseline of continual editing: Lin et al., On Continual Model Refinement
+in Out-of-Distribution Data Streams (2022), and Hartvigsen et al., arXiv 2211.11031 ("FT+EWC").
 
 Choices, and differences from the code published with GRACE:
 
@@ -36,13 +36,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers import fisher, stats
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.finetune import Problem, descend, with_target
+from workers.artifacts import fisher, stats
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import TrainingSource
+from workers.inner_loop.finetune import Problem, descend, with_target
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.overlay import DenseOverlay, Overlay
-from workers.pretrain import TrainingSource
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import DenseOverlay, Overlay
 from workers.types import JSON
 
 
@@ -152,16 +153,16 @@ class FTEWC(Method[FTEWCConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         copies = 4 + 3  # weight, gradient, two moments; temporaries of one step and of the penalty
-        return len(config.layers) * out * into * max(4, shape.bytes_per_value) * copies
+        return len(config.layers) * out * in_features * max(4, shape.bytes_per_value) * copies
 
     @classmethod
     def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         artifact = 8 if config.precision == "float64" else 4
         # and in the masters' precision the Fisher information and the weights that hold it back
-        return len(config.layers) * out * into * (artifact + 2 * max(4, shape.bytes_per_value))
+        return len(config.layers) * out * in_features * (artifact + 2 * max(4, shape.bytes_per_value))
 
 
 def _artifact(layer: int) -> str:

@@ -46,14 +46,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from workers.lockstep import Lockstep
-from workers.losses import TargetTokens
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, take_inner_param
-from workers.models import BaseModel, ModelShape, Site
-from workers.optim import Adam
-from workers.overlay import LaneState, Overlay
-from workers.rows import Encoded, Rows, collate
-from workers.suffix import Suffix
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.losses import TargetTokens
+from workers.inner_loop.optim import Adam
+from workers.inner_loop.suffix import Suffix
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, take_inner_param
+from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch, Encoded, collate
+from workers.model.config import ModelShape
+from workers.model.overlay import LaneState, Overlay
 from workers.types import JSON, SpecError
 
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
@@ -112,15 +114,15 @@ class Codebook(Overlay):
 
     def __init__(self, site: Site, lanes: int, dtype: torch.dtype, replacement: Replacement) -> None:
         super().__init__([site], lanes)
-        out, into = site.shape
+        out, in_features = site.shape
         device = site.weight_OI.device
         self.replacement = replacement
-        self.keys_LKI = torch.zeros(lanes, 0, into, dtype=dtype, device=device)
+        self.keys_LKI = torch.zeros(lanes, 0, in_features, dtype=dtype, device=device)
         self.values_LKO = torch.zeros(lanes, 0, out, dtype=dtype, device=device)
         self.radii_LK = torch.zeros(lanes, 0, dtype=dtype, device=device)
         self.labels: list[list[tuple[int, ...]]] = [[] for _ in range(lanes)]
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
         if not any(self.labels[lane] for lane, _, _ in rows.segments):
             return out_BSO
@@ -128,7 +130,7 @@ class Codebook(Overlay):
         where_BS = self.replaced(rows) & hit_B[:, None]
         return torch.where(where_BS[:, :, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
 
-    def _answer(self, x_BSI: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _answer(self, x_BSI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
         """For each row the nearest entry's value, (B, O), and whether its radius covers the row, (B,)."""
         query_BI = x_BSI[torch.arange(rows.size, device=x_BSI.device), rows.prompt_end_B].to(self.keys_LKI.dtype)
         values, hits = [], []
@@ -143,11 +145,11 @@ class Codebook(Overlay):
                 hits.append(torch.zeros(stop - start, dtype=torch.bool, device=x_BSI.device))
         return torch.cat(values), torch.cat(hits)
 
-    def first_change(self, rows: Rows) -> int:
+    def first_change(self, rows: Batch) -> int:
         """The first column at which a value can stand."""
         return int(rows.prompt_end_B.min()) if self.replacement == "replace_last" else 0
 
-    def replaced(self, rows: Rows) -> Tensor:
+    def replaced(self, rows: Batch) -> Tensor:
         """The positions that get a value if their row matches, (B, S)."""
         if self.replacement == "replace_all":
             return rows.attention_mask_BS.bool()
@@ -293,7 +295,7 @@ class GRACE(Method[GRACEConfig]):
         if self.config.val_init == "warm":
             bias = None if site.bias_O is None else site.bias_O.to(key_I)
             return F.linear(key_I, site.weight_OI.to(key_I), bias)
-        return torch.rand(site.shape[0], generator=edit.draws.generator("value")).to(key_I)
+        return torch.rand(site.shape[0], generator=edit.streams.generator("value")).to(key_I)
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -310,9 +312,9 @@ class GRACE(Method[GRACEConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         slots = max(_BLOCK, edits + edits // 2)  # room grows by half
-        return (slots * (into + out + 1) + 4 * out) * max(4, shape.bytes_per_value)
+        return (slots * (in_features + out + 1) + 4 * out) * max(4, shape.bytes_per_value)
 
 
 class _Batch:

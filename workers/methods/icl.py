@@ -38,10 +38,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.models import BaseModel, ModelShape, context_length
-from workers.overlay import LaneState, Overlay, SitelessOverlay
-from workers.rows import Encoded, Rows, collate
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED
+from workers.model.base import BaseModel
+from workers.model.batch import Batch, Encoded, collate
+from workers.model.config import ModelShape, context_length
+from workers.model.overlay import LaneState, Overlay, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, SpecError
 
 _FACT = "New Fact: {}\n"
@@ -106,7 +108,7 @@ class Facts(SitelessOverlay):
                 f"but the model's context length is {self._context}; choose a smaller T"
             )
 
-    def hidden_states(self, base: BaseModel, rows: Rows) -> Tensor:
+    def hidden_states(self, base: BaseModel, rows: Batch) -> Tensor:
         asked = {lane for lane, _, _ in rows.segments}
         if not any(self.facts[lane] for lane in asked):
             return base.hidden_states(rows)
@@ -129,7 +131,7 @@ class Facts(SitelessOverlay):
             start = stop
         return torch.cat(parts)
 
-    def _with_facts(self, base: BaseModel, rows: Rows) -> list[Encoded]:
+    def _with_facts(self, base: BaseModel, rows: Batch) -> list[Encoded]:
         """Each row as it is read with its lane's facts. The columns after the prompt line up from the right."""
         encoded = []
         for ids, real, end, lane in zip(

@@ -33,14 +33,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
-from workers.finetune import batch, with_target
-from workers.lockstep import Lockstep
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Layers, Method, MethodConfig
-from workers.models import ModelShape, architecture
-from workers.optim import Adam
-from workers.overlay import Overlay
-from workers.replay import capture, replay
+from workers.inner_loop.finetune import batch, with_target
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.optim import Adam
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.easyedit import IGNORED
+from workers.methods.families.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
+from workers.model.architectures import architecture
+from workers.model.config import ModelShape
+from workers.model.overlay import Overlay
+from workers.model.replay import capture, replay
 from workers.types import JSON, SpecError
 
 
@@ -103,7 +105,7 @@ class LoRA(Method[LoRAConfig]):
             raise TypeError(f"LoRA edits an AdapterOverlay, not a {type(overlay).__name__}")
         config, base = self.config, self.base
         for lane, edit in enumerate(edits):
-            overlay.start(lane, edit.draws)
+            overlay.start(lane, edit.streams)
         rows, targets = batch(base, [edit.requests for edit in edits], with_target)
         prefix = capture(base, rows, overlay.first_layer)
         factors = overlay.factors
@@ -115,7 +117,7 @@ class LoRA(Method[LoRAConfig]):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
         if config.lora_dropout:
-            overlay.dropout = Dropout(config.lora_dropout, [edit.draws for edit in edits])
+            overlay.dropout = Dropout(config.lora_dropout, [edit.streams for edit in edits])
         try:
             for factor in factors:
                 factor.requires_grad_(True)

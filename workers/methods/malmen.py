@@ -39,23 +39,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from workers.hypernet import (
+from workers.artifacts.pretrain import TrainingSchedule
+from workers.methods.base import MethodConfig
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
     HypernetConfig,
     HypernetMethod,
-    Objective,
     Pair,
-    SingleEditTrainer,
     fit_keys,
     fitted,
     hypernet_sites,
     token_choice,
 )
-from workers.methods.base import IGNORED, TRAINER_KEYS, MethodConfig
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
-from workers.pretrain import Schedule
+from workers.methods.families.hypernet_training import Objective, SingleEditTrainer
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
 from workers.types import JSON, EditRequest, SpecError
 
 
@@ -75,8 +75,9 @@ class MALMENConfig(HypernetConfig):
     train_on: Literal["rephrase", "prompt"] = Field(
         "rephrase", description="rephrase: prompt or a rephrase asks for the new answer; prompt: the prompt only"
     )
-    schedule: Schedule = Field(
-        Schedule(steps=10_000, batch_size=32), description="length of the training; its batches are edited as one"
+    schedule: TrainingSchedule = Field(
+        TrainingSchedule(steps=10_000, batch_size=32),
+        description="length of the training; its batches are edited as one",
     )
 
     alg_names: ClassVar[tuple[str, ...]] = ("MALMEN",)

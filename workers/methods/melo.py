@@ -50,15 +50,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.adapter import uniform_A
-from workers.finetune import batch, with_target
-from workers.lockstep import Lockstep
-from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig, split_module
-from workers.models import ModelShape, Site
-from workers.optim import Adam
-from workers.overlay import LaneState, Overlay, lane_linear
-from workers.replay import answering, capture, replay
-from workers.rows import Rows
+from workers.inner_loop.finetune import batch, with_target
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.optim import Adam
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.easyedit import split_module
+from workers.methods.families.adapter import uniform_A
+from workers.model.base import Site
+from workers.model.batch import Batch
+from workers.model.config import ModelShape
+from workers.model.overlay import LaneState, Overlay, lane_linear
+from workers.model.replay import capture, override_forward, replay
 from workers.types import JSON, SpecError
 
 _TOP_LEVEL = frozenset(
@@ -229,29 +231,29 @@ class BlockOverlay(Overlay):
         self.down: dict[str, list[Tensor]] = {}
         self.up: dict[str, list[Tensor]] = {}
         for site in sites:
-            out, into = site.shape
-            self.down[site.name] = [self._like.new_zeros(0, self.rank, into) for _ in range(lanes)]
+            out, in_features = site.shape
+            self.down[site.name] = [self._like.new_zeros(0, self.rank, in_features) for _ in range(lanes)]
             self.up[site.name] = [self._like.new_zeros(0, out, self.rank) for _ in range(lanes)]
 
     def blocks(self, lane: int) -> int:
         """How many blocks a lane has."""
         return int(self.down[self.adapted[0].name][lane].shape[0])
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Rows) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
         raise TypeError("which block answers is known within a forward only; use installed()")
 
     @contextmanager
-    def installed(self, rows: Rows) -> Iterator[None]:
+    def installed(self, rows: Batch) -> Iterator[None]:
         """The key's map looks each row's block up, the maps after it answer with it."""
         route = _Route()
         with ExitStack() as stack:
-            stack.enter_context(answering(self.key.module, partial(self._look_up, rows, route)))
+            stack.enter_context(override_forward(self.key.module, partial(self._look_up, rows, route)))
             for site in self.adapted:
-                stack.enter_context(answering(site.module, partial(self._answer, site, rows, route)))
+                stack.enter_context(override_forward(site.module, partial(self._answer, site, rows, route)))
             yield
 
     @contextmanager
-    def learning(self, rows: Rows, down_LRI: Mapping[str, Tensor], up_LOR: Mapping[str, Tensor]) -> Iterator[None]:
+    def learning(self, rows: Batch, down_LRI: Mapping[str, Tensor], up_LOR: Mapping[str, Tensor]) -> Iterator[None]:
         """Every row answers with the block its lane is training."""
 
         def answer(site: Site, x_BSI: Tensor) -> Tensor:
@@ -261,10 +263,10 @@ class BlockOverlay(Overlay):
 
         with ExitStack() as stack:
             for site in self.adapted:
-                stack.enter_context(answering(site.module, partial(answer, site)))
+                stack.enter_context(override_forward(site.module, partial(answer, site)))
             yield
 
-    def _look_up(self, rows: Rows, route: _Route, x_BSI: Tensor) -> Tensor:
+    def _look_up(self, rows: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
         out_BSO = self.key.answer(x_BSI)
         query_BO = at_prompt_end(out_BSO, rows).to(self._like.dtype)
         route.block_B = [
@@ -272,7 +274,7 @@ class BlockOverlay(Overlay):
         ]
         return out_BSO
 
-    def _answer(self, site: Site, rows: Rows, route: _Route, x_BSI: Tensor) -> Tensor:
+    def _answer(self, site: Site, rows: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
         out_BSO = site.answer(x_BSI)
         if route.block_B is None:
             raise RuntimeError("a map with blocks was run before the map that chooses them")
@@ -307,11 +309,11 @@ class BlockOverlay(Overlay):
     def load_state(self, lane: int, state: LaneState) -> None:
         database = self.databases[lane] = _Database(self.key.shape[0], self._like)
         for site in self.adapted:
-            out, into = site.shape
+            out, in_features = site.shape
             down, up = state.tensors.get(f"{site.name}.A"), state.tensors.get(f"{site.name}.B")
             # copies: a snapshot stays as it is
             self.down[site.name][lane] = (
-                self._like.new_zeros(0, self.rank, into) if down is None else down.to(self._like).clone()
+                self._like.new_zeros(0, self.rank, in_features) if down is None else down.to(self._like).clone()
             )
             self.up[site.name][lane] = (
                 self._like.new_zeros(0, out, self.rank) if up is None else up.to(self._like).clone()
@@ -366,8 +368,8 @@ class MELO(Method[MELOConfig]):
         down_LRI: dict[str, Tensor] = {}
         up_LOR: dict[str, Tensor] = {}
         for site in overlay.adapted:
-            out, into = site.shape
-            starts = [uniform_A(edit.draws, f"A {site.name}", config.rank, into) for edit in edits]
+            out, in_features = site.shape
+            starts = [uniform_A(edit.streams, f"A {site.name}", config.rank, in_features) for edit in edits]
             down_LRI[site.name] = torch.stack(starts).to(base.device, base.master_dtype).requires_grad_(True)
             up_LOR[site.name] = torch.zeros(
                 len(edits), out, config.rank, dtype=base.master_dtype, device=base.device, requires_grad=True
@@ -399,7 +401,7 @@ class MELO(Method[MELOConfig]):
         ]
 
     def _place(
-        self, overlay: BlockOverlay, edits: Sequence[LaneEdit], rows: Rows, query_BO: Tensor
+        self, overlay: BlockOverlay, edits: Sequence[LaneEdit], rows: Batch, query_BO: Tensor
     ) -> list[list[JSON]]:
         """Enter every lane's requests into its database, for the block that is about to be trained; the rules' names."""
         rules: list[list[JSON]] = []
@@ -441,7 +443,7 @@ class MELO(Method[MELOConfig]):
         return int(2 * edits * (block + queries) + 4 * block) * value
 
 
-def at_prompt_end(out_BSO: Tensor, rows: Rows) -> Tensor:
+def at_prompt_end(out_BSO: Tensor, rows: Batch) -> Tensor:
     """What a map answers at each row's last prompt token, (B, O)."""
     return out_BSO[torch.arange(rows.size, device=out_BSO.device), rows.prompt_end_B]
 

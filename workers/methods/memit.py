@@ -34,9 +34,9 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.methods.base import MethodConfig
-from workers.models import Site
-from workers.overlay import LowRankOverlay
-from workers.spread import RidgeMethod, SpreadConfig, ridge_keys
+from workers.methods.families.spread import RidgeMethod, SpreadConfig, ridge_keys
+from workers.model.base import Site
+from workers.model.overlay import LowRankOverlay
 from workers.types import JSON
 
 

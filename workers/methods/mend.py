@@ -39,21 +39,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from workers.hypernet import (
+from workers.artifacts.pretrain import TrainingSchedule
+from workers.methods.base import MethodConfig
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
     HypernetConfig,
     HypernetMethod,
-    Objective,
     Pair,
     Questions,
-    SingleEditTrainer,
     hypernet_sites,
 )
-from workers.methods.base import IGNORED, TRAINER_KEYS, MethodConfig
-from workers.models import BaseModel
-from workers.overlay import DenseOverlay
-from workers.pretrain import Schedule
+from workers.methods.families.hypernet_training import Objective, SingleEditTrainer
+from workers.model.base import BaseModel
+from workers.model.overlay import DenseOverlay
 from workers.types import JSON, EditRequest, SpecError
 
 
@@ -71,7 +71,9 @@ class MENDConfig(HypernetConfig):
         "rephrase", description="rephrase: prompt or a rephrase asks for the new answer (paper); prompt: public code"
     )
     public_bos: bool = Field(False, description="a BOS token of the answer alone is a target (public code)")
-    schedule: Schedule = Field(Schedule(steps=10_000, batch_size=10), description="length and batches of the training")
+    schedule: TrainingSchedule = Field(
+        TrainingSchedule(steps=10_000, batch_size=10), description="length and batches of the training"
+    )
 
     alg_names: ClassVar[tuple[str, ...]] = ("MEND",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(

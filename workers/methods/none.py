@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
-from workers.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.overlay import LaneState, Overlay, SitelessOverlay
 
 
 class NoEditConfig(MethodConfig):

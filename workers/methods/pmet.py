@@ -9,7 +9,7 @@ whole layer, to which attention and MLP both add, and then make the MLP answer f
   search ends if the KL term is at most 0.01, so that a value is no longer pushed than it must;
 - only the MLP's value ``z`` is written. Layer by layer, with keys ``K`` and the last layer's present MLP answer ``m`` read off
   the model as it is now, the residual is ``R = (z - m) / sqrt(layers still to come)`` and a layer's map changes by
-  ``R K^T (mom2_update_weight * C + K K^T)^-1``, solved as in MEMIT (:mod:`workers.spread`).
+  ``R K^T (mom2_update_weight * C + K K^T)^-1``, solved as in MEMIT (:mod:`workers.methods.families.spread`).
 
 Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
 
@@ -36,13 +36,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from workers.locate import Facts, Sated, chunked, facts_of, observe, search
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, MethodConfig, split_module
-from workers.models import BaseModel, Site
-from workers.overlay import LowRankOverlay, Overlay
-from workers.replay import Prefix, capture, replay
-from workers.rows import Rows
-from workers.spread import RidgeMethod, SpreadConfig, by_lane, figures_of, outcomes_of, ridge_keys
+from workers.methods.base import EditOutcome, LaneEdit, MethodConfig
+from workers.methods.easyedit import IGNORED, split_module
+from workers.methods.families.locate import Facts, Sated, chunked, facts_of, observe, search
+from workers.methods.families.spread import RidgeMethod, SpreadConfig, by_lane, figures_of, outcomes_of, ridge_keys
+from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch
+from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.replay import Prefix, capture, replay
 from workers.types import JSON, SpecError
 
 SATED_WEIGHT = 0.1
@@ -139,8 +140,8 @@ class _AtLayer:
     gives, so a step runs everything from this layer on, under the edits made so far."""
 
     base: BaseModel
-    rows: Rows
-    lane_rows: Rows
+    rows: Batch
+    lane_rows: Batch
     overlay: Overlay
     maps: tuple[nn.Module, nn.Module]
     here_BS1: Tensor
@@ -186,7 +187,7 @@ class _AtLayer:
             stack.enter_context(self.overlay.installed(self.lane_rows))
             return replay(self.base, self.prefix)[self.row_P, self.column_P]
 
-    def part(self, row_B: Sequence[int], rows: Rows, read_P: Sequence[int]) -> _AtLayer:
+    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> _AtLayer:
         index = torch.tensor(list(row_B), device=self.row_P.device)
         place = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
         place[index] = torch.arange(len(row_B), device=index.device)
@@ -202,7 +203,7 @@ class _AtLayer:
         )
 
 
-def _under_lanes(rows: Rows, whole: Rows, row_B: Sequence[int]) -> Rows:
+def _under_lanes(rows: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
     """Some rows of a batch, now ``rows``, under the lanes that they have in the whole."""
     lane_of = {row: lane for lane, start, stop in whole.segments for row in range(start, stop)}
     lanes = [lane_of[row] for row in row_B]

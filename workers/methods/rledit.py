@@ -41,17 +41,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from workers.hypernet import (
+from workers.artifacts.pretrain import TrainingSchedule
+from workers.methods.base import MethodConfig
+from workers.methods.easyedit import IGNORED
+from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
     HypernetConfig,
     HypernetMethod,
-    HypernetTrainer,
-    Judge,
-    Objective,
     Pair,
     Questions,
-    Sentences,
     add,
     fit_keys,
     fitted,
@@ -61,10 +60,10 @@ from workers.hypernet import (
     squared_norm,
     token_choice,
 )
-from workers.methods.base import IGNORED, MethodConfig
-from workers.models import BaseModel, ModelShape
-from workers.overlay import DenseOverlay, LaneState
-from workers.pretrain import Schedule
+from workers.methods.families.hypernet_training import HypernetTrainer, Judge, Objective, Sentences
+from workers.model.base import BaseModel
+from workers.model.config import ModelShape
+from workers.model.overlay import DenseOverlay, LaneState
 from workers.types import JSON, EditRequest
 
 
@@ -91,8 +90,8 @@ class RLEditConfig(HypernetConfig):
     train_on: Literal["rephrase", "prompt"] = Field(
         "rephrase", description="rephrase: prompt or a rephrase asks for the new answer; prompt: the prompt only"
     )
-    schedule: Schedule = Field(
-        Schedule(steps=1, batch_size=8000), description="number of trajectories, and requests of each"
+    schedule: TrainingSchedule = Field(
+        TrainingSchedule(steps=1, batch_size=8000), description="number of trajectories, and requests of each"
     )
 
     alg_names: ClassVar[tuple[str, ...]] = ("RLEdit",)
@@ -203,7 +202,9 @@ class RLEdit(HypernetMethod[RLEditConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        statistics = sum(16 * (out + into) for out, into in set(site_shapes(shape, config.layers, config.modules)))
+        statistics = sum(
+            16 * (out + in_features) for out, in_features in set(site_shapes(shape, config.layers, config.modules))
+        )
         return statistics + super().overlay_bytes(config, shape, edits)
 
 

@@ -37,8 +37,11 @@ from typing import Any, ClassVar, Self
 from pydantic import Field
 from torch import Tensor
 
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.locate import (
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import TrainingSource
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, split_module
+from workers.methods.families.locate import (
     MOMENT,
     AtMap,
     Facts,
@@ -50,10 +53,9 @@ from workers.locate import (
     search,
     template_spec,
 )
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape
-from workers.overlay import LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
+from workers.model.base import BaseModel
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import LowRankOverlay, Overlay
 from workers.types import JSON, SpecError
 
 
@@ -193,17 +195,17 @@ class ROME(Method[ROMEConfig]):
 
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, into = shape.site(config.module)
+        out, in_features = shape.site(config.module)
         value = max(4, shape.bytes_per_value)
-        if edits >= min(out, into) // 2:
-            return 3 * out * into * value  # dense, and two temporaries while a change is added
-        return 2 * edits * (out + into) * value
+        if edits >= min(out, in_features) // 2:
+            return 3 * out * in_features * value  # dense, and two temporaries while a change is added
+        return 2 * edits * (out + in_features) * value
 
     @classmethod
     def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        _, into = shape.site(config.module)
+        _, in_features = shape.site(config.module)
         # the second moment; while it is inverted it, its factors, the inverse and two temporaries, in float64
-        return (moment_value(config) + 5 * 8) * into * into if config.mom2_adjustment else 0
+        return (moment_value(config) + 5 * 8) * in_features * in_features if config.mom2_adjustment else 0
 
 
 _AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(

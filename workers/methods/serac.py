@@ -43,12 +43,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData, ArtifactSpec
-from workers.methods.base import IGNORED, TRAINER_KEYS, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, context_length, resolve
-from workers.overlay import LaneState, Overlay, SitelessOverlay
-from workers.pretrain import PRETRAINED, Schedule, Trainer, TrainingSource, pretrained
-from workers.rows import Rows
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, TrainingSource, pretrained
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.model.base import BaseModel
+from workers.model.batch import Batch
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape, context_length, resolve
+from workers.model.overlay import LaneState, Overlay, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
 
 LARGEST_COPY = 50_000_000
@@ -92,7 +94,9 @@ class SERACConfig(MethodConfig):
     )
     lr: float = Field(1e-5, gt=0, description="Adam's step size in training")
     grad_clip: float = Field(100.0, gt=0, description="largest norm of each network's gradient in training")
-    schedule: Schedule = Field(Schedule(steps=10_000, batch_size=10), description="how long it is trained")
+    schedule: TrainingSchedule = Field(
+        TrainingSchedule(steps=10_000, batch_size=10), description="how long it is trained"
+    )
 
     alg_names: ClassVar[tuple[str, ...]] = ("SERAC",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -310,7 +314,7 @@ class EditMemory(SitelessOverlay):
 
     @torch.no_grad()
     def logits(
-        self, base: BaseModel, hidden_PD: Tensor, rows: Rows, row_P: Sequence[int], column_P: Sequence[int]
+        self, base: BaseModel, hidden_PD: Tensor, rows: Batch, row_P: Sequence[int], column_P: Sequence[int]
     ) -> Tensor:
         logits_PV = base.logits(hidden_PD)
         ends = rows.prompt_end_B.tolist()
@@ -360,7 +364,7 @@ def mixed(base_V: Tensor, counterfactual_V: Tensor, scope: float) -> Tensor:
     return ((1 - scope) * base_V.softmax(-1) + scope * counterfactual_V.softmax(-1) + eps).log()
 
 
-def _split(rows: Rows, row: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _split(rows: Batch, row: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The real tokens of a row's prompt, and those after it."""
     start = rows.offsets[row]
     ids = rows.input_ids_BS[row].tolist()
@@ -426,7 +430,7 @@ class SERAC(Method[SERACConfig]):
         seed: int,
         training: TrainingSource | None = None,
     ) -> tuple[ArtifactSpec, ...]:
-        return (pretrained(cls, _learnt(config), config.schedule, fingerprint, model, training),)
+        return (pretrained(cls.name, _learnt(config), config.schedule, fingerprint, model, training),)
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:

@@ -46,14 +46,16 @@ import torch
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from workers.artifacts import ArtifactData, ArtifactSpec
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import TrainingSource
 from workers.inputs import explain
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.models import BaseModel, ModelConfig, ModelFingerprint, ModelShape, Site
-from workers.overlay import DenseOverlay, LaneState, LowRankOverlay, Overlay
-from workers.pretrain import TrainingSource
-from workers.replay import answering
-from workers.rows import collate
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED
+from workers.model.base import BaseModel, Site
+from workers.model.batch import collate
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, Overlay
+from workers.model.replay import override_forward
 from workers.types import JSON, SpecError
 
 BASES = ("rome", "rrome", "memit", "emmet", "pmet", "alphaedit", "ft", "ft-ewc")
@@ -116,7 +118,7 @@ class SimIEConfig(MethodConfig):
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         """The base method's hyperparameters are those of the file of the same name in its own folder, if there is one."""
-        from workers.methods import read_hparams
+        from workers.methods.easyedit import read_hparams
 
         out = super().from_easyedit(values, source)
         if "base_method" in out:
@@ -161,9 +163,9 @@ class SimIEOverlay(DenseOverlay):
             sums[site.name] += keys_NI.T @ keys_NI
             return _solve(sums[site.name], weight, keys_NI.T).T
         kept[site.name] = all_MI = torch.cat([kept[site.name], keys_NI.to(kept[site.name])])
-        total, into = all_MI.shape
+        total, in_features = all_MI.shape
         all_MI = all_MI.to(torch.float64)
-        if total > into // 2:  # a list would soon be larger than the sum
+        if total > in_features // 2:  # a list would soon be larger than the sum
             sums[site.name] = all_MI.T @ all_MI
             kept[site.name] = kept[site.name][:0].clone()
         new_MN = torch.eye(total, dtype=torch.float64, device=all_MI.device)[:, total - len(keys_NI) :]
@@ -304,15 +306,17 @@ class SimIE(Method[SimIEConfig]):
     @classmethod
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
         base: Any = config.base_config  # all of BASES have a module, and a layer or several
-        out, into = shape.site(base.module)
+        out, in_features = shape.site(base.module)
         maps = len(base.layers) if "layers" in type(base).model_fields else 1
         value = max(4, shape.bytes_per_value)
-        tokens = min(TOKENS_PER_EDIT * edits, into)
-        kept = into * tokens * value if tokens <= into // 2 else into * into * 8
-        solving = 8 * (2 * tokens * tokens + tokens * into + 2 * out * into)
+        tokens = min(TOKENS_PER_EDIT * edits, in_features)
+        kept = in_features * tokens * value if tokens <= in_features // 2 else in_features * in_features * 8
+        solving = 8 * (2 * tokens * tokens + tokens * in_features + 2 * out * in_features)
         # the base method's change may start dense
-        inner = _method(config.base_method).overlay_bytes(base, shape, 1 if config.init_model else max(edits, into))
-        return maps * (out * into * value + kept) + solving + inner
+        inner = _method(config.base_method).overlay_bytes(
+            base, shape, 1 if config.init_model else max(edits, in_features)
+        )
+        return maps * (out * in_features * value + kept) + solving + inner
 
     @classmethod
     def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
@@ -371,7 +375,7 @@ def _inputs(base: BaseModel, sites: Sequence[Site]) -> Iterator[dict[str, Tensor
             stack.callback(site.module.register_forward_pre_hook(note(site.name)).remove)
         stack.callback(base.layers[last].register_forward_hook(lambda _, args, out: top.append(out)).remove)
         for layer in base.layers[last + 1 :]:
-            stack.enter_context(answering(layer, lambda *_, **__: top[0]))
+            stack.enter_context(override_forward(layer, lambda *_, **__: top[0]))
         yield caught
 
 

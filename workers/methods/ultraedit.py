@@ -42,11 +42,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from workers.losses import TargetTokens
-from workers.methods.base import IGNORED, EditOutcome, LaneEdit, Method, MethodConfig, split_module
-from workers.models import BaseModel, ModelShape, Site
-from workers.overlay import DenseOverlay, LaneState, Overlay
-from workers.rows import Encoded, collate
+from workers.inner_loop.losses import TargetTokens
+from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.easyedit import IGNORED, split_module
+from workers.model.base import BaseModel, Site
+from workers.model.batch import Encoded, collate
+from workers.model.config import ModelShape
+from workers.model.overlay import DenseOverlay, LaneState, Overlay
 from workers.types import JSON, EditRequest, SpecError
 
 MLP_OUT = "mlp_out"
@@ -256,8 +258,10 @@ class UltraEdit(Method[UltraEditConfig]):
     def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
         value = max(4, shape.bytes_per_value)
         sizes = {path: shape.site(_path(path)) for path in config.modules}
-        weights = sum(out * into * value * len(config.modules[path]) for path, (out, into) in sizes.items())
-        largest = max(out * into for out, into in sizes.values())
+        weights = sum(
+            out * in_features * value * len(config.modules[path]) for path, (out, in_features) in sizes.items()
+        )
+        largest = max(out * in_features for out, in_features in sizes.values())
         return weights + 2 * 8 * largest  # and one map's change in float64, with a temporary
 
 

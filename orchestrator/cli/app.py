@@ -1,0 +1,96 @@
+"""The command line. Exit codes: 0 everything finished, 1 something failed or is a bug, 2 bad input, 130 Ctrl-C.
+
+Every command imports what it needs when it runs: `status`, `query` and `report` start without torch and Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.console import Output
+
+if TYPE_CHECKING:
+    from orchestrator.results.query import Results
+
+app = typer.Typer(
+    name="editsweep",
+    help="Runs the (method x T x seed) grid of lifelong knowledge editing with one command and leaves one table.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
+Folder = Annotated[
+    str, typer.Argument(metavar="DIR", help="a results folder, or s3://bucket/prefix", show_default=False)
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        metavar="CELLS",
+        help="only these cells, e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
+    ),
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="also what failed in an earlier run")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. grid.T=[1,10]; repeatable"),
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="show the version and exit")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as version_of
+
+        try:
+            Output().say(f"editsweep {version_of('editsweep')}")
+        except PackageNotFoundError:
+            Output().say("editsweep (not installed)")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        Output().say(context.get_help())
+        raise typer.Exit(2)
+
+
+def open_existing(folder: str) -> Results:
+    from orchestrator.results.query import open_results
+
+    return open_results(folder)
+
+
+class Bug(Exception):
+    """An exception nobody expected, with the results folder whose log gets the traceback."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+
+def silence_libraries(verbose: bool) -> None:
+    """Libraries keep their progress bars and advice to themselves unless asked."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def quote(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)

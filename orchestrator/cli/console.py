@@ -1,0 +1,290 @@
+"""Everything the command line shows. The only module that prints.
+
+Text from specs and data sets is never read as markup. On a terminal the view of a run is live; otherwise it is a plain
+line every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, BinaryIO
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from orchestrator.engine.books import Safety
+    from orchestrator.engine.worker import StepReport
+    from orchestrator.planning.plan import Plan, Shard
+
+PLAIN_SECONDS = 5.0
+"""How often a plain line is printed."""
+
+_WIDTH = 160
+"""Columns where there is no terminal to ask."""
+
+
+class Output:
+    """The two streams. Answers go to standard output, everything about how it goes to standard error.
+
+    >>> out = Output()                                          # doctest: +SKIP
+    >>> out.table("cells", ("method", "T"), [("rome", "10")])   # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        self.answers = _console(stderr=False)
+        self.asides = _console(stderr=True)
+
+    def say(self, text: str = "") -> None:
+        self.answers.print(plain(text), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.asides.print(plain(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.asides.print(Text.assemble(("warning: ", "yellow"), plain(text)), soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        self.asides.print(Text.assemble(("error: ", "bold red"), plain(text)), soft_wrap=True)
+
+    def table(
+        self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+    ) -> None:
+        """A table; ``right`` lists the columns aligned to the right."""
+        table = Table(title=plain(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, name in enumerate(header):
+            table.add_column(plain(name), justify="right" if i in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(plain(cell) for cell in row))
+        self.answers.print(table)
+
+    def raw(self) -> BinaryIO:
+        """Standard output for bytes that must not be wrapped or coloured."""
+        self.answers.file.flush()
+        return sys.stdout.buffer
+
+    def view(self) -> RunView:
+        return LiveView(self.asides) if self.asides.is_terminal else RunView(self.asides)
+
+
+def plain(text: str) -> Text:
+    """Text as it is: no markup, and no control characters, with which a data set could steer the terminal."""
+    return Text("".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else repr(c)[1:-1] for c in text))
+
+
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else _WIDTH)
+
+
+@dataclass
+class _Flight:
+    """A shard being run."""
+
+    shard: Shard
+    title: str
+    tick: int = 0
+    ticks: int = 0
+    edits: int = 0
+    seconds: float = 0.0
+    attempt: int = 1
+
+
+@dataclass
+class RunView:
+    """Progress in plain lines, and the bookkeeping both kinds of view share (:class:`orchestrator.engine.books.View`)."""
+
+    console: Console
+    plan: Plan | None = None
+    flights: dict[str, _Flight] = field(default_factory=dict)
+    done_shards: int = 0
+    failed_shards: int = 0
+    failed_groups: int = 0
+    edits: int = 0
+    kept: int = 0
+    batches: int = 0
+    cost_done: float = 0.0
+    cost_skipped: float = 0.0
+    began: float = 0.0
+    building: dict[str, tuple[int, int, str]] = field(default_factory=dict)
+    _last: float = 0.0
+    _reached: dict[str, int] = field(default_factory=dict)
+    """Per shard the furthest tick seen: one that is launched again is not counted twice."""
+
+    def begin(self, plan: Plan) -> None:
+        self.plan = plan
+        self.began = time.monotonic()
+        self.note(begin_line(plan))
+
+    def note(self, text: str) -> None:
+        self.console.print(plain(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(Text.assemble(("warning: ", "yellow"), plain(text)), soft_wrap=True)
+
+    def artifact_step(self, title: str, done: int, total: int, what: str) -> None:
+        self.building[title] = (done, total, what)
+        self.show()
+
+    def artifact_ended(self, title: str) -> None:
+        self.building.pop(title, None)
+
+    def shard_started(self, shard: Shard, title: str) -> None:
+        if not self.flights and not self.edits:
+            self.began = time.monotonic()  # the clock of edits/s and ETA starts with the first shard
+        self.flights[shard.shard_id] = _Flight(shard, title)
+        self.show()
+
+    def shard_step(self, step: StepReport) -> None:
+        flight = self.flights.get(step.shard_id)
+        if flight is None:
+            return
+        before = self._reached.get(step.shard_id, 0)
+        self._reached[step.shard_id] = max(before, step.tick)
+        share = max(0, step.tick - before) / max(1, step.ticks) * flight.shard.cost
+        if step.edits or step.seconds:
+            self.cost_done += share
+        else:
+            self.cost_skipped += share  # committed by an earlier attempt
+        flight.tick, flight.ticks, flight.attempt = step.tick, step.ticks, step.attempt
+        flight.edits += step.edits
+        flight.seconds += step.seconds
+        self.edits += step.edits
+        self.kept += step.kept
+        self.batches += step.batches
+        self.failed_groups += step.failures
+        self.show()
+
+    def shard_ended(self, shard_id: str, ok: bool) -> None:
+        self.flights.pop(shard_id, None)
+        self.done_shards += ok
+        self.failed_shards += not ok
+        self.show()
+
+    def end(self) -> None:
+        self.show(force=True)
+        self._say_kept()
+
+    def _say_kept(self) -> None:
+        if self.batches:
+            share = percent(self.kept, self.batches)
+            self.note(f"scoring: {share} of {self.batches} batches found the layers below their edit in the cache")
+
+    def show(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if self.plan is None or not (force or now - self._last >= PLAIN_SECONDS):
+            return
+        self._last = now
+        if self.building and not self.flights:
+            parts = [f"{title} {percent(done, total)} ({what})" for title, (done, total, what) in self.building.items()]
+            self.console.print(plain(f"{time.strftime('%H:%M:%S')} building {', '.join(parts)}"), soft_wrap=True)
+            return
+        self.console.print(Text(f"{self.line()}{self._running()}"), soft_wrap=True)
+
+    def _running(self) -> str:
+        parts = [f"{f.title} {percent(f.tick, f.ticks)}" for f in list(self.flights.values())[:4]]
+        more = len(self.flights) - len(parts)
+        return f" | running: {', '.join(parts)}{f' and {more} more' if more else ''}" if parts else ""
+
+    def line(self) -> str:
+        """Shards, edits/s, ETA and failures in one line."""
+        plan = self.plan
+        assert plan is not None
+        seconds = max(1e-9, time.monotonic() - self.began)
+        total = sum(shard.cost for shard in plan.shards)
+        left = total - self.cost_done - self.cost_skipped
+        eta = duration(left * seconds / self.cost_done) if self.cost_done > 0 and left > 1e-6 * total else "-"
+        failures = self.failed_shards + self.failed_groups
+        return (
+            f"{time.strftime('%H:%M:%S')} {self.done_shards}/{len(plan.shards)} shards, "
+            f"{percent(self.cost_done + self.cost_skipped, total)}, {self.edits / seconds:.1f} edits/s, "
+            f"ETA {eta}, {failures} failed"
+        )
+
+
+@dataclass
+class LiveView(RunView):
+    """Progress that redraws itself: one line per shard in flight."""
+
+    _live: Live | None = None
+
+    def begin(self, plan: Plan) -> None:
+        super().begin(plan)
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True, get_renderable=self._render)
+        self._live.start()
+
+    def show(self, force: bool = False) -> None:
+        """The live display draws by itself."""
+
+    def end(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        RunView.show(self, force=True)
+        self._say_kept()
+
+    def _render(self) -> Group:
+        if self.plan is None:
+            return Group(Text(""))
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for _ in range(4):
+            table.add_column()
+        for title, (done, total, what) in list(self.building.items())[:20]:
+            table.add_row(plain(title), _bar(done, total), plain(what), Text(""))
+        for flight in list(self.flights.values())[:20]:
+            speed = f"{flight.edits / flight.seconds:.1f} edits/s" if flight.seconds else "starting"
+            again = f"try {flight.attempt}" if flight.attempt > 1 else ""
+            table.add_row(Text(flight.title), _bar(flight.tick, flight.ticks), Text(speed), Text(again))
+        return Group(table, Text(self.line()))
+
+
+def _bar(done: int, total: int, width: int = 24) -> Text:
+    filled = round(width * done / total) if total else 0
+    return Text("━" * filled, "green") + Text("━" * (width - filled), "dim") + Text(f" {percent(done, total)}")
+
+
+def begin_line(plan: Plan) -> str:
+    done = sum(plan.done_groups.values())
+    groups = sum(cell.groups for cell in plan.cells)
+    if not plan.shards:
+        return f"{len(plan.cells)} cells: all done"
+    been = f", {done} of {groups} groups done before" if done else ""
+    again = sum(shard.begun for shard in plan.shards)
+    resumed = f" ({again} to be continued)" if again else ""
+    return f"{len(plan.cells)} cells, {len(plan.shards)} shards{resumed}, {plan.edits_left} edits to make{been}"
+
+
+def safety_line(safety: Safety) -> str:
+    """What keeping the results safe cost."""
+    return (
+        f"safety: journal {safety.journal_seconds:.1f} s of {safety.actor_seconds:.0f} actor-seconds, "
+        f"gather {safety.gather_seconds:.1f} s of {safety.wall_seconds:.0f} s: {100 * safety.share:.1f}%"
+    )
+
+
+def percent(done: float, total: float) -> str:
+    return f"{100 * done / total:.0f}%" if total else "0%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

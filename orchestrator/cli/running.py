@@ -1,0 +1,328 @@
+"""The commands that plan and run: `plan`, `run`, `artifacts`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from orchestrator.cli.app import Bug, Only, Overrides, RemoteCode, RetryFailed, SpecFile, quote, silence_libraries
+from orchestrator.cli.console import Output, duration, size
+from orchestrator.cli.summary import show_summary
+from workers.types import DataError, EditSweepError, ModelError, SpecError
+
+if TYPE_CHECKING:
+    from orchestrator.engine.books import Engine, Outcome
+    from orchestrator.engine.sweep import ArtifactState
+    from orchestrator.planning.plan import Plan
+    from orchestrator.planning.spec import SweepSpec
+
+
+commands = typer.Typer()
+
+
+@commands.command()
+def plan(
+    spec_file: SpecFile,
+    results: Annotated[str | None, typer.Option(help="subtract what this results folder already holds")] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="simulate so many actors (default: engine.max_actors)")
+    ] = None,
+    only: Only = None,
+    retry_failed: RetryFailed = False,
+    overrides: Overrides = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Show cells, shards, lanes, edits, memory and time; run nothing, write nothing."""
+    from orchestrator.cli.console import begin_line
+    from orchestrator.engine.folder import check_folder, read_progress
+    from orchestrator.planning.plan import Planner, Progress
+    from orchestrator.results.journal import Journal
+    from orchestrator.results.select import select
+    from orchestrator.results.table import CentralTable
+    from orchestrator.storage.open import open_store
+    from orchestrator.storage.paths import ResultsPaths
+
+    out = Output()
+    spec = _load(spec_file, overrides, trust_remote_code)
+    folder = results or default_results(spec)
+    store = open_store(folder)
+    check_folder(spec, store, ResultsPaths())
+    there = store.exists(ResultsPaths().sweep)
+    progress = read_progress(CentralTable(store), Journal(store), retry_failed) if there else Progress()
+    with _naming(spec_file):
+        planner = Planner(spec)
+        made = planner.plan(progress, select(only, planner.described(), "--only") if only else None)
+    out.say(f"sweep {spec.name}: {begin_line(made)}")
+    rows: list[tuple[str, ...]] = []
+    for v, variant in enumerate(made.variants):
+        cells = [cell for cell in made.cells if cell.variant == v]
+        shards = [shard for shard in made.shards if shard.variant == v]
+        artifacts = {key for shard in shards for key in made.artifact_keys(shard)}
+        rows.append(
+            (
+                variant.label,
+                variant.algorithm if variant.algorithm != variant.label else "",
+                str(len(cells)),
+                str(len(shards)),
+                "/".join(str(made.widths[v, T]) if T in spec.sizes(v) else "-" for T in spec.grid.T),
+                str(sum(cell.groups * cell.T for cell in cells)),
+                str(sum(shard.edits for shard in shards)),
+                size(max(made.memory[v, T].overlay for T in spec.sizes(v))),
+                size(made.peak_bytes(v)),
+                str(len(artifacts)),
+            )
+        )
+    header = ("method", "is", "cells", "shards", "lanes", "edits", "edits left", "memory/lane", "peak", "artifacts")
+    out.table("", header, rows, right=range(2, 10))
+    out.say(f"lanes: for T={'/'.join(map(str, spec.grid.T))}, as far as there are groups")
+    if made.edits_shared:
+        out.say(f"edits shared between T: {made.edits_shared} more, which a lane of a larger T makes")
+    out.say(
+        f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; peak memory of one actor, estimated: up to "
+        f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + what lanes share + lanes x memory/lane "
+        "+ one batch's activations"
+    )
+    if made.shards:
+        show_makespan(out, made, actors)
+    for note in made.notes:
+        out.say(f"data set: {note}")
+    failed = sum(len(progress.given_up.get(cell.cell_id, ())) for cell in made.asked)
+    if failed:
+        out.warn(f"{failed} groups failed before and are left alone; --retry-failed runs them again")
+    for warning in made.warnings:
+        out.warn(warning)
+    from orchestrator.results.artifact_store import ArtifactStore
+    from workers.artifacts.base import in_order
+
+    artifact_store = ArtifactStore(store)
+    needed = {key: made.artifacts[key] for shard in made.shards for key in made.artifact_keys(shard)}
+    if needed:
+        missing = in_order(needed.values(), artifact_store.has if there else None)
+        kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
+        present = sum(key not in {spec.key for spec in missing} for key in needed)
+        out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built")
+    shared = [shards for shards in made.schedules() if len(shards) > 1]
+    if shared:
+        out.say(
+            f"base model: its replies to what {sum(map(len, shared))} of {len(made.shards)} shards score are computed once "
+            f"for {len(shared)} schedules that several share"
+        )
+    out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
+
+
+def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
+    """How long what is left may take: resources reserved, and the makespan on a number of actors."""
+    reserved = made.spec.engine.resources
+    seconds = sum(shard.seconds_left for shard in made.shards)
+    kind, share = ("GPU", reserved.gpu) if reserved.gpu else ("CPU", reserved.cpu)
+    out.say(f"time: about {seconds / 3600 * share:.3g} {kind}-hours of editing and scoring")
+    wanted = actors or made.spec.engine.max_actors
+    if wanted is not None:
+        found = made.simulate(wanted)
+        out.say(
+            f"schedule: {wanted} actors end after about {duration(found.makespan)}; lower bound {duration(found.bound)} "
+            f"(longest shard {duration(found.longest)}, total/{wanted} {duration(found.total / wanted)}); "
+            f"ratio {found.ratio:.3f}"
+        )
+    out.say(f"estimate: {made.clock.note({(shard.variant, shard.T) for shard in made.shards})}")
+
+
+@commands.command()
+def run(
+    spec_file: SpecFile,
+    results: Annotated[
+        str | None, typer.Option(help="results folder, or s3://bucket/prefix (default: results/<name of the sweep>)")
+    ] = None,
+    engine: Annotated[Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")] = "ray",
+    max_actors: Annotated[int | None, typer.Option(min=1, help="shards in flight at most")] = None,
+    only: Only = None,
+    retry_failed: RetryFailed = False,
+    overrides: Overrides = None,
+    trust_remote_code: RemoteCode = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
+) -> None:
+    """Run what is not done yet. Run it again after any interruption: it continues."""
+    out = Output()
+    silence_libraries(verbose)
+    spec = _load(spec_file, overrides, trust_remote_code)
+    folder = results or default_results(spec)
+
+    from orchestrator.engine.sweep import run_sweep
+    from orchestrator.storage.open import open_store
+
+    began = time.monotonic()
+    try:
+        with _naming(spec_file):
+            outcome = run_sweep(
+                spec,
+                open_store(folder),
+                _engine(engine),
+                out.view(),
+                max_actors,
+                only=only or (),
+                retry_failed=retry_failed,
+            )
+    except EditSweepError:
+        raise
+    except KeyboardInterrupt:
+        out.note("interrupted; run the same command again to continue")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        raise Bug(folder) from error
+    _conclude(out, spec_file, folder, outcome, time.monotonic() - began)
+    raise typer.Exit(outcome.exit_code)
+
+
+@commands.command()
+def artifacts(
+    spec_file: SpecFile,
+    results: Annotated[str | None, typer.Option(help="results folder (default: results/<name of the sweep>)")] = None,
+    engine: Annotated[Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")] = "ray",
+    max_actors: Annotated[int | None, typer.Option(min=1, help="artifacts built at once at most")] = None,
+    overrides: Overrides = None,
+    trust_remote_code: RemoteCode = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
+) -> None:
+    """Build what the sweep's shards share (statistics, trained networks) and nothing else; run again, it continues."""
+    out = Output()
+    silence_libraries(verbose)
+    spec = _load(spec_file, overrides, trust_remote_code)
+    folder = results or default_results(spec)
+
+    from orchestrator.engine.sweep import build_artifacts
+    from orchestrator.storage.open import open_store
+
+    try:
+        with _naming(spec_file):
+            states, interrupted = build_artifacts(spec, open_store(folder), _engine(engine), out.view(), max_actors)
+    except EditSweepError:
+        raise
+    except KeyboardInterrupt:
+        out.note("interrupted; run the same command again to continue")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        raise Bug(folder) from error
+    rows = _artifact_rows(states)
+    out.table("", ("kind", "key", "size", "state"), rows, right=(2,))
+    if not rows:
+        out.say("no method of this sweep needs an artifact")
+    lacking = sum(found.bytes is None and found.state != "not needed" for found in states)
+    if lacking:
+        out.error(f"{lacking} of {len(states)} artifacts do not exist; run the same command again to continue")
+        raise typer.Exit(130 if interrupted else 1)
+
+
+def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str, str]]:
+    """A line for each; one for all of a kind that comes in hundreds and is in the same state."""
+    from orchestrator.engine.books import AGGREGATED_KINDS
+
+    together: dict[tuple[str, str], list[ArtifactState]] = {}
+    for found in states:
+        one = "" if found.spec.kind in AGGREGATED_KINDS else found.spec.key
+        together.setdefault((found.spec.kind, one or found.state), []).append(found)
+    rows = []
+    for alike in together.values():
+        first = alike[0]
+        told = f"{len(alike)} of them" if first.spec.kind in AGGREGATED_KINDS else first.spec.key
+        sizes = [found.bytes for found in alike if found.bytes is not None]
+        rows.append((first.spec.kind, told, size(sum(sizes)) if sizes else "", first.state))
+    return rows
+
+
+def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
+    """The summary, what failed and how to go on."""
+    from orchestrator.cli.console import safety_line
+    from orchestrator.results.query import open_results
+
+    show_summary(out, open_results(folder), outcome.run_id if outcome.unfinished else None)
+    if outcome.safety.actor_seconds:
+        out.note(safety_line(outcome.safety))
+    cells = outcome.plan.asked
+    if not outcome.unfinished:
+        out.say(f"all {len(cells)} cells finished in {duration(seconds)}")
+        out.say("next:")
+        out.say(f"  editsweep status {folder}")
+        out.say(
+            f'  editsweep query {folder} "SELECT method, T, avg(reliability_exact) AS reliability FROM edits '
+            "WHERE scored = 'final' GROUP BY ALL ORDER BY ALL\""
+        )
+        return
+    again = (
+        f"editsweep {' '.join(quote(word) for word in sys.argv[1:])}" if sys.argv[1:2] == ["run"] else "editsweep run"
+    )
+    left = f"{len(outcome.unfinished)} of {len(cells)} cells are not finished"
+    if outcome.interrupted:
+        out.say(f"interrupted: {left}; everything committed so far is kept")
+        out.say(f"continue with:  {again}")
+        return
+    titles = {
+        cell.cell_id: f"{outcome.plan.variants[cell.variant].label} T={cell.T} seed={cell.seed}" for cell in cells
+    }
+    out.error(left)
+    by_cell = _failures_by_cell(outcome)
+    for cell_id in outcome.unfinished:
+        for line in by_cell.get(cell_id) or ["not run to its end"]:
+            out.note(f"  {titles[cell_id]} ({cell_id}): {line}")
+    if outcome.failed_groups and "--retry-failed" not in sys.argv:
+        again += " --retry-failed"  # what failed is otherwise left alone
+    out.note(f"details:  editsweep status {quote(folder)}")
+    out.note(f"try again with:  {again}")
+
+
+def _failures_by_cell(outcome: Outcome) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for shard in outcome.plan.shards:
+        error = outcome.errors.get(shard.shard_id)
+        if error is None:
+            continue
+        lines = error.message.splitlines() or [""]
+        text = f"{error.kind}: {lines[0][:300]} ({error.attempts} attempts; see {error.log})"
+        for cell_id in outcome.plan.cell_ids(shard):
+            found.setdefault(cell_id, []).append(text)
+    for failure in outcome.failed_groups:
+        found.setdefault(str(failure["cell_id"]), []).append(
+            f"group {failure['group']} failed at its edit {failure['position']}: {failure['kind']}: {failure['message']}"
+        )
+    return found
+
+
+def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: bool) -> SweepSpec:
+    from orchestrator.planning.spec import load_spec
+
+    spec = load_spec(spec_file, overrides or ())
+    if spec.model.trust_remote_code and not trust_remote_code:
+        raise SpecError(
+            f"{spec_file}: model.trust_remote_code: true lets the model's files run code on this machine; "
+            "if you trust them, say so on the command line too: --trust-remote-code"
+        )
+    return spec
+
+
+def _engine(name: Literal["ray", "local"]) -> Engine:
+    """Imported when it is chosen: the local engine needs no Ray."""
+    if name == "local":
+        from orchestrator.engine.local import run_local
+
+        return run_local
+    from orchestrator.engine.ray_engine.run import run_ray
+
+    return run_ray
+
+
+@contextlib.contextmanager
+def _naming(spec_file: Path) -> Iterator[None]:
+    """What the planner finds wrong with a spec, or with what it names, tells the spec's file, as the parser's messages do."""
+    try:
+        yield
+    except (SpecError, DataError, ModelError) as error:
+        raise type(error)(f"{spec_file}: {error}") from None
+
+
+def default_results(spec: SweepSpec) -> str:
+    return str(Path("results") / spec.name)

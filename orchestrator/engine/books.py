@@ -1,0 +1,286 @@
+"""The driver's books: which shards are done, gathering their rows, failures, progress."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+from orchestrator.engine.worker import StepReport
+from orchestrator.planning.plan import Plan, Shard
+from orchestrator.results.artifact_store import ArtifactStore
+from orchestrator.results.journal import Journal
+from orchestrator.results.table import CentralTable
+from orchestrator.storage.base import Store
+from orchestrator.storage.paths import ResultsPaths
+from workers.artifacts.base import BASE_SCORES, ArtifactSpec, in_order
+from workers.types import JSON, EditSweepError
+
+GATHER_SHARDS = 64
+GATHER_SECONDS = 60.0
+
+
+AGGREGATED_KINDS = frozenset({BASE_SCORES})
+"""Kinds of small artifacts that come in hundreds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Safety:
+    """What the durability of one run's results cost: actors in the journal, the driver gathering."""
+
+    journal_seconds: float = 0.0
+    actor_seconds: float = 0.0
+    """All actors, from taking up a shard to its end, loading the model included."""
+    gather_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """An upper bound of the part of the wall time it takes: as if nothing else happened while the driver gathers."""
+        journal = self.journal_seconds / self.actor_seconds if self.actor_seconds else 0.0
+        return journal + (self.gather_seconds / self.wall_seconds if self.wall_seconds else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardError:
+    """Why a shard did not finish, after all its attempts."""
+
+    shard_id: str
+    kind: str
+    message: str
+    attempts: int
+    log: str
+
+
+class View(Protocol):
+    """Where progress is shown (:mod:`orchestrator.cli.console` has the terminal's)."""
+
+    def begin(self, plan: Plan) -> None: ...
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def artifact_step(self, title: str, done: int, total: int, what: str) -> None: ...
+    def artifact_ended(self, title: str) -> None: ...
+    def shard_started(self, shard: Shard, title: str) -> None: ...
+    def shard_step(self, step: StepReport) -> None: ...
+    def shard_ended(self, shard_id: str, ok: bool) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass
+class Books:
+    """The driver's account of one run: tells the view, gathers finished shards, collects failures."""
+
+    plan: Plan
+    store: Store
+    run_id: str
+    view: View
+    check: Callable[[], None] = lambda: None
+    paths: ResultsPaths = field(default_factory=ResultsPaths)
+    artifacts_only: bool = False
+    """Whether the engine is to build artifacts and run no shard."""
+    errors: dict[str, ShardError] = field(default_factory=dict)
+    interrupted: bool = False
+    safety: Safety = Safety()
+    _began: float = field(default_factory=time.monotonic)
+    _ready: list[str] = field(default_factory=list)
+    _gathered: float = field(default_factory=time.monotonic)
+    _many: Counter[str] = field(default_factory=Counter)
+    """How many artifacts are to be built, of kinds that are told together."""
+    _built: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def journal(self) -> Journal:
+        return Journal(self.store, self.paths)
+
+    @cached_property
+    def table(self) -> CentralTable:
+        return CentralTable(self.store, self.paths)
+
+    @cached_property
+    def shards(self) -> dict[str, Shard]:
+        return {shard.shard_id: shard for shard in self.plan.shards}
+
+    @cached_property
+    def base_scores(self) -> list[ArtifactSpec]:
+        return self.plan.base_scores()
+
+    @cached_property
+    def artifacts(self) -> ArtifactStore:
+        return ArtifactStore(self.store, self.paths)
+
+    def missing_artifacts(self) -> list[ArtifactSpec]:
+        """What the shards that are left need and the store does not have, in the order in which it can be built."""
+        keys = dict.fromkeys(key for shard in self.plan.shards for key in self.plan.artifact_keys(shard))
+        if self.artifacts_only:
+            keys = dict.fromkeys(self.plan.artifacts)
+        missing = in_order((self.plan.artifacts[key] for key in keys), self.artifacts.has)
+        scores = self.base_scores
+        there = self.artifacts.sizes(BASE_SCORES) if scores else {}
+        missing += [spec for spec in scores if spec.key not in there]
+        self._many = Counter(spec.kind for spec in missing if spec.kind in AGGREGATED_KINDS)
+        self._built = Counter()
+        return missing
+
+    def artifact_step(self, spec: ArtifactSpec, done: int, total: int, what: str) -> None:
+        if spec.kind in self._many:
+            self._tell_together(spec.kind)
+        else:
+            self.view.artifact_step(artifact_title(spec), done, total, what)
+
+    def artifact_built(self, spec: ArtifactSpec, number: int, total: int) -> None:
+        if spec.kind in self._many:
+            self._built[spec.kind] += 1
+            self._tell_together(spec.kind)
+            return
+        self.view.artifact_ended(artifact_title(spec))
+        self.view.note(f"artifact {number}/{total} built: {artifact_title(spec)}")
+
+    def _tell_together(self, kind: str) -> None:
+        """One line for all artifacts of a kind, and one more when the last one is there."""
+        built, all_of_kind = self._built[kind], self._many[kind]
+        if built < all_of_kind:
+            self.view.artifact_step(kind, built, all_of_kind, f"{built} of {all_of_kind}")
+            return
+        self.view.artifact_ended(kind)
+        self.view.note(f"artifacts built: {all_of_kind} {kind}")
+
+    def artifacts_ended(self) -> None:
+        """Nothing is being built any more, whatever came of it."""
+        for kind in self._many:
+            self.view.artifact_ended(kind)
+
+    def artifact_failed(self, spec: ArtifactSpec, cause: str) -> None:
+        """One that nobody will try to build again in this run. The shards that need it fail with its cause; base-model
+        scores they compute themselves.
+
+        Raises :class:`~workers.types.EditSweepError` if the storage is what failed.
+        """
+        self.view.artifact_ended(artifact_title(spec))
+        _refuse_storage(cause)
+        cause = self.artifacts.failure(spec, self.run_id) or cause
+        self.artifacts.record_failure(spec, self.run_id, cause)
+        self.view.warn(f"artifact {artifact_title(spec)} failed: {cause.splitlines()[0][:500]}")
+
+    def title(self, shard: Shard) -> str:
+        sizes = "/".join(map(str, self.plan.group_sizes(shard)))
+        return f"{self.plan.variants[shard.variant].label} T={sizes} {shard.shard_id[:6]}"
+
+    def started(self, shard_id: str) -> None:
+        """Raises :class:`~orchestrator.storage.lock.LockLost`: who has lost the folder must not claim a shard of it."""
+        self.check()
+        shard = self.shards[shard_id]
+        self.view.shard_started(shard, self.title(shard))
+
+    def stepped(self, step: StepReport) -> None:
+        self.safety = replace(
+            self.safety,
+            journal_seconds=self.safety.journal_seconds + step.journal_seconds,
+            actor_seconds=self.safety.actor_seconds + step.actor_seconds,
+        )
+        self.view.shard_step(step)
+        self.tick()
+
+    def finished(self, shard_id: str) -> None:
+        self.view.shard_ended(shard_id, ok=True)
+        self._ready.append(shard_id)
+        self.tick()
+
+    def retrying(self, shard_id: str, attempt: int, cause: str) -> None:
+        self.view.warn(f"{self.title(self.shards[shard_id])} failed ({cause}); launching it again (try {attempt + 1})")
+
+    def failed(self, shard_id: str, attempts: int, cause: str) -> None:
+        """A shard that will not be launched again in this run.
+
+        Raises :class:`~workers.types.EditSweepError` if the storage is what failed: every other shard would fail too.
+        """
+        _refuse_storage(cause)
+        error = ShardError(shard_id, "error", cause, attempts, self.store.where(self.paths.shard(shard_id)))
+        try:
+            recorded = self.journal.errors(shard_id)
+        except EditSweepError:
+            recorded = {}
+        if recorded:
+            last = max(recorded)
+            error = ShardError(
+                shard_id,
+                str(recorded[last].get("kind", "error")),
+                str(recorded[last].get("message", cause)),
+                attempts,
+                self.store.where(self.paths.shard_log(shard_id, last)),
+            )
+        self.errors[shard_id] = error
+        self.view.shard_ended(shard_id, ok=False)
+        self.view.warn(
+            f"{self.title(self.shards[shard_id])} failed: {error.kind}: {error.message.splitlines()[0][:200]}"
+        )
+        self.tick()
+
+    def tick(self) -> None:
+        """Called often: gathers when there is enough to gather. Raises :class:`~orchestrator.storage.lock.LockLost`."""
+        self.check()
+        waited = time.monotonic() - self._gathered
+        if len(self._ready) >= GATHER_SHARDS or (self._ready and waited >= GATHER_SECONDS):
+            self.gather(self._ready)
+
+    def gather(self, shard_ids: list[str] | None = None) -> None:
+        """Move finished shards (None: every one there is) into the central table."""
+        began = time.monotonic()
+        done = self.table.gather(self.journal, shard_ids)
+        self._ready, self._gathered = [], time.monotonic()
+        self.safety = replace(
+            self.safety,
+            gather_seconds=self.safety.gather_seconds + self._gathered - began,
+            wall_seconds=self._gathered - self._began,
+        )
+        for shard_id in done.again:
+            self.view.warn(f"a part of shard {shard_id} was damaged on disk; run the same command again to redo it")
+        for shard_id, cause in (done.refused or {}).items():
+            self.errors[shard_id] = ShardError(
+                shard_id, "TableError", cause, 0, self.store.where(self.paths.shard(shard_id))
+            )
+
+
+_STORAGE = re.compile(r"(^|\.)StoreError: ")
+"""A cause as `Class: message`, or as the last line of a traceback."""
+
+
+def _refuse_storage(cause: str) -> None:
+    storage = _STORAGE.search(cause)
+    if storage:
+        raise EditSweepError(f"{cause[storage.end() :]}; mend it and run the same command again: it continues")
+
+
+def artifact_title(spec: ArtifactSpec) -> str:
+    return f"{spec.kind} {spec.key[:8]}"
+
+
+class Engine(Protocol):
+    """Builds the artifacts and (unless ``books.artifacts_only``) runs the shards of ``books.plan``.
+
+    Returns when all ended or the user interrupted (``books.interrupted``).
+    """
+
+    def __call__(self, books: Books, max_actors: int | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    plan: Plan
+    run_id: str
+    unfinished: tuple[str, ...]
+    errors: Mapping[str, ShardError]
+    failed_groups: tuple[Mapping[str, JSON], ...]
+    interrupted: bool
+    safety: Safety = Safety()
+
+    @property
+    def exit_code(self) -> int:
+        if self.interrupted and self.unfinished:
+            return 130
+        return 1 if self.unfinished else 0

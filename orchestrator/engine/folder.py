@@ -1,0 +1,143 @@
+"""Enter a results folder: check it, write the plan and the record of each run, read progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+
+import yaml
+
+from orchestrator.engine.books import Outcome
+from orchestrator.engine.machine import this_process, versions
+from orchestrator.planning.plan import Plan, Progress, Spent
+from orchestrator.planning.spec import SweepSpec, scoring_identity
+from orchestrator.results.journal import Journal, ShardProgress
+from orchestrator.results.table import CentralTable, TableShard
+from orchestrator.storage.base import Missing, Store, StoreError
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json, unseal_json
+from workers.types import JSON, EditSweepError
+
+
+class ResultsError(EditSweepError):
+    """The results folder is not this sweep's, or not a results folder at all."""
+
+
+def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = False) -> Progress:
+    """What the results folder holds, as the planner wants it. ``retry_failed``: failed groups count as not run."""
+    listed = table.shards()
+    begun = tuple(manifest for shard_id, manifest in journal.begun().items() if shard_id not in listed)
+    spent = [
+        Spent(shard.shard_id, tuple(shard.cells), shard.edits, _seconds(shard))
+        for shard in listed.values()
+        if shard.cells
+    ]
+    for manifest in begun:
+        try:
+            progress = journal.progress(manifest.shard_id)
+        except (Missing, EditSweepError):
+            continue  # gathered meanwhile, or damaged: it only lacks in the estimates
+        spent.append(Spent(manifest.shard_id, tuple(manifest.columns), progress.edits, _seconds(progress)))
+    given_up = {} if retry_failed else table.given_up()
+    return Progress(done=table.done(), given_up=given_up, begun=begun, used=frozenset(listed), spent=spent)
+
+
+def _seconds(shard: TableShard | ShardProgress) -> float:
+    return shard.edit_seconds + shard.score_seconds + shard.commit_seconds
+
+
+def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
+    """Refuse a results folder that is not this sweep's. Writes nothing."""
+    try:
+        found = unseal_json(store.read(paths.sweep), store.where(paths.sweep))
+    except Missing:
+        strangers = [e.name for e in store.list("") if e.name != paths.lock]
+        if strangers:
+            raise ResultsError(
+                f"{store.where()} is not a results folder: it has no {paths.sweep} but holds {', '.join(strangers[:5])}; "
+                "give an empty or a new folder with --results"
+            ) from None
+        return
+    except StoreError as error:
+        if error.cause.startswith("a part of the path is a file"):
+            raise ResultsError(f"{store.where()} is a file, not a folder; give a folder with --results") from None
+        raise
+    if found.get("name") != spec.name:
+        raise ResultsError(
+            f"{store.where()} holds the results of the sweep {found.get('name')!r}, not of {spec.name!r}; "
+            "give another folder with --results"
+        )
+    mine = dict(scoring_identity(spec.scoring))
+    theirs = found.get("scoring", mine)
+    changed = [
+        f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
+        for key in dict.fromkeys((*mine, *theirs))
+        if theirs.get(key) != mine.get(key)
+    ]
+    if changed:
+        raise ResultsError(
+            f"scoring: the cells in {store.where()} were scored with other settings ({'; '.join(changed)}); "
+            "use the same settings, or a new folder with --results"
+        )
+
+
+def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
+    identity = {"name": spec.name, "scoring": dict(scoring_identity(spec.scoring))}
+    if not store.publish_new(paths.sweep, seal_json(identity)):
+        check_folder(spec, store, paths)
+
+
+def write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
+    """plan.json: the definition of every cell there ever was, and which of them the last plan asked for."""
+    try:
+        known = dict(unseal_json(store.read(paths.plan), store.where(paths.plan))["cells"])
+    except (Missing, EditSweepError, KeyError, TypeError):
+        known = {}
+    for cell in plan.cells:
+        variant = plan.variants[cell.variant]
+        known[cell.cell_id] = {
+            "method": variant.label,
+            "algorithm": variant.algorithm,
+            "version": variant.version,
+            "hparams_id": variant.hparams_id,
+            "config": variant.config,
+            "T": cell.T,
+            "seed": cell.seed,
+            "groups": cell.groups,
+            "rollback": plan.common.rollback,
+            "batch_size": cell.batch_size,
+            "model": plan.common.model.name,
+            "model_fingerprint": plan.common.model_fingerprint,
+            "tokenizer_fingerprint": plan.common.tokenizer_fingerprint,
+            "dataset": plan.common.dataset_name,
+            "dataset_fingerprint": plan.common.dataset_fingerprint,
+        }
+    store.replace(paths.plan, seal_json({"cells": known, "current": [cell.cell_id for cell in plan.cells]}))
+
+
+def write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_actors: int | None) -> None:
+    text = yaml.safe_dump(plan.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    store.replace(paths.run_spec(run_id), text.encode())
+    info: dict[str, JSON] = {
+        "run_id": run_id,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv[1:],
+        "max_actors": max_actors,
+        "versions": versions(),
+        "driver": this_process(),
+        "shards": len(plan.shards),
+    }
+    store.replace(paths.run_info(run_id), seal_json(info))
+
+
+def write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome) -> None:
+    info = unseal_json(store.read(paths.run_info(run_id)), store.where(paths.run_info(run_id)))
+    info |= {
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "exit_code": outcome.exit_code,
+        "unfinished_cells": len(outcome.unfinished),
+        "errors": [dataclasses.asdict(error) for error in outcome.errors.values()],
+        "safety": dataclasses.asdict(outcome.safety),
+    }
+    store.replace(paths.run_info(run_id), seal_json(info))

@@ -1,0 +1,129 @@
+"""Actors that build artifacts before the shards that need them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from orchestrator.engine.books import Books, artifact_title
+from orchestrator.engine.worker import Bench
+from workers.artifacts.base import ArtifactSpec
+from workers.model.config import ModelConfig
+
+STOP_SECONDS = 60.0
+"""How long builders may take to save what they have."""
+
+
+class _Builder:
+    """An actor that builds artifacts with one loaded model; a second thread answers while it does."""
+
+    def __init__(self, root: str, run_id: str, save_seconds: float) -> None:
+        self.bench = Bench(root, run_id, save_seconds)
+        self.told: tuple[int, int, str] | None = None
+        self.stopped = threading.Event()
+
+    def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> None:
+        self.told = None
+        self.bench.build(spec, model, threads, self._tell, self.stopped.is_set)
+
+    def _tell(self, done: int, total: int, what: str) -> None:
+        self.told = (done, total, what)
+
+    def progress(self) -> tuple[int, int, str] | None:
+        return self.told
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+@dataclass
+class _BuilderActor:
+    """One builder, what it builds at present, and the question after its progress that is not answered yet."""
+
+    actor: Any
+    spec: ArtifactSpec | None = None
+    asked: Any = None
+
+    def look(self, books: Books) -> None:
+        """Pass on what the builder told since the last look; never wait for it."""
+        if self.asked is not None and ray.wait([self.asked], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                told = ray.get(self.asked)
+                if told is not None and self.spec is not None:
+                    books.artifact_step(self.spec, *told)
+            self.asked = None
+        if self.asked is None:
+            self.asked = self.actor.progress.remote()
+
+
+def build_artifacts(books: Books, actors: int) -> None:
+    """Build what the plan's shards need and the store lacks, each by one actor, what it needs before it.
+
+    A failure is told; the shards that need the artifact fail with its cause.
+    """
+    missing = books.missing_artifacts()
+    if not missing:
+        return
+    engine, common = books.plan.spec.engine, books.plan.common
+    builder: Any = ray.remote(_Builder)
+    make = builder.options(
+        num_cpus=engine.resources.cpu,
+        num_gpus=engine.resources.gpu,
+        max_concurrency=2,
+        max_restarts=engine.max_failures,
+        max_task_retries=engine.max_failures,
+    )
+    keys = {spec.key for spec in missing}
+    at_once = sum(not any(need.key in keys for need in spec.needs) for spec in missing)
+    sites = [
+        _BuilderActor(make.remote(books.store.where(), books.run_id, engine.checkpoint_seconds))
+        for _ in range(min(actors, at_once))
+    ]
+    todo, failed = list(missing), set[str]()
+    running: dict[Any, _BuilderActor] = {}
+    done = 0
+    try:
+        while todo or running:
+            waiting = {spec.key for spec in todo} | {site.spec.key for site in running.values() if site.spec}
+            for spec in list(todo):
+                lost = [need for need in spec.needs if need.key in failed]
+                if lost:
+                    todo.remove(spec)
+                    failed.add(spec.key)
+                    books.artifact_failed(spec, f"it needs {artifact_title(lost[0])}, which failed")
+                elif not any(need.key in waiting for need in spec.needs):
+                    free = next((site for site in sites if site.spec is None), None)
+                    if free is None:
+                        break
+                    todo.remove(spec)
+                    free.spec = spec
+                    running[free.actor.build.remote(spec, common.model, common.threads)] = free
+            for ref in ray.wait(list(running), num_returns=1, timeout=1.0)[0] if running else ():
+                site = running.pop(ref)
+                built, site.spec = site.spec, None
+                assert built is not None
+                try:
+                    ray.get(ref)
+                    done += 1
+                    books.artifact_built(built, done, len(missing))
+                except ray.exceptions.RayError as error:
+                    failed.add(built.key)
+                    books.artifact_failed(built, str(error).strip().splitlines()[-1])
+            for site in running.values():
+                site.look(books)
+            books.tick()
+    except KeyboardInterrupt:
+        for site in running.values():
+            site.actor.stop.remote()
+        if running:
+            books.view.note("stopping: unfinished artifacts are being saved (Ctrl-C again to leave at once)")
+            ray.wait(list(running), num_returns=len(running), timeout=STOP_SECONDS)
+        raise
+    finally:
+        books.artifacts_ended()
+        for site in sites:
+            ray.kill(site.actor)

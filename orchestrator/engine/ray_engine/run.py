@@ -1,0 +1,303 @@
+"""The Ray engine: connect or start, prove every node, build artifacts, one Tune trial per shard.
+
+Ray gives scheduling, resources, retries and the handling of lost nodes. It is told nothing of progress: what is done is
+what the table and the journal say, so every way a run can end is followed by the same next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+
+from orchestrator.engine.books import Books
+from orchestrator.engine.ray_engine import ENVIRONMENT
+from orchestrator.engine.ray_engine.builders import build_artifacts
+from orchestrator.engine.ray_engine.preflight import ClusterError, check_nodes
+from orchestrator.engine.ray_engine.trial import ShardTrial
+from orchestrator.engine.worker import StepReport
+from orchestrator.planning.spec import RaySpec
+from orchestrator.storage.lock import LockLost
+from workers.types import EditSweepError
+
+
+def run_ray(books: Books, max_actors: int | None = None) -> None:
+    """Run every shard of the plan on Ray."""
+    plan = books.plan
+    threads = plan.common.threads
+    with _ctrl_c(books), _connected(plan.spec.ray, threads, books):
+        try:
+            actors = check_nodes(books)
+            wanted = max_actors or plan.spec.engine.max_actors or actors
+            build_artifacts(books, min(wanted, actors))
+            if books.artifacts_only:
+                return
+            _tune(books, min(wanted, len(plan.shards)))
+        except KeyboardInterrupt:
+            books.interrupted = True
+
+
+# --- connecting ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
+    """Ray, started here or reached at ``spec.address``; left (and if it is ours, ended) afterwards."""
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        **ENVIRONMENT,
+    }
+    runtime: dict[str, Any] = {**spec.runtime_env, "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})}}
+    options: dict[str, Any] = {
+        "runtime_env": runtime,
+        "namespace": f"editsweep-{books.run_id}",
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+    }
+    if spec.address:
+        _answers(spec)
+        books.view.note(f"connecting to Ray at {spec.address}")
+        options["address"] = spec.address
+    else:
+        books.view.note("starting a local Ray")
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
+    try:
+        with tempfile.TemporaryDirectory() as empty:
+            # Without one, Ray lets its workers import from the driver's working directory first: a `workers` there hides ours.
+            runtime.setdefault("working_dir", empty)
+            ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as error:
+        what = f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
+        raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
+    try:
+        with _chatter_kept(books):
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _chatter_kept(books: Books) -> Iterator[None]:
+    """Ray and Tune print tracebacks of every lost worker; they go into a log of the run instead of the view."""
+    text = io.StringIO()
+    logger = logging.getLogger("ray")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    logger.handlers, logger.propagate = [logging.StreamHandler(text)], False
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        if text.getvalue():
+            with contextlib.suppress(EditSweepError):
+                books.store.replace(books.paths.log(f"ray-{books.run_id}"), text.getvalue().encode())
+
+
+def _answers(spec: RaySpec) -> None:
+    """Raise :class:`ClusterError` if nothing, or something else than Ray, is at the address.
+
+    ``ray.init`` waits two minutes for a silent address and then ends the process; so a child process tries first.
+    """
+    address = str(spec.address)
+    hint = "check that the cluster runs (`ray status`), or leave ray.address out to start a local Ray"
+    wrong = f"ray.address: {address!r} is not host:port or auto"
+    if address.startswith("ray://"):
+        raise ClusterError(f"{wrong}: Ray Client is not supported; run editsweep on a node of the cluster")
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, spec.connect_seconds)).close()
+        except OSError as error:
+            raise ClusterError(f"ray.address: {address} does not answer ({error.strerror or error}); {hint}") from None
+    elif address != "auto":
+        raise ClusterError(f"{wrong}; {hint}")
+    # The alarm starts after the import, which alone can take many seconds on a busy machine.
+    code = (
+        "import ray, signal, sys\n"
+        "signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))\n"
+        "ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+    )
+    silent = ClusterError(
+        f"ray.address: {address} did not answer as a Ray cluster within {spec.connect_seconds:.0f} seconds; {hint}"
+    )
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", code, address, str(spec.connect_seconds)],
+            timeout=spec.connect_seconds + 60,
+            capture_output=True,
+            text=True,
+            check=False,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise silent from None
+    if tried.returncode and "InvalidAuthToken" in tried.stderr:
+        raise ClusterError(
+            f"ray.address: {address} asks for an authentication token; set RAY_AUTH_MODE=token and put the cluster's token "
+            "where Ray looks for it (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+        )
+    if tried.returncode == -signal.SIGALRM:
+        raise silent
+    if tried.returncode:
+        said = [line for line in tried.stderr.strip().splitlines() if line.strip()]
+        raise ClusterError(
+            f"ray.address: {address} cannot be used ({said[-1][:300] if said else 'no reason given'}); {hint}"
+        )
+
+
+@contextlib.contextmanager
+def _ctrl_c(books: Books) -> Iterator[None]:
+    """First Ctrl-C: Tune ends in good order (it listens to SIGUSR1); second, or before Tune runs: KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        listening = signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN, None)
+        if books.interrupted or not listening:
+            raise KeyboardInterrupt
+        books.interrupted = True
+        books.view.note("stopping: the steps at hand are being committed (Ctrl-C again to leave at once)")
+        signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGINT, handle)
+    before_user = signal.getsignal(signal.SIGUSR1)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGUSR1, before_user)
+
+
+# --- preflight -------------------------------------------------------------------------------------------------------
+
+
+# --- artifacts -------------------------------------------------------------------------------------------------------
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _tune(books: Books, actors: int) -> None:
+    """One trial per shard, in the plan's order."""
+    plan = books.plan
+    engine = plan.spec.engine
+    trainable = tune.with_resources(
+        tune.with_parameters(ShardTrial, plan=plan, root=books.store.where(), run_id=books.run_id),
+        {"cpu": engine.resources.cpu, "gpu": engine.resources.gpu},
+    )
+    folder = tempfile.mkdtemp(prefix=f"editsweep-{books.run_id}-")  # Tune's own files, which nobody reads
+    listener = _Listener(books)
+    try:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"shard": tune.grid_search(list(range(len(plan.shards))))},
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,
+                max_concurrent_trials=max(1, actors),
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=folder,
+                failure_config=tune.FailureConfig(max_failures=engine.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+                callbacks=[listener],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if listener.stopped_by is not None:
+        raise listener.stopped_by
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"shard-{trial.config['shard']:06d}"
+
+
+class _Listener(tune.Callback):
+    """Passes what Tune learns on to the books. Called in the driver's main thread."""
+
+    def __init__(self, books: Books) -> None:
+        self.books = books
+        self.stopped_by: BaseException | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks into a file that nobody reads; the books stay here."""
+        return {}
+
+    def _shard(self, trial: Trial) -> str:
+        index: int = trial.config["shard"]
+        return self.books.plan.shards[index].shard_id
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """An error of ours (the lock is lost, the disk is full) ends the run in good order and is raised after it."""
+        try:
+            yield
+        except (LockLost, EditSweepError, OSError) as error:
+            if self.stopped_by is None:
+                self.stopped_by = error
+                signal.raise_signal(signal.SIGUSR1)
+
+    def on_trial_start(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        with self._guard():
+            self.books.started(self._shard(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: Sequence[Trial], trial: Trial, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        report = result.get("report")
+        if report:
+            with self._guard():
+                self.books.stepped(StepReport(**report))
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        failed = (trial.last_result or {}).get("failed")
+        with self._guard():
+            if failed:
+                self.books.failed(self._shard(trial), trial.num_failures + 1, str(failed))
+            else:
+                self.books.finished(self._shard(trial))
+
+    def on_trial_recover(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        with self._guard():
+            self.books.retrying(self._shard(trial), trial.num_failures, _cause(trial))
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
+        with self._guard():
+            self.books.failed(self._shard(trial), trial.num_failures, _cause(trial))
+
+    def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
+        with self._guard():
+            self.books.tick()
+
+
+def _cause(trial: Trial) -> str:
+    """The last line of what Tune knows about a failure, which names the exception."""
+    text = ""
+    with contextlib.suppress(Exception):
+        error = trial.get_pickled_error() or trial.get_error()
+        text = str(error or "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "the worker process or its node was lost"

@@ -1,0 +1,57 @@
+"""The Ray side of one shard: a Tune trainable whose every step is one committed step of a stream.
+
+An actor serves many shards one after another (``reuse_actors``) and keeps the loaded model in its
+:class:`~orchestrator.engine.worker.Bench`. Tune's checkpoints are not used: a restarted trial asks the journal where to go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from ray import tune
+
+from orchestrator.engine.worker import Bench, StepReport, passing
+from orchestrator.planning.plan import Plan
+
+
+class ShardTrial(tune.Trainable):
+    """``config["shard"]`` is an index into ``plan.shards``; plan, root and run_id come by ``tune.with_parameters``.
+
+    What would only fail again ends the trial as done, with the cause in its result: Tune repeats every trial that raises.
+    """
+
+    def setup(self, config: dict[str, Any], plan: Plan | None = None, root: str = "", run_id: str = "") -> None:
+        assert plan is not None
+        self._plan = plan
+        self._bench = Bench(root, run_id)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._shard = self._plan.shards[config["shard"]]
+        self._steps: Iterator[StepReport] | None = None
+
+    def step(self) -> dict[str, Any]:
+        """Commit one step. The first call claims the shard and reports where it continues."""
+        if self._steps is None:
+            self._steps = self._bench.run(self._plan.manifest(self._shard))
+        try:
+            report = next(self._steps, None)
+        except Exception as error:
+            if passing(error):
+                raise  # Tune launches the trial again
+            return {"done": True, "report": None, "failed": f"{type(error).__name__}: {error}"[:2000]}
+        if report is None:
+            return {"done": True, "report": None}
+        return {"done": report.tick == report.ticks, "report": dataclasses.asdict(report)}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: progress is in the journal."""
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing: progress is in the journal."""

@@ -1,0 +1,160 @@
+"""What both engines share: running one shard in a worker, and keeping the books in the driver.
+
+    bench = Bench(root="/data/results/demo", run_id="r1")      # in a worker process; keeps the loaded model
+    for step in bench.run(manifest):                           # each step is durable when it is yielded
+        ...
+
+    outcome = run_sweep(spec, store, local_engine, view)       # in the driver: lock, plan, engine, gather
+
+Progress lives in the journal alone: a shard that is run again, for whatever reason, continues after its last commit.
+Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from orchestrator.engine.books import Books, Engine, Outcome, View
+from orchestrator.engine.folder import check_folder, enter_folder, read_progress, write_end, write_plan, write_run
+from orchestrator.planning.plan import Planner
+from orchestrator.planning.spec import SweepSpec
+from orchestrator.results.journal import Journal
+from orchestrator.results.select import select
+from orchestrator.results.table import CentralTable, count_done
+from orchestrator.storage import lock as locking
+from orchestrator.storage.base import Store, StoreError
+from orchestrator.storage.paths import ResultsPaths
+from workers.artifacts.base import ArtifactSpec, in_order
+
+
+def run_sweep(
+    spec: SweepSpec,
+    store: Store,
+    engine: Engine,
+    view: View,
+    max_actors: int | None = None,
+    only: Sequence[str] = (),
+    retry_failed: bool = False,
+) -> Outcome:
+    """The whole of ``editsweep run``: plan, subtract what is done, run the rest, gather.
+
+    ``only``: run the cells that these fit (:mod:`orchestrator.results.select`). ``retry_failed``: also the groups that failed in
+    an earlier run, which are otherwise left alone: what diverged or raised would do so again.
+    """
+    paths = ResultsPaths()
+    check_folder(spec, store, paths)
+    planner = Planner(spec)  # everything that is wrong with the spec is said before anything is written
+    chosen = select(only, planner.described(), "--only") if only else None
+    run_id = new_run_id()
+    with locking.acquire(store, run_id, say=view.warn) as lock:
+        enter_folder(spec, store, paths)
+        table = CentralTable(store, paths)
+        journal = Journal(store, paths)
+        for number in table.verify():
+            view.warn(f"table file {number} is damaged and was put aside; its shards run again")
+        table.gather(journal)
+        plan = planner.plan(read_progress(table, journal, retry_failed), chosen)
+        lock.check()
+        write_plan(plan, store, paths)
+        write_run(plan, store, paths, run_id, max_actors)
+        books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
+        view.begin(plan)
+        try:
+            if plan.shards:
+                engine(books, max_actors)
+        except BaseException:
+            view.end()
+            if not lock.lost:
+                with contextlib.suppress(
+                    StoreError
+                ):  # the storage may be what ended the run: that is the better message
+                    books.gather()
+            raise
+        view.end()
+        lock.check()
+        books.gather()
+        lock.check()
+        outcome = _outcome(books)
+        write_end(store, paths, run_id, outcome)
+    return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactState:
+    """One artifact of a sweep after :func:`build_artifacts`. ``bytes`` is None if it does not exist."""
+
+    spec: ArtifactSpec
+    bytes: int | None
+    state: str
+
+
+def build_artifacts(
+    spec: SweepSpec, store: Store, engine: Engine, view: View, max_actors: int | None = None
+) -> tuple[tuple[ArtifactState, ...], bool]:
+    """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing else.
+
+    Base-model scores are those that the shards share which are left to run. Also returns whether the user interrupted it.
+    """
+    paths = ResultsPaths()
+    check_folder(spec, store, paths)
+    planner = Planner(spec)
+    run_id = new_run_id()
+    with locking.acquire(store, run_id, say=view.warn) as lock:
+        enter_folder(spec, store, paths)
+        plan = planner.plan(read_progress(CentralTable(store, paths), Journal(store, paths)))
+        write_run(plan, store, paths, run_id, max_actors)
+        books = Books(plan, store, run_id, view, check=lock.check, paths=paths, artifacts_only=True)
+        missing = {needed.key for needed in books.missing_artifacts()}
+        view.begin(plan)
+        try:
+            if missing:
+                engine(books, max_actors)
+        finally:
+            view.end()
+        lock.check()
+        states = _artifact_states(books, missing)
+    return states, books.interrupted
+
+
+def _artifact_states(books: Books, missing: Collection[str]) -> tuple[ArtifactState, ...]:
+    saved = {found["key"]: found for found in books.artifacts.unfinished()}
+    states = []
+    specs = [*in_order(books.plan.artifacts.values()), *books.base_scores]
+    sizes = {kind: books.artifacts.sizes(kind) for kind in {spec.kind for spec in specs}}
+    for spec in specs:
+        size = sizes[spec.kind].get(spec.key)
+        if size is not None:
+            state = "built" if spec.key in missing else "present"
+        elif (failure := books.artifacts.failure(spec, books.run_id)) is not None:
+            state = f"failed: {failure.splitlines()[0][:200]}"
+        elif spec.key not in missing:
+            state = "not needed"  # it went into one that is present
+        elif (progress := saved.get(spec.key)) and progress["total"]:
+            state = f"unfinished, {100 * progress['done'] // progress['total']}%"
+        else:
+            state = "not begun"
+        states.append(ArtifactState(spec, size, state))
+    return tuple(states)
+
+
+def new_run_id() -> str:
+    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+
+
+def _outcome(books: Books) -> Outcome:
+    """Compare the table with the plan: an engine's own account of how it ended is never trusted."""
+    done = books.table.done()
+    unfinished = [
+        cell.cell_id
+        for cell in books.plan.asked
+        if count_done(done.get(cell.cell_id, set()), cell.groups) < cell.groups
+    ]
+    wanted = set(unfinished)
+    failed = tuple(failure for failure in books.table.failed() if failure["cell_id"] in wanted)
+    return Outcome(
+        books.plan, books.run_id, tuple(unfinished), dict(books.errors), failed, books.interrupted, books.safety
+    )

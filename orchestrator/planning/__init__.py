@@ -1,0 +1,1 @@
+"""From a spec to cells, shards and steps. Runs nothing."""

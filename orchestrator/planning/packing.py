@@ -1,0 +1,412 @@
+"""Pack groups into waves of lanes, and waves into shards."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import TypeVar
+
+from orchestrator.planning.makespan import wave_work
+from orchestrator.planning.spec import SweepSpec
+from orchestrator.planning.work import Cell, Variant
+from orchestrator.results.manifest import ShardManifest
+
+Member = TypeVar("Member")
+
+
+TAIL = 0.1
+"""A shard of several waves takes at most this share of the sweep's lower bound, so that the last ones end close together."""
+
+
+UNKNOWN_ACTORS = 64
+"""The number of actors for which the tail is cut short where the spec names none (``engine.max_actors``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRange:
+    """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one variant and T.
+
+    Its lanes may report to cells of other T as well, seeds in the same order. With rollback to ``riders``: per smaller T the
+    cells whose groups start at the same requests. Without it a run is one wave, and ``also`` holds the other cells' groups.
+    """
+
+    cells: tuple[int, ...]
+    start: int
+    stop: int
+    also: tuple[GroupRange, ...] = ()
+    riders: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def shares(self) -> tuple[GroupRange, ...]:
+        return (self, *self.also)
+
+    @property
+    def served(self) -> Iterator[tuple[int, ...]]:
+        """The cells of each T its lanes report to."""
+        yield from (share.cells for share in self.shares)
+        yield from self.riders
+
+    def __len__(self) -> int:
+        """Groups of each of its cells."""
+        return self.stop - self.start
+
+    def continued_by(self, other: GroupRange) -> bool:
+        """Whether ``other`` is the rest of a longer run that this one is the beginning of."""
+        return (
+            (self.cells, self.riders, self.stop) == (other.cells, other.riders, other.start)
+            and not self.also
+            and not other.also
+        )
+
+
+Span = tuple[int, int, tuple[int, ...]]
+"""Groups ``start .. stop`` (exclusive) of a cell, and the smaller T of which a group starts where each of them does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """All that cells sharing waves have left, ascending: waves are filled across its gaps. Without rollback it is one run.
+
+    ``riders``: by T, the cells whose groups ride along, seeds in the same order.
+    """
+
+    cells: tuple[int, ...]
+    spans: tuple[Span, ...]
+    also: tuple[GroupRange, ...] = ()
+    riders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def runs(self) -> Iterator[GroupRange]:
+        along = {sizes: tuple(self.riders[T] for T in sizes) for sizes in {sizes for *_, sizes in self.spans}}
+        for start, stop, sizes in self.spans:
+            yield GroupRange(self.cells, start, stop, self.also, along[sizes])
+
+
+def groups_per_wave(width: int, seeds: int) -> int:
+    """How many groups of each of ``seeds`` cells one wave of at most ``width`` lanes holds."""
+    return max(1, width // seeds)
+
+
+def split_chains(runs: Sequence[GroupRange]) -> Iterator[list[GroupRange]]:
+    """A shard's runs, those together whose waves go on from one to the next."""
+    for _, chain in groupby(runs, key=lambda run: run.cells):
+        yield list(chain)
+
+
+def split_waves(runs: Sequence[GroupRange], width: int) -> Iterator[list[tuple[GroupRange, int]]]:
+    """The waves of a shard's runs with at most ``width`` lanes: whole groups of all cells, each with the run it is of."""
+    for chain in split_chains(runs):
+        groups = [(run, group) for run in chain for group in range(run.start, run.stop)]
+        step = groups_per_wave(width, len(chain[0].cells))
+        for low in range(0, len(groups), step):
+            yield groups[low : low + step]
+
+
+@dataclass(frozen=True, slots=True)
+class Waves:
+    """``count`` waves that are alike, one after another in a chain. Each takes ``groups`` groups of every cell."""
+
+    count: int
+    groups: int
+    lanes: int
+    edits: int
+    work: float
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work waves are: a function of the spec and the methods alone (see :mod:`orchestrator.planning.makespan`)."""
+
+    spec: SweepSpec
+    cells: Sequence[Cell]
+    variants: Sequence[Variant]
+    costs: Sequence[float]
+    widths: Mapping[tuple[int, int], int]
+    """The number of lanes a wave of this variant and T may have."""
+
+    _known: dict[tuple[object, ...], tuple[Waves, ...]] = field(default_factory=dict, compare=False, repr=False)
+    """Waves of chains of one shape, of which a sweep has few."""
+
+    def waves(self, variant: int, T: int, chain: Chain) -> tuple[Waves, ...]:
+        """A chain's waves in order: full ones, then what remains."""
+        if self.spec.grid.rollback == "never":
+            return tuple(self._continued(variant, run) for run in chain.runs())
+        key = (variant, T, len(chain.cells), chain.spans)
+        if key not in self._known:
+            alike: list[Waves] = []
+            for wave in self._filled(*key):
+                if alike and replace(alike[-1], count=wave.count) == wave:
+                    alike[-1] = replace(wave, count=alike[-1].count + wave.count)
+                else:
+                    alike.append(wave)
+            self._known[key] = tuple(alike)
+        return self._known[key]
+
+    def _continued(self, variant: int, run: GroupRange) -> Waves:
+        """Of lanes that each start at the very first request."""
+        Ts = [self.cells[share.cells[0]].T for share in run.shares]
+        spans = [(share.stop * T, share.start * T) for share, T in zip(run.shares, Ts, strict=True)]
+        end, lanes = max(end for end, _ in spans), len(run.cells)
+        return Waves(1, len(run), lanes, lanes * end, self._work(variant, lanes, end, self._scored(variant, spans, Ts)))
+
+    def _filled(self, variant: int, T: int, seeds: int, spans: Sequence[Span]) -> Iterator[Waves]:
+        """Full waves and what remains, of as many cells as ``seeds``."""
+        step = groups_per_wave(self.widths[variant, T], seeds)
+        parts: list[tuple[int, tuple[int, ...]]] = []
+        room = step
+        for start, stop, sizes in spans:
+            left = stop - start
+            while left:
+                if not parts and left >= step:  # as many waves as this run fills alone
+                    yield self._wave(variant, T, seeds, [(step, sizes)], left // step)
+                    left %= step
+                    continue
+                taken = min(left, room)
+                parts.append((taken, sizes))
+                left, room = left - taken, room - taken
+                if not room:
+                    yield self._wave(variant, T, seeds, parts, 1)
+                    parts, room = [], step
+        if parts:
+            yield self._wave(variant, T, seeds, parts, 1)
+
+    def _wave(
+        self, variant: int, T: int, seeds: int, parts: Sequence[tuple[int, tuple[int, ...]]], count: int
+    ) -> Waves:
+        groups = sum(n for n, _ in parts)
+        lanes = groups * seeds
+        scored = sum(n * self._of_group(variant, (T, *sizes)) for n, sizes in parts) / groups
+        return Waves(count, groups, lanes, lanes * T, self._work(variant, lanes, T, scored))
+
+    def of_manifest(self, variant: int, manifest: ShardManifest) -> float:
+        """Work of a whole shard that has begun, whose lanes may differ from today's."""
+        job, total = manifest.job, 0.0
+        for wave in job.waves:
+            if job.rollback == "group":
+                end = job.T
+                scored = sum(self._of_group(variant, [job.T_of(s) for s in lane.shares]) for lane in wave) / len(wave)
+            else:
+                Ts = [job.T_of(share) for share in wave[0].shares]
+                spans = [(s.stop_group * T, s.group * T) for s, T in zip(wave[0].shares, Ts, strict=True)]
+                end, scored = max(end for end, _ in spans), self._scored(variant, spans, Ts)
+            total += self._work(variant, len(wave), end, scored)
+        return total
+
+    def of_edits(self, cells: Sequence[Cell], edits: int) -> float:
+        """About how much work a finished shard was, of which only its cells and the edits it made are known."""
+        variant, Ts = cells[0].variant, sorted({cell.T for cell in cells})
+        if self.spec.grid.rollback == "never":
+            lanes = len({cell.seed for cell in cells})
+            end = edits // lanes
+            return self._work(variant, lanes, end, self._scored(variant, [(end, 0)] * len(Ts), Ts))
+        T = Ts[-1]
+        lanes = max(1, min(self.widths[variant, T], edits // T))
+        return self._work(variant, lanes, T, self._of_group(variant, Ts)) * edits / (T * lanes)
+
+    def _of_group(self, variant: int, Ts: Sequence[int]) -> int:
+        """Requests that a lane scores which makes one group of the largest T and reports to one of each of ``Ts``."""
+        return self._scored(variant, [(T, 0) for T in Ts], Ts)
+
+    def _scored(self, variant: int, spans: Sequence[tuple[int, int]], Ts: Sequence[int]) -> int:
+        """Requests that a lane scores: each span (end, begin) in groups of its T."""
+        score, kind = self.spec.scoring, self.variants[variant]
+        immediate = score.immediate and not kind.whole_group
+        scored = max(end - begin for end, begin in spans) if immediate else 0  # once for all T
+        for (end, begin), T in zip(spans, Ts, strict=True):
+            if (
+                T > kind.batch_size(T, self.spec.grid.batch_size) or not immediate
+            ):  # otherwise one forward for both moments
+                scored += end - begin
+            scored += sum(mark for mark in score.score_at if begin < mark <= end)
+        return scored
+
+    def _work(self, variant: int, lanes: int, edits: int, scored: float) -> float:
+        return wave_work(self.costs[variant], edits, scored, lanes, self.spec.on_gpu)
+
+
+Ranges = Sequence[tuple[int, int]]
+"""Groups as half-open ranges, ascending."""
+
+
+def collect_chains(
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
+) -> dict[tuple[int, int], list[Chain]]:
+    """Per variant and T, what is left as chains: of one cell each, or of seeds that have the same groups left."""
+    if spec.grid.rollback == "never":
+        return _streams(spec, cells, left, effort)
+    at = {(cell.variant, cell.T, cell.seed): i for i, cell in enumerate(cells)}
+    own = _without_prefixes(spec, cells, left, effort)
+    alike: dict[tuple[int, int], dict[tuple[object, ...], list[int]]] = {}
+    for i, (cell, spans) in enumerate(zip(cells, own, strict=True)):
+        family = alike.setdefault((cell.variant, cell.T), {})
+        if spans:
+            family.setdefault((spans,) if spec.engine.lanes_across_seeds else (spans, i), []).append(i)
+
+    def chain(variant: int, team: tuple[int, ...]) -> Chain:
+        spans = own[team[0]]
+        sizes = {T for *_, sizes in spans for T in sizes}
+        return Chain(team, spans, riders={T: tuple(at[variant, T, cells[i].seed] for i in team) for T in sizes})
+
+    return {
+        (variant, T): [
+            chain(variant, team) for members in family.values() for team in _even(members, effort.widths[variant, T])
+        ]
+        for (variant, T), family in alike.items()
+    }
+
+
+def _without_prefixes(
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
+) -> list[tuple[Span, ...]]:
+    """Per cell, what needs lanes of its own: of the groups left that start at one request, those of the largest T.
+
+    What rides with a lane is decided by what is left when the lane is planned, and leaves with it: running whole waves first
+    changes nothing for the others. A variant that edits whole groups makes other edits at every T and shares nothing.
+    """
+    streams: dict[tuple[int, int], list[int]] = {}
+    for i, cell in enumerate(cells):
+        streams.setdefault((cell.variant, cell.seed), []).append(i)
+    own: list[tuple[Span, ...]] = [()] * len(cells)
+    known: dict[tuple[object, ...], list[tuple[Span, ...]]] = {}  # most variants and seeds have the same groups left
+    for (variant, _), numbers in streams.items():
+        share = spec.engine.share_prefixes and not effort.variants[variant].whole_group
+        numbers.sort(key=lambda i: -cells[i].T)
+        wanted = tuple((cells[i].T, tuple(left[i])) for i in numbers)
+        if (share, wanted) not in known:
+            known[share, wanted] = list(_ridden(wanted, share))
+        for i, spans in zip(numbers, known[share, wanted], strict=True):
+            own[i] = spans
+    return own
+
+
+def _ridden(wanted: Sequence[tuple[int, Ranges]], share: bool) -> Iterator[tuple[Span, ...]]:
+    """For each T (descending, with its groups that are left) the groups of its own lanes."""
+    if not share:
+        yield from (tuple((start, stop, ()) for start, stop in ranges) for _, ranges in wanted)
+        return
+    sizes: dict[int, tuple[int, ...]] = {}  # by first request: the T of groups that start there, the lane's first
+    for T, ranges in wanted:
+        for group in (group for start, stop in ranges for group in range(start, stop)):
+            sizes[group * T] = (*sizes.get(group * T, ()), T)
+    for T, ranges in wanted:
+        spans: list[Span] = []
+        for group in (group for start, stop in ranges for group in range(start, stop)):
+            lane, *riders = sizes[group * T]
+            if lane != T:
+                continue
+            if spans and spans[-1][1:] == (group, tuple(riders)):
+                spans[-1] = (spans[-1][0], group + 1, tuple(riders))
+            else:
+                spans.append((group, group + 1, tuple(riders)))
+        yield tuple(spans)
+
+
+def _streams(
+    spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
+) -> dict[tuple[int, int], list[Chain]]:
+    """Without rollback T only says when to score: one lane per variant and seed makes the edits for every T that is left.
+
+    A variant that edits whole groups makes other edits at every T, and has a lane for each. Runs stand under the largest T
+    they serve.
+    """
+    lanes: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
+        own = cell.T if effort.variants[cell.variant].whole_group else 0
+        for start, stop in ranges:
+            lanes.setdefault((cell.variant, own, cell.seed), []).append((i, start, stop))
+    alike: dict[tuple[object, ...], list[list[tuple[int, int, int]]]] = {}
+    for (variant, _, seed), shares in lanes.items():
+        shares.sort(key=lambda share: (-cells[share[0]].T, share[1]))
+        shape = tuple((cells[i].T, start, stop) for i, start, stop in shares)
+        key = (variant, shape) if spec.engine.lanes_across_seeds else (variant, shape, seed)
+        alike.setdefault(key, []).append(shares)
+    chains: dict[tuple[int, int], list[Chain]] = {}
+    for members in alike.values():
+        first = cells[members[0][0][0]]
+        for team in _even(members, effort.widths[first.variant, first.T]):
+            # share by share: the cell of each lane, and the groups, which are the same in all of them
+            parts = [GroupRange(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)]
+            lane = parts[0]
+            chain = Chain(lane.cells, ((lane.start, lane.stop, ()),), also=tuple(parts[1:]))
+            chains.setdefault((first.variant, first.T), []).append(chain)
+    return chains
+
+
+def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
+    """As few teams of at most ``most`` as there can be, of even sizes: dropping some leaves the others as they were."""
+    teams = -(-len(members) // most)
+    size, larger = divmod(len(members), teams)
+    start = 0
+    for team in range(teams):
+        stop = start + size + (team < larger)
+        yield tuple(members[start:stop])
+        start = stop
+
+
+def lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Effort) -> float:
+    """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of everything."""
+    longest = total = 0.0
+    for (variant, T), chains in families.items():
+        for chain in chains:
+            for wave in effort.waves(variant, T, chain):
+                longest = max(longest, wave.work)
+                total += wave.work * wave.count
+    return max(longest, total / (effort.spec.engine.max_actors or UNKNOWN_ACTORS))
+
+
+@dataclass
+class _Piece:
+    """A shard being filled."""
+
+    runs: list[GroupRange] = field(default_factory=list)
+    edits: int = 0
+    work: float = 0.0
+    lanes: int = 0
+
+    def add(self, runs: Iterable[GroupRange], edits: int, work: float, lanes: int) -> None:
+        for run in runs:
+            if self.runs and self.runs[-1].continued_by(run):
+                self.runs[-1] = replace(self.runs[-1], stop=run.stop)
+            else:
+                self.runs.append(run)
+        self.edits += edits
+        self.work += work
+        self.lanes = max(self.lanes, lanes)
+
+
+def pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_work: float) -> Iterator[_Piece]:
+    """Fill shards with whole waves, in order, up to ``shard_edits`` and ``most_work``.
+
+    The limit on work gives way to ``step_edits``: what is shorter than the time between two commits is not worth a launch.
+    """
+    engine = effort.spec.engine
+    piece = _Piece()
+    for chain in chains:
+        rest = deque(chain.runs())
+        for wave in effort.waves(variant, T, chain):
+            waves = wave.count
+            while waves:
+                by_work = max((most_work - piece.work) / wave.work, -(-(engine.step_edits - piece.edits) // wave.edits))
+                fit = min(waves, (engine.shard_edits - piece.edits) // wave.edits, int(by_work))
+                if fit < 1 and piece.runs:
+                    yield piece
+                    piece = _Piece()
+                    continue
+                fit = max(1, fit)  # a single wave is taken whatever its size
+                piece.add(_take(rest, fit * wave.groups), fit * wave.edits, fit * wave.work, wave.lanes)
+                waves -= fit
+    if piece.runs:
+        yield piece
+
+
+def _take(rest: deque[GroupRange], groups: int) -> Iterator[GroupRange]:
+    """The next so many groups of each cell of a chain."""
+    while groups:
+        run = rest.popleft()
+        if len(run) > groups:
+            middle = run.start + groups
+            rest.appendleft(replace(run, start=middle))
+            run = replace(run, stop=middle)
+        groups -= len(run)
+        yield run

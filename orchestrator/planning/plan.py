@@ -1,0 +1,600 @@
+"""SweepSpec -> cells -> shards and steps, in launch order.
+
+    plan = make_plan(spec, Progress())
+    for shard in plan.shards:               # longest first
+        manifest = plan.manifest(shard)     # everything an actor needs, as JSON
+
+A plan is cheap: shards are kept as ranges of groups, hashes of common parts are taken once, and no weights are loaded.
+Only launching a shard writes its ranges out into a :class:`~workers.job.StreamJob`.
+
+Plans only ever grow: groups that are in the table, or that belong to a shard which has begun, are subtracted, and what
+is left is cut into new shards. So a shard's composition never changes, whatever happens to the spec in the meantime.
+
+Which lanes share a wave decides bits, which waves share a shard does not. Waves therefore follow from the spec and from
+what is left alone, and removing whole waves leaves the others as they were; shards are cut between waves only, by the
+spec and by work (never by the clock or the size of a cluster). What was measured decides the order of launch.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from orchestrator.planning.grid import Grid, digest
+from orchestrator.planning.inputs import count_overlap, dataset_notes, load_spec_dataset, longest_tokens
+from orchestrator.planning.makespan import Clock, Simulation, Timing, calibrate, simulate
+from orchestrator.planning.memory import MemoryEstimate
+from orchestrator.planning.packing import (
+    TAIL,
+    Effort,
+    GroupRange,
+    Ranges,
+    collect_chains,
+    groups_per_wave,
+    lower_bound,
+    pack,
+    split_chains,
+    split_waves,
+)
+from orchestrator.planning.spec import SweepSpec
+from orchestrator.planning.work import Cell, Common, Task, Variant, base_scores_of, cell_columns
+from orchestrator.results.manifest import ShardManifest
+from workers.artifacts.base import ArtifactSpec
+from workers.data.text import read_held_out
+from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
+from workers.model.base import model_shape
+from workers.model.config import fingerprint_model, has_chat_template
+from workers.timeline import cut_steps, expected_rows
+from workers.types import JSON, Dataset, SpecError
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the journal.
+
+    ``T`` is the largest one it serves of those that the spec asks for.
+    ``width`` is how many lanes a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the
+    whole shard, of which the share ``committed`` is durable already.
+    """
+
+    shard_id: str
+    variant: int
+    T: int
+    runs: tuple[GroupRange, ...]
+    width: int
+    lanes: int
+    edits: int
+    cost: float
+    begun: bool = False
+    retry: int = 0
+    committed: float = 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        return self.cost * (1 - self.committed)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the edits of one shard have taken so far."""
+
+    shard_id: str
+    cells: tuple[str, ...]
+    edits: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a results folder already holds.
+
+    ``done``: per cell the groups whose rows are complete in the table. ``begun``: manifests of shards that are not in
+    the table yet. ``used``: ids of shards that may not be used again. ``spent``: time of shards in the table and under way.
+    ``given_up``: per cell the groups that failed and are not to be run again.
+    """
+
+    done: Mapping[str, Collection[int]] = field(default_factory=dict)
+    given_up: Mapping[str, Collection[int]] = field(default_factory=dict)
+    begun: Sequence[ShardManifest] = ()
+    used: Collection[str] = ()
+    spent: Sequence[Spent] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells, what is left to run, and what the user should know about it."""
+
+    spec: SweepSpec
+    common: Common
+    variants: tuple[Variant, ...]
+    cells: tuple[Cell, ...]
+    shards: tuple[Shard, ...]
+    done_groups: Mapping[str, int]
+    artifacts: Mapping[str, ArtifactSpec]
+    cell_artifacts: Mapping[tuple[int, int], tuple[tuple[str, str], ...]]
+    """For each variant and seed, what the method calls an artifact and the artifact's key."""
+    widths: Mapping[tuple[int, int], int]
+    """For each variant and T, how many lanes a wave may have: the spec's number, or what `auto` came to."""
+    memory: Mapping[tuple[int, int], MemoryEstimate]
+    weight_bytes: int
+    clock: Clock = field(default_factory=Clock)
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    begun: Mapping[str, ShardManifest] = field(default_factory=dict)
+    left_out: Collection[str] = frozenset()
+    """Cells of the spec that this run does not ask for (``--only``)."""
+
+    @property
+    def asked(self) -> tuple[Cell, ...]:
+        """The cells this run is to finish."""
+        return tuple(cell for cell in self.cells if cell.cell_id not in self.left_out)
+
+    @property
+    def edits(self) -> int:
+        """Edits of all cells, done or not."""
+        return sum(cell.groups * cell.T for cell in self.cells)
+
+    @property
+    def edits_left(self) -> int:
+        return sum(shard.edits for shard in self.shards)
+
+    @property
+    def edits_shared(self) -> int:
+        """Edits that would be made as well, if every cell had lanes of its own."""
+        return sum(map(self._edits_apart, self.shards)) - self.edits_left
+
+    def _edits_apart(self, shard: Shard) -> int:
+        continued = self.spec.grid.rollback == "never"
+        if shard.begun:
+            job = self.begun[shard.shard_id].job
+            shares = [share for wave in job.waves for lane in wave for share in lane.shares]
+            return sum(job.T_of(share) * (share.stop_group if continued else 1) for share in shares)
+        if continued:
+            return sum(len(o.cells) * o.stop * self.cells[o.cells[0]].T for run in shard.runs for o in run.shares)
+        return sum(len(run) * len(c) * self.cells[c[0]].T for run in shard.runs for c in run.served)
+
+    @property
+    def lanes(self) -> int:
+        """The widest lockstep of any shard that is left."""
+        return max((shard.lanes for shard in self.shards), default=0)
+
+    def peak_bytes(self, variant: int) -> int:
+        """Estimated peak memory of an actor that runs any shard of a variant that is left."""
+        return max(
+            (self.memory[variant, s.T].peak(s.lanes) for s in self.shards if s.variant == variant),
+            default=self.weight_bytes,
+        )
+
+    def simulate(self, actors: int) -> Simulation:
+        """What is left, in launch order, on so many actors (artifacts and start-up not counted)."""
+        return simulate([shard.seconds_left for shard in self.shards], actors)
+
+    def cell_ids(self, shard: Shard) -> tuple[str, ...]:
+        """The cells a shard serves."""
+        if shard.begun:
+            return tuple(cell.cell_id for cell in self.begun[shard.shard_id].job.cells)
+        return tuple(self.cells[i].cell_id for i in _members(shard))
+
+    def group_sizes(self, shard: Shard) -> tuple[int, ...]:
+        """Every T a shard serves, ascending."""
+        if shard.begun:
+            job = self.begun[shard.shard_id].job
+            return tuple(sorted({cell.T or job.T for cell in job.cells}))
+        return tuple(sorted({self.cells[i].T for i in _members(shard)}))
+
+    def artifact_keys(self, shard: Shard) -> tuple[str, ...]:
+        """The artifacts a shard needs, in the order its cells need them."""
+        if shard.begun:
+            return tuple(Task.of(self.begun[shard.shard_id]).artifact_specs())
+        seeds = dict.fromkeys(self.cells[i].seed for i in _members(shard))
+        return tuple(dict.fromkeys(key for seed in seeds for _, key in self.cell_artifacts[shard.variant, seed]))
+
+    def schedules(self) -> list[tuple[Shard, ...]]:
+        """The shards that are left, by what they score: those of one tuple ask the base model the same questions.
+
+        One that has begun is alone here: its job says what it scores, see :meth:`base_scores`.
+        """
+        found: dict[object, list[Shard]] = {}
+        waves = self.common.rollback == "group"
+        for shard in self.shards:
+            scored = tuple(
+                (
+                    min(sum(map(len, chain)), groups_per_wave(shard.width, len(chain[0].cells))) if waves else 1,
+                    tuple(self.cells[i].seed for i in chain[0].cells),
+                    *(
+                        (
+                            *((share.start, share.stop, self.cells[share.cells[0]].T) for share in run.shares),
+                            *(self.cells[riders[0]].T for riders in run.riders),
+                        )
+                        for run in chain
+                    ),
+                )
+                for chain in split_chains(shard.runs)
+            )
+            whole = self.variants[shard.variant].whole_group
+            key = shard.shard_id if shard.begun else (shard.T, whole, scored)
+            found.setdefault(key, []).append(shard)
+        return [tuple(shards) for shards in found.values()]
+
+    def base_scores(self) -> list[ArtifactSpec]:
+        """The base model's replies that at least two of the shards that are left can use; one shard makes its own.
+
+        A shard needs no name for them: what its job scores says where they are (:func:`base_scores_of`).
+        """
+        schedules = self.schedules()
+        begun = {(shard.T, shard.lanes, shard.edits) for shard in self.shards if shard.begun}
+        users: dict[str, int] = {}
+        found: dict[str, ArtifactSpec] = {}
+        for shards in schedules:
+            first = shards[0]
+            if len(shards) > 1 or (first.T, first.lanes, first.edits) in begun:
+                spec = base_scores_of(self.common, self.manifest(first).job)
+                users[spec.key] = users.get(spec.key, 0) + len(shards)
+                found[spec.key] = spec
+        return [spec for key, spec in found.items() if users[key] > 1]
+
+    def manifest(self, shard: Shard) -> ShardManifest:
+        """Write a shard's ranges out into the job its actor executes."""
+        if shard.begun:
+            return self.begun[shard.shard_id]
+        return expand(
+            self.common,
+            self.variants[shard.variant],
+            shard,
+            self.cells,
+            {self.cells[i].seed: self.cell_artifacts[shard.variant, self.cells[i].seed] for i in _members(shard)},
+            tuple(self.artifacts[key] for key in self.artifact_keys(shard)),
+            self.spec.engine.gpu_memory_gb if self.spec.on_gpu else None,
+        )
+
+
+def expand(
+    common: Common,
+    variant: Variant,
+    shard: Shard,
+    cells: Sequence[Cell],
+    names: Mapping[int, tuple[tuple[str, str], ...]],
+    artifacts: tuple[ArtifactSpec, ...],
+    gpu_memory_gb: float | None,
+) -> ShardManifest:
+    """The manifest of a new shard: a pure function of its composition. ``names``: per seed, name and key of artifacts."""
+    index = {cell: i for i, cell in enumerate(_members(shard))}
+    if common.rollback == "group":
+        waves = tuple(
+            tuple(
+                Lane(
+                    cell=index[cell],
+                    group=group,
+                    stop_group=group + 1,
+                    also=tuple(_ride(index, cells, riders[i], group * shard.T) for riders in run.riders),
+                )
+                for run, group in wave
+                for i, cell in enumerate(run.cells)
+            )
+            for wave in split_waves(shard.runs, shard.width)
+        )
+    else:
+        waves = tuple(
+            tuple(
+                Lane(
+                    cell=index[cell],
+                    group=run.start,
+                    stop_group=run.stop,
+                    also=tuple(
+                        Share(cell=index[other.cells[i]], group=other.start, stop_group=other.stop)
+                        for other in run.also
+                    ),
+                )
+                for i, cell in enumerate(run.cells)
+            )
+            for run in shard.runs
+        )
+    first = cells[next(iter(index))]  # all cells of a shard have one batch size: that of its variant and T
+    job = StreamJob(
+        method=variant.algorithm,
+        config=variant.config,
+        cells=tuple(
+            StreamCell(
+                cell_id=cells[c].cell_id,
+                seed=cells[c].seed,
+                T=None if cells[c].T == shard.T else cells[c].T,
+                artifacts=dict(names[cells[c].seed]),
+            )
+            for c in index
+        ),
+        T=shard.T,
+        batch_size=first.batch_size,
+        whole_group=variant.whole_group,
+        rollback=common.rollback,
+        waves=waves,
+        score=common.score,
+        chat_template=common.chat_template,
+    )
+    task = Task(
+        common=common,
+        variant=variant,
+        artifacts=artifacts,
+        edits=shard.edits,
+        expected_rows=expected_rows(job),
+        retry=shard.retry,
+        gpu_memory_gb=gpu_memory_gb,
+    )
+    return ShardManifest(
+        shard_id=shard.shard_id,
+        job=job,
+        bounds=cut_steps(job, common.step_edits),
+        columns={cells[c].cell_id: cell_columns(common, variant, cells[c]) for c in index},
+        task=task.model_dump(mode="json"),
+    )
+
+
+def _ride(index: Mapping[int, int], cells: Sequence[Cell], cell: int, first: int) -> Share:
+    """The group of ``cell`` that starts at request ``first``, as part of a job whose cells ``index`` numbers."""
+    group = first // cells[cell].T
+    return Share(cell=index[cell], group=group, stop_group=group + 1)
+
+
+def _members(shard: Shard) -> tuple[int, ...]:
+    """Numbers of the cells a new shard serves, in the order of its runs."""
+    return tuple(dict.fromkeys(cell for run in shard.runs for served in run.served for cell in served))
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def make_plan(spec: SweepSpec, progress: Progress | None = None, dataset: Dataset | None = None) -> Plan:
+    """Plan a sweep, leaving out what is done. Reads the data set and hashes the model's files; loads no weights."""
+    return Planner(spec, dataset).plan(progress or Progress())
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, Python does not search for cycles of garbage: a large plan is a million small objects that stay, and looking
+    through them again and again takes a quarter of the time."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
+
+
+class Planner:
+    """Checks a spec against its data set, model and methods, and enumerates its cells; then plans as often as asked.
+
+    >>> planner = Planner(spec)                         # raises SpecError before anything is written  # doctest: +SKIP
+    >>> plan = planner.plan(Progress())                                                                # doctest: +SKIP
+    """
+
+    def __init__(self, spec: SweepSpec, dataset: Dataset | None = None) -> None:
+        data = dataset or load_spec_dataset(spec.dataset)
+        if spec.dataset.edits > len(data.requests):
+            raise SpecError(
+                f"dataset.edits: {spec.dataset.edits} edits asked for, but the data set {data.name!r} has "
+                f"{len(data.requests)}; the largest valid value is {len(data.requests)}"
+            )
+        fingerprint = fingerprint_model(spec.model)
+        if spec.chat_template and not has_chat_template(spec.model):
+            raise SpecError(
+                f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
+                "set chat_template: false, or give an instruct model"
+            )
+        if spec.scoring.ability_text is not None:
+            read_held_out(spec.scoring.ability_text)
+        self.shape = model_shape(spec.model)
+        self.spec = spec
+        self.common = Common(
+            sweep=spec.name,
+            model=spec.model,
+            model_fingerprint=fingerprint.model,
+            tokenizer_fingerprint=fingerprint.tokenizer,
+            dataset=spec.dataset,
+            dataset_name=data.name,
+            dataset_fingerprint=data.fingerprint,
+            rollback=spec.grid.rollback,
+            batch_size=spec.grid.batch_size,
+            score=spec.scoring,
+            chat_template=spec.chat_template,
+            threads=spec.engine.threads,
+            cache_bytes=spec.engine.cache_bytes,
+            step_edits=spec.engine.step_edits,
+        )
+        self.notes = dataset_notes(spec, data)
+        self.grid = Grid(spec, self.common, fingerprint, self.shape, longest_tokens(data, spec.scoring))
+        self.cells = self.grid.cells()
+        if self.grid.training is not None:
+            found = count_overlap(spec, data, self.grid.training[1])
+            self.notes += (f"{len(self.grid.training[1])} requests to train on, {found} of them edited by the sweep",)
+            if spec.training.allow_overlap:
+                self.common = self.common.model_copy(update={"training_overlap": found})
+
+    def described(self) -> list[dict[str, JSON]]:
+        """Every cell as :func:`orchestrator.results.select.select` wants it."""
+        return [
+            {
+                "cell_id": cell.cell_id,
+                "method": self.grid.variants[cell.variant].label,
+                "algorithm": self.grid.variants[cell.variant].algorithm,
+                "T": cell.T,
+                "seed": cell.seed,
+            }
+            for cell in self.cells
+        ]
+
+    @_uncollected()
+    def plan(self, progress: Progress, only: Collection[str] | None = None) -> Plan:
+        """What is left of the cells ``only`` (ids; None: of all). The others stay as they are."""
+        grid, cells = self.grid, self.cells
+        left_out = frozenset() if only is None else frozenset(c.cell_id for c in cells if c.cell_id not in only)
+        effort = Effort(self.spec, cells, grid.variants, grid.costs, grid.widths)
+        clock = calibrate(_timings(progress, cells, effort))
+        shards = _begun(progress, [cell for cell in cells if cell.cell_id not in left_out], effort, clock)
+        left = [
+            [] if c.cell_id in left_out else gaps for c, gaps in zip(cells, _subtract(cells, progress), strict=True)
+        ]
+        new = _cut(self.spec, cells, left, effort, progress.used)
+        new = (replace(shard, cost=clock.seconds(shard.variant, shard.T, shard.cost)) for shard in new)
+        shards += sorted(new, key=lambda s: (-s.cost, -s.T))
+        needed = dict(grid.artifacts)
+        for manifest in progress.begun:
+            needed.update(Task.of(manifest).artifact_specs())
+        return Plan(
+            spec=self.spec,
+            common=self.common,
+            variants=tuple(grid.variants),
+            cells=tuple(cells),
+            shards=tuple(shards),
+            done_groups={
+                c.cell_id: sum(g < c.groups for g in progress.done[c.cell_id]) if c.cell_id in progress.done else 0
+                for c in cells
+            },
+            artifacts=needed,
+            cell_artifacts=grid.keys,
+            widths=dict(grid.widths),
+            memory=dict(grid.memory),
+            weight_bytes=self.shape.weight_bytes,
+            clock=clock,
+            notes=self.notes,
+            warnings=tuple(grid.warnings),
+            begun={m.shard_id: m for m in progress.begun},
+            left_out=left_out,
+        )
+
+
+def _subtract(cells: Sequence[Cell], progress: Progress) -> list[list[tuple[int, int]]]:
+    """Per cell, the ranges of groups that are neither in the table, nor given up, nor owned by a shard that has begun."""
+    taken: dict[str, set[int]] = {cell_id: set(groups) for cell_id, groups in progress.done.items()}
+    for cell_id, groups in progress.given_up.items():
+        taken.setdefault(cell_id, set()).update(groups)
+    for manifest in progress.begun:
+        for wave in manifest.job.waves:
+            for lane in wave:
+                for share in lane.shares:
+                    cell_id = manifest.job.cells[share.cell].cell_id
+                    taken.setdefault(cell_id, set()).update(range(share.group, share.stop_group))
+    return [list(_gaps(taken.get(cell.cell_id), cell.groups)) for cell in cells]
+
+
+def _gaps(taken: Collection[int] | None, groups: int) -> Iterator[tuple[int, int]]:
+    if not taken:
+        yield 0, groups
+        return
+    start = 0
+    for group in sorted(g for g in taken if 0 <= g < groups):
+        if group > start:
+            yield start, group
+        start = group + 1
+    if start < groups:
+        yield start, groups
+
+
+def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Iterator[Timing]:
+    """What the folder's shards took, as far as this plan knows their cells."""
+    known = {cell.cell_id: cell for cell in cells}
+    begun = {manifest.shard_id: manifest for manifest in progress.begun}
+    for spent in progress.spent:
+        of_shard = [known[c] for c in spent.cells if c in known]
+        if not of_shard:
+            continue
+        variant, T = of_shard[0].variant, max(cell.T for cell in of_shard)
+        manifest = begun.get(spent.shard_id)
+        if manifest is None:
+            work = effort.of_edits(of_shard, spent.edits)
+        else:
+            work = effort.of_manifest(variant, manifest) * spent.edits / Task.of(manifest).edits
+        yield Timing(variant, T, work, spent.seconds)
+
+
+def _begun(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clock) -> list[Shard]:
+    """Shards under way that serve a cell of this plan. They go first: their work is half done."""
+    wanted = {cell.cell_id: cell for cell in cells}
+    committed = {spent.shard_id: spent.edits for spent in progress.spent}
+    shards = []
+    for manifest in progress.begun:
+        served = [wanted[c.cell_id] for c in manifest.job.cells if c.cell_id in wanted]
+        if not served:
+            continue  # of cells that the spec no longer asks for: it stays as it is
+        variant, T = served[0].variant, max(cell.T for cell in served)
+        edits = Task.of(manifest).edits
+        lanes = max(len(wave) for wave in manifest.job.waves)
+        shards.append(
+            Shard(
+                shard_id=manifest.shard_id,
+                variant=variant,
+                T=T,
+                runs=(),
+                width=lanes,
+                lanes=lanes,
+                edits=edits,
+                cost=clock.seconds(variant, T, effort.of_manifest(variant, manifest)),
+                begun=True,
+                committed=min(1.0, committed.get(manifest.shard_id, 0) / edits),
+            )
+        )
+    return sorted(shards, key=lambda s: -s.seconds_left)
+
+
+def _cut(
+    spec: SweepSpec,
+    cells: Sequence[Cell],
+    left: Sequence[Ranges],
+    effort: Effort,
+    used: Collection[str],
+) -> Iterator[Shard]:
+    """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the same code in lockstep."""
+    engine = [spec.engine.threads, spec.engine.step_edits]
+    common = digest([_scoring_key(spec.scoring), *engine, spec.grid.rollback])
+    whole = collect_chains(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
+    most_work = TAIL * lower_bound(whole, effort)
+
+    @cache
+    def ids(numbers: tuple[int, ...]) -> str:
+        return "+".join(cells[i].cell_id for i in numbers)
+
+    for (variant, T), chains in collect_chains(spec, cells, left, effort).items():
+        width = effort.widths[variant, T]
+        for piece in pack(variant, T, chains, effort, most_work):
+            composition = f"{common}:{width}:" + ",".join(_composition(run, ids) for run in piece.runs)
+            retry = 0
+            shard_id = _shard_id(composition, retry)
+            while shard_id in used:  # it ran before and some of its groups failed: a fresh try is a fresh shard
+                retry += 1
+                shard_id = _shard_id(composition, retry)
+            yield Shard(
+                shard_id=shard_id,
+                variant=variant,
+                T=T,
+                runs=tuple(piece.runs),
+                width=width,
+                lanes=piece.lanes,
+                edits=piece.edits,
+                cost=piece.work,
+                retry=retry,
+            )
+
+
+def _composition(run: GroupRange, ids: Callable[[tuple[int, ...]], str]) -> str:
+    """What of a run enters its shard's id. ``ids``: those of cells, by their places in the plan."""
+    ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
+    return "^".join((ranges, *map(ids, run.riders)))
+
+
+def _scoring_key(score: ScoreConfig) -> Mapping[str, JSON]:
+    """What of the scoring settings enters a shard's id. Those that came later count only where they are set."""
+    later = {"fluency_tokens", "fluency_top_k", "ability_text", "ability_tokens", "ability_window"}
+    values: dict[str, JSON] = score.model_dump(mode="json")
+    defaults = ScoreConfig().model_dump(mode="json")
+    return {name: value for name, value in values.items() if name not in later or value != defaults[name]}
+
+
+def _shard_id(composition: str, retry: int) -> str:
+    return hashlib.sha256(f"{composition}#{retry}".encode()).hexdigest()[:16]

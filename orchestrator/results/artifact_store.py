@@ -1,0 +1,208 @@
+"""Content-addressed store of shared inputs: statistics, base-model scores, context templates, trained networks.
+
+An artifact's key is the hash of its recipe, so it is computed once and used by every shard, method and sweep that needs
+it. The data file is followed by a small file with its checksum; only then does the artifact exist.
+Knows nothing of torch: an artifact is bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from orchestrator.storage import lock as locking
+from orchestrator.storage.base import Damaged, Missing, Store, StoreError, put_aside
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
+from workers.artifacts.base import Stopped
+from workers.types import JSON, EditSweepError
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 1.0
+"""How often one looks whether another process has finished what both need."""
+
+
+class ArtifactFailed(EditSweepError):
+    """An artifact could not be built in this run; who needs it fails with its cause and does not try again."""
+
+
+class Spec(Protocol):
+    """What identifies an artifact (:class:`workers.artifacts.base.ArtifactSpec`)."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
+
+
+class ArtifactStore:
+    """The ``artifacts/`` folder.
+
+    >>> data = ArtifactStore(store).get_or_build(spec, run_id, build)   # doctest: +SKIP
+
+    One process builds an artifact: it holds a claim of the same kind as a driver's on its results folder, so a dead builder
+    is succeeded, and whoever needs the artifact meanwhile waits. Should two build it all the same (one was believed dead),
+    the first one's bytes stay and both use them. Every verb may raise :class:`~orchestrator.storage.base.StoreError`.
+    """
+
+    def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
+        self.store = store
+        self.paths = paths or ResultsPaths()
+
+    def has(self, spec: Spec) -> bool:
+        """Whether the artifact exists. Its bytes are not verified."""
+        return self.store.exists(self.paths.artifact_info(spec.kind, spec.key)) and self.store.exists(
+            self.paths.artifact(spec.kind, spec.key)
+        )
+
+    def get(self, spec: Spec) -> bytes | None:
+        """The verified bytes; None if the artifact does not exist. A damaged one is put aside and does not exist."""
+        key = self.paths.artifact(spec.kind, spec.key)
+        info_key = self.paths.artifact_info(spec.kind, spec.key)
+        try:
+            info = self.store.read(info_key)
+            data = self.store.read(key)
+        except Missing:
+            return None
+        try:
+            if unseal_json(info, self.store.where(info_key)).get("data") != sha256_of(data):
+                raise Damaged(f"{self.store.where(key)}: checksum does not match its contents")
+        except Damaged as error:
+            aside = self.paths.artifact_aside(spec.kind, spec.key, sha256_of(data))
+            log.warning("%s; put aside as %s, it will be computed again", error, self.store.where(aside))
+            self.store.delete(info_key)
+            put_aside(self.store, key, aside)
+            return None
+        return data
+
+    def put(self, spec: Spec, data: bytes) -> bytes:
+        """Stores the artifact unless it exists. Returns the bytes that everyone will read: use those, not ``data``."""
+        key = self.paths.artifact(spec.kind, spec.key)
+        info_key = self.paths.artifact_info(spec.kind, spec.key)
+        while True:
+            stored = data if self.store.publish_new(key, data) else None
+            if stored is None:
+                if self.store.exists(info_key) and (found := self.get(spec)) is not None:
+                    return found
+                # another builder is between its two files, or died there: its data are whole, so finish for it
+                try:
+                    stored = self.store.read(key)
+                except Missing:
+                    continue
+            info = {"kind": spec.kind, "key": spec.key, "bytes": len(stored), "data": sha256_of(stored)}
+            self.store.publish_new(info_key, seal_json(info))
+            if (found := self.get(spec)) is not None:
+                return found
+
+    def sizes(self, kind: str) -> dict[str, int]:
+        """Bytes of every finished artifact of a kind, by key. Their bytes are not verified."""
+        entries = {entry.name: entry.size for entry in self.store.list(self.paths.artifacts_of(kind))}
+        found = {}
+        for name, size in entries.items():
+            key, _, ending = name.rpartition(".")
+            if ending == "safetensors" and f"{key}.json" in entries:
+                found[key] = size
+        return found
+
+    def get_or_build(self, spec: Spec, run_id: str, build: Callable[[Unfinished], bytes]) -> bytes:
+        """The stored artifact, built first if need be: here, unless another process is at it, whose work is waited for.
+
+        Whoever builds it finds what an earlier builder saved. Raises what ``build`` raises after noting it; in the same run
+        nobody tries again then (:class:`ArtifactFailed`).
+        """
+        while True:
+            data = self.get(spec)
+            if data is not None:
+                return data
+            if (failure := self.failure(spec, run_id)) is not None:
+                raise ArtifactFailed(f"{spec.kind} artifact {spec.key[:8]} could not be built: {failure}")
+            try:
+                lock = locking.acquire(
+                    self.store, run_id, say=log.info, paths=self.paths.building_claim(spec.kind, spec.key)
+                )
+            except locking.Locked:
+                time.sleep(WAIT_SECONDS)
+                continue
+            try:
+                with lock:
+                    data = self.get(spec)  # another may have finished it just before
+                    if data is None:
+                        self.store.delete(self.paths.building_error(spec.kind, spec.key))
+                        data = self.put(spec, build(Unfinished(self.store, self.paths, spec, lock.check)))
+            except locking.LockLost:
+                continue
+            except (Stopped, StoreError):
+                raise  # neither says anything of the artifact
+            except Exception as error:
+                self.record_failure(spec, run_id, f"{type(error).__name__}: {error}")
+                raise
+            self.store.delete_folder(self.paths.building(spec.kind, spec.key))
+            return data
+
+    def failure(self, spec: Spec, run_id: str) -> str | None:
+        """Why the artifact could not be built in this run; None if nobody failed."""
+        key = self.paths.building_error(spec.kind, spec.key)
+        try:
+            found = unseal_json(self.store.read(key), self.store.where(key))
+        except (Missing, Damaged):
+            return None
+        return str(found["message"]) if found["run_id"] == run_id else None
+
+    def record_failure(self, spec: Spec, run_id: str, message: str) -> None:
+        self.store.replace(
+            self.paths.building_error(spec.kind, spec.key), seal_json({"run_id": run_id, "message": message[:2000]})
+        )
+
+    def unfinished(self) -> list[dict[str, JSON]]:
+        """What is being built, or was when its builder ended: kind, key, and how far it had come when it was saved last.
+
+        A folder that a builder believed dead has left beside a finished artifact counts as nothing.
+        """
+        found = []
+        for entry in self.store.list(self.paths.artifacts_unfinished):
+            kind, _, key = entry.name.rpartition("-")
+            if self.store.exists(self.paths.artifact_info(kind, key)):
+                continue
+            path = self.paths.building_progress(kind, key)
+            try:
+                progress = unseal_json(self.store.read(path), self.store.where(path))
+            except (Missing, Damaged):
+                progress = {"done": 0, "total": 0, "what": ""}
+            found.append({"kind": kind, "key": key, **progress})
+        return found
+
+
+class Unfinished:
+    """The durable place for a builder's unfinished work. What is not whole, or not ours, counts as nothing."""
+
+    def __init__(self, store: Store, paths: ResultsPaths, spec: Spec, check: Callable[[], None]) -> None:
+        self.store, self.paths, self.spec, self.check = store, paths, spec, check
+        self.progress: tuple[int, int, str] = (0, 0, "")
+        """What the builder said last; kept with what it saves."""
+
+    def load(self) -> bytes | None:
+        key = self.paths.building_state(self.spec.kind, self.spec.key)
+        try:
+            whole = self.store.read(key)
+        except Missing:
+            return None
+        digest, data = whole[:64], whole[64:]
+        if sha256_of(data).encode() != digest:
+            log.warning("%s is damaged; the artifact is built from the start", self.store.where(key))
+            return None
+        return data
+
+    def save(self, data: bytes) -> None:
+        """Raises :class:`~orchestrator.storage.lock.LockLost` if another process builds the artifact by now."""
+        self.check()
+        spec = self.spec
+        self.store.replace(self.paths.building_state(spec.kind, spec.key), sha256_of(data).encode() + data)
+        done, total, what = self.progress
+        self.store.replace(
+            self.paths.building_progress(spec.kind, spec.key),
+            seal_json({"done": done, "total": total, "what": what}),
+        )

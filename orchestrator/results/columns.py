@@ -1,0 +1,240 @@
+"""Columns of the central table, declared as data: type, unit, meaning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from workers.types import EditSweepError
+
+Kind = Literal["identity", "moment", "score", "cost", "provenance"]
+Source = Literal["stream", "cell", "attempt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the table. ``source``: who fills it, the stream per row, the plan per cell, or the attempt."""
+
+    name: str
+    type: Literal["string", "int32", "int64", "double"]
+    unit: str
+    meaning: str
+    kind: Kind
+    source: Source = "stream"
+    nullable: bool = False
+
+
+def _score_columns() -> Iterator[Column]:
+    probes = {
+        "reliability": "on the edit prompt",
+        "generalization": "on the rephrased prompts (mean)",
+        "locality": "on the locality prompts, against the base model's answers (mean)",
+        "portability": "on the portability prompts (mean)",
+    }
+    protocols = {
+        "token": "share of target tokens predicted under teacher forcing",
+        "exact": "1 if every target token is predicted under teacher forcing",
+        "generated": "1 if greedy generation with a natural stop gives the normalised target",
+    }
+    for base in (False, True):
+        for probe, where in probes.items():
+            if base and probe == "locality":
+                continue  # 1 by definition
+            for protocol, what in protocols.items():
+                name = f"{probe}_{protocol}{'_base' if base else ''}"
+                meaning = f"{what}, {where}{'; the unedited model' if base else ''}"
+                yield Column(name, "double", "0..1", meaning, "score", nullable=True)
+
+
+def _later_score_columns() -> Iterator[Column]:
+    """Scores that only some data or settings have: null elsewhere, and in files from before they were declared."""
+    several = "the best of the portability prompts that are phrasings of one question"
+    at_end = "not in immediate rows, and off unless the spec asks for it"
+    scores = {
+        "portability_any_exact": ("0..1", f"{several}: 1 if every target token is predicted under teacher forcing"),
+        "portability_any_generated": (
+            "0..1",
+            f"{several}: 1 if greedy generation with a natural stop gives the normalised target or an alias",
+        ),
+        "ood_token": ("0..1", "share of the tokens of an out-of-distribution text predicted, the first one aside"),
+        "ood_confident": ("0..1", "share of its tokens that get a probability above 0.8, the first one aside"),
+        "perplexity": (
+            "",
+            "exp of the target's mean negative log-probability per token after the prompt, for passages",
+        ),
+        "fluency": (
+            "bits",
+            f"weighted mean entropy of bi- and trigrams of the edit prompt and its continuation; {at_end}",
+        ),
+        "ability_perplexity": ("", f"perplexity of the held-out text, the same in all rows of a group; {at_end}"),
+    }
+    for suffix, which in (("", ""), ("_base", "; the unedited model")):
+        for name, (unit, meaning) in scores.items():
+            yield Column(f"{name}{suffix}", "double", unit, meaning + which, "score", nullable=True)
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("sweep", "string", "", "name of the sweep", "identity", "cell"),
+    Column("cell_id", "string", "", "hash of everything the cell's numbers depend on", "identity"),
+    Column("shard_id", "string", "", "unit of scheduling that produced the row", "identity", "attempt"),
+    Column("model", "string", "", "base model as named in the spec", "identity", "cell"),
+    Column("dataset", "string", "", "data set as named in the spec", "identity", "cell"),
+    Column("method", "string", "", "label of the method variant", "identity", "cell"),
+    Column("algorithm", "string", "", "name of the method in the registry", "identity", "cell"),
+    Column("hparams_id", "string", "", "hash of the method's hyperparameters", "identity", "cell"),
+    Column("T", "int32", "edits", "consecutive edits before final scoring and rollback", "identity", "cell"),
+    Column("seed", "int64", "", "seed of the cell", "identity", "cell"),
+    Column("batch_size", "int32", "edits", "requests edited in one call", "identity", "cell"),
+    Column("rollback", "string", "", "group: after every T edits; never: continual editing", "identity", "cell"),
+    Column("group", "int32", "", "index of the group of T requests the request belongs to", "identity"),
+    Column("position", "int32", "", "place of the request within its group", "identity"),
+    Column("case_id", "string", "", "id of the request in the data set", "identity"),
+    Column("edits_applied", "int32", "edits", "edits the state had when the request was scored", "moment"),
+    Column(
+        "scored",
+        "string",
+        "",
+        "immediate: after the edit; final: at the group's end; checkpoint: at a score_at mark",
+        "moment",
+    ),
+    *_score_columns(),
+    Column(
+        "target_logprob",
+        "double",
+        "nats",
+        "mean log-probability of the target tokens after the edit prompt",
+        "score",
+        nullable=True,
+    ),
+    Column("target_logprob_base", "double", "nats", "the same for the unedited model", "score", nullable=True),
+    Column("min_margin", "double", "logits", "smallest top-2 margin over the target tokens", "score", nullable=True),
+    *_later_score_columns(),
+    Column("edit_seconds", "double", "s", "wall time of the edit, shared among the active lanes", "cost"),
+    Column("score_seconds", "double", "s", "wall time of the scoring, shared among the scored requests", "cost"),
+    Column("lanes", "int32", "", "lanes that ran in lockstep", "cost"),
+    Column("iterations", "int32", "", "optimisation steps of the edit", "cost"),
+    Column("loss", "double", "", "final loss of the edit", "cost", nullable=True),
+    Column("device", "string", "", "device the stream ran on", "cost"),
+    Column("peak_memory_bytes", "int64", "bytes", "peak memory of the actor so far", "cost", nullable=True),
+    Column("overlay_bytes", "int64", "bytes", "size of the lane's overlay", "cost"),
+    Column("delta_norm", "double", "", "relative Frobenius norm of the change", "cost", nullable=True),
+    Column("details", "string", "JSON", "further figures of the method", "cost", nullable=True),
+    Column(
+        "score_splits",
+        "int32",
+        "",
+        "times the scoring batch was halved because memory ran out; above 0 scores agree up to rounding only",
+        "provenance",
+        nullable=True,
+    ),
+    Column("run_id", "string", "", "call of `editsweep run` that produced the row", "provenance", "attempt"),
+    Column("attempt", "int32", "", "attempt of the shard that produced the row", "provenance", "attempt"),
+    Column(
+        "training_overlap",
+        "int32",
+        "requests",
+        "requests trained on that the sweep edits, with `allow_overlap: true`; null: refused, or nothing is trained",
+        "provenance",
+        "cell",
+        nullable=True,
+    ),
+)
+
+STREAM_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == "stream")
+CELL_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == "cell")
+KEY: tuple[str, ...] = ("cell_id", "group", "scored", "edits_applied", "position")
+"""Identifies a row, and orders the rows of a file."""
+
+VARYING: frozenset[str] = frozenset({"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"})
+"""Columns in which two runs of the same plan may differ; all others are equal bit for bit."""
+
+REPEATING = frozenset(c.name for c in COLUMNS if c.type != "double" or c.unit == "0..1")
+"""Columns whose values repeat, written as dictionaries: half the time to read, a tenth less to store. Not so times and losses:
+hardly two are equal."""
+
+
+class TableError(EditSweepError):
+    """Rows do not fit the declared columns, or the table was used wrongly."""
+
+
+def schema() -> pa.Schema:
+    """The Arrow schema of the table, from :data:`COLUMNS`."""
+    types = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}
+    return pa.schema([pa.field(c.name, types[c.type], nullable=c.nullable) for c in COLUMNS])
+
+
+def no_rows() -> pa.Table:
+    """A table without rows. (Arrow's own ``empty_table`` imports pandas, which takes longer than most queries.)"""
+    return pa.Table.from_arrays([pa.nulls(0, field.type) for field in schema()], schema=schema())
+
+
+def docs() -> str:
+    """The columns as a markdown table."""
+    lines = ["| column | type | unit | kind | may be null | meaning |", "| --- | --- | --- | --- | --- | --- |"]
+    for c in COLUMNS:
+        lines.append(f"| `{c.name}` | {c.type} | {c.unit} | {c.kind} | {'yes' if c.nullable else ''} | {c.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows as dicts -> Arrow table. ``details`` may be a dict; it becomes JSON.
+
+    Raises :class:`TableError` for an unknown or missing column, a null that is not allowed, or a value of another type:
+    a column that silently turned into nulls would be noticed days later.
+    """
+    names = {c.name for c in COLUMNS}
+    for number, row in enumerate(rows):
+        if row.keys() != names:
+            unknown, missing = sorted(row.keys() - names), sorted(names - row.keys())
+            raise TableError(f"row {number}: unknown columns {unknown}, missing columns {missing}")
+    none = type(None)
+    accepted: dict[str, set[type]] = {
+        "string": {str, none},
+        "int32": {int, none},
+        "int64": {int, none},
+        "double": {float, int, none},
+    }
+    arrays = []
+    for field in schema():
+        values = [row[field.name] for row in rows]
+        if field.name == "details":
+            values = [None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values]
+        strange = {type(v) for v in values} - accepted[str(field.type)]
+        if strange:
+            raise TableError(f"column {field.name} ({field.type}): a value of type {min(t.__name__ for t in strange)}")
+        try:
+            array = pa.array(values, field.type)
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise TableError(f"column {field.name} ({field.type}): {error}") from error
+        if array.null_count and not field.nullable:
+            raise TableError(f"column {field.name} must not be null")
+        arrays.append(array)
+    return pa.Table.from_arrays(arrays, schema=schema())
+
+
+def sort_rows(table: pa.Table) -> pa.Table:
+    """The rows ordered by :data:`KEY`."""
+    return table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in KEY]))
+
+
+def has_duplicates(ordered: pa.Table) -> bool:
+    """Whether two rows of a table ordered by :data:`KEY` share a key."""
+    same = None
+    for name in KEY:
+        column = ordered.column(name)
+        equal = pc.equal(column.slice(1), column.slice(0, max(len(column) - 1, 0)))
+        same = equal if same is None else pc.and_(same, equal)
+    return bool(pc.any(same).as_py())
+
+
+def check_columns(columns: Sequence[str] | None) -> None:
+    """Raises :class:`TableError` with the valid names for an unknown column."""
+    names = [c.name for c in COLUMNS]
+    unknown = [c for c in columns or () if c not in names]
+    if unknown:
+        raise TableError(f"unknown columns {unknown}; valid are: {', '.join(names)}")

@@ -1,0 +1,562 @@
+"""A shard's durable progress: attempts, parts, checkpoints. The only record from which anything is resumed.
+
+Every launch of a shard claims a new *attempt* and writes under its own folder alone. A step is committed when its part
+(a sealed Parquet file with the step's rows) appears; the edit state it ends with was written before, and the part names
+it by hash. The attempt's own file says which parts of earlier attempts it builds on, so a worker that was believed dead
+and goes on writing adds to a chain that no longer counts.
+Knows nothing of torch or Ray: states are bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from orchestrator.results.columns import STREAM_COLUMNS, TableError, no_rows, rows_to_table
+from orchestrator.results.contents import complete_rows
+from orchestrator.results.manifest import ShardManifest
+from orchestrator.results.parquet import VERSION, check_seal, decode, encode, read_footer
+from orchestrator.storage.base import Damaged, Missing, Store, put_aside
+from orchestrator.storage.paths import ResultsPaths
+from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
+from workers.types import JSON, EditSweepError
+
+log = logging.getLogger(__name__)
+
+_CHECKPOINTS_KEPT = 2
+_FAILURE_FIELDS = frozenset({"cell_id", "group", "position", "kind", "message"})
+
+
+class JournalError(EditSweepError):
+    """The journal was used wrongly: an unknown shard, another composition under a taken id, a step out of order."""
+
+
+class Superseded(JournalError):
+    """A newer attempt has taken the shard over: stop quietly, nothing this attempt writes counts any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """How far a shard is. ``committed`` of ``ticks`` are durable; sums run over the chain that counts.
+
+    ``failures``: groups whose lane was frozen (cell_id, group, position, kind, message). ``error``: what the newest
+    attempt recorded, if it raised. ``commit_seconds`` lags one step behind.
+    """
+
+    shard_id: str
+    ticks: int
+    committed: int = 0
+    attempts: int = 0
+    rows: int = 0
+    edits: int = 0
+    edit_seconds: float = 0.0
+    score_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    failures: tuple[dict[str, JSON], ...] = ()
+    error: dict[str, JSON] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.committed == self.ticks
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A finished shard with all rows, every byte of which was verified."""
+
+    manifest: ShardManifest
+    progress: ShardProgress
+    rows: pa.Table
+
+    @property
+    def shard_id(self) -> str:
+        return self.manifest.shard_id
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One part of a chain."""
+
+    attempt: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """Sums over a chain up to some part; every part carries them, so progress needs one footer."""
+
+    rows: int = 0
+    edits: int = 0
+    edit_seconds: float = 0.0
+    score_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    failures: tuple[dict[str, JSON], ...] = ()
+
+    def to_json(self) -> dict[str, JSON]:
+        return {name: getattr(self, name) for name in self.__slots__} | {"failures": list(self.failures)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, JSON]) -> _Totals:
+        return cls(**{**value, "failures": tuple(value["failures"])})
+
+
+class Journal:
+    """All shards of a results folder.
+
+    >>> journal = Journal(LocalStore("results/demo"))                            # doctest: +SKIP
+    >>> journal.begin(manifest)                                                  # doctest: +SKIP
+    >>> attempt = journal.claim(manifest.shard_id, run_id="r7")                  # doctest: +SKIP
+    >>> for step in stream.run(manifest.bounds, attempt.position, attempt.state):  # doctest: +SKIP
+    ...     attempt.commit(step.start, step.stop, step.rows, failures, step.state, stats)
+
+    Every verb may raise :class:`~orchestrator.storage.base.StoreError`.
+    """
+
+    def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
+        self.store = store
+        self.paths = paths or ResultsPaths()
+
+    # -- shards
+
+    def begin(self, manifest: ShardManifest) -> None:
+        """Writes the manifest; nothing happens if the shard has begun with the same one.
+
+        Raises :class:`JournalError` if the shard has begun with another: its parts could not be told apart from ours.
+        """
+        key = self.paths.manifest(manifest.shard_id)
+        data = seal_json({"version": VERSION, "manifest": manifest.model_dump(mode="json")})
+        while not self.store.publish_new(key, data):
+            try:
+                if self.manifest(manifest.shard_id) != manifest:
+                    where = self.store.where(key)
+                    raise JournalError(f"shard {manifest.shard_id} has begun with another composition ({where})")
+                return
+            except Missing:
+                continue
+            except Damaged as error:
+                self._put_aside(manifest.shard_id, key, error)
+
+    def shard_ids(self) -> list[str]:
+        """Every shard that has a folder."""
+        return [entry.name for entry in self.store.list(self.paths.parts) if entry.folder]
+
+    def begun(self) -> dict[str, ShardManifest]:
+        """Shards that have begun and are not in the table yet, with their compositions.
+
+        A shard whose manifest is damaged is left out with a warning: it counts as not begun, and :meth:`begin` with the
+        same composition takes its progress up again.
+        """
+        found = {}
+        for shard_id in self.shard_ids():
+            try:
+                found[shard_id] = self.manifest(shard_id)
+            except Missing:
+                continue
+            except Damaged as error:
+                log.warning("%s; the shard counts as not begun", error)
+        return found
+
+    def manifest(self, shard_id: str) -> ShardManifest:
+        """Raises :class:`~orchestrator.storage.base.Missing` or :class:`~orchestrator.storage.base.Damaged`."""
+        key = self.paths.manifest(shard_id)
+        value = unseal_json(self.store.read(key), self.store.where(key))
+        try:
+            manifest = ShardManifest.model_validate(value.get("manifest"))
+        except ValidationError as error:
+            raise Damaged(f"{self.store.where(key)}: not a manifest this editsweep understands: {error}") from error
+        if manifest.shard_id != shard_id:
+            raise Damaged(f"{self.store.where(key)}: belongs to shard {manifest.shard_id}")
+        return manifest
+
+    def finished(self) -> list[str]:
+        """Shards that are finished and wait to be gathered."""
+        return [shard_id for shard_id, manifest in self.begun().items() if self._progress(manifest).finished]
+
+    def drop(self, *shard_ids: str) -> None:
+        """Forgets shards and all their parts. For the gatherer, once the table lists them."""
+        for shard_id in shard_ids:
+            self.store.delete_folder(self.paths.shard(shard_id))
+        if shard_ids:
+            self.store.sync(self.paths.parts)
+
+    # -- progress
+
+    def progress(self, shard_id: str) -> ShardProgress:
+        """From file names and one footer; :meth:`claim` and :meth:`load` verify every byte.
+
+        Raises :class:`~orchestrator.storage.base.Missing` if the shard has not begun.
+        """
+        return self._progress(self.manifest(shard_id))
+
+    def _progress(self, manifest: ShardManifest) -> ShardProgress:
+        shard_id = manifest.shard_id
+        attempts = self._attempts(shard_id)
+        chain = self._chain(shard_id, attempts)
+        totals = _Totals()
+        while chain:
+            key = self._part_key(shard_id, chain[-1])
+            try:
+                with self.store.open(key) as file:
+                    meta, _ = read_footer(file, self.store.where(key))
+                totals = _Totals.from_json(meta["so_far"])
+                break
+            except (Damaged, Missing) as error:
+                log.warning("%s; the step counts as not committed", error)
+                chain.pop()
+        return ShardProgress(
+            shard_id=shard_id,
+            ticks=manifest.bounds[-1],
+            committed=chain[-1].stop if chain else 0,
+            attempts=max(attempts, default=0),
+            rows=totals.rows,
+            edits=totals.edits,
+            edit_seconds=totals.edit_seconds,
+            score_seconds=totals.score_seconds,
+            commit_seconds=totals.commit_seconds,
+            failures=totals.failures,
+            error=self._error(shard_id, max(attempts, default=0)),
+        )
+
+    def committed_rows(self, shard_id: str) -> pa.Table:
+        """Rows committed so far, without those of failed groups. For readers: changes nothing.
+
+        Raises :class:`~orchestrator.storage.base.Missing` if files vanish meanwhile (the shard was gathered): look at the
+        table again.
+        """
+        chain = self._chain(shard_id, self._attempts(shard_id))
+        try:
+            manifest = self.manifest(shard_id)
+        except Damaged as error:
+            log.warning("%s; the rows of its shard are left out", error)
+            return no_rows()
+        except Missing:
+            if self.store.exists(self.paths.shard(shard_id)) and not chain:
+                return no_rows()  # an empty folder that an interrupted clean-up left
+            raise
+        pieces = [no_rows()]
+        totals = _Totals()
+        for step in chain:
+            try:
+                meta, data = self._read_part(shard_id, step)
+                pieces.append(decode(data, self._part_key(shard_id, step))[0])
+            except Damaged as error:
+                log.warning("%s; this step and what follows are left out", error)
+                break
+            totals = _Totals.from_json(meta["so_far"])
+        return complete_rows(pa.concat_tables(pieces), manifest.job, totals.failures)
+
+    def load(self, shard_id: str) -> FinishedShard | None:
+        """A finished shard, every part verified; None if it is not finished. Damaged parts are put aside first."""
+        manifest = self.manifest(shard_id)
+        chain = self._verify(shard_id, self._chain(shard_id, self._attempts(shard_id)))
+        if not chain or chain[-1][0].stop != manifest.bounds[-1]:
+            return None
+        rows = pa.concat_tables([decode(data, self.paths.shard(shard_id))[0] for _, _, data in chain])
+        return FinishedShard(manifest, self._progress(manifest), rows)
+
+    # -- attempts
+
+    def claim(self, shard_id: str, run_id: str, worker: Mapping[str, JSON] | None = None) -> Attempt:
+        """Starts the next attempt of a shard, alone: of two that claim at once, the later one gets the next number.
+
+        The attempt continues after the last part whose rows and edit state are whole. If neither of the two newest edit
+        states is, that is where the lanes were last pristine. ``worker`` (host, pid, ...) is kept for ``status``.
+        Raises :class:`JournalError` if the shard has not begun.
+        """
+        try:
+            manifest = self.manifest(shard_id)
+        except Missing as error:
+            raise JournalError(f"shard {shard_id} has not begun: {error}") from error
+        while True:
+            attempts = self._attempts(shard_id)
+            number = max(attempts, default=0) + 1
+            chain = [(step, meta) for step, meta, _ in self._verify(shard_id, self._chain(shard_id, attempts))]
+            state = None
+            while chain:
+                step, meta = chain[-1]
+                if meta["checkpoint"] is None:
+                    break
+                try:
+                    state = self._read_checkpoint(shard_id, step, meta["checkpoint"])
+                    break
+                except (Damaged, Missing) as error:
+                    log.warning("%s; going back to the state before", error)
+                    if isinstance(error, Damaged):
+                        self._put_aside(shard_id, self.paths.checkpoint(shard_id, step.attempt, step.stop), error)
+                    chain.pop()
+            steps = [step for step, _ in chain]
+            start = steps[-1].stop if steps else 0
+            info = {
+                "version": VERSION,
+                "shard_id": shard_id,
+                "attempt": number,
+                "from": start,
+                "chain": _compress(steps),
+                "run_id": run_id,
+                "worker": dict(worker or {}),
+            }
+            if self.store.publish_new(self.paths.attempt_info(shard_id, number), seal_json(info)):
+                break
+        kept = [step for step, meta in chain if meta["checkpoint"] is not None][-_CHECKPOINTS_KEPT:]
+        self._drop_checkpoints(shard_id, attempts, kept)
+        totals = _Totals.from_json(chain[-1][1]["so_far"]) if chain else _Totals()
+        return Attempt(self.store, self.paths, manifest, number, run_id, start, state, totals, kept)
+
+    def stalled(self, shard_id: str, run_id: str) -> int:
+        """How many attempts a run has made of a shard from where it still is: those that came to nothing."""
+        attempts = self._attempts(shard_id)
+        chain = self._chain(shard_id, attempts)
+        position = chain[-1].stop if chain else 0
+        count = 0
+        for number in attempts:
+            key = self.paths.attempt_info(shard_id, number)
+            try:
+                info = unseal_json(self.store.read(key), self.store.where(key))
+                count += (info.get("run_id"), info.get("from")) == (run_id, position)
+            except (Missing, Damaged):
+                continue
+        return count
+
+    def record_error(self, shard_id: str, attempt: int, error: Mapping[str, JSON]) -> None:
+        """Keeps why an attempt ended (exception class, message, path of the log, ...) for ``status``."""
+        self.store.replace(self.paths.error(shard_id, attempt), seal_json(error))
+
+    def errors(self, shard_id: str) -> dict[int, dict[str, JSON]]:
+        """Attempt -> what :meth:`record_error` was given."""
+        found = {number: self._error(shard_id, number) for number in self._attempts(shard_id)}
+        return {number: error for number, error in found.items() if error is not None}
+
+    def _error(self, shard_id: str, attempt: int) -> dict[str, JSON] | None:
+        key = self.paths.error(shard_id, attempt)
+        try:
+            return unseal_json(self.store.read(key), self.store.where(key))
+        except Missing:
+            return None
+        except Damaged as error:
+            log.warning("%s; the attempt's error is unknown", error)
+            return {"kind": "unknown", "message": str(error)}
+
+    # -- the chain of parts
+
+    def _attempts(self, shard_id: str) -> list[int]:
+        return attempt_numbers(self.store, self.paths, shard_id)
+
+    def _part_key(self, shard_id: str, step: _Step) -> str:
+        return self.paths.part(shard_id, step.attempt, step.start, step.stop)
+
+    def _chain(self, shard_id: str, attempts: Sequence[int]) -> list[_Step]:
+        """The parts that count, by name: those the newest attempt builds on, and its own. Ends at the first gap."""
+        for number in reversed(attempts):
+            key = self.paths.attempt_info(shard_id, number)
+            try:
+                info = unseal_json(self.store.read(key), self.store.where(key))
+                if (info["shard_id"], info["attempt"]) != (shard_id, number):
+                    raise Damaged(f"{self.store.where(key)}: belongs to another attempt or shard")
+                spans = [(int(a), int(start), int(stop)) for a, start, stop in info["chain"]]
+                begin = int(info["from"])
+            except Missing:
+                continue  # its folder exists and nothing in it: the claim was interrupted
+            except Damaged as error:
+                log.warning("%s; the attempt does not count", error)
+                continue
+            chain: list[_Step] = []
+            for attempt, start, stop in [*spans, (number, begin, None)]:
+                if (chain[-1].stop if chain else 0) != start:
+                    break
+                chain.extend(self._run_of_parts(shard_id, attempt, start, stop))
+            return chain
+        return []
+
+    def _run_of_parts(self, shard_id: str, attempt: int, start: int, stop: int | None) -> list[_Step]:
+        """Parts of one attempt that follow each other from tick ``start`` on, up to ``stop``."""
+        by_start = {}
+        for entry in self.store.list(self.paths.attempt(shard_id, attempt)):
+            step = self.paths.step(entry.name)
+            if step is not None:
+                by_start[step[0]] = step[1]
+        run = []
+        while start in by_start and start != stop:
+            run.append(_Step(attempt, start, by_start[start]))
+            start = by_start[start]
+        return run
+
+    def _verify(self, shard_id: str, chain: Sequence[_Step]) -> list[tuple[_Step, dict[str, JSON], bytes]]:
+        """The sound beginning of a chain, with metadata and bytes. The part that ends it is put aside by name."""
+        sound = []
+        for step in chain:
+            try:
+                sound.append((step, *self._read_part(shard_id, step)))
+            except Missing:
+                break
+            except Damaged as error:
+                self._put_aside(shard_id, self._part_key(shard_id, step), error)
+                break
+        return sound
+
+    def _read_part(self, shard_id: str, step: _Step) -> tuple[dict[str, JSON], bytes]:
+        """Metadata and bytes of a part, all of which are as they were written."""
+        key = self._part_key(shard_id, step)
+        name = self.store.where(key)
+        data = self.store.read(key)
+        check_seal(data, name)
+        meta, rows = read_footer(io.BytesIO(data), name)
+        found = (meta.get("kind"), meta.get("shard_id"), meta.get("attempt"), meta.get("start"), meta.get("stop"))
+        if found != ("part", shard_id, step.attempt, step.start, step.stop) or meta.get("rows") != rows:
+            raise Damaged(f"{name}: a foreign file: it says it is {found} with {meta.get('rows')} rows")
+        return meta, data
+
+    def _read_checkpoint(self, shard_id: str, step: _Step, digest: str) -> bytes:
+        key = self.paths.checkpoint(shard_id, step.attempt, step.stop)
+        state = self.store.read(key)
+        if sha256_of(state) != digest:
+            raise Damaged(f"{self.store.where(key)}: checksum differs from the one its part names")
+        return state
+
+    def _put_aside(self, shard_id: str, key: str, error: Damaged) -> None:
+        aside = self.paths.shard_bad(shard_id, key)
+        log.warning("%s; put aside as %s", error, self.store.where(aside))
+        put_aside(self.store, key, aside)
+
+    def _drop_checkpoints(self, shard_id: str, attempts: Sequence[int], kept: Sequence[_Step]) -> None:
+        """Removes the states that dead attempts left and nothing can be resumed from any more."""
+        keep = {self.paths.checkpoint(shard_id, step.attempt, step.stop) for step in kept}
+        for number in attempts:
+            for entry in self.store.list(self.paths.attempt(shard_id, number)):
+                if entry.name.endswith(".safetensors") and entry.key not in keep:
+                    self.store.delete(entry.key)
+
+
+def attempt_numbers(store: Store, paths: ResultsPaths, shard_id: str) -> list[int]:
+    """The attempts of a shard, ascending."""
+    numbers = [paths.attempt_number(entry.name) for entry in store.list(paths.shard(shard_id)) if entry.folder]
+    return sorted(number for number in numbers if number is not None)
+
+
+def _compress(steps: Sequence[_Step]) -> list[list[int]]:
+    """[attempt, from, to] of each run of parts of one attempt: as many entries as attempts, however many parts."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and spans[-1][0] == step.attempt:
+            spans[-1][2] = step.stop
+        else:
+            spans.append([step.attempt, step.start, step.stop])
+    return spans
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One launch of a shard, made by :meth:`Journal.claim`.
+
+    ``position`` and ``state`` are what the stream continues from; ``position`` moves with every commit.
+    ``commit_seconds`` is the time spent in :meth:`commit` so far.
+    """
+
+    store: Store = field(repr=False)
+    paths: ResultsPaths = field(repr=False)
+    manifest: ShardManifest = field(repr=False)
+    number: int
+    run_id: str
+    position: int
+    state: bytes | None = field(repr=False)
+    _totals: _Totals = field(repr=False)
+    _kept: list[_Step] = field(repr=False)
+    commit_seconds: float = 0.0
+    _uncounted_seconds: float = field(default=0.0, repr=False)
+
+    @property
+    def shard_id(self) -> str:
+        return self.manifest.shard_id
+
+    @property
+    def finished(self) -> bool:
+        return self.position == self.manifest.bounds[-1]
+
+    def commit(
+        self,
+        start: int,
+        stop: int,
+        rows: Sequence[Mapping[str, Any]],
+        failures: Sequence[Mapping[str, JSON]],
+        state: bytes | None,
+        stats: Mapping[str, float],
+    ) -> None:
+        """Makes the step ``start .. stop`` durable; it counts if and only if this returns.
+
+        ``rows`` as the stream gives them: the columns of cell and attempt are added here. ``failures``: dicts with
+        cell_id, group, position, kind, message. ``state``: the edit state after the step, None where the lanes are
+        pristine. ``stats``: edits, edit_seconds, score_seconds. After a :class:`~orchestrator.storage.base.StoreError` the
+        same commit may be tried again. Raises :class:`Superseded`, and :class:`JournalError` for a step that does not
+        follow the last.
+        """
+        began = time.perf_counter()
+        if start != self.position or stop <= start or stop not in self.manifest.bounds:
+            raise JournalError(f"shard {self.shard_id} is at tick {self.position}: cannot commit step {start}..{stop}")
+        if max(attempt_numbers(self.store, self.paths, self.shard_id), default=0) > self.number:
+            raise Superseded(f"shard {self.shard_id}: attempt {self.number} was replaced by a newer one")
+        table = self._table(rows)
+        totals = self._add(table.num_rows, failures, stats)
+        digest = None
+        if state is not None:
+            digest = sha256_of(state)
+            # durable with the part that names it, which is published into the same folder next
+            self.store.replace(self.paths.checkpoint(self.shard_id, self.number, stop), state, settle=False)
+        meta: dict[str, JSON] = {
+            "version": VERSION,
+            "kind": "part",
+            "shard_id": self.shard_id,
+            "attempt": self.number,
+            "start": start,
+            "stop": stop,
+            "rows": table.num_rows,
+            "checkpoint": digest,
+            "so_far": totals.to_json(),
+        }
+        key = self.paths.part(self.shard_id, self.number, start, stop)
+        data = encode(table, meta, compression="snappy")
+        # the name is ours alone: it can only be taken by our own commit whose success was not reported
+        if not self.store.publish_new(key, data) and self.store.read(key) != data:
+            raise JournalError(f"{self.store.where(key)} has other contents: two workers share attempt {self.number}")
+        self.position, self._totals, self.state = stop, totals, None
+        if state is not None:
+            self._kept.append(_Step(self.number, start, stop))
+        while len(self._kept) > _CHECKPOINTS_KEPT:
+            old = self._kept.pop(0)
+            self.store.delete(self.paths.checkpoint(self.shard_id, old.attempt, old.stop))
+        self._uncounted_seconds = time.perf_counter() - began
+        self.commit_seconds += self._uncounted_seconds
+
+    def _table(self, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+        mine = {"shard_id": self.shard_id, "run_id": self.run_id, "attempt": self.number}
+        full = []
+        for row in rows:
+            if row.keys() != STREAM_COLUMNS:
+                unknown, missing = sorted(row.keys() - STREAM_COLUMNS), sorted(STREAM_COLUMNS - row.keys())
+                raise TableError(f"a row of the stream has unknown columns {unknown}, missing columns {missing}")
+            if row["cell_id"] not in self.manifest.columns:
+                raise TableError(f"a row of cell {row['cell_id']}, which is not in shard {self.shard_id}")
+            full.append({**row, **self.manifest.columns[row["cell_id"]], **mine})
+        return rows_to_table(full)
+
+    def _add(self, rows: int, failures: Sequence[Mapping[str, JSON]], stats: Mapping[str, float]) -> _Totals:
+        if stats.keys() != {"edits", "edit_seconds", "score_seconds"}:
+            raise JournalError(f"stats must be edits, edit_seconds, score_seconds; got {sorted(stats)}")
+        for failure in failures:
+            if failure.keys() != _FAILURE_FIELDS:
+                raise JournalError(f"a failure must have the fields {sorted(_FAILURE_FIELDS)}; got {sorted(failure)}")
+        before = self._totals
+        return _Totals(
+            rows=before.rows + rows,
+            edits=before.edits + int(stats["edits"]),
+            edit_seconds=before.edit_seconds + stats["edit_seconds"],
+            score_seconds=before.score_seconds + stats["score_seconds"],
+            commit_seconds=before.commit_seconds + self._uncounted_seconds,
+            failures=before.failures + tuple(dict(failure) for failure in failures),
+        )

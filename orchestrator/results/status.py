@@ -1,0 +1,120 @@
+"""State of a results folder: progress, failures, who is running it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from workers.types import JSON
+
+if TYPE_CHECKING:
+    from orchestrator.results.query import Results
+
+
+def read_status(folder: str) -> dict[str, JSON]:
+    """What `status --json` prints."""
+    from orchestrator.results.artifact_store import ArtifactStore
+    from orchestrator.results.query import open_results
+    from orchestrator.results.table import count_done
+    from orchestrator.storage import lock
+    from orchestrator.storage.base import Missing
+    from orchestrator.storage.sealed import unseal_json
+
+    results = open_results(folder)
+    store, paths = results.store, results.paths
+    name = unseal_json(store.read(paths.sweep), store.where(paths.sweep)).get("name")
+    planned, current = results.plan()
+    shards = []
+    for shard_id, manifest in results.journal.begun().items():
+        try:
+            progress = results.journal.progress(shard_id)
+        except Missing:
+            continue  # gathered meanwhile
+        error = progress.error or {}
+        shards.append(
+            {
+                "shard_id": shard_id,
+                "methods": sorted({str(c["method"]) for c in manifest.columns.values()}),
+                "T": manifest.job.T,
+                "cells": sorted(manifest.columns),
+                "ticks": progress.ticks,
+                "committed": progress.committed,
+                "attempts": progress.attempts,
+                "edits": progress.edits,
+                "error": f"{error.get('kind')}: {error.get('message')}" if error else None,
+                "last_error": progress.error,
+            }
+        )
+    listed = results.central.shards()
+    done = results.central.done(listed)
+    failed = results.central.failed(listed)
+    failed_groups = Counter(str(failure["cell_id"]) for failure in failed)
+    failures = _failures_of_cells(results, shards, failed)
+    cells = []
+    for cell_id in current:
+        cell = planned[cell_id]
+        cells.append(
+            {
+                "cell_id": cell_id,
+                **{key: cell[key] for key in ("method", "algorithm", "T", "seed", "groups")},
+                "done": count_done(done.get(cell_id, set()), cell["groups"]),
+                "failed": failed_groups[cell_id],
+            }
+        )
+    holder = lock.owner(store, paths)
+    keys = ("cell_id", "method", "T", "seed")
+    wrong = [
+        {**{key: cell[key] for key in keys}, "failures": failures[cell["cell_id"]]}
+        for cell in cells
+        if cell["done"] < cell["groups"] and cell["cell_id"] in failures
+    ]
+    return {
+        "sweep": name,
+        "running": str(holder) if holder else None,
+        "finished": sum(cell["done"] == cell["groups"] for cell in cells),
+        "cells": cells,
+        "artifacts": ArtifactStore(store, paths).unfinished(),
+        "shards": shards,
+        "failures": failed,
+        "failed_cells": wrong,
+    }
+
+
+def _failures_of_cells(
+    results: Results, shards: Sequence[dict[str, JSON]], failed: Sequence[dict[str, JSON]]
+) -> dict[str, list[dict[str, JSON]]]:
+    """Per cell, what went wrong: groups that failed, and shards under way whose last attempt raised."""
+    store, paths = results.store, results.paths
+    logs: dict[str, str] = {}
+    for entry in store.list(paths.logs):
+        of_shard = paths.log_of_shard(entry.name)
+        if of_shard is not None:
+            logs[of_shard[0]] = store.where(entry.key)  # by name: the newest attempt's comes last
+    found: dict[str, list[dict[str, JSON]]] = {}
+    for failure in sorted(failed, key=lambda failure: int(failure["group"])):
+        found.setdefault(str(failure["cell_id"]), []).append(
+            {
+                "shard_id": failure["shard_id"],
+                "group": failure["group"],
+                "attempts": failure["attempts"],
+                "step": f"group {failure['group']}, edit {failure['position']}",
+                "kind": failure["kind"],
+                "message": failure["message"],
+                "log": logs.get(str(failure["shard_id"])),
+            }
+        )
+    for shard in shards:
+        error = shard["last_error"]
+        for cell_id in shard["cells"] if error else ():
+            found.setdefault(str(cell_id), []).append(
+                {
+                    "shard_id": shard["shard_id"],
+                    "attempts": shard["attempts"],
+                    "step": f"tick {shard['committed']} of {shard['ticks']}",
+                    "kind": error.get("kind"),
+                    "message": error.get("message"),
+                    "log": logs.get(str(shard["shard_id"])),
+                }
+            )
+    return found

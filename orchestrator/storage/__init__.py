@@ -1,0 +1,1 @@
+"""Storage of results: a few verbs, on a local disk or in a bucket."""

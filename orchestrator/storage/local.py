@@ -1,0 +1,199 @@
+"""The few verbs all results I/O goes through, and their local implementation.
+
+A results folder is a set of small immutable objects. The verb everything rests on is :meth:`Store.publish_new`: the
+whole object appears at once under its name, or the name was taken already and nothing changes. On a local disk that is
+a temporary file, an fsync and a hard link; on an object store it is one conditional PUT. There is no rename.
+Knows nothing of torch, Ray, Parquet or of what the objects mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from orchestrator.storage.base import Entry, Missing, Store, StoreError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+_TEMPORARY = ".tmp-"
+_CAUSES: Mapping[int, str] = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EIO: "the device reports an I/O error",
+    errno.ESTALE: "the network file system lost the file (stale handle)",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.ENAMETOOLONG: "the path is too long",
+    errno.EMFILE: "too many open files",
+}
+
+
+class LocalStore(Store):
+    """A folder on a disk or on a shared POSIX file system that has hard links.
+
+    ``LocalStore(path)`` touches nothing; folders appear with their first object.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root).expanduser().absolute()
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/") if key else []
+        if any(part in ("", ".", "..") for part in parts):
+            raise ValueError(f"not a key: {key!r}")
+        return self.root.joinpath(*parts)
+
+    def publish_new(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with _telling("write", path), self._temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                # over NFS the reply to a successful link can get lost and the repeated request then says "exists"
+                if os.stat(temporary).st_nlink != 2:
+                    return False
+            _sync_folder(path.parent)
+        return True
+
+    def replace(self, key: str, data: bytes, settle: bool = True) -> None:
+        path = self._path(key)
+        with _telling("write", path), self._temporary(path, data) as temporary:
+            os.replace(temporary, path)
+            if settle:
+                _sync_folder(path.parent)
+
+    @contextlib.contextmanager
+    def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
+        """A complete, fsynced file beside ``path``, gone when the block ends."""
+        self._make_folder(path.parent)
+        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Creates the missing folders and makes each entry durable: a file in a folder that is lost is lost too."""
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            if folder == folder.parent:
+                break
+            folder = folder.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)
+            _sync_folder(new.parent)
+
+    def read(self, key: str) -> bytes:
+        path = self._path(key)
+        with _telling("read", path):
+            return path.read_bytes()
+
+    def open(self, key: str) -> BinaryIO:
+        path = self._path(key)
+        with _telling("read", path):
+            return path.open("rb")
+
+    def list(self, folder: str) -> list[Entry]:
+        path = self._path(folder)
+        prefix = f"{folder}/" if folder else ""
+        entries = []
+        with _telling("list", path):
+            try:
+                with os.scandir(path) as found:
+                    for item in found:
+                        if item.name.startswith(_TEMPORARY):
+                            continue
+                        try:
+                            is_folder = item.is_dir()
+                            size = 0 if is_folder else item.stat().st_size
+                        except FileNotFoundError:
+                            continue
+                        entries.append(Entry(prefix + item.name, item.name, is_folder, size))
+            except FileNotFoundError:
+                return []
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def exists(self, key: str) -> bool:
+        path = self._path(key)
+        with _telling("read", path):
+            return path.exists()
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with _telling("delete", path):
+            path.unlink(missing_ok=True)
+
+    def delete_folder(self, folder: str) -> None:
+        if not folder:
+            raise ValueError("refusing to delete the whole results folder")
+        path = self._path(folder)
+        with _telling("delete", path):
+            # a worker believed dead may still add a file meanwhile: what it leaves is deleted next time
+            for _ in range(3):
+                try:
+                    shutil.rmtree(path)
+                    break
+                except FileNotFoundError:
+                    if not path.exists():
+                        break
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+
+    def sync(self, folder: str = "") -> None:
+        path = self._path(folder)
+        with _telling("write", path), contextlib.suppress(FileNotFoundError):
+            _sync_folder(path)
+
+    def tidy(self, folder: str, older_than_s: float = 3600.0) -> None:
+        path = self._path(folder)
+        limit = time.time() - older_than_s
+        with _telling("delete", path), contextlib.suppress(FileNotFoundError):
+            for item in path.glob(f"{_TEMPORARY}*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if item.stat().st_mtime < limit:
+                        item.unlink()
+
+    def filesystem(self) -> tuple[FileSystem, str]:
+        from pyarrow.fs import LocalFileSystem
+
+        return LocalFileSystem(), self.root.as_posix()
+
+    def where(self, key: str = "") -> str:
+        return str(self._path(key))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _telling(action: str, path: Path) -> Iterator[None]:
+    """Turns an operating system error into a message that names path and cause."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Missing(action, str(path), "no such file") from error
+    except OSError as error:
+        cause = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
+        raise StoreError(action, str(path), cause) from error

@@ -1,0 +1,1 @@
+"""Artifacts: what is computed once and shared, and the builders."""

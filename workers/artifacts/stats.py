@@ -1,0 +1,250 @@
+"""Second-moment statistics of a layer's inputs, ``C = E[k k^T]``: what the ROME family calls the covariance.
+
+A corpus is a text file, one document a line, or a ``.jsonl`` file whose lines are texts or objects with a ``text``. Every
+real token of the first ``samples`` documents contributes one outer product; a document ends where the model's positions do.
+The file is streamed and never held: between two batches the sums so far and the place in the file are all there is to save.
+Source: Meng et al., ROME, arXiv 2202.05262, section 3.1 and appendix E.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
+from workers.model.batch import Encoded, collate
+from workers.types import JSON, DataError, SpecError
+
+if TYPE_CHECKING:
+    from workers.model.base import BaseModel
+    from workers.model.config import ModelConfig, ModelFingerprint
+
+KIND = "second_moment"
+NULL_SPACE = "null_space"
+_ROWS = 64
+_TOKENS = 16_384
+"""Documents and padded tokens of one forward, at most. Both decide bits."""
+
+
+def corpus_path(corpus: str) -> Path:
+    """``embedded`` means the embedded world's own text."""
+    if corpus == "embedded":
+        from workers.data.tinyworld import corpus_path as embedded
+
+        return embedded()
+    return Path(corpus).expanduser()
+
+
+def corpus_fingerprint(corpus: str) -> str:
+    """Content hash of the corpus file. Raises :class:`DataError` if it cannot be read."""
+    path = corpus_path(corpus)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise DataError(f"corpus: {path}: {error.strerror or error}; give the path of a text or JSONL file") from None
+
+
+def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how_much: str) -> str:
+    """The corpus of a method's config, where null stands for the embedded model's own text and is for that model alone.
+
+    ``title`` needs it for ``what``. Raises :class:`SpecError`.
+    """
+    if corpus is not None:
+        return corpus
+    if model.name != "embedded":
+        raise SpecError(f"corpus: {title} needs a text or JSONL file for the {what} of {model.name!r} ({how_much})")
+    return "embedded"
+
+
+def corpus_recipe(corpus: str) -> dict[str, JSON]:
+    """What an artifact's key holds of a corpus: what it says, not where it lies (the embedded one's name has been in it from
+    the first). The path goes into :attr:`ArtifactSpec.where`."""
+    written_as = corpus_format(corpus)
+    return {
+        **({"corpus": corpus} if corpus == "embedded" else {}),
+        "corpus_hash": corpus_fingerprint(corpus),
+        **({} if written_as == "text" else {"corpus_format": written_as}),
+    }
+
+
+def second_moment(
+    name: str,
+    fingerprint: ModelFingerprint,
+    model: ModelConfig,
+    corpus: str,
+    samples: int,
+    layer: int,
+    module: str | None,
+    precision: Literal["float32", "float64"],
+) -> ArtifactSpec:
+    """The statistics of one linear map's inputs over ``samples`` documents of ``corpus`` (a path, or ``embedded``)."""
+    return ArtifactSpec(
+        name=name,
+        kind=KIND,
+        recipe={
+            "model": fingerprint.model,
+            "tokenizer": fingerprint.tokenizer,
+            "dtype": model.dtype,
+            **corpus_recipe(corpus),
+            "samples": samples,
+            "layer": layer,
+            "module": module,
+            "precision": precision,
+        },
+        where={"corpus": corpus},
+    )
+
+
+def corpus_format(corpus: str) -> Literal["text", "jsonl"]:
+    return "jsonl" if corpus_path(corpus).suffix.lower() in (".jsonl", ".ndjson") else "text"
+
+
+def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
+    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``moment_II`` and the token count."""
+    site = base.site(recipe["layer"], recipe["module"])
+    dtype = getattr(torch, recipe["precision"])
+    width = site.shape[1]
+    limit = positions(base)
+    samples, layer = recipe["samples"], recipe["layer"]
+    place = Place()
+    total_II = torch.zeros(width, width, dtype=dtype, device=base.device)
+    count = 0
+    unfinished = bench.load()
+    if unfinished is not None:
+        state = ArtifactData.from_bytes(unfinished)
+        place, count = Place(**state.meta["place"]), state.meta["tokens"]
+        total_II += state.tensors["total"].to(base.device)
+
+    def so_far() -> bytes:
+        return ArtifactData({"total": total_II}, {"place": vars(place), "tokens": count}).to_bytes()
+
+    for batch, behind in _batches(base, recipe["corpus"], place, samples, limit):
+        keys_NI = layer_inputs(base, batch, site.module).to(dtype)
+        total_II += keys_NI.T @ keys_NI
+        count, place = count + keys_NI.shape[0], behind
+        bench.progress(place.documents, samples, f"inputs of layer {layer}")
+        bench.keep(so_far)
+    if count <= width:
+        raise DataError(
+            f"corpus: {recipe['corpus']}: only {count} tokens for {width} x {width} statistics, so they are singular; "
+            "give a longer text or more samples"
+        )
+    return ArtifactData({"moment": total_II / count}, {"tokens": count})
+
+
+def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
+    """Recipe: threshold, layer (named in errors); needs ``moment``. The projection onto the eigenvectors whose eigenvalue is
+    below the threshold, and how many they are (AlphaEdit, arXiv 2410.02355)."""
+    moment_II = bench.inputs["moment"].tensors["moment"]
+    threshold, layer = recipe["threshold"], recipe["layer"]
+    wide_II = moment_II.to(base.device, torch.float64)
+    if not bool(torch.isfinite(wide_II).all()):
+        raise DataError(f"corpus: the second moment of layer {layer} is not finite; give another text or fewer samples")
+    values_I, vectors_II = torch.linalg.eigh((wide_II + wide_II.T) / 2)
+    basis_IR = vectors_II[:, values_I < threshold]
+    if not basis_IR.shape[1]:
+        raise DataError(
+            f"nullspace_threshold: {threshold}: no eigenvalue of the second moment of layer {layer} is below it "
+            f"(they reach from {float(values_I[0]):.3g} to {float(values_I[-1]):.3g}), so no edit is possible"
+        )
+    return ArtifactData({"projection": (basis_IR @ basis_IR.T).to(moment_II.dtype)}, {"rank": basis_IR.shape[1]})
+
+
+def positions(base: BaseModel) -> int:
+    """Tokens of a document that are read, at most: as many as the model has positions."""
+    return int(getattr(base.model.config, "max_position_embeddings", 0) or 1024)
+
+
+class _Enough(Exception):
+    """The layer that was asked for has been reached."""
+
+
+@torch.no_grad()
+def layer_inputs(base: BaseModel, encoded: list[Encoded], module: nn.Module) -> Tensor:
+    """Inputs of ``module`` at every real token of the batch, (tokens, I). What comes after the module is not run."""
+    rows = collate(encoded, [0] * len(encoded), base.encoder.pad_id, base.device)
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        caught.append(args[0])
+        raise _Enough
+
+    handle = module.register_forward_pre_hook(catch)
+    try:
+        base.hidden_states(rows)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return caught[0][rows.attention_mask_BS.bool()]
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a corpus has been read: bytes, lines, and the documents that stood in them."""
+
+    offset: int = 0
+    lines: int = 0
+    documents: int = 0
+
+
+def documents(corpus: str, start: Place, samples: int = sys.maxsize) -> Iterator[tuple[str, Place]]:
+    """The documents from ``start`` on, up to ``samples`` in the whole file, each with the place behind it.
+
+    Raises :class:`DataError` naming the file and the line that is not as it should be.
+    """
+    path, jsonl = corpus_path(corpus), corpus_format(corpus) == "jsonl"
+    offset, lines, found = start.offset, start.lines, start.documents
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while found < samples and (line := file.readline()):
+                offset, lines = offset + len(line), lines + 1
+                try:
+                    text = line.decode("utf-8-sig" if lines == 1 else "utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"corpus: {path}, line {lines}: cannot be read as UTF-8 text ({error})") from None
+                if text and jsonl:
+                    text = _text_of(text, f"corpus: {path}, line {lines}")
+                if text:
+                    found += 1
+                    yield text, Place(offset, lines, found)
+    except OSError as error:
+        raise DataError(f"corpus: {path}: {error.strerror or error}") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from None
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field `text`: expected a text, or the line to be one; got {line[:60]!r}")
+    return text.strip()
+
+
+def _batches(
+    base: BaseModel, corpus: str, start: Place, samples: int, limit: int
+) -> Iterator[tuple[list[Encoded], Place]]:
+    """Documents in the file's order, as many as one forward may have, and the place behind them."""
+    batch: list[Encoded] = []
+    longest, behind = 0, start
+    for text, place in documents(corpus, start, samples):
+        ids = base.encoder.text(text)[:limit]
+        if batch and (len(batch) == _ROWS or max(longest, len(ids)) * (len(batch) + 1) > _TOKENS):
+            yield batch, behind
+            batch, longest = [], 0
+        batch.append(Encoded(ids, len(ids)))
+        longest, behind = max(longest, len(ids)), place
+    if batch:
+        yield batch, behind

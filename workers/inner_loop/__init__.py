@@ -1,0 +1,1 @@
+"""The optimisation inside one edit."""

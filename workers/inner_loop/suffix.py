@@ -1,0 +1,391 @@
+"""What remains of a forward pass inside an edit's inner loop (DESIGN section 5, taken to its end).
+
+>>> suffix = Suffix.capture(base, site, rows, reads)         # one forward; reads: (row, column) of each loss position
+>>> hidden_PD = suffix.hidden(site_output_BSO)               # every optimisation step, gradients flow
+>>> hidden_PD = suffix.hidden()                              # the site's module answers (inside overlay.installed)
+
+Everything the loss does not depend on, or that no step can change, is computed once or never:
+
+- what enters the edited map, and the rest of its layer, is constant: a step starts at the map's answer;
+- rows without a loss position need no layer above the map;
+- columns before the first one whose answer changes keep their keys and values (attention is causal);
+- in the last layer only columns that are read pass through attention and MLP; the earlier ones give keys and values only.
+
+The hidden states equal those of :func:`workers.model.replay.replay` up to rounding (products of other shapes round
+differently), which is why scoring, where bits count, uses that one. Works for every decoder of ``models.ARCHITECTURES``
+whose layer adds the edited map's answer to a sum; any other map (attention projections, the MLP's input) is replayed
+from its layer on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.kernels.compiled import Compiled
+from workers.kernels.llama_cpu import Constants, QuickLayer, plain
+from workers.kernels.llama_gpu import FusedLayer
+from workers.model.batch import Batch
+from workers.model.replay import Prefix, capture, override_forward, replay
+
+if TYPE_CHECKING:
+    from workers.model.base import BaseModel, Site
+    from workers.model.overlay import Overlay
+
+_COLUMN_AXIS: Mapping[str, int] = MappingProxyType(
+    {"attention_mask": 2, "position_ids": 1, "position_embeddings": 1, "cache_position": 0}
+)
+"""Which axis of a layer's argument runs over the columns that are asked (the keys' axis of a mask stays whole)."""
+
+_CACHES = ("past_key_values", "layer_past")
+"""What decoder layers call their key-value cache."""
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """The captured constants of one batch, and how to run what is left. Made by :meth:`capture`."""
+
+    base: BaseModel
+    site: Site
+    rows: Batch
+    input_BSI: Tensor
+    """What enters the edited map."""
+    output_BSO: Tensor
+    """What the map answered at capture."""
+    layer_BSD: Tensor
+    """What its whole layer gave."""
+    row_P: Tensor
+    column_P: Tensor
+    first: int
+    """Columns before this one never change; ``hidden`` is given the map's answer from here on."""
+    _layers: tuple[_Layer, ...] | None
+    _rest_BSD: Tensor
+    _kept_R: Tensor | None
+    _prefix: Prefix
+
+    @classmethod
+    @torch.no_grad()
+    def capture(
+        cls,
+        base: BaseModel,
+        site: Site,
+        rows: Batch,
+        reads: tuple[Sequence[int], Sequence[int]],
+        first: int = 0,
+        overlay: Overlay | None = None,
+    ) -> Suffix:
+        """Run one forward and keep what later steps need.
+
+        ``reads``: rows and padded columns whose hidden states are wanted, in that order. ``first``: the first column at which
+        a step changes the map's answer. ``overlay``: earlier edits that stay as they are in all steps.
+        """
+        caught: list[tuple[Tensor, Tensor]] = []
+        layer_out: list[Any] = []
+        additive = site.is_mlp_output(base.arch)
+        upper = base.layers[site.layer + 1 :]
+        recorders = {i: _Recorder() for i in range(site.layer + 1, len(base.layers))} if first and additive else {}
+        with ExitStack() as stack:
+            if overlay is not None:
+                stack.enter_context(overlay.installed(rows))
+            note = site.module.register_forward_hook(lambda _, args, out: caught.append((args[0], out)))
+            stack.callback(note.remove)
+            last = base.layers[site.layer].register_forward_hook(lambda _, args, out: layer_out.append(out))
+            stack.callback(last.remove)
+            for i, recorder in recorders.items():
+                stack.callback(_record(base.layers[i], recorder))
+            if additive and not recorders:
+                for layer in upper:  # only their other arguments are wanted
+                    stack.enter_context(override_forward(layer, lambda *_, **__: layer_out[0]))
+            prefix = capture(base, rows, site.layer)
+        (entered_BSI, output_BSO), hidden_BSD = caught[0], _hidden(layer_out[0])
+        row, column = reads
+        device = rows.input_ids_BS.device
+        kept = sorted(set(row))
+        all_rows = len(kept) == rows.size
+        kept_R = None if all_rows else torch.tensor(kept, device=device)
+        place = {r: i for i, r in enumerate(kept)}
+        row_P = torch.tensor([place[r] for r in row], device=device)
+        column_P = torch.tensor(list(column), device=device)
+        layers = None
+        if additive:
+            layers = _prepare(base, rows, prefix, site.layer + 1, kept_R, first, min(column), recorders)
+        if layers is None:
+            if additive and not recorders:  # the upper layers were skipped in vain
+                prefix = capture(base, rows, site.layer)
+            row_P, kept_R, first = torch.tensor(list(row), device=device), None, 0
+        rest_BSD = hidden_BSD[:0]
+        if layers is not None:
+            # in the masters' precision: in bfloat16 taking the answer off and adding it again would not give the sum back
+            wide = base.master_dtype
+            rest_BSD = (hidden_BSD.to(wide) - output_BSO.to(wide))[:, first:]
+            rest_BSD = rest_BSD if kept_R is None else rest_BSD[kept_R]
+        return cls(
+            base,
+            site,
+            rows,
+            entered_BSI,
+            output_BSO,
+            hidden_BSD,
+            row_P,
+            column_P,
+            first,
+            layers,
+            rest_BSD,
+            kept_R,
+            prefix,
+        )
+
+    def hidden(self, output_BSO: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm at the places that are read, (P, D).
+
+        ``output_BSO``: what the map answers now, from column ``first`` on; None asks the site's module.
+        """
+        if self._layers is None:
+            answer = output_BSO
+            with override_forward(self.site.module, lambda *_: answer) if answer is not None else nullcontext():
+                return replay(self.base, self._prefix)[self.row_P, self.column_P]
+        if output_BSO is None:
+            output_BSO = self.site.module(self.input_BSI[:, self.first :])
+        output_RSO = output_BSO if self._kept_R is None else output_BSO[self._kept_R]
+        hidden_RSD = (self._rest_BSD + output_RSO.to(self._rest_BSD.dtype)).to(self.base.dtype)
+        start = self.first
+        for layer in self._layers:
+            hidden_RSD = layer(hidden_RSD)
+            start += layer.given
+        normed: Tensor = self.base.norm(hidden_RSD[self.row_P, self.column_P - start])
+        return normed
+
+    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Suffix:
+        """The same suffix for some of the rows: ``row_B`` of the batch, now ``rows``, and the reads ``read_P`` of them."""
+        index = torch.tensor(list(row_B), device=self.row_P.device)
+        chosen = torch.tensor(list(read_P), device=self.row_P.device)
+        old_row_P = self.row_P[chosen] if self._kept_R is None else self._kept_R[self.row_P[chosen]]
+        place = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
+        place[index] = torch.arange(len(row_B), device=index.device)
+        row_P = place[old_row_P]
+        kept_R, inner = None, index
+        if self._kept_R is not None:
+            inside = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
+            inside[self._kept_R] = torch.arange(len(self._kept_R), device=index.device)
+            inner = inside[index]
+            kept_R = torch.nonzero(inner >= 0)[:, 0]
+            inner = inner[kept_R]
+            among = torch.full((len(row_B),), -1, dtype=torch.long, device=index.device)
+            among[kept_R] = torch.arange(len(kept_R), device=index.device)
+            row_P = among[row_P]
+        return replace(
+            self,
+            rows=rows,
+            input_BSI=self.input_BSI[index],
+            output_BSO=self.output_BSO[index],
+            layer_BSD=self.layer_BSD[index],
+            row_P=row_P,
+            column_P=self.column_P[chosen],
+            _layers=None if self._layers is None else tuple(layer.part(inner) for layer in self._layers),
+            _rest_BSD=self._rest_BSD if self._layers is None else self._rest_BSD[inner],
+            _kept_R=kept_R,
+            _prefix=self._prefix.part(index) if self._layers is None else self._prefix,
+        )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One decoder layer with its constant arguments.
+
+    ``given`` columns at the front only give their keys and values; ``arguments`` are those of the columns after them,
+    ``key_arguments`` those of the columns before. ``past`` holds keys and values of columns that never change.
+    """
+
+    module: nn.Module
+    compiled: Compiled
+    cache: str
+    arguments: Mapping[str, Any]
+    key_arguments: Mapping[str, Any] | None
+    given: int
+    past: tuple[Tensor, Tensor] | None
+    query: nn.Module | None
+    """The attention's query projection, where it is a map of its own: columns that only give keys ask nothing."""
+    quick: QuickLayer | FusedLayer | None
+    """The same layer written out, where there is such a way."""
+
+    def __call__(self, hidden_RSD: Tensor) -> Tensor:
+        if self.quick is not None and plain(self.module):
+            return self.quick(hidden_RSD)
+        past = self.past
+        if self.key_arguments is not None:
+            recorder = _Recorder(stop=True)
+            with override_forward(self.query, _nothing(self.query)) if self.query is not None else nullcontext():
+                try:
+                    self.module(hidden_RSD[:, : self.given], **{**self.key_arguments, self.cache: recorder})
+                except StopRecording:
+                    past = recorder.joined(past)
+            hidden_RSD = hidden_RSD[:, self.given :]
+        if past is not None:
+            return _hidden(self.module(hidden_RSD, **self.arguments, **{self.cache: _Past(*past)}))
+        return _hidden(self.compiled.layer(self.module)(hidden_RSD, **self.arguments))
+
+    def part(self, index_R: Tensor) -> _Layer:
+        rows = self.past[0].shape[0] if self.past is not None else None
+        chosen = {name: _rows_of(value, index_R, name) for name, value in self.arguments.items()}
+        keys = self.key_arguments
+        return replace(
+            self,
+            arguments=chosen,
+            key_arguments=None if keys is None else {k: _rows_of(v, index_R, k) for k, v in keys.items()},
+            past=None if rows is None or self.past is None else (self.past[0][index_R], self.past[1][index_R]),
+            quick=None if self.quick is None else self.quick.part(index_R),
+        )
+
+
+def _prepare(
+    base: BaseModel,
+    rows: Batch,
+    prefix: Prefix,
+    above: int,
+    kept_R: Tensor | None,
+    first: int,
+    read_from: int,
+    recorders: Mapping[int, _Recorder],
+) -> tuple[_Layer, ...] | None:
+    """The layers from ``above`` on with their arguments cut to size; None if an argument is not understood."""
+    prepared = []
+    for i in range(above, len(base.layers)):
+        module = base.layers[i]
+        args, kwargs = prefix.calls[i - above + 1]
+        names = list(inspect.signature(module.forward).parameters)
+        arguments = {**dict(zip(names[1:], args, strict=False)), **kwargs}
+        cache = next((name for name in _CACHES if name in names), None)
+        if cache is None or "attention_mask" not in names:
+            return None
+        arguments = {k: v for k, v in arguments.items() if k not in (*_CACHES, "use_cache") and v is not None}
+        if "attention_mask" not in arguments:
+            if base.model.config._attn_implementation != "sdpa":
+                return None
+            arguments["attention_mask"] = _causal(rows)
+        if not all(_understood(name, value) for name, value in arguments.items()):
+            return None
+        if kept_R is not None:
+            arguments = {name: _rows_of(value, kept_R, name, rows.size) for name, value in arguments.items()}
+        given = read_from - first if i == len(base.layers) - 1 else 0
+        past = None
+        if first:
+            past = recorders[i].joined(None)
+            past = (past[0][:, :, :first], past[1][:, :, :first])
+            past = past if kept_R is None else (past[0][kept_R], past[1][kept_R])
+        key_arguments = None
+        if given:
+            key_arguments = {name: _columns(value, name, first, first + given) for name, value in arguments.items()}
+        cut = {name: _columns(value, name, first + given, None) for name, value in arguments.items()}
+        attention = base.arch.attn_in
+        query = module.get_submodule(attention[0]) if len(attention) == 3 else None  # query, key, value
+        quick: QuickLayer | FusedLayer | None = None
+        if not base.compiled.layers:
+            constants = Constants.of(cut, key_arguments, given, past)
+            quick = QuickLayer.of(base.quick_weights(i), constants) or FusedLayer.of(module, constants)
+        prepared.append(_Layer(module, base.compiled, cache, cut, key_arguments, given, past, query, quick))
+    return tuple(prepared)
+
+
+def _causal(rows: Batch) -> Tensor:
+    """Which key each query may look at, (B, 1, S, S): what a missing mask stands for."""
+    real_BS = rows.attention_mask_BS.bool()
+    size = real_BS.shape[1]
+    triangle_SS = torch.ones(size, size, dtype=torch.bool, device=real_BS.device).tril()
+    return triangle_SS[None, None] & real_BS[:, None, None]
+
+
+def _understood(name: str, value: Any) -> bool:
+    """Whether columns and rows of an argument can be cut: a tensor of a known name and shape, or no tensor at all."""
+    tensors = [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
+    if not tensors:
+        return True
+    if name == "attention_mask":
+        return all(t.dim() == 4 for t in tensors)
+    return name in _COLUMN_AXIS
+
+
+def _columns(value: Any, name: str, start: int, stop: int | None) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_columns(v, name, start, stop) for v in value)
+    if not isinstance(value, Tensor):
+        return value
+    axis = _COLUMN_AXIS[name]
+    return value[(slice(None),) * axis + (slice(start, stop),)]
+
+
+def _rows_of(value: Any, index_R: Tensor, name: str, size: int | None = None) -> Any:
+    """Some rows of an argument; one that all rows share stays."""
+    if isinstance(value, tuple | list):
+        return tuple(_rows_of(v, index_R, name, size) for v in value)
+    shared = not isinstance(value, Tensor) or name == "cache_position" or value.shape[0] == 1 != size
+    return value if shared else value[index_R]
+
+
+class StopRecording(Exception):
+    """Keys and values are known; the rest of the layer is not wanted."""
+
+
+class _Recorder:
+    """Stands in for a layer's key-value cache: notes what it is given."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self.stop = stop
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.pair = (keys, values)
+        if self.stop:
+            raise StopRecording
+        return keys, values
+
+    def joined(self, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Its keys and values, after those of ``past``. Axes: (rows, heads, columns, head size)."""
+        assert self.pair is not None
+        if past is None:
+            return self.pair
+        return torch.cat([past[0], self.pair[0]], 2), torch.cat([past[1], self.pair[1]], 2)
+
+
+class _Past:
+    """Stands in for a layer's key-value cache: keys and values of earlier columns, which it never changes."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+
+
+def _record(layer: nn.Module, recorder: _Recorder) -> Any:
+    """Let a layer's next forwards note their keys and values; returns what undoes it."""
+    names = list(inspect.signature(layer.forward).parameters)
+    cache = next((name for name in _CACHES if name in names), None)
+
+    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if cache is None:
+            return args, kwargs
+        at = names.index(cache)
+        if len(args) > at:
+            return (*args[:at], recorder, *args[at + 1 :]), kwargs
+        return args, {**kwargs, cache: recorder}
+
+    return layer.register_forward_pre_hook(give, with_kwargs=True).remove
+
+
+def _nothing(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Answers with zeros of the module's shape, which take no memory."""
+    width = int(module.get_parameter("weight").shape[0])
+    return lambda x_BSD: x_BSD.new_zeros(()).expand(*x_BSD.shape[:-1], width)
+
+
+def _hidden(out: Any) -> Tensor:
+    """A decoder layer's hidden states."""
+    hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden

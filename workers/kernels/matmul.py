@@ -1,0 +1,200 @@
+"""Matrix products in float32 on a processor, by the library that is faster there.
+
+>>> out_BSO = linear(x_BSI, weight_OI, bias_O)           # torch.nn.functional.linear up to rounding, gradients included
+>>> use_fast_linear(model)                                       # every linear map of the model answers that way
+
+PyTorch gives such products to MKL, which uses AVX-512 on Intel's processors only. oneDNN, which comes with PyTorch as well and
+which its compiler calls, uses it wherever it is: on an AMD EPYC up to 2.2 times as fast (``benchmarks/bench_products.py``), on
+Intel's own slower than MKL. For small products MKL takes less time to begin. Which of them computes a product depends on its
+shape, its precision and the kind of processor alone, so the same batch has the same bits every time; where oneDNN's operator or
+the instructions are missing, everything is as without this module.
+
+How the right factor lies matters as much: of a few rows MKL makes a product up to five times as fast if it needs not turn it
+around first. :class:`Joined` keeps frozen maps that way.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_ROWS = 8
+_MULTIPLICATIONS = 1 << 21
+"""Rows and work of one product from which oneDNN is faster; below, what it takes to begin weighs more."""
+
+
+def linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, (..., O). Differentiable once."""
+    if not _quick(x_BSI, x_BSI.shape[:-1].numel(), weight_OI.shape[0]):
+        return F.linear(x_BSI, weight_OI, bias_O)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_BSI, weight_OI, bias_O)):
+        out: Tensor = _Linear.apply(x_BSI, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+        return out
+    return _product(x_BSI, weight_OI, bias_O)
+
+
+def wide_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x W^T + b`` in ``dtype``, (..., O), whatever the precision of what enters it.
+
+    On a GPU bfloat16 is not widened first: its products are exact in float32, and that is what the matrix units add them up
+    in, at ten times the speed of float32 products.
+    """
+    narrow = x_BSI.dtype == weight_OI.dtype == torch.bfloat16 and dtype == torch.float32
+    if narrow and x_BSI.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
+        out_NO: Tensor = _WideProduct.apply(x_BSI.flatten(0, -2), weight_OI)  # type: ignore[no-untyped-call]
+        out = out_NO.view(*x_BSI.shape[:-1], -1)
+        return out if bias_O is None else out + bias_O.to(dtype)
+    return linear(x_BSI.to(dtype), weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+
+
+def lane_products(left_LMK: Tensor, right_LNK: Tensor) -> Tensor:
+    """``left right^T`` of every lane, (L, M, N). Not differentiable."""
+    if not _quick(left_LMK, left_LMK.shape[1], right_LNK.shape[1]):
+        return torch.bmm(left_LMK, right_LNK.transpose(1, 2))
+    return torch.stack([_product(left_MK, right_NK) for left_MK, right_NK in zip(left_LMK, right_LNK, strict=True)])
+
+
+def product_into(out_MN: Tensor, left_MK: Tensor, right_NK: Tensor) -> None:
+    """``left right^T``, written to ``out``. Not differentiable."""
+    if _quick(left_MK, left_MK.shape[0], right_NK.shape[0]):
+        out_MN.copy_(_product(left_MK, right_NK))
+    else:
+        torch.mm(left_MK, right_NK.T, out=out_MN)
+
+
+class Joined:
+    """Frozen linear maps that share their input, as one, in both directions. It keeps a copy of their weights.
+
+    >>> both_NO = joined(x_NI); second_NO = joined(x_NI, 1, 2)
+    >>> grad_NI = joined.back(grad_first_NO, None)                   # None: that map took no part
+    """
+
+    def __init__(self, maps: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """``maps``: the weight, (out, in), and the bias of each."""
+        self._weights_OI = [weight_OI for weight_OI, _ in maps]
+        weight_OI = torch.cat(self._weights_OI)
+        self._weight_OI = weight_OI if _available() else weight_OI.T.contiguous().T
+        biases = [weight_OI.new_zeros(len(weight_OI)) if bias_O is None else bias_O for weight_OI, bias_O in maps]
+        self._bias_O = torch.cat(biases) if any(bias_O is not None for _, bias_O in maps) else None
+        self.ends = tuple(accumulate((len(w) for w in self._weights_OI), initial=0))
+
+    def __call__(self, x_NI: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+        """What the maps from ``first`` to ``stop`` answer, side by side, (..., O). Not differentiable."""
+        some = slice(self.ends[first], self.ends[-1 if stop is None else stop])
+        return linear(x_NI, self._weight_OI[some], None if self._bias_O is None else self._bias_O[some])
+
+    def back(self, *grads: Tensor | None) -> Tensor:
+        """The gradient of what enters, (..., I), from those of the maps' answers."""
+        out: Tensor | None = None
+        for grad, weight_OI in zip(grads, self._weights_OI, strict=True):
+            if grad is not None:
+                part = linear(grad, weight_OI.T)
+                out = part if out is None else out.add_(part)
+        assert out is not None
+        return out
+
+
+class _QuickLinear(nn.Linear):
+    def forward(self, x_BSI: Tensor) -> Tensor:
+        return linear(x_BSI, self.weight, self.bias)
+
+
+class _QuickConv1D(Conv1D):
+    def forward(self, x_BSI: Tensor) -> Tensor:
+        return linear(x_BSI, self.weight.T, self.bias)
+
+
+_QUICK: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType({nn.Linear: _QuickLinear, Conv1D: _QuickConv1D})
+
+
+def use_fast_linear(model: nn.Module) -> None:
+    """Let the linear maps of a model on the processor answer by :func:`linear`: they change their class, and nothing else."""
+    if _available() and all(p.device.type == "cpu" for p in model.parameters()):
+        _change(model, _QUICK)
+
+
+def slow(model: nn.Module) -> None:
+    """Take :func:`use_fast_linear` back (benchmarks compare with models as they come)."""
+    _change(model, {quick: plain for plain, quick in _QUICK.items()})
+
+
+def _change(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        context.save_for_backward(x_BSI if context.needs_input_grad[1] else None, weight_OI)
+        return _product(x_BSI, weight_OI, bias_O)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad_BSO,) = grads
+        x_BSI, weight_OI = context.saved_tensors
+        needs_x, needs_weight, needs_bias = context.needs_input_grad
+        grad_NO = grad_BSO.flatten(0, -2)
+        return (
+            _product(grad_BSO, weight_OI.T) if needs_x else None,
+            _product(grad_NO.T, x_BSI.flatten(0, -2).T) if needs_weight else None,
+            grad_NO.sum(0) if needs_bias else None,
+        )
+
+
+class _WideProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+        context.save_for_backward(weight_OI)
+        return torch.mm(x_NI, weight_OI.T, out_dtype=torch.float32)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad_NO,) = grads
+        (weight_OI,) = context.saved_tensors
+        # in two parts, so that rounding it once does not make it as coarse as what it meets
+        high_NO = grad_NO.to(weight_OI.dtype)
+        low_NO = (grad_NO - high_NO).to(weight_OI.dtype)
+        parts = [torch.mm(part_NO, weight_OI, out_dtype=torch.float32) for part_NO in (high_NO, low_NO)]
+        return (parts[0] + parts[1]).to(weight_OI.dtype), None
+
+
+def _quick(left: Tensor, rows: int, columns: int) -> bool:
+    """Whether ``rows x columns`` sums over the last axis of ``left`` are oneDNN's to compute."""
+    return (
+        rows >= _ROWS
+        and rows * columns * left.shape[-1] >= _MULTIPLICATIONS
+        and left.dtype == torch.float32
+        and left.device.type == "cpu"
+        and _available()
+    )
+
+
+def _available() -> bool:
+    """Whether oneDNN is there and faster than MKL."""
+    capable = torch.backends.cpu.get_cpu_capability() == "AVX512" and not _intel()
+    return capable and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _intel() -> bool:
+    """Whether MKL uses all of the processor's instructions, which it asks the maker's name for."""
+    known = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (known.read_text() if known.exists() else platform.processor())
+
+
+def _product(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x_BSI, weight_OI, bias_O, "none", [], "")
+    return out

@@ -1,0 +1,478 @@
+"""Networks that turn a gradient into an edit: what MEND, MALMEN and RLEdit share.
+
+>>> sites = hypernet_sites(base, layers=(4, 5), modules=())
+>>> questions = Questions.of(base, [[(prompt, target)], [(other_prompt, other_target)]])     # one lane each
+>>> factors, loss_L = gradient_factors(base, sites, questions, overlay)
+>>> net = Hypernet([site.shape for site in sites], rank=64, blocks=2, rate=1e-3)
+>>> key_LNI, grad_LNO = net(place, factors[place])            # same shapes, rows that are not kept are zero
+
+The gradient of a linear map's weight is the sum over tokens of (gradient of its answer) x (its input). A network reads that
+pair, normalised by running statistics, and gives another pair. Maps of one shape share a network; a scale and a shift of
+their own tell it which of them it is looking at.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.artifacts.pretrain import PRETRAINED, TrainingSource, pretrained
+from workers.inner_loop.losses import TargetTokens
+from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.easyedit import split_module
+from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch, Encoded, collate
+from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.overlay import DenseOverlay, Overlay
+from workers.model.replay import override_forward
+from workers.types import JSON, SpecError
+
+_TINY = 1e-7
+"""Added to a standard deviation, as in the public code of both methods."""
+
+Pair = tuple[Tensor, Tensor]
+"""Factors of a change of weights, one per lane: ``left_LNO`` and ``right_LNI``; the change is ``left^T right``."""
+
+
+# --- where ----------------------------------------------------------------------------------------------------------
+
+
+def hypernet_sites(base: BaseModel, layers: Sequence[int], modules: Sequence[str]) -> list[Site]:
+    """The edited maps, layer by layer; no modules: the MLP's output projection."""
+    return [base.site(layer, module) for layer in sorted(layers) for module in (modules or (None,))]
+
+
+def site_shapes(shape: ModelShape, layers: Sequence[int], modules: Sequence[str]) -> list[tuple[int, int]]:
+    """(out, in) of each edited map, from a model's sizes alone. Raises :class:`SpecError` for what it lacks."""
+    for layer in layers:
+        shape.check_layer(layer, "layers")
+    return [shape.site(module) for _ in layers for module in (modules or (None,))]
+
+
+def split_inner_params(names: Sequence[str], source: str) -> tuple[list[int], list[str]]:
+    """EasyEdit's ``inner_params`` as layers and modules. They have to be the same modules in every layer."""
+    places = [split_module(name, source) for name in names]
+    layers = sorted({layer for layer, _ in places if layer is not None})
+    modules = list(dict.fromkeys(path for _, path in places))
+    if not places or sorted(places, key=str) != sorted(((i, m) for i in layers for m in modules), key=str):
+        raise SpecError(f"{source}: inner_params: {list(names)}: expected the same modules in each of some layers")
+    return layers, modules
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+class HypernetConfig(MethodConfig):
+    """Which maps are edited, and by networks of which size."""
+
+    layers: Layers = Field(min_length=1, description="decoder layers whose maps are edited")
+    modules: tuple[str, ...] = Field((), description="linear maps inside each layer; none: the MLP's output projection")
+    rank: int = Field(1920, ge=1, description="rank of the networks' maps")
+
+    @classmethod
+    def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
+        out = super().from_easyedit(values, source)
+        if "inner_params" in out:
+            out["layers"], out["modules"] = split_inner_params(out.pop("inner_params"), source)
+        return out
+
+
+C = TypeVar("C", bound=HypernetConfig)
+
+
+class HypernetMethod(Method[C]):
+    """One forward, one backward, and the networks: an edit is a single step."""
+
+    needs_pretraining: ClassVar[bool] = True
+    batch_edits: ClassVar[bool] = True
+    relative_cost: ClassVar[float] = 0.1
+    learnt: ClassVar[tuple[str, ...]]
+    """Hyperparameters that the trained networks depend on."""
+
+    def __init__(self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> None:
+        super().__init__(base, config, inputs)
+        self.sites = hypernet_sites(base, config.layers, config.modules)
+        self.net = self.network(base, config.model_dump(mode="json"), None).of_precision(base)
+        self.net.restore(inputs[PRETRAINED].tensors)
+        self.net.requires_grad_(False)
+
+    @classmethod
+    @abstractmethod
+    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+        """Untrained networks."""
+
+    @classmethod
+    @abstractmethod
+    def blocks(cls, config: Any) -> int:
+        """How many blocks the network of one shape has."""
+
+    @abstractmethod
+    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
+        """The change of each map."""
+
+    def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
+        return Questions.of(self.base, lanes)
+
+    def new_overlay(self, lanes: int) -> DenseOverlay:
+        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
+
+    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        if not isinstance(overlay, DenseOverlay):
+            raise TypeError(f"{self.title} edits a DenseOverlay, not a {type(overlay).__name__}")
+        asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
+        factors, loss_L = gradient_factors(self.base, self.sites, self.questions(asked), overlay)
+        with torch.no_grad():
+            add(overlay, self.changes(factors, overlay))
+        return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
+
+    @classmethod
+    def check(cls, config: Any, shape: ModelShape) -> None:
+        site_shapes(shape, config.layers, config.modules)
+
+    @classmethod
+    def artifacts(
+        cls,
+        config: Any,
+        fingerprint: ModelFingerprint,
+        model: ModelConfig,
+        seed: int,
+        training: TrainingSource | None = None,
+    ) -> tuple[ArtifactSpec, ...]:
+        hparams = config.model_dump(mode="json", include=set(cls.learnt))
+        return (pretrained(cls.name, hparams, config.schedule, fingerprint, model, training),)
+
+    @classmethod
+    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
+        copies = 3  # weight, its change, one temporary
+        sizes = sum(out * in_features for out, in_features in site_shapes(shape, config.layers, config.modules))
+        return copies * sizes * max(4, shape.bytes_per_value)
+
+    @classmethod
+    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
+        copies = 2  # as they were read, and in use
+        sizes = site_shapes(shape, config.layers, config.modules)
+        values = 4 * len(sizes)  # step sizes, counts
+        for out, in_features in set(sizes):
+            width = out + in_features
+            block = width * (2 * min(config.rank, width) + 2 * sizes.count((out, in_features)) + 1)
+            values += cls.blocks(config) * block + 4 * width  # and its statistics, in float64
+        return copies * values * max(4, shape.bytes_per_value)
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts with the answers they are to have, some per lane, as one batch."""
+
+    rows: Batch
+    targets: TargetTokens
+
+    @classmethod
+    def of(cls, base: BaseModel, lanes: Sequence[Sequence[tuple[str, str]]], public_bos: bool = False) -> Self:
+        """The loss of a lane is the sum over its questions of the mean over the answer's tokens.
+
+        A sum, so that what is learnt from a question is the same in a batch as alone. ``public_bos`` tokenises the answer
+        alone, which makes a BOS token part of it if the tokenizer adds one.
+        """
+        encoded: list[Encoded] = []
+        places: list[tuple[int, int, int, float]] = []
+        for prompt, target in (question for lane in lanes for question in lane):
+            pair = base.encoder.pair(prompt, target)
+            answer = base.encoder.text(f" {target}") if public_bos else pair.target
+            start = len(pair.ids) - 1 - len(answer)
+            places += [(len(encoded), start + j, token, 1 / len(answer)) for j, token in enumerate(answer)]
+            encoded.append(pair)
+        rows = collate(encoded, [i for i, lane in enumerate(lanes) for _ in lane], base.encoder.pad_id, base.device)
+        return cls(rows, TargetTokens.of(rows, places, len(lanes)))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a weight's gradient is made of, at every column of every row of a lane (N of them)."""
+
+    key_LNI: Tensor
+    """What entered the map."""
+    grad_LNO: Tensor
+    """The gradient of the lane's loss by the map's answer."""
+    kept_LN: Tensor
+    """Rows that the networks see; at first, real tokens at which neither of the two is zero."""
+    read_LN: Tensor
+    """Tokens at which the loss is read: those that predict a token of an answer."""
+    real_LN: Tensor
+    """Tokens that are no padding."""
+
+    def lane(self, lane: int) -> Factors:
+        """One lane alone."""
+        part = slice(lane, lane + 1)
+        return Factors(
+            self.key_LNI[part], self.grad_LNO[part], self.kept_LN[part], self.read_LN[part], self.real_LN[part]
+        )
+
+
+def gradient_factors(
+    base: BaseModel, sites: Sequence[Site], questions: Questions, overlay: Overlay | None = None
+) -> tuple[list[Factors], Tensor]:
+    """Factors at each site and the loss of each lane, (L,), from one forward and one backward pass at the edited weights.
+
+    Every lane has to have equally many questions. All results are detached.
+    """
+    rows, targets = questions.rows, questions.targets
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def answer(site: Site, x_BSI: Tensor) -> Tensor:
+        plain = plain_answer(site, x_BSI, rows, overlay)
+        # nothing below the lowest sites needs a gradient, so there one has to begin
+        out_BSO = plain if plain.requires_grad else plain.detach().requires_grad_(True)
+        inputs[site.name], outputs[site.name] = x_BSI.detach(), out_BSO
+        return out_BSO
+
+    with torch.enable_grad(), ExitStack() as stack:
+        if overlay is not None:
+            stack.enter_context(overlay.installed(rows))
+        for site in sites:
+            stack.enter_context(override_forward(site.module, _answer_at(answer, site)))
+        row_P, column_P = targets.reads
+        hidden_PD = base.hidden_states(rows)[list(row_P), list(column_P)]
+        loss_L = targets.nll(base, hidden_PD)
+        grads = torch.autograd.grad(loss_L.sum(), [outputs[site.name] for site in sites])
+    lanes = targets.lanes
+    read_BS = torch.zeros_like(rows.attention_mask_BS, dtype=torch.bool)
+    read_BS[list(row_P), list(column_P)] = True
+    real_LN = rows.attention_mask_BS.bool().reshape(lanes, -1)
+    found = []
+    for site, grad_BSO in zip(sites, grads, strict=True):
+        key_LNI = inputs[site.name].to(base.master_dtype).reshape(lanes, -1, site.shape[1])
+        grad_LNO = grad_BSO.to(base.master_dtype).reshape(lanes, -1, site.shape[0])
+        kept_LN = real_LN & (key_LNI != 0).any(-1) & (grad_LNO != 0).any(-1)
+        found.append(Factors(key_LNI, grad_LNO, kept_LN, read_BS.reshape(lanes, -1), real_LN))
+    return found, loss_L.detach()
+
+
+def plain_answer(site: Site, x_BSI: Tensor, rows: Batch, overlay: Overlay | None) -> Tensor:
+    return site.answer(x_BSI) if overlay is None else overlay.forward(site, x_BSI, rows)
+
+
+def _answer_at(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
+    return lambda x_BSI: answer(site, x_BSI)
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+class Statistics(nn.Module):
+    """Running mean and deviation of each feature over all rows seen. Part of the saved state."""
+
+    count: Tensor
+    mean_F: Tensor
+    squares_F: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean_F", torch.zeros(features, dtype=torch.float64))
+        self.register_buffer("squares_F", torch.zeros(features, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x_NF: Tensor) -> None:
+        """Take more rows in (Chan et al.'s combination of two samples, which is Welford's rule for many rows at once)."""
+        if not len(x_NF):
+            return
+        x_NF = x_NF.to(torch.float64)
+        mean_F, seen, more = x_NF.mean(0), self.count.clone(), len(x_NF)
+        apart_F = mean_F - self.mean_F
+        self.count += more
+        self.mean_F += apart_F * more / self.count
+        self.squares_F += (x_NF - mean_F).square().sum(0) + apart_F.square() * seen * more / self.count
+
+    def forward(self, x_NF: Tensor) -> Tensor:
+        deviation_F = (self.squares_F / (self.count - 1).clamp_min(1)).sqrt()
+        return (x_NF - self.mean_F.to(x_NF.dtype)) / (deviation_F.to(x_NF.dtype) + _TINY)
+
+
+Scale = Mapping[str, Statistics]
+"""The statistics of each shape of map."""
+
+Order = Literal["inside", "outside"]
+"""Whether scale and shift act inside the rectifier (MEND) or outside of it (MALMEN)."""
+
+
+class Block(nn.Module):
+    """``x + max(0, scale (U V x + b) + shift)`` (inside) or ``x + scale max(0, U V x + b) + shift`` (outside).
+
+    ``U`` is zero at first, so an untrained network gives back what it is given.
+    """
+
+    def __init__(self, features: int, rank: int, modes: int, order: Order, generator: torch.Generator | None) -> None:
+        super().__init__()
+        rank = min(rank, features)
+        self.order = order
+        self.up_FR = nn.Parameter(torch.zeros(features, rank))
+        self.down_RF = nn.Parameter(torch.randn(rank, features, generator=generator))
+        self.bias_F = nn.Parameter(torch.zeros(features))
+        self.scale_MF = nn.Parameter(torch.ones(modes, features))
+        self.shift_MF = nn.Parameter(torch.zeros(modes, features))
+
+    def forward(self, x_NF: Tensor, mode: int) -> Tensor:
+        scale_F, shift_F = self.scale_MF[mode], self.shift_MF[mode]
+        out_NF = F.linear(F.linear(x_NF, self.down_RF), self.up_FR, self.bias_F)
+        # clamp, not relu: its gradient at zero is one, and at zero is where training starts
+        if self.order == "inside":
+            return x_NF + (out_NF * scale_F + shift_F).clamp(min=0)
+        return x_NF + out_NF.clamp(min=0) * scale_F + shift_F
+
+
+class Hypernet(nn.Module):
+    """A network per shape, and two numbers per map: ``rate_S``, its step size, and ``damping_S``, the log of MALMEN's lambda."""
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        rank: int,
+        blocks: int,
+        rate: float,
+        order: Order = "inside",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """``shapes``: (out, in) of each map. ``generator``: for the initial weights."""
+        super().__init__()
+        self.names = [f"{in_features}x{out}" for out, in_features in shapes]
+        self.modes = [self.names[:i].count(name) for i, name in enumerate(self.names)]
+        self.rate_S = nn.Parameter(torch.full((len(shapes),), rate))
+        self.damping_S = nn.Parameter(torch.zeros(len(shapes)))
+        self.statistics = nn.ModuleDict()
+        self.blocks = nn.ModuleDict()
+        for name, (out, in_features) in zip(self.names, shapes, strict=True):
+            if name not in self.blocks:
+                modes = self.names.count(name)
+                self.statistics[name] = Statistics(in_features + out)
+                self.blocks[name] = nn.ModuleList(
+                    Block(in_features + out, rank, modes, order, generator) for _ in range(blocks)
+                )
+
+    def learn_scale(self, factors: Sequence[Factors], scale: Scale | None = None) -> None:
+        """Take the kept rows of each map into the statistics of its shape: the network's own, or others."""
+        for name, found in zip(self.names, factors, strict=True):
+            (scale or self.scale)[name].update(_rows(found))
+
+    @property
+    def scale(self) -> Scale:
+        return {name: found for name, found in self.statistics.items() if isinstance(found, Statistics)}
+
+    def forward(self, place: int, factors: Factors, scales: Sequence[Scale] | None = None) -> Pair:
+        """The other pair for map ``place``: ``key_LNI``, ``grad_LNO``, zero in rows that are not kept.
+
+        ``scales``: statistics of each lane's own instead of the network's.
+        """
+        name = self.names[place]
+        if scales is None:
+            x_MF = self.statistics[name](_rows(factors))
+        else:
+            x_MF = torch.cat([scale[name](_rows(factors.lane(lane))) for lane, scale in enumerate(scales)])
+        for block in self._blocks_of(name):
+            x_MF = block(x_MF, self.modes[place])
+        out_LNF = x_MF.new_zeros(*factors.kept_LN.shape, x_MF.shape[1])
+        out_LNF = out_LNF.masked_scatter(factors.kept_LN[..., None], x_MF)
+        in_features = factors.key_LNI.shape[-1]
+        return out_LNF[..., :in_features], out_LNF[..., in_features:]
+
+    def _blocks_of(self, name: str) -> nn.ModuleList:
+        blocks = self.blocks[name]
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def data(self) -> dict[str, Tensor]:
+        """All weights and statistics, as copies."""
+        return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.load_state_dict({name: tensors[name] for name in self.state_dict()})
+
+    def of_precision(self, base: BaseModel) -> Self:
+        """In the masters' precision on the model's device; the statistics stay in float64."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(base.device, base.master_dtype)
+        for name, buffer in list(self.named_buffers()):
+            module, leaf = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            module.register_buffer(leaf, buffer.to(base.device))
+        return self
+
+
+def _rows(factors: Factors) -> Tensor:
+    """Kept rows of all lanes, input and gradient side by side, (M, I + O)."""
+    kept_LN = factors.kept_LN
+    return torch.cat([factors.key_LNI[kept_LN], factors.grad_LNO[kept_LN]], dim=-1)
+
+
+# --- MALMEN's normal equation ---------------------------------------------------------------------------------------
+
+
+def token_choice(value: JSON, source: str) -> str:
+    """``token`` of a public hyperparameter file in our words. Raises :class:`SpecError`."""
+    choices = {"ans": "answer", "mask": "all", "all": "all"}
+    if value not in choices:
+        raise SpecError(f"{source}: token: {value!r}; choices: {', '.join(choices)}")
+    return choices[value]
+
+
+def fit_keys(factors: Sequence[Factors], tokens: str) -> list[Factors]:
+    """Keys that the fit sees. ``tokens``: answer; or all, rows without any gradient too, because their value is to stay."""
+    if tokens == "answer":
+        return [replace(found, kept_LN=found.read_LN) for found in factors]
+    return [replace(found, kept_LN=found.real_LN) for found in factors]
+
+
+def fitted(net: Hypernet, factors: Sequence[Factors], scales: Sequence[Scale] | None = None) -> list[Pair]:
+    """``S`` of every lane and map as its factors: the values ``v_n``, and the rows of ``U^T (U U^T + l I)^-1``."""
+    changes = []
+    for place, found in enumerate(factors):
+        other_LNI, grad_LNO = net(place, found, scales)
+        key_LNI = torch.where(found.kept_LN[..., None], found.key_LNI, 0)
+        size_LN1 = (other_LNI * key_LNI).sum(-1, keepdim=True)
+        changes.append((-net.rate_S[place] * size_LN1 * grad_LNO, fit(key_LNI, net.damping_S[place].exp())))
+    return changes
+
+
+def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
+    """``K (K^T K + l I)^-1`` of each lane's keys (its rows), (L, N, I); equally ``(K K^T + l I)^-1 K``, where that is smaller.
+
+    A lane whose keys are not finite gives what is not finite; the others are what they are alone.
+    """
+    wide_LNI = key_LNI.to(torch.float64)
+    _, tokens, in_features = wide_LNI.shape
+    eye = torch.eye(min(tokens, in_features), dtype=torch.float64, device=key_LNI.device) * damping.to(torch.float64)
+    if tokens <= in_features:
+        gram_LNN = wide_LNI @ wide_LNI.transpose(1, 2) + eye
+        found_LNI = torch.linalg.solve_ex(gram_LNN, wide_LNI)[0]
+    else:
+        gram_LII = wide_LNI.transpose(1, 2) @ wide_LNI + eye
+        found_LNI = torch.linalg.solve_ex(gram_LII, wide_LNI.transpose(1, 2))[0].transpose(1, 2)
+    fitted_LNI: Tensor = found_LNI.to(key_LNI.dtype)
+    return fitted_LNI
+
+
+def squared_norm(change: Pair) -> Tensor:
+    """``|left^T right|^2`` over all lanes, without the product: of the inner products of rows."""
+    left_LNO, right_LNI = change
+    return ((left_LNO @ left_LNO.transpose(1, 2)) * (right_LNI @ right_LNI.transpose(1, 2))).sum()
+
+
+def add(overlay: DenseOverlay, changes: Sequence[Pair]) -> None:
+    """Add every lane's change to its weights."""
+    for site, (left_LNO, right_LNI) in zip(overlay.sites, changes, strict=True):
+        overlay.weights_LOI[site.name] += torch.bmm(left_LNO.transpose(1, 2), right_LNI)
+    overlay.touch(range(overlay.lanes))
+
+
+# --- training -------------------------------------------------------------------------------------------------------

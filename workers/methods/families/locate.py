@@ -1,0 +1,582 @@
+"""What the locate-then-edit family shares (ROME, R-ROME, MEMIT, EMMET, PMET, AlphaEdit).
+
+>>> facts = facts_of(base, edits, config, inputs)               # a lane may bring several requests
+>>> for part in chunked(facts, overlay.lanes):
+...     batch = Facts(base, part)
+...     at = AtMap.capture(base, site, batch, overlay)
+...     found = search(base, config, batch, at, [at.value_NO])   # or [at.layer_NO]: the value of the whole layer
+>>> keys, (now_ND,) = observe(base, overlay, facts, sites, [base.layers[z]])   # keys_NI of each site, outputs at the lookup token
+>>> change = factor.solve(keys_LIN)                              # C^-1 K in float64
+
+A *fact* is one request of one lane. Each has its own vector, its own optimiser state and its own stop, so that neither lanes
+nor the requests of a batch depend on each other. The mathematics: Meng et al., arXiv 2202.05262, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from workers.artifacts import stats, templates
+from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.losses import TargetTokens
+from workers.inner_loop.optim import Adam, LaneOptimizer
+from workers.inner_loop.suffix import Suffix
+from workers.methods.base import LaneEdit, MethodConfig
+from workers.model.base import BaseModel, Site
+from workers.model.batch import Batch, Encoded, collate
+from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.overlay import Overlay
+from workers.model.replay import override_forward
+from workers.types import JSON, DataError, EditRequest
+
+STOP_LOSS = 5e-2
+"""A fact whose loss is below this makes no further step (the published constant)."""
+
+STARTS = ("The", "Therefore", "Because", "I", "You")
+"""First words of the context templates, as published."""
+
+MOMENT = "moment"
+TEMPLATES = "templates"
+
+_AT_ONCE = 64
+"""Facts in one value search, where a lane brings many; one a lane are always searched together."""
+
+
+class LocateConfig(MethodConfig):
+    """Hyperparameters of the value search and of the statistics, under the names the field uses."""
+
+    fact_token: Literal["subject_last", "last"] = Field(
+        "subject_last", description="where the fact is looked up: the subject's or the prompt's last token"
+    )
+    v_num_grad_steps: int = Field(20, ge=1, description="evaluations of the loss that finds the value (one step fewer)")
+    v_lr: float = Field(0.5, gt=0, description="Adam's step size for the value")
+    v_weight_decay: float = Field(1e-3, ge=0, description="weight of the value change's norm in the loss")
+    clamp_norm_factor: float = Field(4.0, gt=0, description="largest norm of the value change, relative to the value")
+    kl_factor: float = Field(0.0625, ge=0, description="weight of the KL term")
+    kl_position: Literal["prompt_last", "subject_last"] = Field(
+        "subject_last",
+        description="token of '{subject} is a' whose prediction is kept (prompt_last: Eq. 4 to the letter)",
+    )
+    context_template_length_params: tuple[tuple[int, int], ...] = Field(
+        ((5, 10), (10, 10)), description="[length in tokens, how many templates] pairs; a multiple of five each"
+    )
+    samples: int = Field(100_000, ge=1, description="lines of the corpus that enter the second moment")
+    precision: Literal["float32", "float64"] = Field("float32", description="precision of the sums")
+    corpus: str | None = Field(
+        None,
+        description="text (one a line) or JSONL file for the second moment; null: the embedded model's own text, for it alone",
+    )
+
+    @field_validator("context_template_length_params")
+    @classmethod
+    def _fives(cls, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        for length, count in pairs:
+            if length < 1 or count < 1 or count % len(STARTS):
+                raise ValueError(
+                    f"[{length}, {count}]: needs a length of 1 or more, a multiple of {len(STARTS)} templates"
+                )
+        return pairs
+
+
+# --- what is built once ---
+
+
+def template_spec(config: LocateConfig, fingerprint: ModelFingerprint, model: ModelConfig, seed: int) -> ArtifactSpec:
+    """The context templates of a seed."""
+    return ArtifactSpec(
+        name=TEMPLATES,
+        kind=templates.KIND,
+        recipe={
+            **_made_by(fingerprint, model),
+            "starts": list(STARTS),
+            "lengths": [[n, count // len(STARTS)] for n, count in config.context_template_length_params],
+            "joiner": ". ",
+            "top_k": 5,
+            "seed": seed if config.context_template_length_params else 0,
+        },
+    )
+
+
+def moment_spec(
+    config: LocateConfig,
+    fingerprint: ModelFingerprint,
+    model: ModelConfig,
+    layer: int,
+    module: str | None,
+    name: str = MOMENT,
+    title: str = "ROME",
+    otherwise: str = "",
+) -> ArtifactSpec:
+    """The second moment of what enters one map. ``otherwise`` is what else a user without a corpus can do."""
+    how_much = f"a few thousand lines or more{otherwise}"
+    corpus = stats.corpus_of(config.corpus, model, title, "second moment", how_much)
+    return stats.second_moment(name, fingerprint, model, corpus, config.samples, layer, module, config.precision)
+
+
+def moment_name(layer: int) -> str:
+    """What a method with several layers calls the second moment of one."""
+    return f"{MOMENT}.{layer}"
+
+
+def _made_by(fingerprint: ModelFingerprint, model: ModelConfig) -> dict[str, Any]:
+    return {"model": fingerprint.model, "tokenizer": fingerprint.tokenizer, "dtype": model.dtype}
+
+
+# --- algebra in float64 ---
+
+
+def moment_value(config: LocateConfig) -> int:
+    """Bytes of one number of a second moment."""
+    return 8 if config.precision == "float64" else 4
+
+
+def inverse_moment(moment_II: Tensor) -> Tensor:
+    """``C^-1`` in float64. Raises :class:`DataError` if ``C`` is singular."""
+    inverse_II, info = torch.linalg.inv_ex(moment_II.to(torch.float64))
+    if int(info) or not bool(torch.isfinite(inverse_II).all()):
+        raise DataError("corpus: the second moment of ROME's layer is singular; give a longer text or more samples")
+    symmetric: Tensor = (inverse_II + inverse_II.T) / 2
+    return symmetric
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``C`` factorised once (LU, float64), for all lanes and edits."""
+
+    lu_II: Tensor
+    pivots_I: Tensor
+
+    @classmethod
+    def of(cls, moment_II: Tensor, layer: int) -> Self:
+        """Raises :class:`DataError` naming the layer if ``C`` is singular."""
+        lu_II, pivots_I, info = torch.linalg.lu_factor_ex(moment_II.to(torch.float64))
+        diagonal_I = lu_II.diagonal().abs()
+        floor = diagonal_I.max() * torch.finfo(torch.float64).eps
+        if int(info) or not bool(torch.isfinite(lu_II).all()) or bool((diagonal_I <= floor).any()):
+            raise DataError(
+                f"corpus: the second moment of layer {layer} is singular; give a longer text or more samples"
+            )
+        return cls(lu_II, pivots_I)
+
+    def solve(self, keys_LIN: Tensor) -> Tensor:
+        """``C^-1 K`` of every lane, (L, I, N), float64."""
+        lanes, in_features, count = keys_LIN.shape
+        flat_IM = keys_LIN.to(torch.float64).movedim(0, 1).reshape(in_features, lanes * count)
+        solved_IM: Tensor = torch.linalg.lu_solve(self.lu_II, self.pivots_I, flat_IM)
+        return solved_IM.view(in_features, lanes, count).movedim(1, 0)
+
+
+def lane_chunks(lanes: int, bytes_each: int, limit: int) -> Iterator[slice]:
+    """Lanes in runs that together stay below ``limit`` bytes, one at least."""
+    size = max(1, limit // max(1, bytes_each))
+    for start in range(0, lanes, size):
+        yield slice(start, min(lanes, start + size))
+
+
+# --- the rows of a request ---
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row: its tokens, where the fact is looked up, where reading starts, and the target tokens read from there."""
+
+    encoded: Encoded
+    lookup: int
+    read: int
+    target: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One request of one lane: its contexts (the bare prompt first), and after them ``"{subject} is a"``."""
+
+    lane: int
+    lines: tuple[Line, ...]
+
+    @property
+    def contexts(self) -> tuple[Line, ...]:
+        return self.lines[:-1]
+
+
+def request_lines(
+    base: BaseModel, request: EditRequest, texts: Sequence[str], config: LocateConfig, spaced: bool = True
+) -> list[Line]:
+    """The rows of one request, in the order of ``texts`` (the bare prompt first). ``spaced=False``: the target is tokenised
+    alone and follows without a space, as some public code has it."""
+    at = request.prompt.find(request.subject)
+    if at < 0 or not request.subject:
+        raise DataError(f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}")
+    encoder = base.encoder
+    lines = []
+    for text in ["{}", *(text for text in texts if text != "{}")]:
+        slot = text.index("{}")
+        prompt = text[:slot] + request.prompt + text[slot + 2 :]
+        pair = encoder.pair(prompt, request.target_new)
+        lookup = pair.prompt_len
+        if config.fact_token == "subject_last":
+            lookup = encoder.tokens_until(prompt, slot + at + len(request.subject))
+        if spaced:
+            # the last token predicts nothing that is scored
+            encoded = Encoded(pair.ids[:-1], pair.prompt_len, pair.clean)
+            lines.append(Line(encoded, lookup - 1, pair.prompt_len - 1, pair.target))
+            continue
+        target = tuple(base.tokenizer(request.target_new, add_special_tokens=False)["input_ids"])
+        ids = encoder.text(prompt + base.tokenizer.decode(target[:-1]))
+        read = len(ids) - len(target)
+        lines.append(Line(Encoded(ids, read + 1), lookup - 1, read, target))
+    essence = f"{request.subject} is a"
+    ids = encoder.prompt(essence)
+    lookup = encoder.tokens_until(essence, len(request.subject)) if config.fact_token == "subject_last" else len(ids)
+    read = len(ids) if config.kl_position == "prompt_last" else lookup
+    lines.append(Line(Encoded(ids, len(ids)), lookup - 1, read - 1))
+    return lines
+
+
+def facts_of(
+    base: BaseModel,
+    edits: Sequence[LaneEdit],
+    config: LocateConfig,
+    inputs: Mapping[str, ArtifactData],
+    spaced: bool = True,
+) -> list[Fact]:
+    """All requests of all lanes, lanes ascending. A lane's templates are those of its own cell."""
+    facts = []
+    for lane, edit in enumerate(edits):
+        texts = (edit.inputs.get(TEMPLATES) or inputs[TEMPLATES]).meta["templates"]
+        facts += [Fact(lane, tuple(request_lines(base, request, texts, config, spaced))) for request in edit.requests]
+    return facts
+
+
+def chunked(facts: Sequence[Fact], lanes: int) -> Iterator[Sequence[Fact]]:
+    """Facts in runs that one batch takes."""
+    size = max(lanes, _AT_ONCE)
+    for start in range(0, len(facts), size):
+        yield facts[start : start + size]
+
+
+class Facts:
+    """The batch of one value search. In ``rows`` every fact is a lane of its own; ``lane_rows`` are the same rows under the
+    overlay's lanes."""
+
+    def __init__(self, base: BaseModel, facts: Sequence[Fact]) -> None:
+        lines = [(n, line) for n, fact in enumerate(facts) for line in fact.lines]
+        device = base.device
+        self.count = len(facts)
+        encoded, pad = [line.encoded for _, line in lines], base.encoder.pad_id
+        self.rows: Batch = collate(encoded, [n for n, _ in lines], pad, device)
+        self.lane_rows = self.rows
+        if [fact.lane for fact in facts] != list(range(len(facts))):
+            self.lane_rows = collate(encoded, [facts[n].lane for n, _ in lines], pad, device)
+        offsets = self.rows.offsets
+        lookup = [offset + line.lookup for offset, (_, line) in zip(offsets, lines, strict=True)]
+        self.lookup_B = torch.tensor(lookup, device=device)
+        self.first = min(lookup)
+        """Columns before this one never change."""
+        self.edited_B = torch.tensor([bool(line.target) for _, line in lines], device=device)
+        self.contexts_N = torch.tensor([len(fact.contexts) for fact in facts], device=device)
+        starts = [start for _, start, _ in self.rows.segments]
+        stops = [stop for _, _, stop in self.rows.segments]
+        self.plain_N = torch.tensor(starts, device=device)
+        """The row of each fact's bare prompt."""
+        self.kept_N = tuple(stop - 1 for stop in stops)
+        self.kept_column_N = tuple(offsets[row] + lines[row][1].read for row in self.kept_N)
+        places = [
+            (i, line.read + j, token, 1 / (len(line.target) * len(facts[n].contexts)))
+            for i, (n, line) in enumerate(lines)
+            for j, token in enumerate(line.target)
+        ]
+        self.targets = TargetTokens.of(self.rows, places, self.count)
+
+    @property
+    def reads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows and columns that the loss reads: those of the targets, then each fact's kept prediction."""
+        row_P, column_P = self.targets.reads
+        return (*row_P, *self.kept_N), (*column_P, *self.kept_column_N)
+
+    def at_lookup(self, tensor_BSX: Tensor) -> Tensor:
+        """What a captured tensor holds at each row's lookup token, (B, X)."""
+        return tensor_BSX[torch.arange(self.rows.size, device=self.lookup_B.device), self.lookup_B]
+
+    def plain(self, tensor_BSX: Tensor) -> Tensor:
+        """The same for each fact's bare prompt, (N, X)."""
+        return tensor_BSX[self.plain_N, self.lookup_B[self.plain_N]]
+
+    def mean(self, rows_BX: Tensor) -> Tensor:
+        """Mean over each fact's contexts, (N, X)."""
+        kept_BX = torch.where(self.edited_B[:, None], rows_BX, 0)
+        sum_NX = rows_BX.new_zeros(self.count, rows_BX.shape[1]).index_add(0, self.rows.lane_B, kept_BX)
+        return sum_NX / self.contexts_N[:, None]
+
+    def lookup_mask(self, first: int) -> Tensor:
+        """Whether a position is its row's lookup token, from column ``first`` on, (B, S, 1)."""
+        here_BS = F.one_hot(self.lookup_B, self.rows.input_ids_BS.shape[1]).bool()
+        return here_BS[:, first:, None]
+
+
+# --- the search for the value ---
+
+
+class Added(Protocol):
+    """The model with each fact's vectors added at its lookup tokens: what :func:`search` steps through."""
+
+    @property
+    def rows(self) -> Batch:
+        """Its rows; every fact is a lane of its own."""
+
+    def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
+        """Hidden states after the final norm at the places that are read, (P, D). ``deltas``: (facts, width) each."""
+
+    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Added:
+        """The same for some of the rows, now ``rows``, and the reads ``read_P`` of them."""
+
+
+@dataclass(frozen=True)
+class AtMap:
+    """One vector, added to what one linear map answers. For an MLP's output projection that is the same as adding it to what
+    its decoder layer gives, so a layer's value is searched here, too; only ``value`` differs."""
+
+    suffix: Suffix
+    here_BS1: Tensor
+    value_NO: Tensor
+    """What the map answered at the bare prompt's lookup token."""
+    layer_NO: Tensor
+    """What the whole layer gave there."""
+
+    @classmethod
+    def capture(cls, base: BaseModel, site: Site, batch: Facts, overlay: Overlay) -> Self:
+        """One forward under the edits made so far."""
+        suffix = Suffix.capture(base, site, batch.lane_rows, batch.reads, batch.first, overlay)
+        suffix = replace(suffix, rows=batch.rows)
+        wide = base.master_dtype
+        value_NO, layer_NO = batch.plain(suffix.output_BSO).to(wide), batch.plain(suffix.layer_BSD).to(wide)
+        return cls(suffix, batch.lookup_mask(suffix.first), value_NO, layer_NO)
+
+    @property
+    def rows(self) -> Batch:
+        return self.suffix.rows
+
+    def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
+        (delta_KO,) = deltas
+        plain_BSO = self.suffix.output_BSO[:, self.suffix.first :]
+        shift_B1O = delta_KO[self.rows.lane_B].to(plain_BSO.dtype)[:, None]
+        return self.suffix.hidden(plain_BSO + torch.where(self.here_BS1, shift_B1O, 0))
+
+    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> AtMap:
+        return replace(self, suffix=self.suffix.part(row_B, rows, read_P), here_BS1=self.here_BS1[list(row_B)])
+
+
+@dataclass(frozen=True)
+class Sated:
+    """What becomes of a fact whose target tokens are all the likeliest ones (PMET): in the next step its target's loss weighs
+    ``less`` and not ``weight``, and it stops where the weighted KL term is ``kl`` at most."""
+
+    weight: float
+    less: float
+    kl: float
+
+
+@dataclass
+class _Problem:
+    """The facts still in the batch, and how their losses are found."""
+
+    at: Added
+    targets: TargetTokens
+    norms: list[Tensor]
+    """Norm of each vector's present value, (K,)."""
+    sated: Sated | None = None
+    before_KV: Tensor | None = None
+    """Log-probabilities of the kept prediction, before anything is added."""
+    weight_K: Tensor | None = None
+    """Weight of each fact's target loss in the next step; None: that of the first."""
+
+    def loss(self, base: BaseModel, config: LocateConfig, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Eq. 4 per fact, and whether it goes on, (K,) each. The first call notes the predictions to keep."""
+        hidden_PD = self.at.hidden(deltas)
+        count = len(self.targets.row_P)
+        hit_K: Tensor | None = None
+        if self.sated is None:
+            nll_K = self.targets.nll(base, hidden_PD[:count])
+        else:
+            nll_K, hit_K = self.targets.nll_and_hit(base, hidden_PD[:count])
+        kept_KV = base.logits(hidden_PD[count:]).log_softmax(-1)
+        if self.before_KV is None:
+            self.before_KV = kept_KV.detach()
+        kl_K = F.kl_div(self.before_KV, kept_KV, log_target=True, reduction="none").sum(1)
+        decay_K = deltas[0].norm(dim=1) / self.norms[0].square()
+        for delta_KO, norm_K in zip(deltas[1:], self.norms[1:], strict=True):
+            decay_K = decay_K + delta_KO.norm(dim=1) / norm_K.square()
+        if self.sated is not None:
+            nll_K = nll_K * (self.sated.weight if self.weight_K is None else self.weight_K)
+        loss_K: Tensor = nll_K + config.kl_factor * kl_K + config.v_weight_decay * decay_K
+        goes_on_K = loss_K.detach() >= STOP_LOSS
+        if self.sated is not None and hit_K is not None:
+            self.weight_K = torch.where(hit_K, self.sated.less, self.sated.weight).to(loss_K)
+            goes_on_K = goes_on_K & ~(hit_K & (config.kl_factor * kl_K.detach() <= self.sated.kl))
+        return loss_K, goes_on_K
+
+    def part(self, kept: Sequence[int]) -> _Problem:
+        rows, row_B = self.at.rows.part(kept)
+        targets, read_P = self.targets.part(kept, row_B)
+        read_P += [len(self.targets.row_P) + n for n in kept]
+        before_KV = None if self.before_KV is None else self.before_KV[list(kept)]
+        weight_K = None if self.weight_K is None else self.weight_K[list(kept)]
+        norms = [norm_K[list(kept)] for norm_K in self.norms]
+        return _Problem(self.at.part(row_B, rows, read_P), targets, norms, self.sated, before_KV, weight_K)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search gives, per fact."""
+
+    deltas: list[Tensor]
+    norms: list[Tensor]
+    steps_N: Tensor
+    loss_N: Tensor
+    first_N: Tensor
+
+
+def search(
+    base: BaseModel,
+    config: LocateConfig,
+    batch: Facts,
+    at: Added,
+    values: Sequence[Tensor],
+    sated: Sated | None = None,
+) -> Found:
+    """Optimise each fact's vectors by Adam (Eq. 4). ``values``: what stands where they are added, (N, width) each; its norm
+    bounds each vector (``clamp_norm_factor``) and scales its decay."""
+    problem = _Problem(at, batch.targets, [value_NO.norm(dim=1) for value_NO in values], sated)
+    norms = problem.norms
+    found = [torch.zeros_like(value_NO) for value_NO in values]
+    steps_N = torch.zeros(batch.count, dtype=torch.long, device=base.device)
+    deltas = [delta_NO.clone().requires_grad_(True) for delta_NO in found]
+    optimizer: LaneOptimizer = Adam(deltas, config.v_lr)
+    # what is sated weighs differently from step to step, so its steps are not one function of the vectors
+    steps = Lockstep(batch.count, base.device, pool=base.pool if sated is None else None)
+
+    def note() -> None:
+        steps_N[steps.live] = optimizer.steps_L
+        for found_NO, delta_KO in zip(found, deltas, strict=True):
+            found_NO[steps.live] = delta_KO.detach()
+
+    for step in range(config.v_num_grad_steps):
+        if steps.halved():
+            note()
+            kept = steps.compact()
+            problem = problem.part(kept)
+            deltas = [delta_KO.detach()[kept].requires_grad_(True) for delta_KO in deltas]
+            optimizer = optimizer.part(kept, deltas)
+        optimizer.zero_grad()
+        now_K, goes_on_K = steps.forward_all(partial(problem.loss, base, config, deltas), deltas)
+        steps.record(now_K)
+        steps.keep(goes_on_K)
+        if step == config.v_num_grad_steps - 1 or steps.ended():
+            break
+        steps.backward()
+        optimizer.step(steps.active_K, steps.moving)
+        for delta_KO, norm_K in zip(deltas, problem.norms, strict=True):
+            into_ball(delta_KO, config.clamp_norm_factor * norm_K)
+    note()
+    return Found(found, norms, steps_N, steps.loss_L, steps.first_L)
+
+
+@torch.no_grad()
+def into_ball(delta_NO: Tensor, bound_N: Tensor) -> None:
+    """Back into the ball, in place; a vector inside it keeps its bits."""
+    norm_N = delta_NO.norm(dim=1)
+    shrunk_NO = delta_NO * (bound_N / norm_N)[:, None]
+    delta_NO.copy_(torch.where((norm_N > bound_N)[:, None], shrunk_NO, delta_NO))
+
+
+# --- keys and present values ---
+
+
+@torch.no_grad()
+def observe(
+    base: BaseModel,
+    overlay: Overlay,
+    facts: Sequence[Fact],
+    sites: Sequence[Site],
+    modules: Sequence[nn.Module] = (),
+    bare_share: float | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the edited model, as it is now, has at the lookup tokens: the input of each site averaged over the contexts
+    (N, I), and the output of each module at the bare prompt (N, D). In the masters' precision.
+
+    ``bare_share``: the bare prompt's share of the average, the templates have the rest; None: all contexts alike. Rows end at
+    their lookup token and layers above the last one that is asked for are not run.
+    """
+    keys: list[list[Tensor]] = [[] for _ in sites]
+    outs: list[list[Tensor]] = [[] for _ in modules]
+    last = max([site.layer for site in sites] + [_layer_of(base, module) for module in modules])
+    for part in chunked(facts, overlay.lanes):
+        lines = [(fact, line) for fact in part for line in fact.contexts]
+        cut = [Encoded(line.encoded.ids[: line.lookup + 1], line.lookup + 1) for _, line in lines]
+        rows = collate(cut, [fact.lane for fact, _ in lines], base.encoder.pad_id, base.device)
+        caught: dict[int, Tensor] = {}
+        with ExitStack() as stack:
+            stack.enter_context(overlay.installed(rows))
+            for i, site in enumerate(sites):
+                stack.callback(site.module.register_forward_pre_hook(_note_input(caught, i)).remove)
+            for i, module in enumerate(modules):
+                stack.callback(module.register_forward_hook(_note_output(caught, len(sites) + i)).remove)
+            top: list[Any] = []
+            stack.callback(
+                base.layers[last].register_forward_hook(lambda _, args, out, top=top: top.append(out)).remove
+            )
+            for layer in base.layers[last + 1 :]:
+                stack.enter_context(override_forward(layer, lambda *_, top=top, **__: top[0]))
+            base.hidden_states(rows)
+        share_B = torch.tensor(
+            [share for fact in part for share in _shares(len(fact.contexts), bare_share)], dtype=base.master_dtype
+        ).to(base.device)
+        fact_B = torch.tensor([n for n, fact in enumerate(part) for _ in fact.contexts], device=base.device)
+        plain_N = torch.tensor([i for i, (fact, line) in enumerate(lines) if line is fact.lines[0]], device=base.device)
+        for i, found in enumerate(keys):  # with padding on the left the lookup token is the last column
+            key_BI = caught[i][:, -1].to(base.master_dtype)
+            found.append(key_BI.new_zeros(len(part), key_BI.shape[1]).index_add(0, fact_B, key_BI * share_B[:, None]))
+        for i, found in enumerate(outs):
+            found.append(caught[len(sites) + i][plain_N, -1].to(base.master_dtype))
+    return [torch.cat(found) for found in keys], [torch.cat(found) for found in outs]
+
+
+def _shares(contexts: int, bare: float | None) -> list[float]:
+    if contexts == 1:
+        return [1.0]
+    if bare is None:
+        return [1 / contexts] * contexts
+    return [bare] + [(1 - bare) / (contexts - 1)] * (contexts - 1)
+
+
+def _layer_of(base: BaseModel, module: nn.Module) -> int:
+    return next(i for i, layer in enumerate(base.layers) if any(m is module for m in layer.modules()))
+
+
+def _note_input(caught: dict[int, Tensor], i: int) -> Any:
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught[i] = args[0]
+
+    return note
+
+
+def _note_output(caught: dict[int, Tensor], i: int) -> Any:
+    def note(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        caught[i] = out[0] if isinstance(out, tuple) else out
+
+    return note
+
+
+def layer_list(values: Mapping[str, JSON], field: str = "layers") -> list[JSON]:
+    """``layers`` of an EasyEdit file, which may be one number."""
+    layers = values[field]
+    return list(layers) if isinstance(layers, list) else [layers]

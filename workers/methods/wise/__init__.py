@@ -1,0 +1,1 @@
+"""WISE: side memories beside one layer, with routing and merging."""

@@ -1,0 +1,1 @@
+"""The base model, batches, overlays and replay."""

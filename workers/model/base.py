@@ -1,0 +1,257 @@
+"""Loading a base model, and where its parts are.
+
+Everything that depends on an architecture stands in :data:`ARCHITECTURES`, keyed by ``config.model_type``; supporting
+another one is one line there. Both weight orientations (``nn.Linear`` and GPT-2's ``Conv1D``) are handled by :class:`Site`.
+
+>>> base = BaseModel.load(ModelConfig(name="embedded"))
+>>> base.site(layer=4).weight_OI.shape        # always (out, in)
+torch.Size([128, 512])
+
+Only :func:`fingerprint_model` and :func:`model_shape` serve the planner: they read files, never weights into memory.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from workers.model.architectures import ARCHITECTURES, Arch, architecture
+from workers.model.config import ModelConfig, ModelShape, context_length, resolve
+from workers.types import ModelError, SpecError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from workers.kernels.cuda_graphs import Pool
+    from workers.kernels.llama_cpu import Weights
+    from workers.model.batch import Batch, Encoder
+
+
+def model_shape(config: ModelConfig) -> ModelShape:
+    """Sizes from the model's config alone: the modules are built on torch's meta device, without storage."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = resolve(config)
+    hf = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code), config)
+    arch = architecture(hf.model_type)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            hf, trust_remote_code=config.trust_remote_code
+        )
+    layers = model.get_submodule(arch.layers)
+    linear = {}
+    for path in (*arch.attn_in, arch.attn_out, *arch.mlp_in, arch.mlp_out):
+        linear[path] = Site(layers[0].get_submodule(path), path, 0).shape
+    return ModelShape(
+        model_type=hf.model_type,
+        layers=len(layers),
+        hidden=hf.hidden_size,
+        vocab=hf.vocab_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes_per_value={"float64": 8, "float32": 4}.get(config.dtype, 2),
+        linear=MappingProxyType(linear),
+        context=context_length(hf),
+    )
+
+
+def _read(load: Any, config: ModelConfig) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        known = ", ".join(sorted(ARCHITECTURES))
+        cause = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model.name: {config.name!r} cannot be loaded ({cause}); known model types: {known}"
+        ) from error
+
+
+class Site:
+    """One linear map inside the model, seen as (out, in) whatever its class stores."""
+
+    def __init__(self, module: nn.Module, name: str, layer: int) -> None:
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise ModelError(f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D can be edited")
+        self.module = module
+        self.name = name
+        self.layer = layer
+        self.transposed = isinstance(module, Conv1D)
+
+    def is_mlp_output(self, arch: Arch) -> bool:
+        """Whether this is the map whose answer its layer adds to the sum it passes on."""
+        return self.name.endswith(f"{arch.layers}.{self.layer}.{arch.mlp_out}")
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """A view of the base weight. Never write into it."""
+        weight: Tensor = self.module.weight.detach()
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        bias: Tensor | None = self.module.bias
+        return None if bias is None else bias.detach()
+
+    def answer(self, x_BSI: Tensor) -> Tensor:
+        """What the base's map answers, (B, S, O)."""
+        from workers.kernels.matmul import linear
+
+        return linear(x_BSI, self.weight_OI, self.bias_O)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.module.weight.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+class BaseModel:
+    """A frozen causal language model: the shared, read-only ground every overlay stands on."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, chat_template: bool = False) -> None:
+        from workers.kernels.compiled import WORTH, Compiled
+        from workers.kernels.matmul import use_fast_linear
+        from workers.model.batch import Encoder
+
+        self.model: Any = model.eval().requires_grad_(False)
+        use_fast_linear(model)
+        large = self.device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= WORTH
+        self.compiled = Compiled(updates=large, layers=config.compile)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, chat_template)
+        self.arch = architecture(model.config.model_type)
+        self.backbone: Any = model.get_submodule(self.arch.backbone)
+        self.layers: list[nn.Module] = list(model.get_submodule(self.arch.layers))
+        self.norm: Any = model.get_submodule(self.arch.norm)
+        self.head_module: Any = model.get_submodule(self.arch.head)
+        self.vocab = int(self.head_module.weight.shape[0])
+        self._quick: dict[int, Weights | None] = {}
+        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> BaseModel:
+        """Load weights (safetensors only) and tokenizer. Raises :class:`ModelError`."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        folder = resolve(config)
+        remote = config.trust_remote_code
+        hf = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=remote), config)
+        architecture(hf.model_type)
+        device = pick_device(config)
+        model = _read(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, config.dtype),
+                use_safetensors=True,
+                trust_remote_code=remote,
+            ),
+            config,
+        )
+        tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
+        return cls(model.to(device), tokenizer, config)
+
+    def with_encoder(self, encoder: Encoder) -> BaseModel:
+        """The same weights seen through another encoder (a chat template)."""
+        import copy
+
+        other = copy.copy(self)
+        other.encoder = encoder
+        return other
+
+    @cached_property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @cached_property
+    def master_dtype(self) -> torch.dtype:
+        """Precision of overlays and of the head: never below float32."""
+        import torch
+
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @cached_property
+    def pool(self) -> Pool | None:
+        """Where steps of edits are recorded; None: they are not, which would help on a GPU only."""
+        from workers.kernels.cuda_graphs import Pool
+
+        return Pool() if self.device.type == "cuda" else None
+
+    def quick_weights(self, layer: int) -> Weights | None:
+        """A decoder layer's weights laid out for :class:`~workers.kernels.llama_cpu.QuickLayer`, once; None where there
+        is no such way."""
+        from workers.kernels.llama_cpu import Weights
+
+        if layer not in self._quick:
+            self._quick[layer] = Weights.of(self.layers[layer])
+        return self._quick[layer]
+
+    @property
+    def hidden(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @cached_property
+    def activation(self) -> Any:
+        """The MLP's activation function (WISE measures distances behind it)."""
+        from transformers.activations import ACT2FN
+
+        config = self.model.config
+        name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+        return ACT2FN[getattr(config, "hidden_activation", None) or name]
+
+    def site(self, layer: int, module: str | None = None) -> Site:
+        """The linear map ``module`` of a decoder layer (None: the MLP's output projection)."""
+        if not 0 <= layer < len(self.layers):
+            raise SpecError(f"layer {layer} is out of range; the model has layers 0 to {len(self.layers) - 1}")
+        path = module or self.arch.mlp_out
+        try:
+            found = self.layers[layer].get_submodule(path)
+        except AttributeError:
+            raise SpecError(f"module: decoder layer {layer} has no {path!r}") from None
+        return Site(found, f"{self.arch.layers}.{layer}.{path}", layer)
+
+    def hidden_states(self, rows: Batch) -> Tensor:
+        """Hidden states after the final norm, (B, S, D). Runs every layer; see ``replay`` for less."""
+        out = self.backbone(
+            input_ids=rows.input_ids_BS,
+            attention_mask=rows.attention_mask_BS,
+            position_ids=rows.position_ids_BS,
+            use_cache=False,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Head in at least float32 (in bfloat16 a few percent of the top-2 tie exactly). (..., D) -> (..., V)."""
+        from workers.kernels.matmul import wide_linear
+
+        weight, bias = self.head_module.weight, getattr(self.head_module, "bias", None)
+        out = wide_linear(hidden, weight, bias, self.master_dtype)
+        if self._softcap is not None:
+            out = (out / self._softcap).tanh() * self._softcap
+        return out
+
+
+def pick_device(config: ModelConfig) -> str:
+    """Resolve ``auto``; a device asked for by name must be there."""
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device: 'cuda' was asked for, but torch sees no CUDA device here; choices: auto, cpu")
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device

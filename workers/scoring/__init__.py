@@ -1,0 +1,1 @@
+"""Scoring: probes, a model's replies, and the scores computed from them."""

@@ -1,0 +1,107 @@
+"""Fluency: the entropy of the n-grams in what a model writes after the edit prompt. Low where an edit makes it repeat itself.
+
+After Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262: the weighted mean of the entropies of
+bigrams and trigrams, in bits (their public code multiplies by 2/3 and 4/3 and takes the mean; published tables show a
+hundred times this). As there, the text is the prompt with its continuation, sampled from the k likeliest tokens.
+Differences: words are split by a regular expression and not by NLTK; every continuation has the same number of tokens (the
+public code counts the prompt in), the end-of-text token is never taken, because entropies of texts of different length do
+not compare; and a draw is a pure function of prompt and place, the same for the edited and the unedited model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+
+from workers.job import ScoreConfig
+from workers.model.base import BaseModel
+from workers.model.batch import Encoded, collate
+from workers.model.overlay import Overlay
+from workers.rng import derive_seed
+from workers.scoring.cache import BaseAnswers
+from workers.scoring.probes import Item
+
+WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+
+
+def n_gram_entropy(text: str) -> float | None:
+    """Weighted mean of the entropies of bigrams and trigrams, in bits; None for a text of fewer than three words."""
+    words = re.findall(r"\w+|[^\w\s]", text)
+    if len(words) < max(WEIGHTS):
+        return None
+    total = 0.0
+    for n, weight in WEIGHTS.items():
+        grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        count = sum(grams.values())
+        total += weight * -sum(times / count * math.log2(times / count) for times in grams.values())
+    return total / len(WEIGHTS)
+
+
+def fluency(
+    base: BaseModel, overlay: Overlay | None, items: Sequence[Item], config: ScoreConfig, kept: BaseAnswers
+) -> list[tuple[float | None, float | None]]:
+    """Per item, on its lane's present state and on the unedited model. ``items`` stand lane by lane."""
+    found: list[tuple[float | None, float | None]] = []
+    for chunk in _chunks(base, items, config):
+        key = ("fluency", config.fluency_tokens, config.fluency_top_k, tuple(item.request.prompt for item in chunk))
+        before = kept.numbers.get(key)
+        if before is None:
+            before = _entropies(base, None, chunk, config)
+            kept.numbers.put(key, before)
+        after = before if overlay is None else _entropies(base, overlay, chunk, config)
+        found += zip(after, before, strict=True)
+    return found
+
+
+def _chunks(base: BaseModel, items: Sequence[Item], config: ScoreConfig) -> Iterator[Sequence[Item]]:
+    """Batches of at most the scoring budget of tokens, as long as their rows become; a function of the requests alone."""
+    widths = [len(base.encoder.prompt(item.request.prompt)) + config.fluency_tokens for item in items]
+    bounds, widest = [0], 0
+    for i, width in enumerate(widths):
+        widest = max(widest, width)
+        size = i + 1 - bounds[-1]
+        if size > 1 and (size > config.rows_per_batch or size * widest > config.tokens_per_batch):
+            bounds.append(i)
+            widest = width
+    for start, stop in pairwise([*bounds, len(items)]):
+        yield items[start:stop]
+
+
+def _entropies(
+    base: BaseModel, overlay: Overlay | None, items: Sequence[Item], config: ScoreConfig
+) -> tuple[float | None, ...]:
+    return tuple(
+        n_gram_entropy(f"{item.request.prompt} {text}")
+        for item, text in zip(items, continuations(base, overlay, items, config), strict=True)
+    )
+
+
+@torch.no_grad()
+def continuations(base: BaseModel, overlay: Overlay | None, items: Sequence[Item], config: ScoreConfig) -> list[str]:
+    """What each lane writes after its request's prompt. The routing decision stays with the prompt."""
+    prompts = [base.encoder.prompt(item.request.prompt) for item in items]
+    written: list[list[int]] = [[] for _ in items]
+    lanes = [item.lane for item in items]
+    for place in range(config.fluency_tokens):
+        encoded = [Encoded((*prompt, *ids), len(prompt)) for prompt, ids in zip(prompts, written, strict=True)]
+        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
+        hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
+        last = hidden_BSD.shape[1] - 1
+        where = range(rows.size), [last] * rows.size
+        hidden_BD = hidden_BSD[:, last]
+        logits_BV = base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, rows, *where)
+        logits_BV = logits_BV.double().cpu()  # drawn there: one draw gives one token on every device
+        if base.tokenizer.eos_token_id is not None:
+            logits_BV[:, base.tokenizer.eos_token_id] = -math.inf
+        values_BK, ids_BK = logits_BV.topk(min(config.fluency_top_k, logits_BV.shape[1]), dim=-1)
+        upto_BK = values_BK.softmax(-1).cumsum(-1)
+        for i, item in enumerate(items):
+            draw = derive_seed("fluency", item.request.prompt, place) / 2**63
+            pick = min(int((upto_BK[i] <= draw).sum()), ids_BK.shape[1] - 1)
+            written[i].append(int(ids_BK[i, pick]))
+    return [base.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]

@@ -1,0 +1,138 @@
+"""Probes of a request, and the batches they are asked in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from workers.job import Lane, ScoreConfig, StreamJob, first_request
+from workers.model.batch import Encoded
+from workers.timeline import Tick
+from workers.types import DataError, EditRequest
+
+if TYPE_CHECKING:
+    from workers.model.base import BaseModel
+
+
+Kind = Literal["reliability", "generalization", "locality", "portability", "ood"]
+KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality", "portability")
+PROTOCOLS = ("token", "exact", "generated")
+
+CONFIDENT = 0.8
+"""Probability above which a token of an out-of-distribution text counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A request to be scored on a lane's present state."""
+
+    lane: int
+    request: EditRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedProbe:
+    """One sequence of one item. ``start``: the first token that is scored; None: where the target begins."""
+
+    item: int
+    kind: Kind
+    lane: int
+    encoded: Encoded
+    prompt: str
+    target: str
+    aliases: tuple[str, ...] = ()
+    start: int | None = None
+
+    @property
+    def first(self) -> int:
+        return self.encoded.prompt_len if self.start is None else self.start
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """The tokens that are scored."""
+        return self.encoded.ids[self.first :]
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Every text that greedy generation may give, normalised."""
+        return tuple(normalise(text) for text in (self.target, *self.aliases))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says at the scored positions of one row, and one token beyond. ``confident``: the share of
+    scored tokens that get a probability above :data:`CONFIDENT`."""
+
+    argmax: tuple[int, ...]
+    logprob: float
+    margin: float
+    confident: float
+
+    def hits(self, target: Sequence[int]) -> list[bool]:
+        return [a == t for a, t in zip(self.argmax, target, strict=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A greedy continuation: its normalised text and whether it stopped by itself. None: dropped, it cannot match."""
+
+    text: str | None
+    natural: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model says to one batch, row by row."""
+
+    answers: tuple[Answer, ...]
+    texts: tuple[Text, ...]
+
+
+def items_of(
+    job: StreamJob, tick: Tick, requests: Sequence[Sequence[EditRequest]], lanes: Mapping[int, Lane]
+) -> list[Item]:
+    """What a tick scores of ``lanes``, by their number. ``requests``: per cell of the job, in the order of its seed."""
+    return [
+        Item(i, requests[lane.cell][first_request(job, lane) + position])
+        for i, lane in lanes.items()
+        for position in range(tick.start, tick.stop)
+    ]
+
+
+def item_probes(base: BaseModel, items: Sequence[Item]) -> Iterator[EncodedProbe]:
+    for i, item in enumerate(items):
+        r = item.request
+        pairs: list[tuple[Kind, str, str, tuple[str, ...]]] = [("reliability", r.prompt, r.target_new, ())]
+        pairs += [("generalization", text, r.target_new, ()) for text in r.rephrases]
+        pairs += [("locality", p.prompt, p.target, ()) for p in r.locality]
+        pairs += [("portability", p.prompt, p.target, p.aliases) for p in r.portability]
+        for kind, prompt, target, aliases in pairs:
+            yield EncodedProbe(i, kind, item.lane, base.encoder.pair(prompt, target), prompt, target, aliases)
+        for text in r.ood:
+            yield text_probe(i, "ood", item.lane, base.encoder.text(text), text)
+
+
+def text_probe(item: int, kind: Kind, lane: int, ids: tuple[int, ...], text: str) -> EncodedProbe:
+    """A text that is all prompt: whatever routes by the prompt sees the whole of it. Scored from its second token on."""
+    if len(ids) < 2:
+        raise DataError(f"a text to score needs at least two tokens: {text!r}")
+    return EncodedProbe(item, kind, lane, Encoded(ids, len(ids)), text, "", start=1)
+
+
+def probe_batches(probes: list[EncodedProbe], config: ScoreConfig) -> Iterator[list[EncodedProbe]]:
+    """Rows of like length together, as many as fit the budget of padded tokens; inside a batch lane by lane."""
+    batch: list[EncodedProbe] = []
+    for probe in sorted(probes, key=lambda p: len(p.encoded.ids)):
+        tokens = (len(batch) + 1) * len(probe.encoded.ids)  # ascending lengths: the newest row is the longest
+        if batch and (len(batch) == config.rows_per_batch or tokens > config.tokens_per_batch):
+            yield sorted(batch, key=lambda p: p.lane)
+            batch = []
+        batch.append(probe)
+    if batch:
+        yield sorted(batch, key=lambda p: p.lane)
+
+
+def normalise(text: str) -> str:
+    """Case, runs of white space and surrounding punctuation do not count."""
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
