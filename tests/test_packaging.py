@@ -27,6 +27,7 @@ from workers.methods import get_method, method_names
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
+PACKAGES = ("editsweep", "orchestrator", "workers")
 CONTRACTS = {contract["id"]: contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"]}
 
 
@@ -92,7 +93,7 @@ def third_party_imports(package: str) -> set[str]:
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - {"orchestrator", "workers"}
+    return found - set(sys.stdlib_module_names) - set(PACKAGES)
 
 
 def test_code_imports_only_what_is_required() -> None:
@@ -101,7 +102,7 @@ def test_code_imports_only_what_is_required() -> None:
     named |= {"yaml"} if "pyyaml" in named else set()
     named |= {"pandas"}  # ray[tune] requires it; Results.to_pandas() is all that needs it
     optional = {"matplotlib", "boto3", "botocore"}
-    used = {canonical(name) for name in third_party_imports("orchestrator") | third_party_imports("workers")}
+    used = {canonical(name) for name in set().union(*map(third_party_imports, PACKAGES))}
     assert used - named - optional == set()
 
 
@@ -300,7 +301,7 @@ def test_contracts_hold() -> None:
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     """The contract on circles sees siblings; this sees every circle of modules, wherever they lie."""
-    graph = grimp.build_graph("orchestrator", "workers")
+    graph = grimp.build_graph(*PACKAGES)
     edges = [(a, b) for a in graph.modules for b in graph.find_modules_directly_imported_by(a)]
     assert len(edges) > 500
     assert [found for found in networkx.strongly_connected_components(networkx.DiGraph(edges)) if len(found) > 1] == []
@@ -316,7 +317,7 @@ def test_every_method_stands_in_the_contract() -> None:
 @pytest.fixture
 def skeleton(tmp_path: Path) -> Path:
     """The project's modules, empty, under the real contracts: what they forbid can be planted one at a time."""
-    for package in ("orchestrator", "workers"):
+    for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             copied = tmp_path / path.relative_to(ROOT)
             copied.parent.mkdir(parents=True, exist_ok=True)
@@ -349,6 +350,10 @@ RAY = "orchestrator/engine/ray_engine"
             {"orchestrator/storage/open.py": "if TYPE_CHECKING:\n    import orchestrator.results.table"},
             {"floors-of-orchestrator"},
         ),
+        ({"editsweep/__init__.py": "def f():\n    import orchestrator.cli.main, workers.stream"}, set()),
+        ({"workers/rng.py": "import editsweep"}, {"the-interface-on-top"}),
+        ({"orchestrator/cli/running.py": "def f():\n    from editsweep import run"}, {"the-interface-on-top"}),
+        ({"editsweep/view.py": "import ray"}, {"ray-in-one-room"}),
         ({"orchestrator/planning/plan.py": "from ray import tune"}, {"ray-in-one-room"}),
         ({"orchestrator/engine/local.py": "from ray import tune"}, {"ray-in-one-room"}),
         ({"orchestrator/results/table.py": "import transformers"}, {"reading-results-is-light"}),

@@ -277,6 +277,8 @@ class Outcome:
     errors: Mapping[str, ShardError]
     failed_groups: tuple[Mapping[str, JSON], ...]
     interrupted: bool
+    folder: str
+    """The results folder, as its store names it."""
     safety: Safety = Safety()
 
     @property

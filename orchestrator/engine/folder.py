@@ -43,6 +43,15 @@ def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = Fa
     return Progress(done=table.done(), given_up=given_up, begun=begun, used=frozenset(listed), spent=spent)
 
 
+def read_folder(spec: SweepSpec, store: Store, retry_failed: bool = False) -> Progress:
+    """Progress of a sweep in a results folder, which need not exist yet. Refuses that of another sweep; writes nothing."""
+    paths = ResultsPaths()
+    check_folder(spec, store, paths)
+    if not store.exists(paths.sweep):
+        return Progress()
+    return read_progress(CentralTable(store, paths), Journal(store, paths), retry_failed)
+
+
 def _seconds(shard: TableShard | ShardProgress) -> float:
     return shard.edit_seconds + shard.score_seconds + shard.commit_seconds
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from workers.data import DATASETS
@@ -25,7 +27,7 @@ from workers.data.text import read_held_out
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import ModelConfig
-from workers.types import JSON, Frozen, SpecError
+from workers.types import JSON, DataError, Frozen, ModelError, SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
@@ -305,6 +307,37 @@ def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()
     except ValidationError as e:
         raise SpecError(f"{origin}: {explain(e, SweepSpec)}") from None
     return spec
+
+
+def override_spec(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
+    """A spec that was read before, with some of its fields overridden."""
+    if not overrides:
+        return spec
+    text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
+    return parse_spec(text, source=f"the sweep {spec.name!r}", base=Path.cwd(), overrides=overrides)
+
+
+def check_trust(spec: SweepSpec, source: str, trusted: bool, how: str) -> None:
+    """Refuse a model whose files run code, unless the caller has said so too. ``how``: the way to say it."""
+    if spec.model.trust_remote_code and not trusted:
+        raise SpecError(
+            f"{source}: model.trust_remote_code: true lets the model's files run code on this machine; "
+            f"if you trust them, say so {how}"
+        )
+
+
+def default_results(spec: SweepSpec) -> str:
+    """The results folder of a sweep for which none was named."""
+    return str(Path("results") / spec.name)
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Errors that the planner finds in a spec, or in what it names, begin with the spec's file, as the parser's do."""
+    try:
+        yield
+    except (SpecError, DataError, ModelError) as error:
+        raise type(error)(f"{source}: {error}") from None
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
