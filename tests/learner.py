@@ -17,19 +17,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from workers import methods
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import Trainer, TrainingSchedule, TrainingSource, pretrained
-from workers.methods.base import MethodConfig
+from workers.artifacts.pretrain import Trainer, TrainingSchedule, pretrained
+from workers.methods.base import ArtifactContext, MethodConfig
 from workers.methods.ft import FT, FTConfig
 from workers.model.base import BaseModel
 from workers.model.batch import collate
-from workers.model.config import ModelConfig, ModelFingerprint
+from workers.model.config import ModelConfig
 from workers.types import JSON, EditRequest
 
 
@@ -92,24 +92,16 @@ class LearnerConfig(FTConfig):
     train_lr: float = 3e-3
     schedule: TrainingSchedule = TrainingSchedule(steps=60, batch_size=8)
 
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        hparams = {"width": self.width, "lr": self.train_lr}
+        return (pretrained("learner", hparams, self.schedule, context.fingerprint, context.model, context.training),)
+
 
 class Learner(FT):
     name: ClassVar[str] = "learner"
     title: ClassVar[str] = "Learner"
     needs_pretraining: ClassVar[bool] = True
     Config: ClassVar[type[MethodConfig]] = LearnerConfig
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        hparams = {"width": config.width, "lr": config.train_lr}
-        return (pretrained(cls.name, hparams, config.schedule, fingerprint, model, training),)
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Decoder:

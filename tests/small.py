@@ -16,6 +16,7 @@ from workers.artifacts.base import ArtifactData
 from workers.artifacts.pretrain import training_source
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob
 from workers.methods import get_method
+from workers.methods.base import ArtifactContext
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.session import Session
@@ -85,7 +86,7 @@ def golden_requests(count: int = 200) -> list[EditRequest]:
 def build_inputs(base: BaseModel, method: str, config: Any, seed: int = 0) -> dict[str, ArtifactData]:
     """Really build what a method asks for, by name; what is pretrained learns from a few requests of the embedded world."""
     training = training_source("tinyworld", shards=(16,))[0] if get_method(method).needs_pretraining else None
-    specs = get_method(method).artifacts(config, ModelFingerprint("random", "golden"), base.config, seed, training)
+    specs = config.artifacts(ArtifactContext(ModelFingerprint("random", "golden"), base.config, seed, training))
     return session_module.build_inputs(base, specs)
 
 

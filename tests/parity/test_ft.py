@@ -195,9 +195,9 @@ def test_easyedit_file_errors(tmp_path: Path, text: str, replacement: str, said:
 
 def test_check_names_layer_and_module() -> None:
     shape = model_shape(model("gpt2").config)
-    FT.check(FTConfig(layers=(0, 5)), shape)
+    FTConfig(layers=(0, 5)).check(shape)
     with pytest.raises(SpecError, match="layer 6 is out of range; the model has layers 0 to 5"):
-        FT.check(FTConfig(layers=(0, 6)), shape)
+        FTConfig(layers=(0, 6)).check(shape)
     with pytest.raises(SpecError, match=r"mlp\.down_proj.*choices: .*mlp\.c_proj"):
-        FT.check(FTConfig(layers=(0,), module="mlp.down_proj"), shape)
-    assert FT.overlay_bytes(FTConfig(layers=(0, 5)), shape, 10) == 2 * 128 * 512 * 4 * 6
+        FTConfig(layers=(0,), module="mlp.down_proj").check(shape)
+    assert FTConfig(layers=(0, 5)).overlay_bytes(shape, 10) == 2 * 128 * 512 * 4 * 6

@@ -25,6 +25,7 @@ from tests.parity.common import (
 )
 from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
+from workers.methods.base import ArtifactContext
 from workers.methods.families.hypernet import Questions, gradient_factors
 from workers.methods.mend import MEND, MENDConfig
 from workers.model.base import model_shape
@@ -199,9 +200,9 @@ def test_easyedit_file_errors(tmp_path: Path, values: dict[str, Any], said: str)
 
 def test_check_and_training_are_asked_for() -> None:
     shape = model_shape(model("llama").config)
-    MEND.check(CONFIG, shape)
+    CONFIG.check(shape)
     with pytest.raises(SpecError, match="layers: layer 9 is out of range"):
-        MEND.check(MENDConfig(layers=(9,)), shape)
+        MENDConfig(layers=(9,)).check(shape)
     with pytest.raises(SpecError, match="training: required, because mend learns"):
-        MEND.artifacts(CONFIG, ModelFingerprint("m", "t"), ModelConfig(), 0)
-    assert MEND.overlay_bytes(CONFIG, shape, 10) == 3 * 2 * 128 * 512 * 4
+        CONFIG.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ModelConfig(), 0))
+    assert CONFIG.overlay_bytes(shape, 10) == 3 * 2 * 128 * 512 * 4

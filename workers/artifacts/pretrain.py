@@ -3,8 +3,8 @@
 A method that needs it brings a :class:`Trainer` (its loss and its optimiser) and asks for :func:`pretrained` in its
 ``artifacts``; the stage brings the order of the requests, checkpoints, progress and the retention of what earlier data taught:
 
-    def artifacts(cls, config, fingerprint, model, seed, training=None):
-        return (pretrained(cls.name, hparams, config.schedule, fingerprint, model, training),)
+    def artifacts(self, context):               # of the config
+        return (pretrained(name, hparams, self.schedule, context.fingerprint, context.model, context.training),)
 
     def trainer(cls, base, hparams, generator): ...      # an untrained Trainer
     inputs["pretrained"]                                 # at edit time: what its ``product`` gave

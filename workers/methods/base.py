@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
+from typing import Annotated, ClassVar, Generic, Self, TypeVar
 
 import torch
 from pydantic import AfterValidator, ConfigDict
@@ -40,8 +40,26 @@ Layers = Annotated[tuple[int, ...], AfterValidator(_distinct)]
 """Decoder layers, each once, in any order."""
 
 
+@dataclass(frozen=True)
+class ArtifactContext:
+    """Everything beside the hyperparameters that an artifact's recipe may depend on."""
+
+    fingerprint: ModelFingerprint
+    model: ModelConfig
+    seed: int
+    training: TrainingSource | None = None
+    """The data that networks learn from, where a method has any."""
+
+    @property
+    def model_recipe(self) -> dict[str, JSON]:
+        """The part of a recipe that names the base model."""
+        return {"model": self.fingerprint.model, "tokenizer": self.fingerprint.tokenizer, "dtype": self.model.dtype}
+
+
 class MethodConfig(Frozen):
-    """Hyperparameters of one method. Frozen, unknown keys refused.
+    """Hyperparameters of one method, and what follows from them without weights. Frozen, unknown keys refused.
+
+    A config tells the planner what the method needs: arithmetic on the model's :class:`ModelShape`, no tensors.
 
     ``easyedit_keys`` maps keys of an EasyEdit hyperparameter YAML to ours (or to :data:`IGNORED`); keys of the same name
     and meaning need no entry. A key in neither place is refused with a clear error.
@@ -74,6 +92,41 @@ class MethodConfig(Frozen):
             if ours != IGNORED:
                 out[ours] = value
         return out
+
+    # --- the planner's questions ---
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise :class:`SpecError` where the config does not fit the model (layer index, module name)."""
+
+    def check_edits(self, shape: ModelShape, edits: int) -> None:
+        """Raise :class:`SpecError` where one lane cannot hold so many edits between two rollbacks."""
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        """The artifacts to build before an edit, each under its own name."""
+        return ()
+
+    @property
+    def uses_seed(self) -> bool:
+        """False if two seeds differ in nothing but the order of the requests."""
+        return False
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest decoder layer with an edited map: an edit's steps run from there on. 0, the dearest, if there is none."""
+        return 0
+
+    @property
+    def rows_per_edit(self) -> int:
+        """Sequences of one request in an optimisation step: its prompt, one more for locality, and one per context template."""
+        return 2
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        """Estimated bytes of one lane after ``edits`` edits, optimiser state included."""
+        return 0
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        """Estimated bytes that all lanes share beside the base: artifacts, and what :meth:`Method.prepare` makes of them."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +175,7 @@ class Method(ABC, Generic[C]):
 
     @classmethod
     def prepare(cls, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> Self:
-        """Make everything that edits share. ``inputs`` holds, by name, what :meth:`artifacts` asked for."""
+        """Make everything that edits share. ``inputs`` holds, by name, what :meth:`MethodConfig.artifacts` asked for."""
         return cls(base, config, inputs)
 
     @abstractmethod
@@ -133,7 +186,7 @@ class Method(ABC, Generic[C]):
     def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         """Edit each lane's requests into its lane, in place; ``edits[i]`` belongs to lane i."""
 
-    # --- what the planner asks, without weights ---
+    # --- without an instance ---
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -146,47 +199,12 @@ class Method(ABC, Generic[C]):
         return cls.embedded()
 
     @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        """Raise :class:`SpecError` where the config does not fit the model (layer index, module name)."""
-
-    @classmethod
-    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
-        """Raise :class:`SpecError` where one lane cannot hold so many edits between two rollbacks."""
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        """What must be built before an edit, each under its own name. ``training`` is where networks are to learn."""
-        return ()
-
-    @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:
         """An untrained trainer, for methods that ask for :func:`workers.artifacts.pretrain.pretrained` with these ``hparams``.
 
         ``generator`` is for its initial weights.
         """
         raise NotImplementedError(f"{cls.name} trains nothing")
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        """False if two seeds differ in nothing but the order of the requests."""
-        return False
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        """Estimated bytes of one lane after ``edits`` edits, optimiser state included."""
-        return 0
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        """Estimated bytes that all lanes share beside the base: artifacts, and what :meth:`prepare` makes of them."""
-        return 0
 
 
 def as_float(loss: Tensor) -> float:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -65,6 +65,23 @@ class DEFERConfig(MethodConfig):
         out = super().from_easyedit(values, source)
         take_inner_param(out, source)
         return out
+
+    @property
+    def first_layer(self) -> int:
+        return self.layer
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_layer(self.layer, "layer")
+        shape.site(self.module)
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        out, in_features = shape.site(self.module)
+        copies = 4 + 2  # parameters, gradient, two moments; temporaries of one step
+        return (out * in_features + out + in_features + 1) * max(4, shape.bytes_per_value) * copies
 
 
 class Deferral(Overlay):
@@ -214,18 +231,3 @@ class DEFER(Method[DEFERConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"layer": 4, "lr": 1e-3, "n_iter": 60}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        shape.check_layer(config.layer, "layer")
-        shape.site(config.module)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return True
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, in_features = shape.site(config.module)
-        copies = 4 + 2  # parameters, gradient, two moments; temporaries of one step
-        return (out * in_features + out + in_features + 1) * max(4, shape.bytes_per_value) * copies

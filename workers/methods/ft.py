@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -80,6 +80,20 @@ class FTConfig(MethodConfig):
         if "module" in out:
             _, out["module"] = split_module(out["module"], source)
         return out
+
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers)
+
+    def check(self, shape: ModelShape) -> None:
+        for layer in self.layers:
+            shape.check_layer(layer, "layers")
+        shape.site(self.module)
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        out, in_features = shape.site(self.module)
+        copies = 4 + 2  # weight, gradient, two moments; temporaries of one step
+        return len(self.layers) * out * in_features * max(4, shape.bytes_per_value) * copies
 
 
 class FT(Method[FTConfig]):
@@ -135,15 +149,3 @@ class FT(Method[FTConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"layers": [3], "objective": "target_new", "lr": 1e-3, "num_steps": 25}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        for layer in config.layers:
-            shape.check_layer(layer, "layers")
-        shape.site(config.module)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, in_features = shape.site(config.module)
-        copies = 4 + 2  # weight, gradient, two moments; temporaries of one step
-        return len(config.layers) * out * in_features * max(4, shape.bytes_per_value) * copies

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,23 @@ class GRACEConfig(MethodConfig):
         if out.get("eps_expand") == "moving_avg":  # what the comments in the public files call it
             out["eps_expand"] = "moving_average"
         return out
+
+    @property
+    def first_layer(self) -> int:
+        return self.layer
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_layer(self.layer, "layer")
+        shape.site(self.module)
+
+    @property
+    def uses_seed(self) -> bool:
+        return self.val_init == "cold"
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        out, in_features = shape.site(self.module)
+        slots = max(_BLOCK, edits + edits // 2)  # room grows by half
+        return (slots * (in_features + out + 1) + 4 * out) * max(4, shape.bytes_per_value)
 
 
 class Codebook(Overlay):
@@ -300,21 +317,6 @@ class GRACE(Method[GRACEConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"layer": 4, "lr": 1.0, "n_iter": 25, "eps": 2.0}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        shape.check_layer(config.layer, "layer")
-        shape.site(config.module)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.val_init == "cold")
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, in_features = shape.site(config.module)
-        slots = max(_BLOCK, edits + edits // 2)  # room grows by half
-        return (slots * (in_features + out + 1) + 4 * out) * max(4, shape.bytes_per_value)
 
 
 class _Batch:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -73,6 +73,17 @@ class ICLConfig(MethodConfig):
                 f"{source}: k: {values['k']!r} demonstrations are not supported; expected 0, or use_icl_examples: false"
             )
         return super().from_easyedit({name: v for name, v in values.items() if name != "k"}, source)
+
+    def check_edits(self, shape: ModelShape, edits: int) -> None:
+        if shape.context is not None and edits * FEWEST_TOKENS > shape.context:
+            raise SpecError(
+                f"{edits} facts before every prompt do not fit into the model's context length of {shape.context} tokens "
+                f"(a fact takes {FEWEST_TOKENS} or more); at most {shape.context // FEWEST_TOKENS}, with rollback: group"
+            )
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        context = shape.context or edits * 4 * FEWEST_TOKENS
+        return context * shape.hidden * max(4, shape.bytes_per_value)  # of one row with its context, in scoring
 
 
 class Facts(SitelessOverlay):
@@ -187,16 +198,3 @@ class ICL(Method[ICLConfig]):
         for lane, edit in enumerate(edits):
             overlay.add(self.base, lane, edit.requests)
         return [EditOutcome(0, None, {"context_tokens": len(tokens)}) for tokens in overlay.tokens]
-
-    @classmethod
-    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
-        if shape.context is not None and edits * FEWEST_TOKENS > shape.context:
-            raise SpecError(
-                f"{edits} facts before every prompt do not fit into the model's context length of {shape.context} tokens "
-                f"(a fact takes {FEWEST_TOKENS} or more); at most {shape.context // FEWEST_TOKENS}, with rollback: group"
-            )
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        context = shape.context or edits * 4 * FEWEST_TOKENS
-        return context * shape.hidden * max(4, shape.bytes_per_value)  # of one row with its context, in scoring

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -78,6 +78,25 @@ class LoRAConfig(MethodConfig):
                 f"{source}: lora_type: {kind!r} is not supported{more}; write lora_type: lora for LoRA of the file's rank"
             )
         return super().from_easyedit(values, source)
+
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers, default=0)
+
+    def check(self, shape: ModelShape) -> None:
+        for layer in self.layers:
+            shape.check_layer(layer, "layers")
+        for path in target_paths(architecture(shape.model_type), self.target_modules):
+            shape.site(path)
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        paths = target_paths(architecture(shape.model_type), self.target_modules)
+        copies = 4 + 1  # factors, gradients, two moments; temporaries of one step
+        return copies * adapter_bytes(shape, paths, len(self.layers) or shape.layers, self.rank)
 
 
 class LoRA(Method[LoRAConfig]):
@@ -145,20 +164,3 @@ class LoRA(Method[LoRAConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"rank": 8, "lora_alpha": 32.0, "lr": 1e-3, "num_steps": 30}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        for layer in config.layers:
-            shape.check_layer(layer, "layers")
-        for path in target_paths(architecture(shape.model_type), config.target_modules):
-            shape.site(path)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return True
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        paths = target_paths(architecture(shape.model_type), config.target_modules)
-        copies = 4 + 1  # factors, gradients, two moments; temporaries of one step
-        return copies * adapter_bytes(shape, paths, len(config.layers) or shape.layers, config.rank)

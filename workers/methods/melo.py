@@ -44,7 +44,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -137,6 +137,33 @@ class MELOConfig(MethodConfig):
                 f"{source}: target_modules: expected one map of several layers, found {model['target_modules']!r}"
             )
         return out | {"layers": [layer for layer, _ in targets], "module": targets[0][1]}
+
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers)  # the query of key_layer is read once, before the steps
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_layer(self.key_layer, "key_layer")
+        for layer in self.layers:
+            shape.check_layer(layer, "layers")
+        if min(self.layers) <= self.key_layer:
+            raise SpecError(
+                f"layers: {min(self.layers)} is not after key_layer={self.key_layer}, where blocks are chosen; choices: "
+                f"{self.key_layer + 1} to {shape.layers - 1}"
+            )
+        shape.site(self.module)
+        shape.site(self.key_module)
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        block = len(self.layers) * self.rank * sum(shape.site(self.module))
+        queries = 2 * shape.site(self.key_module)[0]  # a point's and its centre's
+        # one more block's gradient and moments; a second copy of everything while a block is added
+        value: int = max(4, shape.bytes_per_value)
+        return int(2 * edits * (block + queries) + 4 * block) * value
 
 
 @dataclass
@@ -416,31 +443,6 @@ class MELO(Method[MELOConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"key_layer": 3, "layers": [4, 5], "rank": 2, "radius": 1.0, "lr": 1e-2, "num_iter": 50}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        shape.check_layer(config.key_layer, "key_layer")
-        for layer in config.layers:
-            shape.check_layer(layer, "layers")
-        if min(config.layers) <= config.key_layer:
-            raise SpecError(
-                f"layers: {min(config.layers)} is not after key_layer={config.key_layer}, where blocks are chosen; choices: "
-                f"{config.key_layer + 1} to {shape.layers - 1}"
-            )
-        shape.site(config.module)
-        shape.site(config.key_module)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return True
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        block = len(config.layers) * config.rank * sum(shape.site(config.module))
-        queries = 2 * shape.site(config.key_module)[0]  # a point's and its centre's
-        # one more block's gradient and moments; a second copy of everything while a block is added
-        value: int = max(4, shape.bytes_per_value)
-        return int(2 * edits * (block + queries) + 4 * block) * value
 
 
 def at_prompt_end(out_BSO: Tensor, rows: Batch) -> Tensor:

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -75,6 +75,11 @@ class MENDConfig(HypernetConfig):
         TrainingSchedule(steps=10_000, batch_size=10), description="length and batches of the training"
     )
 
+    method: ClassVar[str] = "mend"
+    learnt: ClassVar[tuple[str, ...]] = (
+        *("layers", "modules", "rank", "n_hidden", "public_bos"),
+        *("edit_lr", "lr", "lr_lr", "cedit", "cloc", "grad_clip", "train_on"),
+    )
     alg_names: ClassVar[tuple[str, ...]] = ("MEND",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
@@ -114,6 +119,10 @@ class MENDConfig(HypernetConfig):
         out["schedule"] = {"steps": max(1, iterations // together), "batch_size": together}
         return out
 
+    @property
+    def blocks(self) -> int:
+        return self.n_hidden + 1
+
 
 class MEND(HypernetMethod[MENDConfig]):
     """Changes of the requests of a call are added up.
@@ -126,19 +135,11 @@ class MEND(HypernetMethod[MENDConfig]):
     paper: ClassVar[str] = "Mitchell et al., Fast Model Editing at Scale, ICLR 2022, arXiv 2110.11309"
     version: ClassVar[int] = 1
     Config: ClassVar[type[MethodConfig]] = MENDConfig
-    learnt: ClassVar[tuple[str, ...]] = (
-        *("layers", "modules", "rank", "n_hidden", "public_bos"),
-        *("edit_lr", "lr", "lr_lr", "cedit", "cloc", "grad_clip", "train_on"),
-    )
 
     @classmethod
     def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator)
-
-    @classmethod
-    def blocks(cls, config: Any) -> int:
-        return int(config.n_hidden + 1)
 
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
         return Questions.of(self.base, lanes, self.config.public_bos)

@@ -62,6 +62,7 @@ class PMETConfig(SpreadConfig):
     mom2_update_weight: float = Field(15_000, gt=0, description="weight of the second moment against the new keys")
     public_target: bool = Field(False, description="no space before the target, which is tokenised alone (EasyEdit)")
 
+    title: ClassVar[str] = "PMET"
     alg_names: ClassVar[tuple[str, ...]] = ("PMET",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {**SpreadConfig.easyedit_keys, "rewrite_module_tmp": IGNORED, "rewrite_module_tmps": "module"}

@@ -47,13 +47,12 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import TrainingSource
 from workers.inputs import explain
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel, Site
 from workers.model.batch import collate
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, Overlay
 from workers.model.replay import override_forward
 from workers.types import JSON, SpecError
@@ -129,6 +128,45 @@ class SimIEConfig(MethodConfig):
             if path.is_file():
                 out["base"] = _method(name).Config.from_easyedit(read_hparams(path), str(path))
         return out
+
+    def check(self, shape: ModelShape) -> None:
+        with _of_base():
+            self.base_config.check(shape)
+
+    def check_edits(self, shape: ModelShape, edits: int) -> None:
+        with _of_base():
+            self.base_config.check_edits(shape, 1 if self.init_model else edits)
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        with _of_base():
+            return self.base_config.artifacts(context)
+
+    @property
+    def uses_seed(self) -> bool:
+        return self.base_config.uses_seed
+
+    @property
+    def first_layer(self) -> int:
+        return self.base_config.first_layer
+
+    @property
+    def rows_per_edit(self) -> int:
+        return self.base_config.rows_per_edit
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        base: Any = self.base_config  # all of BASES have a module, and a layer or several
+        out, in_features = shape.site(base.module)
+        maps = len(base.layers) if "layers" in type(base).model_fields else 1
+        value = max(4, shape.bytes_per_value)
+        tokens = min(TOKENS_PER_EDIT * edits, in_features)
+        kept = in_features * tokens * value if tokens <= in_features // 2 else in_features * in_features * 8
+        solving = 8 * (2 * tokens * tokens + tokens * in_features + 2 * out * in_features)
+        # the base method's change may start dense
+        inner: int = base.overlay_bytes(shape, 1 if self.init_model else max(edits, in_features))
+        return maps * (out * in_features * value + kept) + solving + inner
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        return self.base_config.shared_bytes(shape)
 
 
 class SimIEOverlay(DenseOverlay):
@@ -276,51 +314,6 @@ class SimIE(Method[SimIEConfig]):
         name = hparams.get("base_method", "rome")
         base = _method(name).embedded() if name in BASES else {}
         return {"base_method": name, "base": base, "lamHyper": 10.0}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        with _of_base():
-            _method(config.base_method).check(config.base_config, shape)
-
-    @classmethod
-    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
-        with _of_base():
-            _method(config.base_method).check_edits(config.base_config, shape, 1 if config.init_model else edits)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        with _of_base():
-            return _method(config.base_method).artifacts(config.base_config, fingerprint, model, seed, training)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return _method(config.base_method).uses_seed(config.base_config)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        base: Any = config.base_config  # all of BASES have a module, and a layer or several
-        out, in_features = shape.site(base.module)
-        maps = len(base.layers) if "layers" in type(base).model_fields else 1
-        value = max(4, shape.bytes_per_value)
-        tokens = min(TOKENS_PER_EDIT * edits, in_features)
-        kept = in_features * tokens * value if tokens <= in_features // 2 else in_features * in_features * 8
-        solving = 8 * (2 * tokens * tokens + tokens * in_features + 2 * out * in_features)
-        # the base method's change may start dense
-        inner = _method(config.base_method).overlay_bytes(
-            base, shape, 1 if config.init_model else max(edits, in_features)
-        )
-        return maps * (out * in_features * value + kept) + solving + inner
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        return _method(config.base_method).shared_bytes(config.base_config, shape)
 
 
 def _method(name: str) -> type[Method[Any]]:

@@ -113,6 +113,23 @@ class UltraEditConfig(MethodConfig):
             out["modules"] = modules
         return out
 
+    @property
+    def first_layer(self) -> int:
+        return min(min(layers) for layers in self.modules.values())
+
+    def check(self, shape: ModelShape) -> None:
+        for path, layers in self.modules.items():
+            shape.site(_path(path))
+            for layer in layers:
+                shape.check_layer(layer, f"modules.{path}")
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        value = max(4, shape.bytes_per_value)
+        sizes = {path: shape.site(_path(path)) for path in self.modules}
+        weights = sum(out * in_features * value * len(self.modules[path]) for path, (out, in_features) in sizes.items())
+        largest = max(out * in_features for out, in_features in sizes.values())
+        return weights + 2 * 8 * largest  # and one map's change in float64, with a temporary
+
 
 class UltraEditOverlay(DenseOverlay):
     """Dense replacements of the edited maps and, by shape of map, the running statistics of their features (lanes first)."""
@@ -246,23 +263,6 @@ class UltraEdit(Method[UltraEditConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"modules": {"mlp.gate_proj": [1, 2], "mlp.up_proj": [3, 4]}, "token": "mask", "lr": 0.01}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        for path, layers in config.modules.items():
-            shape.site(_path(path))
-            for layer in layers:
-                shape.check_layer(layer, f"modules.{path}")
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        value = max(4, shape.bytes_per_value)
-        sizes = {path: shape.site(_path(path)) for path in config.modules}
-        weights = sum(
-            out * in_features * value * len(config.modules[path]) for path, (out, in_features) in sizes.items()
-        )
-        largest = max(out * in_features for out, in_features in sizes.values())
-        return weights + 2 * 8 * largest  # and one map's change in float64, with a temporary
 
 
 @dataclass(frozen=True)

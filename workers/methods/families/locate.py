@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,9 @@ from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam, LaneOptimizer
 from workers.inner_loop.suffix import Suffix
-from workers.methods.base import LaneEdit, MethodConfig
+from workers.methods.base import ArtifactContext, LaneEdit, MethodConfig
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
-from workers.model.config import ModelConfig, ModelFingerprint
 from workers.model.overlay import Overlay
 from workers.model.replay import override_forward
 from workers.types import JSON, DataError, EditRequest
@@ -77,6 +76,9 @@ class LocateConfig(MethodConfig):
         description="text (one a line) or JSONL file for the second moment; null: the embedded model's own text, for it alone",
     )
 
+    title: ClassVar[str]
+    """The method's name in messages about its corpus."""
+
     @field_validator("context_template_length_params")
     @classmethod
     def _fives(cls, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -87,49 +89,53 @@ class LocateConfig(MethodConfig):
                 )
         return pairs
 
+    @property
+    def uses_seed(self) -> bool:
+        return bool(self.context_template_length_params)
+
+    @property
+    def rows_per_edit(self) -> int:
+        return 2 + sum(count for _, count in self.context_template_length_params)
+
 
 # --- what is built once ---
 
 
-def template_spec(config: LocateConfig, fingerprint: ModelFingerprint, model: ModelConfig, seed: int) -> ArtifactSpec:
+def template_spec(config: LocateConfig, context: ArtifactContext) -> ArtifactSpec:
     """The context templates of a seed."""
     return ArtifactSpec(
         name=TEMPLATES,
         kind=templates.KIND,
         recipe={
-            **_made_by(fingerprint, model),
+            **context.model_recipe,
             "starts": list(STARTS),
             "lengths": [[n, count // len(STARTS)] for n, count in config.context_template_length_params],
             "joiner": ". ",
             "top_k": 5,
-            "seed": seed if config.context_template_length_params else 0,
+            "seed": context.seed if config.context_template_length_params else 0,
         },
     )
 
 
 def moment_spec(
     config: LocateConfig,
-    fingerprint: ModelFingerprint,
-    model: ModelConfig,
+    context: ArtifactContext,
     layer: int,
     module: str | None,
     name: str = MOMENT,
-    title: str = "ROME",
     otherwise: str = "",
 ) -> ArtifactSpec:
     """The second moment of what enters one map. ``otherwise`` is what else a user without a corpus can do."""
     how_much = f"a few thousand lines or more{otherwise}"
-    corpus = stats.corpus_of(config.corpus, model, title, "second moment", how_much)
-    return stats.second_moment(name, fingerprint, model, corpus, config.samples, layer, module, config.precision)
+    corpus = stats.corpus_of(config.corpus, context.model, config.title, "second moment", how_much)
+    return stats.second_moment(
+        name, context.fingerprint, context.model, corpus, config.samples, layer, module, config.precision
+    )
 
 
 def moment_name(layer: int) -> str:
     """What a method with several layers calls the second moment of one."""
     return f"{MOMENT}.{layer}"
-
-
-def _made_by(fingerprint: ModelFingerprint, model: ModelConfig) -> dict[str, Any]:
-    return {"model": fingerprint.model, "tokenizer": fingerprint.tokenizer, "dtype": model.dtype}
 
 
 # --- algebra in float64 ---

@@ -17,15 +17,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import TrainingSource
-from workers.methods.base import EditOutcome, LaneEdit, Method
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method
 from workers.methods.easyedit import IGNORED, split_module
 from workers.methods.families.locate import (
     AtMap,
@@ -45,7 +44,7 @@ from workers.methods.families.locate import (
     template_spec,
 )
 from workers.model.base import BaseModel, Site
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.config import ModelShape
 from workers.model.overlay import LowRankOverlay, Overlay
 from workers.types import JSON
 
@@ -99,19 +98,39 @@ class SpreadConfig(LocateConfig):
     def bare_share(self) -> float | None:
         return 0.5 if self.key_average == "halves" else None
 
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers)
+
+    def check(self, shape: ModelShape) -> None:
+        for layer in self.layers:
+            shape.check_layer(layer, "layers")
+        shape.site(self.module)
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        return template_spec(self, context), *moment_specs(self, context)
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        """A lane's factors after ``edits`` edits, and the temporaries while they grow."""
+        out, in_features = shape.site(self.module)
+        value = max(4, shape.bytes_per_value)
+        if edits >= min(out, in_features) // 2:
+            return (len(self.layers) + 2) * out * in_features * value
+        return (len(self.layers) + 1) * edits * (out + in_features) * value
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        _, in_features = shape.site(self.module)
+        # second moments and their factors in float64; while the last is factorised, it in float64 and a temporary
+        return (len(self.layers) * (moment_value(self) + 8) + 2 * 8) * in_features * in_features
+
 
 def sites_of(base: BaseModel, config: SpreadConfig) -> list[Site]:
     return [base.site(layer, config.module) for layer in config.layers]
 
 
-def moment_specs(
-    config: SpreadConfig, fingerprint: ModelFingerprint, model: ModelConfig, title: str
-) -> list[ArtifactSpec]:
+def moment_specs(config: SpreadConfig, context: ArtifactContext) -> list[ArtifactSpec]:
     """The second moment of every edited layer, of the pristine model."""
-    return [
-        moment_spec(config, fingerprint, model, layer, config.module, moment_name(layer), title)
-        for layer in config.layers
-    ]
+    return [moment_spec(config, context, layer, config.module, moment_name(layer)) for layer in config.layers]
 
 
 def by_lane(facts_NX: Tensor, lanes: int) -> Tensor:
@@ -202,37 +221,6 @@ class SpreadMethod(Method[C]):
             raise ValueError(f"lanes bring {sorted(counts)} requests; they edit in lockstep")
         return overlay
 
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        for layer in config.layers:
-            shape.check_layer(layer, "layers")
-        shape.site(config.module)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        texts = template_spec(config, fingerprint, model, seed)
-        return texts, *moment_specs(config, fingerprint, model, cls.title)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.context_template_length_params)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        """A lane's factors after ``edits`` edits, and the temporaries while they grow."""
-        out, in_features = shape.site(config.module)
-        value = max(4, shape.bytes_per_value)
-        if edits >= min(out, in_features) // 2:
-            return (len(config.layers) + 2) * out * in_features * value
-        return (len(config.layers) + 1) * edits * (out + in_features) * value
-
 
 class RidgeMethod(SpreadMethod[C]):
     """One whose right factor needs the second moment of each site, factorised once for all lanes and edits."""
@@ -251,12 +239,6 @@ class RidgeMethod(SpreadMethod[C]):
             moment_II = inputs[moment_name(site.layer)].tensors["moment"].to(base.device, torch.float64)
             factors[site.name] = Factor.of(cls.weighted(config, moment_II), site.layer)
         return cls(base, config, inputs, factors)
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        _, in_features = shape.site(config.module)
-        # second moments and their factors in float64; while the last is factorised, it in float64 and a temporary
-        return (len(config.layers) * (moment_value(config) + 8) + 2 * 8) * in_features * in_features
 
     @classmethod
     def weighted(cls, config: C, moment_II: Tensor) -> Tensor:

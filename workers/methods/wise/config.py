@@ -8,8 +8,11 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from workers.methods.base import MethodConfig
+from workers.artifacts.base import ArtifactSpec
+from workers.artifacts.templates import KIND as TEMPLATES
+from workers.methods.base import ArtifactContext, MethodConfig
 from workers.methods.easyedit import IGNORED, take_inner_param
+from workers.model.config import ModelShape
 from workers.types import JSON, SpecError
 
 MergeRule = Literal["ties", "magnitude_norm", "magnitude", "sign", "dare_ties", "dare_linear", "linear", "slerp"]
@@ -124,3 +127,39 @@ class WISEConfig(MethodConfig):
             out["alpha"], out["beta"], out["gamma"] = margin
         take_inner_param(out, source)
         return out
+
+    @property
+    def first_layer(self) -> int:
+        return self.layer
+
+    @property
+    def rows_per_edit(self) -> int:
+        return 2 + sum(count for _, count in self.context_template_length_params)
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_layer(self.layer, "layer")
+        shape.site(self.module)
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        """The context templates. Written greedily, so every seed shares them."""
+        recipe: dict[str, JSON] = {
+            **context.model_recipe,
+            "starts": list(TEMPLATE_STARTS),
+            "lengths": [[n, count // len(TEMPLATE_STARTS)] for n, count in self.context_template_length_params],
+            "joiner": " ",
+            "top_k": 0,
+            "seed": 0,
+        }
+        return (ArtifactSpec(name="templates", kind=TEMPLATES, recipe=recipe),)
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        out, in_features = shape.site(self.module)
+        size = out * in_features * max(4, shape.bytes_per_value)
+        waiting = min(self.memories_per_merge - 1, edits // self.save_freq)
+        merged = edits // self.merge_freq if self.retrieve else min(1, edits // self.merge_freq)
+        # change, gradient, two temporaries of a step, the mask as bytes, and the saved memories
+        return int(size * (4 + waiting + merged) + out * in_features)

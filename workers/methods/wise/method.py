@@ -58,24 +58,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from workers.artifacts.base import ArtifactSpec
-from workers.artifacts.pretrain import TrainingSource
-from workers.artifacts.templates import KIND as TEMPLATES
 from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import SGD, LaneOptimizer, gradient
 from workers.inner_loop.suffix import Suffix
 from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, as_float
-from workers.methods.wise.config import TEMPLATE_STARTS, WISEConfig
+from workers.methods.wise.config import WISEConfig
 from workers.methods.wise.memories import SideMemories
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import Overlay
 from workers.types import JSON, DataError, EditRequest
 
@@ -268,46 +264,6 @@ class WISE(Method[WISEConfig]):
             "merge_freq": 50,
             "context_template_length_params": [[5, 5]],
         }
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        shape.check_layer(config.layer, "layer")
-        shape.site(config.module)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        """The context templates. Written greedily, so every seed shares them."""
-        recipe: dict[str, JSON] = {
-            "model": fingerprint.model,
-            "tokenizer": fingerprint.tokenizer,
-            "dtype": model.dtype,
-            "starts": list(TEMPLATE_STARTS),
-            "lengths": [[n, count // len(TEMPLATE_STARTS)] for n, count in config.context_template_length_params],
-            "joiner": " ",
-            "top_k": 0,
-            "seed": 0,
-        }
-        return (ArtifactSpec(name="templates", kind=TEMPLATES, recipe=recipe),)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return True
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, in_features = shape.site(config.module)
-        size = out * in_features * max(4, shape.bytes_per_value)
-        waiting = min(config.memories_per_merge - 1, edits // config.save_freq)
-        merged = edits // config.merge_freq if config.retrieve else min(1, edits // config.merge_freq)
-        # change, gradient, two temporaries of a step, the mask as bytes, and the saved memories
-        return int(size * (4 + waiting + merged) + out * in_features)
 
 
 @dataclass(frozen=True)
