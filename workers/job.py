@@ -16,9 +16,6 @@ from workers.types import Frozen
 
 Rollback = Literal["group", "never"]
 
-SCORING_PROTOCOL = 1
-"""Version of what a model's reply to a scoring batch holds. Raising it makes every stored base-model score stale."""
-
 
 class ScoreConfig(Frozen):
     """Which moments are scored, and how scoring work is cut into frozen batches."""
@@ -145,16 +142,3 @@ class StreamJob(Frozen):
 def first_request(job: StreamJob, lane: Lane) -> int:
     """Index of the first request after the lane's pristine state, in the order of its seed."""
     return lane.group * job.T if job.rollback == "group" else 0
-
-
-def schedule_of(job: StreamJob) -> StreamJob:
-    """The job without its method: which requests are scored in which batches, and nothing else. It cannot be run.
-
-    Jobs of one schedule ask the base model the same questions. Held-out text is none of them: an actor reads it once.
-    """
-    cells = tuple(StreamCell(cell_id="", seed=cell.seed, T=cell.T or job.T) for cell in job.cells)
-    defaults = ScoreConfig()
-    score = job.score.model_copy(
-        update={name: getattr(defaults, name) for name in ("ability_text", "ability_tokens", "ability_window")}
-    )
-    return job.model_copy(update={"method": "", "config": {}, "cells": cells, "score": score})

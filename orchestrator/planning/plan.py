@@ -35,14 +35,12 @@ from orchestrator.planning.packing import (
     GroupRange,
     Ranges,
     collect_chains,
-    groups_per_wave,
     lower_bound,
     pack,
-    split_chains,
     split_waves,
 )
 from orchestrator.planning.spec import SweepSpec
-from orchestrator.planning.work import Cell, Common, Task, Variant, base_scores_of, cell_columns
+from orchestrator.planning.work import Cell, Common, Task, Variant, cell_columns
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts.base import ArtifactSpec
 from workers.data.text import read_held_out
@@ -196,50 +194,6 @@ class Plan:
             return tuple(Task.of(self.begun[shard.shard_id]).artifact_specs())
         seeds = dict.fromkeys(self.cells[i].seed for i in _members(shard))
         return tuple(dict.fromkeys(key for seed in seeds for _, key in self.cell_artifacts[shard.variant, seed]))
-
-    def schedules(self) -> list[tuple[Shard, ...]]:
-        """The shards that are left, by what they score: those of one tuple ask the base model the same questions.
-
-        One that has begun is alone here: its job says what it scores, see :meth:`base_scores`.
-        """
-        found: dict[object, list[Shard]] = {}
-        waves = self.common.rollback == "group"
-        for shard in self.shards:
-            scored = tuple(
-                (
-                    min(sum(map(len, chain)), groups_per_wave(shard.width, len(chain[0].cells))) if waves else 1,
-                    tuple(self.cells[i].seed for i in chain[0].cells),
-                    *(
-                        (
-                            *((share.start, share.stop, self.cells[share.cells[0]].T) for share in run.shares),
-                            *(self.cells[riders[0]].T for riders in run.riders),
-                        )
-                        for run in chain
-                    ),
-                )
-                for chain in split_chains(shard.runs)
-            )
-            whole = self.variants[shard.variant].whole_group
-            key = shard.shard_id if shard.begun else (shard.T, whole, scored)
-            found.setdefault(key, []).append(shard)
-        return [tuple(shards) for shards in found.values()]
-
-    def base_scores(self) -> list[ArtifactSpec]:
-        """The base model's replies that at least two of the shards that are left can use; one shard makes its own.
-
-        A shard needs no name for them: what its job scores says where they are (:func:`base_scores_of`).
-        """
-        schedules = self.schedules()
-        begun = {(shard.T, shard.lanes, shard.edits) for shard in self.shards if shard.begun}
-        users: dict[str, int] = {}
-        found: dict[str, ArtifactSpec] = {}
-        for shards in schedules:
-            first = shards[0]
-            if len(shards) > 1 or (first.T, first.lanes, first.edits) in begun:
-                spec = base_scores_of(self.common, self.manifest(first).job)
-                users[spec.key] = users.get(spec.key, 0) + len(shards)
-                found[spec.key] = spec
-        return [spec for key, spec in found.items() if users[key] > 1]
 
     def manifest(self, shard: Shard) -> ShardManifest:
         """Write a shard's ranges out into the job its actor executes."""

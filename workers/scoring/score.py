@@ -66,17 +66,6 @@ def score(
 
 
 @torch.no_grad()
-def ask_base(base: BaseModel, items: Sequence[Item], config: ScoreConfig, kept: BaseAnswers) -> None:
-    """Put the base model's replies to all batches of :func:`score` into ``kept``, but for one that memory does not hold."""
-    for batch in probe_batches(list(item_probes(base, items)), config):
-        try:
-            _both(base, None, batch, config, kept, Prefixes())
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-
-
-@torch.no_grad()
 def text_logprobs(
     base: BaseModel,
     overlay: Overlay | None,
