@@ -25,8 +25,7 @@ from workers.job import ScoreConfig
 from workers.model.base import BaseModel
 from workers.model.config import EMBEDDED
 from workers.model.overlay import DenseOverlay
-from workers.scoring import fluency
-from workers.scoring import score as scoring
+from workers.scoring import fluency, forward
 from workers.scoring.cache import BaseAnswers
 from workers.scoring.probes import Item
 from workers.scoring.score import score
@@ -53,8 +52,8 @@ class Calls:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.replies = self.entropies = 0
-        self.read_reply, self._entropies = scoring.read_reply, fluency._entropies
-        patch.setattr(scoring, "read_reply", self.reply)
+        self.read_reply, self._entropies = forward.read_reply, fluency._entropies
+        patch.setattr(forward, "read_reply", self.reply)
         patch.setattr(fluency, "_entropies", self.write)
 
     def reply(self, base: BaseModel, overlay: Any, *rest: Any) -> Any:

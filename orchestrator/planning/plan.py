@@ -43,10 +43,10 @@ from orchestrator.planning.spec import SweepSpec
 from orchestrator.planning.work import Cell, Common, Task, Variant, cell_columns
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts.base import ArtifactSpec
-from workers.data.text import read_held_out
-from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
+from workers.job import Lane, Share, StreamCell, StreamJob
 from workers.model.base import model_shape
 from workers.model.config import fingerprint_model, has_chat_template
+from workers.scoring.registry import SCORES
 from workers.timeline import cut_steps, expected_rows
 from workers.types import JSON, Dataset, SpecError
 
@@ -342,8 +342,7 @@ class Planner:
                 f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
                 "set chat_template: false, or give an instruct model"
             )
-        if spec.scoring.ability_text is not None:
-            read_held_out(spec.scoring.ability_text)
+        SCORES.check(spec.scoring)
         self.shape = model_shape(spec.model)
         self.spec = spec
         self.common = Common(
@@ -506,7 +505,7 @@ def _cut(
 ) -> Iterator[Shard]:
     """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the same code in lockstep."""
     engine = [spec.engine.threads, spec.engine.step_edits]
-    common = digest([_scoring_key(spec.scoring), *engine, spec.grid.rollback])
+    common = digest([SCORES.shard_key(spec.scoring), *engine, spec.grid.rollback])
     whole = collect_chains(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
     most_work = TAIL * lower_bound(whole, effort)
 
@@ -540,14 +539,6 @@ def _composition(run: GroupRange, ids: Callable[[tuple[int, ...]], str]) -> str:
     """What of a run enters its shard's id. ``ids``: those of cells, by their places in the plan."""
     ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
     return "^".join((ranges, *map(ids, run.riders)))
-
-
-def _scoring_key(score: ScoreConfig) -> Mapping[str, JSON]:
-    """What of the scoring settings enters a shard's id. Those that came later count only where they are set."""
-    later = {"fluency_tokens", "fluency_top_k", "ability_text", "ability_tokens", "ability_window"}
-    values: dict[str, JSON] = score.model_dump(mode="json")
-    defaults = ScoreConfig().model_dump(mode="json")
-    return {name: value for name, value in values.items() if name not in later or value != defaults[name]}
 
 
 def _shard_id(composition: str, retry: int) -> str:
