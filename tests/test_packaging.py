@@ -326,6 +326,9 @@ def skeleton(tmp_path: Path) -> Path:
     (tmp_path / "orchestrator/results/artifact_store.py").write_text(
         "import workers.artifacts.base\n", encoding="utf-8"
     )
+    (tmp_path / "workers/scoring/fluency.py").write_text(
+        "def f():\n    import torch, workers.model.base, workers.rng\n", encoding="utf-8"
+    )
     return tmp_path
 
 
@@ -357,6 +360,14 @@ RAY = "orchestrator/engine/ray_engine"
         ({"orchestrator/planning/plan.py": "from ray import tune"}, {"ray-in-one-room"}),
         ({"orchestrator/engine/local.py": "from ray import tune"}, {"ray-in-one-room"}),
         ({"orchestrator/results/table.py": "import transformers"}, {"reading-results-is-light"}),
+        ({"orchestrator/results/columns.py": "import workers.scoring.fluency"}, set()),
+        (
+            {
+                "orchestrator/results/columns.py": "import workers.scoring.registry",
+                "workers/scoring/registry.py": "import transformers",
+            },
+            {"reading-results-is-light"},
+        ),
         (
             {"orchestrator/results/query.py": "import workers.job", "workers/job.py": "import torch"},
             {"reading-results-is-light"},
