@@ -35,7 +35,7 @@ from orchestrator.storage import lock as locking
 from orchestrator.storage.base import StoreError
 from orchestrator.storage.local import LocalStore
 from tests.engine import RAW, ROOT, Stop, Watch, placeless, rows, run, spec_of, wait_for
-from workers.scoring import score as scoring
+from workers.scoring import forward
 from workers.types import EditSweepError, SpecError
 
 
@@ -259,7 +259,7 @@ def test_memory_that_runs_out_in_scoring_splits_the_batch_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]]
 ) -> None:
     """A device that holds eight sequences at a time."""
-    both = scoring._both
+    both = forward.both_replies
 
     def limited(base: Any, overlay: Any, batch: Any, *rest: Any) -> Any:
         if len(batch) > 8:
@@ -267,7 +267,7 @@ def test_memory_that_runs_out_in_scoring_splits_the_batch_and_says_so(
         return both(base, overlay, batch, *rest)
 
     assert {row["score_splits"] for row in reference} == {0}
-    monkeypatch.setattr(scoring, "_both", limited)
+    monkeypatch.setattr(forward, "both_replies", limited)
     assert run(tmp_path / "r").exit_code == 0
     found = rows(tmp_path / "r")
     assert max(row["score_splits"] for row in found) >= 1

@@ -221,3 +221,19 @@ def test_importing_is_light_and_quick(results: Results) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_no_module_of_results_loads_torch() -> None:
+    """What declares the columns of scores stands in the files that measure them, whose other half needs torch."""
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "import orchestrator.results, orchestrator.storage\n"
+        "for package in (orchestrator.results, orchestrator.storage):\n"
+        "    for found in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(found.name)\n"
+        "assert 'workers.scoring.fluency' in sys.modules\n"
+        "heavy = {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

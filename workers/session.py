@@ -9,8 +9,7 @@ from typing import Self
 
 import torch
 
-from workers.artifacts.base import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
-from workers.artifacts.base_scores import build_base_scores
+from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.artifacts.fisher import KIND as FISHER
 from workers.artifacts.fisher import build_fisher
 from workers.artifacts.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
@@ -33,7 +32,6 @@ BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], Artifac
         TEMPLATES: build_templates,
         TRAINING: build_training,
         PRETRAINED: build_pretrained,
-        BASE_SCORES: build_base_scores,
     }
 )
 
@@ -63,7 +61,6 @@ class Session:
 
         Raises :class:`ModelError` for a kind nobody builds.
         """
-        bench.answers = self.base_answers
         return _build(self.base, spec, bench)
 
 

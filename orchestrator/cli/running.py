@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,10 +13,10 @@ import typer
 from orchestrator.cli.app import Bug, Only, Overrides, RemoteCode, RetryFailed, SpecFile, quote, silence_libraries
 from orchestrator.cli.console import Output, duration, size
 from orchestrator.cli.summary import show_summary
-from workers.types import DataError, EditSweepError, ModelError, SpecError
+from workers.types import EditSweepError
 
 if TYPE_CHECKING:
-    from orchestrator.engine.books import Engine, Outcome
+    from orchestrator.engine.books import Outcome
     from orchestrator.engine.sweep import ArtifactState
     from orchestrator.planning.plan import Plan
     from orchestrator.planning.spec import SweepSpec
@@ -40,11 +39,10 @@ def plan(
 ) -> None:
     """Show cells, shards, lanes, edits, memory and time; run nothing, write nothing."""
     from orchestrator.cli.console import begin_line
-    from orchestrator.engine.folder import check_folder, read_progress
-    from orchestrator.planning.plan import Planner, Progress
-    from orchestrator.results.journal import Journal
+    from orchestrator.engine.folder import read_folder
+    from orchestrator.planning.plan import Planner
+    from orchestrator.planning.spec import default_results, naming
     from orchestrator.results.select import select
-    from orchestrator.results.table import CentralTable
     from orchestrator.storage.open import open_store
     from orchestrator.storage.paths import ResultsPaths
 
@@ -52,10 +50,9 @@ def plan(
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
     store = open_store(folder)
-    check_folder(spec, store, ResultsPaths())
+    progress = read_folder(spec, store, retry_failed)
     there = store.exists(ResultsPaths().sweep)
-    progress = read_progress(CentralTable(store), Journal(store), retry_failed) if there else Progress()
-    with _naming(spec_file):
+    with naming(spec_file):
         planner = Planner(spec)
         made = planner.plan(progress, select(only, planner.described(), "--only") if only else None)
     out.say(f"sweep {spec.name}: {begin_line(made)}")
@@ -107,12 +104,6 @@ def plan(
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
         present = sum(key not in {spec.key for spec in missing} for key in needed)
         out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built")
-    shared = [shards for shards in made.schedules() if len(shards) > 1]
-    if shared:
-        out.say(
-            f"base model: its replies to what {sum(map(len, shared))} of {len(made.shards)} shards score are computed once "
-            f"for {len(shared)} schedules that several share"
-        )
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
 
 
@@ -148,21 +139,23 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
 ) -> None:
     """Run what is not done yet. Run it again after any interruption: it continues."""
+    from orchestrator.planning.spec import default_results, naming
+
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
 
-    from orchestrator.engine.sweep import run_sweep
+    from orchestrator.engine.sweep import engine_named, run_sweep
     from orchestrator.storage.open import open_store
 
     began = time.monotonic()
     try:
-        with _naming(spec_file):
+        with naming(spec_file):
             outcome = run_sweep(
                 spec,
                 open_store(folder),
-                _engine(engine),
+                engine_named(engine),
                 out.view(),
                 max_actors,
                 only=only or (),
@@ -190,17 +183,21 @@ def artifacts(
     verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
 ) -> None:
     """Build what the sweep's shards share (statistics, trained networks) and nothing else; run again, it continues."""
+    from orchestrator.planning.spec import default_results, naming
+
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = results or default_results(spec)
 
-    from orchestrator.engine.sweep import build_artifacts
+    from orchestrator.engine.sweep import build_artifacts, engine_named
     from orchestrator.storage.open import open_store
 
     try:
-        with _naming(spec_file):
-            states, interrupted = build_artifacts(spec, open_store(folder), _engine(engine), out.view(), max_actors)
+        with naming(spec_file):
+            states, interrupted = build_artifacts(
+                spec, open_store(folder), engine_named(engine), out.view(), max_actors
+            )
     except EditSweepError:
         raise
     except KeyboardInterrupt:
@@ -219,20 +216,11 @@ def artifacts(
 
 
 def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str, str]]:
-    """A line for each; one for all of a kind that comes in hundreds and is in the same state."""
-    from orchestrator.engine.books import AGGREGATED_KINDS
-
-    together: dict[tuple[str, str], list[ArtifactState]] = {}
-    for found in states:
-        one = "" if found.spec.kind in AGGREGATED_KINDS else found.spec.key
-        together.setdefault((found.spec.kind, one or found.state), []).append(found)
-    rows = []
-    for alike in together.values():
-        first = alike[0]
-        told = f"{len(alike)} of them" if first.spec.kind in AGGREGATED_KINDS else first.spec.key
-        sizes = [found.bytes for found in alike if found.bytes is not None]
-        rows.append((first.spec.kind, told, size(sum(sizes)) if sizes else "", first.state))
-    return rows
+    """A line for each."""
+    return [
+        (found.spec.kind, found.spec.key, "" if found.bytes is None else size(found.bytes), found.state)
+        for found in states
+    ]
 
 
 def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
@@ -293,36 +281,8 @@ def _failures_by_cell(outcome: Outcome) -> dict[str, list[str]]:
 
 
 def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: bool) -> SweepSpec:
-    from orchestrator.planning.spec import load_spec
+    from orchestrator.planning.spec import check_trust, load_spec
 
     spec = load_spec(spec_file, overrides or ())
-    if spec.model.trust_remote_code and not trust_remote_code:
-        raise SpecError(
-            f"{spec_file}: model.trust_remote_code: true lets the model's files run code on this machine; "
-            "if you trust them, say so on the command line too: --trust-remote-code"
-        )
+    check_trust(spec, str(spec_file), trust_remote_code, "on the command line too: --trust-remote-code")
     return spec
-
-
-def _engine(name: Literal["ray", "local"]) -> Engine:
-    """Imported when it is chosen: the local engine needs no Ray."""
-    if name == "local":
-        from orchestrator.engine.local import run_local
-
-        return run_local
-    from orchestrator.engine.ray_engine.run import run_ray
-
-    return run_ray
-
-
-@contextlib.contextmanager
-def _naming(spec_file: Path) -> Iterator[None]:
-    """What the planner finds wrong with a spec, or with what it names, tells the spec's file, as the parser's messages do."""
-    try:
-        yield
-    except (SpecError, DataError, ModelError) as error:
-        raise type(error)(f"{spec_file}: {error}") from None
-
-
-def default_results(spec: SweepSpec) -> str:
-    return str(Path("results") / spec.name)

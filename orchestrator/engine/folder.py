@@ -11,12 +11,13 @@ import yaml
 from orchestrator.engine.books import Outcome
 from orchestrator.engine.machine import this_process, versions
 from orchestrator.planning.plan import Plan, Progress, Spent
-from orchestrator.planning.spec import SweepSpec, scoring_identity
+from orchestrator.planning.spec import SweepSpec
 from orchestrator.results.journal import Journal, ShardProgress
 from orchestrator.results.table import CentralTable, TableShard
 from orchestrator.storage.base import Missing, Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json
+from workers.scoring.registry import SCORES
 from workers.types import JSON, EditSweepError
 
 
@@ -41,6 +42,15 @@ def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = Fa
         spent.append(Spent(manifest.shard_id, tuple(manifest.columns), progress.edits, _seconds(progress)))
     given_up = {} if retry_failed else table.given_up()
     return Progress(done=table.done(), given_up=given_up, begun=begun, used=frozenset(listed), spent=spent)
+
+
+def read_folder(spec: SweepSpec, store: Store, retry_failed: bool = False) -> Progress:
+    """Progress of a sweep in a results folder, which need not exist yet. Refuses that of another sweep; writes nothing."""
+    paths = ResultsPaths()
+    check_folder(spec, store, paths)
+    if not store.exists(paths.sweep):
+        return Progress()
+    return read_progress(CentralTable(store, paths), Journal(store, paths), retry_failed)
 
 
 def _seconds(shard: TableShard | ShardProgress) -> float:
@@ -68,7 +78,7 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
             f"{store.where()} holds the results of the sweep {found.get('name')!r}, not of {spec.name!r}; "
             "give another folder with --results"
         )
-    mine = dict(scoring_identity(spec.scoring))
+    mine = SCORES.identity(spec.scoring)
     theirs = found.get("scoring", mine)
     changed = [
         f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
@@ -83,7 +93,7 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
 
 
 def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
-    identity = {"name": spec.name, "scoring": dict(scoring_identity(spec.scoring))}
+    identity = {"name": spec.name, "scoring": SCORES.identity(spec.scoring)}
     if not store.publish_new(paths.sweep, seal_json(identity)):
         check_folder(spec, store, paths)
 

@@ -62,7 +62,6 @@ def build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
         except Exception as error:
             books.artifact_failed(spec, f"{type(error).__name__}: {error}")
         books.check()
-    books.artifacts_ended()
 
 
 def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event) -> None:

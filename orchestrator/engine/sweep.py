@@ -17,10 +17,19 @@ import secrets
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.engine.books import Books, Engine, Outcome, View
-from orchestrator.engine.folder import check_folder, enter_folder, read_progress, write_end, write_plan, write_run
-from orchestrator.planning.plan import Planner
+from orchestrator.engine.folder import (
+    check_folder,
+    enter_folder,
+    read_folder,
+    read_progress,
+    write_end,
+    write_plan,
+    write_run,
+)
+from orchestrator.planning.plan import Plan, Planner
 from orchestrator.planning.spec import SweepSpec
 from orchestrator.results.journal import Journal
 from orchestrator.results.select import select
@@ -29,6 +38,24 @@ from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from workers.artifacts.base import ArtifactSpec, in_order
+
+
+def engine_named(name: Literal["ray", "local"]) -> Engine:
+    """The engine of that name. Imported when it is chosen: the local one needs no Ray."""
+    if name == "local":
+        from orchestrator.engine.local import run_local
+
+        return run_local
+    from orchestrator.engine.ray_engine.run import run_ray
+
+    return run_ray
+
+
+def plan_sweep(spec: SweepSpec, store: Store, only: Sequence[str] = (), retry_failed: bool = False) -> Plan:
+    """Plan what :func:`run_sweep` would run. Writes nothing."""
+    progress = read_folder(spec, store, retry_failed)
+    planner = Planner(spec)
+    return planner.plan(progress, select(only, planner.described(), "--only") if only else None)
 
 
 def run_sweep(
@@ -97,7 +124,7 @@ def build_artifacts(
 ) -> tuple[tuple[ArtifactState, ...], bool]:
     """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing else.
 
-    Base-model scores are those that the shards share which are left to run. Also returns whether the user interrupted it.
+    Also returns whether the user interrupted it.
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
@@ -123,7 +150,7 @@ def build_artifacts(
 def _artifact_states(books: Books, missing: Collection[str]) -> tuple[ArtifactState, ...]:
     saved = {found["key"]: found for found in books.artifacts.unfinished()}
     states = []
-    specs = [*in_order(books.plan.artifacts.values()), *books.base_scores]
+    specs = in_order(books.plan.artifacts.values())
     sizes = {kind: books.artifacts.sizes(kind) for kind in {spec.kind for spec in specs}}
     for spec in specs:
         size = sizes[spec.kind].get(spec.key)
@@ -156,5 +183,12 @@ def _outcome(books: Books) -> Outcome:
     wanted = set(unfinished)
     failed = tuple(failure for failure in books.table.failed() if failure["cell_id"] in wanted)
     return Outcome(
-        books.plan, books.run_id, tuple(unfinished), dict(books.errors), failed, books.interrupted, books.safety
+        plan=books.plan,
+        run_id=books.run_id,
+        unfinished=tuple(unfinished),
+        errors=dict(books.errors),
+        failed_groups=failed,
+        interrupted=books.interrupted,
+        folder=books.store.where(),
+        safety=books.safety,
     )

@@ -64,7 +64,7 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         **ENVIRONMENT,
     }
-    runtime = {**spec.runtime_env, "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})}}
+    runtime: dict[str, Any] = {**spec.runtime_env, "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})}}
     options: dict[str, Any] = {
         "runtime_env": runtime,
         "namespace": f"editsweep-{books.run_id}",
@@ -79,7 +79,10 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         books.view.note("starting a local Ray")
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
     try:
-        ray.init(**options)
+        with tempfile.TemporaryDirectory() as empty:
+            # Without one, Ray lets its workers import from the driver's working directory first: a `workers` there hides ours.
+            runtime.setdefault("working_dir", empty)
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as error:
         what = f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
         raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,148 @@
+"""The Python interface of editsweep: plan a sweep, run it, read its table.
+
+>>> import editsweep
+>>> small = ["dataset.edits=4", "grid.T=[1,4]", "grid.seeds=[0]", "methods=[ft]"]
+>>> plan = editsweep.plan("sweeps/demo.yaml", overrides=small)
+>>> len(plan.cells), plan.edits_left
+(2, 7)
+>>> outcome = editsweep.run("sweeps/demo.yaml", "results/ft", overrides=small, engine="local")
+>>> outcome.unfinished
+()
+>>> results = editsweep.open_results(outcome.folder)
+>>> results.sql("SELECT T, count(*) AS edits FROM edits WHERE scored = 'final' GROUP BY T ORDER BY T").to_pylist()
+[{'T': 1, 'edits': 4}, {'T': 4, 'edits': 4}]
+
+Each function does what the command of the same name does; a mistake in the spec raises an :class:`EditSweepError`.
+Importing this package imports nothing else: torch, Ray and Arrow come with the first call that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from orchestrator.engine.books import Outcome, View
+    from orchestrator.planning.plan import Plan
+    from orchestrator.planning.spec import SweepSpec
+    from orchestrator.results.query import Results
+    from workers.types import EditSweepError
+
+__all__ = ["EditSweepError", "Outcome", "Plan", "Results", "SweepSpec", "View", "open_results", "plan", "run"]
+
+_HOMES = {
+    "EditSweepError": "workers.types",
+    "Outcome": "orchestrator.engine.books",
+    "Plan": "orchestrator.planning.plan",
+    "Results": "orchestrator.results.query",
+    "SweepSpec": "orchestrator.planning.spec",
+    "View": "orchestrator.engine.books",
+}
+"""The module of each class that is imported when it is first asked for."""
+
+
+def plan(
+    spec: SweepSpec | str | os.PathLike[str],
+    results: str | os.PathLike[str] | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    retry_failed: bool = False,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Plan what is left of a sweep. Runs nothing and writes nothing.
+
+    Args:
+        spec: The sweep's YAML file, or a spec that was read before.
+        results: The folder whose finished work is subtracted (default: ``results/<name of the sweep>``).
+        overrides: Fields to override, as in ``["grid.T=[1,10]"]``.
+        only: Cells to plan, as in ``["method=wise,T=1000"]``; none means all.
+        retry_failed: Plan the groups that failed in an earlier run as well.
+        trust_remote_code: Allow the model's own code to run; the spec must ask for it too.
+    """
+    from orchestrator.engine.sweep import plan_sweep
+    from orchestrator.planning.spec import default_results, naming
+    from orchestrator.storage.open import open_store
+
+    read, source = _read(spec, overrides, trust_remote_code)
+    store = open_store(default_results(read) if results is None else results)
+    with naming(source):
+        return plan_sweep(read, store, only=only, retry_failed=retry_failed)
+
+
+def run(
+    spec: SweepSpec | str | os.PathLike[str],
+    results: str | os.PathLike[str] | None = None,
+    *,
+    engine: Literal["ray", "local"] = "ray",
+    max_actors: int | None = None,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    retry_failed: bool = False,
+    trust_remote_code: bool = False,
+    view: View | None = None,
+) -> Outcome:
+    """Run what is not done yet of a sweep. Called again after any interruption, it continues.
+
+    Args:
+        spec: The sweep's YAML file, or a spec that was read before.
+        results: The results folder, or ``s3://bucket/prefix`` (default: ``results/<name of the sweep>``).
+        engine: ``ray`` for many processes and machines, ``local`` for this process.
+        max_actors: Shards in flight at most (default: the spec's ``engine.max_actors``).
+        overrides: Fields to override, as in ``["grid.T=[1,10]"]``.
+        only: Cells to run, as in ``["method=wise,T=1000"]``; none means all.
+        retry_failed: Run the groups that failed in an earlier run as well.
+        trust_remote_code: Allow the model's own code to run; the spec must ask for it too.
+        view: Receives the progress (default: notes and warnings go to the logger ``editsweep``).
+
+    Returns:
+        How the run ended: ``unfinished`` cells, ``errors`` by shard, and the ``folder`` for :func:`open_results`.
+        A cell that fails raises nothing.
+    """
+    from editsweep.view import LogView
+    from orchestrator.engine.sweep import engine_named, run_sweep
+    from orchestrator.planning.spec import default_results, naming
+    from orchestrator.storage.open import open_store
+
+    read, source = _read(spec, overrides, trust_remote_code)
+    store = open_store(default_results(read) if results is None else results)
+    with naming(source):
+        return run_sweep(
+            read,
+            store,
+            engine_named(engine),
+            view or LogView(),
+            max_actors,
+            only=only,
+            retry_failed=retry_failed,
+        )
+
+
+def open_results(folder: str | os.PathLike[str]) -> Results:
+    """Open a results folder, or ``s3://bucket/prefix``, for reading; a sweep may be writing to it meanwhile."""
+    from orchestrator.results import query
+
+    return query.open_results(folder)
+
+
+def _read(
+    spec: SweepSpec | str | os.PathLike[str], overrides: Sequence[str], trust_remote_code: bool
+) -> tuple[SweepSpec, str]:
+    """The spec with its overrides, and its name in error messages."""
+    from orchestrator.planning.spec import SweepSpec, check_trust, load_spec, override_spec
+
+    if isinstance(spec, SweepSpec):
+        read, source = override_spec(spec, overrides), f"the sweep {spec.name!r}"
+    else:
+        read, source = load_spec(Path(spec), overrides), str(spec)
+    check_trust(read, source, trust_remote_code, "trust_remote_code=True")
+    return read, source
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
