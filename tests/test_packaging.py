@@ -345,7 +345,7 @@ RAY = "orchestrator/engine/ray_engine"
         ({"workers/types.py": "import ray"}, {"streams-run-in-a-notebook"}),
         ({"workers/methods/ft.py": "def f():\n    import pyarrow.parquet"}, {"streams-run-in-a-notebook"}),
         ({"workers/types.py": "from orchestrator.planning import plan"}, {"streams-run-in-a-notebook"}),
-        ({"workers/model/base.py": "import workers.scoring.score"}, {"floors-of-workers"}),
+        ({"workers/model/base.py": "import workers.inner_loop.suffix"}, {"floors-of-workers"}),
         ({"workers/kernels/matmul.py": "from workers.data import records"}, {"floors-of-workers"}),
         ({"workers/a_room_without_a_floor.py": ""}, {"floors-of-workers"}),
         ({"workers/methods/base.py": "from workers.methods.families import locate"}, {"floors-of-methods"}),
