@@ -26,7 +26,8 @@ _LISTED = 10
 """Cells, or failures of a cell, that are listed one by one."""
 
 _ROWS = 100
-"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large sweep, and no reader wants them all."""
+"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large sweep, and no
+reader wants them all."""
 
 _FORCE_SECONDS = 5.0
 _CELL_CHARACTERS = 1000

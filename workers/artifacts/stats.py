@@ -66,8 +66,8 @@ def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how
 
 
 def corpus_recipe(corpus: str) -> dict[str, JSON]:
-    """The part of an artifact's key that identifies a corpus: its content, not its place (the embedded one's name has been in it from
-    the first). The path goes into :attr:`ArtifactSpec.where`."""
+    """The part of an artifact's key that identifies a corpus: its content, not its place (the embedded one's
+    name has been in it from the first). The path goes into :attr:`ArtifactSpec.where`."""
     written_as = corpus_format(corpus)
     return {
         **({"corpus": corpus} if corpus == "embedded" else {}),
