@@ -21,7 +21,7 @@ from workers.methods import get_method
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FTConfig
 from workers.methods.wise.config import WISEConfig
-from workers.methods.wise.method import masked_descent
+from workers.methods.wise.optim import masked_descent
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
 from workers.rng import RandomStreams

@@ -30,7 +30,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from workers.inner_loop.finetune import Example, Problem, descend, with_target
+from workers.inner_loop.finetune import Example, fine_tune, with_target
 from workers.inner_loop.optim import Box
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
@@ -115,9 +115,15 @@ class FT(Method[FTConfig, DenseOverlay]):
 
     def edit(self, overlay: DenseOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config = self.config
-        problem = Problem.of(self.base, overlay, [edit.requests for edit in edits], self._example)
-        found = descend(
-            self.base, overlay, problem, config.num_steps, config.lr, config.weight_decay, self._boxes(overlay)
+        found = fine_tune(
+            self.base,
+            overlay,
+            [edit.requests for edit in edits],
+            self._example,
+            num_steps=config.num_steps,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            boxes=self._boxes(overlay),
         )
         return [
             EditOutcome(count, loss, {"first_loss": first})

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
@@ -253,9 +253,7 @@ class GRACE(Method[GRACEConfig, Codebook]):
             slots.append(slot)
         trained = [self.config.train_matched or rule not in ("expand", "keep") for rule in rules]
 
-        value_LO = torch.stack(starts).requires_grad_(True)
-        optimizer = Adam([value_LO], self.config.lr)
-        steps = Lockstep(overlay.lanes, self.base.device, trained, self.base.pool)
+        value_LO = torch.stack(starts)
         plain_BSO = suffix.output_BSO[:, suffix.first :]
         where_BS1 = overlay.replaced(rows)[:, suffix.first :, None]
 
@@ -263,21 +261,19 @@ class GRACE(Method[GRACEConfig, Codebook]):
             output_BSO = torch.where(where_BS1, value_LO.to(plain_BSO.dtype)[:, None], plain_BSO)
             return batch.targets.nll(self.base, suffix.hidden(output_BSO))
 
-        for _ in range(self.config.n_iter):
-            optimizer.zero_grad()
-            now_L = steps.forward(losses, [value_LO])
-            steps.record(now_L)
-            steps.keep(torch.isfinite(now_L))
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
+        found = descend(
+            WholeBatch([value_LO], losses),
+            Adam([value_LO], self.config.lr),
+            self.config.n_iter,
+            pool=self.base.pool,
+            start=trained,
+        )
         for lane, slot in enumerate(slots):
-            overlay.values_LKO[lane, slot] = value_LO[lane].detach()
+            overlay.values_LKO[lane, slot] = value_LO[lane]
         return [
             EditOutcome(count, loss, {"rule": rule, "keys": len(labels)})
             for count, loss, rule, labels in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), rules, overlay.labels, strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), rules, overlay.labels, strict=True
             )
         ]
 

@@ -50,8 +50,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import batch, with_target
-from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import split_module
@@ -395,33 +395,26 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         for site in overlay.adapted:
             out, in_features = site.shape
             starts = [uniform_A(edit.streams, f"A {site.name}", config.rank, in_features) for edit in edits]
-            down_LRI[site.name] = torch.stack(starts).to(base.device, base.master_dtype).requires_grad_(True)
-            up_LOR[site.name] = torch.zeros(
-                len(edits), out, config.rank, dtype=base.master_dtype, device=base.device, requires_grad=True
-            )
-        optimizer = Adam([*down_LRI.values(), *up_LOR.values()], config.lr)
-        steps = Lockstep(overlay.lanes, base.device)
+            down_LRI[site.name] = torch.stack(starts).to(base.device, base.master_dtype)
+            up_LOR[site.name] = torch.zeros(len(edits), out, config.rank, dtype=base.master_dtype, device=base.device)
+        factors = [*down_LRI.values(), *up_LOR.values()]
 
         def losses() -> Tensor:
             with overlay.learning(rows, down_LRI, up_LOR):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
-        for step in range(config.num_iter):
-            optimizer.lr = config.lr * 0.5 ** (step // config.halve_every)
-            optimizer.zero_grad()
-            now_L = steps.forward(losses, optimizer.params)
-            steps.record(now_L)
-            steps.keep(torch.isfinite(now_L))
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
+        found = descend(
+            WholeBatch(factors, losses),
+            Adam(factors, config.lr),
+            config.num_iter,
+            lr=lambda step: config.lr * 0.5 ** (step // config.halve_every),
+        )
         for lane in range(overlay.lanes):
             overlay.append(lane, down_LRI, up_LOR)
         return [
             EditOutcome(count, loss, {"rules": rule, "clusters": len(database.clusters)})
             for count, loss, rule, database in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), rules, overlay.databases, strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), rules, overlay.databases, strict=True
             )
         ]
 
