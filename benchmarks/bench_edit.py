@@ -122,7 +122,7 @@ class Bench:
     """One method on one model."""
 
     base: BaseModel
-    editor: Method[Any]
+    editor: Method[Any, Any]
     loop: Loop
     requests: list[EditRequest]
 

@@ -87,7 +87,7 @@ class MethodContract:
 
     # --- helpers ---
 
-    def prepared(self, base: BaseModel) -> tuple[Method[Any], dict[str, ArtifactData]]:
+    def prepared(self, base: BaseModel) -> tuple[Method[Any, Any], dict[str, ArtifactData]]:
         inputs = build_inputs(base, self.method, self.config())
         return get_method(self.method).prepare(base, self.config(), inputs), inputs
 
@@ -95,7 +95,11 @@ class MethodContract:
         return RandomStreams(self.method, self.config().model_dump(mode="json"), 0, first, position)
 
     def edit(
-        self, method: Method[Any], overlay: Overlay, inputs: Mapping[str, ArtifactData], lanes: list[list[EditRequest]]
+        self,
+        method: Method[Any, Any],
+        overlay: Overlay,
+        inputs: Mapping[str, ArtifactData],
+        lanes: list[list[EditRequest]],
     ) -> None:
         """Edit each lane's list of requests, in lockstep."""
         for position in range(len(lanes[0])):
@@ -227,7 +231,7 @@ class MethodContract:
             edit(alone, [i])
             self.assert_near(method, together.state(i), alone.state(0), 1e-5 if arch == "llama" else 1e-6)
 
-    def assert_near(self, method: Method[Any], a: LaneState, b: LaneState, tolerance: float) -> None:
+    def assert_near(self, method: Method[Any, Any], a: LaneState, b: LaneState, tolerance: float) -> None:
         """Equal up to rounding, measured by what was changed."""
         assert a.tensors.keys() == b.tensors.keys() and bool(a.tensors) is (self.effect != "none")
         assert near(a.meta, b.meta, tolerance)
@@ -235,7 +239,7 @@ class MethodContract:
             scale = self.change(method, name, value).norm().clamp_min(1e-12)
             assert (a.tensors[name] - value).double().norm() / scale <= tolerance, name
 
-    def change(self, method: Method[Any], name: str, value: torch.Tensor) -> torch.Tensor:
+    def change(self, method: Method[Any, Any], name: str, value: torch.Tensor) -> torch.Tensor:
         """What a tensor of the state changed against the pristine state: errors are relative to that."""
         start = method.new_overlay(1)
         site = next((s for s in start.sites if s.name == name), None)

@@ -19,6 +19,8 @@ from pydantic_core import PydanticUndefined
 from orchestrator import open_results
 from orchestrator.planning.spec import SweepSpec, parse_spec
 from tests.shards import finish, make_manifest
+from workers.job import ScoreConfig
+from workers.scoring.registry import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -118,14 +120,18 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
         if name == "methods":
             (inner, _) = inner.__args__  # type: ignore[union-attr]
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from keys_of(inner, f"{prefix}{name}.")
+            parts = [inner]
+            if inner is ScoreConfig:
+                parts += dict.fromkeys(score.settings for line in SCORES.lines for score in line)
+            for part in parts:
+                yield from keys_of(part, f"{prefix}{name}.")
             continue
         default: Any = field.get_default(call_default_factory=True, validated_data={})
         if default is PydanticUndefined:
-            yield f"{prefix}{name}", "required"
+            yield f"{prefix}{field.alias or name}", "required"
             continue
         shown = json.dumps(list(default) if isinstance(default, tuple) else default).strip('"') or '""'
-        yield f"{prefix}{name}", f"`{shown}`"
+        yield f"{prefix}{field.alias or name}", f"`{shown}`"
 
 
 def test_the_spec_page_has_every_key_with_its_default() -> None:

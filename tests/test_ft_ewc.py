@@ -32,7 +32,7 @@ def config(**changes: Any) -> FTEWCConfig:
 
 def edited(
     base: BaseModel, settings: Any, name: str = "ft-ewc", edits: int = 2
-) -> tuple[Method[Any], torch.Tensor, Any]:
+) -> tuple[Method[Any, Any], torch.Tensor, Any]:
     """The change of the trained map after some edits, and the last outcome."""
     editor = get_method(name).prepare(base, settings, build_inputs(base, name, settings))
     overlay = editor.new_overlay(1)

@@ -1,4 +1,4 @@
-"""What a stream is asked to do, as frozen data, and the timeline of ticks that follows from it. Free of torch.
+"""A stream's work as frozen data. Free of torch.
 
 The planner writes a :class:`StreamJob` into a shard's manifest; a stream executes it tick by tick. Everything that
 decides a bit of the result stands here (lanes, batch composition, scoring batches), so that a shard resumed elsewhere
@@ -21,7 +21,7 @@ BATCHING = "batching"
 
 
 class ScoreConfig(Frozen):
-    """Which moments are scored, and how scoring work is cut into frozen batches.
+    """The moments that are scored, and the sizes of the frozen scoring batches.
 
     Further keys are settings of single scores. What they mean stands with the score (:mod:`workers.scoring.registry`), which
     checks them when a spec is read; here they are JSON values that are passed on.
@@ -63,7 +63,7 @@ class StreamCell(Frozen):
 
 
 class Share(Frozen):
-    """What a lane reports: groups ``group .. stop_group`` (exclusive) of ``cells[cell]``."""
+    """The groups that a lane reports: ``group .. stop_group`` (exclusive) of ``cells[cell]``."""
 
     cell: int = 0
     group: int

@@ -59,7 +59,7 @@ class Session:
     def build(self, spec: ArtifactSpec, bench: Workbench) -> ArtifactData:
         """Compute an artifact from its recipe and what ``bench.inputs`` holds of its needs.
 
-        Raises :class:`ModelError` for a kind nobody builds.
+        Raises :class:`ModelError` for a kind without a builder.
         """
         return _build(self.base, spec, bench)
 

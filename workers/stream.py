@@ -64,7 +64,7 @@ class TickProgress:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gives: ticks [start, stop), the rows scored in it, and the edit state to continue from.
+    """Result of one step: ticks [start, stop), the rows scored in it, and the edit state to continue from.
 
     ``state`` is None at a wave's end, where the next wave starts from the pristine model.
     """
@@ -99,7 +99,7 @@ class _Wave:
 
 @dataclass
 class _Done:
-    """What one tick gave."""
+    """Result of one tick."""
 
     rows: list[dict[str, JSON]] = field(default_factory=list)
     failures: list[GroupFailure] = field(default_factory=list)

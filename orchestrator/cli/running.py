@@ -108,7 +108,7 @@ def plan(
 
 
 def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
-    """How long what is left may take: resources reserved, and the makespan on a number of actors."""
+    """Print how long the rest may take: resources reserved, and the makespan on a number of actors."""
     reserved = made.spec.engine.resources
     seconds = sum(shard.seconds_left for shard in made.shards)
     kind, share = ("GPU", reserved.gpu) if reserved.gpu else ("CPU", reserved.cpu)

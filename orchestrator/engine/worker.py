@@ -63,8 +63,8 @@ class StepReport:
     actor_seconds: float = 0.0
 
 
-def _nobody(done: int, total: int, what: str) -> None:
-    """Nobody is watching."""
+def _no_progress(done: int, total: int, what: str) -> None:
+    """No-op progress callback."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Bench:
         spec: ArtifactSpec,
         model: ModelConfig,
         threads: int,
-        progress: Callable[[int, int, str], None] = _nobody,
+        progress: Callable[[int, int, str], None] = _no_progress,
         stopping: Callable[[], bool] = bool,
     ) -> ArtifactData:
         """An artifact from the store, built and stored first if it is not there, and what it needs before it.

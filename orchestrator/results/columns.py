@@ -174,7 +174,7 @@ def sort_rows(table: pa.Table) -> pa.Table:
 
 
 def has_duplicates(ordered: pa.Table) -> bool:
-    """Whether two rows of a table ordered by :data:`KEY` share a key."""
+    """Return whether two rows of a table ordered by :data:`KEY` share a key."""
     same = None
     for name in KEY:
         column = ordered.column(name)

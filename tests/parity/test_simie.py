@@ -23,7 +23,7 @@ from workers.methods.simie import BASES, SimIE, SimIEConfig
 from workers.model.base import model_shape
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import EMBEDDED, ModelConfig, ModelFingerprint
-from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.overlay import LowRankOverlay
 from workers.types import EditRequest, SpecError
 
 ELSEWHERE = ModelConfig(name="some/other-model")
@@ -40,8 +40,8 @@ class LeftPaddedROME(ROME):
         super().__init__(*args)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        assert isinstance(overlay, LowRankOverlay) and overlay.rank == 0
+    def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        assert overlay.rank == 0
         for (request,) in (edit.requests for edit in edits):
             if request.case_id not in self.known:  # what the pristine model gives is the same in every group
                 self.known[request.case_id] = self.factors(request)
@@ -142,8 +142,7 @@ def test_scores(T: int) -> None:
 class Given(ROME):
     """Gives each request a change of its own, whatever the model says."""
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        assert isinstance(overlay, LowRankOverlay)
+    def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         generators = [edit.streams.generator("change") for edit in edits]
         out, in_features = self.site.shape
         left, right = (torch.stack([torch.randn(n, generator=g) for g in generators]) for n in (out, in_features))

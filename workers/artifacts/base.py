@@ -109,7 +109,7 @@ def in_order(
 
 
 def _nothing(done: int, total: int, what: str) -> None:
-    """Nobody is watching."""
+    """No-op progress callback."""
 
 
 def _read_dataset(source: Mapping[str, JSON], fingerprint: str) -> Dataset:
@@ -135,7 +135,7 @@ def _no_trainer(method: str) -> Callable[..., Any]:
 
 @dataclass
 class Workbench:
-    """What a builder finds beside the model: the artifacts it needs, someone to tell, and a place for unfinished work.
+    """A builder's surroundings: the artifacts it needs, a progress callback, and a place for unfinished work.
 
     This one keeps unfinished work in memory; the engine's is durable. What :meth:`save` was last given is what :meth:`load`
     returns in the next attempt, until the artifact is finished. When work is saved changes no bit of the result.

@@ -103,7 +103,7 @@ def training_source(
 
 
 class TrainingSchedule(Frozen):
-    """How long, in what portions and with how much of the past a method is trained."""
+    """Length of a training, its batches, and the share of earlier data in them."""
 
     steps: int = Field(ge=1, description="optimiser steps on each data shard")
     batch_size: int = Field(1, ge=1, description="requests of one step")
@@ -129,7 +129,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def product(self) -> ArtifactData:
-        """What edits need of it, the finished artifact."""
+        """Return the finished artifact, which is all that edits need."""
 
 
 def pretrained(
@@ -221,7 +221,7 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
 
 
 def build_pretrained(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """What edits need of a trained state. ``meta["pretraining"]`` says what it was trained on."""
+    """Build the artifact that edits need from a trained state. ``meta["pretraining"]`` says what it was trained on."""
     state = bench.inputs[_STATE]
     trainer = _trainer(base, recipe, bench)
     trainer.load_state(_part(state))
@@ -249,7 +249,7 @@ def _part(state: ArtifactData) -> ArtifactData:
 
 @dataclass(frozen=True)
 class _Course:
-    """Which requests each step of one data shard learns from."""
+    """The requests that each training step of one data shard learns from."""
 
     identity: tuple[JSON, ...]
     schedule: TrainingSchedule

@@ -63,7 +63,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """How the objects of a table become subjects of anchor facts: ``noun`` makes "Lima" the words "Lima council"."""
+    """Rule by which the objects of a table become subjects of anchor facts: ``noun`` makes "Lima" the words "Lima council"."""
 
     table: str
     noun: str

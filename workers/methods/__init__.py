@@ -54,14 +54,14 @@ def method_names() -> tuple[str, ...]:
     return tuple(REGISTRY)
 
 
-def get_method(name: str) -> type[Method[Any]]:
+def get_method(name: str) -> type[Method[Any, Any]]:
     """The method's class. Raises :class:`SpecError` listing the valid names."""
     try:
         target = REGISTRY[name]
     except KeyError:
         raise SpecError(f"unknown method {name!r}; choices: {', '.join(method_names())}") from None
     module, attribute = target.split(":")
-    found: type[Method[Any]] = getattr(import_module(module), attribute)
+    found: type[Method[Any, Any]] = getattr(import_module(module), attribute)
     return found
 
 

@@ -40,7 +40,7 @@ from workers.methods.families.locate import facts_of, lane_chunks, moment_value,
 from workers.methods.families.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelShape
-from workers.model.overlay import LaneState, LowRankOverlay, Overlay
+from workers.model.overlay import LaneState, LowRankOverlay
 from workers.types import JSON
 
 
@@ -126,7 +126,7 @@ class AlphaEditOverlay(LowRankOverlay):
                 self.sums_LII[site.name][lane] = 0 if sum_II is None else sum_II.to(keys_LIM)
 
 
-class AlphaEdit(SpreadMethod[AlphaEditConfig]):
+class AlphaEdit(SpreadMethod[AlphaEditConfig, AlphaEditOverlay]):
     """Null-space constrained knowledge editing.
 
     >>> editor = AlphaEdit.prepare(base, AlphaEditConfig(layers=(4,)), inputs={"null_space.4": p4, "templates": texts})
@@ -140,7 +140,6 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig]):
     version: ClassVar[int] = 1
     relative_cost: ClassVar[float] = 1.5
     Config: ClassVar[type[MethodConfig]] = AlphaEditConfig
-    overlay_type: ClassVar[type[LowRankOverlay]] = AlphaEditOverlay
 
     def __init__(
         self,
@@ -161,14 +160,15 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig]):
         }
         return cls(base, config, inputs, projections)
 
-    def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
-        assert isinstance(overlay, AlphaEditOverlay)
+    def new_overlay(self, lanes: int) -> AlphaEditOverlay:
+        return AlphaEditOverlay(self.sites, lanes, self.base.master_dtype)
+
+    def right(self, overlay: AlphaEditOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
         kept_LIM, sum_LII = overlay.keys_LIM[site.name], overlay.sums_LII.get(site.name)
         return alphaedit_keys(self.projections[site.name], keys_LIN, kept_LIM, sum_LII, self.config.L2)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+    def edit(self, overlay: AlphaEditOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         outcomes = super().edit(overlay, edits)
-        assert isinstance(overlay, AlphaEditOverlay)
         facts = facts_of(self.base, edits, self.config, self.inputs)
         keys, _ = observe(self.base, overlay, facts, self.sites, bare_share=self.config.bare_share)
         for site, keys_NI in zip(self.sites, keys, strict=True):

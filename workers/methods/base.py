@@ -228,10 +228,14 @@ class EditOutcome:
 
 
 C = TypeVar("C", bound=MethodConfig)
+OverlayT = TypeVar("OverlayT", bound=Overlay)
 
 
-class Method(ABC, Generic[C]):
-    """An editing method. Class attributes describe it; an instance is one prepared for a base model and a config."""
+class Method(ABC, Generic[C, OverlayT]):
+    """An editing method. Class attributes describe it; an instance is one prepared for a base model and a config.
+
+    ``C`` is its config and ``OverlayT`` the overlay that it edits: the one that :meth:`new_overlay` makes, and no other.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -258,11 +262,11 @@ class Method(ABC, Generic[C]):
         return cls(base, config, inputs)
 
     @abstractmethod
-    def new_overlay(self, lanes: int) -> Overlay:
+    def new_overlay(self, lanes: int) -> OverlayT:
         """A pristine overlay. Dropping it is the rollback."""
 
     @abstractmethod
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+    def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         """Edit each lane's requests into its lane, in place; ``edits[i]`` belongs to lane i."""
 
     # --- without an instance ---

@@ -154,7 +154,7 @@ class Deferral(Overlay):
         return None
 
 
-class DEFER(Method[DEFERConfig]):
+class DEFER(Method[DEFERConfig, Deferral]):
     """A gate and a map beside one linear map.
 
     >>> editor = DEFER.prepare(base, DEFERConfig(layer=4, lr=1e-2), inputs={})
@@ -171,9 +171,7 @@ class DEFER(Method[DEFERConfig]):
         site = self.base.site(self.config.layer, self.config.module)
         return Deferral(site, lanes, self.base.master_dtype, self.config)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, Deferral):
-            raise TypeError(f"DEFER edits a Deferral, not a {type(overlay).__name__}")
+    def edit(self, overlay: Deferral, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         rows, targets = self._batch(edits)
         suffix = Suffix.capture(self.base, overlay.sites[0], rows, targets.reads)
         for lane, edit in enumerate(edits):

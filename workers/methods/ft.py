@@ -37,7 +37,7 @@ from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel
 from workers.model.batch import Encoded
 from workers.model.config import ModelShape
-from workers.model.overlay import DenseOverlay, Overlay
+from workers.model.overlay import DenseOverlay
 from workers.types import JSON, EditRequest, SpecError
 
 
@@ -105,7 +105,7 @@ class FTConfig(MethodConfig):
         return len(self.layers) * out * in_features * max(4, shape.bytes_per_value) * copies
 
 
-class FT(Method[FTConfig]):
+class FT(Method[FTConfig, DenseOverlay]):
     """Fine-tuning, lane by lane on one shared forward and backward.
 
     >>> editor = FT.prepare(base, FTConfig(layers=(3,), objective="prompt_last"), inputs={})
@@ -122,9 +122,7 @@ class FT(Method[FTConfig]):
         sites = [self.base.site(layer, self.config.module) for layer in self.config.layers]
         return DenseOverlay(sites, lanes, self.base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, DenseOverlay):
-            raise TypeError(f"FT edits a DenseOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: DenseOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config = self.config
         problem = Problem.of(self.base, overlay, [edit.requests for edit in edits], self._example)
         found = descend(

@@ -42,7 +42,7 @@ from workers.inner_loop.finetune import Problem, descend, with_target
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.model.base import BaseModel
 from workers.model.config import ModelShape
-from workers.model.overlay import DenseOverlay, Overlay
+from workers.model.overlay import DenseOverlay
 from workers.types import JSON
 
 
@@ -101,7 +101,7 @@ class FTEWCConfig(MethodConfig):
         return len(self.layers) * out * in_features * (artifact + 2 * max(4, shape.bytes_per_value))
 
 
-class FTEWC(Method[FTEWCConfig]):
+class FTEWC(Method[FTEWCConfig, DenseOverlay]):
     """Fine-tuning with elastic weight consolidation.
 
     >>> editor = FTEWC.prepare(base, FTEWCConfig(layers=(3,)), inputs={"fisher_3": data})
@@ -126,9 +126,7 @@ class FTEWC(Method[FTEWCConfig]):
     def new_overlay(self, lanes: int) -> DenseOverlay:
         return DenseOverlay(self._sites, lanes, self.base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, DenseOverlay):
-            raise TypeError(f"FT-EWC edits a DenseOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: DenseOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config = self.config
         problem = Problem.of(self.base, overlay, [edit.requests for edit in edits], with_target)
         penalty = self.penalty if config.ew_lambda else None

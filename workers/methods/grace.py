@@ -221,7 +221,7 @@ class Codebook(Overlay):
         return None
 
 
-class GRACE(Method[GRACEConfig]):
+class GRACE(Method[GRACEConfig, Codebook]):
     """Key-value editing.
 
     >>> editor = GRACE.prepare(base, GRACEConfig(layer=4, eps=2.0), inputs={})
@@ -238,9 +238,7 @@ class GRACE(Method[GRACEConfig]):
         site = self.base.site(self.config.layer, self.config.module)
         return Codebook(site, lanes, self.base.master_dtype, self.config.replacement)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, Codebook):
-            raise TypeError(f"GRACE edits a Codebook, not a {type(overlay).__name__}")
+    def edit(self, overlay: Codebook, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         batch = _Batch(self.base, edits)
         rows, site = batch.rows, overlay.sites[0]
         row_B = torch.arange(rows.size, device=self.base.device)

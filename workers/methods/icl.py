@@ -43,7 +43,7 @@ from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelShape, context_length
-from workers.model.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.overlay import LaneState, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, SpecError
 
 _FACT = "New Fact: {}\n"
@@ -171,7 +171,7 @@ class Facts(SitelessOverlay):
         self.tokens[lane] = state.tensors.get("tokens", torch.zeros(0, dtype=torch.int32)).clone()
 
 
-class ICL(Method[ICLConfig]):
+class ICL(Method[ICLConfig, Facts]):
     """In-context editing.
 
     >>> editor = ICL.prepare(base, ICLConfig(), inputs={})
@@ -192,9 +192,7 @@ class ICL(Method[ICLConfig]):
             raise SpecError("icl: model.chat_template: true is not supported (facts would stand before the first turn)")
         return Facts(self.base, lanes)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, Facts):
-            raise TypeError(f"ICL edits Facts, not a {type(overlay).__name__}")
+    def edit(self, overlay: Facts, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         for lane, edit in enumerate(edits):
             overlay.add(self.base, lane, edit.requests)
         return [EditOutcome(0, None, {"context_tokens": len(tokens)}) for tokens in overlay.tokens]

@@ -41,7 +41,6 @@ from workers.methods.easyedit import IGNORED
 from workers.methods.families.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
 from workers.model.architectures import architecture
 from workers.model.config import ModelShape
-from workers.model.overlay import Overlay
 from workers.model.replay import capture, replay
 from workers.types import JSON, SpecError
 
@@ -99,7 +98,7 @@ class LoRAConfig(MethodConfig):
         return copies * adapter_bytes(shape, paths, len(self.layers) or shape.layers, self.rank)
 
 
-class LoRA(Method[LoRAConfig]):
+class LoRA(Method[LoRAConfig, AdapterOverlay]):
     """Low-rank adapters.
 
     >>> editor = LoRA.prepare(base, LoRAConfig(target_modules=("q_proj", "v_proj")), inputs={})
@@ -119,9 +118,7 @@ class LoRA(Method[LoRAConfig]):
         sites = resolve_sites(base, layers, target_paths(base.arch, config.target_modules))
         return AdapterOverlay(sites, lanes, config.rank, config.lora_alpha / config.rank, base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, AdapterOverlay):
-            raise TypeError(f"LoRA edits an AdapterOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: AdapterOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config, base = self.config, self.base
         for lane, edit in enumerate(edits):
             overlay.start(lane, edit.streams)

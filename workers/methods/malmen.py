@@ -113,7 +113,7 @@ class MALMENConfig(HypernetConfig):
         return self.n_blocks
 
 
-class MALMEN(HypernetMethod[MALMENConfig]):
+class MALMEN(HypernetMethod[MALMENConfig, DenseOverlay]):
     """All requests of a call in one least-squares fit per map.
 
     >>> editor = MALMEN.prepare(base, MALMENConfig(layers=(4, 5), rank=64), {"pretrained": trained})
@@ -129,6 +129,9 @@ class MALMEN(HypernetMethod[MALMENConfig]):
     def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
+
+    def new_overlay(self, lanes: int) -> DenseOverlay:
+        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
 
     def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
         return fitted(self.net, fit_keys(factors, self.config.tokens))

@@ -357,7 +357,7 @@ class BlockOverlay(Overlay):
         return None
 
 
-class MELO(Method[MELOConfig]):
+class MELO(Method[MELOConfig, BlockOverlay]):
     """Neuron-indexed dynamic LoRA.
 
     >>> editor = MELO.prepare(base, MELOConfig(key_layer=3, layers=(4, 5)), inputs={})
@@ -379,9 +379,7 @@ class MELO(Method[MELOConfig]):
         sites = [base.site(layer, config.module) for layer in sorted(config.layers)]
         return BlockOverlay(key, sites, lanes, config, base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, BlockOverlay):
-            raise TypeError(f"MELO edits a BlockOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: BlockOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config, base = self.config, self.base
         rows, targets = batch(base, [edit.requests for edit in edits], with_target)
         seen: list[Tensor] = []

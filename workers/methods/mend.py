@@ -135,7 +135,7 @@ class MENDConfig(HypernetConfig):
         return self.n_hidden + 1
 
 
-class MEND(HypernetMethod[MENDConfig]):
+class MEND(HypernetMethod[MENDConfig, DenseOverlay]):
     """Changes of the requests of a call are added up.
 
     >>> editor = MEND.prepare(base, MENDConfig(layers=(4, 5), rank=64), {"pretrained": trained})
@@ -154,6 +154,9 @@ class MEND(HypernetMethod[MENDConfig]):
 
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
         return Questions.of(self.base, lanes, self.config.deviations.public_bos)
+
+    def new_overlay(self, lanes: int) -> DenseOverlay:
+        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
 
     def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
         return _changes(self.net, factors)

@@ -39,7 +39,15 @@ from torch import Tensor, nn
 from workers.methods.base import Deviations, EditOutcome, LaneEdit, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
 from workers.methods.families.locate import Facts, Sated, chunked, facts_of, observe, search
-from workers.methods.families.spread import RidgeMethod, SpreadConfig, by_lane, figures_of, outcomes_of, ridge_keys
+from workers.methods.families.spread import (
+    RidgeMethod,
+    SpreadConfig,
+    by_lane,
+    check_lockstep,
+    figures_of,
+    outcomes_of,
+    ridge_keys,
+)
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch
 from workers.model.overlay import LowRankOverlay, Overlay
@@ -109,8 +117,8 @@ class PMET(RidgeMethod[PMETConfig]):
     def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
         return ridge_keys(self.factors[site.name], keys_LIN, ridge=1.0)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        overlay = self.own(overlay, edits)
+    def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        check_lockstep(edits)
         base, config, lanes = self.base, self.config, overlay.lanes
         facts = facts_of(base, edits, config, self.inputs, spaced=not config.deviations.public_target)
         sated = Sated(config.nll_loss_factor, SATED_WEIGHT * config.nll_loss_factor, SATED_KL)

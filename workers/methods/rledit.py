@@ -158,7 +158,7 @@ class RLEditOverlay(DenseOverlay):
         return super().finite(lane) and all(bool(torch.isfinite(t).all()) for t in buffers)
 
 
-class RLEdit(HypernetMethod[RLEditConfig]):
+class RLEdit(HypernetMethod[RLEditConfig, RLEditOverlay]):
     """All requests of a call in one least-squares fit per map, by networks that know what edits do to a model.
 
     >>> editor = RLEdit.prepare(base, RLEditConfig(layers=(4, 5), rank=64), {"pretrained": trained})
@@ -178,9 +178,7 @@ class RLEdit(HypernetMethod[RLEditConfig]):
     def new_overlay(self, lanes: int) -> RLEditOverlay:
         return RLEditOverlay(self.net, self.base, self.config, lanes)
 
-    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
-        if not isinstance(overlay, RLEditOverlay):
-            raise TypeError(f"RLEdit edits an RLEditOverlay, not a {type(overlay).__name__}")
+    def changes(self, factors: Sequence[Factors], overlay: RLEditOverlay) -> list[Pair]:
         keys = fit_keys(factors, self.config.tokens)
         scales = overlay.scales if self.config.statistics == "lifelong" else None
         for lane, scale in enumerate(scales or ()):  # what is edited counts before it is normalised

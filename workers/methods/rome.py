@@ -54,7 +54,7 @@ from workers.methods.families.locate import (
 )
 from workers.model.base import BaseModel
 from workers.model.config import ModelShape
-from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.overlay import LowRankOverlay
 from workers.types import JSON, SpecError
 
 
@@ -119,7 +119,7 @@ class ROMEConfig(LocateConfig):
         return (moment_value(self) + 5 * 8) * in_features * in_features if self.mom2_adjustment else 0
 
 
-class ROME(Method[ROMEConfig]):
+class ROME(Method[ROMEConfig, LowRankOverlay]):
     """Rank-one model editing.
 
     >>> editor = ROME.prepare(base, ROMEConfig(layer=5), inputs={"moment": moment, "templates": texts})
@@ -153,9 +153,7 @@ class ROME(Method[ROMEConfig]):
     def new_overlay(self, lanes: int) -> LowRankOverlay:
         return LowRankOverlay(self.site, lanes, self.base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, LowRankOverlay):
-            raise TypeError(f"ROME edits a LowRankOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if any(len(edit.requests) != 1 for edit in edits):
             raise ValueError("ROME edits one request at a time")
         batch = Facts(self.base, facts_of(self.base, edits, self.config, self.inputs))

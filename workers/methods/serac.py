@@ -50,7 +50,7 @@ from workers.methods.easyedit import IGNORED, TRAINER_KEYS
 from workers.model.base import BaseModel
 from workers.model.batch import Batch
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
-from workers.model.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.overlay import LaneState, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
 
 LARGEST_COPY = 50_000_000
@@ -398,7 +398,7 @@ def _text(base: BaseModel, ids: Sequence[int]) -> str:
 # --- the method -------------------------------------------------------------------------------------------------------
 
 
-class SERAC(Method[SERACConfig]):
+class SERAC(Method[SERACConfig, EditMemory]):
     """Memory-based editing.
 
     >>> editor = SERAC.prepare(base, SERACConfig(), inputs={"pretrained": product})
@@ -422,9 +422,7 @@ class SERAC(Method[SERACConfig]):
     def new_overlay(self, lanes: int) -> EditMemory:
         return EditMemory(self.networks, self.config, lanes)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, EditMemory):
-            raise TypeError(f"SERAC edits an EditMemory, not a {type(overlay).__name__}")
+    def edit(self, overlay: EditMemory, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         overlay.add([edit.requests for edit in edits])
         return [EditOutcome(0, None, {"edits": len(texts)}) for texts in overlay.texts]
 

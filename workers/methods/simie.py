@@ -53,7 +53,7 @@ from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel, Site
 from workers.model.batch import collate
 from workers.model.config import ModelShape
-from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, Overlay
+from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay
 from workers.model.replay import override_forward
 from workers.types import JSON, SpecError
 
@@ -240,7 +240,7 @@ class SimIEOverlay(DenseOverlay):
                 self._sums[lane][site.name] = sum_II.to(none_NI.device, torch.float64, copy=True)
 
 
-class SimIE(Method[SimIEConfig]):
+class SimIE(Method[SimIEConfig, SimIEOverlay]):
     """Simulating the ideal editor.
 
     >>> config = SimIEConfig(base_method="rome", base={"layer": 5})
@@ -257,12 +257,12 @@ class SimIE(Method[SimIEConfig]):
     Config: ClassVar[type[MethodConfig]] = SimIEConfig
 
     def __init__(
-        self, base: BaseModel, config: SimIEConfig, inputs: Mapping[str, ArtifactData], editor: Method[Any]
+        self, base: BaseModel, config: SimIEConfig, inputs: Mapping[str, ArtifactData], editor: Method[Any, Any]
     ) -> None:
         """``editor`` is the base method, prepared."""
         super().__init__(base, config, inputs)
         self.editor = editor
-        self.sites = _editable(editor.new_overlay(1), editor).sites
+        self.sites: tuple[Site, ...] = editor.new_overlay(1).sites
 
     @classmethod
     def prepare(cls, base: BaseModel, config: SimIEConfig, inputs: Mapping[str, ArtifactData]) -> Self:
@@ -271,13 +271,11 @@ class SimIE(Method[SimIEConfig]):
     def new_overlay(self, lanes: int) -> SimIEOverlay:
         return SimIEOverlay(self.sites, lanes, self.base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, SimIEOverlay):
-            raise TypeError(f"SimIE edits a SimIEOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: SimIEOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if any(len(edit.requests) != 1 for edit in edits):
             raise ValueError("SimIE edits one request at a time")
         keys = self._keys(overlay, edits)
-        fresh = _editable(self.editor.new_overlay(overlay.lanes), self.editor)
+        fresh: DenseOverlay | LowRankOverlay = self.editor.new_overlay(overlay.lanes)
         if not self.config.init_model:
             for site in self.sites:
                 for lane in range(overlay.lanes):
@@ -325,7 +323,7 @@ class SimIE(Method[SimIEConfig]):
         return {"base_method": name, "base": base, "lamHyper": 10.0}
 
 
-def _method(name: str) -> type[Method[Any]]:
+def _method(name: str) -> type[Method[Any, Any]]:
     """The base method's class; methods know each other by the registry alone."""
     from workers.methods import get_method
 
@@ -338,12 +336,6 @@ def _named(public: str, source: str) -> str:
     if public not in names:
         raise SpecError(f"{source}: base_method: {public!r} cannot be wrapped; choices: {', '.join(names)}")
     return names[public]
-
-
-def _editable(overlay: Overlay, editor: Method[Any]) -> DenseOverlay | LowRankOverlay:
-    if not isinstance(overlay, DenseOverlay | LowRankOverlay):
-        raise TypeError(f"{editor.title} changes no weight: it edits a {type(overlay).__name__}")
-    return overlay
 
 
 def _no_keys(site: Site, dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,7 @@ from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Encoded, collate
 from workers.model.config import ModelShape
-from workers.model.overlay import DenseOverlay, LaneState, Overlay
+from workers.model.overlay import DenseOverlay, LaneState
 from workers.types import JSON, EditRequest, SpecError
 
 MLP_OUT = "mlp_out"
@@ -171,7 +171,7 @@ class UltraEditOverlay(DenseOverlay):
         )
 
 
-class UltraEdit(Method[UltraEditConfig]):
+class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
     """One step in closed form for all requests of a turn.
 
     >>> editor = UltraEdit.prepare(base, UltraEditConfig(modules={"mlp.gate_proj": (1, 2)}, lr=0.01), inputs={})
@@ -194,9 +194,7 @@ class UltraEdit(Method[UltraEditConfig]):
             [self.base.site(layer, _path(path)) for layer, path in pairs], lanes, self.base.master_dtype
         )
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, UltraEditOverlay):
-            raise TypeError(f"UltraEdit edits an UltraEditOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: UltraEditOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         size, count = self.config.requests_per_backward, len(edits[0].requests)
         starts = range(0, count, size)
         turn = [self._features(overlay, [edit.requests[start : start + size] for edit in edits]) for start in starts]

@@ -203,7 +203,7 @@ def _tune(books: Books, actors: int) -> None:
         tune.with_parameters(ShardTrial, plan=plan, root=books.store.where(), run_id=books.run_id),
         {"cpu": engine.resources.cpu, "gpu": engine.resources.gpu},
     )
-    folder = tempfile.mkdtemp(prefix=f"editsweep-{books.run_id}-")  # Tune's own files, which nobody reads
+    folder = tempfile.mkdtemp(prefix=f"editsweep-{books.run_id}-")  # Tune's own files, which are never read
     listener = _Listener(books)
     try:
         tuner = tune.Tuner(
@@ -243,7 +243,7 @@ class _Listener(tune.Callback):
         self.stopped_by: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks into a file that nobody reads; the books stay here."""
+        """Tune pickles its callbacks into a file that is never read; the books stay here."""
         return {}
 
     def _shard(self, trial: Trial) -> str:

@@ -124,9 +124,10 @@ class HypernetConfig(MethodConfig):
 
 
 C = TypeVar("C", bound=HypernetConfig)
+OverlayT = TypeVar("OverlayT", bound=DenseOverlay)
 
 
-class HypernetMethod(Method[C]):
+class HypernetMethod(Method[C, OverlayT]):
     """One forward, one backward, and the networks: an edit is a single step."""
 
     needs_pretraining: ClassVar[bool] = True
@@ -146,18 +147,13 @@ class HypernetMethod(Method[C]):
         """Untrained networks."""
 
     @abstractmethod
-    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
+    def changes(self, factors: Sequence[Factors], overlay: OverlayT) -> list[Pair]:
         """The change of each map."""
 
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
         return Questions.of(self.base, lanes)
 
-    def new_overlay(self, lanes: int) -> DenseOverlay:
-        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
-
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, DenseOverlay):
-            raise TypeError(f"{self.title} edits a DenseOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
         factors, loss_L = gradient_factors(self.base, self.sites, self.questions(asked), overlay)
         with torch.no_grad():

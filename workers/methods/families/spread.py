@@ -45,7 +45,7 @@ from workers.methods.families.locate import (
 )
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelShape
-from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.overlay import LowRankOverlay
 from workers.types import JSON
 
 SOLVE_BYTES = 1 << 30
@@ -133,6 +133,13 @@ def moment_specs(config: SpreadConfig, context: ArtifactContext) -> list[Artifac
     return [moment_spec(config, context, layer, config.module, moment_name(layer)) for layer in config.layers]
 
 
+def check_lockstep(edits: Sequence[LaneEdit]) -> None:
+    """Refuse lanes that bring different numbers of requests: their vectors are stacked."""
+    counts = {len(edit.requests) for edit in edits}
+    if len(counts) != 1:
+        raise ValueError(f"lanes bring {sorted(counts)} requests; they edit in lockstep")
+
+
 def by_lane(facts_NX: Tensor, lanes: int) -> Tensor:
     """Vectors of the facts as columns of their lanes, (L, X, N / L)."""
     return facts_NX.view(lanes, -1, facts_NX.shape[1]).transpose(1, 2)
@@ -173,27 +180,24 @@ def ridge_keys(factor: Factor, keys_LIN: Tensor, ridge: float, weight: float = 1
 
 
 C = TypeVar("C", bound=SpreadConfig)
+OverlayT = TypeVar("OverlayT", bound=LowRankOverlay)
 
 
-class SpreadMethod(Method[C]):
+class SpreadMethod(Method[C, OverlayT]):
     """A method that edits several layers at once. Subclasses say what the right factor of a change is."""
 
     batch_edits: ClassVar[bool] = True
-    overlay_type: ClassVar[type[LowRankOverlay]] = LowRankOverlay
 
     def __init__(self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> None:
         super().__init__(base, config, inputs)
         self.sites = sites_of(base, config)
 
-    def new_overlay(self, lanes: int) -> LowRankOverlay:
-        return self.overlay_type(self.sites, lanes, self.base.master_dtype)
-
     @abstractmethod
-    def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
+    def right(self, overlay: OverlayT, site: Site, keys_LIN: Tensor) -> Tensor:
         """The right factor of a map's change, (L, N, I), from the keys of the requests; residuals are the left one."""
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        overlay = self.own(overlay, edits)
+    def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        check_lockstep(edits)
         base, config, lanes, top = self.base, self.config, overlay.lanes, self.config.layers[-1]
         facts = facts_of(base, edits, config, self.inputs)
         value_site = base.site(top)  # adding to the MLP's answer is adding to the layer's
@@ -212,17 +216,8 @@ class SpreadMethod(Method[C]):
             overlay.add(by_lane(residual_NO, lanes), right_LNI, site)
         return outcomes_of(figures, lanes)
 
-    def own(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> LowRankOverlay:
-        """The overlay, which must be one of this method's, as lanes must bring equally many requests."""
-        if not isinstance(overlay, self.overlay_type):
-            raise TypeError(f"{self.title} edits {self.overlay_type.__name__}, not {type(overlay).__name__}")
-        counts = {len(edit.requests) for edit in edits}
-        if len(counts) != 1:
-            raise ValueError(f"lanes bring {sorted(counts)} requests; they edit in lockstep")
-        return overlay
 
-
-class RidgeMethod(SpreadMethod[C]):
+class RidgeMethod(SpreadMethod[C, LowRankOverlay]):
     """One whose right factor needs the second moment of each site, factorised once for all lanes and edits."""
 
     def __init__(
@@ -239,6 +234,9 @@ class RidgeMethod(SpreadMethod[C]):
             moment_II = inputs[moment_name(site.layer)].tensors["moment"].to(base.device, torch.float64)
             factors[site.name] = Factor.of(cls.weighted(config, moment_II), site.layer)
         return cls(base, config, inputs, factors)
+
+    def new_overlay(self, lanes: int) -> LowRankOverlay:
+        return LowRankOverlay(self.sites, lanes, self.base.master_dtype)
 
     @classmethod
     def weighted(cls, config: C, moment_II: Tensor) -> Tensor:

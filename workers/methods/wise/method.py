@@ -72,7 +72,6 @@ from workers.methods.wise.config import WISEConfig
 from workers.methods.wise.memories import SideMemories
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
-from workers.model.overlay import Overlay
 from workers.types import JSON, DataError, EditRequest
 
 STOP_LOSS, STOP_CHANGE = 0.02, 1e-4
@@ -106,7 +105,7 @@ def masked_descent(
         working_KOI.copy_(moved_KOI)
 
 
-class WISE(Method[WISEConfig]):
+class WISE(Method[WISEConfig, SideMemories]):
     """Side memories with activation routing.
 
     >>> editor = WISE.prepare(base, WISEConfig(layer=4, retrieve=False), inputs={"templates": templates})
@@ -128,9 +127,7 @@ class WISE(Method[WISEConfig]):
     def new_overlay(self, lanes: int) -> SideMemories:
         return SideMemories(self.base, self.site, lanes, self.config)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, SideMemories):
-            raise TypeError(f"WISE edits SideMemories, not a {type(overlay).__name__}")
+    def edit(self, overlay: SideMemories, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config, device = self.config, self.base.device
         with ThreadPoolExecutor(self._threads) as pool:
             # a mask of a 7B model takes a third of a second: lanes draw theirs side by side, and while the batch is prepared
