@@ -27,10 +27,18 @@ from workers.model.base import model_shape
 from workers.types import SpecError
 
 METHODS = {"FT-L": "prompt_last", "FT-M": "target_new"}
+PUBLIC = {"public_bos": True}
 
 
 def prepared(short: str, method: str, **changes: Any) -> FT:
-    hparams = {"layers": (3,), "lr": 1e-3, "num_steps": 25, "objective": METHODS[method], "public_bos": True, **changes}
+    hparams = {
+        "layers": (3,),
+        "lr": 1e-3,
+        "num_steps": 25,
+        "objective": METHODS[method],
+        "deviations": PUBLIC,
+        **changes,
+    }
     return FT.prepare(model(short), FTConfig.model_validate(hparams), {})
 
 
@@ -76,7 +84,7 @@ def test_scores(short: str, method: str, T: int) -> None:
 def test_bos_is_a_target_only_on_request() -> None:
     first = meta("llama")["ftl_req0"]["losses"][0]
     (((public,),), ((ours,),)) = (
-        run_groups(prepared("llama", "FT-L", public_bos=bos), 1, 1)[1] for bos in (True, False)
+        run_groups(prepared("llama", "FT-L", deviations={"public_bos": bos}), 1, 1)[1] for bos in (True, False)
     )
     assert public.details["first_loss"] == pytest.approx(first, rel=1e-3)
     assert ours.details["first_loss"] < 0.9 * first

@@ -27,7 +27,7 @@ from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
 from workers.methods.base import ArtifactContext
 from workers.methods.families.hypernet import Questions, gradient_factors
-from workers.methods.mend import MEND, MENDConfig
+from workers.methods.mend import MEND, MENDConfig, MENDDeviations
 from workers.model.base import model_shape
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.types import SpecError
@@ -67,7 +67,7 @@ def recorded(variant: str) -> dict[str, Tensor]:
 
 
 def prepared(variant: str) -> MEND:
-    config = CONFIG.model_copy(update={"public_bos": not told(variant)["label_bos_masked"]})
+    config = CONFIG.model_copy(update={"deviations": MENDDeviations(public_bos=not told(variant)["label_bos_masked"])})
     return MEND.prepare(model("llama"), config, {"pretrained": ArtifactData(recorded(variant))})
 
 
@@ -77,7 +77,7 @@ def test_every_tensor_of_one_edit(variant: str) -> None:
     editor = prepared(variant)
     (edit,) = lane_edits(editor, [0], 1, 0, {})
     request = edit.requests[0]
-    questions = Questions.of(editor.base, [[(request.prompt, request.target_new)]], editor.config.public_bos)
+    questions = Questions.of(editor.base, [[(request.prompt, request.target_new)]], editor.config.deviations.public_bos)
     assert torch.equal(questions.rows.input_ids_BS, expected["input_ids"])
     factors, loss_L = gradient_factors(editor.base, editor.sites, questions)
     assert float(loss_L[0]) == pytest.approx(float(expected["edit_loss"]), rel=1e-5)

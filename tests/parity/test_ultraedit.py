@@ -32,8 +32,7 @@ PUBLIC = {
     "lr": 0.01,
     "token": "mask",
     "statistics": "turn",
-    "public_labels": True,
-    "public_variance": True,
+    "deviations": {"public_labels": True, "public_variance": True},
 }
 REQUESTS = golden_requests()
 

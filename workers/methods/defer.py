@@ -57,6 +57,7 @@ class DEFERConfig(MethodConfig):
         "prompt", description="the token gate and map read: the last of the prompt, or of the whole row (public code)"
     )
 
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({"query": "row"})
     alg_names: ClassVar[tuple[str, ...]] = ("DEFER",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({"edit_lr": "lr", "inner_params": "module"})
 

@@ -122,6 +122,9 @@ class SERACConfig(MethodConfig):
         }
     )
     """Keys of a public YAML that are accepted with these values only: nothing else is implemented."""
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {"mixing": "soft", "reads": "row", "edit_view": "public", "accumulate": False}
+    )
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:

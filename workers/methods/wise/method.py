@@ -24,7 +24,7 @@ that wait for their merge and the current side memory all answer, so that no edi
 activation; ``W`` if there is none. WISE-Retrieve has a threshold per memory, WISE-Merge one: the smallest activation
 of all edits.
 
-Differences from paper and public code, all deliberate. The switches exist for parity tests; ``PUBLIC`` turns on all:
+Differences from paper and public code, all deliberate. ``protocol: easyedit`` turns on all switches, ``deviations`` single ones:
 
 1. Routing and margin use the prompt's real tokens. The public code averages over prompt, target and padding (golden
    README, fault 11), so that teacher forcing leaks the answer into the routing: ``routing: all_tokens``.
@@ -254,7 +254,7 @@ class _Problem(DivisibleProblem):
                 ]
                 for pair in pairs:
                     count = len(pair.target)
-                    share = 1 / ((count + int(config.public_loss_mask)) * len(pairs) * len(edit.requests))
+                    share = 1 / ((count + int(config.deviations.public_loss_mask)) * len(pairs) * len(edit.requests))
                     places += [(len(encoded), pair.prompt_len - 1 + j, t, share) for j, t in enumerate(pair.target)]
                     row_E.append(len(encoded))
                     owner_E.append(len(lane_G))
@@ -266,9 +266,9 @@ class _Problem(DivisibleProblem):
                 lanes += [lane] * (len(pairs) + 1)
         rows = collate(encoded, lanes, base.encoder.pad_id, device)
         token_BS = rows.prompt_mask_BS
-        if config.public_positions or config.routing == "all_tokens":
+        if config.deviations.public_positions or config.routing == "all_tokens":
             column_BS = _own_columns(encoded, rows)
-            if config.public_positions:
+            if config.deviations.public_positions:
                 rows = replace(rows, position_ids_BS=column_BS.clamp_min(0))
             if config.routing == "all_tokens":
                 token_BS = column_BS >= 0
@@ -331,7 +331,7 @@ class _Problem(DivisibleProblem):
 
     def _mean(self, excess_E: Tensor) -> Tensor:
         """Mean hinge over each request's rows, (G,)."""
-        public = self.overlay.config.public_margin
+        public = self.overlay.config.deviations.public_margin
         counted_E = (excess_E > 0 if public else torch.ones_like(excess_E)).to(excess_E.dtype)
         return self._sum(excess_E.relu()) / self._sum(counted_E).clamp_min(1)
 

@@ -56,7 +56,7 @@ class MaskedSGD(SGD):
     @staticmethod
     def in_one_pass(config: WISEConfig, compiled: Compiled) -> bool:
         """Whether a compiled step can do what the configuration says."""
-        return compiled.updates and not config.public_decay and config.activation != "public"
+        return compiled.updates and not config.deviations.public_decay and config.activation != "public"
 
     @torch.no_grad()
     def step(self, active_L: Tensor, moving: Sequence[int] | None = None) -> None:
@@ -65,12 +65,12 @@ class MaskedSGD(SGD):
             return
         config, delta_KOI, mask_KOI = self._config, self.params[0], self._mask_KOI
         grad_KOI = gradient(delta_KOI)
-        if config.public_decay:
+        if config.deviations.public_decay:
             grad_KOI.mul_(mask_KOI)
         if config.weight_decay:
             weight_OI = self._weight_OI.to(delta_KOI.dtype)
             grad_KOI.add_(weight_OI, alpha=config.weight_decay).add_(delta_KOI, alpha=config.weight_decay)
-        if not config.public_decay:
+        if not config.deviations.public_decay:
             grad_KOI.mul_(mask_KOI)
         super().step(active_L, moving)
         if config.norm_constraint is not None:
