@@ -218,10 +218,13 @@ def test_ci_runs_its_stages_in_order_and_stops_at_a_failure(failing: str | None,
     log = tmp_path / "log"
     executable(tmp_path / "bin" / "make", f'#!/bin/sh\necho "$1" >> "{log}"\n[ "$1" != "{failing}" ]\n')
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    ran = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, check=False, timeout=60)
+    ran = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False)
     stages = ["lint", "test", "test-slow", "chaos-short"]
+    started = stages if failing is None else stages[: stages.index(failing) + 1]
     assert (ran.returncode == 0) == (failing is None)
-    assert log.read_text().split() == (stages if failing is None else stages[: stages.index(failing) + 1])
+    assert log.read_text().split() == started
+    times = re.findall(r"(?m)^(?:stage .*|total) +\d+:[0-5]\d(?:  (\w+))?$", ran.stdout)
+    assert times == ["passed"] * (len(started) - (failing is not None)) + ["failed"] * (failing is not None) + [""]
 
 
 # --- cluster.yaml --------------------------------------------------------------------------------------------------
