@@ -25,10 +25,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = [
     "pandas",  # Arrow imports it on first use
-    "orchestrator.cli",
-    "orchestrator.execute",
-    "orchestrator.local",
-    "orchestrator.plan",
+    "orchestrator.cli.main",
+    "orchestrator.engine.local",
+    "orchestrator.engine.sweep",
     "tests.learner",
     "tests.shards",
     "transformers.models.llama.modeling_llama",

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,9 @@ from orchestrator.results.status import read_status
 from orchestrator.storage import lock as locking
 from orchestrator.storage.base import StoreError
 from orchestrator.storage.local import LocalStore
-from tests.engine import RAW, ROOT, Stop, Watch, placeless, rows, run, spec_of, wait_for
+from tests.engine import RAW, ROOT, Stop, Watch, placeless, rows, run, spec_of
+from tests.processes import Command
+from tests.waiting import PATIENCE_SECONDS, output_of, stop, wait_for
 from workers.scoring import score as scoring
 from workers.types import EditSweepError, SpecError
 
@@ -282,27 +283,18 @@ def test_ctrl_c_waits_ten_seconds_for_the_step_and_no_longer(
 ) -> None:
     from workers.methods.ft import FT
 
-    edit = FT.edit
-    interrupted: list[float] = []
-
-    def slow(self: Any, overlay: Any, lanes: Any) -> Any:
-        interrupted.append(time.monotonic())
+    def endless(self: Any, overlay: Any, lanes: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         if again:
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        while time.monotonic() < interrupted[0] + 20:
-            time.sleep(0.01)
-        return edit(self, overlay, lanes)
+            signal.raise_signal(signal.SIGINT)
+        threading.Event().wait(PATIENCE_SECONDS)
 
-    again = False
-    for patience in (0.3, 15.0):
-        again = patience > 10
-        interrupted.clear()
+    assert local.LEAVE_SECONDS == 10
+    for again in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(FT, "edit", slow)
-            patch.setattr(local, "LEAVE_SECONDS", patience)
+            patch.setattr(FT, "edit", endless)
+            patch.setattr(local, "LEAVE_SECONDS", PATIENCE_SECONDS if again else 0.3)
             outcome = run(tmp_path / "r")
-        assert 0.2 < time.monotonic() - interrupted[0] < 5
         assert outcome.interrupted and outcome.exit_code == 130
         assert rows(tmp_path / "r") == []
     assert run(tmp_path / "r").exit_code == 0
@@ -379,7 +371,7 @@ def test_an_owner_elsewhere_is_watched_by_its_heartbeat(tmp_path: Path, monkeypa
     monkeypatch.setattr(locking.Owner, "alive_here", lambda self: None)
     with locking.acquire(store, "r1", said.append, beat_seconds=0.05) as first:
         with pytest.raises(locking.Locked):
-            locking.acquire(store, "r2", said.append, silent_seconds=5)
+            locking.acquire(store, "r2", said.append, silent_seconds=PATIENCE_SECONDS)
         first._stop.set()  # the owner hangs
         assert first._thread is not None
         first._thread.join()
@@ -387,7 +379,7 @@ def test_an_owner_elsewhere_is_watched_by_its_heartbeat(tmp_path: Path, monkeypa
             first._stop.clear()  # and wakes up
             waker = threading.Thread(target=first._keep)
             waker.start()
-            waker.join(5)
+            waker.join(PATIENCE_SECONDS)
             assert first.lost
             with pytest.raises(locking.LockLost):
                 first.check()
@@ -410,29 +402,33 @@ def test_an_owner_whose_claim_is_gone_has_lost_it(tmp_path: Path) -> None:
 def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> None:
     """SIGSTOP, takeover, SIGCONT: its very next check notices, before its heartbeat has had time to."""
     code = (
-        "import sys, time; from orchestrator import lock; from orchestrator.storage.local import LocalStore\n"
+        "import sys; from orchestrator.storage import lock; from orchestrator.storage.local import LocalStore\n"
         "with lock.acquire(LocalStore(sys.argv[1]), 'slow', print) as held:\n"
-        "    held.beat_seconds = 0.1; last = time.monotonic(); print('held', flush=True)\n"
-        "    while True:\n"
-        "        now = time.monotonic()\n"
-        "        if now - last > 1: break\n"  # woke up
-        "        last = now\n"
+        "    held.beat_seconds = 0.1; print('held', flush=True)\n"
+        "    sys.stdin.readline()\n"  # stopped while it waits
         "    try: held.check()\n"
         "    except lock.LockLost as error: print('told:', error, flush=True); sys.exit(7)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
     assert process.stdout.readline() == "held\n"
     store = LocalStore(tmp_path)
     with pytest.raises(locking.Locked):
         locking.acquire(store, "r2", print)
-    process.send_signal(signal.SIGSTOP)
+    stop(process.pid)
     said: list[str] = []
-    time.sleep(0.3)
-    with locking.acquire(store, "r2", said.append, silent_seconds=1.5) as lock:
+    with locking.acquire(store, "r2", said.append, silent_seconds=0.5) as lock:
         assert "watching its heartbeat" in said[0] and "taking over" in said[1]
+        process.stdin.write("go on\n")
+        process.stdin.flush()
         process.send_signal(signal.SIGCONT)
-        text, _ = process.communicate(timeout=60)
+        text = output_of(process)
         assert process.returncode == 7
         assert text.startswith("told: another `editsweep run` took this results folder over")
         lock.check()
@@ -445,9 +441,9 @@ def test_a_driver_stopped_across_a_takeover_changes_nothing(
     spec, folder = spec_file(tmp_path), tmp_path / "r"
     process = launch(spec, folder, home, "--engine", "local")
     wait_for(lambda: committed(folder) >= 2, process)
-    process.send_signal(signal.SIGSTOP)
+    stop(process.pid)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 7.0))
+        patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 1.0))
         watch = Watch()
 
         def wake(step: StepReport) -> None:
@@ -457,7 +453,7 @@ def test_a_driver_stopped_across_a_takeover_changes_nothing(
         watch.on_step = wake
         outcome = run(folder, watch)
     assert any("taking over" in warning for warning in watch.warnings)
-    text, _ = process.communicate(timeout=60)
+    text = output_of(process)
     assert process.returncode == 2, text
     assert "took this results folder over" in text
     if outcome.exit_code:  # the old driver may have claimed the shard at hand before it looked
@@ -524,7 +520,7 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
     try:
         (disk / "ballast").write_bytes(b"x" * (150 << 10))
         process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
-        text, _ = process.communicate(timeout=120)
+        text = output_of(process)
         assert process.returncode == 2, text
         assert "the disk is full" in text
         assert "Traceback" not in text
@@ -532,13 +528,13 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
         assert kept < len(reference)
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
-        text, _ = process.communicate(timeout=120)
+        text = output_of(process)
         assert process.returncode == 0, text
         assert rows(disk / "r") == reference
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert rows(disk / "r") == reference  # reading needs no writing
         process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
-        text, _ = process.communicate(timeout=120)
+        text = output_of(process)
         assert process.returncode == 2, text
         assert "read-only" in text
     finally:
@@ -548,11 +544,9 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
-def launch(spec: Path, folder: Path, home: dict[str, str], *more: str) -> subprocess.Popen[str]:
+def launch(spec: Path, folder: Path, home: dict[str, str], *more: str) -> Command:
     command = [sys.executable, "-m", "orchestrator.cli", "run", str(spec), "--results", str(folder), *more]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=home, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    return Command(command, home)
 
 
 def spec_file(folder: Path, **changes: Any) -> Path:
@@ -584,13 +578,12 @@ def run_ids(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_ray_equals_local_at_one_and_two_actors(
     tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]]
 ) -> None:
     for actors in ("1", "2"):
         process = launch(spec_file(tmp_path), tmp_path / actors, home, "--max-actors", actors)
-        text, _ = process.communicate(timeout=280)
+        text = output_of(process)
         assert process.returncode == 0, text
         assert rows(tmp_path / actors) == reference
         assert "all 8 cells finished" in text
@@ -598,7 +591,6 @@ def test_ray_equals_local_at_one_and_two_actors(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
     tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]]
 ) -> None:
@@ -610,12 +602,10 @@ def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
     before = committed(folder)
     wait_for(lambda: committed(folder) > before + 1, process)
     process.kill()
-    text, _ = process.communicate()
+    text = output_of(process)
     assert "launching it again (try 2)" in text
     assert "Traceback" not in text
-    deadline = time.monotonic() + 30
-    while shard_pids(folder) and time.monotonic() < deadline:  # Ray's processes follow their driver
-        time.sleep(0.2)
+    wait_for(lambda: not shard_pids(folder))  # Ray's processes follow their driver
     partial = len(rows(folder)) if (folder / "sweep.json").exists() else 0
     assert 0 < partial < len(reference)
     # the second run takes the lock over, and is interrupted
@@ -625,39 +615,43 @@ def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
     before = committed(folder)
     wait_for(lambda: committed(folder) > before, process)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=120)
+    text = output_of(process)
     assert process.returncode == 130, text
     assert "taking over" in text
     assert "continue with:" in text
     # the third finishes
     process = launch(spec, folder, home)
-    text, _ = process.communicate(timeout=280)
+    text = output_of(process)
     assert process.returncode == 0, text
     assert rows(folder) == reference
     assert not list(folder.glob("parts/*"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str, str], presses: int) -> None:
+    """After the first Ctrl-C it waits some seconds, after the second not at all: here the step would never end."""
+    setup = {"runtime_env": {"worker_process_setup_hook": "tests.engine.mark_edits"}}
     endless = spec_file(
-        tmp_path, methods=[{"method": "ft", "hparams": {"num_steps": 1000, "lr": 1e-9}}], grid={"T": 12}
+        tmp_path,
+        methods=[{"method": "ft", "hparams": {"num_steps": 10**9, "lr": 1e-9}}],
+        grid={"T": 12},
+        engine={**RAW["engine"], "step_edits": 1000},
+        ray=setup,
     )
-    endless.write_text(endless.read_text().replace("step_edits: 3", "step_edits: 1000"))
-    folder = tmp_path / "r"
-    process = launch(endless, folder, home, "--max-actors", "1")
-    wait_for(lambda: shard_pids(folder), process)
-    time.sleep(3)
-    began = time.monotonic()
-    for _ in range(presses):
+    folder, mark = tmp_path / "r", tmp_path / "edits"
+    environment = {**home, "EDITS_MARK": str(mark)}
+    if presses == 2:
+        environment["TUNE_FORCE_TRIAL_CLEANUP_S"] = str(PATIENCE_SECONDS)  # the first would wait longer than the test
+    process = launch(endless, folder, environment, "--max-actors", "1")
+    wait_for(mark.exists, process)
+    for press in range(presses):
         process.send_signal(signal.SIGINT)
-        time.sleep(1)
-    text, _ = process.communicate(timeout=120)
+        wait_for(lambda press=press: press or "stopping: " in process.said(), process)
+    text = output_of(process)
     assert process.returncode == 130, text
     assert "run the same command again" in text or "continue with:" in text
     assert "Traceback" not in text
-    assert time.monotonic() - began < (25 if presses == 1 else 15)
     assert committed(folder) == 0
 
 
@@ -681,7 +675,6 @@ def test_a_trial_ends_where_trying_again_would_not_help(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> None:
     spec = spec_file(
         tmp_path,
@@ -689,7 +682,7 @@ def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> Non
         grid={"T": [12], "seeds": [0]},
     )
     process = launch(spec, tmp_path / "r", home)
-    text, _ = process.communicate(timeout=240)
+    text = output_of(process)
     assert process.returncode == 0, text
     assert "artifact 1/" in text
     assert list((tmp_path / "r" / "artifacts").glob("*/*.safetensors"))
@@ -708,13 +701,11 @@ def test_ray_addresses_of_no_use(address: str, words: str) -> None:
 
 @pytest.mark.slow
 def test_ray_address_that_does_not_answer(tmp_path: Path, home: dict[str, str]) -> None:
-    began = time.monotonic()
     process = launch(spec_file(tmp_path, ray={"address": "127.0.0.1:1"}), tmp_path / "r", home)
-    text, _ = process.communicate(timeout=120)
+    text = output_of(process)
     assert process.returncode == 2, text
     assert "127.0.0.1:1 does not answer" in text
     assert "Traceback" not in text
-    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
@@ -727,7 +718,7 @@ def test_a_port_that_is_not_ray(tmp_path: Path, home: dict[str, str]) -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         spec = spec_file(tmp_path, ray={"address": address, "connect_seconds": 8})
         process = launch(spec, tmp_path / "r", home)
-        text, _ = process.communicate(timeout=120)
+        text = output_of(process)
     assert process.returncode == 2, text
     assert "did not answer as a Ray cluster" in text or "cannot be used" in text
 
@@ -736,6 +727,6 @@ def test_a_port_that_is_not_ray(tmp_path: Path, home: dict[str, str]) -> None:
 def test_resources_no_node_has(tmp_path: Path, home: dict[str, str]) -> None:
     spec = spec_file(tmp_path, engine={"resources": {"cpu": 512}})
     process = launch(spec, tmp_path / "r", home)
-    text, _ = process.communicate(timeout=120)
+    text = output_of(process)
     assert process.returncode == 2, text
     assert "an actor needs 512 cpu" in text
