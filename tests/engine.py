@@ -24,12 +24,13 @@ VOLATILE = {"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "att
 RAW: dict[str, Any] = {
     "name": "engine",
     "model": {"name": EMBEDDED, "device": "cpu"},
-    "dataset": {"kind": "tinyworld", "edits": 12},
-    "grid": {"T": [1, 6], "seeds": [0, 1]},
-    "methods": [{"method": "ft", "hparams": {"num_steps": 4}}, {"method": "grace", "hparams": {"n_iter": 4}}],
+    "dataset": {"kind": "tinyworld", "edits": 6},
+    "grid": {"T": [1, 3], "seeds": [0, 1]},
+    "methods": [{"method": "ft", "hparams": {"num_steps": 3}}, {"method": "grace", "hparams": {"n_iter": 3}}],
     "scoring": {"generated": False},
-    "engine": {"lanes": 2, "shard_edits": 12, "step_edits": 3, "max_failures": 1},
+    "engine": {"lanes": 2, "shard_edits": 6, "step_edits": 2, "max_failures": 1},
 }
+TWELVE = {"kind": "tinyworld", "edits": 12}
 
 
 class Watch:

@@ -33,7 +33,7 @@ from orchestrator.results.status import read_status
 from orchestrator.storage import lock as locking
 from orchestrator.storage.base import StoreError
 from orchestrator.storage.local import LocalStore
-from tests.engine import RAW, ROOT, Stop, Watch, placeless, rows, run, spec_of
+from tests.engine import RAW, ROOT, TWELVE, Stop, Watch, placeless, rows, run, spec_of
 from tests.processes import Command
 from tests.waiting import PATIENCE_SECONDS, output_of, stop, wait_for
 from workers.scoring import score as scoring
@@ -64,13 +64,13 @@ def one_lane(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_row_once(reference: list[dict[str, Any]]) -> None:
-    assert len(reference) == 2 * 2 * 2 * 12 * 2  # methods, T, seeds, edits, moments
+    assert len(reference) == 2 * 2 * 2 * 6 * 2  # methods, T, seeds, edits, moments
     final = [r for r in reference if r["scored"] == "final"]
-    assert {r["edits_applied"] for r in final if r["T"] == 6} == {6}
+    assert {r["edits_applied"] for r in final if r["T"] == 3} == {3}
 
 
 def test_running_again_runs_nothing(tmp_path: Path) -> None:
-    small = {"methods": ["ft"], "grid": {"T": [6], "seeds": [0]}}
+    small = {"methods": ["ft"], "grid": {"T": [3], "seeds": [0]}}
     first = run(tmp_path / "r", **small)
     before = rows(tmp_path / "r")
     assert 0 < first.safety.journal_seconds < first.safety.actor_seconds
@@ -82,7 +82,7 @@ def test_running_again_runs_nothing(tmp_path: Path) -> None:
     assert again.plan.shards == ()
     assert again.safety.journal_seconds == again.safety.actor_seconds == 0
     assert watch.steps == []
-    more = run(tmp_path / "r", watch, methods=["ft"], grid={"T": [6], "seeds": [0, 1]})
+    more = run(tmp_path / "r", watch, methods=["ft"], grid={"T": [3], "seeds": [0, 1]})
     assert {cell.seed for shard in more.plan.shards for cell in more.plan.manifest(shard).job.cells} == {1}
     after = rows(tmp_path / "r")
     assert [r for r in after if r["seed"] == 0] == before
@@ -94,7 +94,7 @@ def test_killed_at_any_step_the_table_is_the_same(tmp_path: Path, reference: lis
     runs = 0
     while True:
         runs += 1
-        left = [5]
+        left = [4]
 
         def kill(step: StepReport, left: list[int] = left) -> None:
             left[0] -= step.edits > 0
@@ -147,7 +147,7 @@ def test_a_cell_that_raises_fails_alone_and_runs_again_when_asked(
     assert (again.exit_code, again.plan.shards) == (1, ())
     status = read_status(str(tmp_path / "r"))
     assert {(cell["method"], cell["T"], cell["seed"]) for cell in status["failed_cells"]} == {
-        ("grace", T, seed) for T in (1, 6) for seed in (0, 1)
+        ("grace", T, seed) for T in (1, 3) for seed in (0, 1)
     }
     failure = status["failed_cells"][0]["failures"][0]
     assert (failure["attempts"], failure["step"], failure["kind"]) == (1, "group 0, edit 0", "FloatingPointError")
@@ -165,14 +165,14 @@ def test_one_group_that_raises_leaves_the_others_of_its_cell(
     from workers.methods.ft import FT
 
     edit = FT.edit
-    bad = next(row["case_id"] for row in reference if (row["algorithm"], row["T"], row["group"]) == ("ft", 6, 1))
+    bad = next(row["case_id"] for row in reference if (row["algorithm"], row["T"], row["group"]) == ("ft", 3, 1))
 
     def picky(self: Any, overlay: Any, lanes: Any) -> Any:
         if len(lanes[0].requests) and any(request.case_id == bad for lane in lanes for request in lane.requests):
             raise ValueError("not this one")
         return edit(self, overlay, lanes)
 
-    only = {"methods": RAW["methods"][:1], "grid": {"T": [6], "seeds": [0, 1]}, "engine": {**RAW["engine"], "lanes": 1}}
+    only = {"methods": RAW["methods"][:1], "grid": {"T": [3], "seeds": [0, 1]}, "engine": {**RAW["engine"], "lanes": 1}}
     with monkeypatch.context() as patch:
         patch.setattr(FT, "edit", picky)
         outcome = run(tmp_path / "r", **only)
@@ -184,10 +184,10 @@ def test_one_group_that_raises_leaves_the_others_of_its_cell(
 
 def test_only_some_cells(tmp_path: Path, one_lane: list[dict[str, Any]]) -> None:
     store = LocalStore(tmp_path / "r")
-    outcome = run_sweep(spec_of(engine=ONE_LANE), store, run_local, Watch(), only=["method=grace,T=6", "T=6,seed=1"])
+    outcome = run_sweep(spec_of(engine=ONE_LANE), store, run_local, Watch(), only=["method=grace,T=3", "T=3,seed=1"])
     assert outcome.exit_code == 0
     found = rows(tmp_path / "r")
-    assert {(r["method"], r["T"], r["seed"]) for r in found} == {("grace", 6, 0), ("grace", 6, 1), ("ft", 6, 1)}
+    assert {(r["method"], r["T"], r["seed"]) for r in found} == {("grace", 3, 0), ("grace", 3, 1), ("ft", 3, 1)}
     with pytest.raises(SpecError, match=r"--only 'method=gracee' fits no cell; there are method: ft, grace"):
         run_sweep(spec_of(), store, run_local, Watch(), only=["method=gracee"])
     with pytest.raises(SpecError, match=r"'methd' is unknown; valid are: method, algorithm, T, seed, cell"):
@@ -308,7 +308,7 @@ def test_settings_may_change_between_runs(tmp_path: Path) -> None:
         if step.edits:
             raise Stop
 
-    small = {"methods": ["ft"], "grid": {"T": [3], "seeds": [0, 1]}}
+    small = {"methods": ["ft"], "dataset": TWELVE, "grid": {"T": [3], "seeds": [0, 1]}}
     with pytest.raises(Stop):
         run(tmp_path / "r", Watch(kill), **small)
     begun = set(Journal(LocalStore(tmp_path / "r")).begun())
@@ -320,7 +320,7 @@ def test_settings_may_change_between_runs(tmp_path: Path) -> None:
 
 
 def test_other_sweep_other_scoring_other_folder(tmp_path: Path) -> None:
-    small = {"methods": ["ft"], "grid": {"T": [12], "seeds": [0]}}
+    small = {"methods": ["ft"], "grid": {"T": [6], "seeds": [0]}}
     run(tmp_path / "r", **small)
     with pytest.raises(ResultsError, match="'engine', not of 'other'"):
         run(tmp_path / "r", name="other", **small)
@@ -354,7 +354,7 @@ def test_second_driver_is_refused(tmp_path: Path) -> None:
 def test_a_dead_owner_is_succeeded(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     code = (
-        "import os, sys; from orchestrator import lock; from orchestrator.storage.local import LocalStore\n"
+        "import os, sys; from orchestrator.storage import lock; from orchestrator.storage.local import LocalStore\n"
         "lock.acquire(LocalStore(sys.argv[1]), 'dead', print).__enter__(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
@@ -436,9 +436,9 @@ def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_driver_stopped_across_a_takeover_changes_nothing(
-    tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]]
+    tmp_path: Path, home: dict[str, str], larger: list[dict[str, Any]]
 ) -> None:
-    spec, folder = spec_file(tmp_path), tmp_path / "r"
+    spec, folder = spec_file(tmp_path, **LARGER), tmp_path / "r"
     process = launch(spec, folder, home, "--engine", "local")
     wait_for(lambda: committed(folder) >= 2, process)
     stop(process.pid)
@@ -451,58 +451,54 @@ def test_a_driver_stopped_across_a_takeover_changes_nothing(
                 process.send_signal(signal.SIGCONT)
 
         watch.on_step = wake
-        outcome = run(folder, watch)
+        outcome = run(folder, watch, **LARGER)
     assert any("taking over" in warning for warning in watch.warnings)
     text = output_of(process)
     assert process.returncode == 2, text
     assert "took this results folder over" in text
     if outcome.exit_code:  # the old driver may have claimed the shard at hand before it looked
-        outcome = run(folder)
+        outcome = run(folder, **LARGER)
     assert outcome.exit_code == 0
-    assert rows(folder) == reference
+    assert rows(folder) == larger
     assert not list(folder.glob("parts/*"))
 
 
 # --- storage that fails ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("number", "words", "writes"),
-    [
-        (errno.ENOSPC, "the disk is full", 12),  # when the first artifact is built
-        (errno.ENOSPC, "the disk is full", 60),
-        (errno.EROFS, "read-only", 60),
-        (errno.EACCES, "permission denied", 60),
-    ],
-)
 def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continues(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    reference: list[dict[str, Any]],
-    number: int,
-    words: str,
-    writes: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]]
 ) -> None:
-    """Every write fails from some moment on, half of its bytes written."""
-    temporary, left = LocalStore._temporary, [writes]
+    """Every write fails from some moment on, half of its bytes written; the next run fails, too, for another reason."""
+    temporary, state = LocalStore._temporary, {"left": 0, "error": 0}
 
     @contextlib.contextmanager
     def failing(self: LocalStore, path: Path, data: bytes) -> Iterator[Path]:
-        left[0] -= 1
-        if left[0] < 0:
+        state["left"] -= 1
+        if state["left"] < 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / ".tmp-half").write_bytes(data[: len(data) // 2])
-            raise OSError(number, os.strerror(number))
+            raise OSError(state["error"], os.strerror(state["error"]))
         with temporary(self, path, data) as found:
             yield found
 
+    # a lock cannot be released then, and the process that held it is this one
+    monkeypatch.setattr(locking.Owner, "alive_here", lambda self: False)
+    finished = []
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "_temporary", failing)
         patch.setattr(worker, "BACKOFF_SECONDS", 0.01)
-        with pytest.raises(EditSweepError, match=rf"cannot write {tmp_path}.*{words}.*run the same command again"):
-            run(tmp_path / "r")
-    # the lock could not be released, and the process that held it is this one
-    monkeypatch.setattr(locking.Owner, "alive_here", lambda self: False)
+        for writes, error, words in (
+            (12, errno.ENOSPC, "the disk is full"),  # when the first artifact is built
+            (16, errno.EROFS, "read-only"),
+            (30, errno.EACCES, "permission denied"),
+            (30, errno.ENOSPC, "the disk is full"),
+        ):
+            state |= {"left": writes, "error": error}
+            with pytest.raises(EditSweepError, match=rf"cannot write {tmp_path}.*{words}.*run the same command again"):
+                run(tmp_path / "r")
+            finished.append(len(rows(tmp_path / "r")))
+    assert finished == sorted(finished) and 0 == finished[0] < finished[-1] < len(reference)
     assert run(tmp_path / "r").exit_code == 0
     assert rows(tmp_path / "r") == reference
 
@@ -542,6 +538,16 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
 
 
 # --- Ray -------------------------------------------------------------------------------------------------------------
+
+LARGER: dict[str, Any] = {"dataset": TWELVE, "grid": {"T": [1, 6], "seeds": [0, 1]}}
+"""Time enough for what is done to the processes that run it."""
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("larger") / "r"
+    assert run(folder, **LARGER).exit_code == 0
+    return rows(folder)
 
 
 def launch(spec: Path, folder: Path, home: dict[str, str], *more: str) -> Command:
@@ -592,9 +598,9 @@ def test_ray_equals_local_at_one_and_two_actors(
 
 @pytest.mark.slow
 def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
-    tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]]
+    tmp_path: Path, home: dict[str, str], larger: list[dict[str, Any]]
 ) -> None:
-    spec, folder = spec_file(tmp_path), tmp_path / "r"
+    spec, folder = spec_file(tmp_path, **LARGER), tmp_path / "r"
     # a worker is killed, then the driver itself
     process = launch(spec, folder, home, "--max-actors", "2")
     wait_for(lambda: committed(folder) >= 2, process)
@@ -607,7 +613,7 @@ def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
     assert "Traceback" not in text
     wait_for(lambda: not shard_pids(folder))  # Ray's processes follow their driver
     partial = len(rows(folder)) if (folder / "sweep.json").exists() else 0
-    assert 0 < partial < len(reference)
+    assert 0 < partial < len(larger)
     # the second run takes the lock over, and is interrupted
     old = run_ids(folder)
     process = launch(spec, folder, home)
@@ -623,7 +629,7 @@ def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
     process = launch(spec, folder, home)
     text = output_of(process)
     assert process.returncode == 0, text
-    assert rows(folder) == reference
+    assert rows(folder) == larger
     assert not list(folder.glob("parts/*"))
 
 
@@ -635,7 +641,7 @@ def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str
     endless = spec_file(
         tmp_path,
         methods=[{"method": "ft", "hparams": {"num_steps": 10**9, "lr": 1e-9}}],
-        grid={"T": 12},
+        grid={"T": 6},
         engine={**RAW["engine"], "step_edits": 1000},
         ray=setup,
     )
@@ -679,7 +685,7 @@ def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> Non
     spec = spec_file(
         tmp_path,
         methods=["ft", {"method": "rome", "hparams": {"v_num_grad_steps": 2}}],
-        grid={"T": [12], "seeds": [0]},
+        grid={"T": [6], "seeds": [0]},
     )
     process = launch(spec, tmp_path / "r", home)
     text = output_of(process)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orchestrator.planning.work import Task
-from tests.engine import placeless, rows, run, run_in_pieces
+from tests.engine import TWELVE, placeless, rows, run, run_in_pieces
 from tests.small import GOLDEN, build_inputs, golden_model, golden_requests, session, timeless
 from workers.artifacts.base import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
@@ -146,7 +146,7 @@ def test_jobs_that_cannot_be(changes: dict[str, Any], words: str) -> None:
 
 def test_a_sweep_equals_sweeps_of_one_T_each_and_grows_by_what_is_new(tmp_path: Path) -> None:
     """Killed after every few steps, a sweep of several T gives the table of single ones; a T added later runs alone."""
-    base: dict[str, Any] = {"methods": ["ft"], "scoring": {"generated": False, "score_at": [2, 6]}}
+    base: dict[str, Any] = {"dataset": TWELVE, "methods": ["ft"], "scoring": {"generated": False, "score_at": [2, 6]}}
 
     def grid(*sizes: int) -> dict[str, Any]:
         return {"T": list(sizes), "seeds": [0, 1], "rollback": "never"}
@@ -166,10 +166,11 @@ def test_a_sweep_equals_sweeps_of_one_T_each_and_grows_by_what_is_new(tmp_path: 
     assert more.plan.edits_left == 24
     assert {more.plan.group_sizes(shard) for shard in more.plan.shards} == {(6,)}
     assert more.exit_code == 0
-    longer = run(tmp_path / "r", **base, grid=grid(1, 4, 6, 12), dataset={"kind": "tinyworld", "edits": 24})
+    base["dataset"] = {"kind": "tinyworld", "edits": 24}
+    longer = run(tmp_path / "r", **base, grid=grid(1, 4, 6, 12))
     assert longer.plan.edits_left == 48  # two lanes of 24 edits serve all four T
     assert {longer.plan.group_sizes(shard) for shard in longer.plan.shards} == {(1, 4, 6, 12)}
     assert sum(Task.of(longer.plan.manifest(s)).edits for s in longer.plan.shards) == 48
     assert longer.exit_code == 0
-    run(tmp_path / "T6", **base, grid=grid(6), dataset={"kind": "tinyworld", "edits": 24})
+    run(tmp_path / "T6", **base, grid=grid(6))
     assert placeless([r for r in rows(tmp_path / "r") if r["T"] == 6]) == placeless(rows(tmp_path / "T6"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine import RAW, placeless, rows, run, run_in_pieces
+from tests.engine import RAW, TWELVE, placeless, rows, run, run_in_pieces
 from tests.small import build_inputs, golden_model, golden_requests, session, timeless
 from tests.test_many_T import CONFIGS
 from workers.artifacts.base import ArtifactData
@@ -220,7 +220,11 @@ def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path
     """One lane each (or one per seed): the same bits, killed after every few steps, and with a T and edits added later."""
     engine = {"shard_edits": 12, "step_edits": 2, "max_failures": 1, "lanes_across_seeds": across}
     engine["lanes"] = 2 if across else 1
-    base: dict[str, Any] = {"methods": RAW["methods"][:1], "scoring": {"generated": False, "score_at": [2]}}
+    base: dict[str, Any] = {
+        "dataset": TWELVE,
+        "methods": RAW["methods"][:1],
+        "scoring": {"generated": False, "score_at": [2]},
+    }
 
     def grid(*sizes: int) -> dict[str, Any]:
         return {"T": list(sizes), "seeds": [0, 1]}
@@ -239,10 +243,10 @@ def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path
     assert (more.plan.edits_left, more.plan.edits_shared) == (2 * (12 + 8), 2 * 4)
     assert more.exit_code == 0
     assert placeless(rows(tmp_path / "grown")) == placeless(rows(tmp_path / "plain"))
-    longer = {"kind": "tinyworld", "edits": 24}
-    last = run(tmp_path / "grown", **base, dataset=longer, grid=grid(1, 4, 6, 12), engine=engine)
+    base["dataset"] = {"kind": "tinyworld", "edits": 24}
+    last = run(tmp_path / "grown", **base, grid=grid(1, 4, 6, 12), engine=engine)
     # T=12's second group takes T=6's third, T=4's fourth and T=1's thirteenth along, T=6's and T=4's others T=1's
     assert last.plan.edits_left == 2 * (12 + 6 + 8 + (12 - 4))
     assert last.exit_code == 0
-    run(tmp_path / "long", **base, dataset=longer, grid=grid(1, 4, 6, 12), engine={**engine, "share_prefixes": False})
+    run(tmp_path / "long", **base, grid=grid(1, 4, 6, 12), engine={**engine, "share_prefixes": False})
     assert placeless(rows(tmp_path / "grown")) == placeless(rows(tmp_path / "long"))

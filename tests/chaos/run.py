@@ -91,7 +91,8 @@ def sweep(edits: int, names: Collection[str]) -> dict[str, Any]:
 
 
 ELSEWHERE = (
-    "import sys; from orchestrator import cli, lock\nlock.Owner.alive_here = lambda self: None\ncli.main(sys.argv[1:])"
+    "import sys; from orchestrator.cli import main; from orchestrator.storage import lock\n"
+    "lock.Owner.alive_here = lambda self: None\nmain.main(sys.argv[1:])"
 )
 """The command line as on another machine: it cannot look the owner's process up and has to watch its heartbeat."""
 
