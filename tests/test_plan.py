@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,14 @@ from workers.types import Dataset, EditSweepError, SpecError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
+@cache
+def tinyworld() -> Dataset:
     return load_dataset("tinyworld")
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    return tinyworld()
 
 
 def spec_of(**changes: Any) -> SweepSpec:
@@ -497,7 +503,7 @@ def test_wise_table_2_says_what_is_missing() -> None:
 
 
 def _planner(spec: SweepSpec) -> Planner:
-    return Planner(spec, load_dataset("tinyworld"))
+    return Planner(spec, tinyworld())
 
 
 def test_cell_ids_depend_on_what_decides_the_numbers(dataset: Dataset) -> None:

@@ -431,6 +431,8 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
     hops = second_hops(facts)
     anchors = [fact for fact in facts if fact.group == "anchor"]
     near = {r.name: [fact for fact in anchors if fact.relation == r.name] for r in (*_PEOPLE, *_THINGS)}
+    far = {name: [fact for fact in anchors if fact.relation != name] for name in near}
+    known = {fact.subject for fact in anchors}
     rng = _rng(seed, f"requests:{split}")
     group: Group = "anchor" if split == "train" else split
     chosen = [fact for fact in facts if fact.group == group for _ in range(TRAIN_TARGETS if split == "train" else 1)]
@@ -444,10 +446,12 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
             target_new = (targets.get(fact) or targets.setdefault(fact, rng.sample(others, TRAIN_TARGETS))).pop()
         else:
             target_new = rng.choice(others)
-        neighbour = rng.choice([a for a in near[fact.relation] if a.subject != fact.subject])
-        other, unrelated = rng.sample(
-            [a for a in anchors if a.relation != fact.relation and a.subject != fact.subject], 2
-        )
+        alike, different = near[fact.relation], far[fact.relation]
+        if fact.subject in known:  # of the train split only: the others' subjects are no anchor's
+            alike = [a for a in alike if a.subject != fact.subject]
+            different = [a for a in different if a.subject != fact.subject]
+        neighbour = rng.choice(alike)
+        other, unrelated = rng.sample(different, 2)
         requests.append(
             EditRequest(
                 case_id=f"tinyworld-{split}-{number:04d}",
