@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = [
+    "boto3",
     "pandas",  # Arrow imports it on first use
     "orchestrator.cli.main",
     "orchestrator.engine.local",
@@ -39,16 +40,11 @@ PRELOADED = [
 def forks() -> Any:
     """Return the multiprocessing context whose processes start quickly and cleanly: no threads of this process are copied.
 
-    Their environment is that of the first call, whichever test made it.
+    Their environment is that of the first call, whichever test made it. Barriers and queues of processes come from here.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
-
-
-def spawns() -> Any:
-    """Return the context whose processes have this process's environment as it is now; each imports everything again."""
-    return multiprocessing.get_context("spawn")
 
 
 class _Heard:
@@ -74,7 +70,7 @@ class _Heard:
 class Fork(_Heard):
     """A function that runs in a copy of the server process."""
 
-    def __init__(self, target: Callable[..., None], arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    def __init__(self, target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str]) -> None:
         super().__init__()
         self._process = forks().Process(target=_call, args=(target, arguments, dict(environment), self._output.name))
         self._process.start()
@@ -95,7 +91,7 @@ class Fork(_Heard):
         return self.said(), None
 
 
-def fork(target: Callable[..., None], *arguments: str, environment: Mapping[str, str] | None = None) -> Fork:
+def fork(target: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> Fork:
     """Run ``target(*arguments)``, a function of a module, in a process of its own; ``environment`` is added to its own."""
     return Fork(target, arguments, environment or {})
 
