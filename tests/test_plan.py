@@ -100,7 +100,7 @@ def test_every_group_is_planned_once(dataset: Dataset) -> None:
     assert costs == sorted(costs, reverse=True)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lanes=st.integers(1, 12),
     shard_edits=st.integers(1, 200),
@@ -152,7 +152,7 @@ def waves_of(plan: Plan) -> Counter[tuple[tuple[str, int, int], ...]]:
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lanes=st.integers(1, 12),
     T=st.lists(st.sampled_from([1, 2, 5, 10, 25, 50]), min_size=1, max_size=3, unique=True),
@@ -298,7 +298,7 @@ def test_failed_groups_and_gaps_still_fill_waves(dataset: Dataset) -> None:
     assert_full(plan, 4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lanes=st.integers(1, 9),
     T=st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60]), min_size=2, max_size=4, unique=True),

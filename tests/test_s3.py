@@ -24,6 +24,7 @@ from orchestrator.results.journal import Journal
 from orchestrator.results.query import open_results
 from orchestrator.results.table import CentralTable
 from orchestrator.storage import lock as locking
+from orchestrator.storage import s3
 from orchestrator.storage.base import Missing, StoreError
 from orchestrator.storage.open import open_store
 from orchestrator.storage.s3 import S3Store
@@ -113,10 +114,16 @@ def test_the_verbs(store: S3Store, where: str) -> None:
         store.delete_folder("")
 
 
-def test_more_than_one_page(store: S3Store) -> None:
-    for number in range(1105):
+def test_more_than_one_page(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a server that lists a hundred objects at a time, not a thousand."""
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "100")
+    assert s3._DELETED_AT_ONCE <= 1000  # the protocol's limit
+    monkeypatch.setattr(s3, "_DELETED_AT_ONCE", 100)
+    for number in range(215):
         store.replace(f"f/{number:05d}", b"")
-    assert [entry.name for entry in store.list("f")] == [f"{number:05d}" for number in range(1105)]
+    page = boto3.client("s3").list_objects_v2(Bucket="lab", Prefix=store._key("f"))
+    assert page["IsTruncated"] and page["KeyCount"] == 100
+    assert [entry.name for entry in store.list("f")] == [f"{number:05d}" for number in range(215)]
     store.delete_folder("f")
     assert store.list("f") == []
 
