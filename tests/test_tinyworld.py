@@ -116,6 +116,7 @@ def test_two_hop_questions_are_never_trained_for_editable_people() -> None:
 def test_requests_are_a_pure_function_of_the_seed() -> None:
     splits: tuple[tinyworld.Split, ...] = ("edit", "tune", "train")
     here = [tinyworld.load_dataset(split).fingerprint for split in splits]
+    tinyworld.load_requests.cache_clear()
     assert [tinyworld.load_dataset(split).fingerprint for split in splits] == here
     assert not set(here) & {tinyworld.load_dataset(split, seed=1).fingerprint for split in splits}
     code = (

@@ -28,6 +28,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -418,6 +419,7 @@ def corpus(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
     return tuple(lines)
 
 
+@lru_cache(maxsize=4)  # the planner and the worker of one process both read them
 def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[EditRequest, ...]:
     """The requests of one split in sweep order, one per fact of that group; four per anchor fact in ``train``.
 
