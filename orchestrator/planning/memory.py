@@ -37,7 +37,7 @@ TEMPLATE_TOKENS = 32
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per lane; ``shared`` is what
-    lanes share (second moments and their factors, weights laid out for a processor, ...), ``kept`` what is kept of scoring."""
+    lanes share (second moments and their factors, ...), ``kept`` what is kept of scoring."""
 
     weights: int
     overlay: int
@@ -93,7 +93,7 @@ def estimate(
         edit=edited,
         score=scored,
         kept=cache_bytes,
-        shared=shared_bytes + (0 if on_gpu else shape.laid_out_bytes(first)),
+        shared=shared_bytes,
         recorded=on_gpu,
     )
 
