@@ -65,7 +65,7 @@ def test_compiled_steps_do_what_the_written_ones_do(name: str, dtype: torch.dtyp
     base = random_model("llama", dtype)
     slow(base.model)  # as on a GPU
     outcomes, change = edited(base, name)
-    base.compiled = Compiled(updates=True, layers=True, backend=TRACED)
+    base.kernels.compiled = Compiled(updates=True, layers=True, backend=TRACED)
     compiled_outcomes, compiled_change = edited(base, name)
     assert not base.compiled.broken
     update = masked_descent if name == "wise" else adam_in_box
@@ -89,7 +89,7 @@ def test_working_copies_go_on_where_half_of_the_lanes_have_arrived(monkeypatch: 
     monkeypatch.setattr("workers.inner_loop.finetune.STOP_LOSS", 2.0)
     found = []
     for compiled in (Compiled(), Compiled(updates=True, backend=TRACED)):
-        base.compiled = compiled
+        base.kernels.compiled = compiled
         overlay: Any = kind.prepare(base, config, {}).new_overlay(10)
         found.append([o.iterations for o in kind.prepare(base, config, {}).edit(overlay, edits)])
     assert len(halvings) >= 2  # in both
@@ -133,7 +133,7 @@ def test_where_the_compiler_fails_the_code_runs_as_it_is_written(name: str, capl
 
     base = random_model("llama")
     outcomes, change = edited(base, name)
-    base.compiled = Compiled(updates=True, layers=True, backend=no_compiler)
+    base.kernels.compiled = Compiled(updates=True, layers=True, backend=no_compiler)
     with caplog.at_level(logging.WARNING):
         broken_outcomes, broken_change = edited(base, name)
     assert base.compiled.broken
