@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
-from workers.methods.base import LaneEdit, Method
+from workers.methods.base import ArtifactContext, LaneEdit, Method
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.model.overlay import Overlay
@@ -122,7 +122,7 @@ class Bench:
     """One method on one model."""
 
     base: BaseModel
-    editor: Method[Any]
+    editor: Method[Any, Any]
     loop: Loop
     requests: list[EditRequest]
 
@@ -200,7 +200,7 @@ def attainable_gain(bench: Bench) -> float:
 def measure(name: str, base: BaseModel, method: str, size: Size, report: Report) -> None:
     config = config_of(base, name, method)
     kind = get_method(method)
-    specs = kind.artifacts(config, ModelFingerprint(name, "embedded"), base.config, 0)
+    specs = config.artifacts(ArtifactContext(ModelFingerprint(name, "embedded"), base.config, 0))
     inputs = build_inputs(base, specs)
     requests = list(load_dataset("tune").requests)
     bench = Bench(base, kind.prepare(base, config, inputs), LOOPS[method](base, config, inputs), requests)

@@ -256,7 +256,7 @@ def measure(base: BaseModel, name: str, hparams: dict[str, Any], lanes: int, dev
         for layer in config.layers:
             width = base.site(layer).shape[1]
             inputs[f"moment.{layer}"] = ArtifactData({"moment": torch.eye(width)})
-    method: Method[Any] = kind.prepare(base, config, inputs)
+    method: Method[Any, Any] = kind.prepare(base, config, inputs)
     plain = config.model_dump(mode="json")
     items = [Item(lane, requests[lane]) for lane in range(lanes)]
     settings = ScoreConfig(generated=False)

@@ -92,7 +92,7 @@ def ours(base: BaseModel, name: str) -> Callable[[], object]:
     hparams = {**SHORT[name], **where}
     config = load_config(name, hparams, None, ModelConfig(name="embedded", device="cpu"))
     inputs = {"templates": ArtifactData(meta={"templates": ["{}", "The. {}"]})}
-    method: Method[Any] = get_method(name).prepare(base, config, inputs)
+    method: Method[Any, Any] = get_method(name).prepare(base, config, inputs)
     requests = load_dataset("tinyworld").requests
     plain = config.model_dump(mode="json")
 

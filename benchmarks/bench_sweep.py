@@ -34,6 +34,7 @@ from orchestrator.results.query import open_results
 from orchestrator.storage.local import LocalStore
 from workers.data.tinyworld import load_dataset
 from workers.methods import get_method
+from workers.methods.base import ArtifactContext
 from workers.model.config import fingerprint_model
 from workers.model.overlay import DenseOverlay
 from workers.rng import RandomStreams
@@ -109,7 +110,7 @@ def plain_seconds(spec: SweepSpec, sample: int) -> float:
     for v, variant in enumerate(plan.variants):
         kind = get_method(variant.algorithm)
         config = kind.Config.model_validate(variant.config)
-        specs = kind.artifacts(config, fingerprint_model(spec.model), spec.model, 0)
+        specs = config.artifacts(ArtifactContext(fingerprint_model(spec.model), spec.model, 0))
         inputs = build_inputs(base, specs)
         loop = LOOPS[variant.algorithm](base, config, inputs)
         seconds = []

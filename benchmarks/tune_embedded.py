@@ -19,6 +19,7 @@ from workers.artifacts.pretrain import training_source
 from workers.data.tinyworld import load_dataset
 from workers.job import Lane, StreamCell, StreamJob
 from workers.methods import get_method, load_config, method_names
+from workers.methods.base import ArtifactContext
 from workers.model.config import ModelConfig, fingerprint_model
 from workers.session import Session, build_inputs
 from workers.stream import Stream
@@ -33,7 +34,7 @@ def measure(session: Session, method: str, hparams: dict[str, Any], Ts: list[int
     model = session.base.config
     config = load_config(method, hparams, None, model)
     training = training_source("tinyworld")[0] if get_method(method).needs_pretraining else None
-    specs = get_method(method).artifacts(config, fingerprint_model(model), model, 0, training)
+    specs = config.artifacts(ArtifactContext(fingerprint_model(model), model, 0, training))
     artifacts = build_inputs(session.base, specs)
     cell = StreamCell(cell_id="tune", seed=0, artifacts={name: name for name in artifacts})
     requests = load_dataset("tune").requests

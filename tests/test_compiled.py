@@ -21,7 +21,7 @@ from workers.methods import get_method
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FTConfig
 from workers.methods.wise.config import WISEConfig
-from workers.methods.wise.method import masked_descent
+from workers.methods.wise.optim import masked_descent
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
 from workers.rng import RandomStreams
@@ -57,8 +57,10 @@ def edited(base: BaseModel, name: str) -> tuple[list[EditOutcome], Tensor]:
     return outcomes, overlay.delta_LOI
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in sorted(CONFIGS)), ("ft", torch.bfloat16), ("wise", torch.bfloat16)],
+)
 def test_compiled_steps_do_what_the_written_ones_do(name: str, dtype: torch.dtype) -> None:
     base = random_model("llama", dtype)
     slow(base.model)  # as on a GPU

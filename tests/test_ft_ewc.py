@@ -13,7 +13,7 @@ from tests.small import GOLDEN, build_inputs, golden_requests, random_model
 from workers.artifacts.base import Stopped, Workbench
 from workers.artifacts.fisher import KIND, build_fisher
 from workers.methods import get_method
-from workers.methods.base import LaneEdit, Method
+from workers.methods.base import ArtifactContext, LaneEdit, Method
 from workers.methods.ft import FTConfig
 from workers.methods.ft_ewc import FTEWC, FTEWCConfig
 from workers.model.base import BaseModel
@@ -32,7 +32,7 @@ def config(**changes: Any) -> FTEWCConfig:
 
 def edited(
     base: BaseModel, settings: Any, name: str = "ft-ewc", edits: int = 2
-) -> tuple[Method[Any], torch.Tensor, Any]:
+) -> tuple[Method[Any, Any], torch.Tensor, Any]:
     """The change of the trained map after some edits, and the last outcome."""
     editor = get_method(name).prepare(base, settings, build_inputs(base, name, settings))
     overlay = editor.new_overlay(1)
@@ -119,20 +119,20 @@ def test_a_penalty_has_its_gradient_and_lanes_their_own() -> None:
 
 def test_what_is_asked_for(tmp_path: Path) -> None:
     fingerprint, model = ModelFingerprint("m", "t"), ModelConfig(name="some/other-model")
-    specs = FTEWC.artifacts(config(layers=(1, 2)), fingerprint, model, seed=0)
+    specs = config(layers=(1, 2)).artifacts(ArtifactContext(fingerprint, model, seed=0))
     assert [(s.name, s.kind) for s in specs] == [("fisher_1", KIND), ("fisher_2", KIND)]
     keys = {s.key for s in specs}
     assert len(keys) == 2
-    assert {s.key for s in FTEWC.artifacts(config(layers=(1, 2), lr=1.0), fingerprint, model, seed=5)} == keys
+    assert {s.key for s in config(layers=(1, 2), lr=1.0).artifacts(ArtifactContext(fingerprint, model, seed=5))} == keys
     for other in (config(samples=13), config(precision="float64"), config(module="mlp.up_proj")):
-        assert not {s.key for s in FTEWC.artifacts(other, fingerprint, model, seed=0)} & keys
-    assert not {s.key for s in FTEWC.artifacts(config(), ModelFingerprint("n", "t"), model, seed=0)} & keys
+        assert not {s.key for s in other.artifacts(ArtifactContext(fingerprint, model, seed=0))} & keys
+    assert not {s.key for s in config().artifacts(ArtifactContext(ModelFingerprint("n", "t"), model, seed=0))} & keys
     moved = tmp_path / "elsewhere.txt"
     moved.write_bytes(Path(CORPUS).read_bytes())
-    specs = FTEWC.artifacts(config(layers=(1, 2), corpus=str(moved)), fingerprint, model, seed=0)
+    specs = config(layers=(1, 2), corpus=str(moved)).artifacts(ArtifactContext(fingerprint, model, seed=0))
     assert {s.key for s in specs} == keys and specs[0].where == {"corpus": str(moved)}
     with pytest.raises(SpecError, match="corpus: FT-EWC needs a text or JSONL file for the Fisher"):
-        FTEWC.artifacts(config(corpus=None), fingerprint, model, seed=0)
+        config(corpus=None).artifacts(ArtifactContext(fingerprint, model, seed=0))
 
 
 def test_a_text_too_short(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from workers.artifacts.base import ArtifactData
 from workers.artifacts.pretrain import Trainer, TrainingSchedule, training_source
 from workers.data.tinyworld import load_requests
 from workers.methods import get_method, load_config
-from workers.methods.base import LaneEdit
+from workers.methods.base import ArtifactContext, LaneEdit
 from workers.methods.families.hypernet import (
     Block,
     Hypernet,
@@ -288,7 +288,7 @@ def test_rledits_statistics_are_a_lanes_own(statistics: str) -> None:
     base = random_model("gpt2")
     config = CONFIGS["rledit"].model_copy(update={"statistics": statistics})
     source = training_source("tinyworld", shards=(16,))[0]
-    specs = get_method("rledit").artifacts(config, ModelFingerprint("m", "t"), base.config, 0, source)
+    specs = config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), base.config, 0, source))
     method = get_method("rledit").prepare(base, config, build_inputs(base, specs))
     assert isinstance(method, RLEdit)
     first, second = golden_requests(2)
@@ -345,9 +345,9 @@ def test_a_request_without_anything_else_is_named() -> None:
 
 def test_networks_are_shared_by_configs_that_train_alike() -> None:
     source = training_source("tinyworld", shards=(16,))[0]
-    for method, config in CONFIGS.items():
+    for config in CONFIGS.values():
         keys = [
-            get_method(method).artifacts(changed, ModelFingerprint("m", "t"), ModelConfig(), seed, source)[0].key
+            changed.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ModelConfig(), seed, source))[0].key
             for changed, seed in ((config, 0), (config, 5), (config.model_copy(update={"rank": 9}), 0))
         ]
         assert keys[0] == keys[1] != keys[2]
@@ -416,9 +416,7 @@ def test_training_raises_the_success_of_edits(method: str) -> None:
     scores = []
     for steps in (1, 30 if method == "rledit" else 150):  # a step of RLEdit's is a sequence of edits
         short = config.model_copy(update={"schedule": config.schedule.model_copy(update={"steps": steps})})  # type: ignore[attr-defined]
-        data = build_inputs(
-            base, get_method(method).artifacts(short, ModelFingerprint("m", "t"), base.config, 0, source)
-        )
+        data = build_inputs(base, short.artifacts(ArtifactContext(ModelFingerprint("m", "t"), base.config, 0, source)))
         scores.append(success(method, short, data, 10, size))
     untrained, trained = scores
     assert trained["reliability"] >= 0.8 and trained["locality"] >= 0.6, scores

@@ -77,9 +77,9 @@ def test_too_many_facts() -> None:
         overlay.hidden_states(base, collate([base.encoder.pair("a very long story " * 12, "x")], [0], 0))
     shape = model_shape(ModelConfig())
     assert shape.context == 128
-    ICL.check_edits(ICLConfig(), shape, 16)
+    ICLConfig().check_edits(shape, 16)
     with pytest.raises(SpecError, match=r"17 facts .* context length of 128"):
-        ICL.check_edits(ICLConfig(), shape, 17)
+        ICLConfig().check_edits(shape, 17)
 
 
 @pytest.mark.parametrize(("grid", "edits"), [("{T: [1, 100]}", 100), ("{T: [1], rollback: never}", 100)])

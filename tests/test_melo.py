@@ -124,11 +124,11 @@ def test_a_snapshot_is_a_copy_and_a_pristine_one_empties_a_lane() -> None:
 
 def test_check() -> None:
     shape = model_shape(ModelConfig(name="embedded"))
-    MELO.check(MELOConfig(key_layer=3, layers=(4, 5)), shape)
+    MELOConfig(key_layer=3, layers=(4, 5)).check(shape)
     with pytest.raises(SpecError, match=r"layers: 3 is not after key_layer=3.*4 to 5"):
-        MELO.check(MELOConfig(key_layer=3, layers=(3, 5)), shape)
+        MELOConfig(key_layer=3, layers=(3, 5)).check(shape)
     with pytest.raises(SpecError, match="key_layer: layer 9 is out of range"):
-        MELO.check(MELOConfig(key_layer=9, layers=(10,)), shape)
+        MELOConfig(key_layer=9, layers=(10,)).check(shape)
 
 
 YAML = """

@@ -14,7 +14,7 @@ import yaml
 
 from orchestrator.engine.folder import check_folder
 from orchestrator.planning.plan import make_plan
-from orchestrator.planning.spec import parse_spec, scoring_identity
+from orchestrator.planning.spec import parse_spec
 from orchestrator.results.columns import STREAM_COLUMNS
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
@@ -24,12 +24,15 @@ from workers.job import ScoreConfig, StreamJob
 from workers.methods.ft import FTConfig
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
-from workers.scoring.ability import Ability, cut_windows
+from workers.scoring.ability import Ability, AbilityConfig, cut_windows
+from workers.scoring.any_of import ANY_OF
 from workers.scoring.cache import BaseAnswers, Prefixes
-from workers.scoring.columns import ANY_COLUMNS, OOD_COLUMNS, exp
-from workers.scoring.fluency import continuations, fluency, n_gram_entropy
+from workers.scoring.fluency import FluencyConfig, continuations, fluency, n_gram_entropy
+from workers.scoring.out_of_distribution import OUT_OF_DISTRIBUTION
 from workers.scoring.probes import Item
+from workers.scoring.registry import SCORES
 from workers.scoring.score import score
+from workers.scoring.target import exp
 from workers.stream import Stream
 from workers.timeline import cut_steps
 from workers.types import DataError, EditRequest, EditSweepError, Probe
@@ -38,6 +41,8 @@ REQUESTS = golden_requests(20)
 FT = FTConfig(layers=(1,), lr=1e-2, num_steps=3, objective="target_new")
 CORPUS = GOLDEN / "corpus.txt"
 LATER = ("fluency", "ability_perplexity", "perplexity")
+ANY_COLUMNS = [column.name for column in ANY_OF.columns]
+OOD_COLUMNS = [column.name for column in OUT_OF_DISTRIBUTION.columns]
 
 
 def edited(base: BaseModel, lanes: int = 2) -> DenseOverlay:
@@ -139,13 +144,13 @@ def test_n_gram_entropy() -> None:
 def test_fluency_does_not_depend_on_neighbours(arch: str) -> None:
     base = random_model(arch)
     overlay = edited(base)
-    config = ScoreConfig(fluency_tokens=12, tokens_per_batch=100)
+    settings, config = FluencyConfig(tokens=12), ScoreConfig(tokens_per_batch=100)
     items = [Item(i // 3, REQUESTS[i % 3]) for i in range(6)]
     kept = BaseAnswers()
-    together = fluency(base, overlay, items, config, kept)
-    assert fluency(base, overlay, items, config, kept) == together
+    together = fluency(base, overlay, items, settings, config, kept)
+    assert fluency(base, overlay, items, settings, config, kept) == together
     assert kept.numbers.hits
-    alone = [fluency(base, overlay, [item], config, BaseAnswers())[0] for item in items]
+    alone = [fluency(base, overlay, [item], settings, config, BaseAnswers())[0] for item in items]
     assert alone == together
     assert [after for after, _ in together[:3]] == [before for _, before in together[:3]], "lane 0 is the base model"
     assert [after for after, _ in together[3:]] != [before for _, before in together[3:]]
@@ -154,7 +159,7 @@ def test_fluency_does_not_depend_on_neighbours(arch: str) -> None:
 def test_continuations_are_drawn_from_the_likeliest() -> None:
     base = random_model("llama")
     items = [Item(0, REQUESTS[0])]
-    (greedy,) = continuations(base, None, items, ScoreConfig(fluency_tokens=6, fluency_top_k=1))
+    (greedy,) = continuations(base, None, items, FluencyConfig(tokens=6, top_k=1))
     ids = list(base.encoder.prompt(REQUESTS[0].prompt))
     start = len(ids)
     for _ in range(6):
@@ -163,16 +168,16 @@ def test_continuations_are_drawn_from_the_likeliest() -> None:
         logits[base.tokenizer.eos_token_id] = -math.inf
         ids.append(int(logits.argmax()))
     assert greedy == base.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    sampled = continuations(base, None, items, ScoreConfig(fluency_tokens=6, fluency_top_k=50))
-    assert sampled == continuations(base, None, items, ScoreConfig(fluency_tokens=6, fluency_top_k=50)) != [greedy]
+    sampled = continuations(base, None, items, FluencyConfig(tokens=6, top_k=50))
+    assert sampled == continuations(base, None, items, FluencyConfig(tokens=6, top_k=50)) != [greedy]
 
 
 def test_ability_is_the_perplexity_of_the_windows(tmp_path: Path) -> None:
     base = random_model("llama")
     text = tmp_path / "held_out.txt"
     text.write_text("\n".join(CORPUS.read_text().splitlines()[:30]))
-    config = ScoreConfig(ability_text=text, ability_tokens=100, ability_window=32)
-    ability = Ability(base, text, config)
+    settings = AbilityConfig(text=text, tokens=100, window=32)
+    ability = Ability(base, text, settings, ScoreConfig())
     bos = base.tokenizer.bos_token_id
     assert all(window[0] == bos and bos not in window[1:] for window in ability.windows)
     assert sum(len(window) - 1 for window in ability.windows) == 100
@@ -247,19 +252,19 @@ def spec(**scoring: Any) -> Any:
 
 def test_what_is_off_leaves_no_trace(tmp_path: Path) -> None:
     plain = spec()
-    assert scoring_identity(plain.scoring).keys() == {"immediate", "generated", "score_at", "extra_tokens"}
+    assert SCORES.identity(plain.scoring).keys() == {"immediate", "generated", "score_at", "extra_tokens"}
     same = make_plan(spec(ability_tokens=2048, fluency_tokens=0))
     assert [s.shard_id for s in same.shards] == [s.shard_id for s in make_plan(plain).shards]
     on = spec(ability_text="corpus.txt", fluency_tokens=8)
-    assert on.scoring.ability_text == CORPUS
-    identity = scoring_identity(on.scoring)
+    assert on.scoring.ability_text == str(CORPUS)
+    identity = SCORES.identity(on.scoring)
     assert (identity["fluency_tokens"], identity["fluency_top_k"], identity["ability_window"]) == (8, 5, 256)
     copy = tmp_path / "copy.txt"
     copy.write_text(CORPUS.read_text())
     moved = spec(ability_text=str(copy), fluency_tokens=8)
-    assert scoring_identity(moved.scoring) == identity, "a text counts by its content"
+    assert SCORES.identity(moved.scoring) == identity, "a text counts by its content"
     copy.write_text("Another text.")
-    assert scoring_identity(moved.scoring) != identity
+    assert SCORES.identity(moved.scoring) != identity
     planned = make_plan(on)
     assert [c.cell_id for c in planned.cells] == [c.cell_id for c in same.cells]
     assert planned.shards[0].shard_id != same.shards[0].shard_id
@@ -270,7 +275,7 @@ def test_a_folder_keeps_its_scoring_settings(tmp_path: Path) -> None:
     for there, here in ((plain, on), (on, plain)):
         folder = tmp_path / f"{there.scoring.fluency_tokens}"
         store, paths = LocalStore(folder), ResultsPaths()
-        store.publish_new(paths.sweep, seal_json({"name": "s", "scoring": dict(scoring_identity(there.scoring))}))
+        store.publish_new(paths.sweep, seal_json({"name": "s", "scoring": SCORES.identity(there.scoring)}))
         check_folder(there, store, paths)
         with pytest.raises(EditSweepError, match=r"scored with other settings \(fluency_tokens: "):
             check_folder(here, store, paths)

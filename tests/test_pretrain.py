@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.learner import Decoder, Learner, LearnerConfig, registered
+from tests.learner import Decoder, LearnerConfig, registered
 from tests.small import random_model
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Stopped, Workbench
 from workers.artifacts.pretrain import PRETRAINED, TRAINING, TrainingSchedule, TrainingSource, training_source
 from workers.data import load_training
+from workers.methods.base import ArtifactContext
 from workers.model.base import BaseModel
 from workers.model.config import ModelFingerprint
 from workers.rng import derive_generator
@@ -46,7 +47,7 @@ def write(path: Path, requests: Sequence[EditRequest]) -> Path:
 
 def spec_of(base: BaseModel, training: TrainingSource | None, config: LearnerConfig | None = None) -> ArtifactSpec:
     config = config or LearnerConfig(layers=(1,))
-    (spec,) = Learner.artifacts(config, FINGERPRINT, base.config, 0, training)
+    (spec,) = config.artifacts(ArtifactContext(FINGERPRINT, base.config, 0, training))
     return spec
 
 
@@ -80,8 +81,8 @@ def test_the_key_is_what_the_bits_depend_on(base: BaseModel, tmp_path: Path) -> 
     for change in ({"width": 8}, {"schedule": TrainingSchedule(steps=61, batch_size=8)}):
         assert spec_of(base, training, LearnerConfig(layers=(1,), **change)).key != spec.key  # type: ignore[arg-type]
     assert spec_of(base, training, LearnerConfig(layers=(1,), num_steps=3)).key == spec.key  # edits, not training
-    (elsewhere,) = Learner.artifacts(
-        LearnerConfig(layers=(1,)), ModelFingerprint("m2", "tokenizer"), base.config, 0, training
+    (elsewhere,) = LearnerConfig(layers=(1,)).artifacts(
+        ArtifactContext(ModelFingerprint("m2", "tokenizer"), base.config, 0, training)
     )
     assert elsewhere.key != spec.key
 
@@ -208,8 +209,8 @@ def test_the_product_says_what_it_is(base: BaseModel) -> None:
     assert (told["shards"], told["requests"], told["steps"]) == (2, 24, 120)
     assert len(told["log"]) == 20 and told["log"][-1]["step"] == 60
     data.check_made_as(spec, "x")
-    (other,) = Learner.artifacts(
-        LearnerConfig(layers=(1,)), ModelFingerprint("another", "tokenizer"), base.config, 0, training
+    (other,) = LearnerConfig(layers=(1,)).artifacts(
+        ArtifactContext(ModelFingerprint("another", "tokenizer"), base.config, 0, training)
     )
     with pytest.raises(ModelError, match=r"x: not the pretrained artifact .* another model \(model, .* another\)"):
         data.check_made_as(other, "x")

@@ -12,7 +12,7 @@ from workers.artifacts.base import ArtifactData
 from workers.artifacts.pretrain import TrainingSchedule, training_source
 from workers.data.tinyworld import load_requests
 from workers.job import ScoreConfig
-from workers.methods.base import LaneEdit
+from workers.methods.base import ArtifactContext, LaneEdit
 from workers.methods.serac import SERAC, SERACConfig, SERACTrainer
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint
@@ -60,7 +60,7 @@ def test_it_learns_the_embedded_world() -> None:
     base = BaseModel.load(ModelConfig(device="cpu"))
     config = SERACConfig(lr=5e-4, schedule=TrainingSchedule(steps=300, batch_size=8))
     source, _ = training_source("tinyworld", shards=(1600,))
-    specs = SERAC.artifacts(config, ModelFingerprint("m", "t"), base.config, 0, source)
+    specs = config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), base.config, 0, source))
     inputs = build_inputs(base, specs)
     log = inputs["pretrained"].meta["pretraining"]["log"]
     assert log[-1]["scope_loss"] < 0.5 * log[0]["scope_loss"]
@@ -83,10 +83,12 @@ def test_what_training_depends_on() -> None:
     source, _ = training_source("tinyworld", shards=(16,))
 
     def key(**hparams: Any) -> str:
-        (spec,) = SERAC.artifacts(SERACConfig(**hparams), ModelFingerprint("m", "t"), ModelConfig(), 0, source)
+        (spec,) = SERACConfig(**hparams).artifacts(
+            ArtifactContext(ModelFingerprint("m", "t"), ModelConfig(), 0, source)
+        )
         return spec.key
 
     assert key() == key(threshold=0.3, mixing="soft", reads="row", accumulate=False)
     assert len({key(), key(lr=1e-4), key(classifier="x"), key(schedule={"steps": 3})}) == 4
     with pytest.raises(SpecError, match="training: required"):
-        SERAC.artifacts(SERACConfig(), ModelFingerprint("m", "t"), ModelConfig(), 0, None)
+        SERACConfig().artifacts(ArtifactContext(ModelFingerprint("m", "t"), ModelConfig(), 0, None))

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.planning.spec import SweepSpec, load_spec, parse_spec, scoring_identity
+from orchestrator.planning.spec import SweepSpec, load_spec, parse_spec
 from workers.inputs import MAX_BYTES, parse_yaml
 from workers.methods import method_names
+from workers.scoring.registry import SCORES
 from workers.types import SpecError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,5 +233,5 @@ def test_scoring_identity_leaves_batching_out() -> None:
     one = parse(changed("scoring", {"rows_per_batch": 8, "requests_per_tick": 5}))
     other = parse(changed("scoring", {"generated": False}))
     plain = parse(yaml.safe_dump(GOOD))
-    assert scoring_identity(one.scoring) == scoring_identity(plain.scoring)
-    assert scoring_identity(other.scoring) != scoring_identity(plain.scoring)
+    assert SCORES.identity(one.scoring) == SCORES.identity(plain.scoring)
+    assert SCORES.identity(other.scoring) != SCORES.identity(plain.scoring)

@@ -143,10 +143,8 @@ def test_lanes_that_have_arrived_leave_the_batch_and_nothing_else_changes(
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])
     stop = {"ft": 2.0, "rome": {"llama": 10.0, "gpt2": 14.0}[arch], "wise": 2.0}[name]
-    where = {"ft": "workers.inner_loop.finetune", "rome": "workers.methods.families.locate"}.get(
-        name, f"workers.methods.{name}"
-    )
-    monkeypatch.setattr(f"{where}.STOP_LOSS", stop)
+    where = {"ft": "inner_loop.finetune", "rome": "methods.families.locate", "wise": "methods.wise.method"}[name]
+    monkeypatch.setattr(f"workers.{where}.STOP_LOSS", stop)
     if name == "wise":
         monkeypatch.setattr("workers.methods.wise.method.STOP_CHANGE", 1e9)
     together = editor.new_overlay(10)

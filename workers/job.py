@@ -1,4 +1,4 @@
-"""What a stream is asked to do, as frozen data, and the timeline of ticks that follows from it. Free of torch.
+"""A stream's work as frozen data. Free of torch.
 
 The planner writes a :class:`StreamJob` into a shard's manifest; a stream executes it tick by tick. Everything that
 decides a bit of the result stands here (lanes, batch composition, scoring batches), so that a shard resumed elsewhere
@@ -7,40 +7,50 @@ repeats exactly the same arithmetic.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from workers.types import Frozen
+from workers.types import JSON, Frozen
 
 Rollback = Literal["group", "never"]
 
-SCORING_PROTOCOL = 1
-"""Version of what a model's reply to a scoring batch holds. Raising it makes every stored base-model score stale."""
+
+BATCHING = "batching"
+"""Marks a setting that says how scoring is cut into batches: it changes how fast scoring is, and numbers by rounding only."""
 
 
 class ScoreConfig(Frozen):
-    """Which moments are scored, and how scoring work is cut into frozen batches."""
+    """The moments that are scored, and the sizes of the frozen scoring batches.
+
+    Further keys are settings of single scores. What they mean stands with the score (:mod:`workers.scoring.registry`), which
+    checks them when a spec is read; here they are JSON values that are passed on.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     immediate: bool = Field(True, description="score every edit right after it is made")
     generated: bool = Field(True, description="fill the *_generated columns by greedy generation")
     score_at: tuple[int, ...] = Field((), description="edit counts at which everything edited so far is scored too")
-    rows_per_batch: int = Field(256, ge=1, description="sequences of one scoring forward, at most")
-    tokens_per_batch: int = Field(1024, ge=1, description="tokens of one scoring forward, padding included, at most")
-    requests_per_tick: int = Field(25, ge=1, description="requests a lane has scored between two possible commits")
+    rows_per_batch: Annotated[int, BATCHING] = Field(256, ge=1, description="sequences of one scoring forward, at most")
+    tokens_per_batch: Annotated[int, BATCHING] = Field(
+        1024, ge=1, description="tokens of one scoring forward, padding included, at most"
+    )
+    requests_per_tick: Annotated[int, BATCHING] = Field(
+        25, ge=1, description="requests a lane has scored between two possible commits"
+    )
     extra_tokens: int = Field(
         4, ge=1, description="tokens greedy generation may run beyond the target before it is cut"
     )
-    fluency_tokens: int = Field(
-        0, ge=0, description="tokens written after each edit prompt at a group's end for `fluency`; 0: not measured"
-    )
-    fluency_top_k: int = Field(5, ge=1, description="a token of these texts is drawn from so many likeliest; 1: greedy")
-    ability_text: Path | None = Field(
-        None, description="UTF-8 file of held-out text, whose perplexity is measured at each group's end"
-    )
-    ability_tokens: int = Field(2048, ge=2, description="tokens of that text that are read, at most")
-    ability_window: int = Field(256, ge=2, description="tokens read in one go, at most (and the model's own limit)")
+
+    def core(self) -> dict[str, JSON]:
+        """The settings that belong to no single score."""
+        return self.model_dump(mode="json", include=set(type(self).model_fields))
+
+    def identity(self) -> dict[str, JSON]:
+        """Those of them that change which numbers are in the table."""
+        marked = {name for name, field in type(self).model_fields.items() if BATCHING in field.metadata}
+        return self.model_dump(mode="json", include=set(type(self).model_fields) - marked)
 
 
 class StreamCell(Frozen):
@@ -53,7 +63,7 @@ class StreamCell(Frozen):
 
 
 class Share(Frozen):
-    """What a lane reports: groups ``group .. stop_group`` (exclusive) of ``cells[cell]``."""
+    """The groups that a lane reports: ``group .. stop_group`` (exclusive) of ``cells[cell]``."""
 
     cell: int = 0
     group: int
@@ -145,16 +155,3 @@ class StreamJob(Frozen):
 def first_request(job: StreamJob, lane: Lane) -> int:
     """Index of the first request after the lane's pristine state, in the order of its seed."""
     return lane.group * job.T if job.rollback == "group" else 0
-
-
-def schedule_of(job: StreamJob) -> StreamJob:
-    """The job without its method: which requests are scored in which batches, and nothing else. It cannot be run.
-
-    Jobs of one schedule ask the base model the same questions. Held-out text is none of them: an actor reads it once.
-    """
-    cells = tuple(StreamCell(cell_id="", seed=cell.seed, T=cell.T or job.T) for cell in job.cells)
-    defaults = ScoreConfig()
-    score = job.score.model_copy(
-        update={name: getattr(defaults, name) for name in ("ability_text", "ability_tokens", "ability_window")}
-    )
-    return job.model_copy(update={"method": "", "config": {}, "cells": cells, "score": score})

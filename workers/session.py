@@ -9,8 +9,7 @@ from typing import Self
 
 import torch
 
-from workers.artifacts.base import BASE_SCORES, ArtifactData, ArtifactSpec, Workbench
-from workers.artifacts.base_scores import build_base_scores
+from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.artifacts.fisher import KIND as FISHER
 from workers.artifacts.fisher import build_fisher
 from workers.artifacts.pretrain import PRETRAINED, TRAINING, build_pretrained, build_training
@@ -33,7 +32,6 @@ BUILDERS: Mapping[str, Callable[[BaseModel, dict[str, JSON], Workbench], Artifac
         TEMPLATES: build_templates,
         TRAINING: build_training,
         PRETRAINED: build_pretrained,
-        BASE_SCORES: build_base_scores,
     }
 )
 
@@ -61,9 +59,8 @@ class Session:
     def build(self, spec: ArtifactSpec, bench: Workbench) -> ArtifactData:
         """Compute an artifact from its recipe and what ``bench.inputs`` holds of its needs.
 
-        Raises :class:`ModelError` for a kind nobody builds.
+        Raises :class:`ModelError` for a kind without a builder.
         """
-        bench.answers = self.base_answers
         return _build(self.base, spec, bench)
 
 

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -28,18 +28,13 @@ from workers.methods.base import LaneEdit
 from workers.model.batch import Encoder
 from workers.model.overlay import Overlay, pack_states, unpack_states
 from workers.rng import RandomStreams
-from workers.scoring.ability import Ability
-from workers.scoring.fluency import fluency
+from workers.scoring.declare import State
 from workers.scoring.probes import Item, items_of
+from workers.scoring.registry import SCORES, Registry
 from workers.scoring.score import score
 from workers.session import Session
 from workers.timeline import Tick, asked, timeline
 from workers.types import JSON, EditRequest
-
-NOTHING: Mapping[str, JSON] = MappingProxyType(
-    dict.fromkeys(("fluency", "fluency_base", "ability_perplexity", "ability_perplexity_base"))
-)
-"""What is measured at a group's end only, where it is not."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class TickProgress:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gives: ticks [start, stop), the rows scored in it, and the edit state to continue from.
+    """Result of one step: ticks [start, stop), the rows scored in it, and the edit state to continue from.
 
     ``state`` is None at a wave's end, where the next wave starts from the pristine model.
     """
@@ -95,8 +90,8 @@ class _Wave:
     """Lanes that cannot be edited any more, and the tick at which they raised."""
     log: list[list[dict[str, JSON]]] = field(default_factory=list)
     """Per lane, what editing each position cost and reported."""
-    ability: dict[int, dict[int, tuple[float | None, float | None]]] = field(default_factory=dict)
-    """By the number of edits of a state, per lane: one state is scored in several ticks. The latest state's alone is kept."""
+    kept: dict[int, dict[int, Any]] = field(default_factory=dict)
+    """Per measurement (by its place), by the number of edits: one state is scored in several ticks. The latest's alone."""
 
     def alive(self) -> list[int]:
         return [i for i in range(len(self.lanes)) if i not in self.dead]
@@ -104,7 +99,7 @@ class _Wave:
 
 @dataclass
 class _Done:
-    """What one tick gave."""
+    """Result of one tick."""
 
     rows: list[dict[str, JSON]] = field(default_factory=list)
     failures: list[GroupFailure] = field(default_factory=list)
@@ -117,7 +112,7 @@ class Stream:
     """Runs one :class:`~workers.job.StreamJob` on a session's model.
 
     ``requests`` holds, for each of the job's cells, its requests in the order of that cell's seed; ``artifacts`` everything
-    the cells name, by key.
+    the cells name, by key. ``scores`` are those that a row holds.
     """
 
     def __init__(
@@ -126,6 +121,7 @@ class Stream:
         job: StreamJob,
         requests: Sequence[Sequence[EditRequest]],
         artifacts: Mapping[str, ArtifactData],
+        scores: Registry = SCORES,
     ) -> None:
         self.session = session
         self.job = job
@@ -140,8 +136,13 @@ class Stream:
         self._config_json = self.config.model_dump(mode="json")
         self._inputs = [{name: artifacts[key] for name, key in cell.artifacts.items()} for cell in job.cells]
         self.method = method.prepare(base, self.config, self._inputs[0])
-        text = job.score.ability_text
-        self._ability = None if text is None else Ability(base, text, job.score)
+        scores.settings(job.score)  # refuses what no score knows
+        self.scores = scores
+        self._group_end = [(kind, kind.read(job.score)) for kind in scores.group_end]
+        self._group_end_columns = [column for kind, _ in self._group_end for column in kind.columns]
+        self._measures = [
+            (kind, kind.begin(base, job.score, settings)) for kind, settings in self._group_end if settings.on
+        ]
 
     def run(
         self,
@@ -245,10 +246,8 @@ class Stream:
         clock = self._now()
         items = items_of(job, tick, self.requests, {i: wave.lanes[i] for i in alive})
         session = self.session
-        found = score(self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes)
-        ends = {i for i in alive if any(scored != "immediate" for _, scored in told[i])}
-        ending = [item for item in items if item.lane in ends]
-        extra = iter(self._at_the_end(wave, tick, ending) if ending else ())
+        found = score(self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes, self.scores)
+        at_the_end = self._at_the_end(wave, tick, items, {i: {scored for _, scored in told[i]} for i in alive})
         seconds = (self._now() - clock) / len(items)
         norms = {i: wave.overlay.delta_norm(i) for i in alive}
         sizes = {i: wave.overlay.lane_bytes(i) for i in alive}
@@ -256,7 +255,6 @@ class Stream:
         rows = []
         for k, (item, scores) in enumerate(zip(items, found, strict=True)):
             i, position = item.lane, tick.start + k % (tick.stop - tick.start)
-            at_the_end = next(extra) if i in ends else NOTHING
             row: dict[str, JSON] = {
                 "case_id": item.request.case_id,
                 "edits_applied": tick.edits_applied,
@@ -277,25 +275,36 @@ class Stream:
                     "position": position % T,
                     "scored": scored,
                 }
-                rows.append({**place, **row, **(NOTHING if scored == "immediate" else at_the_end)})
+                measured = {
+                    column.name: at_the_end[k].get(column.name) if column.held_by(scored) else None
+                    for column in self._group_end_columns
+                }
+                rows.append({**place, **row, **measured})
         return rows
 
-    def _at_the_end(self, wave: _Wave, tick: Tick, items: Sequence[Item]) -> list[dict[str, JSON]]:
-        """What is measured at a group's end only, per item: fluency, and general ability, one value per state."""
-        answers, prefixes, config = self.session.base_answers, self.session.prefixes, self.job.score
-        out: list[dict[str, JSON]] = [dict(NOTHING) for _ in items]
-        if config.fluency_tokens:
-            pairs = fluency(self.base, wave.overlay, items, config, answers)
-            for row, (after, before) in zip(out, pairs, strict=True):
-                row |= {"fluency": after, "fluency_base": before}
-        if self._ability is not None:
-            if tick.edits_applied not in wave.ability:
-                lanes = wave.alive()
-                found = self._ability.perplexities(self.base, wave.overlay, lanes, answers, prefixes)
-                wave.ability = {tick.edits_applied: found}
-            for row, item in zip(out, items, strict=True):
-                after, before = wave.ability[tick.edits_applied][item.lane]
-                row |= {"ability_perplexity": after, "ability_perplexity_base": before}
+    def _at_the_end(
+        self, wave: _Wave, tick: Tick, items: Sequence[Item], told: Mapping[int, set[str]]
+    ) -> list[dict[str, float | None]]:
+        """Per item, what is measured on its lane's state. ``told``: the moments of the rows of each lane."""
+        session = self.session
+        out: list[dict[str, float | None]] = [{} for _ in items]
+        for place, (kind, measure) in enumerate(self._measures):
+            lanes = {i for i, moments in told.items() if any(kind.wanted_at(scored) for scored in moments)}
+            chosen = [k for k, item in enumerate(items) if item.lane in lanes]
+            if not chosen:
+                continue
+            state = State(
+                base=self.base,
+                overlay=wave.overlay,
+                edits=tick.edits_applied,
+                lanes=wave.alive(),
+                items=[items[k] for k in chosen],
+                answers=session.base_answers,
+                prefixes=session.prefixes,
+                kept=wave.kept.setdefault(place, {}),
+            )
+            for k, values in zip(chosen, measure(state), strict=True):
+                out[k].update(values)
         return out
 
     def _fail(

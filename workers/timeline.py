@@ -87,7 +87,7 @@ def _wave_ticks(job: StreamJob, w: int) -> Iterator[Tick]:
 
 
 def _reports(job: StreamJob, share: Share, position: int) -> bool:
-    """Whether the edit at ``position`` of a lane belongs to a group that is reported to ``share``."""
+    """Return whether the edit at ``position`` of a lane belongs to a group that is reported to ``share``."""
     group = position // job.T_of(share)
     return group == 0 if job.rollback == "group" else share.group <= group < share.stop_group
 

@@ -73,7 +73,7 @@ def open_existing(folder: str) -> Results:
 
 
 class Bug(Exception):
-    """An exception nobody expected, with the results folder whose log gets the traceback."""
+    """An unexpected exception, with the results folder whose log gets the traceback."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)

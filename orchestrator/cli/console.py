@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan, Shard
 
 PLAIN_SECONDS = 5.0
-"""How often a plain line is printed."""
+"""Seconds between two plain progress lines."""
 
 _WIDTH = 160
 """Columns where there is no terminal to ask."""
@@ -261,7 +261,7 @@ def begin_line(plan: Plan) -> str:
 
 
 def safety_line(safety: Safety) -> str:
-    """What keeping the results safe cost."""
+    """The cost of keeping the results safe, in one line."""
     return (
         f"safety: journal {safety.journal_seconds:.1f} s of {safety.actor_seconds:.0f} actor-seconds, "
         f"gather {safety.gather_seconds:.1f} s of {safety.wall_seconds:.0f} s: {100 * safety.share:.1f}%"

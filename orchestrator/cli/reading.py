@@ -26,16 +26,17 @@ _LISTED = 10
 """Cells, or failures of a cell, that are listed one by one."""
 
 _ROWS = 100
-"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large sweep, and nobody reads them."""
+"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large sweep, and no
+reader wants them all."""
 
 _FORCE_SECONDS = 5.0
 _CELL_CHARACTERS = 1000
-"""What is shown of one value in a terminal."""
+"""Characters of one value that are shown in a terminal."""
 
 
 @commands.command()
 def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """How far a sweep is: finished cells, shards under way, failures, and whether a run is at work."""
+    """Show the progress of a sweep: finished cells, shards under way, failures, and its running driver."""
     found = read_status(folder)
     out = Output()
     if as_json:

@@ -104,17 +104,11 @@ def plan(
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
         present = sum(key not in {spec.key for spec in missing} for key in needed)
         out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built")
-    shared = [shards for shards in made.schedules() if len(shards) > 1]
-    if shared:
-        out.say(
-            f"base model: its replies to what {sum(map(len, shared))} of {len(made.shards)} shards score are computed once "
-            f"for {len(shared)} schedules that several share"
-        )
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
 
 
 def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
-    """How long what is left may take: resources reserved, and the makespan on a number of actors."""
+    """Print how long the rest may take: resources reserved, and the makespan on a number of actors."""
     reserved = made.spec.engine.resources
     seconds = sum(shard.seconds_left for shard in made.shards)
     kind, share = ("GPU", reserved.gpu) if reserved.gpu else ("CPU", reserved.cpu)
@@ -222,20 +216,11 @@ def artifacts(
 
 
 def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str, str]]:
-    """A line for each; one for all of a kind that comes in hundreds and is in the same state."""
-    from orchestrator.engine.books import AGGREGATED_KINDS
-
-    together: dict[tuple[str, str], list[ArtifactState]] = {}
-    for found in states:
-        one = "" if found.spec.kind in AGGREGATED_KINDS else found.spec.key
-        together.setdefault((found.spec.kind, one or found.state), []).append(found)
-    rows = []
-    for alike in together.values():
-        first = alike[0]
-        told = f"{len(alike)} of them" if first.spec.kind in AGGREGATED_KINDS else first.spec.key
-        sizes = [found.bytes for found in alike if found.bytes is not None]
-        rows.append((first.spec.kind, told, size(sum(sizes)) if sizes else "", first.state))
-    return rows
+    """A line for each."""
+    return [
+        (found.spec.kind, found.spec.key, "" if found.bytes is None else size(found.bytes), found.state)
+        for found in states
+    ]
 
 
 def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,15 +16,11 @@ from orchestrator.results.journal import Journal
 from orchestrator.results.table import CentralTable
 from orchestrator.storage.base import Store
 from orchestrator.storage.paths import ResultsPaths
-from workers.artifacts.base import BASE_SCORES, ArtifactSpec, in_order
+from workers.artifacts.base import ArtifactSpec, in_order
 from workers.types import JSON, EditSweepError
 
 GATHER_SHARDS = 64
 GATHER_SECONDS = 60.0
-
-
-AGGREGATED_KINDS = frozenset({BASE_SCORES})
-"""Kinds of small artifacts that come in hundreds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +83,6 @@ class Books:
     _began: float = field(default_factory=time.monotonic)
     _ready: list[str] = field(default_factory=list)
     _gathered: float = field(default_factory=time.monotonic)
-    _many: Counter[str] = field(default_factory=Counter)
-    """How many artifacts are to be built, of kinds that are told together."""
-    _built: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def journal(self) -> Journal:
@@ -105,10 +97,6 @@ class Books:
         return {shard.shard_id: shard for shard in self.plan.shards}
 
     @cached_property
-    def base_scores(self) -> list[ArtifactSpec]:
-        return self.plan.base_scores()
-
-    @cached_property
     def artifacts(self) -> ArtifactStore:
         return ArtifactStore(self.store, self.paths)
 
@@ -117,45 +105,17 @@ class Books:
         keys = dict.fromkeys(key for shard in self.plan.shards for key in self.plan.artifact_keys(shard))
         if self.artifacts_only:
             keys = dict.fromkeys(self.plan.artifacts)
-        missing = in_order((self.plan.artifacts[key] for key in keys), self.artifacts.has)
-        scores = self.base_scores
-        there = self.artifacts.sizes(BASE_SCORES) if scores else {}
-        missing += [spec for spec in scores if spec.key not in there]
-        self._many = Counter(spec.kind for spec in missing if spec.kind in AGGREGATED_KINDS)
-        self._built = Counter()
-        return missing
+        return in_order((self.plan.artifacts[key] for key in keys), self.artifacts.has)
 
     def artifact_step(self, spec: ArtifactSpec, done: int, total: int, what: str) -> None:
-        if spec.kind in self._many:
-            self._tell_together(spec.kind)
-        else:
-            self.view.artifact_step(artifact_title(spec), done, total, what)
+        self.view.artifact_step(artifact_title(spec), done, total, what)
 
     def artifact_built(self, spec: ArtifactSpec, number: int, total: int) -> None:
-        if spec.kind in self._many:
-            self._built[spec.kind] += 1
-            self._tell_together(spec.kind)
-            return
         self.view.artifact_ended(artifact_title(spec))
         self.view.note(f"artifact {number}/{total} built: {artifact_title(spec)}")
 
-    def _tell_together(self, kind: str) -> None:
-        """One line for all artifacts of a kind, and one more when the last one is there."""
-        built, all_of_kind = self._built[kind], self._many[kind]
-        if built < all_of_kind:
-            self.view.artifact_step(kind, built, all_of_kind, f"{built} of {all_of_kind}")
-            return
-        self.view.artifact_ended(kind)
-        self.view.note(f"artifacts built: {all_of_kind} {kind}")
-
-    def artifacts_ended(self) -> None:
-        """Nothing is being built any more, whatever came of it."""
-        for kind in self._many:
-            self.view.artifact_ended(kind)
-
     def artifact_failed(self, spec: ArtifactSpec, cause: Cause) -> None:
-        """One that nobody will try to build again in this run. The shards that need it fail with its cause; base-model
-        scores they compute themselves.
+        """One that nobody will try to build again in this run. The shards that need it fail with its cause.
 
         Raises :class:`~workers.types.EditSweepError` if the storage is what failed.
         """

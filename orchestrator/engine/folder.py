@@ -11,12 +11,13 @@ import yaml
 from orchestrator.engine.books import Outcome
 from orchestrator.engine.machine import this_process, versions
 from orchestrator.planning.plan import Plan, Progress, Spent
-from orchestrator.planning.spec import SweepSpec, scoring_identity
+from orchestrator.planning.spec import SweepSpec
 from orchestrator.results.journal import Journal, ShardProgress
 from orchestrator.results.table import CentralTable, TableShard
 from orchestrator.storage.base import Missing, Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json
+from workers.scoring.registry import SCORES
 from workers.types import JSON, EditSweepError
 
 
@@ -77,7 +78,7 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
             f"{store.where()} holds the results of the sweep {found.get('name')!r}, not of {spec.name!r}; "
             "give another folder with --results"
         )
-    mine = dict(scoring_identity(spec.scoring))
+    mine = SCORES.identity(spec.scoring)
     theirs = found.get("scoring", mine)
     changed = [
         f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
@@ -92,7 +93,7 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
 
 
 def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
-    identity = {"name": spec.name, "scoring": dict(scoring_identity(spec.scoring))}
+    identity = {"name": spec.name, "scoring": SCORES.identity(spec.scoring)}
     if not store.publish_new(paths.sweep, seal_json(identity)):
         check_folder(spec, store, paths)
 

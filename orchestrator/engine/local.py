@@ -63,7 +63,6 @@ def build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
         except Exception as error:
             books.artifact_failed(spec, Cause.of(error))
         books.check()
-    books.artifacts_ended()
 
 
 def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event) -> None:

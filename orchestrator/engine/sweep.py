@@ -124,7 +124,7 @@ def build_artifacts(
 ) -> tuple[tuple[ArtifactState, ...], bool]:
     """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing else.
 
-    Base-model scores are those that the shards share which are left to run. Also returns whether the user interrupted it.
+    Also returns whether the user interrupted it.
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
@@ -150,7 +150,7 @@ def build_artifacts(
 def _artifact_states(books: Books, missing: Collection[str]) -> tuple[ArtifactState, ...]:
     saved = {found["key"]: found for found in books.artifacts.unfinished()}
     states = []
-    specs = [*in_order(books.plan.artifacts.values()), *books.base_scores]
+    specs = in_order(books.plan.artifacts.values())
     sizes = {kind: books.artifacts.sizes(kind) for kind in {spec.kind for spec in specs}}
     for spec in specs:
         size = sizes[spec.kind].get(spec.key)

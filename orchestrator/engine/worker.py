@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from orchestrator.engine.machine import check_declared, gpu_bytes, this_process
 from orchestrator.planning.inputs import load_spec_dataset
 from orchestrator.planning.spec import DatasetSpec
-from orchestrator.planning.work import Common, Task, base_scores_of
+from orchestrator.planning.work import Task
 from orchestrator.results.artifact_store import ArtifactStore, Unfinished
 from orchestrator.results.journal import Journal, Superseded
 from orchestrator.results.manifest import ShardManifest
@@ -23,12 +23,10 @@ from orchestrator.storage.paths import ResultsPaths
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.data import requests_of
 from workers.failures import may_pass
-from workers.job import StreamJob
 from workers.model.config import ModelConfig
 from workers.types import JSON, DataError, Dataset
 
 if TYPE_CHECKING:
-    from workers.artifacts.base_scores import BaseScores
     from workers.session import Session
     from workers.stream import GroupFailure
 
@@ -65,8 +63,8 @@ class StepReport:
     actor_seconds: float = 0.0
 
 
-def _nobody(done: int, total: int, what: str) -> None:
-    """Nobody is watching."""
+def _no_progress(done: int, total: int, what: str) -> None:
+    """No-op progress callback."""
 
 
 @dataclass
@@ -121,7 +119,7 @@ class Bench:
         spec: ArtifactSpec,
         model: ModelConfig,
         threads: int,
-        progress: Callable[[int, int, str], None] = _nobody,
+        progress: Callable[[int, int, str], None] = _no_progress,
         stopping: Callable[[], bool] = bool,
     ) -> ArtifactData:
         """An artifact from the store, built and stored first if it is not there, and what it needs before it.
@@ -183,7 +181,6 @@ class Bench:
             }
             requests = requests_of(manifest.job, data, common.dataset.order)
             stream = Stream(session, manifest.job, requests, self._data)
-            session.base_answers.know(self._base_scores(session, common, manifest.job))
             prefixes = session.prefixes
             prefixes.resize(common.cache_bytes)
             hits, misses = prefixes.hits, prefixes.misses
@@ -240,18 +237,6 @@ class Bench:
         except Missing:
             before = f"shard {shard_id}, attempt {attempt}, run {self.run_id}, {this_process()}\n\n"
         self.store.replace(key, (before + text)[-_LOG_CHARACTERS:].encode())
-
-    def _base_scores(self, session: Session, common: Common, job: StreamJob) -> BaseScores | None:
-        """What the store knows of the base model's replies to this job; what it does not, the stream computes."""
-        from workers.artifacts.base_scores import BaseScores
-
-        spec = base_scores_of(common, job)
-        found = self.artifacts.get(spec)
-        if found is None:
-            return None
-        data = ArtifactData.from_bytes(found)
-        data.check_made_as(spec, self.store.where(self.paths.artifact(spec.kind, spec.key)))
-        return BaseScores.open(data, session.base)
 
     def _read_dataset(self, source: Mapping[str, JSON], fingerprint: str) -> Dataset:
         return self._load_dataset(DatasetSpec.model_validate(source), fingerprint)

@@ -61,11 +61,18 @@ class Grid:
     ) -> None:
         # Importing the methods brings torch, which parsing a spec or reading a manifest does not need.
         from workers.methods import get_method, load_config
+        from workers.methods.base import ArtifactContext
 
         try:
             kind = get_method(method.method)
-            config = load_config(method.method, method.hparams, method.hparams_file, self.spec.model)
-            kind.check(config, shape)
+            config = load_config(
+                method.method,
+                method.hparams,
+                method.hparams_file,
+                self.spec.model,
+                method.protocol or self.spec.protocol,
+            )
+            config.check(shape)
         except SpecError as e:
             raise SpecError(f"methods: {method.label}: {e}") from None
         resolved = config.model_dump(mode="json")
@@ -87,24 +94,22 @@ class Grid:
         for T in self.spec.sizes(number):
             edits = lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits)
             try:
-                kind.check_edits(config, shape, edits)
+                config.check_edits(shape, edits)
             except SpecError as e:
                 raise SpecError(f"methods: {method.label}: grid.T: {T}: {e}") from None
-            overlay = kind.overlay_bytes(config, shape, edits)
             need = estimate(
                 shape,
-                resolved,
-                overlay_bytes=int(overlay),
+                config,
+                edits=edits,
                 batch_size=variant.batch_size(T, self.spec.grid.batch_size),
                 score=self.spec.scoring,
                 tokens=self.tokens,
                 cache_bytes=self.spec.engine.cache_bytes,
-                shared_bytes=kind.shared_bytes(config, shape),
                 on_gpu=self.spec.on_gpu,
             )
             self.memory[number, T] = need
             self.widths[number, T] = self._lanes(method.label, T, need)
-        self._seeds.append(self._distinct_seeds(method.label, uses_seed=kind.uses_seed(config)))
+        self._seeds.append(self._distinct_seeds(method.label, uses_seed=config.uses_seed))
         body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
         if kind.needs_pretraining and self.training is None:
             self.training = read_training(self.spec)
@@ -112,7 +117,7 @@ class Grid:
         if kind.whole_group:
             body["batch_size"] = None  # it is T, which every cell id has; what the grid says changes nothing
         for seed in self._seeds[number]:
-            specs = kind.artifacts(config, fingerprint, self.spec.model, seed, source)
+            specs = config.artifacts(ArtifactContext(fingerprint, self.spec.model, seed, source))
             keys = tuple((artifact.name, artifact.key) for artifact in specs)
             self.artifacts.update({key: artifact for (_, key), artifact in zip(keys, specs, strict=True)})
             self.keys[number, seed] = keys

@@ -18,6 +18,7 @@ from workers.data import (
 )
 from workers.job import ScoreConfig
 from workers.model.config import EMBEDDED
+from workers.scoring.registry import SCORES
 from workers.types import Dataset, EditRequest, SpecError
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ def longest_tokens(data: Dataset, score: ScoreConfig) -> int:
         targets = [request.target_new, *(p.target for p in (*request.locality, *request.portability))]
         prompts = [request.prompt, *request.rephrases, *(p.prompt for p in (*request.locality, *request.portability))]
         longest = max(longest, max(map(len, prompts)) + max(map(len, targets)), len(request.unrelated or ""))
-    window = score.ability_window if score.ability_text is not None else 0
-    return max(longest // 3 + TEMPLATE_TOKENS + score.fluency_tokens, window)
+    return SCORES.longest(score, longest // 3 + TEMPLATE_TOKENS)
 
 
 def dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:

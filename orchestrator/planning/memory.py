@@ -1,6 +1,6 @@
 """How much memory an actor needs, and how many lanes fit into what the spec declares. Estimates; torch-free.
 
-    need = estimate(shape, config, overlay_bytes=..., batch_size=1, score=ScoreConfig(), tokens=40)
+    need = estimate(shape, ROMEConfig(layer=5), edits=10, batch_size=1, score=ScoreConfig(), tokens=40)
     need.peak(lanes=8)                       # bytes: weights + 8 lanes + activations of one batch
     need.lanes_within(80 * GIB)              # 0: not even one
 
@@ -9,12 +9,14 @@ What is free at the moment is never asked: lanes decide bits, so they follow fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import ModelShape
-from workers.types import JSON
+
+if TYPE_CHECKING:
+    from workers.methods.base import MethodConfig
 
 GIB = 1 << 30
 
@@ -61,52 +63,37 @@ class MemoryEstimate:
 
 def estimate(
     shape: ModelShape,
-    config: Mapping[str, JSON],
-    overlay_bytes: int,
+    config: MethodConfig,
+    edits: int,
     batch_size: int,
     score: ScoreConfig,
     tokens: int,
     cache_bytes: int = 0,
-    shared_bytes: int = 0,
     on_gpu: bool = False,
 ) -> MemoryEstimate:
-    """The memory of a method's config on a model; ``tokens`` bounds a sequence's length.
+    """The memory of a method's config on a model. A lane holds ``edits`` edits; ``tokens`` bounds a sequence's length.
 
     A backward pass keeps, in every layer that is replayed, what enters and leaves each linear map, some normalised
     copies of the hidden state and the attention weights; the head keeps float32 logits and their gradients.
     """
-    wrapped = config.get("base")  # a method around another one: layers and rows are those of the one inside
-    config = wrapped if isinstance(wrapped, Mapping) else config
     value = shape.bytes_per_value
     layer = (
         sum(sum(sizes) for sizes in shape.linear.values()) + 6 * shape.hidden + tokens * shape.hidden // 64
     ) * value
     logits = SCORED_TOKENS * shape.vocab * 4
-    first = first_layer(config)
-    suffix = shape.layers - first
-    edited = rows_per_edit(config) * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
+    suffix = shape.layers - config.first_layer
+    edited = config.rows_per_edit * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
     rows = max(1, min(score.rows_per_batch, score.tokens_per_batch // tokens))
     scored = rows * (tokens * (layer + 2 * shape.hidden * value) + 2 * logits)
     return MemoryEstimate(
         weights=shape.weight_bytes,
-        overlay=overlay_bytes,
+        overlay=config.overlay_bytes(shape, edits),
         edit=edited,
         score=scored,
         kept=cache_bytes,
-        shared=shared_bytes + (0 if on_gpu else shape.laid_out_bytes(first)),
+        shared=config.shared_bytes(shape) + (0 if on_gpu else shape.laid_out_bytes(config.first_layer)),
         recorded=on_gpu,
     )
-
-
-def first_layer(config: Mapping[str, JSON]) -> int:
-    """The first decoder layer a config names (``layers`` or ``layer``); 0, the dearest, if it names none."""
-    named = config.get("layers") or [config.get("layer") or 0]
-    return min(int(layer) for layer in named)
-
-
-def rows_per_edit(config: Mapping[str, JSON]) -> int:
-    """Sequences of one request in an optimisation step: its prompt, one more for locality, and one per context template."""
-    return 2 + sum(int(count) for _, count in config.get("context_template_length_params") or ())
 
 
 def lane_edits(rollback: Rollback, T: int, edits: int) -> int:

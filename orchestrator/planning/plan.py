@@ -33,20 +33,18 @@ from orchestrator.planning.packing import (
     GroupRange,
     Ranges,
     collect_chains,
-    groups_per_wave,
     lower_bound,
     pack,
-    split_chains,
     split_waves,
 )
 from orchestrator.planning.spec import SweepSpec
-from orchestrator.planning.work import Cell, Common, Task, Variant, base_scores_of, cell_columns
+from orchestrator.planning.work import Cell, Common, Task, Variant, cell_columns
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts.base import ArtifactSpec
-from workers.data.text import read_held_out
-from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
+from workers.job import Lane, Share, StreamCell, StreamJob
 from workers.model.base import model_shape
 from workers.model.config import fingerprint_model, has_chat_template
+from workers.scoring.registry import SCORES
 from workers.timeline import cut_steps, expected_rows
 from workers.types import JSON, Dataset, SpecError
 
@@ -191,50 +189,6 @@ class Plan:
             return tuple(Task.of(self.begun[shard.shard_id]).artifact_specs())
         seeds = dict.fromkeys(self.cells[i].seed for i in _members(shard))
         return tuple(dict.fromkeys(key for seed in seeds for _, key in self.cell_artifacts[shard.variant, seed]))
-
-    def schedules(self) -> list[tuple[Shard, ...]]:
-        """The shards that are left, by what they score: those of one tuple ask the base model the same questions.
-
-        One that has begun is alone here: its job says what it scores, see :meth:`base_scores`.
-        """
-        found: dict[object, list[Shard]] = {}
-        waves = self.common.rollback == "group"
-        for shard in self.shards:
-            scored = tuple(
-                (
-                    min(sum(map(len, chain)), groups_per_wave(shard.width, len(chain[0].cells))) if waves else 1,
-                    tuple(self.cells[i].seed for i in chain[0].cells),
-                    *(
-                        (
-                            *((share.start, share.stop, self.cells[share.cells[0]].T) for share in run.shares),
-                            *(self.cells[riders[0]].T for riders in run.riders),
-                        )
-                        for run in chain
-                    ),
-                )
-                for chain in split_chains(shard.runs)
-            )
-            whole = self.variants[shard.variant].whole_group
-            key = shard.shard_id if shard.begun else (shard.T, whole, scored)
-            found.setdefault(key, []).append(shard)
-        return [tuple(shards) for shards in found.values()]
-
-    def base_scores(self) -> list[ArtifactSpec]:
-        """The base model's replies that at least two of the shards that are left can use; one shard makes its own.
-
-        A shard needs no name for them: what its job scores says where they are (:func:`base_scores_of`).
-        """
-        schedules = self.schedules()
-        begun = {(shard.T, shard.lanes, shard.edits) for shard in self.shards if shard.begun}
-        users: dict[str, int] = {}
-        found: dict[str, ArtifactSpec] = {}
-        for shards in schedules:
-            first = shards[0]
-            if len(shards) > 1 or (first.T, first.lanes, first.edits) in begun:
-                spec = base_scores_of(self.common, self.manifest(first).job)
-                users[spec.key] = users.get(spec.key, 0) + len(shards)
-                found[spec.key] = spec
-        return [spec for key, spec in found.items() if users[key] > 1]
 
     def manifest(self, shard: Shard) -> ShardManifest:
         """Write a shard's ranges out into the job its actor executes."""
@@ -382,8 +336,7 @@ class Planner:
                 f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
                 "set chat_template: false, or give an instruct model"
             )
-        if spec.scoring.ability_text is not None:
-            read_held_out(spec.scoring.ability_text)
+        SCORES.check(spec.scoring)
         self.shape = model_shape(spec.model)
         self.spec = spec
         self.common = Common(
@@ -546,7 +499,7 @@ def _cut(
 ) -> Iterator[Shard]:
     """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the same code in lockstep."""
     engine = [spec.engine.threads, spec.engine.step_edits]
-    common = digest([_scoring_key(spec.scoring), *engine, spec.grid.rollback])
+    common = digest([SCORES.shard_key(spec.scoring), *engine, spec.grid.rollback])
     whole = collect_chains(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
     most_work = lower_bound(whole, effort)
 
@@ -580,14 +533,6 @@ def _composition(run: GroupRange, ids: Callable[[tuple[int, ...]], str]) -> str:
     """What of a run enters its shard's id. ``ids``: those of cells, by their places in the plan."""
     ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
     return "^".join((ranges, *map(ids, run.riders)))
-
-
-def _scoring_key(score: ScoreConfig) -> Mapping[str, JSON]:
-    """What of the scoring settings enters a shard's id. Those that came later count only where they are set."""
-    later = {"fluency_tokens", "fluency_top_k", "ability_text", "ability_tokens", "ability_window"}
-    values: dict[str, JSON] = score.model_dump(mode="json")
-    defaults = ScoreConfig().model_dump(mode="json")
-    return {name: value for name, value in values.items() if name not in later or value != defaults[name]}
 
 
 def _shard_id(composition: str, retry: int) -> str:

@@ -11,23 +11,30 @@ checked by :mod:`orchestrator.planning.plan`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from workers.data import DATASETS
-from workers.data.text import read_held_out
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import ModelConfig
-from workers.types import JSON, DataError, Frozen, ModelError, SpecError
+from workers.scoring.registry import SCORES
+from workers.types import DataError, Frozen, ModelError, ProtocolName, SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
@@ -129,6 +136,7 @@ class MethodSpec(Frozen):
     label: str = ""
     hparams: dict[str, Any] = Field(default_factory=dict)
     hparams_file: Path | None = None
+    protocol: ProtocolName | None = Field(None, description="null: what the sweep says")
     T: tuple[int, ...] = Field((), description="which of the grid's T this variant is run at; empty: all of them")
 
     @field_validator("T", mode="before")
@@ -201,6 +209,16 @@ class RaySpec(Frozen):
     connect_seconds: float = Field(15, gt=0)
 
 
+def _read_scoring(value: object, handler: ValidatorFunctionWrapHandler) -> ScoreConfig:
+    """The settings under ``scoring``, those of single scores included."""
+    if isinstance(value, ScoreConfig):
+        value = value.model_dump()
+    if not isinstance(value, dict):
+        found: ScoreConfig = handler(value)  # says what is wrong with it
+        return found
+    return SCORES.read(value)
+
+
 class SweepSpec(Frozen):
     """A whole sweep, as written by the user and completed with defaults."""
 
@@ -209,8 +227,11 @@ class SweepSpec(Frozen):
     dataset: DatasetSpec
     grid: GridSpec
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
+    protocol: ProtocolName = Field(
+        "paper", description="what methods follow where paper and public code differ and the spec says nothing"
+    )
     training: TrainingSpec = TrainingSpec()
-    scoring: ScoreConfig = ScoreConfig()
+    scoring: Annotated[ScoreConfig, WrapValidator(_read_scoring)] = Field(default_factory=lambda: SCORES.read({}))
     chat_template: bool = False
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
@@ -383,8 +404,8 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     if isinstance(dataset, dict):
         raw["dataset"] = {k: absolute(v) if k in ("path", "train_path") else v for k, v in dataset.items()}
     scoring = raw.get("scoring")
-    if isinstance(scoring, dict) and scoring.get("ability_text"):
-        raw["scoring"] = {**scoring, "ability_text": absolute(scoring["ability_text"])}
+    if isinstance(scoring, dict):
+        raw["scoring"] = {k: absolute(v) if k in SCORES.path_keys else v for k, v in scoring.items()}
     training = raw.get("training")
     if isinstance(training, dict):
         raw["training"] = {k: absolute(v) if k == "path" else v for k, v in training.items()}
@@ -436,22 +457,3 @@ def _nearest(value: int, valid: Sequence[int]) -> str:
     below = [v for v in valid if v < value]
     above = [v for v in valid if v > value]
     return " and ".join(str(v) for v in (*below[-1:], *above[:1]))
-
-
-def scoring_identity(score: ScoreConfig) -> Mapping[str, JSON]:
-    """The scoring settings that change which numbers are in the table; the batching ones only change how fast.
-
-    What is off leaves no trace, so that folders from before there was such a setting stay usable. The held-out text counts by
-    its content. Raises DataError if it cannot be read.
-    """
-    identity = score.model_dump(mode="json", include={"immediate", "generated", "score_at", "extra_tokens"})
-    if score.fluency_tokens:
-        identity |= {"fluency_tokens": score.fluency_tokens, "fluency_top_k": score.fluency_top_k}
-    if score.ability_text is not None:
-        text = hashlib.sha256(read_held_out(score.ability_text).encode()).hexdigest()[:16]
-        identity |= {
-            "ability_text": text,
-            "ability_tokens": score.ability_tokens,
-            "ability_window": score.ability_window,
-        }
-    return identity

@@ -5,7 +5,6 @@ Actors import this module, never the planner.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,8 @@ from pydantic import Field
 
 from orchestrator.planning.spec import DatasetSpec
 from orchestrator.results.manifest import ShardManifest
-from workers.artifacts.base import BASE_SCORES, ArtifactSpec
-from workers.job import SCORING_PROTOCOL, Rollback, ScoreConfig, StreamJob, schedule_of
+from workers.artifacts.base import ArtifactSpec
+from workers.job import Rollback, ScoreConfig
 from workers.model.config import ModelConfig
 from workers.types import JSON, Frozen
 
@@ -85,25 +84,6 @@ class Cell:
     seed: int
     groups: int
     batch_size: int = 1
-
-
-def base_scores_of(common: Common, job: StreamJob) -> ArtifactSpec:
-    """What the base model says to a job's scoring batches: the same for every method that scores the same ones."""
-    schedule = schedule_of(job).model_dump_json()
-    return ArtifactSpec(
-        name=BASE_SCORES,
-        kind=BASE_SCORES,
-        recipe={
-            "model": common.model_fingerprint,
-            "tokenizer": common.tokenizer_fingerprint,
-            "dtype": common.model.dtype,
-            "dataset": common.dataset_fingerprint,
-            "order": common.dataset.order,
-            "schedule": hashlib.sha256(schedule.encode()).hexdigest(),
-            "protocol": SCORING_PROTOCOL,
-        },
-        where={"job": schedule, "source": common.dataset.model_dump(mode="json")},
-    )
 
 
 def cell_columns(common: Common, variant: Variant, cell: Cell) -> dict[str, JSON]:

@@ -1,1 +1,1 @@
-"""What a results folder holds: journal, table, and what reads them."""
+"""The contents of a results folder: journal, table, and their readers."""

@@ -1,4 +1,4 @@
-"""Content-addressed store of shared inputs: statistics, base-model scores, context templates, trained networks.
+"""Content-addressed store of shared inputs: statistics, context templates, trained networks.
 
 An artifact's key is the hash of its recipe, so it is computed once and used by every shard, method and sweep that needs
 it. The data file is followed by a small file with its checksum; only then does the artifact exist.
@@ -22,7 +22,7 @@ from workers.types import JSON, EditSweepError
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 1.0
-"""How often one looks whether another process has finished what both need."""
+"""Seconds between two looks at an artifact that another process is building."""
 
 
 class ArtifactFailed(EditSweepError):
@@ -30,7 +30,7 @@ class ArtifactFailed(EditSweepError):
 
 
 class Spec(Protocol):
-    """What identifies an artifact (:class:`workers.artifacts.base.ArtifactSpec`)."""
+    """Identity of an artifact (:class:`workers.artifacts.base.ArtifactSpec`)."""
 
     @property
     def kind(self) -> str: ...
@@ -54,7 +54,7 @@ class ArtifactStore:
         self.paths = paths or ResultsPaths()
 
     def has(self, spec: Spec) -> bool:
-        """Whether the artifact exists. Its bytes are not verified."""
+        """Return whether the artifact exists. Its bytes are not verified."""
         return self.store.exists(self.paths.artifact_info(spec.kind, spec.key)) and self.store.exists(
             self.paths.artifact(spec.kind, spec.key)
         )
@@ -144,7 +144,7 @@ class ArtifactStore:
             return data
 
     def failure(self, spec: Spec, run_id: str) -> str | None:
-        """Why the artifact could not be built in this run; None if nobody failed."""
+        """Return the cause why the artifact could not be built in this run; None if no build failed."""
         key = self.paths.building_error(spec.kind, spec.key)
         try:
             found = unseal_json(self.store.read(key), self.store.where(key))
@@ -158,7 +158,7 @@ class ArtifactStore:
         )
 
     def unfinished(self) -> list[dict[str, JSON]]:
-        """What is being built, or was when its builder ended: kind, key, and how far it had come when it was saved last.
+        """Return the unfinished artifacts: kind, key, and the progress of the last save.
 
         A folder that a builder believed dead has left beside a finished artifact counts as nothing.
         """
@@ -182,7 +182,7 @@ class Unfinished:
     def __init__(self, store: Store, paths: ResultsPaths, spec: Spec, check: Callable[[], None]) -> None:
         self.store, self.paths, self.spec, self.check = store, paths, spec, check
         self.progress: tuple[int, int, str] = (0, 0, "")
-        """What the builder said last; kept with what it saves."""
+        """The builder's last progress message; saved with its state."""
 
     def load(self) -> bytes | None:
         key = self.paths.building_state(self.spec.kind, self.spec.key)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from workers.scoring.registry import SCORES, Registry
 from workers.types import EditSweepError
 
 Kind = Literal["identity", "moment", "score", "cost", "provenance"]
@@ -29,56 +30,7 @@ class Column:
     nullable: bool = False
 
 
-def _score_columns() -> Iterator[Column]:
-    probes = {
-        "reliability": "on the edit prompt",
-        "generalization": "on the rephrased prompts (mean)",
-        "locality": "on the locality prompts, against the base model's answers (mean)",
-        "portability": "on the portability prompts (mean)",
-    }
-    protocols = {
-        "token": "share of target tokens predicted under teacher forcing",
-        "exact": "1 if every target token is predicted under teacher forcing",
-        "generated": "1 if greedy generation with a natural stop gives the normalised target",
-    }
-    for base in (False, True):
-        for probe, where in probes.items():
-            if base and probe == "locality":
-                continue  # 1 by definition
-            for protocol, what in protocols.items():
-                name = f"{probe}_{protocol}{'_base' if base else ''}"
-                meaning = f"{what}, {where}{'; the unedited model' if base else ''}"
-                yield Column(name, "double", "0..1", meaning, "score", nullable=True)
-
-
-def _later_score_columns() -> Iterator[Column]:
-    """Scores that only some data or settings have: null elsewhere, and in files from before they were declared."""
-    several = "the best of the portability prompts that are phrasings of one question"
-    at_end = "not in immediate rows, and off unless the spec asks for it"
-    scores = {
-        "portability_any_exact": ("0..1", f"{several}: 1 if every target token is predicted under teacher forcing"),
-        "portability_any_generated": (
-            "0..1",
-            f"{several}: 1 if greedy generation with a natural stop gives the normalised target or an alias",
-        ),
-        "ood_token": ("0..1", "share of the tokens of an out-of-distribution text predicted, the first one aside"),
-        "ood_confident": ("0..1", "share of its tokens that get a probability above 0.8, the first one aside"),
-        "perplexity": (
-            "",
-            "exp of the target's mean negative log-probability per token after the prompt, for passages",
-        ),
-        "fluency": (
-            "bits",
-            f"weighted mean entropy of bi- and trigrams of the edit prompt and its continuation; {at_end}",
-        ),
-        "ability_perplexity": ("", f"perplexity of the held-out text, the same in all rows of a group; {at_end}"),
-    }
-    for suffix, which in (("", ""), ("_base", "; the unedited model")):
-        for name, (unit, meaning) in scores.items():
-            yield Column(f"{name}{suffix}", "double", unit, meaning + which, "score", nullable=True)
-
-
-COLUMNS: tuple[Column, ...] = (
+_BEFORE_SCORES: tuple[Column, ...] = (
     Column("sweep", "string", "", "name of the sweep", "identity", "cell"),
     Column("cell_id", "string", "", "hash of everything the cell's numbers depend on", "identity"),
     Column("shard_id", "string", "", "unit of scheduling that produced the row", "identity", "attempt"),
@@ -102,18 +54,8 @@ COLUMNS: tuple[Column, ...] = (
         "immediate: after the edit; final: at the group's end; checkpoint: at a score_at mark",
         "moment",
     ),
-    *_score_columns(),
-    Column(
-        "target_logprob",
-        "double",
-        "nats",
-        "mean log-probability of the target tokens after the edit prompt",
-        "score",
-        nullable=True,
-    ),
-    Column("target_logprob_base", "double", "nats", "the same for the unedited model", "score", nullable=True),
-    Column("min_margin", "double", "logits", "smallest top-2 margin over the target tokens", "score", nullable=True),
-    *_later_score_columns(),
+)
+_AFTER_SCORES: tuple[Column, ...] = (
     Column("edit_seconds", "double", "s", "wall time of the edit, shared among the active lanes", "cost"),
     Column("score_seconds", "double", "s", "wall time of the scoring, shared among the scored requests", "cost"),
     Column("lanes", "int32", "", "lanes that ran in lockstep", "cost"),
@@ -145,6 +87,15 @@ COLUMNS: tuple[Column, ...] = (
     ),
 )
 
+
+def columns(scores: Registry = SCORES) -> tuple[Column, ...]:
+    """Every column of a table whose rows hold ``scores``, in order."""
+    scored = (Column(c.name, c.score.type, c.score.unit, c.meaning, "score", nullable=True) for c in scores.columns)
+    return (*_BEFORE_SCORES, *scored, *_AFTER_SCORES)
+
+
+COLUMNS: tuple[Column, ...] = columns()
+"""The columns of the central table."""
 STREAM_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == "stream")
 CELL_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == "cell")
 KEY: tuple[str, ...] = ("cell_id", "group", "scored", "edits_applied", "position")
@@ -162,10 +113,10 @@ class TableError(EditSweepError):
     """Rows do not fit the declared columns, or the table was used wrongly."""
 
 
-def schema() -> pa.Schema:
-    """The Arrow schema of the table, from :data:`COLUMNS`."""
+def schema(declared: Sequence[Column] = COLUMNS) -> pa.Schema:
+    """The Arrow schema of the table."""
     types = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}
-    return pa.schema([pa.field(c.name, types[c.type], nullable=c.nullable) for c in COLUMNS])
+    return pa.schema([pa.field(c.name, types[c.type], nullable=c.nullable) for c in declared])
 
 
 def no_rows() -> pa.Table:
@@ -173,21 +124,21 @@ def no_rows() -> pa.Table:
     return pa.Table.from_arrays([pa.nulls(0, field.type) for field in schema()], schema=schema())
 
 
-def docs() -> str:
+def docs(declared: Sequence[Column] = COLUMNS) -> str:
     """The columns as a markdown table."""
     lines = ["| column | type | unit | kind | may be null | meaning |", "| --- | --- | --- | --- | --- | --- |"]
-    for c in COLUMNS:
+    for c in declared:
         lines.append(f"| `{c.name}` | {c.type} | {c.unit} | {c.kind} | {'yes' if c.nullable else ''} | {c.meaning} |")
     return "\n".join(lines) + "\n"
 
 
-def rows_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+def rows_to_table(rows: Sequence[Mapping[str, Any]], declared: Sequence[Column] = COLUMNS) -> pa.Table:
     """Rows as dicts -> Arrow table. ``details`` may be a dict; it becomes JSON.
 
     Raises :class:`TableError` for an unknown or missing column, a null that is not allowed, or a value of another type:
     a column that silently turned into nulls would be noticed days later.
     """
-    names = {c.name for c in COLUMNS}
+    names = {c.name for c in declared}
     for number, row in enumerate(rows):
         if row.keys() != names:
             unknown, missing = sorted(row.keys() - names), sorted(names - row.keys())
@@ -200,7 +151,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         "double": {float, int, none},
     }
     arrays = []
-    for field in schema():
+    for field in schema(declared):
         values = [row[field.name] for row in rows]
         if field.name == "details":
             values = [None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values]
@@ -214,7 +165,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         if array.null_count and not field.nullable:
             raise TableError(f"column {field.name} must not be null")
         arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=schema())
+    return pa.Table.from_arrays(arrays, schema=schema(declared))
 
 
 def sort_rows(table: pa.Table) -> pa.Table:
@@ -223,7 +174,7 @@ def sort_rows(table: pa.Table) -> pa.Table:
 
 
 def has_duplicates(ordered: pa.Table) -> bool:
-    """Whether two rows of a table ordered by :data:`KEY` share a key."""
+    """Return whether two rows of a table ordered by :data:`KEY` share a key."""
     same = None
     for name in KEY:
         column = ordered.column(name)

@@ -44,7 +44,7 @@ def _first_failures(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) -> s
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a finished shard must have written. All is per cell; ``rows`` are those of ``groups``."""
+    """Contents of a finished shard, per cell; ``rows`` are those of ``groups``."""
 
     groups: dict[str, tuple[int, ...]]
     failed: dict[str, tuple[int, ...]]

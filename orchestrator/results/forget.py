@@ -25,7 +25,7 @@ from workers.types import JSON
 
 @dataclass(frozen=True)
 class Found:
-    """What :func:`forget` would remove. ``rows`` of the table; ``shards`` under way, ``others`` they serve besides."""
+    """The things that :func:`forget` would remove: ``rows`` of the table; ``shards`` under way, ``others`` they serve besides."""
 
     cells: frozenset[str]
     titles: tuple[str, ...]

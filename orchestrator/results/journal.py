@@ -44,7 +44,7 @@ class Superseded(JournalError):
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far a shard is. ``committed`` of ``ticks`` are durable; sums run over the chain that counts.
+    """Progress of a shard. ``committed`` of ``ticks`` are durable; sums run over the chain that counts.
 
     ``failures``: groups whose lane was frozen (cell_id, group, position, kind, message). ``error``: what the newest
     attempt recorded, if it raised. ``commit_seconds`` lags one step behind.
@@ -311,7 +311,7 @@ class Journal:
         return Attempt(self.store, self.paths, manifest, number, run_id, start, state, totals, kept)
 
     def stalled(self, shard_id: str, run_id: str) -> int:
-        """How many attempts a run has made of a shard from where it still is: those that came to nothing."""
+        """Count the attempts of a run that committed nothing since the shard's present state."""
         attempts = self._attempts(shard_id)
         chain = self._chain(shard_id, attempts)
         position = chain[-1].stop if chain else 0

@@ -13,7 +13,7 @@ from workers.types import Frozen
 
 
 class ShardManifest(Frozen):
-    """What a shard consists of; written once, before its first attempt, and never changed.
+    """Composition of a shard; written once, before its first attempt, and never changed.
 
     ``bounds``: ticks at which it commits, the last one included (:func:`workers.timeline.cut_steps`). ``columns``: for each
     cell the columns of :data:`~orchestrator.results.columns.CELL_COLUMNS`, the same in all its rows. ``task``: whatever else the

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from workers.scoring.accuracy import KINDS
 from workers.types import JSON
 
 if TYPE_CHECKING:
     from orchestrator.results.query import Results
 
-SCORES = ("reliability", "generalization", "locality", "portability")
+SCORES = tuple(KINDS)
 
 Row = Mapping[str, JSON]
 

@@ -1,4 +1,4 @@
-"""Which cells a command is about, as a person writes it: ``method=wise,T=1000``.
+"""Selection of cells by a condition such as ``method=wise,T=1000``.
 
 >>> chosen = select(["method=wise,T=1000", "seed=3"], cells)      # of either kind      # doctest: +SKIP
 

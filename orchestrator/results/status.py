@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def read_status(folder: str) -> dict[str, JSON]:
-    """What `status --json` prints."""
+    """Return the state of a results folder, as `status --json` prints it."""
     from orchestrator.results.artifact_store import ArtifactStore
     from orchestrator.results.query import open_results
     from orchestrator.results.table import count_done

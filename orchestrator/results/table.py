@@ -116,7 +116,7 @@ def _ranges(groups: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What one call of :meth:`CentralTable.gather` did.
+    """Result of one call of :meth:`CentralTable.gather`.
 
     ``shards`` are in the table now. ``again`` were thought finished, but a damaged part was found: they must run again
     (from that part on). ``refused``: shard -> why its rows are not what its plan says, which running again cannot mend.
@@ -489,12 +489,12 @@ def _ids(files: Iterable[TableFile]) -> set[str]:
 
 
 def count_done(done: AbstractSet[int], groups: int) -> int:
-    """How many of a cell's ``groups`` groups are done; more than these may be, from a sweep that was larger."""
+    """Count the done groups among a cell's first ``groups``. A larger sweep may have left more than these."""
     return len(done) if max(done, default=-1) < groups else sum(group < groups for group in done)
 
 
 def table_meta(number: int, shards: Sequence[TableShard], rows: int) -> dict[str, JSON]:
-    """What :func:`encode` is given for a table file: its number, and the shards of which it holds every row."""
+    """Metadata of a table file, for :func:`encode`: its number, and the shards whose rows it holds completely."""
     listed = [shard.to_json() for shard in shards]
     return {"version": VERSION, "kind": "table", "number": number, "rows": rows, "shards": listed}
 

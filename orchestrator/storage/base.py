@@ -77,11 +77,11 @@ class Store(ABC):
 
     @abstractmethod
     def list(self, folder: str) -> list[Entry]:
-        """What lies directly in ``folder``, sorted by name; empty if there is no such folder."""
+        """List the entries directly in ``folder``, sorted by name; empty if there is no such folder."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether the key, or a folder of that name, exists."""
+        """Return whether the key, or a folder of that name, exists."""
 
     @abstractmethod
     def delete(self, key: str) -> None:

@@ -48,7 +48,7 @@ class LockLost(EditSweepError):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who holds a claim, as far as it can be said."""
+    """Owner of a claim, as far as it is known."""
 
     number: int
     owner: str
@@ -59,7 +59,7 @@ class Owner:
     started: float
 
     def alive_here(self) -> bool | None:
-        """Whether the owner's process runs, if it is of this machine; None if that cannot be seen from here, or if it is
+        """Return whether the owner's process runs, if it is of this machine; None if that cannot be seen from here, or if it is
         stopped (Ctrl-Z, a debugger)."""
         if (self.host, self.space) != (socket.gethostname(), _process_space()):
             return None
@@ -89,7 +89,7 @@ class Lock:
     beat_seconds: float = BEAT_SECONDS
     lost: bool = False
     _seen: float = field(default_factory=time.monotonic)
-    """When it was last certain that nobody had taken over."""
+    """The last moment at which the lock was surely still ours."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -204,7 +204,7 @@ def _is_free(store: Store, paths: ResultsPaths, number: int, silent: float, say:
 
 
 def _beats(store: Store, paths: ResultsPaths, number: int, count: int, silent: float) -> bool:
-    """Whether the counter moves within ``silent`` seconds of our own clock."""
+    """Return whether the counter moves within ``silent`` seconds of our own clock."""
     end = time.monotonic() + silent
     while time.monotonic() < end:
         time.sleep(min(0.5, silent / 4))

@@ -92,7 +92,7 @@ class ResultsPaths:
         return f"{self.shard(shard_id)}/manifest.json"
 
     def shard_bad(self, shard_id: str, key: str) -> str:
-        """Where a damaged file ``key`` of a shard is put aside: its folders become part of its name."""
+        """The place where a damaged file ``key`` of a shard is put aside: its folders become part of its name."""
         return f"{self.shard(shard_id)}/bad/" + key.removeprefix(self.shard(shard_id) + "/").replace("/", "-")
 
     def attempt(self, shard_id: str, attempt: int) -> str:

@@ -19,7 +19,7 @@ def sha256_of(*data: bytes | bytearray | memoryview) -> str:
 
 
 _HEAD, _MIDDLE = b'{"sha256": "', b'", "value": '
-"""What stands before and after the checksum of a value sealed in one line."""
+"""The text before and after the checksum of a value sealed in one line."""
 
 
 def seal_json(value: Mapping[str, JSON], line: bool = False) -> bytes:

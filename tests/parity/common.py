@@ -161,7 +161,12 @@ model_parallel: false
 
 
 def lane_edits(
-    editor: Method[Any], groups: Sequence[int], T: int, position: int, inputs: Mapping[str, ArtifactData], seed: int = 0
+    editor: Method[Any, Any],
+    groups: Sequence[int],
+    T: int,
+    position: int,
+    inputs: Mapping[str, ArtifactData],
+    seed: int = 0,
 ) -> list[LaneEdit]:
     """Edit ``position`` of every group."""
     requests = golden_requests()
@@ -173,7 +178,7 @@ def lane_edits(
 
 
 def run_groups(
-    editor: Method[Any], T: int, groups: int, inputs: Mapping[str, ArtifactData] | None = None, seed: int = 0
+    editor: Method[Any, Any], T: int, groups: int, inputs: Mapping[str, ArtifactData] | None = None, seed: int = 0
 ) -> tuple[Overlay, list[list[EditOutcome]]]:
     """Edit ``groups`` groups of T requests, one lane each. Outcomes by position, then by lane."""
     overlay = editor.new_overlay(groups)
@@ -184,7 +189,7 @@ def run_groups(
     return overlay, outcomes
 
 
-def final_scores(editor: Method[Any], overlay: Overlay, T: int, groups: int) -> Scores:
+def final_scores(editor: Method[Any, Any], overlay: Overlay, T: int, groups: int) -> Scores:
     """All requests of all groups, scored on the final state of their group, in file order."""
     requests = golden_requests()
     items = [Item(g, requests[g * T + i]) for g in range(groups) for i in range(T)]

@@ -29,6 +29,7 @@ from workers.artifacts.base import ArtifactData, Workbench
 from workers.artifacts.stats import build_null_space
 from workers.methods import load_config
 from workers.methods.alphaedit import AlphaEdit, AlphaEditConfig, AlphaEditOverlay, alphaedit_keys
+from workers.methods.base import ArtifactContext
 from workers.model.config import ModelFingerprint
 from workers.model.overlay import LaneState
 from workers.types import DataError
@@ -182,7 +183,7 @@ def test_the_projection_is_made_of_the_second_moment(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"corpus": str(corpus)})
 
     def specs(config: AlphaEditConfig) -> Mapping[str, Any]:
-        return {s.name: s for s in AlphaEdit.artifacts(config, ModelFingerprint("m", "t"), ELSEWHERE, seed=0)}
+        return {s.name: s for s in config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))}
 
     first = specs(config)
     assert list(first) == ["templates", "null_space.0", "null_space.1"]

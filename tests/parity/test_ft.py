@@ -27,10 +27,18 @@ from workers.model.base import model_shape
 from workers.types import SpecError
 
 METHODS = {"FT-L": "prompt_last", "FT-M": "target_new"}
+PUBLIC = {"public_bos": True}
 
 
 def prepared(short: str, method: str, **changes: Any) -> FT:
-    hparams = {"layers": (3,), "lr": 1e-3, "num_steps": 25, "objective": METHODS[method], "public_bos": True, **changes}
+    hparams = {
+        "layers": (3,),
+        "lr": 1e-3,
+        "num_steps": 25,
+        "objective": METHODS[method],
+        "deviations": PUBLIC,
+        **changes,
+    }
     return FT.prepare(model(short), FTConfig.model_validate(hparams), {})
 
 
@@ -76,7 +84,7 @@ def test_scores(short: str, method: str, T: int) -> None:
 def test_bos_is_a_target_only_on_request() -> None:
     first = meta("llama")["ftl_req0"]["losses"][0]
     (((public,),), ((ours,),)) = (
-        run_groups(prepared("llama", "FT-L", public_bos=bos), 1, 1)[1] for bos in (True, False)
+        run_groups(prepared("llama", "FT-L", deviations={"public_bos": bos}), 1, 1)[1] for bos in (True, False)
     )
     assert public.details["first_loss"] == pytest.approx(first, rel=1e-3)
     assert ours.details["first_loss"] < 0.9 * first
@@ -195,9 +203,9 @@ def test_easyedit_file_errors(tmp_path: Path, text: str, replacement: str, said:
 
 def test_check_names_layer_and_module() -> None:
     shape = model_shape(model("gpt2").config)
-    FT.check(FTConfig(layers=(0, 5)), shape)
+    FTConfig(layers=(0, 5)).check(shape)
     with pytest.raises(SpecError, match="layer 6 is out of range; the model has layers 0 to 5"):
-        FT.check(FTConfig(layers=(0, 6)), shape)
+        FTConfig(layers=(0, 6)).check(shape)
     with pytest.raises(SpecError, match=r"mlp\.down_proj.*choices: .*mlp\.c_proj"):
-        FT.check(FTConfig(layers=(0,), module="mlp.down_proj"), shape)
-    assert FT.overlay_bytes(FTConfig(layers=(0, 5)), shape, 10) == 2 * 128 * 512 * 4 * 6
+        FTConfig(layers=(0,), module="mlp.down_proj").check(shape)
+    assert FTConfig(layers=(0, 5)).overlay_bytes(shape, 10) == 2 * 128 * 512 * 4 * 6

@@ -151,12 +151,12 @@ def test_easyedit_file_errors(tmp_path: Path, text: str, replacement: str, said:
 
 def test_check_names_layer_and_module() -> None:
     shape = model_shape(model("gpt2").config)
-    LoRA.check(LoRAConfig(target_modules=("c_attn", "mlp.c_proj")), shape)
+    LoRAConfig(target_modules=("c_attn", "mlp.c_proj")).check(shape)
     with pytest.raises(SpecError, match=r"target_modules: 'q_proj' is no linear map.*choices: attn\.c_attn"):
-        LoRA.check(LoRAConfig(target_modules=("q_proj",)), shape)
+        LoRAConfig(target_modules=("q_proj",)).check(shape)
     with pytest.raises(SpecError, match="layer 6 is out of range"):
-        LoRA.check(LoRAConfig(layers=(6,)), shape)
-    assert LoRA.overlay_bytes(LoRAConfig(rank=4), shape, 10) == 5 * 6 * 4 * (128 + 384) * 4
+        LoRAConfig(layers=(6,)).check(shape)
+    assert LoRAConfig(rank=4).overlay_bytes(shape, 10) == 5 * 6 * 4 * (128 + 384) * 4
     # a name may mean two maps: the attention's and the MLP's
     both = LoRA.prepare(model("gpt2"), LoRAConfig(target_modules=("c_proj",), layers=(2,)), {}).new_overlay(1)
     assert [site.name for site in both.sites] == ["transformer.h.2.attn.c_proj", "transformer.h.2.mlp.c_proj"]

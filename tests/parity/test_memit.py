@@ -32,7 +32,7 @@ from tests.parity.common import (
 )
 from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
-from workers.methods.base import LaneEdit
+from workers.methods.base import ArtifactContext, LaneEdit
 from workers.methods.families.locate import Factor, inverse_moment
 from workers.methods.families.spread import ridge_keys
 from workers.methods.memit import MEMIT, MEMITConfig, MEMITMass
@@ -222,21 +222,21 @@ def test_artifacts_and_check(tmp_path: Path) -> None:
     corpus = tmp_path / "text.txt"
     corpus.write_text("one\n")
     config = MEMITConfig(layers=(3, 4), corpus=str(corpus))
-    specs = MEMIT.artifacts(config, ModelFingerprint("m", "t"), ELSEWHERE, seed=0)
+    specs = config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))
     assert [spec.name for spec in specs] == ["templates", "moment.3", "moment.4"]
     assert len({spec.key for spec in specs}) == 3
     assert specs[0].recipe["lengths"] == [[10, 1]]
-    assert [s.key for s in MEMITMass.artifacts(config, ModelFingerprint("m", "t"), ELSEWHERE, seed=0)] == [
+    assert [s.key for s in config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))] == [
         s.key for s in specs
     ]
     with pytest.raises(SpecError, match="corpus: MEMIT needs a text or JSONL file"):
-        MEMIT.artifacts(MEMITConfig(layers=(3,)), ModelFingerprint("m", "t"), ELSEWHERE, seed=0)
+        MEMITConfig(layers=(3,)).artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))
     shape = model_shape(model("llama").config)
-    MEMIT.check(config, shape)
+    config.check(shape)
     with pytest.raises(SpecError, match="layers: layer 6 is out of range"):
-        MEMIT.check(MEMITConfig(layers=(5, 6)), shape)
-    assert MEMIT.overlay_bytes(config, shape, 10) == 3 * 10 * (128 + 512) * 4
-    assert MEMIT.overlay_bytes(config, shape, 1000) == 4 * 128 * 512 * 4
+        MEMITConfig(layers=(5, 6)).check(shape)
+    assert config.overlay_bytes(shape, 10) == 3 * 10 * (128 + 512) * 4
+    assert config.overlay_bytes(shape, 1000) == 4 * 128 * 512 * 4
     assert MEMITMass.whole_group and MEMIT.batch_edits and not MEMIT.whole_group
 
 

@@ -25,8 +25,9 @@ from tests.parity.common import (
 )
 from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
+from workers.methods.base import ArtifactContext
 from workers.methods.families.hypernet import Questions, gradient_factors
-from workers.methods.mend import MEND, MENDConfig
+from workers.methods.mend import MEND, MENDConfig, MENDDeviations
 from workers.model.base import model_shape
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.types import SpecError
@@ -66,7 +67,7 @@ def recorded(variant: str) -> dict[str, Tensor]:
 
 
 def prepared(variant: str) -> MEND:
-    config = CONFIG.model_copy(update={"public_bos": not told(variant)["label_bos_masked"]})
+    config = CONFIG.model_copy(update={"deviations": MENDDeviations(public_bos=not told(variant)["label_bos_masked"])})
     return MEND.prepare(model("llama"), config, {"pretrained": ArtifactData(recorded(variant))})
 
 
@@ -76,7 +77,7 @@ def test_every_tensor_of_one_edit(variant: str) -> None:
     editor = prepared(variant)
     (edit,) = lane_edits(editor, [0], 1, 0, {})
     request = edit.requests[0]
-    questions = Questions.of(editor.base, [[(request.prompt, request.target_new)]], editor.config.public_bos)
+    questions = Questions.of(editor.base, [[(request.prompt, request.target_new)]], editor.config.deviations.public_bos)
     assert torch.equal(questions.rows.input_ids_BS, expected["input_ids"])
     factors, loss_L = gradient_factors(editor.base, editor.sites, questions)
     assert float(loss_L[0]) == pytest.approx(float(expected["edit_loss"]), rel=1e-5)
@@ -199,9 +200,9 @@ def test_easyedit_file_errors(tmp_path: Path, values: dict[str, Any], said: str)
 
 def test_check_and_training_are_asked_for() -> None:
     shape = model_shape(model("llama").config)
-    MEND.check(CONFIG, shape)
+    CONFIG.check(shape)
     with pytest.raises(SpecError, match="layers: layer 9 is out of range"):
-        MEND.check(MENDConfig(layers=(9,)), shape)
+        MENDConfig(layers=(9,)).check(shape)
     with pytest.raises(SpecError, match="training: required, because mend learns"):
-        MEND.artifacts(CONFIG, ModelFingerprint("m", "t"), ModelConfig(), 0)
-    assert MEND.overlay_bytes(CONFIG, shape, 10) == 3 * 2 * 128 * 512 * 4
+        CONFIG.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ModelConfig(), 0))
+    assert CONFIG.overlay_bytes(shape, 10) == 3 * 2 * 128 * 512 * 4

@@ -35,7 +35,7 @@ RECORDED = {
     "clamp_norm_factor": 10,
     "kl_factor": 0.0625,
     "mom2_update_weight": 100.0,
-    "public_target": True,
+    "deviations": {"public_target": True},
 }
 
 
@@ -60,7 +60,7 @@ def test_scores(T: int) -> None:
 
 def test_gradients_of_two_vectors() -> None:
     """The loss moves as its gradients say, at attention and MLP alike, also for some of the facts under an edited overlay."""
-    editor = prepared(public_target=False)
+    editor = prepared(deviations={"public_target": False})
     overlay = editor.new_overlay(2)
     editor.edit(overlay, lane_edits(editor, [0, 1], 1, 0, {}))
     edits = [
@@ -95,7 +95,7 @@ def test_gradients_of_two_vectors() -> None:
 
 def test_a_batch_is_every_request_of_the_lane() -> None:
     """Three requests in one call: their order does not matter, and each adds a rank to both layers."""
-    editor = prepared(v_num_grad_steps=4, public_target=False)
+    editor = prepared(v_num_grad_steps=4, deviations={"public_target": False})
     (edit,) = lane_edits(editor, [0], 1, 0, {})
     requests = tuple(lane_edits(editor, [g], 1, 0, {})[0].requests[0] for g in range(3))
     overlay = editor.new_overlay(2)

@@ -27,6 +27,7 @@ from tests.parity.common import (
 )
 from workers.artifacts.base import ArtifactData
 from workers.methods import load_config
+from workers.methods.base import ArtifactContext
 from workers.methods.families.locate import inverse_moment
 from workers.methods.rome import ROME, ROMEConfig
 from workers.model.base import BaseModel, model_shape
@@ -163,25 +164,25 @@ def test_artifacts_follow_model_seed_and_corpus(tmp_path: Path) -> None:
     corpus = tmp_path / "text.txt"
     corpus.write_text("one\n")
     config = ROMEConfig(layer=3, corpus=str(corpus), samples=10)
-    templates, moment = ROME.artifacts(config, FINGERPRINT, ELSEWHERE, seed=0)
+    templates, moment = config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))
     assert (templates.name, moment.name) == ("templates", "moment")
     assert templates.recipe["lengths"] == [[5, 2], [10, 2]]  # texts per first word, of five
-    other_templates, other_moment = ROME.artifacts(config, FINGERPRINT, ELSEWHERE, seed=1)
+    other_templates, other_moment = config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=1))
     assert other_templates.key != templates.key
     assert other_moment.key == moment.key
     corpus.write_text("two\n")
-    assert ROME.artifacts(config, FINGERPRINT, ELSEWHERE, seed=0)[1].key != moment.key
-    assert ROME.artifacts(config, ModelFingerprint("n", "t"), ELSEWHERE, seed=0)[0].key != templates.key
-    assert ROME.uses_seed(config)
-    assert not ROME.uses_seed(ROMEConfig(layer=3, context_template_length_params=()))
+    assert config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))[1].key != moment.key
+    assert config.artifacts(ArtifactContext(ModelFingerprint("n", "t"), ELSEWHERE, seed=0))[0].key != templates.key
+    assert config.uses_seed
+    assert not ROMEConfig(layer=3, context_template_length_params=()).uses_seed
 
 
 def test_a_corpus_is_asked_for() -> None:
     with pytest.raises(SpecError, match=r"corpus: ROME needs a text or JSONL file.*'some/other-model'"):
-        ROME.artifacts(ROMEConfig(layer=3), FINGERPRINT, ELSEWHERE, seed=0)
+        ROMEConfig(layer=3).artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))
     with pytest.raises(DataError, match=r"corpus: /nowhere\.txt"):
-        ROME.artifacts(ROMEConfig(layer=3, corpus="/nowhere.txt"), FINGERPRINT, ELSEWHERE, seed=0)
-    (only,) = ROME.artifacts(ROMEConfig(layer=3, mom2_adjustment=False), FINGERPRINT, ELSEWHERE, seed=0)
+        ROMEConfig(layer=3, corpus="/nowhere.txt").artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))
+    (only,) = ROMEConfig(layer=3, mom2_adjustment=False).artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))
     assert only.name == "templates"
 
 
@@ -270,11 +271,11 @@ def test_easyedit_file_errors(tmp_path: Path, text: str, replacement: str, said:
 
 def test_check_names_layer_and_module() -> None:
     shape = model_shape(model("llama").config)
-    ROME.check(ROMEConfig(layer=5), shape)
+    ROMEConfig(layer=5).check(shape)
     with pytest.raises(SpecError, match="layer: layer 6 is out of range; the model has layers 0 to 5"):
-        ROME.check(ROMEConfig(layer=6), shape)
+        ROMEConfig(layer=6).check(shape)
     with pytest.raises(SpecError, match=r"mlp\.c_proj.*choices: .*mlp\.down_proj"):
-        ROME.check(ROMEConfig(layer=0, module="mlp.c_proj"), shape)
-    few, many = (ROME.overlay_bytes(ROMEConfig(layer=0), shape, n) for n in (10, 1000))
+        ROMEConfig(layer=0, module="mlp.c_proj").check(shape)
+    few, many = (ROMEConfig(layer=0).overlay_bytes(shape, n) for n in (10, 1000))
     assert few == 2 * 10 * (128 + 512) * 4
     assert many == 3 * 128 * 512 * 4

@@ -170,8 +170,8 @@ def test_wrong_weights_and_long_edits() -> None:
 def test_a_large_base_needs_a_small_model() -> None:
     shape = ModelShape("llama", 32, 4096, 32000, 7_000_000_000, 2, {})
     with pytest.raises(SpecError, match=r"counterfactual: null.*7,000,000,000"):
-        SERAC.check(SERACConfig(), shape)
-    SERAC.check(SERACConfig(counterfactual="some/folder"), shape)
+        SERACConfig().check(shape)
+    SERACConfig(counterfactual="some/folder").check(shape)
 
 
 LLAMA = {

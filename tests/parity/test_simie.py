@@ -16,14 +16,14 @@ from tests.parity.test_rome import RECORDED, recorded_templates
 from tests.parity.test_wise import public_base
 from tests.small import GOLDEN, build_inputs, random_model
 from workers.methods import get_method, load_config, method_names
-from workers.methods.base import EditOutcome, LaneEdit
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit
 from workers.methods.families.locate import request_lines
 from workers.methods.rome import ROME, ROMEConfig
 from workers.methods.simie import BASES, SimIE, SimIEConfig
 from workers.model.base import model_shape
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import EMBEDDED, ModelConfig, ModelFingerprint
-from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.overlay import LowRankOverlay
 from workers.types import EditRequest, SpecError
 
 ELSEWHERE = ModelConfig(name="some/other-model")
@@ -40,8 +40,8 @@ class LeftPaddedROME(ROME):
         super().__init__(*args)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        assert isinstance(overlay, LowRankOverlay) and overlay.rank == 0
+    def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        assert overlay.rank == 0
         for (request,) in (edit.requests for edit in edits):
             if request.case_id not in self.known:  # what the pristine model gives is the same in every group
                 self.known[request.case_id] = self.factors(request)
@@ -142,8 +142,7 @@ def test_scores(T: int) -> None:
 class Given(ROME):
     """Gives each request a change of its own, whatever the model says."""
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        assert isinstance(overlay, LowRankOverlay)
+    def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         generators = [edit.streams.generator("change") for edit in edits]
         out, in_features = self.site.shape
         left, right = (torch.stack([torch.randn(n, generator=g) for g in generators]) for n in (out, in_features))
@@ -246,8 +245,8 @@ def test_every_base_method_is_blended(name: str) -> None:
     values = {**SMALL, "layer": 0, "layers": [0, 1], "num_steps": 2, "nullspace_threshold": 1.0}
     config = SimIEConfig(base_method=name, base={k: v for k, v in values.items() if k in fields})
     base = random_model("llama")
-    specs = [s.model_dump() for s in SimIE.artifacts(config, FINGERPRINT, ELSEWHERE, 0)]
-    assert specs == [s.model_dump() for s in get_method(name).artifacts(config.base_config, FINGERPRINT, ELSEWHERE, 0)]
+    specs = [s.model_dump() for s in config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, 0))]
+    assert specs == [s.model_dump() for s in config.base_config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, 0))]
     inputs = build_inputs(base, "simie", config)
     editor = SimIE.prepare(base, config, inputs)
     overlay = editor.new_overlay(2)
@@ -256,7 +255,7 @@ def test_every_base_method_is_blended(name: str) -> None:
     for lane in range(2):
         assert all(not torch.equal(overlay.weight(lane, site), site.weight_OI) for site in editor.sites)
         assert overlay.finite(lane)
-    assert SimIE.overlay_bytes(config, SHAPE, 10) > overlay.lane_bytes(0)
+    assert config.overlay_bytes(SHAPE, 10) > overlay.lane_bytes(0)
 
 
 FINGERPRINT = ModelFingerprint("m", "t")
@@ -280,9 +279,9 @@ def test_errors_of_the_base_method_say_so() -> None:
     with pytest.raises(SpecError, match=r"base: rome: layers: unknown key 'layers' \(did you mean 'layer'\?\)"):
         config(base={"layer": 0, "layers": [0]})
     with pytest.raises(SpecError, match=r"base\.layer: layer 6 is out of range; the model has layers 0 to 5"):
-        SimIE.check(config(base={"layer": 6}), SHAPE)
+        config(base={"layer": 6}).check(SHAPE)
     with pytest.raises(SpecError, match=r"base\.corpus: ROME needs a text or JSONL file"):
-        SimIE.artifacts(config(base={"layer": 0}), FINGERPRINT, ELSEWHERE, 0)
+        config(base={"layer": 0}).artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, 0))
     with pytest.raises(SpecError, match=r"lamHyper: .*greater than 0"):
         config(base={"layer": 0}, lamHyper=0)
     with pytest.raises(SpecError, match="init_model: false, but alphaedit keeps more than its change"):
@@ -292,8 +291,8 @@ def test_errors_of_the_base_method_say_so() -> None:
 def test_defaults_of_the_base_method_are_part_of_the_config() -> None:
     one, other = (SimIEConfig(base_method="rome", base=base) for base in ({"layer": 0}, {"layer": 0, "v_lr": 0.5}))
     assert one == other and one.base["v_lr"] == 0.5
-    assert SimIE.uses_seed(one)
-    assert not SimIE.uses_seed(SimIEConfig(base_method="ft", base={"layers": [0]}))
+    assert one.uses_seed
+    assert not SimIEConfig(base_method="ft", base={"layers": [0]}).uses_seed
 
 
 def test_the_embedded_model_has_defaults_for_every_base_method() -> None:

@@ -32,8 +32,7 @@ PUBLIC = {
     "lr": 0.01,
     "token": "mask",
     "statistics": "turn",
-    "public_labels": True,
-    "public_variance": True,
+    "deviations": {"public_labels": True, "public_variance": True},
 }
 REQUESTS = golden_requests()
 
@@ -190,11 +189,11 @@ def test_easyedit_file(tmp_path: Path) -> None:
 
 def test_check_names_layer_and_module() -> None:
     shape = model_shape(model("llama").config)
-    UltraEdit.check(UltraEditConfig(modules=MODULES), shape)
+    UltraEditConfig(modules=MODULES).check(shape)
     with pytest.raises(SpecError, match=r"modules\.mlp\.up_proj: layer 6 is out of range"):
-        UltraEdit.check(UltraEditConfig(modules={"mlp.up_proj": (6,)}), shape)
+        UltraEditConfig(modules={"mlp.up_proj": (6,)}).check(shape)
     with pytest.raises(SpecError, match=r"'mlp\.c_fc' is not a linear map"):
-        UltraEdit.check(UltraEditConfig(modules={"mlp.c_fc": (0,)}), shape)
+        UltraEditConfig(modules={"mlp.c_fc": (0,)}).check(shape)
     with pytest.raises(ValidationError, match="distinct and not negative"):
         UltraEditConfig(modules={"mlp.up_proj": (1, 1)})
-    assert UltraEdit.overlay_bytes(UltraEditConfig(modules=MODULES), shape, 5) == (4 * 4 + 2 * 8) * 128 * 512
+    assert UltraEditConfig(modules=MODULES).overlay_bytes(shape, 5) == (4 * 4 + 2 * 8) * 128 * 512

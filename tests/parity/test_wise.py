@@ -20,7 +20,7 @@ from workers.artifacts.base import ArtifactData
 from workers.inner_loop.optim import LaneOptimizer
 from workers.job import ScoreConfig
 from workers.methods.base import LaneEdit
-from workers.methods.wise.config import PUBLIC, WISEConfig
+from workers.methods.wise.config import WISEConfig
 from workers.methods.wise.memories import SideMemories
 from workers.methods.wise.merging import merge_deltas, slerp
 from workers.methods.wise.method import WISE
@@ -31,6 +31,7 @@ from workers.scoring.probes import Item
 from workers.scoring.score import score
 from workers.types import DataError, SpecError
 
+PUBLIC = WISEConfig.easyedit_values
 HPARAMS = {"layer": 4, "lr": 0.3, "n_iter": 8, "alpha": 0.2, "beta": 0.8, "gamma": 0.4}
 
 
@@ -312,7 +313,9 @@ def test_merge_arithmetic() -> None:
     assert merged("magnitude_norm", [a, b], density=0.5) == pytest.approx([2.0, 0.5, 2.5, 0.0])
     long = [[1.0] * 4000]
     assert sum(merged("dare_linear", long, density=0.5)) == pytest.approx(4000, rel=0.1)
-    assert sum(merged("dare_linear", long, density=0.5, public_dare=True)) == pytest.approx(2000, rel=0.1)
+    assert sum(merged("dare_linear", long, density=0.5, deviations={"public_dare": True})) == pytest.approx(
+        2000, rel=0.1
+    )
 
 
 def test_slerp() -> None:

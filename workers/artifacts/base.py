@@ -18,13 +18,9 @@ from workers.types import JSON, DataError, Frozen, ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from workers.scoring.cache import BaseAnswers
     from workers.types import Dataset
 
 ARTIFACT_VERSION = 1
-
-BASE_SCORES = "base-scores"
-"""The kind whose artifacts hold the base model's replies to scoring batches (:mod:`workers.artifacts.base_scores`)."""
 
 
 class ArtifactSpec(Frozen):
@@ -113,7 +109,7 @@ def in_order(
 
 
 def _nothing(done: int, total: int, what: str) -> None:
-    """Nobody is watching."""
+    """No-op progress callback."""
 
 
 def _read_dataset(source: Mapping[str, JSON], fingerprint: str) -> Dataset:
@@ -139,7 +135,7 @@ def _no_trainer(method: str) -> Callable[..., Any]:
 
 @dataclass
 class Workbench:
-    """What a builder finds beside the model: the artifacts it needs, someone to tell, and a place for unfinished work.
+    """A builder's surroundings: the artifacts it needs, a progress callback, and a place for unfinished work.
 
     This one keeps unfinished work in memory; the engine's is durable. What :meth:`save` was last given is what :meth:`load`
     returns in the next attempt, until the artifact is finished. When work is saved changes no bit of the result.
@@ -154,8 +150,6 @@ class Workbench:
     stopping: Callable[[], bool] = bool
     dataset: Callable[[Mapping[str, JSON], str], Dataset] = _read_dataset
     """The data set of this kind, path and so on; refused if its fingerprint is another one."""
-    answers: BaseAnswers | None = None
-    """What the base model has said in this process; the session lends it."""
     trainer_of: Callable[[str], Callable[..., Any]] = _no_trainer
     """A method's own ``trainer(base, hparams, generator)``, by the method's name; the session lends it."""
     _saved: float = field(default_factory=time.monotonic)

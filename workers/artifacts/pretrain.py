@@ -3,8 +3,8 @@
 A method that needs it brings a :class:`Trainer` (its loss and its optimiser) and asks for :func:`pretrained` in its
 ``artifacts``; the stage brings the order of the requests, checkpoints, progress and the retention of what earlier data taught:
 
-    def artifacts(cls, config, fingerprint, model, seed, training=None):
-        return (pretrained(cls.name, hparams, config.schedule, fingerprint, model, training),)
+    def artifacts(self, context):               # of the config
+        return (pretrained(name, hparams, self.schedule, context.fingerprint, context.model, context.training),)
 
     def trainer(cls, base, hparams, generator): ...      # an untrained Trainer
     inputs["pretrained"]                                 # at edit time: what its ``product`` gave
@@ -103,7 +103,7 @@ def training_source(
 
 
 class TrainingSchedule(Frozen):
-    """How long, in what portions and with how much of the past a method is trained."""
+    """Length of a training, its batches, and the share of earlier data in them."""
 
     steps: int = Field(ge=1, description="optimiser steps on each data shard")
     batch_size: int = Field(1, ge=1, description="requests of one step")
@@ -129,7 +129,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def product(self) -> ArtifactData:
-        """What edits need of it, the finished artifact."""
+        """Return the finished artifact, which is all that edits need."""
 
 
 def pretrained(
@@ -221,7 +221,7 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
 
 
 def build_pretrained(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """What edits need of a trained state. ``meta["pretraining"]`` says what it was trained on."""
+    """Build the artifact that edits need from a trained state. ``meta["pretraining"]`` says what it was trained on."""
     state = bench.inputs[_STATE]
     trainer = _trainer(base, recipe, bench)
     trainer.load_state(_part(state))
@@ -249,7 +249,7 @@ def _part(state: ArtifactData) -> ArtifactData:
 
 @dataclass(frozen=True)
 class _Course:
-    """Which requests each step of one data shard learns from."""
+    """The requests that each training step of one data shard learns from."""
 
     identity: tuple[JSON, ...]
     schedule: TrainingSchedule

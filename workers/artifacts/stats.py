@@ -66,8 +66,8 @@ def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how
 
 
 def corpus_recipe(corpus: str) -> dict[str, JSON]:
-    """What an artifact's key holds of a corpus: what it says, not where it lies (the embedded one's name has been in it from
-    the first). The path goes into :attr:`ArtifactSpec.where`."""
+    """The part of an artifact's key that identifies a corpus: its content, not its place (the embedded one's
+    name has been in it from the first). The path goes into :attr:`ArtifactSpec.where`."""
     written_as = corpus_format(corpus)
     return {
         **({"corpus": corpus} if corpus == "embedded" else {}),
@@ -190,7 +190,7 @@ def layer_inputs(base: BaseModel, encoded: list[Encoded], module: nn.Module) -> 
 
 @dataclass(frozen=True)
 class Place:
-    """How far a corpus has been read: bytes, lines, and the documents that stood in them."""
+    """Position in a corpus: bytes and lines read, and the documents found in them."""
 
     offset: int = 0
     lines: int = 0

@@ -58,7 +58,7 @@ class EasyEditRecord(Record):
 
 
 def is_easyedit(raw: object) -> bool:
-    """Whether a raw record is in this layout rather than in MEND's or ROME's."""
+    """Return whether a raw record is in this layout rather than in MEND's or ROME's."""
     return isinstance(raw, dict) and "prompt" in raw and not {"src", "requested_rewrite"} & raw.keys()
 
 

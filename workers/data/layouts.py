@@ -1,4 +1,4 @@
-"""Which kind of file this is, told by the keys of its records.
+"""Recognition of a file's kind by the keys of its records.
 
 The layouts of the field overlap: a Hallucination file has every key that zsRE's loader needs of EasyEdit's layout, and would
 be edited and scored as if its passages were answers. So each loader first says which layouts it reads; a file in which most

@@ -1,4 +1,4 @@
-"""What all loaders share: reading a file, validating its records one by one, and facts about lists of requests.
+"""Common part of all loaders: reading a file, validating its records one by one, and facts about lists of requests.
 
 A loader is a *parse* function from one raw JSON value to a :class:`Draft`; this module calls it for every record, turns
 each refusal into one message with file, record number, field and value, and finishes the data set:
@@ -28,7 +28,7 @@ OnBadRecord = Literal["error", "skip"]
 Order = Literal["file", "shuffle"]
 
 OFFENDERS_SHOWN = 3
-"""How many bad records one error message describes; the rest are counted."""
+"""Bad records that one error message describes; the others are counted."""
 
 T = TypeVar("T")
 RecordT = TypeVar("RecordT", bound=BaseModel)
@@ -159,7 +159,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[T]):
-    """What became of a file: the usable records, and the numbers of those left out."""
+    """Result of reading a file: the usable records, and the numbers of those left out."""
 
     items: tuple[T, ...]
     skipped: tuple[int, ...]

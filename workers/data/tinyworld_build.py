@@ -68,7 +68,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """How a model answers a list of probes: shares of fully right answers and of full stops after them, and the NLL."""
+    """A model's answers to a list of probes: shares of fully right answers and of full stops after them, and the NLL."""
 
     exact: float
     stops: float

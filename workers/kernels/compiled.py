@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Compiled:
-    """What was compiled for one model."""
+    """The compiled functions of one model."""
 
     def __init__(
         self, updates: bool = False, layers: bool = False, backend: str | Callable[..., Any] = "inductor"
@@ -37,7 +37,7 @@ class Compiled:
         self.updates = updates
         self.layers = layers
         self.broken = False
-        """Whether the compiler has failed: what was to be compiled then runs as it is written."""
+        """True once the compiler has failed: the functions then run as they are written."""
         self._backend = backend
         self._made: dict[Any, Callable[..., Any]] = {}
 
@@ -52,7 +52,7 @@ class Compiled:
         return self._careful(function) if self.updates and not self.broken else function
 
     def turns(self, lanes: int) -> list[slice]:
-        """Which lanes an update is called for, call by call: all at once, unless it runs as it is written, with a dozen
+        """Lanes of each call of an update: all at once, unless it runs as it is written, with a dozen
         temporaries of each lane it is given."""
         return [slice(lane, lane + 1) for lane in range(lanes)] if self.broken else [slice(None)]
 

@@ -42,7 +42,8 @@ class RecordedStep:
                 self._graph.capture_end()
 
     def play(self) -> tuple[Tensor, ...]:
-        """What the function returns now; leaves the gradients in the parameters' ``grad``, to be used before the next play."""
+        """Return what the function returns now; leaves the gradients in the parameters' ``grad``, to be used
+        before the next play."""
         self._graph.replay()
         for p, grad in zip(self._params, self._grads, strict=True):
             p.grad = grad

@@ -172,7 +172,7 @@ class _WideProduct(torch.autograd.Function):
 
 
 def _quick(left: Tensor, rows: int, columns: int) -> bool:
-    """Whether ``rows x columns`` sums over the last axis of ``left`` are oneDNN's to compute."""
+    """Return whether oneDNN computes ``rows x columns`` sums over the last axis of ``left``."""
     return (
         rows >= _ROWS
         and rows * columns * left.shape[-1] >= _MULTIPLICATIONS
@@ -183,14 +183,14 @@ def _quick(left: Tensor, rows: int, columns: int) -> bool:
 
 
 def _available() -> bool:
-    """Whether oneDNN is there and faster than MKL."""
+    """Return whether oneDNN is available and faster than MKL."""
     capable = torch.backends.cpu.get_cpu_capability() == "AVX512" and not _intel()
     return capable and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @cache
 def _intel() -> bool:
-    """Whether MKL uses all of the processor's instructions, which it asks the maker's name for."""
+    """Return whether MKL uses all of the processor's instructions; it decides by the maker's name."""
     known = Path("/proc/cpuinfo")
     return "GenuineIntel" in (known.read_text() if known.exists() else platform.processor())
 

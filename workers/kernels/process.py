@@ -1,4 +1,4 @@
-"""How this process asks the system for memory.
+"""Settings of this process: freed memory is kept, numerics are fixed.
 
 >>> keep_freed_memory()
 """

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -34,14 +34,13 @@ from torch import Tensor
 
 from workers.artifacts import stats
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import TrainingSource
-from workers.methods.base import EditOutcome, LaneEdit, MethodConfig
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.methods.families.locate import facts_of, lane_chunks, moment_value, observe, template_spec
 from workers.methods.families.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
 from workers.model.base import BaseModel, Site
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
-from workers.model.overlay import LaneState, LowRankOverlay, Overlay
+from workers.model.config import ModelShape
+from workers.model.overlay import LaneState, LowRankOverlay
 from workers.types import JSON
 
 
@@ -53,10 +52,33 @@ class AlphaEditConfig(SpreadConfig):
     )
     L2: float = Field(10.0, gt=0, description="weight of the change's own norm")
 
+    title: ClassVar[str] = "AlphaEdit"
     alg_names: ClassVar[tuple[str, ...]] = ("AlphaEdit",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {**SpreadConfig.easyedit_keys, "mom2_update_weight": IGNORED, "P_loc": IGNORED}
     )
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        moments = moment_specs(self, context)
+        projections = [
+            ArtifactSpec(
+                name=_null_space(layer),
+                kind=stats.NULL_SPACE,
+                recipe={"threshold": self.nullspace_threshold, "layer": layer},
+                needs=(moment.model_copy(update={"name": "moment"}),),
+            )
+            for layer, moment in zip(self.layers, moments, strict=True)
+        ]
+        return template_spec(self, context), *projections
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        _, in_features = shape.site(self.module)
+        keys = in_features * min(edits, in_features) * max(4, shape.bytes_per_value)
+        return super().overlay_bytes(shape, edits) + (len(self.layers) + 1) * keys
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        _, in_features = shape.site(self.module)
+        return len(self.layers) * in_features * in_features * moment_value(self)
 
 
 class AlphaEditOverlay(LowRankOverlay):
@@ -104,7 +126,7 @@ class AlphaEditOverlay(LowRankOverlay):
                 self.sums_LII[site.name][lane] = 0 if sum_II is None else sum_II.to(keys_LIM)
 
 
-class AlphaEdit(SpreadMethod[AlphaEditConfig]):
+class AlphaEdit(SpreadMethod[AlphaEditConfig, AlphaEditOverlay]):
     """Null-space constrained knowledge editing.
 
     >>> editor = AlphaEdit.prepare(base, AlphaEditConfig(layers=(4,)), inputs={"null_space.4": p4, "templates": texts})
@@ -118,7 +140,6 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig]):
     version: ClassVar[int] = 1
     relative_cost: ClassVar[float] = 1.5
     Config: ClassVar[type[MethodConfig]] = AlphaEditConfig
-    overlay_type: ClassVar[type[LowRankOverlay]] = AlphaEditOverlay
 
     def __init__(
         self,
@@ -139,14 +160,15 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig]):
         }
         return cls(base, config, inputs, projections)
 
-    def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
-        assert isinstance(overlay, AlphaEditOverlay)
+    def new_overlay(self, lanes: int) -> AlphaEditOverlay:
+        return AlphaEditOverlay(self.sites, lanes, self.base.master_dtype)
+
+    def right(self, overlay: AlphaEditOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
         kept_LIM, sum_LII = overlay.keys_LIM[site.name], overlay.sums_LII.get(site.name)
         return alphaedit_keys(self.projections[site.name], keys_LIN, kept_LIM, sum_LII, self.config.L2)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+    def edit(self, overlay: AlphaEditOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         outcomes = super().edit(overlay, edits)
-        assert isinstance(overlay, AlphaEditOverlay)
         facts = facts_of(self.base, edits, self.config, self.inputs)
         keys, _ = observe(self.base, overlay, facts, self.sites, bare_share=self.config.bare_share)
         for site, keys_NI in zip(self.sites, keys, strict=True):
@@ -166,38 +188,6 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig]):
             "L2": 0.1,
             "samples": 4000,
         }
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        moments = moment_specs(config, fingerprint, model, cls.title)
-        projections = [
-            ArtifactSpec(
-                name=_null_space(layer),
-                kind=stats.NULL_SPACE,
-                recipe={"threshold": config.nullspace_threshold, "layer": layer},
-                needs=(moment.model_copy(update={"name": "moment"}),),
-            )
-            for layer, moment in zip(config.layers, moments, strict=True)
-        ]
-        return template_spec(config, fingerprint, model, seed), *projections
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        _, in_features = shape.site(config.module)
-        keys = in_features * min(edits, in_features) * max(4, shape.bytes_per_value)
-        return super().overlay_bytes(config, shape, edits) + (len(config.layers) + 1) * keys
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        _, in_features = shape.site(config.module)
-        return len(config.layers) * in_features * in_features * moment_value(config)
 
 
 def _null_space(layer: int) -> str:

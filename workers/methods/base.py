@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
@@ -40,8 +40,37 @@ Layers = Annotated[tuple[int, ...], AfterValidator(_distinct)]
 """Decoder layers, each once, in any order."""
 
 
+@dataclass(frozen=True)
+class ArtifactContext:
+    """Everything beside the hyperparameters that an artifact's recipe may depend on."""
+
+    fingerprint: ModelFingerprint
+    model: ModelConfig
+    seed: int
+    training: TrainingSource | None = None
+    """The data that networks learn from, where a method has any."""
+
+    @property
+    def model_recipe(self) -> dict[str, JSON]:
+        """The part of a recipe that names the base model."""
+        return {"model": self.fingerprint.model, "tokenizer": self.fingerprint.tokenizer, "dtype": self.model.dtype}
+
+
+ADDED_LATER = "added later"
+"""Marks a field that configs hashed before did not have: at its default it enters neither cell ids nor random numbers."""
+
+
+class Deviations(Frozen):
+    """Single switches, each off by default, for what a method's public code does and its paper does not.
+
+    They exist for parity tests. A user writes ``protocol: easyedit``, which turns on all of a method's.
+    """
+
+
 class MethodConfig(Frozen):
-    """Hyperparameters of one method. Frozen, unknown keys refused.
+    """Hyperparameters of one method, and what follows from them without weights. Frozen, unknown keys refused.
+
+    A config tells the planner what the method needs: arithmetic on the model's :class:`ModelShape`, no tensors.
 
     ``easyedit_keys`` maps keys of an EasyEdit hyperparameter YAML to ours (or to :data:`IGNORED`); keys of the same name
     and meaning need no entry. A key in neither place is refused with a clear error.
@@ -52,6 +81,64 @@ class MethodConfig(Frozen):
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
     alg_names: ClassVar[tuple[str, ...]] = ()
     """Values of EasyEdit's ``alg_name`` this method answers to."""
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({})
+    """Values that ``protocol: easyedit`` sets: for what EasyEdit's code does and its hyperparameter files do not say."""
+
+    # --- deviations, and the written form ---
+
+    @classmethod
+    def switches(cls) -> tuple[str, ...]:
+        """The names of the method's deviations; none if it has no field ``deviations``."""
+        if "deviations" not in cls.model_fields:
+            return ()
+        group = cls.model_fields["deviations"].annotation
+        return tuple(group.model_fields) if isinstance(group, type) and issubclass(group, Deviations) else ()
+
+    @classmethod
+    def nested(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
+        """``values`` with single deviations moved into ``deviations``. Raises ValueError for one that stands in both places."""
+        flat = [name for name in cls.switches() if name in values]
+        group = values.get("deviations", {})
+        if not flat or not isinstance(group, Mapping):
+            return dict(values)
+        for name in flat:
+            if name in group:
+                raise ValueError(f"{name}: given twice, alone and in deviations; remove one")
+        rest = {key: value for key, value in values.items() if key not in flat}
+        return {**rest, "deviations": {**group, **{name: values[name] for name in flat}}}
+
+    @classmethod
+    def merged(cls, low: Mapping[str, JSON], high: Mapping[str, JSON]) -> dict[str, JSON]:
+        """Both, with the values of ``high`` where they differ; deviations are merged one by one."""
+        low, high = cls.nested(low), cls.nested(high)
+        out = {**low, **high}
+        below, above = low.get("deviations"), high.get("deviations")
+        if isinstance(below, Mapping) and isinstance(above, Mapping):
+            out["deviations"] = {**below, **above}
+        return out
+
+    @classmethod
+    def like_easyedit(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
+        """``values`` completed by :attr:`easyedit_values` where they say nothing."""
+        return cls.merged(cls.easyedit_values, values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_flat(cls, values: Any) -> Any:
+        """Version 0.1 had the deviations among the hyperparameters: its specs and manifests stay valid."""
+        return cls.nested(values) if isinstance(values, Mapping) else values
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, JSON]:
+        """Deviations stand among the hyperparameters: cell ids, manifests and random numbers derive from this form.
+
+        Fields that were :data:`ADDED_LATER` are left out at their default, so that ids of earlier versions stay.
+        """
+        written: dict[str, JSON] = {}
+        for name, value in _without_added(self, handler(self)).items():
+            group = getattr(self, name, None)
+            written.update(_without_added(group, value) if isinstance(group, Deviations) else {name: value})
+        return written
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -65,7 +152,7 @@ class MethodConfig(Frozen):
         table = {**COMMON_KEYS, **cls.easyedit_keys}
         out: dict[str, JSON] = {}
         for key, value in values.items():
-            ours = table.get(key, key if key in cls.model_fields else None)
+            ours = table.get(key, key if key in (*cls.model_fields, *cls.switches()) else None)
             if ours is None:
                 known = sorted({*table, *cls.model_fields})
                 raise SpecError(
@@ -74,6 +161,51 @@ class MethodConfig(Frozen):
             if ours != IGNORED:
                 out[ours] = value
         return out
+
+    # --- the planner's questions ---
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise :class:`SpecError` where the config does not fit the model (layer index, module name)."""
+
+    def check_edits(self, shape: ModelShape, edits: int) -> None:
+        """Raise :class:`SpecError` where one lane cannot hold so many edits between two rollbacks."""
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        """The artifacts to build before an edit, each under its own name."""
+        return ()
+
+    @property
+    def uses_seed(self) -> bool:
+        """False if two seeds differ in nothing but the order of the requests."""
+        return False
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest decoder layer with an edited map: an edit's steps run from there on. 0, the dearest, if there is none."""
+        return 0
+
+    @property
+    def rows_per_edit(self) -> int:
+        """Sequences of one request in an optimisation step: its prompt, one more for locality, and one per context template."""
+        return 2
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        """Estimated bytes of one lane after ``edits`` edits, optimiser state included."""
+        return 0
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        """Estimated bytes that all lanes share beside the base: artifacts, and what :meth:`Method.prepare` makes of them."""
+        return 0
+
+
+def _without_added(model: Frozen, written: Mapping[str, JSON]) -> dict[str, JSON]:
+    fields = type(model).model_fields
+    at_default = {
+        name
+        for name, field in fields.items()
+        if ADDED_LATER in field.metadata and getattr(model, name) == field.get_default(call_default_factory=True)
+    }
+    return {name: value for name, value in written.items() if name not in at_default}
 
 
 @dataclass(frozen=True)
@@ -96,10 +228,14 @@ class EditOutcome:
 
 
 C = TypeVar("C", bound=MethodConfig)
+OverlayT = TypeVar("OverlayT", bound=Overlay)
 
 
-class Method(ABC, Generic[C]):
-    """An editing method. Class attributes describe it; an instance is one prepared for a base model and a config."""
+class Method(ABC, Generic[C, OverlayT]):
+    """An editing method. Class attributes describe it; an instance is one prepared for a base model and a config.
+
+    ``C`` is its config and ``OverlayT`` the overlay that it edits: the one that :meth:`new_overlay` makes, and no other.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -122,18 +258,18 @@ class Method(ABC, Generic[C]):
 
     @classmethod
     def prepare(cls, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> Self:
-        """Make everything that edits share. ``inputs`` holds, by name, what :meth:`artifacts` asked for."""
+        """Make everything that edits share. ``inputs`` holds, by name, what :meth:`MethodConfig.artifacts` asked for."""
         return cls(base, config, inputs)
 
     @abstractmethod
-    def new_overlay(self, lanes: int) -> Overlay:
+    def new_overlay(self, lanes: int) -> OverlayT:
         """A pristine overlay. Dropping it is the rollback."""
 
     @abstractmethod
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+    def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         """Edit each lane's requests into its lane, in place; ``edits[i]`` belongs to lane i."""
 
-    # --- what the planner asks, without weights ---
+    # --- without an instance ---
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -146,47 +282,12 @@ class Method(ABC, Generic[C]):
         return cls.embedded()
 
     @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        """Raise :class:`SpecError` where the config does not fit the model (layer index, module name)."""
-
-    @classmethod
-    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
-        """Raise :class:`SpecError` where one lane cannot hold so many edits between two rollbacks."""
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        """What must be built before an edit, each under its own name. ``training`` is where networks are to learn."""
-        return ()
-
-    @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:
         """An untrained trainer, for methods that ask for :func:`workers.artifacts.pretrain.pretrained` with these ``hparams``.
 
         ``generator`` is for its initial weights.
         """
         raise NotImplementedError(f"{cls.name} trains nothing")
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        """False if two seeds differ in nothing but the order of the requests."""
-        return False
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        """Estimated bytes of one lane after ``edits`` edits, optimiser state included."""
-        return 0
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        """Estimated bytes that all lanes share beside the base: artifacts, and what :meth:`prepare` makes of them."""
-        return 0
 
 
 def as_float(loss: Tensor) -> float:

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
@@ -57,6 +57,7 @@ class DEFERConfig(MethodConfig):
         "prompt", description="the token gate and map read: the last of the prompt, or of the whole row (public code)"
     )
 
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({"query": "row"})
     alg_names: ClassVar[tuple[str, ...]] = ("DEFER",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({"edit_lr": "lr", "inner_params": "module"})
 
@@ -65,6 +66,23 @@ class DEFERConfig(MethodConfig):
         out = super().from_easyedit(values, source)
         take_inner_param(out, source)
         return out
+
+    @property
+    def first_layer(self) -> int:
+        return self.layer
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_layer(self.layer, "layer")
+        shape.site(self.module)
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        out, in_features = shape.site(self.module)
+        copies = 4 + 2  # parameters, gradient, two moments; temporaries of one step
+        return (out * in_features + out + in_features + 1) * max(4, shape.bytes_per_value) * copies
 
 
 class Deferral(Overlay):
@@ -136,7 +154,7 @@ class Deferral(Overlay):
         return None
 
 
-class DEFER(Method[DEFERConfig]):
+class DEFER(Method[DEFERConfig, Deferral]):
     """A gate and a map beside one linear map.
 
     >>> editor = DEFER.prepare(base, DEFERConfig(layer=4, lr=1e-2), inputs={})
@@ -153,9 +171,7 @@ class DEFER(Method[DEFERConfig]):
         site = self.base.site(self.config.layer, self.config.module)
         return Deferral(site, lanes, self.base.master_dtype, self.config)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, Deferral):
-            raise TypeError(f"DEFER edits a Deferral, not a {type(overlay).__name__}")
+    def edit(self, overlay: Deferral, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         rows, targets = self._batch(edits)
         suffix = Suffix.capture(self.base, overlay.sites[0], rows, targets.reads)
         for lane, edit in enumerate(edits):
@@ -163,10 +179,6 @@ class DEFER(Method[DEFERConfig]):
                 overlay.start(lane, edit.streams.generator("start"))
         query_BI = overlay.query_of(suffix.input_BSI, rows)
         parameters = list(overlay.parameters.values())
-        for tensor in parameters:
-            tensor.requires_grad_(True)
-        optimizer = Adam(parameters, self.config.lr)
-        steps = Lockstep(overlay.lanes, self.base.device)
 
         def losses() -> Tensor:
             gate_B, value_BO = overlay.answer(query_BI, rows)
@@ -174,24 +186,13 @@ class DEFER(Method[DEFERConfig]):
             mixed_BSO = gate_B11 * value_BO[:, None] + (1 - gate_B11) * suffix.output_BSO
             return targets.nll(self.base, suffix.hidden(mixed_BSO.to(suffix.output_BSO.dtype)))
 
-        for _ in range(self.config.n_iter):
-            optimizer.zero_grad()
-            now_L = steps.forward(losses, parameters)
-            steps.record(now_L)
-            steps.keep(torch.isfinite(now_L))
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
-        optimizer.zero_grad()
-        for tensor in parameters:
-            tensor.requires_grad_(False)
+        found = descend(WholeBatch(parameters, losses), Adam(parameters, self.config.lr), self.config.n_iter)
         with torch.no_grad():
             gates = overlay.answer(query_BI, rows)[0].tolist()
         return [
             EditOutcome(count, loss, {"first_loss": first, "gate": gate})
             for count, loss, first, gate in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), steps.first_L.tolist(), gates, strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), found.first_L.tolist(), gates, strict=True
             )
         ]
 
@@ -214,18 +215,3 @@ class DEFER(Method[DEFERConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"layer": 4, "lr": 1e-3, "n_iter": 60}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        shape.check_layer(config.layer, "layer")
-        shape.site(config.module)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return True
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, in_features = shape.site(config.module)
-        copies = 4 + 2  # parameters, gradient, two moments; temporaries of one step
-        return (out * in_features + out + in_features + 1) * max(4, shape.bytes_per_value) * copies

@@ -45,6 +45,7 @@ class EMMETConfig(SpreadConfig):
     )
     update_norm_lambda: float = Field(0.0, ge=0, description="added to the diagonal of C: bounds the change's norm")
 
+    title: ClassVar[str] = "EMMET"
     alg_names: ClassVar[tuple[str, ...]] = ("EMMET",)
 
 

@@ -30,7 +30,7 @@ The papers' texts were not at hand; the penalty and the public differences were 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,12 +38,11 @@ from torch import Tensor
 
 from workers.artifacts import fisher, stats
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import TrainingSource
-from workers.inner_loop.finetune import Problem, descend, with_target
-from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.inner_loop.finetune import fine_tune, with_target
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.model.base import BaseModel
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
-from workers.model.overlay import DenseOverlay, Overlay
+from workers.model.config import ModelShape
+from workers.model.overlay import DenseOverlay
 from workers.types import JSON
 
 
@@ -61,8 +60,48 @@ class FTEWCConfig(MethodConfig):
     samples: int = Field(1000, ge=1, description="texts of the corpus that the Fisher information is taken over")
     precision: Literal["float32", "float64"] = Field("float32", description="precision it is summed in")
 
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers)
 
-class FTEWC(Method[FTEWCConfig]):
+    def check(self, shape: ModelShape) -> None:
+        for layer in self.layers:
+            shape.check_layer(layer, "layers")
+        shape.site(self.module)
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        how_much = f"about {self.samples} lines, see samples"
+        corpus = stats.corpus_of(self.corpus, context.model, "FT-EWC", "Fisher information", how_much)
+        return tuple(
+            ArtifactSpec(
+                name=_artifact(layer),
+                kind=fisher.KIND,
+                recipe={
+                    **context.model_recipe,
+                    **stats.corpus_recipe(corpus),
+                    "samples": self.samples,
+                    "layer": layer,
+                    "module": self.module,
+                    "precision": self.precision,
+                },
+                where={"corpus": corpus},
+            )
+            for layer in self.layers
+        )
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        out, in_features = shape.site(self.module)
+        copies = 4 + 3  # weight, gradient, two moments; temporaries of one step and of the penalty
+        return len(self.layers) * out * in_features * max(4, shape.bytes_per_value) * copies
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        out, in_features = shape.site(self.module)
+        artifact = 8 if self.precision == "float64" else 4
+        # and in the masters' precision the Fisher information and the weights that hold it back
+        return len(self.layers) * out * in_features * (artifact + 2 * max(4, shape.bytes_per_value))
+
+
+class FTEWC(Method[FTEWCConfig, DenseOverlay]):
     """Fine-tuning with elastic weight consolidation.
 
     >>> editor = FTEWC.prepare(base, FTEWCConfig(layers=(3,)), inputs={"fisher_3": data})
@@ -87,13 +126,17 @@ class FTEWC(Method[FTEWCConfig]):
     def new_overlay(self, lanes: int) -> DenseOverlay:
         return DenseOverlay(self._sites, lanes, self.base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, DenseOverlay):
-            raise TypeError(f"FT-EWC edits a DenseOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: DenseOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config = self.config
-        problem = Problem.of(self.base, overlay, [edit.requests for edit in edits], with_target)
-        penalty = self.penalty if config.ew_lambda else None
-        found = descend(self.base, overlay, problem, config.num_steps, config.lr, penalty=penalty)
+        found = fine_tune(
+            self.base,
+            overlay,
+            [edit.requests for edit in edits],
+            with_target,
+            num_steps=config.num_steps,
+            lr=config.lr,
+            penalty=self.penalty if config.ew_lambda else None,
+        )
         with torch.no_grad():
             held_L = self.penalty(list(overlay.weights_LOI.values()))
         return [
@@ -114,55 +157,6 @@ class FTEWC(Method[FTEWCConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"layers": [3], "lr": 1e-3, "num_steps": 25, "ew_lambda": 300.0}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        for layer in config.layers:
-            shape.check_layer(layer, "layers")
-        shape.site(config.module)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        how_much = f"about {config.samples} lines, see samples"
-        corpus = stats.corpus_of(config.corpus, model, cls.title, "Fisher information", how_much)
-        return tuple(
-            ArtifactSpec(
-                name=_artifact(layer),
-                kind=fisher.KIND,
-                recipe={
-                    "model": fingerprint.model,
-                    "tokenizer": fingerprint.tokenizer,
-                    "dtype": model.dtype,
-                    **stats.corpus_recipe(corpus),
-                    "samples": config.samples,
-                    "layer": layer,
-                    "module": config.module,
-                    "precision": config.precision,
-                },
-                where={"corpus": corpus},
-            )
-            for layer in config.layers
-        )
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, in_features = shape.site(config.module)
-        copies = 4 + 3  # weight, gradient, two moments; temporaries of one step and of the penalty
-        return len(config.layers) * out * in_features * max(4, shape.bytes_per_value) * copies
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        out, in_features = shape.site(config.module)
-        artifact = 8 if config.precision == "float64" else 4
-        # and in the masters' precision the Fisher information and the weights that hold it back
-        return len(config.layers) * out * in_features * (artifact + 2 * max(4, shape.bytes_per_value))
 
 
 def _artifact(layer: int) -> str:

@@ -39,14 +39,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
@@ -107,6 +107,23 @@ class GRACEConfig(MethodConfig):
         if out.get("eps_expand") == "moving_avg":  # what the comments in the public files call it
             out["eps_expand"] = "moving_average"
         return out
+
+    @property
+    def first_layer(self) -> int:
+        return self.layer
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_layer(self.layer, "layer")
+        shape.site(self.module)
+
+    @property
+    def uses_seed(self) -> bool:
+        return self.val_init == "cold"
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        out, in_features = shape.site(self.module)
+        slots = max(_BLOCK, edits + edits // 2)  # room grows by half
+        return (slots * (in_features + out + 1) + 4 * out) * max(4, shape.bytes_per_value)
 
 
 class Codebook(Overlay):
@@ -204,7 +221,7 @@ class Codebook(Overlay):
         return None
 
 
-class GRACE(Method[GRACEConfig]):
+class GRACE(Method[GRACEConfig, Codebook]):
     """Key-value editing.
 
     >>> editor = GRACE.prepare(base, GRACEConfig(layer=4, eps=2.0), inputs={})
@@ -221,9 +238,7 @@ class GRACE(Method[GRACEConfig]):
         site = self.base.site(self.config.layer, self.config.module)
         return Codebook(site, lanes, self.base.master_dtype, self.config.replacement)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, Codebook):
-            raise TypeError(f"GRACE edits a Codebook, not a {type(overlay).__name__}")
+    def edit(self, overlay: Codebook, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         batch = _Batch(self.base, edits)
         rows, site = batch.rows, overlay.sites[0]
         row_B = torch.arange(rows.size, device=self.base.device)
@@ -238,9 +253,7 @@ class GRACE(Method[GRACEConfig]):
             slots.append(slot)
         trained = [self.config.train_matched or rule not in ("expand", "keep") for rule in rules]
 
-        value_LO = torch.stack(starts).requires_grad_(True)
-        optimizer = Adam([value_LO], self.config.lr)
-        steps = Lockstep(overlay.lanes, self.base.device, trained, self.base.pool)
+        value_LO = torch.stack(starts)
         plain_BSO = suffix.output_BSO[:, suffix.first :]
         where_BS1 = overlay.replaced(rows)[:, suffix.first :, None]
 
@@ -248,21 +261,19 @@ class GRACE(Method[GRACEConfig]):
             output_BSO = torch.where(where_BS1, value_LO.to(plain_BSO.dtype)[:, None], plain_BSO)
             return batch.targets.nll(self.base, suffix.hidden(output_BSO))
 
-        for _ in range(self.config.n_iter):
-            optimizer.zero_grad()
-            now_L = steps.forward(losses, [value_LO])
-            steps.record(now_L)
-            steps.keep(torch.isfinite(now_L))
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
+        found = descend(
+            WholeBatch([value_LO], losses),
+            Adam([value_LO], self.config.lr),
+            self.config.n_iter,
+            pool=self.base.pool,
+            start=trained,
+        )
         for lane, slot in enumerate(slots):
-            overlay.values_LKO[lane, slot] = value_LO[lane].detach()
+            overlay.values_LKO[lane, slot] = value_LO[lane]
         return [
             EditOutcome(count, loss, {"rule": rule, "keys": len(labels)})
             for count, loss, rule, labels in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), rules, overlay.labels, strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), rules, overlay.labels, strict=True
             )
         ]
 
@@ -300,21 +311,6 @@ class GRACE(Method[GRACEConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"layer": 4, "lr": 1.0, "n_iter": 25, "eps": 2.0}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        shape.check_layer(config.layer, "layer")
-        shape.site(config.module)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.val_init == "cold")
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, in_features = shape.site(config.module)
-        slots = max(_BLOCK, edits + edits // 2)  # room grows by half
-        return (slots * (in_features + out + 1) + 4 * out) * max(4, shape.bytes_per_value)
 
 
 class _Batch:

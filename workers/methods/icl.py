@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -43,7 +43,7 @@ from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelShape, context_length
-from workers.model.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.overlay import LaneState, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, SpecError
 
 _FACT = "New Fact: {}\n"
@@ -73,6 +73,17 @@ class ICLConfig(MethodConfig):
                 f"{source}: k: {values['k']!r} demonstrations are not supported; expected 0, or use_icl_examples: false"
             )
         return super().from_easyedit({name: v for name, v in values.items() if name != "k"}, source)
+
+    def check_edits(self, shape: ModelShape, edits: int) -> None:
+        if shape.context is not None and edits * FEWEST_TOKENS > shape.context:
+            raise SpecError(
+                f"{edits} facts before every prompt do not fit into the model's context length of {shape.context} tokens "
+                f"(a fact takes {FEWEST_TOKENS} or more); at most {shape.context // FEWEST_TOKENS}, with rollback: group"
+            )
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        context = shape.context or edits * 4 * FEWEST_TOKENS
+        return context * shape.hidden * max(4, shape.bytes_per_value)  # of one row with its context, in scoring
 
 
 class Facts(SitelessOverlay):
@@ -160,7 +171,7 @@ class Facts(SitelessOverlay):
         self.tokens[lane] = state.tensors.get("tokens", torch.zeros(0, dtype=torch.int32)).clone()
 
 
-class ICL(Method[ICLConfig]):
+class ICL(Method[ICLConfig, Facts]):
     """In-context editing.
 
     >>> editor = ICL.prepare(base, ICLConfig(), inputs={})
@@ -181,22 +192,7 @@ class ICL(Method[ICLConfig]):
             raise SpecError("icl: model.chat_template: true is not supported (facts would stand before the first turn)")
         return Facts(self.base, lanes)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, Facts):
-            raise TypeError(f"ICL edits Facts, not a {type(overlay).__name__}")
+    def edit(self, overlay: Facts, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         for lane, edit in enumerate(edits):
             overlay.add(self.base, lane, edit.requests)
         return [EditOutcome(0, None, {"context_tokens": len(tokens)}) for tokens in overlay.tokens]
-
-    @classmethod
-    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
-        if shape.context is not None and edits * FEWEST_TOKENS > shape.context:
-            raise SpecError(
-                f"{edits} facts before every prompt do not fit into the model's context length of {shape.context} tokens "
-                f"(a fact takes {FEWEST_TOKENS} or more); at most {shape.context // FEWEST_TOKENS}, with rollback: group"
-            )
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        context = shape.context or edits * 4 * FEWEST_TOKENS
-        return context * shape.hidden * max(4, shape.bytes_per_value)  # of one row with its context, in scoring

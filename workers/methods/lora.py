@@ -27,21 +27,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import batch, with_target
-from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.methods.families.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
 from workers.model.architectures import architecture
 from workers.model.config import ModelShape
-from workers.model.overlay import Overlay
 from workers.model.replay import capture, replay
 from workers.types import JSON, SpecError
 
@@ -79,8 +77,27 @@ class LoRAConfig(MethodConfig):
             )
         return super().from_easyedit(values, source)
 
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers, default=0)
 
-class LoRA(Method[LoRAConfig]):
+    def check(self, shape: ModelShape) -> None:
+        for layer in self.layers:
+            shape.check_layer(layer, "layers")
+        for path in target_paths(architecture(shape.model_type), self.target_modules):
+            shape.site(path)
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        paths = target_paths(architecture(shape.model_type), self.target_modules)
+        copies = 4 + 1  # factors, gradients, two moments; temporaries of one step
+        return copies * adapter_bytes(shape, paths, len(self.layers) or shape.layers, self.rank)
+
+
+class LoRA(Method[LoRAConfig, AdapterOverlay]):
     """Low-rank adapters.
 
     >>> editor = LoRA.prepare(base, LoRAConfig(target_modules=("q_proj", "v_proj")), inputs={})
@@ -100,17 +117,13 @@ class LoRA(Method[LoRAConfig]):
         sites = resolve_sites(base, layers, target_paths(base.arch, config.target_modules))
         return AdapterOverlay(sites, lanes, config.rank, config.lora_alpha / config.rank, base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, AdapterOverlay):
-            raise TypeError(f"LoRA edits an AdapterOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: AdapterOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config, base = self.config, self.base
         for lane, edit in enumerate(edits):
             overlay.start(lane, edit.streams)
         rows, targets = batch(base, [edit.requests for edit in edits], with_target)
         prefix = capture(base, rows, overlay.first_layer)
         factors = overlay.factors
-        optimizer = Adam(factors, config.lr, config.weight_decay)
-        steps = Lockstep(overlay.lanes, base.device)
 
         def losses() -> Tensor:
             with overlay.installed(rows):
@@ -119,46 +132,17 @@ class LoRA(Method[LoRAConfig]):
         if config.lora_dropout:
             overlay.dropout = Dropout(config.lora_dropout, [edit.streams for edit in edits])
         try:
-            for factor in factors:
-                factor.requires_grad_(True)
-            for _ in range(config.num_steps):
-                optimizer.zero_grad()
-                now_L = steps.forward(losses, factors)
-                steps.record(now_L)
-                steps.keep(torch.isfinite(now_L))
-                if steps.ended():
-                    break
-                steps.backward()
-                optimizer.step(steps.active_K, steps.moving)
+            optimizer = Adam(factors, config.lr, config.weight_decay)
+            found = descend(WholeBatch(factors, losses), optimizer, config.num_steps)
         finally:
             overlay.dropout = None
-            optimizer.zero_grad()
-            for factor in factors:
-                factor.requires_grad_(False)
         return [
             EditOutcome(count, loss, {"first_loss": first})
             for count, loss, first in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), steps.first_L.tolist(), strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), found.first_L.tolist(), strict=True
             )
         ]
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"rank": 8, "lora_alpha": 32.0, "lr": 1e-3, "num_steps": 30}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        for layer in config.layers:
-            shape.check_layer(layer, "layers")
-        for path in target_paths(architecture(shape.model_type), config.target_modules):
-            shape.site(path)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return True
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        paths = target_paths(architecture(shape.model_type), config.target_modules)
-        copies = 4 + 1  # factors, gradients, two moments; temporaries of one step
-        return copies * adapter_bytes(shape, paths, len(config.layers) or shape.layers, config.rank)

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -80,6 +80,11 @@ class MALMENConfig(HypernetConfig):
         description="length of the training; its batches are edited as one",
     )
 
+    method: ClassVar[str] = "malmen"
+    learnt: ClassVar[tuple[str, ...]] = (
+        *("layers", "modules", "rank", "n_blocks", "tokens"),
+        *("lr", "meta_lr", "lr_lr", "gen_coef", "loc_coef", "max_grad_norm", "train_on"),
+    )
     alg_names: ClassVar[tuple[str, ...]] = ("MALMEN",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
@@ -103,8 +108,12 @@ class MALMENConfig(HypernetConfig):
         out["schedule"] = {"steps": out.pop("max_iters", 10_000), "batch_size": out.pop("n_edits", 32)}
         return out
 
+    @property
+    def blocks(self) -> int:
+        return self.n_blocks
 
-class MALMEN(HypernetMethod[MALMENConfig]):
+
+class MALMEN(HypernetMethod[MALMENConfig, DenseOverlay]):
     """All requests of a call in one least-squares fit per map.
 
     >>> editor = MALMEN.prepare(base, MALMENConfig(layers=(4, 5), rank=64), {"pretrained": trained})
@@ -115,19 +124,14 @@ class MALMEN(HypernetMethod[MALMENConfig]):
     paper: ClassVar[str] = "Tan et al., Massive Editing for LLMs via Meta Learning, ICLR 2024, arXiv 2311.04661"
     version: ClassVar[int] = 1
     Config: ClassVar[type[MethodConfig]] = MALMENConfig
-    learnt: ClassVar[tuple[str, ...]] = (
-        *("layers", "modules", "rank", "n_blocks", "tokens"),
-        *("lr", "meta_lr", "lr_lr", "gen_coef", "loc_coef", "max_grad_norm", "train_on"),
-    )
 
     @classmethod
     def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
 
-    @classmethod
-    def blocks(cls, config: Any) -> int:
-        return int(config.n_blocks)
+    def new_overlay(self, lanes: int) -> DenseOverlay:
+        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
 
     def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
         return fitted(self.net, fit_keys(factors, self.config.tokens))

@@ -44,14 +44,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import batch, with_target
-from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import split_module
@@ -137,6 +137,33 @@ class MELOConfig(MethodConfig):
                 f"{source}: target_modules: expected one map of several layers, found {model['target_modules']!r}"
             )
         return out | {"layers": [layer for layer, _ in targets], "module": targets[0][1]}
+
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers)  # the query of key_layer is read once, before the steps
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_layer(self.key_layer, "key_layer")
+        for layer in self.layers:
+            shape.check_layer(layer, "layers")
+        if min(self.layers) <= self.key_layer:
+            raise SpecError(
+                f"layers: {min(self.layers)} is not after key_layer={self.key_layer}, where blocks are chosen; choices: "
+                f"{self.key_layer + 1} to {shape.layers - 1}"
+            )
+        shape.site(self.module)
+        shape.site(self.key_module)
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        block = len(self.layers) * self.rank * sum(shape.site(self.module))
+        queries = 2 * shape.site(self.key_module)[0]  # a point's and its centre's
+        # one more block's gradient and moments; a second copy of everything while a block is added
+        value: int = max(4, shape.bytes_per_value)
+        return int(2 * edits * (block + queries) + 4 * block) * value
 
 
 @dataclass
@@ -330,7 +357,7 @@ class BlockOverlay(Overlay):
         return None
 
 
-class MELO(Method[MELOConfig]):
+class MELO(Method[MELOConfig, BlockOverlay]):
     """Neuron-indexed dynamic LoRA.
 
     >>> editor = MELO.prepare(base, MELOConfig(key_layer=3, layers=(4, 5)), inputs={})
@@ -352,9 +379,7 @@ class MELO(Method[MELOConfig]):
         sites = [base.site(layer, config.module) for layer in sorted(config.layers)]
         return BlockOverlay(key, sites, lanes, config, base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, BlockOverlay):
-            raise TypeError(f"MELO edits a BlockOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: BlockOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config, base = self.config, self.base
         rows, targets = batch(base, [edit.requests for edit in edits], with_target)
         seen: list[Tensor] = []
@@ -370,33 +395,26 @@ class MELO(Method[MELOConfig]):
         for site in overlay.adapted:
             out, in_features = site.shape
             starts = [uniform_A(edit.streams, f"A {site.name}", config.rank, in_features) for edit in edits]
-            down_LRI[site.name] = torch.stack(starts).to(base.device, base.master_dtype).requires_grad_(True)
-            up_LOR[site.name] = torch.zeros(
-                len(edits), out, config.rank, dtype=base.master_dtype, device=base.device, requires_grad=True
-            )
-        optimizer = Adam([*down_LRI.values(), *up_LOR.values()], config.lr)
-        steps = Lockstep(overlay.lanes, base.device)
+            down_LRI[site.name] = torch.stack(starts).to(base.device, base.master_dtype)
+            up_LOR[site.name] = torch.zeros(len(edits), out, config.rank, dtype=base.master_dtype, device=base.device)
+        factors = [*down_LRI.values(), *up_LOR.values()]
 
         def losses() -> Tensor:
             with overlay.learning(rows, down_LRI, up_LOR):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
-        for step in range(config.num_iter):
-            optimizer.lr = config.lr * 0.5 ** (step // config.halve_every)
-            optimizer.zero_grad()
-            now_L = steps.forward(losses, optimizer.params)
-            steps.record(now_L)
-            steps.keep(torch.isfinite(now_L))
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
+        found = descend(
+            WholeBatch(factors, losses),
+            Adam(factors, config.lr),
+            config.num_iter,
+            lr=lambda step: config.lr * 0.5 ** (step // config.halve_every),
+        )
         for lane in range(overlay.lanes):
             overlay.append(lane, down_LRI, up_LOR)
         return [
             EditOutcome(count, loss, {"rules": rule, "clusters": len(database.clusters)})
             for count, loss, rule, database in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), rules, overlay.databases, strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), rules, overlay.databases, strict=True
             )
         ]
 
@@ -416,31 +434,6 @@ class MELO(Method[MELOConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"key_layer": 3, "layers": [4, 5], "rank": 2, "radius": 1.0, "lr": 1e-2, "num_iter": 50}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        shape.check_layer(config.key_layer, "key_layer")
-        for layer in config.layers:
-            shape.check_layer(layer, "layers")
-        if min(config.layers) <= config.key_layer:
-            raise SpecError(
-                f"layers: {min(config.layers)} is not after key_layer={config.key_layer}, where blocks are chosen; choices: "
-                f"{config.key_layer + 1} to {shape.layers - 1}"
-            )
-        shape.site(config.module)
-        shape.site(config.key_module)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return True
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        block = len(config.layers) * config.rank * sum(shape.site(config.module))
-        queries = 2 * shape.site(config.key_module)[0]  # a point's and its centre's
-        # one more block's gradient and moments; a second copy of everything while a block is added
-        value: int = max(4, shape.bytes_per_value)
-        return int(2 * edits * (block + queries) + 4 * block) * value
 
 
 def at_prompt_end(out_BSO: Tensor, rows: Batch) -> Tensor:

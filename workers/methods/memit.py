@@ -45,6 +45,7 @@ class MEMITConfig(SpreadConfig):
 
     mom2_update_weight: float = Field(15_000, gt=0, description="weight of the second moment against the new keys")
 
+    title: ClassVar[str] = "MEMIT"
     alg_names: ClassVar[tuple[str, ...]] = ("MEMIT",)
 
 

@@ -21,7 +21,7 @@ Differences from paper and public code (EasyEdit; golden README, point 12), all 
 3. The running statistics are part of the state: continued training continues them. EasyEdit starts them afresh.
 4. ``lr_lr`` is the step size of the learned step sizes. In EasyEdit it has no effect (``lr`` moves them).
 5. The answer's tokens are those of the joint text. EasyEdit's labels begin with BOS if the tokenizer adds one:
-   ``public_bos: true``.
+   ``deviations: {public_bos: true}``.
 6. The loss of a batch is the sum of its requests' losses, so that a request's factors are what they are alone; padding is never
    a target. EasyEdit takes the mean over all label tokens, padding among them.
 7. The requests of a training step are edits of their own, in one batch (EasyEdit: ``accumulate_bs`` edits one after another);
@@ -34,13 +34,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from workers.artifacts.pretrain import TrainingSchedule
-from workers.methods.base import MethodConfig
+from workers.methods.base import Deviations, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS
 from workers.methods.families.hypernet import (
     Factors,
@@ -57,6 +57,12 @@ from workers.model.overlay import DenseOverlay
 from workers.types import JSON, EditRequest, SpecError
 
 
+class MENDDeviations(Deviations):
+    """Switches to the public code."""
+
+    public_bos: bool = Field(False, description="a BOS token of the answer alone is a target (public code)")
+
+
 class MENDConfig(HypernetConfig):
     """Hyperparameters of MEND."""
 
@@ -70,11 +76,21 @@ class MENDConfig(HypernetConfig):
     train_on: Literal["rephrase", "prompt"] = Field(
         "rephrase", description="rephrase: prompt or a rephrase asks for the new answer (paper); prompt: public code"
     )
-    public_bos: bool = Field(False, description="a BOS token of the answer alone is a target (public code)")
+    deviations: MENDDeviations = Field(
+        MENDDeviations(), description="single switches to the public code, for parity tests"
+    )
     schedule: TrainingSchedule = Field(
         TrainingSchedule(steps=10_000, batch_size=10), description="length and batches of the training"
     )
 
+    method: ClassVar[str] = "mend"
+    learnt: ClassVar[tuple[str, ...]] = (
+        *("layers", "modules", "rank", "n_hidden", "deviations"),
+        *("edit_lr", "lr", "lr_lr", "cedit", "cloc", "grad_clip", "train_on"),
+    )
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {"train_on": "prompt", "deviations": {"public_bos": True}}
+    )
     alg_names: ClassVar[tuple[str, ...]] = ("MEND",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
@@ -114,8 +130,12 @@ class MENDConfig(HypernetConfig):
         out["schedule"] = {"steps": max(1, iterations // together), "batch_size": together}
         return out
 
+    @property
+    def blocks(self) -> int:
+        return self.n_hidden + 1
 
-class MEND(HypernetMethod[MENDConfig]):
+
+class MEND(HypernetMethod[MENDConfig, DenseOverlay]):
     """Changes of the requests of a call are added up.
 
     >>> editor = MEND.prepare(base, MENDConfig(layers=(4, 5), rank=64), {"pretrained": trained})
@@ -126,22 +146,17 @@ class MEND(HypernetMethod[MENDConfig]):
     paper: ClassVar[str] = "Mitchell et al., Fast Model Editing at Scale, ICLR 2022, arXiv 2110.11309"
     version: ClassVar[int] = 1
     Config: ClassVar[type[MethodConfig]] = MENDConfig
-    learnt: ClassVar[tuple[str, ...]] = (
-        *("layers", "modules", "rank", "n_hidden", "public_bos"),
-        *("edit_lr", "lr", "lr_lr", "cedit", "cloc", "grad_clip", "train_on"),
-    )
 
     @classmethod
     def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator)
 
-    @classmethod
-    def blocks(cls, config: Any) -> int:
-        return int(config.n_hidden + 1)
-
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
-        return Questions.of(self.base, lanes, self.config.public_bos)
+        return Questions.of(self.base, lanes, self.config.deviations.public_bos)
+
+    def new_overlay(self, lanes: int) -> DenseOverlay:
+        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
 
     def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
         return _changes(self.net, factors)

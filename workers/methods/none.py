@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
-from workers.model.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.overlay import LaneState, SitelessOverlay
 
 
 class NoEditConfig(MethodConfig):
@@ -36,7 +36,7 @@ class Nothing(SitelessOverlay):
         """There is nothing to restore."""
 
 
-class NoEdit(Method[NoEditConfig]):
+class NoEdit(Method[NoEditConfig, Nothing]):
     """Leaves the base model as it is.
 
     >>> editor = NoEdit.prepare(base, NoEditConfig(), inputs={})
@@ -53,5 +53,5 @@ class NoEdit(Method[NoEditConfig]):
     def new_overlay(self, lanes: int) -> Nothing:
         return Nothing(lanes)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+    def edit(self, overlay: Nothing, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         return [EditOutcome(0, None) for _ in edits]

@@ -36,7 +36,7 @@ import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -94,6 +94,11 @@ class RLEditConfig(HypernetConfig):
         TrainingSchedule(steps=1, batch_size=8000), description="number of trajectories, and requests of each"
     )
 
+    method: ClassVar[str] = "rledit"
+    learnt: ClassVar[tuple[str, ...]] = (
+        *("layers", "modules", "rank", "n_blocks", "tokens", "edit_size", "time_decay", "back_depth"),
+        *("lr", "meta_lr", "lr_lr", "loc_coef", "reg_coef", "max_grad_norm", "train_on"),
+    )
     alg_names: ClassVar[tuple[str, ...]] = ("RLEdit",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(  # of the authors' own file: EasyEdit has none
         {
@@ -115,6 +120,16 @@ class RLEditConfig(HypernetConfig):
         if "n_epochs" in out:
             out["schedule"] = {"steps": out.pop("n_epochs"), "batch_size": 8000}  # 400 edits of 20 requests
         return out
+
+    @property
+    def blocks(self) -> int:
+        return self.n_blocks
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        statistics = sum(
+            16 * (out + in_features) for out, in_features in set(site_shapes(shape, self.layers, self.modules))
+        )
+        return statistics + super().overlay_bytes(shape, edits)
 
 
 class RLEditOverlay(DenseOverlay):
@@ -143,7 +158,7 @@ class RLEditOverlay(DenseOverlay):
         return super().finite(lane) and all(bool(torch.isfinite(t).all()) for t in buffers)
 
 
-class RLEdit(HypernetMethod[RLEditConfig]):
+class RLEdit(HypernetMethod[RLEditConfig, RLEditOverlay]):
     """All requests of a call in one least-squares fit per map, by networks that know what edits do to a model.
 
     >>> editor = RLEdit.prepare(base, RLEditConfig(layers=(4, 5), rank=64), {"pretrained": trained})
@@ -154,26 +169,16 @@ class RLEdit(HypernetMethod[RLEditConfig]):
     paper: ClassVar[str] = "Li et al., Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759"
     version: ClassVar[int] = 1
     Config: ClassVar[type[MethodConfig]] = RLEditConfig
-    learnt: ClassVar[tuple[str, ...]] = (
-        *("layers", "modules", "rank", "n_blocks", "tokens", "edit_size", "time_decay", "back_depth"),
-        *("lr", "meta_lr", "lr_lr", "loc_coef", "reg_coef", "max_grad_norm", "train_on"),
-    )
 
     @classmethod
     def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
 
-    @classmethod
-    def blocks(cls, config: Any) -> int:
-        return int(config.n_blocks)
-
     def new_overlay(self, lanes: int) -> RLEditOverlay:
         return RLEditOverlay(self.net, self.base, self.config, lanes)
 
-    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
-        if not isinstance(overlay, RLEditOverlay):
-            raise TypeError(f"RLEdit edits an RLEditOverlay, not a {type(overlay).__name__}")
+    def changes(self, factors: Sequence[Factors], overlay: RLEditOverlay) -> list[Pair]:
         keys = fit_keys(factors, self.config.tokens)
         scales = overlay.scales if self.config.statistics == "lifelong" else None
         for lane, scale in enumerate(scales or ()):  # what is edited counts before it is normalised
@@ -199,13 +204,6 @@ class RLEdit(HypernetMethod[RLEditConfig]):
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> RLEditTrainer:
         return RLEditTrainer(base, hparams, generator)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        statistics = sum(
-            16 * (out + in_features) for out, in_features in set(site_shapes(shape, config.layers, config.modules))
-        )
-        return statistics + super().overlay_bytes(config, shape, edits)
 
 
 class RLEditTrainer(HypernetTrainer):

@@ -32,14 +32,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import Field
 from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import TrainingSource
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
 from workers.methods.families.locate import (
     MOMENT,
@@ -54,8 +53,8 @@ from workers.methods.families.locate import (
     template_spec,
 )
 from workers.model.base import BaseModel
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
-from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.config import ModelShape
+from workers.model.overlay import LowRankOverlay
 from workers.types import JSON, SpecError
 
 
@@ -66,6 +65,7 @@ class ROMEConfig(LocateConfig):
     module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
     mom2_adjustment: bool = Field(True, description="multiply the key by the inverse second moment")
 
+    title: ClassVar[str] = "ROME"
     alg_names: ClassVar[tuple[str, ...]] = ("ROME",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
@@ -90,8 +90,36 @@ class ROMEConfig(LocateConfig):
             _, out["module"] = split_module(out["module"], source)
         return out
 
+    @property
+    def first_layer(self) -> int:
+        return self.layer
 
-class ROME(Method[ROMEConfig]):
+    def check(self, shape: ModelShape) -> None:
+        shape.check_layer(self.layer, "layer")
+        shape.site(self.module)
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        texts = template_spec(self, context)
+        if not self.mom2_adjustment:
+            return (texts,)
+        otherwise = "; or mom2_adjustment: false"
+        moment = moment_spec(self, context, self.layer, self.module, otherwise=otherwise)
+        return texts, moment
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        out, in_features = shape.site(self.module)
+        value = max(4, shape.bytes_per_value)
+        if edits >= min(out, in_features) // 2:
+            return 3 * out * in_features * value  # dense, and two temporaries while a change is added
+        return 2 * edits * (out + in_features) * value
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        _, in_features = shape.site(self.module)
+        # the second moment; while it is inverted it, its factors, the inverse and two temporaries, in float64
+        return (moment_value(self) + 5 * 8) * in_features * in_features if self.mom2_adjustment else 0
+
+
+class ROME(Method[ROMEConfig, LowRankOverlay]):
     """Rank-one model editing.
 
     >>> editor = ROME.prepare(base, ROMEConfig(layer=5), inputs={"moment": moment, "templates": texts})
@@ -125,9 +153,7 @@ class ROME(Method[ROMEConfig]):
     def new_overlay(self, lanes: int) -> LowRankOverlay:
         return LowRankOverlay(self.site, lanes, self.base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, LowRankOverlay):
-            raise TypeError(f"ROME edits a LowRankOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if any(len(edit.requests) != 1 for edit in edits):
             raise ValueError("ROME edits one request at a time")
         batch = Facts(self.base, facts_of(self.base, edits, self.config, self.inputs))
@@ -168,45 +194,6 @@ class ROME(Method[ROMEConfig]):
             "samples": 4000,
         }
 
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        shape.check_layer(config.layer, "layer")
-        shape.site(config.module)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        texts = template_spec(config, fingerprint, model, seed)
-        if not config.mom2_adjustment:
-            return (texts,)
-        otherwise = "; or mom2_adjustment: false"
-        moment = moment_spec(config, fingerprint, model, config.layer, config.module, otherwise=otherwise)
-        return texts, moment
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.context_template_length_params)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        out, in_features = shape.site(config.module)
-        value = max(4, shape.bytes_per_value)
-        if edits >= min(out, in_features) // 2:
-            return 3 * out * in_features * value  # dense, and two temporaries while a change is added
-        return 2 * edits * (out + in_features) * value
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        _, in_features = shape.site(config.module)
-        # the second moment; while it is inverted it, its factors, the inverse and two temporaries, in float64
-        return (moment_value(config) + 5 * 8) * in_features * in_features if config.mom2_adjustment else 0
-
 
 _AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(
     {"enable_prompt_keys": False, "enable_random_prefix_keys": True, "original_implementation": False}
@@ -217,6 +204,7 @@ _AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(
 class RROMEConfig(ROMEConfig):
     """Hyperparameters of R-ROME: those of ROME."""
 
+    title: ClassVar[str] = "R-ROME"
     alg_names: ClassVar[tuple[str, ...]] = ("R-ROME",)
 
     @classmethod

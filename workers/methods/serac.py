@@ -44,13 +44,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, TrainingSource, pretrained
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS
 from workers.model.base import BaseModel
 from workers.model.batch import Batch
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape, context_length, resolve
-from workers.model.overlay import LaneState, Overlay, SitelessOverlay
+from workers.model.config import ModelConfig, ModelShape, context_length, resolve
+from workers.model.overlay import LaneState, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
 
 LARGEST_COPY = 50_000_000
@@ -122,6 +122,9 @@ class SERACConfig(MethodConfig):
         }
     )
     """Keys of a public YAML that are accepted with these values only: nothing else is implemented."""
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {"mixing": "soft", "reads": "row", "edit_view": "public", "accumulate": False}
+    )
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -133,6 +136,22 @@ class SERACConfig(MethodConfig):
         if steps is not None and batch is not None:  # the public code steps once in ``accumulate_bs`` iterations
             out["schedule"] = {"steps": max(1, int(steps) // int(batch)), "batch_size": int(batch)}
         return out
+
+    def check(self, shape: ModelShape) -> None:
+        if self.counterfactual is None and shape.parameters > LARGEST_COPY:
+            raise SpecError(
+                f"counterfactual: null means a copy of the base model, which has {shape.parameters:,} parameters; give a small "
+                f"model of the same vocabulary (a copy is made up to {LARGEST_COPY:,} parameters)"
+            )
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        return (
+            pretrained("serac", _learnt(self), self.schedule, context.fingerprint, context.model, context.training),
+        )
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        widest = 1024  # of the encoders that are used as classifiers
+        return edits * widest * 4
 
 
 # --- the two networks -------------------------------------------------------------------------------------------------
@@ -379,7 +398,7 @@ def _text(base: BaseModel, ids: Sequence[int]) -> str:
 # --- the method -------------------------------------------------------------------------------------------------------
 
 
-class SERAC(Method[SERACConfig]):
+class SERAC(Method[SERACConfig, EditMemory]):
     """Memory-based editing.
 
     >>> editor = SERAC.prepare(base, SERACConfig(), inputs={"pretrained": product})
@@ -403,9 +422,7 @@ class SERAC(Method[SERACConfig]):
     def new_overlay(self, lanes: int) -> EditMemory:
         return EditMemory(self.networks, self.config, lanes)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, EditMemory):
-            raise TypeError(f"SERAC edits an EditMemory, not a {type(overlay).__name__}")
+    def edit(self, overlay: EditMemory, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         overlay.add([edit.requests for edit in edits])
         return [EditOutcome(0, None, {"edits": len(texts)}) for texts in overlay.texts]
 
@@ -414,32 +431,8 @@ class SERAC(Method[SERACConfig]):
         return {"lr": 5e-4, "schedule": {"steps": 1000, "batch_size": 8}}
 
     @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        if config.counterfactual is None and shape.parameters > LARGEST_COPY:
-            raise SpecError(
-                f"counterfactual: null means a copy of the base model, which has {shape.parameters:,} parameters; give a small "
-                f"model of the same vocabulary (a copy is made up to {LARGEST_COPY:,} parameters)"
-            )
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        return (pretrained(cls.name, _learnt(config), config.schedule, fingerprint, model, training),)
-
-    @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:
         return SERACTrainer(base, hparams, generator)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        widest = 1024  # of the encoders that are used as classifiers
-        return edits * widest * 4
 
 
 def _learnt(config: SERACConfig) -> dict[str, JSON]:

@@ -47,14 +47,13 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import TrainingSource
 from workers.inputs import explain
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel, Site
 from workers.model.batch import collate
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
-from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, Overlay
+from workers.model.config import ModelShape
+from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay
 from workers.model.replay import override_forward
 from workers.types import JSON, SpecError
 
@@ -130,6 +129,54 @@ class SimIEConfig(MethodConfig):
                 out["base"] = _method(name).Config.from_easyedit(read_hparams(path), str(path))
         return out
 
+    @classmethod
+    def like_easyedit(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The base method edits as its public code does."""
+        out = super().like_easyedit(values)
+        name, base = out.get("base_method"), out.get("base", {})
+        if name in BASES and isinstance(base, Mapping):  # else validation complains
+            out["base"] = _method(name).Config.like_easyedit(base)
+        return out
+
+    def check(self, shape: ModelShape) -> None:
+        with _of_base():
+            self.base_config.check(shape)
+
+    def check_edits(self, shape: ModelShape, edits: int) -> None:
+        with _of_base():
+            self.base_config.check_edits(shape, 1 if self.init_model else edits)
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        with _of_base():
+            return self.base_config.artifacts(context)
+
+    @property
+    def uses_seed(self) -> bool:
+        return self.base_config.uses_seed
+
+    @property
+    def first_layer(self) -> int:
+        return self.base_config.first_layer
+
+    @property
+    def rows_per_edit(self) -> int:
+        return self.base_config.rows_per_edit
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        base: Any = self.base_config  # all of BASES have a module, and a layer or several
+        out, in_features = shape.site(base.module)
+        maps = len(base.layers) if "layers" in type(base).model_fields else 1
+        value = max(4, shape.bytes_per_value)
+        tokens = min(TOKENS_PER_EDIT * edits, in_features)
+        kept = in_features * tokens * value if tokens <= in_features // 2 else in_features * in_features * 8
+        solving = 8 * (2 * tokens * tokens + tokens * in_features + 2 * out * in_features)
+        # the base method's change may start dense
+        inner: int = base.overlay_bytes(shape, 1 if self.init_model else max(edits, in_features))
+        return maps * (out * in_features * value + kept) + solving + inner
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        return self.base_config.shared_bytes(shape)
+
 
 class SimIEOverlay(DenseOverlay):
     """Edited weights and, per map, the keys of all edits so far: a list, or their sum of outer products.
@@ -193,7 +240,7 @@ class SimIEOverlay(DenseOverlay):
                 self._sums[lane][site.name] = sum_II.to(none_NI.device, torch.float64, copy=True)
 
 
-class SimIE(Method[SimIEConfig]):
+class SimIE(Method[SimIEConfig, SimIEOverlay]):
     """Simulating the ideal editor.
 
     >>> config = SimIEConfig(base_method="rome", base={"layer": 5})
@@ -210,12 +257,12 @@ class SimIE(Method[SimIEConfig]):
     Config: ClassVar[type[MethodConfig]] = SimIEConfig
 
     def __init__(
-        self, base: BaseModel, config: SimIEConfig, inputs: Mapping[str, ArtifactData], editor: Method[Any]
+        self, base: BaseModel, config: SimIEConfig, inputs: Mapping[str, ArtifactData], editor: Method[Any, Any]
     ) -> None:
         """``editor`` is the base method, prepared."""
         super().__init__(base, config, inputs)
         self.editor = editor
-        self.sites = _editable(editor.new_overlay(1), editor).sites
+        self.sites: tuple[Site, ...] = editor.new_overlay(1).sites
 
     @classmethod
     def prepare(cls, base: BaseModel, config: SimIEConfig, inputs: Mapping[str, ArtifactData]) -> Self:
@@ -224,13 +271,11 @@ class SimIE(Method[SimIEConfig]):
     def new_overlay(self, lanes: int) -> SimIEOverlay:
         return SimIEOverlay(self.sites, lanes, self.base.master_dtype)
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, SimIEOverlay):
-            raise TypeError(f"SimIE edits a SimIEOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: SimIEOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if any(len(edit.requests) != 1 for edit in edits):
             raise ValueError("SimIE edits one request at a time")
         keys = self._keys(overlay, edits)
-        fresh = _editable(self.editor.new_overlay(overlay.lanes), self.editor)
+        fresh: DenseOverlay | LowRankOverlay = self.editor.new_overlay(overlay.lanes)
         if not self.config.init_model:
             for site in self.sites:
                 for lane in range(overlay.lanes):
@@ -277,53 +322,8 @@ class SimIE(Method[SimIEConfig]):
         base = _method(name).embedded() if name in BASES else {}
         return {"base_method": name, "base": base, "lamHyper": 10.0}
 
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        with _of_base():
-            _method(config.base_method).check(config.base_config, shape)
 
-    @classmethod
-    def check_edits(cls, config: Any, shape: ModelShape, edits: int) -> None:
-        with _of_base():
-            _method(config.base_method).check_edits(config.base_config, shape, 1 if config.init_model else edits)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        with _of_base():
-            return _method(config.base_method).artifacts(config.base_config, fingerprint, model, seed, training)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return _method(config.base_method).uses_seed(config.base_config)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        base: Any = config.base_config  # all of BASES have a module, and a layer or several
-        out, in_features = shape.site(base.module)
-        maps = len(base.layers) if "layers" in type(base).model_fields else 1
-        value = max(4, shape.bytes_per_value)
-        tokens = min(TOKENS_PER_EDIT * edits, in_features)
-        kept = in_features * tokens * value if tokens <= in_features // 2 else in_features * in_features * 8
-        solving = 8 * (2 * tokens * tokens + tokens * in_features + 2 * out * in_features)
-        # the base method's change may start dense
-        inner = _method(config.base_method).overlay_bytes(
-            base, shape, 1 if config.init_model else max(edits, in_features)
-        )
-        return maps * (out * in_features * value + kept) + solving + inner
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        return _method(config.base_method).shared_bytes(config.base_config, shape)
-
-
-def _method(name: str) -> type[Method[Any]]:
+def _method(name: str) -> type[Method[Any, Any]]:
     """The base method's class; methods know each other by the registry alone."""
     from workers.methods import get_method
 
@@ -336,12 +336,6 @@ def _named(public: str, source: str) -> str:
     if public not in names:
         raise SpecError(f"{source}: base_method: {public!r} cannot be wrapped; choices: {', '.join(names)}")
     return names[public]
-
-
-def _editable(overlay: Overlay, editor: Method[Any]) -> DenseOverlay | LowRankOverlay:
-    if not isinstance(overlay, DenseOverlay | LowRankOverlay):
-        raise TypeError(f"{editor.title} changes no weight: it edits a {type(overlay).__name__}")
-    return overlay
 
 
 def _no_keys(site: Site, dtype: torch.dtype) -> Tensor:

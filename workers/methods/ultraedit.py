@@ -17,13 +17,14 @@ Differences from paper and public code, all deliberate. The paper's text was not
 source and the authors' code, so equations are not numbered here.
 
 1. Labels are the target's tokens, each predicted where it follows its prompt. EasyEdit tokenises the target alone, so that BOS
-   and padding become labels, too (golden README, fault 7), and runs the text with its last token: ``public_labels: true``.
+   and padding become labels, too (golden README, fault 7), and runs the text with its last token:
+   ``deviations: {public_labels: true}``.
 2. ``token: ans`` keeps the positions that predict a target token, as paper and authors' code do; EasyEdit's files say ``mask``
    (every token), which a loaded file then gives. A single token is its own mean: with ``ans``, a turn of one target token as a
    lane's first edit changes nothing.
 3. ``n Var(z)`` is the sum of squared deviations, so that ``sigma`` is the deviation of all tokens, however they came in turns.
    The public code takes n times the unbiased variance, which is too much by n / (n - 1), and not a number for a single token:
-   ``public_variance: true``.
+   ``deviations: {public_variance: true}``.
 4. True position ids (public: padding columns count), everything after the two passes in float64 (public: float32).
 5. Statistics run on over the turns. EasyEdit's code starts them afresh in every call (it never notes that it has been set up),
    so that its normalisation is not lifelong: ``statistics: turn``.
@@ -43,12 +44,12 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from workers.inner_loop.losses import TargetTokens
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import Deviations, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Encoded, collate
 from workers.model.config import ModelShape
-from workers.model.overlay import DenseOverlay, LaneState, Overlay
+from workers.model.overlay import DenseOverlay, LaneState
 from workers.types import JSON, EditRequest, SpecError
 
 MLP_OUT = "mlp_out"
@@ -56,6 +57,15 @@ MLP_OUT = "mlp_out"
 
 EPS = 2.0**-23
 """Keeps the normalisation from dividing by zero (float32's resolution, as published)."""
+
+
+class UltraEditDeviations(Deviations):
+    """Switches to the public code."""
+
+    public_labels: bool = Field(False, description="BOS and padding are labels, too; the last token is run (EasyEdit)")
+    public_variance: bool = Field(
+        False, description="sum up n times the unbiased variance of each backward (public code)"
+    )
 
 
 class UltraEditConfig(MethodConfig):
@@ -72,11 +82,13 @@ class UltraEditConfig(MethodConfig):
         "lifelong", description="what features are normalised by; turn: each call starts afresh (EasyEdit)"
     )
     requests_per_backward: int = Field(10, ge=1, description="requests that share one mean loss and one backward")
-    public_labels: bool = Field(False, description="BOS and padding are labels, too; the last token is run (EasyEdit)")
-    public_variance: bool = Field(
-        False, description="sum up n times the unbiased variance of each backward (public code)"
+    deviations: UltraEditDeviations = Field(
+        UltraEditDeviations(), description="single switches to the public code, for parity tests"
     )
 
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {"statistics": "turn", "deviations": {"public_labels": True, "public_variance": True}}
+    )
     alg_names: ClassVar[tuple[str, ...]] = ("ULTRAEDIT", "UltraEdit")
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
@@ -113,6 +125,23 @@ class UltraEditConfig(MethodConfig):
             out["modules"] = modules
         return out
 
+    @property
+    def first_layer(self) -> int:
+        return min(min(layers) for layers in self.modules.values())
+
+    def check(self, shape: ModelShape) -> None:
+        for path, layers in self.modules.items():
+            shape.site(_path(path))
+            for layer in layers:
+                shape.check_layer(layer, f"modules.{path}")
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        value = max(4, shape.bytes_per_value)
+        sizes = {path: shape.site(_path(path)) for path in self.modules}
+        weights = sum(out * in_features * value * len(self.modules[path]) for path, (out, in_features) in sizes.items())
+        largest = max(out * in_features for out, in_features in sizes.values())
+        return weights + 2 * 8 * largest  # and one map's change in float64, with a temporary
+
 
 class UltraEditOverlay(DenseOverlay):
     """Dense replacements of the edited maps and, by shape of map, the running statistics of their features (lanes first)."""
@@ -142,7 +171,7 @@ class UltraEditOverlay(DenseOverlay):
         )
 
 
-class UltraEdit(Method[UltraEditConfig]):
+class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
     """One step in closed form for all requests of a turn.
 
     >>> editor = UltraEdit.prepare(base, UltraEditConfig(modules={"mlp.gate_proj": (1, 2)}, lr=0.01), inputs={})
@@ -165,9 +194,7 @@ class UltraEdit(Method[UltraEditConfig]):
             [self.base.site(layer, _path(path)) for layer, path in pairs], lanes, self.base.master_dtype
         )
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, UltraEditOverlay):
-            raise TypeError(f"UltraEdit edits an UltraEditOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: UltraEditOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         size, count = self.config.requests_per_backward, len(edits[0].requests)
         starts = range(0, count, size)
         turn = [self._features(overlay, [edit.requests[start : start + size] for edit in edits]) for start in starts]
@@ -176,7 +203,7 @@ class UltraEdit(Method[UltraEditConfig]):
                 statistics.clear()
         for part in turn:  # the weights wait until all features are there
             for site, features in zip(overlay.sites, part.by_site, strict=True):
-                overlay.statistics[_shape_name(site)].update(features, self.config.public_variance)
+                overlay.statistics[_shape_name(site)].update(features, self.config.deviations.public_variance)
         for i, site in enumerate(overlay.sites):
             features = _Features.joined([part.by_site[i] for part in turn])
             change_LOI = self._change(features, overlay.statistics[_shape_name(site)])
@@ -196,7 +223,7 @@ class UltraEdit(Method[UltraEditConfig]):
         lanes: list[int] = []
         places: list[tuple[int, int, int, float]] = []
         for lane, of_lane in enumerate(requests):
-            sequences, labels = _labelled(base, of_lane, config.public_labels)
+            sequences, labels = _labelled(base, of_lane, config.deviations.public_labels)
             total = sum(len(tokens) for _, tokens in labels)
             for sequence, (start, tokens) in zip(sequences, labels, strict=True):
                 places += [
@@ -246,23 +273,6 @@ class UltraEdit(Method[UltraEditConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {"modules": {"mlp.gate_proj": [1, 2], "mlp.up_proj": [3, 4]}, "token": "mask", "lr": 0.01}
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        for path, layers in config.modules.items():
-            shape.site(_path(path))
-            for layer in layers:
-                shape.check_layer(layer, f"modules.{path}")
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        value = max(4, shape.bytes_per_value)
-        sizes = {path: shape.site(_path(path)) for path in config.modules}
-        weights = sum(
-            out * in_features * value * len(config.modules[path]) for path, (out, in_features) in sizes.items()
-        )
-        largest = max(out * in_features for out, in_features in sizes.values())
-        return weights + 2 * 8 * largest  # and one map's change in float64, with a temporary
 
 
 @dataclass(frozen=True)

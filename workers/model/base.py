@@ -85,7 +85,7 @@ class Site:
         self.transposed = isinstance(module, Conv1D)
 
     def is_mlp_output(self, arch: Arch) -> bool:
-        """Whether this is the map whose answer its layer adds to the sum it passes on."""
+        """Return whether this map's output is what its layer adds to the residual stream."""
         return self.name.endswith(f"{arch.layers}.{self.layer}.{arch.mlp_out}")
 
     @property
@@ -100,7 +100,7 @@ class Site:
         return None if bias is None else bias.detach()
 
     def answer(self, x_BSI: Tensor) -> Tensor:
-        """What the base's map answers, (B, S, O)."""
+        """Return the output of the base's map, (B, S, O)."""
         from workers.kernels.matmul import linear
 
         return linear(x_BSI, self.weight_OI, self.bias_O)
@@ -186,7 +186,7 @@ class BaseModel:
 
     @cached_property
     def pool(self) -> Pool | None:
-        """Where steps of edits are recorded; None: they are not, which would help on a GPU only."""
+        """Memory for recorded steps of edits; None: steps are not recorded, as on a processor."""
         from workers.kernels.cuda_graphs import Pool
 
         return Pool() if self.device.type == "cuda" else None

@@ -85,7 +85,7 @@ class Encoder:
         return Encoded(ids, len(prompt_ids), ids[: len(prompt_ids)] == prompt_ids)
 
     def tokens_until(self, prompt: str, stop: int) -> int:
-        """How many tokens of :meth:`prompt` the text takes up to its character ``stop`` (that part tokenised alone)."""
+        """Count the tokens of :meth:`prompt` up to the text's character ``stop`` (that part tokenised alone)."""
         if not self.chat_template:
             return len(self.text(prompt[:stop]))
         whole = self._chat(prompt)
@@ -142,7 +142,7 @@ class Batch:
         return int(self.input_ids_BS.shape[0])
 
     def even(self, lanes: int) -> bool:
-        """Whether lanes 0..lanes-1 all have the same number of rows, so that one batched product serves."""
+        """Return whether lanes 0..lanes-1 have equally many rows, so that one batched product is enough."""
         return len(self.segments) == lanes and all(
             stop - start == self.segments[0][2] for _, start, stop in self.segments
         )

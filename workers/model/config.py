@@ -20,7 +20,7 @@ EMBEDDED = "embedded"
 
 
 class ModelConfig(Frozen):
-    """Which base model, in which precision, where."""
+    """The base model of a sweep: name, precision, device."""
 
     name: str = Field(
         EMBEDDED, min_length=1, max_length=1000, description="'embedded', a local folder, or a Hugging Face name"
@@ -45,7 +45,7 @@ class ModelFingerprint:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the planner needs to know of a model: sizes of linear maps, never their values."""
+    """Sizes of a model's linear maps, for the planner; never their values."""
 
     model_type: str
     layers: int
@@ -63,7 +63,7 @@ class ModelShape:
         return self.parameters * self.bytes_per_value
 
     def laid_out_bytes(self, layer: int) -> int:
-        """What edits of ``layer`` on a processor keep of the layers above it beside the weights, at most."""
+        """Bytes that edits of ``layer`` on a processor keep of the layers above it beside the weights, at most."""
         each = sum(out * in_features for out, in_features in self.linear.values())
         return 2 * each * self.bytes_per_value * (self.layers - 1 - layer) if each <= LAID_OUT else 0
 
@@ -128,7 +128,7 @@ def fingerprint_model(config: ModelConfig) -> ModelFingerprint:
 
 
 def has_chat_template(config: ModelConfig) -> bool:
-    """Whether the model's tokenizer knows how to write a chat; told by its files, without loading it."""
+    """Return whether the model's tokenizer has a chat template; read from its files, without loading it."""
     folder = resolve(config)
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
@@ -150,6 +150,6 @@ def _hash_files(paths: list[Path]) -> str:
 
 
 def context_length(hf: Any) -> int | None:
-    """How many tokens a model reads, from its ``transformers`` config; None if it does not say."""
+    """Context length of a model in tokens, from its ``transformers`` config; None if it does not say."""
     value = getattr(hf, "max_position_embeddings", None)
     return None if value is None else int(value)

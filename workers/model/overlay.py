@@ -55,12 +55,12 @@ class Overlay(ABC):
 
     @property
     def inert(self) -> bool:
-        """Whether every answer is the base model's own, whatever was edited: nothing is then computed for it."""
+        """True if every output is the base model's own whatever was edited: nothing is then computed for it."""
         return False
 
     @abstractmethod
     def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
-        """What the edited linear map answers, (B, S, O). ``rows`` tells each row's lane and where its prompt ends."""
+        """Return the output of the edited linear map, (B, S, O). ``rows`` tells each row's lane and where its prompt ends."""
 
     @abstractmethod
     def state(self, lane: int) -> LaneState:
@@ -76,7 +76,7 @@ class Overlay(ABC):
 
     @property
     def replays(self) -> bool:
-        """Whether layers from :attr:`first_layer` on, run on the pristine base's activations, give the edited answer. Not so
+        """True if layers from :attr:`first_layer` on, run on the pristine base's activations, give the edited answer. Not so
         where an edit changes the tokens that are read; such an overlay gives its own :meth:`hidden_states`."""
         return True
 
@@ -103,7 +103,7 @@ class Overlay(ABC):
         return self.forward(site, x_BSI, rows)
 
     def finite(self, lane: int) -> bool:
-        """Whether every number of the lane's state is finite."""
+        """Return whether every number of the lane's state is finite."""
         return all(bool(torch.isfinite(t).all()) for t in self.state(lane).tensors.values() if t.is_floating_point())
 
     def lane_bytes(self, lane: int) -> int:
@@ -343,7 +343,7 @@ class LowRankOverlay(Overlay):
 
     @property
     def dense_LOI(self) -> Tensor | None:
-        """What became dense of the only map."""
+        """The dense change of the only map."""
         return self.part_of().dense_LOI
 
     def add(self, left: Tensor, right: Tensor, site: Site | None = None) -> None:

@@ -30,7 +30,7 @@ ABOVE = sys.maxsize
 
 @dataclass(frozen=True)
 class Prefix:
-    """What enters the decoder layers from ``first_layer`` on: the hidden states once, and each layer's other arguments.
+    """Inputs of the decoder layers from ``first_layer`` on: the hidden states once, and each layer's other arguments.
 
     ``output_BSD`` is what the pristine base made of it, after the final norm.
     """

@@ -6,21 +6,62 @@ window is all prompt to whatever routes by the prompt.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from pydantic import Field
 
-from workers.data.text import read_held_out
-from workers.job import ScoreConfig
-from workers.model.base import BaseModel
-from workers.model.batch import Encoder
-from workers.model.overlay import Overlay
-from workers.scoring.cache import BaseAnswers, Prefixes
-from workers.scoring.columns import exp
-from workers.scoring.score import text_logprobs
-from workers.types import DataError
+from workers.scoring.declare import GroupEndScore, Measure, Score, Settings, State
+from workers.scoring.target import exp
+from workers.types import JSON, DataError
+
+if TYPE_CHECKING:
+    from workers.job import ScoreConfig
+    from workers.model.base import BaseModel
+    from workers.model.batch import Encoder
+    from workers.model.overlay import Overlay
+    from workers.scoring.cache import BaseAnswers, Prefixes
+
+
+class AbilityConfig(Settings):
+    """The held-out text, and how it is read."""
+
+    text: Path | None = Field(
+        None,
+        alias="ability_text",
+        description="UTF-8 file of held-out text, whose perplexity is measured at each group's end",
+    )
+    tokens: int = Field(2048, ge=2, alias="ability_tokens", description="tokens of that text that are read, at most")
+    window: int = Field(
+        256, ge=2, alias="ability_window", description="tokens read in one go, at most (and the model's own limit)"
+    )
+
+    @property
+    def on(self) -> bool:
+        return self.text is not None
+
+    def identity(self) -> dict[str, JSON]:
+        if self.text is None:
+            return {}
+        content = hashlib.sha256(_read(self.text).encode()).hexdigest()[:16]
+        return {**super().identity(), "ability_text": content}
+
+    def check(self) -> None:
+        if self.text is not None:
+            _read(self.text)
+
+    def longest(self, tokens: int) -> int:
+        return max(tokens, self.window) if self.on else tokens
+
+
+def _read(path: Path) -> str:
+    from workers.data.text import read_held_out  # start-up: every reader of data sets comes with it
+
+    return read_held_out(path)
+
 
 CHARACTERS = 16
 """Of the file, so many per token asked for are read: more than any tokenizer makes one token of."""
@@ -43,18 +84,17 @@ def cut_windows(encoder: Encoder, text: str, tokens: int, window: int, path: Pat
 class Ability:
     """The probe of one stream: its windows, and the perplexity of lanes on them."""
 
-    def __init__(self, base: BaseModel, path: Path, config: ScoreConfig) -> None:
-        positions = getattr(base.model.config, "max_position_embeddings", None) or config.ability_window
+    def __init__(self, base: BaseModel, path: Path, settings: AbilityConfig, config: ScoreConfig) -> None:
+        positions = getattr(base.model.config, "max_position_embeddings", None) or settings.window
         self.config = config
-        self.windows = cut_windows(
-            base.encoder, read_held_out(path), config.ability_tokens, min(config.ability_window, positions), path
-        )
+        self.windows = cut_windows(base.encoder, _read(path), settings.tokens, min(settings.window, positions), path)
 
-    @torch.no_grad()
     def perplexities(
         self, base: BaseModel, overlay: Overlay, lanes: Sequence[int], answers: BaseAnswers, prefixes: Prefixes
     ) -> dict[int, tuple[float | None, float | None]]:
         """Per lane, of its present state and of the unedited model; None where it is not a number."""
+        from workers.scoring.forward import text_logprobs  # loads torch, which readers of results do without
+
         count = sum(len(window) - 1 for window in self.windows)
         found = text_logprobs(base, overlay, lanes, self.windows, self.config, answers, prefixes)
         return {lane: (_of(after / count), _of(before / count)) for lane, (after, before) in found.items()}
@@ -63,3 +103,30 @@ class Ability:
 def _of(mean_logprob: float) -> float | None:
     value = exp(-mean_logprob)
     return value if math.isfinite(value) else None
+
+
+def _begin(base: BaseModel, config: ScoreConfig, settings: AbilityConfig) -> Measure:
+    assert settings.text is not None
+    ability = Ability(base, settings.text, settings, config)
+
+    def measure(state: State) -> list[dict[str, float | None]]:
+        found = state.once(
+            lambda: ability.perplexities(state.base, state.overlay, state.lanes, state.answers, state.prefixes)
+        )
+        pairs = [found[item.lane] for item in state.items]
+        return [{"ability_perplexity": after, "ability_perplexity_base": before} for after, before in pairs]
+
+    return measure
+
+
+ABILITY = GroupEndScore(
+    scores=(
+        Score(
+            "ability_perplexity",
+            "perplexity of the held-out text, the same in all rows of a group",
+            when="not in immediate rows",
+        ),
+    ),
+    settings=AbilityConfig,
+    begin=_begin,
+)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from workers.model.replay import Prefix
 from workers.scoring.probes import Reply
@@ -19,19 +16,6 @@ Numbers = tuple[float | None, ...]
 """One figure per row."""
 
 V = TypeVar("V")
-
-
-def digest(key: Key) -> bytes:
-    """Stands for a batch where its content is too long to keep."""
-    text = json.dumps(key, default=lambda e: [e.ids, e.prompt_len, e.clean])
-    return hashlib.sha256(text.encode()).digest()[:16]
-
-
-class Known(Protocol):
-    """What the base model says, computed before (:class:`workers.artifacts.base_scores.BaseScores`), by the batch's digest."""
-
-    def reply(self, batch: bytes) -> Reply | None: ...
-    def numbers(self, batch: bytes) -> Numbers | None: ...
 
 
 @dataclass
@@ -59,11 +43,6 @@ class _Recent(Generic[V]):
         self.used = 0
         return some
 
-    def items(self) -> Iterator[tuple[Key, V]]:
-        """Everything that is kept."""
-        for key, (value, _) in self._kept.items():
-            yield key, value
-
     def get(self, key: Key) -> V | None:
         found = self._kept.get(key)
         if found is None:
@@ -89,32 +68,12 @@ class _Recent(Generic[V]):
 
 @dataclass
 class _OfBase(_Recent[V]):
-    """What the base model said, and what is ``known`` without asking it. ``budget`` counts batches."""
+    """Values that the base model gave. ``budget`` counts batches."""
 
     budget: int = 1024
-    known: Callable[[bytes], V | None] | None = None
-    given: int = 0
-    """How often it was known."""
-    heard: _OfBase[V] | None = None
-    """Asked too, and told: what another job has heard."""
-
-    def get(self, key: Key) -> V | None:
-        found = super().get(key)
-        if found is None and self.known is not None:
-            found = self.known(digest(key))
-            if found is not None:
-                self.misses -= 1
-                self.given += 1
-        if found is None and self.heard is not None:
-            found = self.heard.get(key)
-            if found is not None:
-                self._keep(key, found, 1)
-        return found
 
     def put(self, key: Key, value: V) -> None:
         self._keep(key, value, 1)
-        if self.heard is not None:
-            self.heard.put(key, value)
 
 
 class BaseNumbers(_OfBase[Numbers]):
@@ -126,11 +85,6 @@ class BaseAnswers(_OfBase[Reply]):
     """The base model's replies to scoring batches, kept by the session."""
 
     numbers: BaseNumbers = field(default_factory=BaseNumbers)
-
-    def know(self, known: Known | None) -> None:
-        """Look there before asking the model, and nowhere else than there: it replaces what was known before."""
-        self.known = None if known is None else known.reply
-        self.numbers.known = None if known is None else known.numbers
 
 
 @dataclass

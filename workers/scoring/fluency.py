@@ -15,16 +15,43 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
+from pydantic import Field
 
-from workers.job import ScoreConfig
-from workers.model.base import BaseModel
-from workers.model.batch import Encoded, collate
-from workers.model.overlay import Overlay
-from workers.rng import derive_seed
-from workers.scoring.cache import BaseAnswers
-from workers.scoring.probes import Item
+from workers.scoring.declare import GroupEndScore, Measure, Score, Settings, State
+
+if TYPE_CHECKING:
+    from workers.job import ScoreConfig
+    from workers.model.base import BaseModel
+    from workers.model.overlay import Overlay
+    from workers.scoring.cache import BaseAnswers
+    from workers.scoring.probes import Item
+
+
+class FluencyConfig(Settings):
+    """What is written after an edit prompt."""
+
+    tokens: int = Field(
+        0,
+        ge=0,
+        alias="fluency_tokens",
+        description="tokens written after each edit prompt at a group's end for `fluency`; 0: not measured",
+    )
+    top_k: int = Field(
+        5,
+        ge=1,
+        alias="fluency_top_k",
+        description="a token of these texts is drawn from so many likeliest; 1: greedy",
+    )
+
+    @property
+    def on(self) -> bool:
+        return self.tokens > 0
+
+    def longest(self, tokens: int) -> int:
+        return tokens + self.tokens
+
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
@@ -43,24 +70,31 @@ def n_gram_entropy(text: str) -> float | None:
 
 
 def fluency(
-    base: BaseModel, overlay: Overlay | None, items: Sequence[Item], config: ScoreConfig, kept: BaseAnswers
+    base: BaseModel,
+    overlay: Overlay | None,
+    items: Sequence[Item],
+    settings: FluencyConfig,
+    config: ScoreConfig,
+    kept: BaseAnswers,
 ) -> list[tuple[float | None, float | None]]:
     """Per item, on its lane's present state and on the unedited model. ``items`` stand lane by lane."""
     found: list[tuple[float | None, float | None]] = []
-    for chunk in _chunks(base, items, config):
-        key = ("fluency", config.fluency_tokens, config.fluency_top_k, tuple(item.request.prompt for item in chunk))
+    for chunk in _chunks(base, items, settings, config):
+        key = ("fluency", settings.tokens, settings.top_k, tuple(item.request.prompt for item in chunk))
         before = kept.numbers.get(key)
         if before is None:
-            before = _entropies(base, None, chunk, config)
+            before = _entropies(base, None, chunk, settings)
             kept.numbers.put(key, before)
-        after = before if overlay is None else _entropies(base, overlay, chunk, config)
+        after = before if overlay is None else _entropies(base, overlay, chunk, settings)
         found += zip(after, before, strict=True)
     return found
 
 
-def _chunks(base: BaseModel, items: Sequence[Item], config: ScoreConfig) -> Iterator[Sequence[Item]]:
+def _chunks(
+    base: BaseModel, items: Sequence[Item], settings: FluencyConfig, config: ScoreConfig
+) -> Iterator[Sequence[Item]]:
     """Batches of at most the scoring budget of tokens, as long as their rows become; a function of the requests alone."""
-    widths = [len(base.encoder.prompt(item.request.prompt)) + config.fluency_tokens for item in items]
+    widths = [len(base.encoder.prompt(item.request.prompt)) + settings.tokens for item in items]
     bounds, widest = [0], 0
     for i, width in enumerate(widths):
         widest = max(widest, width)
@@ -73,35 +107,64 @@ def _chunks(base: BaseModel, items: Sequence[Item], config: ScoreConfig) -> Iter
 
 
 def _entropies(
-    base: BaseModel, overlay: Overlay | None, items: Sequence[Item], config: ScoreConfig
+    base: BaseModel, overlay: Overlay | None, items: Sequence[Item], settings: FluencyConfig
 ) -> tuple[float | None, ...]:
     return tuple(
         n_gram_entropy(f"{item.request.prompt} {text}")
-        for item, text in zip(items, continuations(base, overlay, items, config), strict=True)
+        for item, text in zip(items, continuations(base, overlay, items, settings), strict=True)
     )
 
 
-@torch.no_grad()
-def continuations(base: BaseModel, overlay: Overlay | None, items: Sequence[Item], config: ScoreConfig) -> list[str]:
-    """What each lane writes after its request's prompt. The routing decision stays with the prompt."""
+def continuations(
+    base: BaseModel, overlay: Overlay | None, items: Sequence[Item], settings: FluencyConfig
+) -> list[str]:
+    """The text that each lane writes after its request's prompt. The routing decision stays with the prompt."""
+    import torch  # readers of results import this file without it
+
+    from workers.model.batch import Encoded, collate
+    from workers.rng import derive_seed
+
     prompts = [base.encoder.prompt(item.request.prompt) for item in items]
     written: list[list[int]] = [[] for _ in items]
     lanes = [item.lane for item in items]
-    for place in range(config.fluency_tokens):
-        encoded = [Encoded((*prompt, *ids), len(prompt)) for prompt, ids in zip(prompts, written, strict=True)]
-        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
-        hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
-        last = hidden_BSD.shape[1] - 1
-        where = range(rows.size), [last] * rows.size
-        hidden_BD = hidden_BSD[:, last]
-        logits_BV = base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, rows, *where)
-        logits_BV = logits_BV.double().cpu()  # drawn there: one draw gives one token on every device
-        if base.tokenizer.eos_token_id is not None:
-            logits_BV[:, base.tokenizer.eos_token_id] = -math.inf
-        values_BK, ids_BK = logits_BV.topk(min(config.fluency_top_k, logits_BV.shape[1]), dim=-1)
-        upto_BK = values_BK.softmax(-1).cumsum(-1)
-        for i, item in enumerate(items):
-            draw = derive_seed("fluency", item.request.prompt, place) / 2**63
-            pick = min(int((upto_BK[i] <= draw).sum()), ids_BK.shape[1] - 1)
-            written[i].append(int(ids_BK[i, pick]))
+    with torch.no_grad():
+        for place in range(settings.tokens):
+            encoded = [Encoded((*prompt, *ids), len(prompt)) for prompt, ids in zip(prompts, written, strict=True)]
+            rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
+            hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
+            last = hidden_BSD.shape[1] - 1
+            where = range(rows.size), [last] * rows.size
+            hidden_BD = hidden_BSD[:, last]
+            logits_BV = base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, rows, *where)
+            logits_BV = logits_BV.double().cpu()  # drawn there: one draw gives one token on every device
+            if base.tokenizer.eos_token_id is not None:
+                logits_BV[:, base.tokenizer.eos_token_id] = -math.inf
+            values_BK, ids_BK = logits_BV.topk(min(settings.top_k, logits_BV.shape[1]), dim=-1)
+            upto_BK = values_BK.softmax(-1).cumsum(-1)
+            for i, item in enumerate(items):
+                draw = derive_seed("fluency", item.request.prompt, place) / 2**63
+                pick = min(int((upto_BK[i] <= draw).sum()), ids_BK.shape[1] - 1)
+                written[i].append(int(ids_BK[i, pick]))
     return [base.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+
+
+def _begin(base: BaseModel, config: ScoreConfig, settings: FluencyConfig) -> Measure:
+    def measure(state: State) -> list[dict[str, float | None]]:
+        pairs = fluency(state.base, state.overlay, state.items, settings, config, state.answers)
+        return [{"fluency": after, "fluency_base": before} for after, before in pairs]
+
+    return measure
+
+
+FLUENCY = GroupEndScore(
+    scores=(
+        Score(
+            "fluency",
+            "weighted mean entropy of bi- and trigrams of the edit prompt and its continuation",
+            unit="bits",
+            when="not in immediate rows",
+        ),
+    ),
+    settings=FluencyConfig,
+    begin=_begin,
+)

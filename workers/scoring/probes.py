@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["reliability", "generalization", "locality", "portability", "ood"]
-KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality", "portability")
-PROTOCOLS = ("token", "exact", "generated")
 
 CONFIDENT = 0.8
 """Probability above which a token of an out-of-distribution text counts."""
@@ -79,6 +77,32 @@ class Text:
 
     text: str | None
     natural: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One probe, and what the unedited model (``before``) and the edited one (``after``) said to it."""
+
+    probe: EncodedProbe
+    before: Answer
+    after: Answer
+    before_text: Text
+    after_text: Text
+
+    def accuracy(self, of_base: bool) -> tuple[float, float, float]:
+        """Share of right tokens; 1 if all are right; 1 if greedy generation is right. On the edited or the unedited model.
+
+        A locality probe is right where the edited model says what the unedited one says.
+        """
+        target = self.probe.scored
+        answer, text = (self.before, self.before_text) if of_base else (self.after, self.after_text)
+        if self.probe.kind == "locality":
+            hits = answer.hits(self.before.argmax[: len(target)])
+            generated = text.text is not None and text == self.before_text
+        else:
+            hits = answer.hits(target)
+            generated = text.natural and text.text in self.probe.wanted
+        return sum(hits) / len(hits), float(all(hits)), float(generated)
 
 
 @dataclass(frozen=True)

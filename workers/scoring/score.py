@@ -20,19 +20,16 @@ answers the very same batches, so that an untouched model has locality exactly 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from workers.failures import out_of_memory
 from workers.job import ScoreConfig
-from workers.model.batch import collate
-from workers.model.replay import capture, replay
 from workers.scoring.cache import BaseAnswers, Prefixes
-from workers.scoring.columns import ItemScores
-from workers.scoring.probes import EncodedProbe, Item, Reply, item_probes, probe_batches, text_probe
-from workers.scoring.reply import read_reply
+from workers.scoring.forward import fitting_replies
+from workers.scoring.probes import Asked, Item, item_probes, probe_batches
+from workers.scoring.registry import SCORES, Registry
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
@@ -47,6 +44,7 @@ def score(
     config: ScoreConfig,
     base_answers: BaseAnswers | None = None,
     prefixes: Prefixes | None = None,
+    scores: Registry = SCORES,
 ) -> list[dict[str, float | None]]:
     """Score each item on its lane. One dict per item: the score columns, ``*_base`` included.
 
@@ -56,122 +54,19 @@ def score(
     base_answers = base_answers if base_answers is not None else BaseAnswers(budget=1)
     prefixes = prefixes if prefixes is not None else Prefixes()
     probes = list(item_probes(base, items))
-    found: list[ItemScores] = [ItemScores(item.request) for item in items]
+    asked: list[list[Asked]] = [[] for _ in items]
+    splits = [0] * len(items)
     for whole in probe_batches(probes, config):
-        for batch, splits, before, after in _fitting(base, overlay, whole, config, base_answers, prefixes):
+        for batch, halved, before, after in fitting_replies(base, overlay, whole, config, base_answers, prefixes):
             for i, probe in enumerate(batch):
-                found[probe.item].add(probe, before.answers[i], after.answers[i], before.texts[i], after.texts[i])
-                found[probe.item].splits = max(found[probe.item].splits, splits)
-    return [f.scores(config.generated) for f in found]
-
-
-@torch.no_grad()
-def ask_base(base: BaseModel, items: Sequence[Item], config: ScoreConfig, kept: BaseAnswers) -> None:
-    """Put the base model's replies to all batches of :func:`score` into ``kept``, but for one that memory does not hold."""
-    for batch in probe_batches(list(item_probes(base, items)), config):
-        try:
-            _both(base, None, batch, config, kept, Prefixes())
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-
-
-@torch.no_grad()
-def text_logprobs(
-    base: BaseModel,
-    overlay: Overlay | None,
-    lanes: Sequence[int],
-    texts: Sequence[tuple[int, ...]],
-    config: ScoreConfig,
-    base_answers: BaseAnswers,
-    prefixes: Prefixes,
-) -> dict[int, tuple[float, float]]:
-    """Per lane, the summed log-probability of all tokens but the first of each text: on its state, and on the base model."""
-    config = config.model_copy(update={"generated": False})
-    probes = [text_probe(0, "ood", lane, ids, "") for lane in lanes for ids in texts]
-    sums = dict.fromkeys(lanes, (0.0, 0.0))
-    for batch in probe_batches(probes, config):
-        before, after = _both(base, overlay, batch, config, base_answers, prefixes)
-        for i, probe in enumerate(batch):
-            edited, pristine = sums[probe.lane]
-            count = len(probe.scored)
-            sums[probe.lane] = (
-                edited + count * after.answers[i].logprob,
-                pristine + count * before.answers[i].logprob,
-            )
-    return sums
-
-
-def _fitting(
-    base: BaseModel,
-    overlay: Overlay | None,
-    batch: list[EncodedProbe],
-    config: ScoreConfig,
-    kept: BaseAnswers,
-    prefixes: Prefixes,
-    splits: int = 0,
-) -> Iterator[tuple[list[EncodedProbe], int, Reply, Reply]]:
-    """Both models' replies to a batch; where memory runs out, to its halves, each with how often it was halved.
-
-    What is kept for later goes first: that changes no bit. Halves may differ from the whole by rounding, but the base model
-    answers the same halves. A single row that does not fit is an error.
-    """
-    try:
-        before, after = _both(base, overlay, batch, config, kept, prefixes)
-    except Exception as error:
-        if not out_of_memory(error) or (len(batch) == 1 and not prefixes.used):
-            raise
-    else:
-        yield batch, splits, before, after
-        return
-    # here, and not in the handler: the exception holds on to the tensors of the forward that failed
-    halves = [batch]
-    if not prefixes.release():
-        halves, splits = [batch[: len(batch) // 2], batch[len(batch) // 2 :]], splits + 1
-    if base.device.type == "cuda":
-        torch.cuda.empty_cache()
-    for half in halves:
-        yield from _fitting(base, overlay, half, config, kept, prefixes, splits)
-
-
-def _both(
-    base: BaseModel,
-    overlay: Overlay | None,
-    batch: list[EncodedProbe],
-    config: ScoreConfig,
-    kept: BaseAnswers,
-    prefixes: Prefixes,
-) -> tuple[Reply, Reply]:
-    """The base model's reply and the edited one's, to the identical batch."""
-    rows = collate([p.encoded for p in batch], [p.lane for p in batch], base.encoder.pad_id, base.device)
-    texts = tuple(p.encoded for p in batch)
-    key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target, p.aliases) for p in batch))
-    before = kept.get(key)
-    if overlay is None or overlay.inert:
-        if before is None:
-            before = read_reply(base, None, base.hidden_states(rows), rows, batch, config, None)
-            kept.put(key, before)
-        return before, before
-    if not overlay.replays:
-        if before is None:
-            before = read_reply(base, None, base.hidden_states(rows), rows, batch, config, None)
-            kept.put(key, before)
-        hidden_BSD = overlay.hidden_states(base, rows)
-        return before, read_reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
-    place = (overlay.first_layer, texts)
-    prefix = prefixes.get(place)
-    if before is None:
-        pristine = capture(base, rows, overlay.first_layer)
-        before = read_reply(base, None, pristine.output_BSD, rows, batch, config, None)
-        kept.put(key, before)
-        if prefix is None:
-            prefix = pristine
-            prefixes.put(place, prefix)
-    with overlay.installed(rows):
-        if prefix is not None:
-            hidden_BSD = replay(base, prefix)
-        else:  # the layers below an edit answer the same with it
-            prefix = capture(base, rows, overlay.first_layer)
-            hidden_BSD = prefix.output_BSD
-            prefixes.put(place, prefix)
-    return before, read_reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
+                answers = before.answers[i], after.answers[i], before.texts[i], after.texts[i]
+                asked[probe.item].append(Asked(probe, *answers))
+                splits[probe.item] = max(splits[probe.item], halved)
+    measured = [(kind, kind.read(config)) for kind in scores.request]
+    found: list[dict[str, float | None]] = []
+    for item, of_item, halved in zip(items, asked, splits, strict=True):
+        values: dict[str, float | None] = {}
+        for kind, settings in measured:
+            values |= kind.of(item.request, of_item, config, settings)
+        found.append({**values, "score_splits": halved})
+    return found

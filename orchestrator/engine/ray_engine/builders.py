@@ -131,6 +131,5 @@ def build_artifacts(books: Books, actors: int) -> None:
             ray.wait(list(running), num_returns=len(running), timeout=STOP_SECONDS)
         raise
     finally:
-        books.artifacts_ended()
         for site in sites:
             ray.kill(site.actor)

@@ -67,7 +67,7 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         **ENVIRONMENT,
     }
-    runtime = {**spec.runtime_env, "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})}}
+    runtime: dict[str, Any] = {**spec.runtime_env, "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})}}
     options: dict[str, Any] = {
         "runtime_env": runtime,
         "namespace": f"editsweep-{books.run_id}",
@@ -82,7 +82,10 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         books.view.note("starting a local Ray")
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
     try:
-        ray.init(**options)
+        with tempfile.TemporaryDirectory() as empty:
+            # Without one, Ray lets its workers import from the driver's working directory first: a `workers` there hides ours.
+            runtime.setdefault("working_dir", empty)
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as error:
         what = f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
         raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
@@ -203,7 +206,7 @@ def _tune(books: Books, actors: int) -> None:
         tune.with_parameters(ShardTrial, plan=plan, root=books.store.where(), run_id=books.run_id),
         {"cpu": engine.resources.cpu, "gpu": engine.resources.gpu},
     )
-    folder = tempfile.mkdtemp(prefix=f"editsweep-{books.run_id}-")  # Tune's own files, which nobody reads
+    folder = tempfile.mkdtemp(prefix=f"editsweep-{books.run_id}-")  # Tune's own files, which are never read
     listener = _Listener(books)
     try:
         tuner = tune.Tuner(
@@ -243,7 +246,7 @@ class _Listener(tune.Callback):
         self.stopped_by: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks into a file that nobody reads; the books stay here."""
+        """Tune pickles its callbacks into a file that is never read; the books stay here."""
         return {}
 
     def _shard(self, trial: Trial) -> str:

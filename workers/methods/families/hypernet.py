@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import PRETRAINED, TrainingSource, pretrained
+from workers.artifacts.pretrain import PRETRAINED, TrainingSchedule, pretrained
 from workers.inner_loop.losses import TargetTokens
-from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import split_module
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, Overlay
 from workers.model.replay import override_forward
 from workers.types import JSON, SpecError
@@ -77,6 +77,12 @@ class HypernetConfig(MethodConfig):
     layers: Layers = Field(min_length=1, description="decoder layers whose maps are edited")
     modules: tuple[str, ...] = Field((), description="linear maps inside each layer; none: the MLP's output projection")
     rank: int = Field(1920, ge=1, description="rank of the networks' maps")
+    schedule: TrainingSchedule = Field(description="how long the networks are trained")
+
+    method: ClassVar[str]
+    """The name of the method that trains the networks."""
+    learnt: ClassVar[tuple[str, ...]]
+    """Hyperparameters that the trained networks depend on."""
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -85,18 +91,48 @@ class HypernetConfig(MethodConfig):
             out["layers"], out["modules"] = split_inner_params(out.pop("inner_params"), source)
         return out
 
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """How many blocks the network of one shape has."""
+
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers)
+
+    def check(self, shape: ModelShape) -> None:
+        site_shapes(shape, self.layers, self.modules)
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        hparams = self.model_dump(mode="json", include=set(self.learnt))
+        return (pretrained(self.method, hparams, self.schedule, context.fingerprint, context.model, context.training),)
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        copies = 3  # weight, its change, one temporary
+        sizes = sum(out * in_features for out, in_features in site_shapes(shape, self.layers, self.modules))
+        return copies * sizes * max(4, shape.bytes_per_value)
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        copies = 2  # as they were read, and in use
+        sizes = site_shapes(shape, self.layers, self.modules)
+        values = 4 * len(sizes)  # step sizes, counts
+        for out, in_features in set(sizes):
+            width = out + in_features
+            block = width * (2 * min(self.rank, width) + 2 * sizes.count((out, in_features)) + 1)
+            values += self.blocks * block + 4 * width  # and its statistics, in float64
+        return copies * values * max(4, shape.bytes_per_value)
+
 
 C = TypeVar("C", bound=HypernetConfig)
+OverlayT = TypeVar("OverlayT", bound=DenseOverlay)
 
 
-class HypernetMethod(Method[C]):
+class HypernetMethod(Method[C, OverlayT]):
     """One forward, one backward, and the networks: an edit is a single step."""
 
     needs_pretraining: ClassVar[bool] = True
     batch_edits: ClassVar[bool] = True
     relative_cost: ClassVar[float] = 0.1
-    learnt: ClassVar[tuple[str, ...]]
-    """Hyperparameters that the trained networks depend on."""
 
     def __init__(self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> None:
         super().__init__(base, config, inputs)
@@ -110,62 +146,19 @@ class HypernetMethod(Method[C]):
     def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
         """Untrained networks."""
 
-    @classmethod
     @abstractmethod
-    def blocks(cls, config: Any) -> int:
-        """How many blocks the network of one shape has."""
-
-    @abstractmethod
-    def changes(self, factors: Sequence[Factors], overlay: DenseOverlay) -> list[Pair]:
+    def changes(self, factors: Sequence[Factors], overlay: OverlayT) -> list[Pair]:
         """The change of each map."""
 
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
         return Questions.of(self.base, lanes)
 
-    def new_overlay(self, lanes: int) -> DenseOverlay:
-        return DenseOverlay(self.sites, lanes, self.base.master_dtype)
-
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        if not isinstance(overlay, DenseOverlay):
-            raise TypeError(f"{self.title} edits a DenseOverlay, not a {type(overlay).__name__}")
+    def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
         factors, loss_L = gradient_factors(self.base, self.sites, self.questions(asked), overlay)
         with torch.no_grad():
             add(overlay, self.changes(factors, overlay))
         return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
-
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        site_shapes(shape, config.layers, config.modules)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        hparams = config.model_dump(mode="json", include=set(cls.learnt))
-        return (pretrained(cls.name, hparams, config.schedule, fingerprint, model, training),)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        copies = 3  # weight, its change, one temporary
-        sizes = sum(out * in_features for out, in_features in site_shapes(shape, config.layers, config.modules))
-        return copies * sizes * max(4, shape.bytes_per_value)
-
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        copies = 2  # as they were read, and in use
-        sizes = site_shapes(shape, config.layers, config.modules)
-        values = 4 * len(sizes)  # step sizes, counts
-        for out, in_features in set(sizes):
-            width = out + in_features
-            block = width * (2 * min(config.rank, width) + 2 * sizes.count((out, in_features)) + 1)
-            values += cls.blocks(config) * block + 4 * width  # and its statistics, in float64
-        return copies * values * max(4, shape.bytes_per_value)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

@@ -17,15 +17,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.artifacts.pretrain import TrainingSource
-from workers.methods.base import EditOutcome, LaneEdit, Method
+from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method
 from workers.methods.easyedit import IGNORED, split_module
 from workers.methods.families.locate import (
     AtMap,
@@ -45,8 +44,8 @@ from workers.methods.families.locate import (
     template_spec,
 )
 from workers.model.base import BaseModel, Site
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
-from workers.model.overlay import LowRankOverlay, Overlay
+from workers.model.config import ModelShape
+from workers.model.overlay import LowRankOverlay
 from workers.types import JSON
 
 SOLVE_BYTES = 1 << 30
@@ -99,19 +98,46 @@ class SpreadConfig(LocateConfig):
     def bare_share(self) -> float | None:
         return 0.5 if self.key_average == "halves" else None
 
+    @property
+    def first_layer(self) -> int:
+        return min(self.layers)
+
+    def check(self, shape: ModelShape) -> None:
+        for layer in self.layers:
+            shape.check_layer(layer, "layers")
+        shape.site(self.module)
+
+    def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
+        return template_spec(self, context), *moment_specs(self, context)
+
+    def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
+        """A lane's factors after ``edits`` edits, and the temporaries while they grow."""
+        out, in_features = shape.site(self.module)
+        value = max(4, shape.bytes_per_value)
+        if edits >= min(out, in_features) // 2:
+            return (len(self.layers) + 2) * out * in_features * value
+        return (len(self.layers) + 1) * edits * (out + in_features) * value
+
+    def shared_bytes(self, shape: ModelShape) -> int:
+        _, in_features = shape.site(self.module)
+        # second moments and their factors in float64; while the last is factorised, it in float64 and a temporary
+        return (len(self.layers) * (moment_value(self) + 8) + 2 * 8) * in_features * in_features
+
 
 def sites_of(base: BaseModel, config: SpreadConfig) -> list[Site]:
     return [base.site(layer, config.module) for layer in config.layers]
 
 
-def moment_specs(
-    config: SpreadConfig, fingerprint: ModelFingerprint, model: ModelConfig, title: str
-) -> list[ArtifactSpec]:
+def moment_specs(config: SpreadConfig, context: ArtifactContext) -> list[ArtifactSpec]:
     """The second moment of every edited layer, of the pristine model."""
-    return [
-        moment_spec(config, fingerprint, model, layer, config.module, moment_name(layer), title)
-        for layer in config.layers
-    ]
+    return [moment_spec(config, context, layer, config.module, moment_name(layer)) for layer in config.layers]
+
+
+def check_lockstep(edits: Sequence[LaneEdit]) -> None:
+    """Refuse lanes that bring different numbers of requests: their vectors are stacked."""
+    counts = {len(edit.requests) for edit in edits}
+    if len(counts) != 1:
+        raise ValueError(f"lanes bring {sorted(counts)} requests; they edit in lockstep")
 
 
 def by_lane(facts_NX: Tensor, lanes: int) -> Tensor:
@@ -154,27 +180,24 @@ def ridge_keys(factor: Factor, keys_LIN: Tensor, ridge: float, weight: float = 1
 
 
 C = TypeVar("C", bound=SpreadConfig)
+OverlayT = TypeVar("OverlayT", bound=LowRankOverlay)
 
 
-class SpreadMethod(Method[C]):
+class SpreadMethod(Method[C, OverlayT]):
     """A method that edits several layers at once. Subclasses say what the right factor of a change is."""
 
     batch_edits: ClassVar[bool] = True
-    overlay_type: ClassVar[type[LowRankOverlay]] = LowRankOverlay
 
     def __init__(self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> None:
         super().__init__(base, config, inputs)
         self.sites = sites_of(base, config)
 
-    def new_overlay(self, lanes: int) -> LowRankOverlay:
-        return self.overlay_type(self.sites, lanes, self.base.master_dtype)
-
     @abstractmethod
-    def right(self, overlay: LowRankOverlay, site: Site, keys_LIN: Tensor) -> Tensor:
+    def right(self, overlay: OverlayT, site: Site, keys_LIN: Tensor) -> Tensor:
         """The right factor of a map's change, (L, N, I), from the keys of the requests; residuals are the left one."""
 
-    def edit(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        overlay = self.own(overlay, edits)
+    def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
+        check_lockstep(edits)
         base, config, lanes, top = self.base, self.config, overlay.lanes, self.config.layers[-1]
         facts = facts_of(base, edits, config, self.inputs)
         value_site = base.site(top)  # adding to the MLP's answer is adding to the layer's
@@ -193,48 +216,8 @@ class SpreadMethod(Method[C]):
             overlay.add(by_lane(residual_NO, lanes), right_LNI, site)
         return outcomes_of(figures, lanes)
 
-    def own(self, overlay: Overlay, edits: Sequence[LaneEdit]) -> LowRankOverlay:
-        """The overlay, which must be one of this method's, as lanes must bring equally many requests."""
-        if not isinstance(overlay, self.overlay_type):
-            raise TypeError(f"{self.title} edits {self.overlay_type.__name__}, not {type(overlay).__name__}")
-        counts = {len(edit.requests) for edit in edits}
-        if len(counts) != 1:
-            raise ValueError(f"lanes bring {sorted(counts)} requests; they edit in lockstep")
-        return overlay
 
-    @classmethod
-    def check(cls, config: Any, shape: ModelShape) -> None:
-        for layer in config.layers:
-            shape.check_layer(layer, "layers")
-        shape.site(config.module)
-
-    @classmethod
-    def artifacts(
-        cls,
-        config: Any,
-        fingerprint: ModelFingerprint,
-        model: ModelConfig,
-        seed: int,
-        training: TrainingSource | None = None,
-    ) -> tuple[ArtifactSpec, ...]:
-        texts = template_spec(config, fingerprint, model, seed)
-        return texts, *moment_specs(config, fingerprint, model, cls.title)
-
-    @classmethod
-    def uses_seed(cls, config: Any) -> bool:
-        return bool(config.context_template_length_params)
-
-    @classmethod
-    def overlay_bytes(cls, config: Any, shape: ModelShape, edits: int) -> int:
-        """A lane's factors after ``edits`` edits, and the temporaries while they grow."""
-        out, in_features = shape.site(config.module)
-        value = max(4, shape.bytes_per_value)
-        if edits >= min(out, in_features) // 2:
-            return (len(config.layers) + 2) * out * in_features * value
-        return (len(config.layers) + 1) * edits * (out + in_features) * value
-
-
-class RidgeMethod(SpreadMethod[C]):
+class RidgeMethod(SpreadMethod[C, LowRankOverlay]):
     """One whose right factor needs the second moment of each site, factorised once for all lanes and edits."""
 
     def __init__(
@@ -252,11 +235,8 @@ class RidgeMethod(SpreadMethod[C]):
             factors[site.name] = Factor.of(cls.weighted(config, moment_II), site.layer)
         return cls(base, config, inputs, factors)
 
-    @classmethod
-    def shared_bytes(cls, config: Any, shape: ModelShape) -> int:
-        _, in_features = shape.site(config.module)
-        # second moments and their factors in float64; while the last is factorised, it in float64 and a temporary
-        return (len(config.layers) * (moment_value(config) + 8) + 2 * 8) * in_features * in_features
+    def new_overlay(self, lanes: int) -> LowRankOverlay:
+        return LowRankOverlay(self.sites, lanes, self.base.master_dtype)
 
     @classmethod
     def weighted(cls, config: C, moment_II: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def merge_deltas(
     if rule in ("ties", "magnitude", "magnitude_norm"):
         parts = [_largest(delta_OI, config.density) for delta_OI in parts]
     elif rule in ("dare_ties", "dare_linear"):
-        rescale = not (config.public_dare and rule == "dare_linear")
+        rescale = not (config.deviations.public_dare and rule == "dare_linear")
         parts = [_dropped(delta_OI, config.density, rescale, generator) for delta_OI in parts]
     weighted_KOI = torch.stack(parts) * weight_K
     if rule in ("ties", "sign", "dare_ties"):
