@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 import yaml
 
 from orchestrator.engine import local, worker
+from orchestrator.engine.causes import Cause
 from orchestrator.engine.folder import ResultsError
 from orchestrator.engine.local import run_local
 from orchestrator.engine.sweep import run_sweep
@@ -31,7 +33,7 @@ from orchestrator.results.journal import Journal, Superseded
 from orchestrator.results.query import open_results
 from orchestrator.results.status import read_status
 from orchestrator.storage import lock as locking
-from orchestrator.storage.base import StoreError
+from orchestrator.storage.base import Missing, StoreError
 from orchestrator.storage.local import LocalStore
 from tests.engine import RAW, ROOT, TWELVE, Stop, Watch, placeless, rows, run, spec_of
 from tests.processes import Command
@@ -504,7 +506,9 @@ def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continue
 
 
 @pytest.mark.slow
-def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]]) -> None:
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]], engine: str) -> None:
     """A small file system, which is made larger afterwards."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -515,21 +519,21 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
         pytest.skip("mounting a file system needs root")
     try:
         (disk / "ballast").write_bytes(b"x" * (150 << 10))
-        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
+        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", engine)
         text = output_of(process)
         assert process.returncode == 2, text
-        assert "the disk is full" in text
+        assert "the disk is full; mend it and run the same command again" in text
         assert "Traceback" not in text
         kept = len(rows(disk / "r"))
         assert kept < len(reference)
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
+        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", engine)
         text = output_of(process)
         assert process.returncode == 0, text
         assert rows(disk / "r") == reference
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert rows(disk / "r") == reference  # reading needs no writing
-        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", "local")
+        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", engine)
         text = output_of(process)
         assert process.returncode == 2, text
         assert "read-only" in text
@@ -662,6 +666,7 @@ def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str
 
 
 def test_a_trial_ends_where_trying_again_would_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.engine.ray_engine.causes import TaskFailed
     from orchestrator.engine.ray_engine.trial import ShardTrial
 
     def step(error: Exception) -> dict[str, Any]:
@@ -674,10 +679,83 @@ def test_a_trial_ends_where_trying_again_would_not_help(monkeypatch: pytest.Monk
         trial._steps = steps()
         return trial.step()
 
-    assert step(ValueError("no")) == {"done": True, "report": None, "failed": "ValueError: no"}
+    failed = {"kind": "ValueError", "message": "no", "storage": False}
+    assert step(ValueError("no")) == {"done": True, "report": None, "failed": failed}
     for error in (OSError("no"), Superseded("no"), StoreError("write", "x", "no"), MemoryError()):
-        with pytest.raises(type(error)):
+        with pytest.raises(TaskFailed) as caught:
             step(error)
+        assert pickle.loads(pickle.dumps(caught.value)).cause == Cause.of(error)
+
+
+def test_a_storage_fault_is_known_by_its_type() -> None:
+    class Unusual(StoreError):
+        """As stores may define for themselves."""
+
+    full = StoreError("write", "x", "the disk is full")
+    assert Cause.of(full) == Cause("StoreError", "cannot write x: the disk is full", storage=True)
+    assert Cause.of(Unusual("write", "x", "no")).storage
+    assert not Cause.of(Missing("read", "x", "no such file")).storage  # another shard's objects may well be there
+    assert not Cause.of(EditSweepError("StoreError: this is but a text")).storage
+    for error in (full, Missing("read", "x", "no such file")):
+        found = pickle.loads(pickle.dumps(error))
+        assert (type(found), str(found), found.path, found.cause) == (type(error), str(error), "x", error.cause)
+
+
+@pytest.mark.slow
+def test_what_a_ray_worker_raises_keeps_its_cause(tmp_path: Path, home: dict[str, str]) -> None:
+    code = """
+import sys
+import ray
+from ray import tune
+from orchestrator.engine.causes import Cause
+from orchestrator.engine.ray_engine.causes import TaskFailed, cause_of
+from orchestrator.engine.ray_engine.run import _cause
+from orchestrator.storage.base import StoreError
+
+class Odd(Exception):
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+@ray.remote(max_retries=0)
+def fail(how):
+    error = Odd(1, 2) if how == "odd" else StoreError("write", "x", "the disk is full")
+    if how == "lost":
+        import os; os._exit(1)
+    if how == "plain":
+        raise error
+    raise TaskFailed(Cause.of(error)) from error
+
+class Trial(tune.Trainable):
+    def step(self):
+        error = StoreError("write", "x", "the disk is full")
+        raise TaskFailed(Cause.of(error)) from error
+
+class Told(tune.Callback):
+    causes = []
+    def on_trial_recover(self, iteration, trials, trial, **info):
+        self.causes.append(_cause(trial))
+    on_trial_error = on_trial_recover
+
+def cause(how):
+    try:
+        ray.get(fail.remote(how))
+    except ray.exceptions.RayError as error:
+        return cause_of(error)
+
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+full = Cause("StoreError", "cannot write x: the disk is full", storage=True)
+assert cause("storage") == cause("plain") == full, (cause("storage"), cause("plain"))
+assert cause("odd").message == "1 and 2" and not cause("odd").storage, cause("odd")
+lost = cause("lost")
+assert lost.kind == "WorkerCrashedError" and lost.message and not lost.storage, lost
+retried = tune.FailureConfig(max_failures=1)
+config = tune.RunConfig(storage_path=sys.argv[1], failure_config=retried, callbacks=[Told()], verbose=0)
+tune.Tuner(Trial, run_config=config).fit()
+assert Told.causes == [full, full], Told.causes
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ran = subprocess.run(command, env=home, capture_output=True, text=True, check=False, timeout=280)
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 @pytest.mark.slow
