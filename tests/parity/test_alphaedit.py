@@ -62,7 +62,7 @@ def test_one_batch_of_ten() -> None:
     overlay = editor.new_overlay(1)
     editor.edit(overlay, first_ten(inputs))
     for i, site in enumerate(editor.sites):
-        assert relative_error(overlay.part_of(site).left_LOK[0], recorded[f"resid_L{i}"]) <= 1e-3
+        assert relative_error(overlay.part_of(site).left_LOJ[0], recorded[f"resid_L{i}"]) <= 1e-3
         assert relative_error(overlay.delta(0, site), recorded[f"delta_L{i}"]) <= 1e-3
         assert overlay.keys_LIM[site.name].shape == (1, 512, 10)
     # layer 0 reads the same keys before and after: nothing below it changes

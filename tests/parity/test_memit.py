@@ -63,8 +63,8 @@ def test_one_batch_of_ten() -> None:
     for i, site in enumerate(editor.sites):
         part = overlay.part_of(site)
         assert part.rank == 10
-        assert relative_error(part.left_LOK[0], recorded[f"resid_f64_L{i}"]) <= 1e-3
-        assert relative_error(part.right_LKI[0].T, recorded[f"adj_k_f64_L{i}"]) <= 1e-3
+        assert relative_error(part.left_LOJ[0], recorded[f"resid_f64_L{i}"]) <= 1e-3
+        assert relative_error(part.right_LJI[0].T, recorded[f"adj_k_f64_L{i}"]) <= 1e-3
         assert relative_error(overlay.delta(0, site), recorded[f"delta_L{i}"]) <= 1e-3
 
 

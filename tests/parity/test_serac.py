@@ -64,9 +64,9 @@ def test_core_of_request_0() -> None:
     with torch.no_grad():
         asked = networks.embed([text])
         (said,) = networks.answer_logits([ids[:1]], [ids[1:]])
-    assert common.relative_error(overlay.embeds_KD[0], expected["ctx_embed"]) <= 1e-4
+    assert common.relative_error(overlay.embeds_JD[0], expected["ctx_embed"]) <= 1e-4
     assert common.relative_error(asked, expected["test_embed"]) <= 1e-4
-    assert common.relative_error(scope_of(overlay.embeds_KD[0], asked)[0], expected["sim"]) <= 1e-4
+    assert common.relative_error(scope_of(overlay.embeds_JD[0], asked)[0], expected["sim"]) <= 1e-4
     assert common.relative_error(said, expected["rep_logits"][0]) <= 1e-4
     pair = base.encoder.pair(request.prompt, request.target_new)
     rows = collate([pair], [0], base.encoder.pad_id)

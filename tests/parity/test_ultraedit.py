@@ -87,13 +87,13 @@ def test_the_change_is_the_ridge_solution(size: int) -> None:
     features = part.by_site[0]
     statistics = overlay.statistics["512x128"]
     statistics.update(features, public=False)
-    keys_KI, grads_KO = features.keys_LKI[0], features.grads_LKO[0]
-    assert (keys_KI.shape[0] > keys_KI.shape[1]) == (size == 20)
-    z_KF = torch.cat([keys_KI, grads_KO], 1)
+    keys_JI, grads_KO = features.keys_LJI[0], features.grads_LJO[0]
+    assert (keys_JI.shape[0] > keys_JI.shape[1]) == (size == 20)
+    z_KF = torch.cat([keys_JI, grads_KO], 1)
     normal_KF = (z_KF - z_KF.mean(0)) / (z_KF.std(0) + EPS)
     values_KO = -0.01 * normal_KF[:, :128].square().sum(1, keepdim=True) * normal_KF[:, 128:]
-    left_II = keys_KI.T @ keys_KI + torch.eye(128, dtype=torch.float64)
-    expected_OI = torch.linalg.solve(left_II, keys_KI.T @ values_KO).T
+    left_II = keys_JI.T @ keys_JI + torch.eye(128, dtype=torch.float64)
+    expected_OI = torch.linalg.solve(left_II, keys_JI.T @ values_KO).T
     assert relative_error(editor._change(features, statistics)[0], expected_OI) <= 1e-6
 
 
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_loss() -> None:
         weight.requires_grad_(False)
     features = part.by_site[2]
     assert float(part.loss_L) == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert relative_error(features.grads_LKO[0].T @ features.keys_LKI[0], expected_OI) <= 1e-4
+    assert relative_error(features.grads_LJO[0].T @ features.keys_LJI[0], expected_OI) <= 1e-4
 
 
 def test_lanes_with_batches() -> None:
