@@ -90,8 +90,12 @@ def test_a_lane_that_raises_fails_alone() -> None:
     whole = rows_of(list(Stream(session(base), work, [REQUESTS, REQUESTS], inputs).run(cut_steps(work, 1))))
     rows = rows_of(results)
     lost = [r for r in whole if (r["cell_id"], r["group"]) == ("seed 0", 1)]
+    # smaller batches round differently: rounded copies of the model move logits by up to 6e-6, on three instruction sets
     assert near(
-        [r for r in rows if (r["cell_id"], r["group"]) != ("seed 0", 1)], [r for r in whole if r not in lost], 1e-4
+        [r for r in rows if (r["cell_id"], r["group"]) != ("seed 0", 1)],
+        [r for r in whole if r not in lost],
+        1e-4,
+        logits=1e-4,
     )
     assert [(r["position"], r["scored"]) for r in rows if (r["cell_id"], r["group"]) == ("seed 0", 1)] == [
         (0, "immediate")
