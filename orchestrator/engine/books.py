@@ -25,7 +25,7 @@ GATHER_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Safety:
-    """What the durability of one run's results cost: actors in the journal, the driver gathering."""
+    """Time that the durability of one run's results took: actors in the journal, the driver gathering."""
 
     journal_seconds: float = 0.0
     actor_seconds: float = 0.0
@@ -42,7 +42,7 @@ class Safety:
 
 @dataclass(frozen=True, slots=True)
 class ShardError:
-    """Why a shard did not finish, after all its attempts."""
+    """The cause why a shard did not finish, after all its attempts."""
 
     shard_id: str
     kind: str
@@ -52,7 +52,7 @@ class ShardError:
 
 
 class View(Protocol):
-    """Where progress is shown (:mod:`orchestrator.cli.console` has the terminal's)."""
+    """Receiver of progress (:mod:`orchestrator.cli.console` has the terminal's)."""
 
     def begin(self, plan: Plan) -> None: ...
     def note(self, text: str) -> None: ...
@@ -76,7 +76,7 @@ class Books:
     check: Callable[[], None] = lambda: None
     paths: ResultsPaths = field(default_factory=ResultsPaths)
     artifacts_only: bool = False
-    """Whether the engine is to build artifacts and run no shard."""
+    """True if the engine builds artifacts and runs no shard."""
     errors: dict[str, ShardError] = field(default_factory=dict)
     interrupted: bool = False
     safety: Safety = Safety()
@@ -101,7 +101,7 @@ class Books:
         return ArtifactStore(self.store, self.paths)
 
     def missing_artifacts(self) -> list[ArtifactSpec]:
-        """What the shards that are left need and the store does not have, in the order in which it can be built."""
+        """Missing artifacts of the shards that are left, in an order in which they can be built."""
         keys = dict.fromkeys(key for shard in self.plan.shards for key in self.plan.artifact_keys(shard))
         if self.artifacts_only:
             keys = dict.fromkeys(self.plan.artifacts)
@@ -223,7 +223,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """Result of a run."""
 
     plan: Plan
     run_id: str

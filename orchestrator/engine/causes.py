@@ -1,4 +1,4 @@
-"""Why a shard or an artifact failed, as plain data that crosses the border of a process."""
+"""The cause of a failed shard or artifact as plain data that crosses the border of a process."""
 
 from __future__ import annotations
 

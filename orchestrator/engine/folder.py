@@ -26,7 +26,7 @@ class ResultsError(EditSweepError):
 
 
 def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = False) -> Progress:
-    """What the results folder holds, as the planner wants it. ``retry_failed``: failed groups count as not run."""
+    """Read the contents of the results folder for the planner. ``retry_failed``: failed groups count as not run."""
     listed = table.shards()
     begun = tuple(manifest for shard_id, manifest in journal.begun().items() if shard_id not in listed)
     spent = [

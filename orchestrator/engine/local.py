@@ -20,7 +20,7 @@ from orchestrator.storage.lock import LockLost
 from workers.artifacts.base import ArtifactSpec, Stopped
 
 LEAVE_SECONDS = 10.0
-"""How long the first Ctrl-C waits for the step at hand."""
+"""Seconds that the first Ctrl-C waits for the step at hand."""
 
 
 def run_local(books: Books, max_actors: int | None = None) -> None:

@@ -26,7 +26,7 @@ def this_process() -> dict[str, JSON]:
 
 
 def versions() -> dict[str, str]:
-    """What must be equal wherever shards run: Python, the packages, and this code itself."""
+    """Versions that must be equal wherever shards run: Python, the packages, and this code itself."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

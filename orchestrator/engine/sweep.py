@@ -1,4 +1,4 @@
-"""What both engines share: running one shard in a worker, and keeping the books in the driver.
+"""From a spec to an outcome: lock, plan, engine, gather. Common to both engines.
 
     bench = Bench(root="/data/results/demo", run_id="r1")      # in a worker process; keeps the loaded model
     for step in bench.run(manifest):                           # each step is durable when it is yielded

@@ -92,7 +92,7 @@ class _Workbench(Workbench):
 
 
 class Bench:
-    """What a worker process keeps between shards: the loaded model, the data set, artifacts of the last shard."""
+    """State that a worker process keeps between shards: the loaded model, the data set, artifacts of the last shard."""
 
     def __init__(self, root: str, run_id: str, save_seconds: float = SAVE_SECONDS) -> None:
         self.save_seconds = save_seconds
@@ -254,7 +254,7 @@ class Bench:
 
 
 def passing(error: BaseException) -> bool:
-    """Whether launching a shard again may help (see :func:`workers.failures.may_pass`)."""
+    """Return whether launching a shard again may help (see :func:`workers.failures.may_pass`)."""
     return may_pass(error) or isinstance(error, (StoreError, Superseded))
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 OFFENDERS_SHOWN = 20
-"""How many requests that are both trained on and edited one error message lists."""
+"""Requests, both trained on and edited, that one error message lists."""
 
 EMBEDDED_WORLD = "tinyworld"
 
@@ -36,7 +36,7 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
 
 
 def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
-    """Where networks are to learn; None if the spec does not say and nothing is at hand."""
+    """Read the training data of networks; None if the spec names none and the data set brings none."""
     from workers.artifacts.pretrain import training_source
 
     told, dataset = spec.training, spec.dataset
@@ -51,7 +51,7 @@ def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, .
 
 
 def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:
-    """How many requests are both trained on and edited under any seed. Raises :class:`SpecError` listing them."""
+    """Count the requests that are both trained on and edited under any seed. Raises :class:`SpecError` listing them."""
     edited: set[int] = set()
     for seed in spec.grid.seeds:
         edited.update(order_requests(data, spec.dataset.order, seed)[: spec.dataset.edits])
@@ -81,7 +81,7 @@ def longest_tokens(data: Dataset, score: ScoreConfig) -> int:
 
 
 def dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
-    """What a reader of the results should know about the requests that will be edited (those of the first seed)."""
+    """Notes and warnings about the requests that will be edited (those of the first seed)."""
     order = order_requests(data, spec.dataset.order, spec.grid.seeds[0])
     chosen: list[EditRequest] = [data.requests[i] for i in order[: spec.dataset.edits]]
     counts = (

@@ -1,4 +1,4 @@
-"""How long shards take, and how long many actors take for all of them. Pure functions; knows nothing of torch or Ray.
+"""Estimated seconds of shards, and the makespan on many actors. Pure functions; knows nothing of torch or Ray.
 
     clock = calibrate([Timing(variant=0, T=10, work=120.0, seconds=60.0)])
     seconds = clock.seconds(variant=0, T=10, work=480.0)          # 240: measured
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 GPU_LANE_SHARE, CPU_LANE_SHARE = 0.25, 0.8
-"""What one more lane adds to a lockstep step, as a share of a single lane's step. On a GPU the base model's weights are
+"""Cost of one more lane in a lockstep step, as a share of a single lane's step. On a GPU the base model's weights are
 read, and its kernels started, once for all lanes; a core is busy with the products of one (measured: the demo's waves of
 ten lanes against those of two)."""
 
@@ -35,7 +35,7 @@ def wave_work(cost: float, edits: int, scored: float, lanes: int, on_gpu: bool) 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What some work has taken."""
+    """Measured time of some work."""
 
     variant: int
     T: int
@@ -59,7 +59,7 @@ class Clock:
         return work * self.rate(variant, T)
 
     def note(self, wanted: Iterable[tuple[int, int]]) -> str:
-        """What the estimates for these (variant, T) rest on, for people."""
+        """Describe the basis of the estimates for these (variant, T)."""
         pairs = set(wanted)
         if self.overall is None:
             return (

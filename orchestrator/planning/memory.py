@@ -1,4 +1,4 @@
-"""How much memory an actor needs, and how many lanes fit into what the spec declares. Estimates; torch-free.
+"""Estimates of an actor's memory, and of the lanes that fit into the declared memory. Torch-free.
 
     need = estimate(shape, ROMEConfig(layer=5), edits=10, batch_size=1, score=ScoreConfig(), tokens=40)
     need.peak(lanes=8)                       # bytes: weights + 8 lanes + activations of one batch
@@ -24,7 +24,7 @@ MOST_LANES = 32
 """`lanes: auto` stops here: a batch this wide fills a device, and what fails or is resumed stays small."""
 
 CPU_MEMORY_GB = 4.0
-"""What `lanes: auto` counts on for a CPU actor that declares nothing (``engine.resources.memory_gb``)."""
+"""Memory that `lanes: auto` assumes for a CPU actor that declares nothing (``engine.resources.memory_gb``)."""
 
 USABLE = 0.9
 """Share of the declared memory that is planned for; the rest is the runtime's context and fragmentation."""
@@ -33,7 +33,7 @@ SCORED_TOKENS = 16
 """Positions of a sequence at which the head runs: those of the target."""
 
 TEMPLATE_TOKENS = 32
-"""What a context template puts in front of a prompt, at most, and the special tokens."""
+"""Tokens that a context template puts in front of a prompt at most, special tokens included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class MemoryEstimate:
     kept: int = 0
     shared: int = 0
     recorded: bool = False
-    """Whether steps are recorded, as on a GPU: a recording's activations stay while the edit is scored."""
+    """True if steps are recorded, as on a GPU: a recording's activations stay while the edit is scored."""
 
     def peak(self, lanes: int) -> int:
         """Weights + what lanes share + lanes x overlay + the activations of one batch: of an edit or of scoring, or both."""
@@ -97,5 +97,5 @@ def estimate(
 
 
 def lane_edits(rollback: Rollback, T: int, edits: int) -> int:
-    """How many edits a lane holds before it is rolled back."""
+    """Return the number of edits a lane holds before it is rolled back."""
     return T if rollback == "group" else edits

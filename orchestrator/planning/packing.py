@@ -49,7 +49,7 @@ class GroupRange:
         return self.stop - self.start
 
     def continued_by(self, other: GroupRange) -> bool:
-        """Whether ``other`` is the rest of a longer run that this one is the beginning of."""
+        """Return whether ``other`` continues this range."""
         return (
             (self.cells, self.riders, self.stop) == (other.cells, other.riders, other.start)
             and not self.also
@@ -80,7 +80,7 @@ class Chain:
 
 
 def groups_per_wave(width: int, seeds: int) -> int:
-    """How many groups of each of ``seeds`` cells one wave of at most ``width`` lanes holds."""
+    """Return the number of groups of each of ``seeds`` cells in one wave of at most ``width`` lanes."""
     return max(1, width // seeds)
 
 
@@ -112,7 +112,7 @@ class Waves:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work waves are: a function of the spec and the methods alone (see :mod:`orchestrator.planning.makespan`)."""
+    """Work of waves, a function of the spec and the methods alone (see :mod:`orchestrator.planning.makespan`)."""
 
     spec: SweepSpec
     cells: Sequence[Cell]

@@ -77,7 +77,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What the edits of one shard have taken so far."""
+    """Time that the edits of one shard have taken so far."""
 
     shard_id: str
     cells: tuple[str, ...]
@@ -87,7 +87,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a results folder already holds.
+    """Finished work in a results folder.
 
     ``done``: per cell the groups whose rows are complete in the table. ``begun``: manifests of shards that are not in
     the table yet. ``used``: ids of shards that may not be used again. ``spent``: time of shards in the table and under way.
@@ -167,7 +167,7 @@ class Plan:
         )
 
     def simulate(self, actors: int) -> Simulation:
-        """What is left, in launch order, on so many actors (artifacts and start-up not counted)."""
+        """Simulate the shards that are left, in launch order, on so many actors (artifacts and start-up not counted)."""
         return simulate([shard.seconds_left for shard in self.shards], actors)
 
     def cell_ids(self, shard: Shard) -> tuple[str, ...]:
@@ -379,7 +379,7 @@ class Planner:
 
     @_garbage_collection_off()
     def plan(self, progress: Progress, only: Collection[str] | None = None) -> Plan:
-        """What is left of the cells ``only`` (ids; None: of all). The others stay as they are."""
+        """Plan the rest of the cells ``only`` (ids; None: all cells). The others stay as they are."""
         grid, cells = self.grid, self.cells
         left_out = frozenset() if only is None else frozenset(c.cell_id for c in cells if c.cell_id not in only)
         effort = Effort(self.spec, cells, grid.variants, grid.costs, grid.widths)
@@ -445,7 +445,7 @@ def _gaps(taken: Collection[int] | None, groups: int) -> Iterator[tuple[int, int
 
 
 def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Iterator[Timing]:
-    """What the folder's shards took, as far as this plan knows their cells."""
+    """Times of the folder's shards whose cells are in this plan."""
     known = {cell.cell_id: cell for cell in cells}
     begun = {manifest.shard_id: manifest for manifest in progress.begun}
     for spent in progress.spent:
@@ -530,7 +530,7 @@ def _cut(
 
 
 def _composition(run: GroupRange, ids: Callable[[tuple[int, ...]], str]) -> str:
-    """What of a run enters its shard's id. ``ids``: those of cells, by their places in the plan."""
+    """The part of a range that enters its shard's id. ``ids``: those of cells, by their places in the plan."""
     ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
     return "^".join((ranges, *map(ids, run.riders)))
 

@@ -40,7 +40,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 class DatasetSpec(Frozen):
-    """Which requests are edited. Relative paths are relative to the spec file."""
+    """The requests that are edited. Relative paths are relative to the spec file."""
 
     kind: str = Field(
         description="tinyworld, zsre, counterfact, hallucination, temporal, wikibigedit, knowedit, mquake or jsonl"
@@ -60,7 +60,7 @@ class DatasetSpec(Frozen):
 
 
 class TrainingSpec(Frozen):
-    """Where methods that are trained before they edit (MEND, SERAC, MALMEN) learn; never on what the sweep edits."""
+    """Training data of methods that are trained before they edit (MEND, SERAC, MALMEN); never requests that the sweep edits."""
 
     kind: str | None = Field(
         None, description="as dataset.kind; null: the embedded world's own, or the train_path of a zsre dataset"
@@ -160,7 +160,7 @@ class MethodSpec(Frozen):
 
 
 class Resources(Frozen):
-    """What one actor reserves. Fractions of a GPU are allowed."""
+    """Resources that one actor reserves. Fractions of a GPU are allowed."""
 
     cpu: float = Field(1, gt=0)
     gpu: float = Field(0, ge=0)
@@ -168,7 +168,7 @@ class Resources(Frozen):
 
 
 class EngineSpec(Frozen):
-    """How the work is cut and run. Changes speed, never which cells there are."""
+    """Settings of cutting and running the work. They change speed, never the set of cells."""
 
     lanes: int | Literal["auto"] = Field(10, description="groups edited in lockstep; auto: what memory holds")
     lanes_across_seeds: bool = Field(
@@ -202,7 +202,7 @@ class EngineSpec(Frozen):
 
 
 class RaySpec(Frozen):
-    """Which Ray. Without an address a local one is started and shut down at the end."""
+    """The Ray cluster. Without an address a local one is started and shut down at the end."""
 
     address: str | None = None
     runtime_env: dict[str, Any] = Field(default_factory=dict)
@@ -276,7 +276,7 @@ class SweepSpec(Frozen):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether actors edit on a GPU, as far as the spec says: `device: auto` follows what an actor reserves."""
+        """True if actors edit on a GPU, as far as the spec says: `device: auto` follows what an actor reserves."""
         return self.model.device == "cuda" or (self.model.device == "auto" and self.engine.resources.gpu > 0)
 
     @model_validator(mode="after")

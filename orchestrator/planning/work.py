@@ -1,4 +1,4 @@
-"""What a worker is told: the common part of a plan, variants, cells and a shard's task.
+"""A worker's instructions: the common part of a plan, variants, cells and a shard's task.
 
 Actors import this module, never the planner.
 """
@@ -34,7 +34,7 @@ class Variant(Frozen):
 
 
 class Common(Frozen):
-    """What all shards of one plan share."""
+    """The part that all shards of one plan share."""
 
     sweep: str
     model: ModelConfig
@@ -56,7 +56,7 @@ class Common(Frozen):
 
 
 class Task(Frozen):
-    """What a shard's worker needs beside its job; stands in the manifest as JSON."""
+    """A shard's instructions beside its job; stands in the manifest as JSON."""
 
     common: Common
     variant: Variant

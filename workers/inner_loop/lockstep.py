@@ -1,4 +1,4 @@
-"""Which lanes of one edit call still move, and when to look.
+"""Bookkeeping of the lanes of one edit call: which ones still move, and which are left in the batch.
 
 >>> steps = Lockstep(lanes=8, device=base.device, pool=base.pool)
 >>> for step in range(25):                  # the loop itself: workers.inner_loop.descend
@@ -50,7 +50,7 @@ class Lockstep:
         self._step = 0
         self._pool = pool
         self._again = False
-        """Whether the present batch has made its first pass."""
+        """True once the present batch has made its first pass."""
         self._attached: Tensor | None = None
         """The losses of a pass that was not recorded, with their graph."""
         self._recorded: RecordedStep | None = None
@@ -100,12 +100,12 @@ class Lockstep:
         return None if self._every > 1 else [k for k, moves in enumerate(self._flags) if moves]
 
     def ended(self) -> bool:
-        """Whether every lane is known to stand still."""
+        """Return whether every lane is known to stand still."""
         return not any(self._flags)
 
     def halved(self) -> bool:
-        """Whether half of the lanes in the batch stand still, so that going on without them pays. Not before the first step:
-        lanes that never move have a first loss, too."""
+        """Return whether half of the lanes in the batch stand still, so that going on without them pays. Not
+        before the first step: lanes that never move have a first loss, too."""
         return self._step > 0 and len(self._flags) >= _WORTH_HALVING and 2 * sum(self._flags) <= len(self._flags)
 
     def compact(self) -> list[int]:

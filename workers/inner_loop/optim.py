@@ -28,8 +28,8 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 class Box:
-    """How far a parameter may go: ``bound`` at most from ``centre``, that of all lanes or (with a lane axis) of each. It may be
-    as narrow as a base weight."""
+    """Limit of a parameter's change: ``bound`` at most from ``centre``, that of all lanes or (with a lane
+    axis) of each. It may be as narrow as a base weight."""
 
     def __init__(self, centre: Tensor, bound: float) -> None:
         self.centre = centre

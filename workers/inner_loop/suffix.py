@@ -1,4 +1,4 @@
-"""What remains of a forward pass inside an edit's inner loop (DESIGN section 5, taken to its end).
+"""The part of a forward pass that an edit's inner loop has to repeat.
 
 >>> suffix = Suffix.capture(base, site, rows, reads)         # one forward; reads: (row, column) of each loss position
 >>> hidden_PD = suffix.hidden(site_output_BSO)               # every optimisation step, gradients flow
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 _COLUMN_AXIS: Mapping[str, int] = MappingProxyType(
     {"attention_mask": 2, "position_ids": 1, "position_embeddings": 1, "cache_position": 0}
 )
-"""Which axis of a layer's argument runs over the columns that are asked (the keys' axis of a mask stays whole)."""
+"""The axis of a layer's argument that runs over the columns that are asked (the keys' axis of a mask stays whole)."""
 
 _CACHES = ("past_key_values", "layer_past")
-"""What decoder layers call their key-value cache."""
+"""Names of the key-value cache among decoder layers' arguments."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Suffix:
     site: Site
     rows: Batch
     input_BSI: Tensor
-    """What enters the edited map."""
+    """Input of the edited map."""
     output_BSO: Tensor
-    """What the map answered at capture."""
+    """Output of the map at capture."""
     layer_BSD: Tensor
-    """What its whole layer gave."""
+    """Output of its whole layer."""
     row_P: Tensor
     column_P: Tensor
     first: int
@@ -283,7 +283,7 @@ def _prepare(
 
 
 def _causal(rows: Batch) -> Tensor:
-    """Which key each query may look at, (B, 1, S, S): what a missing mask stands for."""
+    """The causal mask that a missing mask stands for, (B, 1, S, S)."""
     real_BS = rows.attention_mask_BS.bool()
     size = real_BS.shape[1]
     triangle_SS = torch.ones(size, size, dtype=torch.bool, device=real_BS.device).tril()
@@ -291,7 +291,7 @@ def _causal(rows: Batch) -> Tensor:
 
 
 def _understood(name: str, value: Any) -> bool:
-    """Whether columns and rows of an argument can be cut: a tensor of a known name and shape, or no tensor at all."""
+    """Return whether columns and rows of an argument can be cut: a tensor of a known name and shape, or no tensor at all."""
     tensors = [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
     if not tensors:
         return True

@@ -1,4 +1,4 @@
-"""What an editing method is. One method, one file: its config, its mathematics, its citation.
+"""The interface of an editing method. One method, one file: its config, its mathematics, its citation.
 
 >>> editor = FT.prepare(base, FTConfig(layers=(3,)), inputs={})
 >>> overlay = editor.new_overlay(lanes=2)
@@ -210,7 +210,7 @@ def _without_added(model: Frozen, written: Mapping[str, JSON]) -> dict[str, JSON
 
 @dataclass(frozen=True)
 class LaneEdit:
-    """What one lane edits in one call: its requests (``batch_size`` of them) and the random numbers it may use."""
+    """One lane's part of one call: its requests (``batch_size`` of them) and the random numbers it may use."""
 
     requests: tuple[EditRequest, ...]
     streams: RandomStreams
@@ -220,7 +220,7 @@ class LaneEdit:
 
 @dataclass(frozen=True)
 class EditOutcome:
-    """How one lane's edit went. A loss that is not finite fails the lane (and only it)."""
+    """Result of one lane's edit. A loss that is not finite fails the lane (and only it)."""
 
     iterations: int
     loss: float | None
@@ -244,9 +244,9 @@ class Method(ABC, Generic[C, OverlayT]):
     """Raise when the numbers a given config produces change: it enters every cell id."""
     needs_pretraining: ClassVar[bool] = False
     batch_edits: ClassVar[bool] = False
-    """Whether several requests can be edited in one call."""
+    """True if several requests can be edited in one call."""
     whole_group: ClassVar[bool] = False
-    """Whether a call always edits all T requests of a group (then there is nothing between the first and the last)."""
+    """True if a call always edits all T requests of a group (then there is nothing between the first and the last)."""
     relative_cost: ClassVar[float] = 1.0
     """Rough seconds per edit relative to FT, for ordering shards before anything was measured."""
     Config: ClassVar[type[MethodConfig]]

@@ -109,7 +109,7 @@ class Deferral(Overlay):
         }
 
     def query_of(self, x_BSI: Tensor, rows: Batch) -> Tensor:
-        """What gate and map read of each row, (B, I)."""
+        """Input of gate and map for each row, (B, I)."""
         row_B = torch.arange(x_BSI.shape[0], device=x_BSI.device)
         if self.query == "prompt":
             return x_BSI[row_B, rows.prompt_end_B]

@@ -151,7 +151,7 @@ class FT(Method[FTConfig, DenseOverlay]):
         return Example(Encoded(prompt, len(prompt)), target, len(prompt) - 1, step=0)
 
     def _boxes(self, overlay: DenseOverlay) -> list[Box]:
-        """How far each trained map may go; empty without a constraint."""
+        """Limits of each trained map; empty without a constraint."""
         bound = self.config.norm_constraint
         if bound is None:
             return []

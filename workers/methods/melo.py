@@ -263,7 +263,7 @@ class BlockOverlay(Overlay):
             self.up[site.name] = [self._like.new_zeros(0, out, self.rank) for _ in range(lanes)]
 
     def blocks(self, lane: int) -> int:
-        """How many blocks a lane has."""
+        """Number of blocks of a lane."""
         return int(self.down[self.adapted[0].name][lane].shape[0])
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
@@ -437,7 +437,7 @@ class MELO(Method[MELOConfig, BlockOverlay]):
 
 
 def at_prompt_end(out_BSO: Tensor, rows: Batch) -> Tensor:
-    """What a map answers at each row's last prompt token, (B, O)."""
+    """Output of a map at each row's last prompt token, (B, O)."""
     return out_BSO[torch.arange(rows.size, device=out_BSO.device), rows.prompt_end_B]
 
 

@@ -167,7 +167,7 @@ class _AtLayer:
     row_P: Tensor
     column_P: Tensor
     values: list[Tensor]
-    """What the two maps answered at the bare prompt's lookup token, (N, O) each."""
+    """Outputs of the two maps at the bare prompt's lookup token, (N, O) each."""
 
     @classmethod
     def capture(cls, base: BaseModel, site: Site, batch: Facts, overlay: Overlay) -> Self:

@@ -198,7 +198,7 @@ class ROME(Method[ROMEConfig, LowRankOverlay]):
 _AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(
     {"enable_prompt_keys": False, "enable_random_prefix_keys": True, "original_implementation": False}
 )
-"""Which keys are averaged, as EasyEdit's files say it for R-ROME."""
+"""The keys that are averaged, in the words of EasyEdit's files for R-ROME."""
 
 
 class RROMEConfig(ROMEConfig):

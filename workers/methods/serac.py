@@ -311,7 +311,7 @@ class EditMemory(SitelessOverlay):
                 self.texts[lane], self.embeds_JD[lane] = self.texts[lane][-1:], self.embeds_JD[lane][-1:].clone()
 
     def view(self, text: str) -> str:
-        """What the classifier reads of an edit."""
+        """The text of an edit that the classifier reads."""
         if self.config.edit_view == "whole":
             return text
         return text.rsplit(" ", 1)[0] + (self.networks.classifier_tokenizer.sep_token or "")
@@ -436,7 +436,7 @@ class SERAC(Method[SERACConfig, EditMemory]):
 
 
 def _learnt(config: SERACConfig) -> dict[str, JSON]:
-    """What training depends on."""
+    """The settings that training depends on."""
     return config.model_dump(mode="json", include={"classifier", "counterfactual", "lr", "grad_clip"})
 
 

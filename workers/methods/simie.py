@@ -64,7 +64,7 @@ REMEMBERING = ("alphaedit",)
 """Those that keep more than the change between edits: they can only start from the pristine weights."""
 
 TOKENS_PER_EDIT = 32
-"""What memory estimates take as a request's length."""
+"""Length of a request in memory estimates."""
 
 
 class SimIEConfig(MethodConfig):

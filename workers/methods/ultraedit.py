@@ -294,7 +294,7 @@ class _Features:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one forward and backward gave."""
+    """Result of one forward and backward."""
 
     by_site: list[_Features]
     loss_L: Tensor

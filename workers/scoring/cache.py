@@ -89,7 +89,8 @@ class BaseAnswers(_OfBase[Reply]):
 
 @dataclass
 class Prefixes(_Recent[Prefix]):
-    """What enters the first layer an overlay can change: layers below an edit answer the same in every group, method and seed.
+    """Cache of the inputs of the first layer an overlay can change: layers below an edit answer the same in
+    every group, method and seed.
 
     ``budget`` is in bytes; 0 keeps nothing.
     """

@@ -87,7 +87,7 @@ class ScoreColumn:
         return "".join(parts)
 
     def held_by(self, scored: str) -> bool:
-        """Whether rows of this moment hold a value."""
+        """Return whether rows of this moment hold a value."""
         return scored in MOMENTS[self.score.when]
 
 
@@ -98,7 +98,7 @@ class Settings(Frozen):
 
     @property
     def on(self) -> bool:
-        """Whether the score is measured."""
+        """True if the score is measured."""
         return True
 
     def identity(self) -> dict[str, JSON]:
@@ -215,5 +215,5 @@ class GroupEndScore(_Declared):
     begin: Callable[[BaseModel, ScoreConfig, Any], Measure]
 
     def wanted_at(self, scored: str) -> bool:
-        """Whether rows of this moment hold one of its scores."""
+        """Return whether rows of this moment hold one of its scores."""
         return any(scored in MOMENTS[score.when] for score in self.scores)

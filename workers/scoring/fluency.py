@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class FluencyConfig(Settings):
-    """What is written after an edit prompt."""
+    """Settings of the continuations of edit prompts."""
 
     tokens: int = Field(
         0,

@@ -59,7 +59,7 @@ class EncodedProbe:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model says at the scored positions of one row, and one token beyond. ``confident``: the share of
+    """A model's answer at the scored positions of one row, and one token beyond. ``confident``: the share of
     scored tokens that get a probability above :data:`CONFIDENT`."""
 
     argmax: tuple[int, ...]
@@ -107,7 +107,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model says to one batch, row by row."""
+    """A model's reply to one batch, row by row."""
 
     answers: tuple[Answer, ...]
     texts: tuple[Text, ...]
@@ -116,7 +116,8 @@ class Reply:
 def items_of(
     job: StreamJob, tick: Tick, requests: Sequence[Sequence[EditRequest]], lanes: Mapping[int, Lane]
 ) -> list[Item]:
-    """What a tick scores of ``lanes``, by their number. ``requests``: per cell of the job, in the order of its seed."""
+    """List the requests that a tick scores of ``lanes``, by their number. ``requests``: per cell of the job,
+    in the order of its seed."""
     return [
         Item(i, requests[lane.cell][first_request(job, lane) + position])
         for i, lane in lanes.items()

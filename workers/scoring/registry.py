@@ -72,7 +72,7 @@ class Registry:
         return tuple(score.read(config) for score in self._all)
 
     def read(self, values: Mapping[str, Any]) -> ScoreConfig:
-        """What a spec says under ``scoring``, checked and completed with defaults.
+        """Read the section ``scoring`` of a spec, checked and completed with defaults.
 
         Raises :class:`pydantic.ValidationError` that names every key which is wrong, as the user wrote it.
         """

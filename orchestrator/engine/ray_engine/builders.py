@@ -18,7 +18,7 @@ from workers.artifacts.base import ArtifactSpec
 from workers.model.config import ModelConfig
 
 STOP_SECONDS = 60.0
-"""How long builders may take to save what they have."""
+"""Seconds that builders may take to save their state."""
 
 
 class _Builder:

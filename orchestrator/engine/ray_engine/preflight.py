@@ -29,7 +29,7 @@ class ClusterError(EditSweepError):
 
 @dataclass(frozen=True)
 class _Question:
-    """What every node is asked before the first shard."""
+    """The question that every node answers before the first shard."""
 
     root: str
     nonce: str
@@ -123,7 +123,7 @@ def check_nodes(books: Books) -> int:
 
 
 def _problems(answer: _Answer, nonce: str, mine: Mapping[str, str], fingerprint: str) -> Iterator[str]:
-    """What is wrong with one node's answer."""
+    """List the problems in one node's answer."""
     different = [
         f"{name} {answer.versions.get(name)} (here {version})"
         for name, version in mine.items()

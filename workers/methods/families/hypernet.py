@@ -72,7 +72,7 @@ def split_inner_params(names: Sequence[str], source: str) -> tuple[list[int], li
 
 
 class HypernetConfig(MethodConfig):
-    """Which maps are edited, and by networks of which size."""
+    """The maps that are edited, and the size of the networks that edit them."""
 
     layers: Layers = Field(min_length=1, description="decoder layers whose maps are edited")
     modules: tuple[str, ...] = Field((), description="linear maps inside each layer; none: the MLP's output projection")
@@ -94,7 +94,7 @@ class HypernetConfig(MethodConfig):
     @property
     @abstractmethod
     def blocks(self) -> int:
-        """How many blocks the network of one shape has."""
+        """Blocks of the network of one shape."""
 
     @property
     def first_layer(self) -> int:
@@ -192,10 +192,10 @@ class Questions:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a weight's gradient is made of, at every column of every row of a lane (N of them)."""
+    """The factors of a weight's gradient, at every column of every row of a lane (N of them)."""
 
     key_LNI: Tensor
-    """What entered the map."""
+    """Input of the map."""
     grad_LNO: Tensor
     """The gradient of the lane's loss by the map's answer."""
     kept_LN: Tensor
@@ -298,7 +298,7 @@ Scale = Mapping[str, Statistics]
 """The statistics of each shape of map."""
 
 Order = Literal["inside", "outside"]
-"""Whether scale and shift act inside the rectifier (MEND) or outside of it (MALMEN)."""
+"""True if scale and shift act inside the rectifier (MEND) or outside of it (MALMEN)."""
 
 
 class Block(nn.Module):

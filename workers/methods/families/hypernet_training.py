@@ -48,7 +48,7 @@ def _changed_at(answer: Callable[[Site, Pair, Tensor], Tensor], site: Site, pair
 
 @dataclass(frozen=True)
 class Objective:
-    """What the edited model is judged by: ``cedit * NLL of the new answers + cloc * KL(before || after) elsewhere``.
+    """Training loss of the edited model: ``cedit * NLL of the new answers + cloc * KL(before || after) elsewhere``.
 
     ``train_on``: which sentences ask for the new answer: one drawn from the request's prompt and its rephrases
     (``rephrase``, the papers' equivalence set), or always its prompt (``prompt``, EasyEdit's trainer).
@@ -119,7 +119,7 @@ class SingleEditTrainer(HypernetTrainer):
 
     @abstractmethod
     def lanes(self, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
-        """Which requests are edited together: each lane is one edit of the pristine model."""
+        """The requests that are edited together: each lane is one edit of the pristine model."""
 
     @abstractmethod
     def changes(self, factors: Sequence[Factors]) -> list[Pair]:
@@ -148,7 +148,7 @@ class SingleEditTrainer(HypernetTrainer):
 
 @dataclass(frozen=True)
 class Sentences:
-    """What some requests are judged by: a sentence each that asks for the new answer, and one about something else."""
+    """Sentences that some requests are judged by: one each that asks for the new answer, and one about something else."""
 
     asking: tuple[tuple[Encoded, tuple[int, ...]], ...]
     """With the answer's tokens."""

@@ -1,4 +1,4 @@
-"""What the locate-then-edit family shares (ROME, R-ROME, MEMIT, EMMET, PMET, AlphaEdit).
+"""Common part of the locate-then-edit family (ROME, R-ROME, MEMIT, EMMET, PMET, AlphaEdit).
 
 >>> facts = facts_of(base, edits, config, inputs)               # a lane may bring several requests
 >>> for part in chunked(facts, overlay.lanes):
@@ -133,7 +133,7 @@ def moment_spec(
 
 
 def moment_name(layer: int) -> str:
-    """What a method with several layers calls the second moment of one."""
+    """Name of one layer's second moment in a method with several layers."""
     return f"{MOMENT}.{layer}"
 
 
@@ -309,7 +309,7 @@ class Facts:
         return (*row_P, *self.kept_N), (*column_P, *self.kept_column_N)
 
     def at_lookup(self, tensor_BSX: Tensor) -> Tensor:
-        """What a captured tensor holds at each row's lookup token, (B, X)."""
+        """Values of a captured tensor at each row's lookup token, (B, X)."""
         return tensor_BSX[torch.arange(self.rows.size, device=self.lookup_B.device), self.lookup_B]
 
     def plain(self, tensor_BSX: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ class Facts:
         return sum_NX / self.contexts_N[:, None]
 
     def lookup_mask(self, first: int) -> Tensor:
-        """Whether a position is its row's lookup token, from column ``first`` on, (B, S, 1)."""
+        """Mask of each row's lookup token, from column ``first`` on, (B, S, 1)."""
         here_BS = F.one_hot(self.lookup_B, self.rows.input_ids_BS.shape[1]).bool()
         return here_BS[:, first:, None]
 
@@ -353,9 +353,9 @@ class AtMap:
     suffix: Suffix
     here_BS1: Tensor
     value_NO: Tensor
-    """What the map answered at the bare prompt's lookup token."""
+    """Output of the map at the bare prompt's lookup token."""
     layer_NO: Tensor
-    """What the whole layer gave there."""
+    """Output of the whole layer there."""
 
     @classmethod
     def capture(cls, base: BaseModel, site: Site, batch: Facts, overlay: Overlay) -> Self:
@@ -382,7 +382,7 @@ class AtMap:
 
 @dataclass(frozen=True)
 class Sated:
-    """What becomes of a fact whose target tokens are all the likeliest ones (PMET): in the next step its target's loss weighs
+    """Treatment of a fact whose target tokens are all the likeliest ones (PMET): in the next step its target's loss weighs
     ``less`` and not ``weight``, and it stops where the weighted KL term is ``kl`` at most."""
 
     weight: float
@@ -459,7 +459,7 @@ class _Problem(DivisibleProblem):
 
 @dataclass(frozen=True)
 class Found:
-    """What the search gives, per fact."""
+    """Result of the search, per fact."""
 
     deltas: list[Tensor]
     norms: list[Tensor]
@@ -511,7 +511,7 @@ def observe(
     modules: Sequence[nn.Module] = (),
     bare_share: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What the edited model, as it is now, has at the lookup tokens: the input of each site averaged over the contexts
+    """Values of the edited model, as it is now, at the lookup tokens: the input of each site averaged over the contexts
     (N, I), and the output of each module at the bare prompt (N, D). In the masters' precision.
 
     ``bare_share``: the bare prompt's share of the average, the templates have the rest; None: all contexts alike. Rows end at

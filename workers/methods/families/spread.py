@@ -240,5 +240,5 @@ class RidgeMethod(SpreadMethod[C, LowRankOverlay]):
 
     @classmethod
     def weighted(cls, config: C, moment_II: Tensor) -> Tensor:
-        """What is factorised, given the second moment in float64."""
+        """Return the matrix that is factorised, given the second moment in float64."""
         return moment_II

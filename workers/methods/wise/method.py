@@ -124,7 +124,7 @@ class WISE(Method[WISEConfig, SideMemories]):
 
     @property
     def _threads(self) -> int:
-        """How many masks are drawn at once: beside a GPU the processor has nothing better to do."""
+        """Masks that are drawn at once: beside a GPU the processor has nothing better to do."""
         return (os.cpu_count() or 1) if self.base.device.type == "cuda" else 1
 
     def _begin(self, overlay: SideMemories, lane: int, edit: LaneEdit) -> None:
@@ -165,7 +165,7 @@ class _Tokens:
 
     input_NI: Tensor
     output_NO: Tensor
-    """What enters the map and what it answers."""
+    """Input and output of the map."""
     ends: tuple[int, ...]
     """After which token each lane's end."""
     averaged_BS: Tensor

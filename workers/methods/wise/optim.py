@@ -55,7 +55,7 @@ class MaskedSGD(SGD):
 
     @staticmethod
     def in_one_pass(config: WISEConfig, compiled: Compiled) -> bool:
-        """Whether a compiled step can do what the configuration says."""
+        """Return whether a compiled step can do what the configuration says."""
         return compiled.updates and not config.deviations.public_decay and config.activation != "public"
 
     @torch.no_grad()
