@@ -169,8 +169,8 @@ class Bench:
         self.loop.edit(self.requests[0], self.draws(0, 0))
         expected = self.loop.delta()
         self.loop.restore()
-        if hasattr(overlay, "values_LKO"):
-            found = overlay.values_LKO[0, :1]
+        if hasattr(overlay, "values_LJO"):
+            found = overlay.values_LJO[0, :1]
         elif hasattr(overlay, "delta"):
             found = overlay.delta(0)
         elif hasattr(overlay, "delta_LOI"):

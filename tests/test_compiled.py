@@ -57,6 +57,7 @@ def edited(base: BaseModel, name: str) -> tuple[list[EditOutcome], Tensor]:
     return outcomes, overlay.delta_LOI
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in sorted(CONFIGS)), ("ft", torch.bfloat16), ("wise", torch.bfloat16)],
@@ -78,6 +79,7 @@ def test_compiled_steps_do_what_the_written_ones_do(name: str, dtype: torch.dtyp
     assert float(apart) < (1e-3 if dtype == torch.float32 else 0.5)  # Adam makes whole steps of the smallest gradients
 
 
+@pytest.mark.numeric
 def test_working_copies_go_on_where_half_of_the_lanes_have_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
     base = random_model("llama", torch.bfloat16)
     requests = [replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))]
@@ -126,6 +128,7 @@ def test_a_layer_that_an_overlay_answers_in_is_not_compiled() -> None:
         assert compiled.layer(base.layers[2]) is not base.layers[2]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["ft", "wise"])
 def test_where_the_compiler_fails_the_code_runs_as_it_is_written(name: str, caplog: pytest.LogCaptureFixture) -> None:
     def no_compiler(graph: object, inputs: object) -> object:

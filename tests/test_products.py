@@ -16,9 +16,12 @@ from workers.model.batch import Encoded, collate
 from workers.model.overlay import lane_linear, token_linear
 from workers.session import with_kernels
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch comes without oneDNN"
-)
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.skipif(
+        not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch comes without oneDNN"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)

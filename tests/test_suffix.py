@@ -21,7 +21,9 @@ from workers.model.base import BaseModel
 from workers.model.replay import capture, replay
 from workers.rng import RandomStreams
 
-IN_FLOAT32 = {"gptj": 1e-7}  # computes its rotation in float32
+pytestmark = pytest.mark.numeric
+
+IN_FLOAT32 = {"gptj": 1e-6}  # computes its rotation in float32, which differs by up to 2e-8
 
 
 def double(model_type: str) -> BaseModel:

@@ -53,19 +53,19 @@ def wide_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: 
     return linear(x_BSI.to(dtype), weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
 
 
-def lane_products(left_LMK: Tensor, right_LNK: Tensor) -> Tensor:
+def lane_products(left_LMI: Tensor, right_LNI: Tensor) -> Tensor:
     """``left right^T`` of every lane, (L, M, N). Not differentiable."""
-    if not _quick(left_LMK, left_LMK.shape[1], right_LNK.shape[1]):
-        return torch.bmm(left_LMK, right_LNK.transpose(1, 2))
-    return torch.stack([_product(left_MK, right_NK) for left_MK, right_NK in zip(left_LMK, right_LNK, strict=True)])
+    if not _quick(left_LMI, left_LMI.shape[1], right_LNI.shape[1]):
+        return torch.bmm(left_LMI, right_LNI.transpose(1, 2))
+    return torch.stack([_product(left_MI, right_NI) for left_MI, right_NI in zip(left_LMI, right_LNI, strict=True)])
 
 
-def product_into(out_MN: Tensor, left_MK: Tensor, right_NK: Tensor) -> None:
+def product_into(out_MN: Tensor, left_MI: Tensor, right_NI: Tensor) -> None:
     """``left right^T``, written to ``out``. Not differentiable."""
-    if _quick(left_MK, left_MK.shape[0], right_NK.shape[0]):
-        out_MN.copy_(_product(left_MK, right_NK))
+    if _quick(left_MI, left_MI.shape[0], right_NI.shape[0]):
+        out_MN.copy_(_product(left_MI, right_NI))
     else:
-        torch.mm(left_MK, right_NK.T, out=out_MN)
+        torch.mm(left_MI, right_NI.T, out=out_MN)
 
 
 class _QuickLinear(nn.Linear):
