@@ -31,8 +31,8 @@ QUESTION := SELECT method, T, round(avg(reliability_exact), 3) AS reliability, \
 PROGRESS := awk '/^Collecting/ { printf "      %s\n", $$2; fflush() } /^Installing collected/ { print "      unpacking ..."; fflush() }'
 INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-# Two test files at a time, each with one thread: what two cores are good for.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two test files (or test classes, where a file has them) at a time, each with one thread: what two cores are good for.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 .PHONY: help
 help: ## Show this list

@@ -17,6 +17,7 @@ import yaml
 
 import editsweep
 from tests.engine import RAW, ROOT, VOLATILE, Watch
+from tests.waiting import finished
 
 
 @pytest.fixture
@@ -40,10 +41,7 @@ def rows(folder: str | Path) -> list[dict[str, Any]]:
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=280
-    )
+    return finished([sys.executable, *arguments], cwd=folder, env=environment)
 
 
 def test_the_example_in_the_packages_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

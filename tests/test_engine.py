@@ -36,8 +36,8 @@ from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Missing, StoreError
 from orchestrator.storage.local import LocalStore
 from tests.engine import RAW, ROOT, TWELVE, Stop, Watch, placeless, rows, run, spec_of
-from tests.processes import Command
-from tests.waiting import PATIENCE_SECONDS, output_of, stop, wait_for
+from tests.processes import Command, Fork, fork
+from tests.waiting import PATIENCE_SECONDS, finished, output_of, stop, wait_for
 from workers.scoring import forward
 from workers.types import EditSweepError, SpecError
 
@@ -437,11 +437,9 @@ def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_driver_stopped_across_a_takeover_changes_nothing(
-    tmp_path: Path, home: dict[str, str], larger: list[dict[str, Any]]
-) -> None:
+def test_a_driver_stopped_across_a_takeover_changes_nothing(tmp_path: Path, larger: list[dict[str, Any]]) -> None:
     spec, folder = spec_file(tmp_path, **LARGER), tmp_path / "r"
-    process = launch(spec, folder, home, "--engine", "local")
+    process = launch_local(spec, folder)
     wait_for(lambda: committed(folder) >= 2, process)
     stop(process.pid)
     with pytest.MonkeyPatch.context() as patch:
@@ -486,7 +484,7 @@ def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continue
 
     # a lock cannot be released then, and the process that held it is this one
     monkeypatch.setattr(locking.Owner, "alive_here", lambda self: False)
-    finished = []
+    kept = []
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "_temporary", failing)
         patch.setattr(worker, "BACKOFF_SECONDS", 0.01)
@@ -499,14 +497,13 @@ def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continue
             state |= {"left": writes, "error": error}
             with pytest.raises(EditSweepError, match=rf"cannot write {tmp_path}.*{words}.*run the same command again"):
                 run(tmp_path / "r")
-            finished.append(len(rows(tmp_path / "r")))
-    assert finished == sorted(finished) and 0 == finished[0] < finished[-1] < len(reference)
+            kept.append(len(rows(tmp_path / "r")))
+    assert kept == sorted(kept) and 0 == kept[0] < kept[-1] < len(reference)
     assert run(tmp_path / "r").exit_code == 0
     assert rows(tmp_path / "r") == reference
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]], engine: str) -> None:
     """A small file system, which is made larger afterwards."""
@@ -517,9 +514,14 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
     )
     if mounted.returncode:
         pytest.skip("mounting a file system needs root")
+
+    def start() -> Command | Fork:
+        spec, folder = spec_file(tmp_path), disk / "r"
+        return launch_local(spec, folder) if engine == "local" else launch(spec, folder, home)
+
     try:
         (disk / "ballast").write_bytes(b"x" * (150 << 10))
-        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", engine)
+        process = start()
         text = output_of(process)
         assert process.returncode == 2, text
         assert "the disk is full; mend it and run the same command again" in text
@@ -527,13 +529,13 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
         kept = len(rows(disk / "r"))
         assert kept < len(reference)
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", engine)
+        process = start()
         text = output_of(process)
         assert process.returncode == 0, text
         assert rows(disk / "r") == reference
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert rows(disk / "r") == reference  # reading needs no writing
-        process = launch(spec_file(tmp_path), disk / "r", home, "--engine", engine)
+        process = start()
         text = output_of(process)
         assert process.returncode == 2, text
         assert "read-only" in text
@@ -557,6 +559,16 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def launch(spec: Path, folder: Path, home: dict[str, str], *more: str) -> Command:
     command = [sys.executable, "-m", "orchestrator.cli", "run", str(spec), "--results", str(folder), *more]
     return Command(command, home)
+
+
+def launch_local(spec: Path, folder: Path) -> Fork:
+    return fork(main, "run", str(spec), "--results", str(folder), "--engine", "local")
+
+
+def main(*arguments: str) -> None:
+    from orchestrator.cli import main as command_line
+
+    command_line.main(arguments)
 
 
 def spec_file(folder: Path, **changes: Any) -> Path:
@@ -753,8 +765,7 @@ config = tune.RunConfig(storage_path=sys.argv[1], failure_config=retried, callba
 tune.Tuner(Trial, run_config=config).fit()
 assert Told.causes == [full, full], Told.causes
 """
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    ran = subprocess.run(command, env=home, capture_output=True, text=True, check=False, timeout=280)
+    ran = finished([sys.executable, "-c", code, tmp_path], env=home)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 

@@ -120,7 +120,6 @@ def said_of(path: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> tup
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_mutated_specs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["editsweep", "plan"])
     rng = random.Random(0)

@@ -22,7 +22,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tests.waiting import finished
+from tests.waiting import PATIENCE_SECONDS, finished
 from workers.methods import REGISTRY, get_method, method_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,6 +205,14 @@ def test_ci_runs_its_stages_in_order_and_stops_at_a_failure(failing: str | None,
     assert log.read_text().split() == started
     times = re.findall(r"(?m)^(?:stage .*|total) +\d+:[0-5]\d(?:  (\w+))?$", ran.stdout)
     assert times == ["passed"] * (len(started) - (failing is not None)) + ["failed"] * (failing is not None) + [""]
+
+
+def test_no_test_has_a_clock_of_its_own() -> None:
+    """How long a test waits is said once, in tests/waiting.py, so that a busy machine only makes tests slower."""
+    clock = re.compile(r"\btimeout=\d|mark\.timeout|deadline=\d|\.(?:wait|join|communicate)\(\d|\.result\(\d")
+    said = {path for path in (ROOT / "tests").rglob("test_*.py") if clock.search(path.read_text(encoding="utf-8"))}
+    assert said - {Path(__file__).resolve()} == set()
+    assert PYPROJECT["tool"]["pytest"]["ini_options"]["timeout"] > PATIENCE_SECONDS
 
 
 # --- cluster.yaml --------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import boto3
 from botocore.awsrequest import AWSResponse
 from moto.server import ThreadedMotoServer
 
+from orchestrator.cli.main import main
 from orchestrator.results.journal import Journal
 from orchestrator.results.query import open_results
 from orchestrator.results.table import CentralTable
@@ -39,7 +39,7 @@ from tests.shards import (
     run_shard,
     undisturbed,
 )
-from tests.waiting import finished, output_of, wait_for
+from tests.waiting import output_of, wait_for
 from workers.types import EditSweepError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,8 +231,16 @@ def test_one_driver_at_a_time(store: S3Store) -> None:
         lock.check()
 
 
-def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return finished([sys.executable, "-m", "orchestrator.cli", *arguments], cwd=ROOT)
+def command_line(*arguments: str) -> None:
+    main(arguments)
+
+
+def call(code: int, *arguments: str) -> str:
+    """Run the command line to its end with exit code ``code``; all that it said."""
+    process = start(command_line, *arguments)
+    said = output_of(process)
+    assert process.returncode == code, said
+    return said
 
 
 @pytest.mark.slow
@@ -252,24 +260,19 @@ def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: 
         )
     )
     run = ["run", str(spec), "--engine", "local", "--results"]
-    local = run_cli(*run, str(tmp_path / "local"))
-    assert local.returncode == 0, local.stderr
+    call(0, *run, str(tmp_path / "local"))
     process = Command([sys.executable, "-m", "orchestrator.cli", *run, where], os.environ)
     journal = Journal(store)
     wait_for(lambda: any(store.list(f"parts/{shard}/0001") for shard in journal.shard_ids()), process)
     process.kill()
     output_of(process)
-    again = run_cli(*run, where)
-    assert again.returncode == 0, again.stderr
-    assert "taking over" in again.stderr
+    assert "taking over" in call(0, *run, where)
     here, there = open_results(str(tmp_path / "local")), open_results(where)
     assert comparable(here.table()) == comparable(there.table())
     monkeypatch.setattr("orchestrator.results.query._IN_MEMORY_BYTES", 0)
     assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [48]
-    status = json.loads(run_cli("status", where, "--json").stdout)
+    status = json.loads(call(0, "status", where, "--json"))
     assert (status["finished"], status["running"]) == (2, None)
-    assert "removed: 1 cells, 24 rows" in run_cli("forget", where, "--cells", "T=6", "--yes").stdout
+    assert "removed: 1 cells, 24 rows" in call(0, "forget", where, "--cells", "T=6", "--yes")
     assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [24]
-    missing = run_cli("status", "s3://lab/none/r")
-    assert missing.returncode == 2
-    assert "s3://lab/none/r is not a results folder" in missing.stderr
+    assert "s3://lab/none/r is not a results folder" in call(2, "status", "s3://lab/none/r")

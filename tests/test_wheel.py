@@ -13,11 +13,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Sequence
 from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import finished
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -36,7 +39,12 @@ SCORES = (
     'SELECT T, "group", position, scored, reliability_token, locality_token, target_logprob FROM edits ORDER BY ALL'
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
+
+
+def succeed(command: Sequence[str]) -> None:
+    ran = finished(command)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    subprocess.run(command, check=True, timeout=280)
+    succeed(command)
     (built,) = folder.glob(f"{PROJECT['name']}-{PROJECT['version']}-*.whl")
     return built
 
@@ -63,12 +71,12 @@ def binaries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     there, so an editable installation of editsweep stays outside.
     """
     venv = tmp_path_factory.mktemp("fresh") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=120)
+    succeed([sys.executable, "-m", "venv", "--without-pip", str(venv)])
     (packages,) = venv.glob("lib/python*/site-packages")
     libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "libraries.pth").write_text("\n".join(libraries) + "\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, timeout=120)
+    succeed([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)])
     return venv / "bin"
 
 
@@ -118,15 +126,7 @@ def test_a_wheel_runs_a_sweep_where_folders_bear_the_names_of_its_packages(
     environment = {key: value for key, value in home.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
     def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(binaries / program), *arguments],
-            cwd=outside,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=400,
-        )
+        return finished([binaries / program, *arguments], cwd=outside, env=environment)
 
     def scores(folder: str) -> list[dict[str, Any]]:
         asked = call("editsweep", "query", folder, SCORES, "--format", "json")
