@@ -652,7 +652,7 @@ def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str
     folder, mark = tmp_path / "r", tmp_path / "edits"
     environment = {**home, "EDITS_MARK": str(mark)}
     if presses == 2:
-        environment["TUNE_FORCE_TRIAL_CLEANUP_S"] = str(PATIENCE_SECONDS)  # the first would wait longer than the test
+        environment["TUNE_FORCE_TRIAL_CLEANUP_S"] = "600"  # the first would wait longer than the test
     process = launch(endless, folder, environment, "--max-actors", "1")
     wait_for(mark.exists, process)
     for press in range(presses):

@@ -127,7 +127,9 @@ def test_make_targets_exist() -> None:
         "setup",
         "demo",
         "test",
+        "test-numeric",
         "test-slow",
+        "test-long",
         "test-gpu",
         "bench",
         "chaos",
@@ -191,13 +193,13 @@ def test_a_failed_set_up_is_not_taken_for_done(tmp_path: Path) -> None:
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("failing", [None, "lint", "test", "test-slow", "chaos-short"])
+@pytest.mark.parametrize("failing", [None, "lint", "test", "test-numeric", "test-slow", "chaos-short"])
 def test_ci_runs_its_stages_in_order_and_stops_at_a_failure(failing: str | None, tmp_path: Path) -> None:
     log = tmp_path / "log"
     executable(tmp_path / "bin" / "make", f'#!/bin/sh\necho "$1" >> "{log}"\n[ "$1" != "{failing}" ]\n')
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     ran = finished([ROOT / ".ci" / "run"], env=environment)
-    stages = ["lint", "test", "test-slow", "chaos-short"]
+    stages = ["lint", "test", "test-numeric", "test-slow", "chaos-short"]
     started = stages if failing is None else stages[: stages.index(failing) + 1]
     assert (ran.returncode == 0) == (failing is None)
     assert log.read_text().split() == started

@@ -81,6 +81,7 @@ def test_rows_are_those_of_lanes_of_their_own(method: str) -> None:
         assert sorted_rows(whole[: done + 1] + again) == shared
 
 
+@pytest.mark.numeric
 def test_lanes_of_a_wave_may_serve_different_T() -> None:
     wave = (lane_of(0, 4, 2, 1), lane_of(1, 1), lane_of(2, 4))
     work = job_of("ft", {}, wave)

@@ -220,6 +220,7 @@ def test_generation_stops_after_the_object(model: Any, tokenizer: Any) -> None:
     assert made_BS[0, -1] == tokenizer.eos_token_id
 
 
+@pytest.mark.numeric
 def test_softening_keeps_what_the_model_computes(tokenizer: Any) -> None:
     recipe = tinyworld_build.Recipe(goal_nll=-1.0)  # out of reach, so the final norm stays (nearly) as it was
     with torch.random.fork_rng():
