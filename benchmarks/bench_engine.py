@@ -35,8 +35,9 @@ from orchestrator.engine.local import run_local
 from orchestrator.engine.ray_engine.run import run_ray
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.engine.worker import Bench, StepReport
-from orchestrator.planning.plan import Plan, Shard
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.planning.work import Shard
 from orchestrator.results.manifest import ShardManifest
 from orchestrator.results.query import open_results
 from orchestrator.storage.local import LocalStore

@@ -92,7 +92,7 @@ def measured(case: Case) -> dict[str, float]:
     import yaml
 
     from orchestrator.engine.worker import Bench
-    from orchestrator.planning.plan import Planner, Progress
+    from orchestrator.planning.plan import make_plan
     from orchestrator.planning.spec import parse_spec
     from workers import methods, stream
 
@@ -106,7 +106,7 @@ def measured(case: Case) -> dict[str, float]:
         "scoring": {"generated": False, **({"rows_per_batch": 1} if case.least else {})},
         "engine": {"lanes": case.lanes, "cache_bytes": 0},
     }
-    plan = Planner(parse_spec(yaml.safe_dump(raw), "bench_memory", Path("/"))).plan(Progress())
+    plan = make_plan(parse_spec(yaml.safe_dump(raw), "bench_memory", Path("/")))
     bench = Bench(case.root, "bench")
     if case.build:
         for artifact in plan.artifacts.values():

@@ -7,7 +7,7 @@ work, whichever is more; with LLaMA-2-7B's geometry without its weights, and the
 
 Five method variants, four T, and as many seeds as the number of cells asks for; N = 1000, so that ten thousand cells are
 ten million edits in tens of thousands of shards. Each size runs in a process of its own, whose peak memory is taken with
-and without the plan. Timed is :class:`orchestrator.planning.plan.Planner` with its ``plan`` of an empty results folder: reading
+and without the plan. Timed is :func:`orchestrator.planning.plan.make_plan` of an empty results folder: reading
 the data set, hashing the model, cells, shards, launch order. Importing torch is not (it does not grow).
 """
 
@@ -37,7 +37,7 @@ SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 
 def plan_once(cells: int) -> dict[str, float]:
     """Plan ``cells`` cells in this process."""
-    from orchestrator.planning.plan import Planner, Progress
+    from orchestrator.planning.plan import make_plan
     from orchestrator.planning.spec import parse_spec
     from workers import methods, stream
 
@@ -52,7 +52,7 @@ def plan_once(cells: int) -> dict[str, float]:
     spec = parse_spec(yaml.safe_dump(raw), "bench_plan", Path("/"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, busy = time.perf_counter(), time.process_time()
-    plan = Planner(spec).plan(Progress())
+    plan = make_plan(spec)
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert len(plan.cells) == cells
@@ -65,7 +65,7 @@ def makespan(actors: int) -> Simulation:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from orchestrator.planning.plan import Planner, Progress
+    from orchestrator.planning.plan import make_plan
     from orchestrator.planning.spec import parse_spec
 
     raw = yaml.safe_load((SWEEPS / "wise_table2.yaml").read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def makespan(actors: int) -> Simulation:
         LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # its defaults are LLaMA-2-7B's sizes
         save_file({"x": torch.zeros(1)}, Path(folder) / "model.safetensors")
         raw["model"]["name"] = folder
-        return Planner(parse_spec(yaml.safe_dump(raw), "bench_plan", Path("/"))).plan(Progress()).simulate(actors)
+        return make_plan(parse_spec(yaml.safe_dump(raw), "bench_plan", Path("/"))).simulate(actors)
 
 
 def in_own_process(cells: int) -> dict[str, float]:

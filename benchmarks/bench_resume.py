@@ -38,8 +38,9 @@ from bench_table import entry_of, random_rows, row_of
 from common import LOG, Report, clock, parser
 
 from orchestrator.engine.sweep import run_sweep
-from orchestrator.planning.plan import Plan, Shard
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.planning.work import Shard
 from orchestrator.results.columns import sort_rows
 from orchestrator.results.journal import Journal
 from orchestrator.results.manifest import ShardManifest

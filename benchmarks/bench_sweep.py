@@ -27,8 +27,9 @@ from orchestrator.engine.books import Outcome
 from orchestrator.engine.ray_engine.run import run_ray
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.engine.worker import StepReport
-from orchestrator.planning.plan import Plan, Planner, Progress, Shard
+from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.spec import SweepSpec, load_spec
+from orchestrator.planning.work import Shard
 from orchestrator.results.columns import VARYING, sort_rows
 from orchestrator.results.query import open_results
 from orchestrator.storage.local import LocalStore
@@ -100,7 +101,7 @@ def inside(folder: Path) -> float:
 
 def plain_seconds(spec: SweepSpec, sample: int) -> float:
     """What the field's loop takes for all cells of the sweep, on one core."""
-    plan = Planner(spec).plan(Progress())
+    plan = make_plan(spec)
     session = Session.open(spec.model)
     base = as_it_comes(session.base)
     requests = list(load_dataset("tune").requests)[:sample]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from orchestrator.engine.worker import StepReport
-    from orchestrator.planning.plan import Plan, Shard
+    from orchestrator.planning.plan import Plan
+    from orchestrator.planning.work import Shard
 
 log = logging.getLogger("editsweep")
 

@@ -13,8 +13,9 @@ from orchestrator.engine.books import Outcome, View
 from orchestrator.engine.local import run_local
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.engine.worker import StepReport
-from orchestrator.planning.plan import Plan, Shard
+from orchestrator.planning.plan import Plan
 from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.planning.work import Shard
 from orchestrator.results.query import open_results
 from orchestrator.storage.local import LocalStore
 from workers.model.config import EMBEDDED

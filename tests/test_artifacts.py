@@ -21,7 +21,8 @@ from orchestrator.cli.main import main
 from orchestrator.engine.local import run_local
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.engine.worker import Bench
-from orchestrator.planning.plan import Planner
+from orchestrator.planning.inputs import read_training
+from orchestrator.planning.plan import make_plan
 from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.results.artifact_store import ArtifactFailed, ArtifactStore
 from orchestrator.results.query import open_results
@@ -69,7 +70,7 @@ def spec_of(**changes: Any) -> SweepSpec:
 
 def artifact_of(**changes: Any) -> ArtifactSpec:
     """The trained networks that the sweep needs."""
-    (found,) = Planner(spec_of(**changes)).grid.artifacts.values()
+    (found,) = make_plan(spec_of(**changes)).artifacts.values()
     return found
 
 
@@ -326,12 +327,12 @@ def test_training_on_what_is_edited_is_refused_and_on_request_recorded(tmp_path:
         "training": {"kind": "jsonl", "path": str(path)},
     }
     with pytest.raises(SpecError) as refused:
-        Planner(spec_of(**changes))
+        make_plan(spec_of(**changes))
     text = str(refused.value)
     assert "2 of its 12 requests are edited by the sweep" in text
     for words in (edits[0].prompt, edits[0].case_id, "same prompt", "  a: ", "  b: ", edits[1].rephrases[0]):
         assert words in text
-    Planner(spec_of(**changes, methods=["ft"]))  # nothing is trained
+    make_plan(spec_of(**changes, methods=["ft"]))  # nothing is trained
     changes["training"]["allow_overlap"] = True
     run_sweep(spec_of(**changes), LocalStore(tmp_path / "r"), run_local, Watch())
     assert set(open_results(tmp_path / "r").table().column("training_overlap").to_pylist()) == {2}
@@ -386,7 +387,7 @@ def test_the_embedded_worlds_splits_share_nothing() -> None:
 )
 def test_bad_training_sections(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(EditSweepError) as refused:
-        Planner(spec_of(**changes))
+        make_plan(spec_of(**changes))
     assert words in str(refused.value)
 
 
@@ -399,13 +400,14 @@ def test_zsre_trains_on_its_training_file_and_other_sets_must_name_one(tmp_path:
         both[-1].write_text(json.dumps(rows))
     model = {"name": str(ROOT / "tests/golden/models/tiny-llama"), "device": "cpu"}
     dataset = {"kind": "zsre", "path": str(both[0]), "train_path": str(both[1]), "edits": 4}
-    planner = Planner(spec_of(model=model, dataset=dataset, training={}))
-    assert planner.grid.training is not None
-    source, requests = planner.grid.training
+    spec = spec_of(model=model, dataset=dataset, training={})
+    found = read_training(spec)
+    assert found is not None
+    source, requests = found
     assert source.path == str(both[1]) and [r.subject for r in requests] == list("EFGHI")
-    assert any("5 requests to train on" in note for note in planner.notes)
+    assert any("5 requests to train on" in note for note in make_plan(spec).notes)
     with pytest.raises(SpecError, match=r"training: required, because learner learns from data"):
-        Planner(spec_of(model=model, dataset={**dataset, "train_path": None}, training={}))
+        make_plan(spec_of(model=model, dataset={**dataset, "train_path": None}, training={}))
 
 
 # --- Ray -------------------------------------------------------------------------------------------------------------

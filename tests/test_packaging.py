@@ -380,6 +380,14 @@ RAY = "orchestrator/engine/ray_engine"
         ({"workers/rng.py": "import editsweep"}, {"the-interface-on-top"}),
         ({"orchestrator/cli/running.py": "def f():\n    from editsweep import run"}, {"the-interface-on-top"}),
         ({"editsweep/view.py": "import ray"}, {"ray-in-one-room"}),
+        ({f"{RAY}/trial.py": "import orchestrator.planning.plan"}, {"actors-do-not-plan"}),
+        (
+            {
+                "orchestrator/engine/worker.py": "import orchestrator.planning.inputs",
+                "orchestrator/planning/inputs.py": "def f():\n    import orchestrator.planning.packing",
+            },
+            {"actors-do-not-plan"},
+        ),
         ({"orchestrator/planning/plan.py": "from ray import tune"}, {"ray-in-one-room"}),
         ({"orchestrator/engine/local.py": "from ray import tune"}, {"ray-in-one-room"}),
         ({"orchestrator/results/table.py": "import transformers"}, {"reading-results-is-light"}),

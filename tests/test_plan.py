@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -18,12 +19,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.planning.inputs import read_inputs
 from orchestrator.planning.makespan import simulate
 from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, MOST_LANES, USABLE
 from orchestrator.planning.plan import Plan, Planner, Progress, Spent, make_plan
 from orchestrator.planning.spec import SweepSpec, load_spec, parse_spec
 from orchestrator.planning.work import Task
 from orchestrator.results.manifest import ShardManifest
+from workers.artifacts import stats
 from workers.data import load_dataset, requests_of
 from workers.data.tinyworld import assets_dir
 from workers.job import Lane
@@ -503,7 +506,7 @@ def test_wise_table_2_says_what_is_missing() -> None:
 
 
 def _planner(spec: SweepSpec) -> Planner:
-    return Planner(spec, tinyworld())
+    return Planner(read_inputs(spec, tinyworld()))
 
 
 def test_cell_ids_depend_on_what_decides_the_numbers(dataset: Dataset) -> None:
@@ -754,6 +757,63 @@ def test_a_plan_travels_between_processes(dataset: Dataset) -> None:
     copy = pickle.loads(pickle.dumps(plan))
     assert copy == plan
     assert copy.manifest(copy.shards[-1]) == plan.manifest(plan.shards[-1])
+    work = pickle.loads(pickle.dumps(plan.work))  # what goes to actors
+    assert [work.manifest(shard) for shard in work.shards] == list(map(plan.manifest, plan.shards))
+
+
+def everything_from_files(folder: Path) -> SweepSpec:
+    """A sweep whose model, data set, training data, hyperparameters, corpus and held-out text all lie in ``folder``."""
+    shutil.copytree(assets_dir(), folder / "model")
+    record = json.loads((ROOT / "tests/data/zsre_mend_eval_sample.json").read_text())[0]
+    for name, people in (("edit.json", "ABCD"), ("train.json", "EFGHI")):
+        rows = [{**record, "subject": s, "src": f"Who taught {s}?", "rephrase": f"{s}'s teacher?"} for s in people]
+        (folder / name).write_text(json.dumps(rows))
+    (folder / "ft.yaml").write_text("alg_name: FT\nlayers: [3]\nlr: 0.001\nnum_steps: 3\n")
+    for name in ("corpus.txt", "held_out.txt"):
+        (folder / name).write_text("Once there was a text. It had sentences.\n" * 20)
+    networks = {"method": "mend", "hparams": {"layers": [3], "lr_lr": 0.001}}
+    raw = {
+        "name": "files",
+        "model": {"name": "./model", "device": "cpu"},
+        "dataset": {"kind": "zsre", "path": "edit.json", "train_path": "train.json", "edits": 4},
+        "grid": {"T": [1, 4], "seeds": [0, 1]},
+        "methods": [
+            {"method": "ft", "hparams_file": "ft.yaml"},
+            {"method": "rome", "hparams": {"layer": 3, "corpus": str(folder / "corpus.txt")}},
+            {"method": "memit", "hparams": {"layers": [2, 3], "corpus": str(folder / "corpus.txt")}},
+            networks,
+        ],
+        "scoring": {"ability_text": "held_out.txt"},
+    }
+    return parse_spec(yaml.safe_dump(raw), "files.yaml", folder)
+
+
+def test_planning_reads_nothing_but_its_inputs(tmp_path: Path) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    spec = everything_from_files(folder)
+    before = make_plan(spec)
+    inputs = read_inputs(spec)
+    folder.rename(tmp_path / "gone")
+    with pytest.raises(EditSweepError):
+        read_inputs(spec)
+    plan = Planner(inputs).plan(Progress())
+    assert plan == before
+    assert {artifact.kind for artifact in plan.artifacts.values()} >= {"second_moment", "pretrained"}
+    assert any("5 requests to train on, 0 of them edited" in note for note in plan.notes)
+    assert [plan.manifest(shard) for shard in plan.shards] == [before.manifest(shard) for shard in before.shards]
+    # and the same inputs serve another plan
+    done = {cell.cell_id: set(range(cell.groups)) for cell in plan.cells}
+    assert Planner(inputs).plan(Progress(done=done)).shards == ()
+
+
+def test_a_corpus_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of methods, layers and seeds: the public one has gigabytes."""
+    read: list[str] = []
+    real = stats.corpus_fingerprint
+    monkeypatch.setattr(stats, "corpus_fingerprint", lambda corpus: (read.append(corpus), real(corpus))[1])
+    read_inputs(everything_from_files(tmp_path))
+    assert read == [str(tmp_path / "corpus.txt")]
 
 
 def test_artifacts_are_named_per_cell(dataset: Dataset) -> None:

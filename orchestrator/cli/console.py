@@ -21,7 +21,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from orchestrator.engine.books import Safety
     from orchestrator.engine.worker import StepReport
-    from orchestrator.planning.plan import Plan, Shard
+    from orchestrator.planning.plan import Plan
+    from orchestrator.planning.work import Shard
 
 PLAIN_SECONDS = 5.0
 """Seconds between two plain progress lines."""

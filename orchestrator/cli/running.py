@@ -40,6 +40,7 @@ def plan(
     """Show cells, shards, lanes, edits, memory and time; run nothing, write nothing."""
     from orchestrator.cli.console import begin_line
     from orchestrator.engine.folder import read_folder
+    from orchestrator.planning.inputs import read_inputs
     from orchestrator.planning.plan import Planner
     from orchestrator.planning.spec import default_results, naming
     from orchestrator.results.select import select
@@ -53,7 +54,7 @@ def plan(
     progress = read_folder(spec, store, retry_failed)
     there = store.exists(ResultsPaths().sweep)
     with naming(spec_file):
-        planner = Planner(spec)
+        planner = Planner(read_inputs(spec))
         made = planner.plan(progress, select(only, planner.described(), "--only") if only else None)
     out.say(f"sweep {spec.name}: {begin_line(made)}")
     rows: list[tuple[str, ...]] = []

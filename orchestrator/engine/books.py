@@ -10,7 +10,8 @@ from typing import Protocol
 
 from orchestrator.engine.causes import Cause
 from orchestrator.engine.worker import StepReport
-from orchestrator.planning.plan import Plan, Shard
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.work import Shard
 from orchestrator.results.artifact_store import ArtifactStore
 from orchestrator.results.journal import Journal
 from orchestrator.results.table import CentralTable

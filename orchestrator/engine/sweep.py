@@ -29,6 +29,7 @@ from orchestrator.engine.folder import (
     write_plan,
     write_run,
 )
+from orchestrator.planning.inputs import read_inputs
 from orchestrator.planning.plan import Plan, Planner
 from orchestrator.planning.spec import SweepSpec
 from orchestrator.results.journal import Journal
@@ -54,7 +55,7 @@ def engine_named(name: Literal["ray", "local"]) -> Engine:
 def plan_sweep(spec: SweepSpec, store: Store, only: Sequence[str] = (), retry_failed: bool = False) -> Plan:
     """Plan what :func:`run_sweep` would run. Writes nothing."""
     progress = read_folder(spec, store, retry_failed)
-    planner = Planner(spec)
+    planner = Planner(read_inputs(spec))
     return planner.plan(progress, select(only, planner.described(), "--only") if only else None)
 
 
@@ -74,7 +75,7 @@ def run_sweep(
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
-    planner = Planner(spec)  # everything that is wrong with the spec is said before anything is written
+    planner = Planner(read_inputs(spec))  # everything that is wrong with the spec is said before anything is written
     chosen = select(only, planner.described(), "--only") if only else None
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
@@ -128,7 +129,7 @@ def build_artifacts(
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
-    planner = Planner(spec)
+    planner = Planner(read_inputs(spec))
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
         enter_folder(spec, store, paths)

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from orchestrator.planning.inputs import read_training
+from orchestrator.planning.inputs import MethodInputs
 from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, USABLE, MemoryEstimate, estimate, lane_edits
 from orchestrator.planning.spec import MethodSpec, SweepSpec
 from orchestrator.planning.work import Cell, Common, Variant
 from workers.artifacts.base import ArtifactSpec
-from workers.model.config import ModelFingerprint, ModelShape
-from workers.types import JSON, EditRequest, SpecError
-
-if TYPE_CHECKING:
-    from workers.artifacts.pretrain import TrainingSource
-
+from workers.model.config import ModelShape
+from workers.types import JSON, SpecError
 
 SCHEMA = 1
 """Version of what enters a cell id. Raising it makes every result stale."""
 
 
 class Grid:
-    """Resolves the spec's methods and enumerates cells; collects artifacts, sizes and warnings."""
+    """Enumerates the cells of the spec's methods, whose settings are resolved; collects artifacts, sizes and warnings."""
 
     def __init__(
-        self, spec: SweepSpec, common: Common, fingerprint: ModelFingerprint, shape: ModelShape, tokens: int
+        self, spec: SweepSpec, common: Common, methods: Sequence[MethodInputs], shape: ModelShape, tokens: int
     ) -> None:
         self.spec = spec
         self.tokens = tokens
@@ -38,7 +33,6 @@ class Grid:
         self.artifacts: dict[str, ArtifactSpec] = {}
         self.keys: dict[tuple[int, int], tuple[tuple[str, str], ...]] = {}
         self.warnings: list[str] = []
-        self.training: tuple[TrainingSource, tuple[EditRequest, ...]] | None = None
         self._seeds: list[tuple[int, ...]] = []
         self._digests: dict[tuple[int, int], str] = {}
         shared = {
@@ -52,29 +46,15 @@ class Grid:
             "batch_size": common.batch_size,
             "rollback": common.rollback,
         }
-        for method in spec.methods:
-            self._resolve(method, shared, fingerprint, shape)
+        for method, found in zip(spec.methods, methods, strict=True):
+            self._resolve(method, found, shared, shape)
         self._check_batches()
 
-    def _resolve(
-        self, method: MethodSpec, shared: Mapping[str, JSON], fingerprint: ModelFingerprint, shape: ModelShape
-    ) -> None:
+    def _resolve(self, method: MethodSpec, found: MethodInputs, shared: Mapping[str, JSON], shape: ModelShape) -> None:
         # Importing the methods brings torch, which parsing a spec or reading a manifest does not need.
-        from workers.methods import get_method, load_config
-        from workers.methods.base import ArtifactContext
+        from workers.methods import get_method
 
-        try:
-            kind = get_method(method.method)
-            config = load_config(
-                method.method,
-                method.hparams,
-                method.hparams_file,
-                self.spec.model,
-                method.protocol or self.spec.protocol,
-            )
-            config.check(shape)
-        except SpecError as e:
-            raise SpecError(f"methods: {method.label}: {e}") from None
+        kind, config = get_method(method.method), found.config
         resolved = config.model_dump(mode="json")
         hparams_id = digest([method.method, kind.version, resolved])[:8]
         number = len(self.variants)
@@ -109,15 +89,17 @@ class Grid:
             )
             self.memory[number, T] = need
             self.widths[number, T] = self._lanes(method.label, T, need)
-        self._seeds.append(self._distinct_seeds(method.label, uses_seed=config.uses_seed))
+        seeds = tuple(found.artifacts)
+        self._seeds.append(seeds)
+        if len(seeds) < len(self.spec.grid.seeds):
+            self.warnings.append(
+                f"{method.label} draws nothing at random and the order is the file's, so seeds "
+                f"{', '.join(map(str, self.spec.grid.seeds))} are the same experiment; it runs once, as seed {seeds[0]}"
+            )
         body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
-        if kind.needs_pretraining and self.training is None:
-            self.training = read_training(self.spec)
-        source = self.training[0] if self.training is not None and kind.needs_pretraining else None
         if kind.whole_group:
             body["batch_size"] = None  # it is T, which every cell id has; what the grid says changes nothing
-        for seed in self._seeds[number]:
-            specs = config.artifacts(ArtifactContext(fingerprint, self.spec.model, seed, source))
+        for seed, specs in found.artifacts.items():
             keys = tuple((artifact.name, artifact.key) for artifact in specs)
             self.artifacts.update({key: artifact for (_, key), artifact in zip(keys, specs, strict=True)})
             self.keys[number, seed] = keys
@@ -166,16 +148,6 @@ class Grid:
                 f"and {1 - USABLE:.0%} are kept free; declare more, use a smaller dtype, or set engine.lanes: 1 to try"
             )
         return lanes
-
-    def _distinct_seeds(self, label: str, uses_seed: bool) -> tuple[int, ...]:
-        seeds = self.spec.grid.seeds
-        if uses_seed or self.spec.dataset.order == "shuffle" or len(seeds) == 1:
-            return seeds
-        self.warnings.append(
-            f"{label} draws nothing at random and the order is the file's, so seeds {', '.join(map(str, seeds))} are "
-            f"the same experiment; it runs once, as seed {seeds[0]}"
-        )
-        return seeds[:1]
 
     def cells(self) -> list[Cell]:
         n = self.spec.dataset.edits

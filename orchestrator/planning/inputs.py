@@ -1,8 +1,13 @@
-"""Data sets, training data and models as the planner reads them from disk."""
+"""Everything that planning reads from disk, read once; and facts about it that the planner asks for.
+
+inputs = read_inputs(spec)         # data set, model files, hyperparameter files, corpora, training data
+plan = Planner(inputs).plan(...)   # reads nothing
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.planning.memory import TEMPLATE_TOKENS
@@ -17,12 +22,14 @@ from workers.data import (
     order_requests,
 )
 from workers.job import ScoreConfig
-from workers.model.config import EMBEDDED
+from workers.model.config import EMBEDDED, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template
 from workers.scoring.registry import SCORES
 from workers.types import Dataset, EditRequest, SpecError
 
 if TYPE_CHECKING:
+    from workers.artifacts.base import ArtifactSpec
     from workers.artifacts.pretrain import TrainingSource
+    from workers.methods.base import MethodConfig
 
 
 OFFENDERS_SHOWN = 20
@@ -48,6 +55,88 @@ def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, .
     if dataset.kind == "zsre" and dataset.train_path is not None:  # other kinds take mere sentences from there
         return training_source(dataset.kind, dataset.train_path, shards, dataset.on_bad_record)
     return None
+
+
+@dataclass(frozen=True)
+class MethodInputs:
+    """One entry of the spec's ``methods`` with its hyperparameters resolved."""
+
+    config: MethodConfig
+    artifacts: Mapping[int, tuple[ArtifactSpec, ...]]
+    """What is built before its edits, for each seed that is an experiment of its own."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a plan depends on beside a results folder's contents."""
+
+    spec: SweepSpec
+    dataset: Dataset
+    fingerprint: ModelFingerprint
+    shape: ModelShape
+    methods: tuple[MethodInputs, ...]
+    """In the order of ``spec.methods``."""
+    trained_on: tuple[EditRequest, ...] | None = None
+    """The requests that networks learn from; None if no method trains any."""
+
+
+def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
+    """Read what a sweep names: each file once, and no weights into memory. ``dataset``: the spec's, where it was read before.
+
+    Raises :class:`SpecError`, ``DataError`` or ``ModelError`` if something is missing, unusable or smaller than asked for.
+    """
+    # Importing these brings torch, which a worker that reads a data set's file has not always loaded yet.
+    from workers.artifacts.stats import CorpusHashes
+    from workers.methods import get_method, load_config
+    from workers.methods.base import ArtifactContext
+    from workers.model.base import model_shape
+
+    data = dataset or load_spec_dataset(spec.dataset)
+    if spec.dataset.edits > len(data.requests):
+        raise SpecError(
+            f"dataset.edits: {spec.dataset.edits} edits asked for, but the data set {data.name!r} has "
+            f"{len(data.requests)}; the largest valid value is {len(data.requests)}"
+        )
+    fingerprint = fingerprint_model(spec.model)
+    if spec.chat_template and not has_chat_template(spec.model):
+        raise SpecError(
+            f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
+            "set chat_template: false, or give an instruct model"
+        )
+    SCORES.check(spec.scoring)
+    shape = model_shape(spec.model)
+    training: tuple[TrainingSource, tuple[EditRequest, ...]] | None = None
+    corpora = CorpusHashes()
+    methods = []
+    for method in spec.methods:
+        try:
+            kind = get_method(method.method)
+            config = load_config(
+                method.method,
+                method.hparams,
+                method.hparams_file,
+                spec.model,
+                method.protocol or spec.protocol,
+            )
+            config.check(shape)
+        except SpecError as e:
+            raise SpecError(f"methods: {method.label}: {e}") from None
+        if kind.needs_pretraining and training is None:
+            training = read_training(spec)
+        source = training[0] if training is not None and kind.needs_pretraining else None
+        contexts = {
+            seed: ArtifactContext(fingerprint, spec.model, seed, source, corpora)
+            for seed in distinct_seeds(spec, config.uses_seed)
+        }
+        artifacts = {seed: config.artifacts(context) for seed, context in contexts.items()}
+        methods.append(MethodInputs(config, artifacts))
+    return Inputs(spec, data, fingerprint, shape, tuple(methods), None if training is None else training[1])
+
+
+def distinct_seeds(spec: SweepSpec, uses_seed: bool) -> tuple[int, ...]:
+    """The grid's seeds; the first alone where nothing is drawn at random, neither by the method nor in the requests' order."""
+    several = uses_seed or spec.dataset.order == "shuffle"
+    return spec.grid.seeds if several else spec.grid.seeds[:1]
 
 
 def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:

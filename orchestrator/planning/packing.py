@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import TypeVar
 
 from orchestrator.planning.makespan import wave_work
 from orchestrator.planning.spec import SweepSpec
-from orchestrator.planning.work import Cell, Variant
+from orchestrator.planning.work import Cell, GroupRange, Variant, groups_per_wave
 from orchestrator.results.manifest import ShardManifest
 
 Member = TypeVar("Member")
@@ -18,43 +17,6 @@ Member = TypeVar("Member")
 
 UNKNOWN_ACTORS = 64
 """The number of actors that the work is shared among where the spec names none (``engine.max_actors``)."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRange:
-    """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one variant and T.
-
-    Its lanes may report to cells of other T as well, seeds in the same order. With rollback to ``riders``: per smaller T the
-    cells whose groups start at the same requests. Without it a run is one wave, and ``also`` holds the other cells' groups.
-    """
-
-    cells: tuple[int, ...]
-    start: int
-    stop: int
-    also: tuple[GroupRange, ...] = ()
-    riders: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def shares(self) -> tuple[GroupRange, ...]:
-        return (self, *self.also)
-
-    @property
-    def served(self) -> Iterator[tuple[int, ...]]:
-        """The cells of each T its lanes report to."""
-        yield from (share.cells for share in self.shares)
-        yield from self.riders
-
-    def __len__(self) -> int:
-        """Groups of each of its cells."""
-        return self.stop - self.start
-
-    def continued_by(self, other: GroupRange) -> bool:
-        """Return whether ``other`` continues this range."""
-        return (
-            (self.cells, self.riders, self.stop) == (other.cells, other.riders, other.start)
-            and not self.also
-            and not other.also
-        )
 
 
 Span = tuple[int, int, tuple[int, ...]]
@@ -77,26 +39,6 @@ class Chain:
         along = {sizes: tuple(self.riders[T] for T in sizes) for sizes in {sizes for *_, sizes in self.spans}}
         for start, stop, sizes in self.spans:
             yield GroupRange(self.cells, start, stop, self.also, along[sizes])
-
-
-def groups_per_wave(width: int, seeds: int) -> int:
-    """Return the number of groups of each of ``seeds`` cells in one wave of at most ``width`` lanes."""
-    return max(1, width // seeds)
-
-
-def split_chains(runs: Sequence[GroupRange]) -> Iterator[list[GroupRange]]:
-    """A shard's runs, those together whose waves go on from one to the next."""
-    for _, chain in groupby(runs, key=lambda run: run.cells):
-        yield list(chain)
-
-
-def split_waves(runs: Sequence[GroupRange], width: int) -> Iterator[list[tuple[GroupRange, int]]]:
-    """The waves of a shard's runs with at most ``width`` lanes: whole groups of all cells, each with the run it is of."""
-    for chain in split_chains(runs):
-        groups = [(run, group) for run in chain for group in range(run.start, run.stop)]
-        step = groups_per_wave(width, len(chain[0].cells))
-        for low in range(0, len(groups), step):
-            yield groups[low : low + step]
 
 
 @dataclass(frozen=True, slots=True)

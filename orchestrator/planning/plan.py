@@ -4,8 +4,9 @@
     for shard in plan.shards:               # longest first
         manifest = plan.manifest(shard)     # everything an actor needs, as JSON
 
-A plan is cheap: shards are kept as ranges of groups, hashes of common parts are taken once, and no weights are loaded.
-Only launching a shard writes its ranges out into a :class:`~workers.job.StreamJob`.
+A plan is a pure function of its inputs (:mod:`orchestrator.planning.inputs`) and of what a results folder holds. It is cheap:
+shards are kept as ranges of groups, and hashes of common parts are taken once. Only launching a shard writes its ranges out
+into a :class:`~workers.job.StreamJob`.
 
 Plans only ever grow: groups that are in the table, or that belong to a shard which has begun, are subtracted, and what
 is left is cut into new shards. So a shard's composition never changes, whatever happens to the spec in the meantime.
@@ -25,54 +26,22 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from orchestrator.planning.grid import Grid, digest
-from orchestrator.planning.inputs import count_overlap, dataset_notes, load_spec_dataset, longest_tokens
+from orchestrator.planning.inputs import Inputs, count_overlap, dataset_notes, longest_tokens, read_inputs
 from orchestrator.planning.makespan import Clock, Simulation, Timing, calibrate, simulate
 from orchestrator.planning.memory import MemoryEstimate
 from orchestrator.planning.packing import (
     Effort,
-    GroupRange,
     Ranges,
     collect_chains,
     lower_bound,
     pack,
-    split_waves,
 )
 from orchestrator.planning.spec import SweepSpec
-from orchestrator.planning.work import Cell, Common, Task, Variant, cell_columns
+from orchestrator.planning.work import Cell, Common, GroupRange, Shard, Task, Variant, Work, members
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts.base import ArtifactSpec
-from workers.job import Lane, Share, StreamCell, StreamJob
-from workers.model.base import model_shape
-from workers.model.config import fingerprint_model, has_chat_template
 from workers.scoring.registry import SCORES
-from workers.timeline import cut_steps, expected_rows
-from workers.types import JSON, Dataset, SpecError
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the journal.
-
-    ``T`` is the largest one it serves of those that the spec asks for.
-    ``width`` is how many lanes a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the
-    whole shard, of which the share ``committed`` is durable already.
-    """
-
-    shard_id: str
-    variant: int
-    T: int
-    runs: tuple[GroupRange, ...]
-    width: int
-    lanes: int
-    edits: int
-    cost: float
-    begun: bool = False
-    retry: int = 0
-    committed: float = 0.0
-
-    @property
-    def seconds_left(self) -> float:
-        return self.cost * (1 - self.committed)
+from workers.types import JSON, Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,134 +143,44 @@ class Plan:
         """The cells a shard serves."""
         if shard.begun:
             return tuple(cell.cell_id for cell in self.begun[shard.shard_id].job.cells)
-        return tuple(self.cells[i].cell_id for i in _members(shard))
+        return tuple(self.cells[i].cell_id for i in members(shard))
 
     def group_sizes(self, shard: Shard) -> tuple[int, ...]:
         """Every T a shard serves, ascending."""
         if shard.begun:
             job = self.begun[shard.shard_id].job
             return tuple(sorted({cell.T or job.T for cell in job.cells}))
-        return tuple(sorted({self.cells[i].T for i in _members(shard)}))
+        return tuple(sorted({self.cells[i].T for i in members(shard)}))
+
+    @property
+    def work(self) -> Work:
+        """What actors need of the plan."""
+        return Work(
+            common=self.common,
+            variants=self.variants,
+            cells=self.cells,
+            shards=self.shards,
+            artifacts=self.artifacts,
+            cell_artifacts=self.cell_artifacts,
+            begun=self.begun,
+            gpu_memory_gb=self.spec.engine.gpu_memory_gb if self.spec.on_gpu else None,
+        )
 
     def artifact_keys(self, shard: Shard) -> tuple[str, ...]:
         """The artifacts a shard needs, in the order its cells need them."""
-        if shard.begun:
-            return tuple(Task.of(self.begun[shard.shard_id]).artifact_specs())
-        seeds = dict.fromkeys(self.cells[i].seed for i in _members(shard))
-        return tuple(dict.fromkeys(key for seed in seeds for _, key in self.cell_artifacts[shard.variant, seed]))
+        return self.work.artifact_keys(shard)
 
     def manifest(self, shard: Shard) -> ShardManifest:
         """Write a shard's ranges out into the job its actor executes."""
-        if shard.begun:
-            return self.begun[shard.shard_id]
-        return expand(
-            self.common,
-            self.variants[shard.variant],
-            shard,
-            self.cells,
-            {self.cells[i].seed: self.cell_artifacts[shard.variant, self.cells[i].seed] for i in _members(shard)},
-            tuple(self.artifacts[key] for key in self.artifact_keys(shard)),
-            self.spec.engine.gpu_memory_gb if self.spec.on_gpu else None,
-        )
-
-
-def expand(
-    common: Common,
-    variant: Variant,
-    shard: Shard,
-    cells: Sequence[Cell],
-    names: Mapping[int, tuple[tuple[str, str], ...]],
-    artifacts: tuple[ArtifactSpec, ...],
-    gpu_memory_gb: float | None,
-) -> ShardManifest:
-    """The manifest of a new shard: a pure function of its composition. ``names``: per seed, name and key of artifacts."""
-    index = {cell: i for i, cell in enumerate(_members(shard))}
-    if common.rollback == "group":
-        waves = tuple(
-            tuple(
-                Lane(
-                    cell=index[cell],
-                    group=group,
-                    stop_group=group + 1,
-                    also=tuple(_ride(index, cells, riders[i], group * shard.T) for riders in run.riders),
-                )
-                for run, group in wave
-                for i, cell in enumerate(run.cells)
-            )
-            for wave in split_waves(shard.runs, shard.width)
-        )
-    else:
-        waves = tuple(
-            tuple(
-                Lane(
-                    cell=index[cell],
-                    group=run.start,
-                    stop_group=run.stop,
-                    also=tuple(
-                        Share(cell=index[other.cells[i]], group=other.start, stop_group=other.stop)
-                        for other in run.also
-                    ),
-                )
-                for i, cell in enumerate(run.cells)
-            )
-            for run in shard.runs
-        )
-    first = cells[next(iter(index))]  # all cells of a shard have one batch size: that of its variant and T
-    job = StreamJob(
-        method=variant.algorithm,
-        config=variant.config,
-        cells=tuple(
-            StreamCell(
-                cell_id=cells[c].cell_id,
-                seed=cells[c].seed,
-                T=None if cells[c].T == shard.T else cells[c].T,
-                artifacts=dict(names[cells[c].seed]),
-            )
-            for c in index
-        ),
-        T=shard.T,
-        batch_size=first.batch_size,
-        whole_group=variant.whole_group,
-        rollback=common.rollback,
-        waves=waves,
-        score=common.score,
-        chat_template=common.chat_template,
-    )
-    task = Task(
-        common=common,
-        variant=variant,
-        artifacts=artifacts,
-        edits=shard.edits,
-        expected_rows=expected_rows(job),
-        retry=shard.retry,
-        gpu_memory_gb=gpu_memory_gb,
-    )
-    return ShardManifest(
-        shard_id=shard.shard_id,
-        job=job,
-        bounds=cut_steps(job, common.step_edits),
-        columns={cells[c].cell_id: cell_columns(common, variant, cells[c]) for c in index},
-        task=task.model_dump(mode="json"),
-    )
-
-
-def _ride(index: Mapping[int, int], cells: Sequence[Cell], cell: int, first: int) -> Share:
-    """The group of ``cell`` that starts at request ``first``, as part of a job whose cells ``index`` numbers."""
-    group = first // cells[cell].T
-    return Share(cell=index[cell], group=group, stop_group=group + 1)
-
-
-def _members(shard: Shard) -> tuple[int, ...]:
-    """Numbers of the cells a new shard serves, in the order of its runs."""
-    return tuple(dict.fromkeys(cell for run in shard.runs for served in run.served for cell in served))
+        return self.work.manifest(shard)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
 def make_plan(spec: SweepSpec, progress: Progress | None = None, dataset: Dataset | None = None) -> Plan:
-    """Plan a sweep, leaving out what is done. Reads the data set and hashes the model's files; loads no weights."""
-    return Planner(spec, dataset).plan(progress or Progress())
+    """Read what a sweep's plan depends on (:func:`read_inputs`) and plan it, leaving out what is done."""
+    return Planner(read_inputs(spec, dataset)).plan(progress or Progress())
 
 
 @contextmanager
@@ -319,31 +198,21 @@ def _garbage_collection_off() -> Iterator[None]:
 class Planner:
     """Checks a spec against its data set, model and methods, and enumerates its cells; then plans as often as asked.
 
-    >>> planner = Planner(spec)                         # raises SpecError before anything is written  # doctest: +SKIP
+    >>> planner = Planner(read_inputs(spec))            # raises SpecError before anything is written  # doctest: +SKIP
     >>> plan = planner.plan(Progress())                                                                # doctest: +SKIP
+
+    Reads no file: the data set, the model's files and all others were read by :func:`~orchestrator.planning.inputs.read_inputs`.
     """
 
-    def __init__(self, spec: SweepSpec, dataset: Dataset | None = None) -> None:
-        data = dataset or load_spec_dataset(spec.dataset)
-        if spec.dataset.edits > len(data.requests):
-            raise SpecError(
-                f"dataset.edits: {spec.dataset.edits} edits asked for, but the data set {data.name!r} has "
-                f"{len(data.requests)}; the largest valid value is {len(data.requests)}"
-            )
-        fingerprint = fingerprint_model(spec.model)
-        if spec.chat_template and not has_chat_template(spec.model):
-            raise SpecError(
-                f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
-                "set chat_template: false, or give an instruct model"
-            )
-        SCORES.check(spec.scoring)
-        self.shape = model_shape(spec.model)
+    def __init__(self, inputs: Inputs) -> None:
+        spec, data = inputs.spec, inputs.dataset
+        self.shape = inputs.shape
         self.spec = spec
         self.common = Common(
             sweep=spec.name,
             model=spec.model,
-            model_fingerprint=fingerprint.model,
-            tokenizer_fingerprint=fingerprint.tokenizer,
+            model_fingerprint=inputs.fingerprint.model,
+            tokenizer_fingerprint=inputs.fingerprint.tokenizer,
             dataset=spec.dataset,
             dataset_name=data.name,
             dataset_fingerprint=data.fingerprint,
@@ -356,11 +225,11 @@ class Planner:
             step_edits=spec.engine.step_edits,
         )
         self.notes = dataset_notes(spec, data)
-        self.grid = Grid(spec, self.common, fingerprint, self.shape, longest_tokens(data, spec.scoring))
+        self.grid = Grid(spec, self.common, inputs.methods, self.shape, longest_tokens(data, spec.scoring))
         self.cells = self.grid.cells()
-        if self.grid.training is not None:
-            found = count_overlap(spec, data, self.grid.training[1])
-            self.notes += (f"{len(self.grid.training[1])} requests to train on, {found} of them edited by the sweep",)
+        if inputs.trained_on is not None:
+            found = count_overlap(spec, data, inputs.trained_on)
+            self.notes += (f"{len(inputs.trained_on)} requests to train on, {found} of them edited by the sweep",)
             if spec.training.allow_overlap:
                 self.common = self.common.model_copy(update={"training_overlap": found})
 

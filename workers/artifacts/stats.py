@@ -53,6 +53,14 @@ def corpus_fingerprint(corpus: str) -> str:
         raise DataError(f"corpus: {path}: {error.strerror or error}; give the path of a text or JSONL file") from None
 
 
+class CorpusHashes(dict[str, str]):
+    """Content hashes of corpora; each file is read when its hash is first asked for, and not again."""
+
+    def __missing__(self, corpus: str) -> str:
+        self[corpus] = corpus_fingerprint(corpus)
+        return self[corpus]
+
+
 def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how_much: str) -> str:
     """The corpus of a method's config, where null stands for the embedded model's own text and is for that model alone.
 
@@ -65,13 +73,13 @@ def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how
     return "embedded"
 
 
-def corpus_recipe(corpus: str) -> dict[str, JSON]:
+def corpus_recipe(corpus: str, hashes: CorpusHashes) -> dict[str, JSON]:
     """The part of an artifact's key that identifies a corpus: its content, not its place (the embedded one's
     name has been in it from the first). The path goes into :attr:`ArtifactSpec.where`."""
     written_as = corpus_format(corpus)
     return {
         **({"corpus": corpus} if corpus == "embedded" else {}),
-        "corpus_hash": corpus_fingerprint(corpus),
+        "corpus_hash": hashes[corpus],
         **({} if written_as == "text" else {"corpus_format": written_as}),
     }
 
@@ -85,6 +93,7 @@ def second_moment(
     layer: int,
     module: str | None,
     precision: Literal["float32", "float64"],
+    hashes: CorpusHashes | None = None,
 ) -> ArtifactSpec:
     """The statistics of one linear map's inputs over ``samples`` documents of ``corpus`` (a path, or ``embedded``)."""
     return ArtifactSpec(
@@ -94,7 +103,7 @@ def second_moment(
             "model": fingerprint.model,
             "tokenizer": fingerprint.tokenizer,
             "dtype": model.dtype,
-            **corpus_recipe(corpus),
+            **corpus_recipe(corpus, CorpusHashes() if hashes is None else hashes),
             "samples": samples,
             "layer": layer,
             "module": module,

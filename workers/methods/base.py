@@ -22,6 +22,7 @@ from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import Trainer, TrainingSource
+from workers.artifacts.stats import CorpusHashes
 from workers.methods.easyedit import COMMON_KEYS, IGNORED
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
@@ -49,6 +50,8 @@ class ArtifactContext:
     seed: int
     training: TrainingSource | None = None
     """The data that networks learn from, where a method has any."""
+    corpora: CorpusHashes = field(default_factory=CorpusHashes)
+    """Shared between contexts, so that a corpus is read once whatever the number of layers, seeds and methods."""
 
     @property
     def model_recipe(self) -> dict[str, JSON]:

@@ -78,7 +78,7 @@ class FTEWCConfig(MethodConfig):
                 kind=fisher.KIND,
                 recipe={
                     **context.model_recipe,
-                    **stats.corpus_recipe(corpus),
+                    **stats.corpus_recipe(corpus, context.corpora),
                     "samples": self.samples,
                     "layer": layer,
                     "module": self.module,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,39 +10,13 @@ import ray
 
 from orchestrator.engine.books import Books, artifact_title
 from orchestrator.engine.causes import Cause
-from orchestrator.engine.ray_engine.causes import TaskFailed, cause_of
-from orchestrator.engine.worker import Bench
+from orchestrator.engine.ray_engine.builder import Builder
+from orchestrator.engine.ray_engine.causes import cause_of
 from orchestrator.results.artifact_store import ArtifactFailed
 from workers.artifacts.base import ArtifactSpec
-from workers.model.config import ModelConfig
 
 STOP_SECONDS = 60.0
 """Seconds that builders may take to save their state."""
-
-
-class _Builder:
-    """An actor that builds artifacts with one loaded model; a second thread answers while it does."""
-
-    def __init__(self, root: str, run_id: str, save_seconds: float) -> None:
-        self.bench = Bench(root, run_id, save_seconds)
-        self.told: tuple[int, int, str] | None = None
-        self.stopped = threading.Event()
-
-    def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> None:
-        self.told = None
-        try:
-            self.bench.build(spec, model, threads, self._tell, self.stopped.is_set)
-        except Exception as error:
-            raise TaskFailed(Cause.of(error)) from error
-
-    def _tell(self, done: int, total: int, what: str) -> None:
-        self.told = (done, total, what)
-
-    def progress(self) -> tuple[int, int, str] | None:
-        return self.told
-
-    def stop(self) -> None:
-        self.stopped.set()
 
 
 @dataclass
@@ -75,7 +48,7 @@ def build_artifacts(books: Books, actors: int) -> None:
     if not missing:
         return
     engine, common = books.plan.spec.engine, books.plan.common
-    builder: Any = ray.remote(_Builder)
+    builder: Any = ray.remote(Builder)
     make = builder.options(
         num_cpus=engine.resources.cpu,
         num_gpus=engine.resources.gpu,

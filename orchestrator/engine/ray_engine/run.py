@@ -203,7 +203,7 @@ def _tune(books: Books, actors: int) -> None:
     plan = books.plan
     engine = plan.spec.engine
     trainable = tune.with_resources(
-        tune.with_parameters(ShardTrial, plan=plan, root=books.store.where(), run_id=books.run_id),
+        tune.with_parameters(ShardTrial, work=plan.work, root=books.store.where(), run_id=books.run_id),
         {"cpu": engine.resources.cpu, "gpu": engine.resources.gpu},
     )
     folder = tempfile.mkdtemp(prefix=f"editsweep-{books.run_id}-")  # Tune's own files, which are never read

@@ -15,18 +15,18 @@ from ray import tune
 from orchestrator.engine.causes import Cause
 from orchestrator.engine.ray_engine.causes import TaskFailed
 from orchestrator.engine.worker import Bench, StepReport, passing
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.work import Work
 
 
 class ShardTrial(tune.Trainable):
-    """``config["shard"]`` is an index into ``plan.shards``; plan, root and run_id come by ``tune.with_parameters``.
+    """``config["shard"]`` is an index into ``work.shards``; work, root and run_id come by ``tune.with_parameters``.
 
     What would only fail again ends the trial as done, with the cause in its result: Tune repeats every trial that raises.
     """
 
-    def setup(self, config: dict[str, Any], plan: Plan | None = None, root: str = "", run_id: str = "") -> None:
-        assert plan is not None
-        self._plan = plan
+    def setup(self, config: dict[str, Any], work: Work | None = None, root: str = "", run_id: str = "") -> None:
+        assert work is not None
+        self._work = work
         self._bench = Bench(root, run_id)
         self._begin(config)
 
@@ -35,13 +35,13 @@ class ShardTrial(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._shard = self._plan.shards[config["shard"]]
+        self._shard = self._work.shards[config["shard"]]
         self._steps: Iterator[StepReport] | None = None
 
     def step(self) -> dict[str, Any]:
         """Commit one step. The first call claims the shard and reports where it continues."""
         if self._steps is None:
-            self._steps = self._bench.run(self._plan.manifest(self._shard))
+            self._steps = self._bench.run(self._work.manifest(self._shard))
         try:
             report = next(self._steps, None)
         except Exception as error:

@@ -128,7 +128,15 @@ def moment_spec(
     how_much = f"a few thousand lines or more{otherwise}"
     corpus = stats.corpus_of(config.corpus, context.model, config.title, "second moment", how_much)
     return stats.second_moment(
-        name, context.fingerprint, context.model, corpus, config.samples, layer, module, config.precision
+        name,
+        context.fingerprint,
+        context.model,
+        corpus,
+        config.samples,
+        layer,
+        module,
+        config.precision,
+        context.corpora,
     )
 
 

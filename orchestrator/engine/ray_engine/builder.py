@@ -1,0 +1,36 @@
+"""The Ray side of building artifacts: an actor that knows nothing of the plan."""
+
+from __future__ import annotations
+
+import threading
+
+from orchestrator.engine.causes import Cause
+from orchestrator.engine.ray_engine.causes import TaskFailed
+from orchestrator.engine.worker import Bench
+from workers.artifacts.base import ArtifactSpec
+from workers.model.config import ModelConfig
+
+
+class Builder:
+    """An actor that builds artifacts with one loaded model; a second thread answers while it does."""
+
+    def __init__(self, root: str, run_id: str, save_seconds: float) -> None:
+        self.bench = Bench(root, run_id, save_seconds)
+        self.told: tuple[int, int, str] | None = None
+        self.stopped = threading.Event()
+
+    def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> None:
+        self.told = None
+        try:
+            self.bench.build(spec, model, threads, self._tell, self.stopped.is_set)
+        except Exception as error:
+            raise TaskFailed(Cause.of(error)) from error
+
+    def _tell(self, done: int, total: int, what: str) -> None:
+        self.told = (done, total, what)
+
+    def progress(self) -> tuple[int, int, str] | None:
+        return self.told
+
+    def stop(self) -> None:
+        self.stopped.set()
