@@ -76,12 +76,30 @@ demo: $(VENV)/.ready ## Run the demonstration sweep on this machine and ask it a
 .PHONY: test
 test: $(VENV)/.ready-test ## Run the tests (minutes)
 	@echo "==> Tests"
-	@$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow and not long and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.ready-test ## Run the slow tests: Ray, crashes, long sequences
 	@echo "==> Slow tests"
-	@$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+	@$(PYTEST) -m "slow and not long and not gpu" $(PYTEST_ARGS)
+
+# The instruction set with which numbers are compared a second time: avx2, or default for none beyond SSE.
+NUMERIC_ISA ?= avx2
+ONEDNN_avx2 := AVX2
+ONEDNN_default := SSE41
+
+# Products come from oneDNN, from PyTorch and from MKL, and each has a variable of its own. MKL_CBWR holds on every processor
+# (MKL_ENABLE_INSTRUCTIONS on Intel's alone).
+.PHONY: test-numeric
+test-numeric: $(VENV)/.ready-test ## Run the tests that compare numbers as on an older processor (minutes)
+	@echo "==> Numeric tests as on an older processor ($(NUMERIC_ISA))"
+	@ONEDNN_MAX_CPU_ISA=$(ONEDNN_$(NUMERIC_ISA)) ATEN_CPU_CAPABILITY=$(NUMERIC_ISA) MKL_CBWR=COMPATIBLE \
+		$(PYTEST) -m "numeric and not slow and not long and not gpu" $(PYTEST_ARGS)
+
+.PHONY: test-long
+test-long: $(VENV)/.ready-test ## Run parity tests on many rounded copies and with many seeds (minutes, not part of CI)
+	@echo "==> Long tests"
+	@$(PYTEST) -m "long and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.ready-test ## Run the tests that need a CUDA device

@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from workers.artifacts.base import ArtifactData
 from workers.data import load_dataset
 from workers.job import ScoreConfig
-from workers.kernels.compiled import Compiled
+from workers.kernels.bundle import Kernels
 from workers.kernels.process import fix_numerics
 from workers.methods import get_method, method_names
 from workers.methods.base import EditOutcome, LaneEdit, Method
@@ -49,6 +49,7 @@ from workers.model.overlay import Overlay
 from workers.rng import RandomStreams
 from workers.scoring.probes import Item
 from workers.scoring.score import score
+from workers.session import with_kernels
 from workers.types import EditRequest
 
 METHODS = ("wise", "grace", "ft", "rome", "memit")
@@ -130,7 +131,7 @@ class Work:
     @contextmanager
     def counted(self, base: BaseModel) -> Iterator[None]:
         """Inside, nothing is compiled or recorded, and every product of a linear map and of the head is noted."""
-        head, pool, compiled = base.logits, base.pool, base.compiled
+        head, kernels = base.logits, base.kernels
         maps = [m for layer in base.layers for m in layer.modules() if isinstance(m, nn.Linear)]
 
         def logits(hidden: Tensor) -> Tensor:
@@ -146,13 +147,13 @@ class Work:
         with ExitStack() as stack:
             for module in maps:
                 stack.callback(module.register_forward_pre_hook(note).remove)
-            base.pool, base.compiled = None, Compiled()
+            base.kernels = Kernels()
             base.logits = logits  # type: ignore[method-assign]
             try:
                 yield
             finally:
                 del base.logits
-                base.pool, base.compiled = pool, compiled
+                base.kernels = kernels
 
     def _product(self, module: nn.Module, x: Tensor) -> None:
         weight = module.get_parameter("weight")
@@ -236,7 +237,8 @@ def model_on(device: torch.device, geometry: dict[str, int], dtype: torch.dtype,
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         torch.set_default_dtype(before)
-    return BaseModel(model, embedded.tokenizer, ModelConfig(name="random", dtype="bfloat16", compile=compiled))
+    config = ModelConfig(name="random", dtype="bfloat16", compile=compiled)
+    return with_kernels(BaseModel(model, embedded.tokenizer, config))
 
 
 def templates_of(requests: Sequence[EditRequest], lengths: Sequence[tuple[int, int]]) -> ArtifactData:

@@ -36,6 +36,7 @@ from workers.methods.base import LaneEdit, Method
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig
 from workers.rng import RandomStreams
+from workers.session import with_kernels
 
 LAYER = {"ft": 3, "rome": 0, "grace": 4, "wise": 4}
 """Where each method edits: as in the recorded reference numbers of the embedded geometry."""
@@ -79,7 +80,7 @@ def model_of(size: Size, embedded: BaseModel) -> BaseModel:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    return BaseModel(model, embedded.tokenizer, ModelConfig(name="random", device="cpu"))
+    return with_kernels(BaseModel(model, embedded.tokenizer, ModelConfig(name="random", device="cpu")))
 
 
 def parameters(base: BaseModel) -> int:

@@ -26,7 +26,7 @@ from pathlib import Path
 from common import LOG, verdict
 
 HERE = Path(__file__).resolve().parent
-LAST = ("layers", "products", "memory", "resume")
+LAST = ("products", "memory", "resume")
 """Begin after all others, in this order, and only if it is likely that they end in time."""
 LEAST_MINUTES = 3.0
 """One of those is not begun with less than this left."""

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.engine import ROOT
+
+# no verdict of the clock: neither of an example's time nor of the time to draw one
+settings.register_profile("editsweep", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("editsweep")
 
 
 @pytest.fixture

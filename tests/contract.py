@@ -54,14 +54,28 @@ def same(a: LaneState, b: LaneState) -> bool:
     )
 
 
-def near(a: Any, b: Any, tolerance: float) -> bool:
-    """Equal JSON values, but for rounding in their floats."""
+LOGITS = frozenset({"min_margin", "target_logprob", "target_logprob_base", "loss", "first_loss"})
+"""Columns and details that are differences of logits: they have the rounding error of the logits, however small they are."""
+
+
+def near(a: Any, b: Any, tolerance: float, logits: float | None = None) -> bool:
+    """Return whether two JSON values are equal but for rounding in their floats.
+
+    ``tolerance`` is relative; ``logits`` is the absolute tolerance of what :data:`LOGITS` names (by default ten times
+    ``tolerance``: the logits of the small models are of size ten).
+    """
+    logits = 10 * tolerance if logits is None else logits
     if isinstance(a, float) and isinstance(b, float):
         return a == pytest.approx(b, rel=tolerance)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(near(a[key], b[key], tolerance) for key in a)
+        return a.keys() == b.keys() and all(
+            a[key] == pytest.approx(b[key], rel=0, abs=logits)
+            if key in LOGITS and isinstance(a[key], float) and isinstance(b[key], float)
+            else near(a[key], b[key], tolerance, logits)
+            for key in a
+        )
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(near(x, y, tolerance) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(near(x, y, tolerance, logits) for x, y in zip(a, b, strict=True))
     return bool(a == b)
 
 
@@ -173,6 +187,7 @@ class MethodContract:
             assert [timeless(r.rows) for r in rest] == [timeless(r.rows) for r in whole[at + 1 :]]
             assert rest and any(r.rows for r in rest)
 
+    @pytest.mark.numeric
     def test_scoring_leaves_the_state_alone_and_the_order_of_probes_does_not_matter(self, arch: str) -> None:
         base = self.model(arch, torch.float64)
         method, inputs = self.prepared(base)
@@ -199,6 +214,7 @@ class MethodContract:
             states.append(unpack_states(result.state)[0][0])
         assert bool(states[0].tensors) is (self.effect != "none") and same(*states)
 
+    @pytest.mark.numeric
     def test_lanes_do_not_depend_on_each_other(self, arch: str) -> None:
         base = self.model(arch, torch.float64)
         method, inputs = self.prepared(base)
@@ -237,7 +253,8 @@ class MethodContract:
         assert near(a.meta, b.meta, tolerance)
         for name, value in b.tensors.items():
             scale = self.change(method, name, value).norm().clamp_min(1e-12)
-            assert (a.tensors[name] - value).double().norm() / scale <= tolerance, name
+            error = float((a.tensors[name] - value).double().norm() / scale)
+            assert error == pytest.approx(0, abs=tolerance), name
 
     def change(self, method: Method[Any, Any], name: str, value: torch.Tensor) -> torch.Tensor:
         """What a tensor of the state changed against the pristine state: errors are relative to that."""
@@ -245,6 +262,7 @@ class MethodContract:
         site = next((s for s in start.sites if s.name == name), None)
         return value.double() - (0 if site is None else site.weight_OI.double())
 
+    @pytest.mark.numeric
     def test_a_lane_that_is_not_finite_fails_alone(self, arch: str) -> None:
         base = self.model(arch)
         _, inputs = self.prepared(base)
@@ -266,8 +284,9 @@ class MethodContract:
         expected = timeless([row for r in whole[2:] for row in r.rows if row["group"] != 1])
         assert near(rows, expected, 1e-5)  # the scoring batches are smaller, and their products may round differently
 
-    def test_batched_scoring_is_one_at_a_time_scoring(self, arch: str) -> None:
-        requests = [stretched(golden, i % 6) for i, golden in enumerate(golden_requests(200))]
+    @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.long)])
+    def test_batched_scoring_is_one_at_a_time_scoring(self, arch: str, count: int) -> None:
+        requests = [stretched(golden, i % 6) for i, golden in enumerate(golden_requests(count))]
         for dtype in (torch.float64, torch.float32):
             base = self.model(arch, dtype)
             method, inputs = self.prepared(base)
@@ -283,7 +302,7 @@ class MethodContract:
             names = [n for n in batched[0] if n.endswith(("_token", "_token_base")) and batched[0][n] is not None]
             differ = sum(a[n] != b[n] for a, b in zip(batched, single, strict=True) for n in names)
             assert len(names) >= 5
-            assert differ <= 0.001 * len(names) * len(items)
+            assert differ <= max(1, 0.001 * len(names) * len(items))
 
     def assert_logits_agree(self, base: BaseModel, overlay: Overlay, items: list[Item]) -> None:
         """Every logit of every real position, left-padded batch against the row alone."""

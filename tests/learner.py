@@ -2,9 +2,10 @@
 
     with registered(): ...                                  # the registry knows it as "learner"
     python -m tests.learner run spec.yaml --engine local    # the command line with it
-    python -m tests.learner build FOLDER SPEC               # one artifact, as an actor would; shows the steps it took
+    python -m tests.learner build FOLDER SPEC [BEAT SILENT] # one artifact, as an actor would; shows the steps it took
 
-LEARNER_PAUSE in the environment makes every step that many seconds longer.
+With LEARNER_HOLD=N:PATH in the environment, a training waits after its N-th step in this process until PATH exists
+(:func:`tests.waiting.hold`), so that a test can act at a place it knows.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tests.waiting import hold
 from workers import methods
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import Trainer, TrainingSchedule, pretrained
@@ -44,6 +47,7 @@ class Decoder(Trainer):
             for size, out in itertools.pairwise(sizes)
         ]
         self.optimizer = torch.optim.Adam(self.weights, lr=hparams["lr"])
+        self.steps_here = 0
 
     def logits(self, requests: Sequence[EditRequest]) -> Tensor:
         encoder = self.base.encoder
@@ -60,7 +64,10 @@ class Decoder(Trainer):
         return float((self.logits(requests).argmax(-1) == self.targets(requests)).float().mean())
 
     def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
-        time.sleep(float(os.environ.get("LEARNER_PAUSE", "0")))
+        number, _, marker = os.environ.get("LEARNER_HOLD", "").partition(":")
+        if marker and self.steps_here == int(number):
+            hold(Path(marker))
+        self.steps_here += 1
         logits_BV = self.logits(requests)
         logits_BV = logits_BV + 0.01 * torch.randn(logits_BV.shape, generator=generator)
         loss = nn.functional.cross_entropy(logits_BV, self.targets(requests))
@@ -123,9 +130,16 @@ def registered() -> Iterator[None]:
         methods.REGISTRY = before
 
 
-def build(folder: str, spec: str) -> None:
-    from orchestrator.engine.worker import Bench
+def build(folder: str, spec: str, beat_seconds: str = "5", silent_seconds: str = "30") -> None:
+    """Build an artifact; the last line of the output lists the steps that were taken.
 
+    ``beat_seconds`` are those of its own claim, ``silent_seconds`` make another's heartbeat count as stopped.
+    """
+    from orchestrator.engine.worker import Bench
+    from orchestrator.storage import lock
+
+    lock.acquire.__defaults__ = (None, float(beat_seconds), float(silent_seconds))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     steps: list[int] = []
     bench = Bench(folder, "run", save_seconds=0)
     bench.build(
@@ -134,14 +148,18 @@ def build(folder: str, spec: str) -> None:
         1,
         lambda done, total, what: steps.append(done),
     )
-    sys.stdout.write(json.dumps(steps))
+    sys.stdout.write(json.dumps(steps) + "\n")
 
 
-if __name__ == "__main__":
+def main(*arguments: str) -> None:
     register()
-    if sys.argv[1] == "build":
-        build(sys.argv[2], sys.argv[3])
+    if arguments[0] == "build":
+        build(*arguments[1:])
     else:
         from orchestrator.cli.main import main
 
-        main(sys.argv[1:])
+        main(arguments)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

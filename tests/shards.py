@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,11 @@ from orchestrator.results.manifest import ShardManifest
 from orchestrator.results.table import CentralTable
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.open import open_store
+from tests.waiting import hold
 from workers.job import Lane, Rollback, ScoreConfig, Share, StreamCell, StreamJob
 from workers.timeline import Tick, cut_steps, moments, timeline
 
 Row = dict[str, Any]
-
-
-def processes(own_environment: bool = False) -> Any:
-    """Starts processes quickly (imports done once) and cleanly (no threads of this process are copied).
-
-    Their environment is that of the first call, whichever test made it, unless ``own_environment`` gives them this
-    process's as it is now (slower: each imports everything again).
-    """
-    if own_environment:
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.shards", "pandas"])  # Arrow imports pandas on first use
-    return context
 
 
 def make_manifest(
@@ -208,21 +195,27 @@ def comparable(table: pa.Table) -> pa.Table:
 # -- what real processes do
 
 
-def run_shard(root: str, manifest: str) -> None:
-    """Resumes a shard and runs it to its end; made to be killed."""
+def run_shard(root: str, manifest: str, steps: int | None = None, marker: str = "") -> None:
+    """Resume a shard and run it to its end; made to be killed. After ``steps`` steps it is held at ``marker``."""
     shard = ShardManifest.model_validate_json(manifest)
     journal = Journal(open_store(root))
     journal.begin(shard)
-    commit_steps(journal.claim(shard.shard_id, "r1", {"host": "h"}))
+    attempt = journal.claim(shard.shard_id, "r1", {"host": "h"})
+    if steps is not None:
+        commit_steps(attempt, steps)
+        hold(Path(marker))
+    commit_steps(attempt)
 
 
-def gather_shards(root: str, shards: Sequence[Sequence[str]], barrier: Any = None) -> None:
-    """Gathers batch after batch."""
+def gather_shards(root: str, shards: Sequence[Sequence[str]], barrier: Any = None, permits: Any = None) -> None:
+    """Gather batch after batch; each takes one of ``permits``, a semaphore, if there is one."""
     store = open_store(root)
     table, journal = CentralTable(store), Journal(store)
     if barrier is not None:
         barrier.wait()
     for batch in shards:
+        if permits is not None:
+            permits.acquire()
         table.gather(journal, batch)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,25 @@ def golden_requests(count: int = 200) -> list[EditRequest]:
 
 
 def build_inputs(base: BaseModel, method: str, config: Any, seed: int = 0) -> dict[str, ArtifactData]:
-    """Really build what a method asks for, by name; what is pretrained learns from a few requests of the embedded world."""
+    """Really build what a method asks for, by name; what is pretrained learns from a few requests of the embedded world.
+
+    An artifact is built once in a process for each model with these weights, and kept as the bytes that a store would hold.
+    """
     training = training_source("tinyworld", shards=(16,))[0] if get_method(method).needs_pretraining else None
     specs = config.artifacts(ArtifactContext(ModelFingerprint("random", "golden"), base.config, seed, training))
-    return session_module.build_inputs(base, specs)
+    model = f"{model_hash(base)} {base.config.model_dump_json()}"
+    kept, found = _artifacts(), {}
+    for spec in specs:
+        if (model, spec.key) not in kept:
+            (built,) = session_module.build_inputs(base, [spec]).values()
+            kept[model, spec.key] = built.to_bytes()
+        found[spec.name] = ArtifactData.from_bytes(kept[model, spec.key])
+    return found
+
+
+@cache
+def _artifacts() -> dict[tuple[str, str], bytes]:
+    return {}
 
 
 def job(

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import platform
-import subprocess
+import resource
 import sys
 
 import pytest
+import torch
 
-_COUNT = """
-import resource, sys, torch
+from tests.processes import fork
+from tests.waiting import output_of
 from workers.kernels.process import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-def work():
+
+
+def _count(how: str) -> None:
+    if how == "kept":
+        keep_freed_memory()
+    _work()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    _work()
+    sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+
+
+def _work() -> None:
     for _ in range(5):
         torch.ones(10, 1 << 20).add(1).mul(2)  # three times 40 MiB
-work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
 
 
 def _faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", _COUNT, how], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return int(output_of(fork(_count, how)))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -31,8 +30,10 @@ from orchestrator.storage import lock as locking
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
 from tests import learner
-from tests.engine import Watch, wait_for
+from tests.engine import Watch
 from tests.learner import registered
+from tests.processes import Command, Fork, fork
+from tests.waiting import output_of, stop, wait_for
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.data import find_overlap, load_training, tinyworld
 from workers.model.config import EMBEDDED, ModelConfig
@@ -72,25 +73,22 @@ def artifact_of(**changes: Any) -> ArtifactSpec:
     return found
 
 
-def launch(*arguments: str, environment: dict[str, str] | None = None, pause: float = 0.05) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.learner", *arguments],
-        cwd=ROOT,
-        env={
-            **(environment or os.environ),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "LEARNER_PAUSE": str(pause),
-        },
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+def launch(*arguments: str, hold: str = "") -> Fork:
+    return fork(learner.main, *arguments, environment={"LEARNER_HOLD": hold} if hold else None)
+
+
+def launch_ray(*arguments: str, environment: dict[str, str], hold: str) -> Command:
+    more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LEARNER_HOLD": hold}
+    return Command([sys.executable, "-m", "tests.learner", *arguments], {**environment, **more})
 
 
 def progress_of(folder: Path) -> int:
     return max((found["done"] for found in ArtifactStore(LocalStore(folder)).unfinished()), default=0)
+
+
+def reached(marker: Path) -> bool:
+    """Whether a builder waits at the place where ``marker`` holds it."""
+    return Path(f"{marker}.reached").exists()
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -113,39 +111,42 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_killed_in_mid_training_and_run_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    path, folder = tmp_path / "e.yaml", tmp_path / "r"
+    path, folder, marker = tmp_path / "e.yaml", tmp_path / "r", tmp_path / "go"
     path.write_text(yaml.safe_dump(RAW))
     command = ("run", str(path), "--results", str(folder), "--engine", "local")
-    process = launch(*command)
-    wait_for(lambda: progress_of(folder) >= STEPS // 2, process)
+    process = launch(*command, hold=f"{STEPS // 2}:{marker}")
+    wait_for(lambda: reached(marker), process)
     process.kill()
-    process.communicate()
-    reached = progress_of(folder)
+    output_of(process)
+    saved = progress_of(folder)
+    assert 0 < saved <= STEPS // 2  # it does not save faster than it works
     assert not files(folder)  # a half-built one is nowhere to be found
     (unfinished,) = read_status(folder)["artifacts"]
-    assert (unfinished["kind"], unfinished["done"], unfinished["total"]) == ("training", reached, STEPS)
+    assert (unfinished["kind"], unfinished["done"], unfinished["total"]) == ("training", saved, STEPS)
     watch = Watch()
     assert run_sweep(spec_of(), LocalStore(folder), run_local, watch).exit_code == 0
-    assert watch.artifact_steps[0][1] == reached + 1
+    assert watch.artifact_steps[0][1] == saved + 1
     assert files(folder) == undisturbed
     assert not list(folder.glob("artifacts/unfinished/*"))
 
 
 def test_ctrl_c_saves_and_leaves(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    path, folder = tmp_path / "e.yaml", tmp_path / "r"
+    path, folder, marker = tmp_path / "e.yaml", tmp_path / "r", tmp_path / "go"
     # nothing is saved but for Ctrl-C
     path.write_text(yaml.safe_dump({**RAW, "engine": {"checkpoint_seconds": 1000}}))
     command = ("artifacts", str(path), "--results", str(folder), "--engine", "local")
-    process = launch(*command)
-    wait_for(lambda: list(folder.glob("artifacts/unfinished/*/claim/*.json")), process)
-    time.sleep(1.5)
+    process = launch(*command, hold=f"7:{marker}")
+    wait_for(lambda: reached(marker), process)
+    assert progress_of(folder) == 0
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    wait_for(lambda: "stopping: " in process.said(), process)
+    marker.touch()
+    text = output_of(process)
     assert process.returncode == 130, text
-    assert 0 < progress_of(folder) < STEPS
+    assert progress_of(folder) == 8  # the step at hand was finished
     assert "not begun" in text and "unfinished, " in text
     process = launch(*command)
-    text, _ = process.communicate(timeout=60)
+    text = output_of(process)
     assert process.returncode == 0, text
     assert text.count(" built") >= 3
     assert files(folder) == undisturbed
@@ -190,25 +191,34 @@ def test_a_new_data_shard_continues_from_the_networks_there_are(tmp_path: Path, 
 # --- one builder -----------------------------------------------------------------------------------------------------
 
 
+def steps_of(process: Fork) -> list[int]:
+    """The steps that a builder took, told in its last line."""
+    text = output_of(process)
+    assert process.returncode == 0, text
+    found: list[int] = json.loads(text.splitlines()[-1])
+    return found
+
+
 def test_two_processes_that_need_one_artifact_build_it_once(tmp_path: Path) -> None:
-    wanted = artifact_of().needs[0].needs[0].model_dump_json()
-    both = [launch("build", str(tmp_path), wanted) for _ in range(2)]
-    told = [json.loads(process.communicate(timeout=120)[0]) for process in both]
-    assert sorted(told) == [[], list(range(1, STEPS + 1))]
+    wanted, marker = artifact_of().needs[0].needs[0].model_dump_json(), tmp_path / "go"
+    first = launch("build", str(tmp_path), wanted, hold=f"{STEPS // 2}:{marker}")
+    wait_for(lambda: reached(marker), first)
+    second = launch("build", str(tmp_path), wanted)
+    third = launch("build", str(tmp_path), wanted)
+    marker.touch()
+    assert [steps_of(process) for process in (first, second, third)] == [list(range(1, STEPS + 1)), [], []]
 
 
 def test_a_dead_builder_is_succeeded(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    wanted = artifact_of().needs[0].needs[0]
-    first = launch("build", str(tmp_path), wanted.model_dump_json())
-    wait_for(lambda: progress_of(tmp_path) >= 5, first)
-    second = launch("build", str(tmp_path), wanted.model_dump_json())
-    os.kill(first.pid, signal.SIGSTOP)  # does not answer, yet lives: it is waited for
-    time.sleep(4)
-    assert second.poll() is None and not files(tmp_path)
-    reached = progress_of(tmp_path)
+    wanted, marker = artifact_of().needs[0].needs[0], tmp_path / "go"
+    first = launch("build", str(tmp_path), wanted.model_dump_json(), hold=f"5:{marker}")
+    wait_for(lambda: reached(marker), first)
+    progress = progress_of(tmp_path)
+    stop(first.pid)  # does not answer, yet lives: it is waited for
+    second = launch("build", str(tmp_path), wanted.model_dump_json(), "5", "3")
+    wait_for(lambda: "watching its heartbeat" in second.said(), second)
     first.kill()
-    steps = json.loads(second.communicate(timeout=120)[0])
-    assert steps == list(range(reached + 1, STEPS + 1))
+    assert steps_of(second) == list(range(progress + 1, STEPS + 1))
     assert files(tmp_path)[f"{wanted.key}.safetensors"] == undisturbed[f"{wanted.key}.safetensors"]
 
 
@@ -216,19 +226,21 @@ def test_a_builder_stopped_while_its_successor_builds_changes_nothing(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     """It wakes up when its successor has finished and taken every claim away: it must not take that for its own."""
-    wanted = artifact_of().needs[0].needs[0]
-    first = launch("build", str(tmp_path), wanted.model_dump_json())
-    wait_for(lambda: progress_of(tmp_path) >= 5, first)
-    os.kill(first.pid, signal.SIGSTOP)
+    wanted, marker, beat = artifact_of().needs[0].needs[0], tmp_path / "go", 0.2
+    first = launch("build", str(tmp_path), wanted.model_dump_json(), str(beat), hold=f"5:{marker}")
+    wait_for(lambda: reached(marker), first)
+    stop(first.pid)
     stopped = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 2.0))
+        patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 0.5))
         Bench(str(tmp_path), "run", save_seconds=0).build(wanted, ModelConfig(device="cpu"), 1)
-    time.sleep(max(0.0, stopped + locking.BEAT_SECONDS + 1 - time.monotonic()))
     assert not list(tmp_path.glob("artifacts/unfinished/*"))
-    os.kill(first.pid, signal.SIGCONT)
-    steps = json.loads(first.communicate(timeout=120)[0])
-    assert first.returncode == 0 and steps[-1] < STEPS  # it stops at once and uses what is there
+    wait_for(
+        lambda: time.monotonic() > stopped + 3 * beat
+    )  # so long that it looks at its claim before it does anything
+    marker.touch()
+    first.send_signal(signal.SIGCONT)
+    assert steps_of(first) == [1, 2, 3, 4, 5, 6]  # it stops at once and uses what is there
     assert not list(tmp_path.glob("artifacts/unfinished/*"))
     assert files(tmp_path)[f"{wanted.key}.safetensors"] == undisturbed[f"{wanted.key}.safetensors"]
 
@@ -400,32 +412,32 @@ def test_zsre_trains_on_its_training_file_and_other_sets_must_name_one(tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_ray_trains_once_and_survives_a_killed_builder(
     tmp_path: Path,
     home: dict[str, str],
     undisturbed: dict[str, bytes],
 ) -> None:
-    path, folder = tmp_path / "e.yaml", tmp_path / "r"
+    path, folder, first, second = tmp_path / "e.yaml", tmp_path / "r", tmp_path / "first", tmp_path / "second"
     setup = {"runtime_env": {"worker_process_setup_hook": "tests.learner.register"}}
     path.write_text(yaml.safe_dump({**RAW, "ray": setup}))
     command = ("run", str(path), "--results", str(folder), "--max-actors", "2")
-    process = launch(*command, environment=home)
-    wait_for(lambda: progress_of(folder) >= 3, process)
+    process = launch_ray(*command, environment=home, hold=f"3:{first}")
+    wait_for(lambda: reached(first), process)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=120)
+    wait_for(lambda: "are being saved" in process.said(), process)
+    first.touch()
+    text = output_of(process)
     assert process.returncode == 130, text
-    assert "are being saved" in text
-    stopped = progress_of(folder)
-    assert 3 <= stopped < STEPS
-    process = launch(*command, environment=home, pause=0.2)
-
-    def builder() -> int | None:
-        claims = list(folder.glob("artifacts/unfinished/*/claim/*.json"))
-        return int(json.loads(claims[0].read_text())["pid"]) if claims and progress_of(folder) > stopped else None
-
-    os.kill(wait_for(builder, process), signal.SIGKILL)
-    text, _ = process.communicate(timeout=240)
+    before = progress_of(folder)
+    assert 3 <= before < STEPS
+    process = launch_ray(*command, environment=home, hold=f"4:{second}")
+    wait_for(lambda: reached(second), process)
+    assert before < progress_of(folder) <= before + 4
+    (claim,) = folder.glob("artifacts/unfinished/*/claim/*.json")
+    builder = int(json.loads(claim.read_text())["pid"])
+    second.touch()
+    os.kill(builder, signal.SIGKILL)
+    text = output_of(process)
     assert process.returncode == 0, text
     assert text.count("built: ") == 3 and "failed" not in text.replace("0 failed", "")
     assert "building training" in text

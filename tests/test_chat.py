@@ -153,6 +153,7 @@ def test_a_chat_is_answered_greedily() -> None:
     assert all(s["reliability_exact"] == 1 for s in score(base, None, [Item(0, r) for r in asked], ScoreConfig()))
 
 
+@pytest.mark.numeric
 def test_a_stream_uses_the_template(tmp_path: Path) -> None:
     base = random_model("llama")
     work = job("ft", METHODS["ft"], 1, [[0]]).model_copy(update={"chat_template": True})
@@ -161,9 +162,9 @@ def test_a_stream_uses_the_template(tmp_path: Path) -> None:
     base.tokenizer.chat_template = TEMPLATE
     rows = [row for step in Stream(session(base), work, [[REQUEST]], {}).run([1]) for row in step.rows]
     untouched = score(chatty("llama"), None, [Item(0, REQUEST)], ScoreConfig())[0]
-    assert rows[0]["target_logprob_base"] == pytest.approx(untouched["target_logprob"])
+    assert rows[0]["target_logprob_base"] == pytest.approx(untouched["target_logprob"], abs=1e-4)
     plain = score(random_model("llama"), None, [Item(0, REQUEST)], ScoreConfig())[0]
-    assert rows[0]["target_logprob_base"] != pytest.approx(plain["target_logprob"])
+    assert rows[0]["target_logprob_base"] != pytest.approx(plain["target_logprob"], abs=1e-2)
 
 
 def test_a_template_that_fails_is_a_clear_error() -> None:

@@ -9,10 +9,10 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from orchestrator.cli import reading
 from orchestrator.cli.console import Output, duration, safety_line, size
 from orchestrator.cli.main import main
 from orchestrator.engine.books import Safety
@@ -28,6 +29,8 @@ from orchestrator.engine.sweep import run_sweep
 from orchestrator.planning.spec import parse_spec
 from orchestrator.results.query import open_results
 from orchestrator.storage.local import LocalStore
+from tests.processes import fork
+from tests.waiting import finished, output_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW: dict[str, Any] = {
@@ -272,27 +275,26 @@ def test_no_write_permission(spec: Path, tmp_path: Path) -> None:
     """In a process of its own, which gives up root's right to write anywhere."""
     shut = tmp_path / "shut"
     shut.mkdir(mode=0o500)
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli", "run", spec, "--engine", "local", "--results", shut / "r"],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=_as_anyone,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "permission denied" in done.stderr.lower()
-    assert str(shut) in done.stderr.replace("\n", "")
-    assert "Traceback" not in done.stderr
+    process = fork(_as_anyone, "run", str(spec), "--engine", "local", "--results", str(shut / "r"))
+    said = output_of(process)
+    assert process.returncode == 2, said
+    assert "permission denied" in said.lower()
+    assert str(shut) in said.replace("\n", "")
+    assert "Traceback" not in said
     assert not any(shut.iterdir())
 
 
-def _as_anyone() -> None:
-    """Drop the capabilities that let root pass over file permissions (prctl(PR_CAPBSET_DROP), see capabilities(7))."""
+def _as_anyone(*arguments: str) -> None:
+    """Run the command line without the capabilities that let root pass over file permissions (capset(2))."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            if libc.prctl(24, capability, 0, 0, 0) != 0:
-                raise OSError(ctypes.get_errno(), "prctl")
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+        sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, the lower and the upper half
+        assert libc.capget(header, sets) == 0
+        sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        if libc.capset(header, sets) != 0:
+            raise OSError(ctypes.get_errno(), "capset")
+    main(arguments)
 
 
 # --- reading results -------------------------------------------------------------------------------------------------
@@ -357,7 +359,7 @@ def test_query_limit_and_errors(call: Any, results: Path) -> None:
 
 
 ENDLESS = "WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r) SELECT count(*) FROM r"
-STUBBORN = "SELECT length(repeat(chr(9000), 600000000))"  # one function call of several seconds
+STUBBORN = "SELECT " + " + ".join(["length(repeat(chr(9000), 200000000))"] * 100)  # a minute without a look at a signal
 
 
 def test_a_query_is_stopped_and_its_answer_is_bounded(call: Any, results: Path) -> None:
@@ -372,17 +374,15 @@ def test_a_query_is_stopped_and_its_answer_is_bounded(call: Any, results: Path) 
 
 
 def test_a_query_that_does_not_listen_is_ended(results: Path) -> None:
-    code = (
-        "import sys; from orchestrator.cli import main, reading; reading._FORCE_SECONDS = 0.5\n"
-        "main.main(['query', sys.argv[1], sys.argv[2], '--time-limit', '0.2'])"
-    )
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(results), STUBBORN], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done
-    assert "stopped" in done.stderr or "ended by force" in done.stderr
-    assert time.monotonic() - began < 30
+    process = fork(_impatient, "query", str(results), STUBBORN, "--time-limit", "0.2")
+    said = output_of(process)
+    assert process.returncode == 2, said
+    assert "ended by force after 1 s" in said
+
+
+def _impatient(*arguments: str) -> None:
+    reading._FORCE_SECONDS = 0.5
+    main(arguments)
 
 
 def test_text_is_never_markup(call: Any, results: Path) -> None:
@@ -412,23 +412,16 @@ def test_methods_help_and_version(call: Any) -> None:
     assert call("frobnicate")[0] == 2
 
 
-@pytest.mark.parametrize("arguments", [["status"], ["query", "SELECT 1 FROM edits"], ["report"]])
-def test_reading_is_light(results: Path, arguments: list[str]) -> None:
-    command, *rest = arguments
+def test_reading_is_light(results: Path) -> None:
     code = (
         "import sys; from orchestrator.cli.main import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
+        "for command, *rest in (['status'], ['query', 'SELECT 1 FROM edits'], ['report']):\n"
+        "    try: main([command, sys.argv[1], *rest])\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
+        "    heavy = {'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules)\n"
+        "    assert not heavy, f'{command} imported {heavy}'"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, command, str(results), *rest],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = finished([sys.executable, "-c", code, results], cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -439,38 +432,28 @@ def test_open_results_agrees(results: Path) -> None:
 def test_live_view_on_a_terminal(spec: Path, tmp_path: Path) -> None:
     """On a pseudo-terminal the view is drawn with escape codes, and the summary still comes."""
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "orchestrator.cli",
-            "run",
-            str(spec),
-            "--engine",
-            "local",
-            "--results",
-            str(tmp_path / "r"),
-        ],
-        cwd=ROOT,
-        stdout=slave,
-        stderr=slave,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-    )
-    os.close(slave)
+    command = ("run", str(spec), "--engine", "local", "--results", str(tmp_path / "r"))
+    environment = {"TERM": "xterm", "COLUMNS": "120", "TERMINAL": os.ttyname(slave)}
+    process = fork(_on_a_terminal, *command, environment=environment)
     seen = b""
-    while True:
-        try:
-            piece = os.read(master, 4096)
-        except OSError:
-            break
-        if not piece:
-            break
-        seen += piece
+    while b"editsweep status" not in seen:  # the last line
+        if select.select([master], [], [], 1)[0]:
+            seen += os.read(master, 4096)
+        else:
+            assert process.poll() is None, (output_of(process), seen)
+    os.close(slave)
     os.close(master)
-    assert process.wait() == 0
+    assert output_of(process) == "" and process.returncode == 0
     assert b"\x1b[" in seen
     assert b"ft-3 T=1/4" in seen
     assert b"all 2 cells finished" in seen
+
+
+def _on_a_terminal(*arguments: str) -> None:
+    terminal = os.open(os.environ["TERMINAL"], os.O_RDWR)
+    os.dup2(terminal, 1)
+    os.dup2(terminal, 2)
+    main(arguments)
 
 
 def test_units() -> None:

@@ -21,7 +21,7 @@ from workers.methods import get_method
 from workers.methods.base import EditOutcome, LaneEdit
 from workers.methods.ft import FTConfig
 from workers.methods.wise.config import WISEConfig
-from workers.methods.wise.method import masked_descent
+from workers.methods.wise.optim import masked_descent
 from workers.model.base import BaseModel
 from workers.model.overlay import DenseOverlay
 from workers.rng import RandomStreams
@@ -57,13 +57,16 @@ def edited(base: BaseModel, name: str) -> tuple[list[EditOutcome], Tensor]:
     return outcomes, overlay.delta_LOI
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.numeric
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in sorted(CONFIGS)), ("ft", torch.bfloat16), ("wise", torch.bfloat16)],
+)
 def test_compiled_steps_do_what_the_written_ones_do(name: str, dtype: torch.dtype) -> None:
     base = random_model("llama", dtype)
     slow(base.model)  # as on a GPU
     outcomes, change = edited(base, name)
-    base.compiled = Compiled(updates=True, layers=True, backend=TRACED)
+    base.kernels.compiled = Compiled(updates=True, layers=True, backend=TRACED)
     compiled_outcomes, compiled_change = edited(base, name)
     assert not base.compiled.broken
     update = masked_descent if name == "wise" else adam_in_box
@@ -76,6 +79,7 @@ def test_compiled_steps_do_what_the_written_ones_do(name: str, dtype: torch.dtyp
     assert float(apart) < (1e-3 if dtype == torch.float32 else 0.5)  # Adam makes whole steps of the smallest gradients
 
 
+@pytest.mark.numeric
 def test_working_copies_go_on_where_half_of_the_lanes_have_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
     base = random_model("llama", torch.bfloat16)
     requests = [replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))]
@@ -87,7 +91,7 @@ def test_working_copies_go_on_where_half_of_the_lanes_have_arrived(monkeypatch: 
     monkeypatch.setattr("workers.inner_loop.finetune.STOP_LOSS", 2.0)
     found = []
     for compiled in (Compiled(), Compiled(updates=True, backend=TRACED)):
-        base.compiled = compiled
+        base.kernels.compiled = compiled
         overlay: Any = kind.prepare(base, config, {}).new_overlay(10)
         found.append([o.iterations for o in kind.prepare(base, config, {}).edit(overlay, edits)])
     assert len(halvings) >= 2  # in both
@@ -124,6 +128,7 @@ def test_a_layer_that_an_overlay_answers_in_is_not_compiled() -> None:
         assert compiled.layer(base.layers[2]) is not base.layers[2]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["ft", "wise"])
 def test_where_the_compiler_fails_the_code_runs_as_it_is_written(name: str, caplog: pytest.LogCaptureFixture) -> None:
     def no_compiler(graph: object, inputs: object) -> object:
@@ -131,7 +136,7 @@ def test_where_the_compiler_fails_the_code_runs_as_it_is_written(name: str, capl
 
     base = random_model("llama")
     outcomes, change = edited(base, name)
-    base.compiled = Compiled(updates=True, layers=True, backend=no_compiler)
+    base.kernels.compiled = Compiled(updates=True, layers=True, backend=no_compiler)
     with caplog.at_level(logging.WARNING):
         broken_outcomes, broken_change = edited(base, name)
     assert base.compiled.broken

@@ -21,6 +21,8 @@ from workers.model.config import ModelConfig, ModelFingerprint
 from workers.rng import RandomStreams
 from workers.types import DataError, SpecError
 
+pytestmark = pytest.mark.numeric
+
 CORPUS = str(GOLDEN / "corpus.txt")
 REQUESTS = golden_requests(6)
 
@@ -59,9 +61,9 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(arch: str) -> None
             total += (grad.T if site.transposed else grad).square()
     finally:
         weight.requires_grad_(False)
-    torch.testing.assert_close(
-        data.tensors["fisher"], total / 5, rtol=1e-5, atol=1e-12
-    )  # transformers' loss is float32
+    # transformers' loss is float32; where the gradient's terms cancel, its rounding is that of the terms
+    smallest = 1e-7 * float(total.max())
+    torch.testing.assert_close(data.tensors["fisher"], total / 5, rtol=1e-5, atol=smallest)
     assert data.meta["texts"] == 5
     assert float(data.tensors["fisher"].max()) > 0
 

@@ -12,6 +12,7 @@ from orchestrator.engine.worker import Bench
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.spec import parse_spec
 from tests.small import GOLDEN, build_inputs, golden_requests, job, timeless
+from workers.kernels.bundle import Kernels
 from workers.kernels.matmul import wide_linear
 from workers.methods import get_method
 from workers.model.config import ModelConfig
@@ -35,7 +36,7 @@ def rows_on(device: Any, method: str, recorded: bool = True, compiled: bool = Fa
     session = Session.open(model)
     session.base.compiled.updates = compiled
     if not recorded:
-        session.base.pool = None
+        session.base.kernels = Kernels(session.base.compiled)
     config = get_method(method).Config.model_validate(CONFIGS[method])
     inputs = build_inputs(session.base, method, config)
     work = job(method, config, 5, [[0, 1], [2]], inputs)

@@ -67,6 +67,7 @@ def learn(trained: Trainer, steps: range) -> list[dict[str, float]]:
 # --- the parts ---
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("arch", "modules"), [("llama", ("mlp.up_proj", "mlp.down_proj")), ("gpt2", ())])
 def test_factors_are_the_gradient_of_the_edited_weights(arch: str, modules: tuple[str, ...]) -> None:
     base = random_model(arch, torch.float64)
@@ -99,6 +100,7 @@ def test_factors_are_the_gradient_of_the_edited_weights(arch: str, modules: tupl
         assert not (found.kept_LN & ~found.real_LN).any() and not (found.read_LN & ~found.real_LN).any()
 
 
+@pytest.mark.numeric
 def test_a_change_in_factors_is_the_change_in_weights() -> None:
     base = random_model("llama", torch.float64)
     sites = hypernet_sites(base, (0, 1), ())
@@ -117,6 +119,7 @@ def test_a_change_in_factors_is_the_change_in_weights() -> None:
         assert torch.allclose(ours, base.hidden_states(questions.rows), atol=1e-9)
 
 
+@pytest.mark.numeric
 def test_running_statistics_are_those_of_all_rows() -> None:
     rows = [torch.randn(n, 6, generator=derive_generator(n)) * 3 + 2 for n in (1, 5, 0, 30, 1)]
     statistics = Statistics(6)
@@ -182,6 +185,7 @@ def test_training_goes_on_as_if_it_had_never_stopped(method: str) -> None:
     assert set(whole.product().tensors) == {name.removeprefix("net/") for name in a if name.startswith("net/")}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("method", list(CONFIGS))
 def test_gradients_reach_every_part_of_the_networks_and_nothing_else(method: str) -> None:
     """Against a finite difference of the loss by one step size, so that nothing on the way is cut off."""
@@ -210,6 +214,7 @@ def test_gradients_reach_every_part_of_the_networks_and_nothing_else(method: str
         assert slope == pytest.approx(float(found[name].view(-1)[1]), rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.numeric
 def test_a_trajectory_counts_earlier_edits_at_the_weights_of_later_ones() -> None:
     """Its loss is computed anew from whole forward passes of the edited model, edit by edit, and its gradient from theirs."""
     base = random_model("gpt2", torch.float64)

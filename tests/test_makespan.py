@@ -11,7 +11,7 @@ from orchestrator.planning.makespan import GUESSED_SECONDS, Timing, calibrate, s
 DURATIONS = st.lists(st.floats(0.01, 1000), min_size=1, max_size=60)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(durations=DURATIONS, actors=st.integers(1, 20))
 def test_the_makespan_is_between_the_bound_and_greedy_s_guarantee(durations: list[float], actors: int) -> None:
     found = simulate(durations, actors)
@@ -32,7 +32,7 @@ def best(durations: list[int], actors: int) -> int:
     return min(max(load) for load in loads)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(durations=st.lists(st.integers(1, 30), min_size=1, max_size=9), actors=st.integers(1, 4))
 def test_longest_first_is_within_four_thirds_of_the_optimum(durations: list[int], actors: int) -> None:
     found = simulate(sorted(durations, reverse=True), actors)

@@ -61,6 +61,7 @@ def logprobs(base: BaseModel, ids: Sequence[int]) -> torch.Tensor:
     return logits_SV.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_perplexity_is_of_the_target_after_the_prompt(arch: str) -> None:
     base = random_model(arch)
@@ -77,6 +78,7 @@ def test_perplexity_is_of_the_target_after_the_prompt(arch: str) -> None:
     assert exp(800) == math.inf
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("generated", [True, False])
 def test_ood_texts_are_read_token_by_token(generated: bool) -> None:
     base = golden_model("tiny-llama")
@@ -99,6 +101,7 @@ def test_ood_texts_are_read_token_by_token(generated: bool) -> None:
         score(base, None, [Item(0, replace(request, ood=("",)))], ScoreConfig())
 
 
+@pytest.mark.numeric
 def test_any_of_several_questions() -> None:
     base = golden_model("tiny-llama")
     known = [r for r in golden_requests(60) if r.ground_truth]
@@ -172,6 +175,7 @@ def test_continuations_are_drawn_from_the_likeliest() -> None:
     assert sampled == continuations(base, None, items, FluencyConfig(tokens=6, top_k=50)) != [greedy]
 
 
+@pytest.mark.numeric
 def test_ability_is_the_perplexity_of_the_windows(tmp_path: Path) -> None:
     base = random_model("llama")
     text = tmp_path / "held_out.txt"

@@ -12,6 +12,8 @@ from workers.inner_loop.optim import SGD, Adam, AdamW, LaneOptimizer
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, lane_linear, pack_states, unpack_states
 
+pytestmark = pytest.mark.numeric
+
 
 def rows_of(lanes: list[int]) -> Batch:
     return collate([Encoded((5, 6, 7), 2) for _ in lanes], lanes, 0)

@@ -22,6 +22,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.waiting import finished
 from workers.methods import REGISTRY, get_method, method_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,23 +118,26 @@ def test_package_data_pattern_finds_the_shipped_model() -> None:
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["make", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    return finished(["make", *arguments], cwd=ROOT, env=os.environ | environment)
 
 
-@pytest.mark.parametrize(
-    "target",
-    ["help", "setup", "demo", "test", "test-slow", "test-gpu", "bench", "chaos", "chaos-short", "lint", "format"],
-)
-def test_make_targets_exist(target: str) -> None:
-    ran = make("--dry-run", target)
+def test_make_targets_exist() -> None:
+    targets = [
+        "help",
+        "setup",
+        "demo",
+        "test",
+        "test-numeric",
+        "test-slow",
+        "test-long",
+        "test-gpu",
+        "bench",
+        "chaos",
+        "chaos-short",
+        "lint",
+        "format",
+    ]
+    ran = make("--dry-run", *targets)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -189,15 +193,18 @@ def test_a_failed_set_up_is_not_taken_for_done(tmp_path: Path) -> None:
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("failing", [None, "lint", "test", "test-slow", "chaos-short"])
+@pytest.mark.parametrize("failing", [None, "lint", "test", "test-numeric", "test-slow", "chaos-short"])
 def test_ci_runs_its_stages_in_order_and_stops_at_a_failure(failing: str | None, tmp_path: Path) -> None:
     log = tmp_path / "log"
     executable(tmp_path / "bin" / "make", f'#!/bin/sh\necho "$1" >> "{log}"\n[ "$1" != "{failing}" ]\n')
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    ran = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, check=False, timeout=60)
-    stages = ["lint", "test", "test-slow", "chaos-short"]
+    ran = finished([ROOT / ".ci" / "run"], env=environment)
+    stages = ["lint", "test", "test-numeric", "test-slow", "chaos-short"]
+    started = stages if failing is None else stages[: stages.index(failing) + 1]
     assert (ran.returncode == 0) == (failing is None)
-    assert log.read_text().split() == (stages if failing is None else stages[: stages.index(failing) + 1])
+    assert log.read_text().split() == started
+    times = re.findall(r"(?m)^(?:stage .*|total) +\d+:[0-5]\d(?:  (\w+))?$", ran.stdout)
+    assert times == ["passed"] * (len(started) - (failing is not None)) + ["failed"] * (failing is not None) + [""]
 
 
 # --- cluster.yaml --------------------------------------------------------------------------------------------------
@@ -283,14 +290,10 @@ def test_cluster_keeps_to_the_security_rules() -> None:
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return finished(
         [Path(sys.executable).parent / "lint-imports", "--config", folder / "pyproject.toml", "--no-cache"],
         cwd=folder,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,14 @@ from workers.types import Dataset, EditSweepError, SpecError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
+@cache
+def tinyworld() -> Dataset:
     return load_dataset("tinyworld")
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    return tinyworld()
 
 
 def spec_of(**changes: Any) -> SweepSpec:
@@ -94,7 +100,7 @@ def test_every_group_is_planned_once(dataset: Dataset) -> None:
     assert costs == sorted(costs, reverse=True)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lanes=st.integers(1, 12),
     shard_edits=st.integers(1, 200),
@@ -146,7 +152,7 @@ def waves_of(plan: Plan) -> Counter[tuple[tuple[str, int, int], ...]]:
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lanes=st.integers(1, 12),
     T=st.lists(st.sampled_from([1, 2, 5, 10, 25, 50]), min_size=1, max_size=3, unique=True),
@@ -292,7 +298,7 @@ def test_failed_groups_and_gaps_still_fill_waves(dataset: Dataset) -> None:
     assert_full(plan, 4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lanes=st.integers(1, 9),
     T=st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60]), min_size=2, max_size=4, unique=True),
@@ -497,7 +503,7 @@ def test_wise_table_2_says_what_is_missing() -> None:
 
 
 def _planner(spec: SweepSpec) -> Planner:
-    return Planner(spec, load_dataset("tinyworld"))
+    return Planner(spec, tinyworld())
 
 
 def test_cell_ids_depend_on_what_decides_the_numbers(dataset: Dataset) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine import RAW, placeless, rows, run, run_in_pieces
+from tests.engine import RAW, TWELVE, placeless, rows, run, run_in_pieces
 from tests.small import build_inputs, golden_model, golden_requests, session, timeless
 from tests.test_many_T import CONFIGS
 from workers.artifacts.base import ArtifactData
@@ -76,11 +76,12 @@ def test_rows_are_those_of_lanes_of_their_own(method: str) -> None:
     assert sum(result.edits for result in whole) == 18
     assert sum(result.edits for result in alone) == 18 + 8 + 4 + 3
     # resumed after any step, before and after the end of a group that is shared
-    for done in (0, 2, 5, 8):
+    for done in (0, 2, 5, 8) if method == "ft" else (5,):
         again = list(stream_of(work, inputs).run(cut_steps(work, 1), whole[done].stop, whole[done].state))
         assert sorted_rows(whole[: done + 1] + again) == shared
 
 
+@pytest.mark.numeric
 def test_lanes_of_a_wave_may_serve_different_T() -> None:
     wave = (lane_of(0, 4, 2, 1), lane_of(1, 1), lane_of(2, 4))
     work = job_of("ft", {}, wave)
@@ -218,31 +219,32 @@ def test_what_else_cannot_be_shared() -> None:
 @pytest.mark.parametrize("across", [False, True])
 def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path, across: bool) -> None:
     """One lane each (or one per seed): the same bits, killed after every few steps, and with a T and edits added later."""
-    engine = {"shard_edits": 12, "step_edits": 2, "max_failures": 1, "lanes_across_seeds": across}
+    engine = {"shard_edits": 6, "step_edits": 2, "max_failures": 1, "lanes_across_seeds": across}
     engine["lanes"] = 2 if across else 1
     base: dict[str, Any] = {"methods": RAW["methods"][:1], "scoring": {"generated": False, "score_at": [2]}}
 
     def grid(*sizes: int) -> dict[str, Any]:
         return {"T": list(sizes), "seeds": [0, 1]}
 
-    plain = run(tmp_path / "plain", **base, grid=grid(1, 4, 6, 12), engine={**engine, "share_prefixes": False})
-    assert (plain.plan.edits_left, plain.plan.edits_shared) == (96, 0)
+    plain = run(tmp_path / "plain", **base, grid=grid(1, 2, 3, 6), engine={**engine, "share_prefixes": False})
+    assert (plain.plan.edits_left, plain.plan.edits_shared) == (48, 0)
 
-    outcome, interrupted = run_in_pieces(tmp_path / "shared", 4, **base, grid=grid(1, 4, 6, 12), engine=engine)
+    pieces = 2 if across else 4
+    outcome, interrupted = run_in_pieces(tmp_path / "shared", pieces, **base, grid=grid(1, 2, 3, 6), engine=engine)
     assert interrupted > 3
     assert outcome.exit_code == 0
     assert placeless(rows(tmp_path / "shared")) == placeless(rows(tmp_path / "plain"))
 
-    first = run(tmp_path / "grown", **base, grid=grid(1, 6), engine=engine)
-    assert (first.plan.edits_left, first.plan.edits_shared) == (2 * (12 + 10), 2 * 2)
-    more = run(tmp_path / "grown", **base, grid=grid(1, 4, 6, 12), engine=engine)
-    assert (more.plan.edits_left, more.plan.edits_shared) == (2 * (12 + 8), 2 * 4)
+    first = run(tmp_path / "grown", **base, grid=grid(1, 3), engine=engine)
+    assert (first.plan.edits_left, first.plan.edits_shared) == (2 * (6 + 4), 2 * 2)
+    more = run(tmp_path / "grown", **base, grid=grid(1, 2, 3, 6), engine=engine)
+    assert (more.plan.edits_left, more.plan.edits_shared) == (2 * (6 + 4), 2 * 2)
     assert more.exit_code == 0
     assert placeless(rows(tmp_path / "grown")) == placeless(rows(tmp_path / "plain"))
-    longer = {"kind": "tinyworld", "edits": 24}
-    last = run(tmp_path / "grown", **base, dataset=longer, grid=grid(1, 4, 6, 12), engine=engine)
-    # T=12's second group takes T=6's third, T=4's fourth and T=1's thirteenth along, T=6's and T=4's others T=1's
-    assert last.plan.edits_left == 2 * (12 + 6 + 8 + (12 - 4))
+    base["dataset"] = TWELVE
+    last = run(tmp_path / "grown", **base, grid=grid(1, 2, 3, 6), engine=engine)
+    # T=6's second group takes T=3's third, T=2's fourth and T=1's seventh along, T=3's and T=2's others T=1's
+    assert last.plan.edits_left == 2 * (6 + 3 + 4 + (6 - 4))
     assert last.exit_code == 0
-    run(tmp_path / "long", **base, dataset=longer, grid=grid(1, 4, 6, 12), engine={**engine, "share_prefixes": False})
+    run(tmp_path / "long", **base, grid=grid(1, 2, 3, 6), engine={**engine, "share_prefixes": False})
     assert placeless(rows(tmp_path / "grown")) == placeless(rows(tmp_path / "long"))

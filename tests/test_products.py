@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -12,13 +11,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.small import random_model
-from workers.kernels.matmul import Joined, lane_products, linear, slow, use_fast_linear
+from workers.kernels.matmul import lane_products, linear, slow, use_fast_linear
 from workers.model.batch import Encoded, collate
 from workers.model.overlay import lane_linear, token_linear
+from workers.session import with_kernels
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch comes without oneDNN"
-)
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.skipif(
+        not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch comes without oneDNN"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -102,28 +105,6 @@ def test_the_gradient_of_a_lane_is_that_of_its_rows(width: int) -> None:
         torch.testing.assert_close(x.grad[some], way[some] @ weight[lane].detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("intel", [True, False])
-@pytest.mark.parametrize("rows", [4, 40])
-def test_joined_maps_are_the_maps(monkeypatch: pytest.MonkeyPatch, intel: bool, rows: int) -> None:
-    monkeypatch.setattr("workers.kernels.matmul._intel", lambda: intel)
-    maps = [nn.Linear(48, 64, bias=False), nn.Linear(48, 32), nn.Linear(48, 80, bias=False)]
-    joined = Joined([(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in maps])
-    x = draw(2, rows, 48).requires_grad_()
-    outs = [m(x) for m in maps]
-    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-    close(joined(x.detach()), torch.cat(outs, -1))
-    close(joined(x.detach(), 1, 3), torch.cat(outs[1:], -1))
-    ways = [draw(*out.shape) for out in outs]
-    for taken in ([True, True, True], [False, True, False]):
-        (expected,) = torch.autograd.grad(
-            [out for out, there in zip(outs, taken, strict=True) if there],
-            x,
-            [way for way, there in zip(ways, taken, strict=True) if there],
-            retain_graph=True,
-        )
-        close(joined.back(*(way if there else None for way, there in zip(ways, taken, strict=True))), expected)
-
-
 def test_each_token_times_the_weight_of_its_lane() -> None:
     x, weight = draw(60, 48), draw(3, 64, 48).requires_grad_()
     ends = (7, 47, 60)
@@ -138,7 +119,7 @@ def test_each_token_times_the_weight_of_its_lane() -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_a_model_answers_as_before_and_so_does_its_copy(model_type: str) -> None:
-    base = random_model(model_type)
+    base = with_kernels(random_model(model_type))
     names = [name for name, module in base.model.named_modules() if type(module).__name__.startswith("_Quick")]
     assert len(names) >= 4 * len(base.layers)
     ids = torch.arange(60).reshape(4, 15) % base.vocab

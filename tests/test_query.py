@@ -204,20 +204,20 @@ def test_written_formats_are_read_back(results: Results) -> None:
         write(answer, "xlsx", io.BytesIO())
 
 
-def test_importing_is_light_and_quick(results: Results) -> None:
+def test_importing_is_light(results: Results) -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "import orchestrator\n"
         "assert 'pyarrow' not in sys.modules\n"
         "import orchestrator.results.query\n"
-        "assert time.process_time() < 1.0, time.process_time()\n"
+        "assert len(sys.modules) < 500, len(sys.modules)\n"  # PyTorch alone has a thousand
         f"r = orchestrator.open_results({results.store.where()!r})\n"
         "r.central.shards(), r.journal.finished()\n"
         "assert 'duckdb' not in sys.modules\n"
         "assert r.sql('select count(*) as n from edits')['n'][0].as_py() > 0\n"
         "heavy = {'torch', 'ray', 'transformers', 'pandas', 'pyarrow.dataset'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "assert time.process_time() < 1.5, time.process_time()\n"
+        "assert len(sys.modules) < 700, len(sys.modules)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

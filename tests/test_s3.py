@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,20 +24,22 @@ from orchestrator.results.journal import Journal
 from orchestrator.results.query import open_results
 from orchestrator.results.table import CentralTable
 from orchestrator.storage import lock as locking
+from orchestrator.storage import s3
 from orchestrator.storage.base import Missing, StoreError
 from orchestrator.storage.open import open_store
 from orchestrator.storage.s3 import S3Store
+from tests.processes import Command, Fork, fork, forks
 from tests.shards import (
     commit_steps,
     comparable,
     finish,
     gather_shards,
     make_manifest,
-    processes,
     publish_keys,
     run_shard,
     undisturbed,
 )
+from tests.waiting import finished, output_of, wait_for
 from workers.types import EditSweepError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +78,11 @@ def store(where: str) -> S3Store:
     return found
 
 
+def start(target: Any, *arguments: Any) -> Fork:
+    """Run a function of :mod:`tests.shards` in a process that knows the server."""
+    return fork(target, *arguments, environment={k: v for k, v in os.environ.items() if k.startswith("AWS_")})
+
+
 def test_the_verbs(store: S3Store, where: str) -> None:
     assert store.list("") == [] and not store.exists("")
     assert store.publish_new("f/x", b"12")
@@ -109,10 +114,16 @@ def test_the_verbs(store: S3Store, where: str) -> None:
         store.delete_folder("")
 
 
-def test_more_than_one_page(store: S3Store) -> None:
-    for number in range(1105):
+def test_more_than_one_page(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a server that lists a hundred objects at a time, not a thousand."""
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "100")
+    assert s3._DELETED_AT_ONCE <= 1000  # the protocol's limit
+    monkeypatch.setattr(s3, "_DELETED_AT_ONCE", 100)
+    for number in range(215):
         store.replace(f"f/{number:05d}", b"")
-    assert [entry.name for entry in store.list("f")] == [f"{number:05d}" for number in range(1105)]
+    page = boto3.client("s3").list_objects_v2(Bucket="lab", Prefix=store._key("f"))
+    assert page["IsTruncated"] and page["KeyCount"] == 100
+    assert [entry.name for entry in store.list("f")] == [f"{number:05d}" for number in range(215)]
     store.delete_folder("f")
     assert store.list("f") == []
 
@@ -177,14 +188,11 @@ class _Empty:
 
 
 def test_publishing_at_once_has_one_winner(store: S3Store, where: str) -> None:
-    context = processes(own_environment=True)
-    barrier, answer = context.Barrier(2), context.SimpleQueue()
-    runs = [context.Process(target=publish_keys, args=(where, me, 20, barrier, answer)) for me in "ab"]
-    for run in runs:
-        run.start()
+    barrier, answer = forks().Barrier(2), forks().SimpleQueue()
+    runs = [start(publish_keys, where, me, 20, barrier, answer) for me in "ab"]
     won = dict(answer.get() for _ in runs)
     for run in runs:
-        run.join()
+        output_of(run)
     for me, keys in won.items():
         assert all(store.read(f"race/{key}") == me.encode() * 1000 for key in keys)
     assert sorted(key for keys in won.values() for key in keys) == list(range(20))
@@ -196,23 +204,17 @@ def test_killed_at_any_moment_and_gathered_the_table_is_the_same(tmp_path: Path,
     journal = Journal(store)
     journal.begin(manifests[0])
     commit_steps(journal.claim("s0", "r0"), 2)
-    process = processes(own_environment=True).Process(target=run_shard, args=(where, manifests[0].model_dump_json()))
-    process.start()
-    deadline = time.monotonic() + 60
-    while journal.progress("s0").attempts < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert journal.progress("s0").attempts == 2, process.exitcode
+    marker = tmp_path / "go"
+    process = start(run_shard, where, manifests[0].model_dump_json(), 1, str(marker))
+    wait_for(Path(f"{marker}.reached").exists, process)
+    assert journal.progress("s0").attempts == 2
     process.kill()
-    process.join()
+    output_of(process)
     finish(journal, *manifests)
-    process = processes(own_environment=True).Process(
-        target=gather_shards, args=(where, [[m.shard_id] for m in manifests])
-    )
-    process.start()
-    while process.is_alive():
+    process = start(gather_shards, where, [[m.shard_id] for m in manifests])
+    while process.poll() is None:
         assert comparable(CentralTable(store).scan(journal)) == expected
-    process.join()
-    assert process.exitcode == 0
+    assert process.returncode == 0, output_of(process)
     assert journal.shard_ids() == []
     assert comparable(CentralTable(store).scan()) == expected
     data = bytearray(store.read("table/000002.parquet"))
@@ -230,8 +232,7 @@ def test_one_driver_at_a_time(store: S3Store) -> None:
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "orchestrator.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    return finished([sys.executable, "-m", "orchestrator.cli", *arguments], cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -253,12 +254,11 @@ def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: 
     run = ["run", str(spec), "--engine", "local", "--results"]
     local = run_cli(*run, str(tmp_path / "local"))
     assert local.returncode == 0, local.stderr
-    process = subprocess.Popen([sys.executable, "-m", "orchestrator.cli", *run, where], cwd=ROOT)
-    journal, deadline = Journal(store), time.monotonic() + 120
-    while not any(store.list(f"parts/{shard}/0001") for shard in journal.shard_ids()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = Command([sys.executable, "-m", "orchestrator.cli", *run, where], os.environ)
+    journal = Journal(store)
+    wait_for(lambda: any(store.list(f"parts/{shard}/0001") for shard in journal.shard_ids()), process)
+    process.kill()
+    output_of(process)
     again = run_cli(*run, where)
     assert again.returncode == 0, again.stderr
     assert "taking over" in again.stderr

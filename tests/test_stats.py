@@ -17,6 +17,8 @@ from workers.model.batch import Encoded, collate
 from workers.model.config import ModelConfig, ModelFingerprint
 from workers.types import DataError
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = [f"The old letter number {i} was opened near the river{' and read again' * (i % 7)}." for i in range(300)]
 
 

@@ -15,7 +15,9 @@ from orchestrator.storage.base import Damaged, Missing, StoreError, put_aside
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json, unseal_line
-from tests.shards import processes, publish_beyond_limit, publish_keys, publish_unprivileged
+from tests.processes import fork, forks
+from tests.shards import publish_beyond_limit, publish_keys, publish_unprivileged
+from tests.waiting import output_of
 from workers.types import Frozen
 
 
@@ -108,10 +110,8 @@ def test_no_permission_is_told_clearly(tmp_path_factory: pytest.TempPathFactory)
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o555)
-        answer = processes().SimpleQueue()
-        process = processes().Process(target=publish_unprivileged, args=(str(folder), answer))
-        process.start()
-        process.join()
+        answer = forks().SimpleQueue()
+        output_of(fork(publish_unprivileged, str(folder), answer))
         name, message = answer.get()
         assert name == "StoreError"
         assert str(folder) in message
@@ -122,10 +122,8 @@ def test_no_permission_is_told_clearly(tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(store: LocalStore) -> None:
-    answer = processes().SimpleQueue()
-    process = processes().Process(target=publish_beyond_limit, args=(str(store.root), answer))
-    process.start()
-    process.join()
+    answer = forks().SimpleQueue()
+    output_of(fork(publish_beyond_limit, str(store.root), answer))
     name, message = answer.get()
     assert name == "StoreError"
     assert "table/big" in message
@@ -134,14 +132,11 @@ def test_a_write_that_fails_half_way_leaves_nothing(store: LocalStore) -> None:
 
 
 def test_publishing_at_once_has_one_winner(store: LocalStore) -> None:
-    context = processes()
-    barrier, answer = context.Barrier(3), context.SimpleQueue()
-    runs = [context.Process(target=publish_keys, args=(str(store.root), me, 40, barrier, answer)) for me in "abc"]
-    for run in runs:
-        run.start()
+    barrier, answer = forks().Barrier(3), forks().SimpleQueue()
+    runs = [fork(publish_keys, str(store.root), me, 40, barrier, answer) for me in "abc"]
     won = dict(answer.get() for _ in runs)
     for run in runs:
-        run.join()
+        output_of(run)
     assert sorted(key for keys in won.values() for key in keys) == list(range(40))
     for me, keys in won.items():
         assert all(store.read(f"race/{key}") == me.encode() * 1000 for key in keys)

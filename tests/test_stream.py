@@ -41,6 +41,7 @@ def rows_of(results: list[StepResult]) -> list[dict[str, object]]:
     return timeless([row for r in results for row in r.rows])
 
 
+@pytest.mark.numeric
 def test_both_moments_are_recorded_and_the_final_state_is_what_final_scores_see() -> None:
     base = random_model("llama")
     work = job("ft", FT, 5, [[0, 1], [2]])
@@ -53,7 +54,7 @@ def test_both_moments_are_recorded_and_the_final_state_is_what_final_scores_see(
     assert all(r["edits_applied"] == key[1] + 1 for key, r in immediate.items())
     assert [final[2, p]["case_id"] for p in range(5)] == [str(i) for i in range(10, 15)]
     # the last edit's immediate state is the final one; the first one's has been edited over since
-    assert immediate[0, 4]["target_logprob"] == pytest.approx(final[0, 4]["target_logprob"], abs=1e-5)
+    assert immediate[0, 4]["target_logprob"] == pytest.approx(final[0, 4]["target_logprob"], abs=1e-4)
     assert immediate[0, 0]["target_logprob"] != pytest.approx(final[0, 0]["target_logprob"], abs=1e-3)
 
 
@@ -78,6 +79,7 @@ def two_cells(T: int, method: str = "rome") -> StreamJob:
     return StreamJob(method=method, config=config.model_dump(mode="json"), cells=cells, T=T, waves=(lanes,))
 
 
+@pytest.mark.numeric
 def test_a_lane_that_raises_fails_alone() -> None:
     base, work = random_model("llama"), two_cells(3)
     inputs = build_inputs(base, "rome", ROME)
@@ -90,8 +92,12 @@ def test_a_lane_that_raises_fails_alone() -> None:
     whole = rows_of(list(Stream(session(base), work, [REQUESTS, REQUESTS], inputs).run(cut_steps(work, 1))))
     rows = rows_of(results)
     lost = [r for r in whole if (r["cell_id"], r["group"]) == ("seed 0", 1)]
+    # smaller batches round differently: rounded copies of the model move logits by up to 6e-6, on three instruction sets
     assert near(
-        [r for r in rows if (r["cell_id"], r["group"]) != ("seed 0", 1)], [r for r in whole if r not in lost], 1e-4
+        [r for r in rows if (r["cell_id"], r["group"]) != ("seed 0", 1)],
+        [r for r in whole if r not in lost],
+        1e-4,
+        logits=1e-4,
     )
     assert [(r["position"], r["scored"]) for r in rows if (r["cell_id"], r["group"]) == ("seed 0", 1)] == [
         (0, "immediate")
@@ -237,6 +243,7 @@ BATCHED = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("method", BATCHED)
 def test_a_batch_is_edited_by_one_call_and_scored_after_it(method: str) -> None:
     base = random_model("llama")
@@ -289,6 +296,7 @@ def test_a_method_that_edits_whole_groups_has_one_moment() -> None:
         StreamJob.model_validate({**work.model_dump(), "batch_size": 2})
 
 
+@pytest.mark.numeric
 def test_generation_is_greedy_decoding() -> None:
     """The shortcut through the teacher-forced forward against plain token-by-token decoding."""
     base = golden_model("tiny-llama")

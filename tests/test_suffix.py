@@ -10,9 +10,7 @@ import torch
 from tests.small import build_inputs, golden_requests, random_model
 from tests.test_models import batch, model_of
 from workers.inner_loop.lockstep import Lockstep
-from workers.inner_loop.suffix import Suffix, _Layer
-from workers.kernels.llama_cpu import Constants, QuickLayer
-from workers.kernels.llama_gpu import FusedLayer
+from workers.inner_loop.suffix import Suffix
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.methods.ft import FTConfig
@@ -23,8 +21,9 @@ from workers.model.base import BaseModel
 from workers.model.replay import capture, replay
 from workers.rng import RandomStreams
 
-IN_FLOAT32 = {"gptj": 1e-7}  # computes its rotation in float32
-NORM_IN_FLOAT32 = 2e-6  # as the modules do whose layer is written out: rounding of the pass they are compared with
+pytestmark = pytest.mark.numeric
+
+IN_FLOAT32 = {"gptj": 1e-6}  # computes its rotation in float32, which differs by up to 2e-8
 
 
 def double(model_type: str) -> BaseModel:
@@ -32,25 +31,14 @@ def double(model_type: str) -> BaseModel:
     return BaseModel(base.model.double(), base.tokenizer, base.config)
 
 
-def fused(step: _Layer) -> FusedLayer:
-    """The layer as a GPU runs it."""
-    constants = Constants.of(step.arguments, step.key_arguments, step.given, step.past)
-    assert constants is not None
-    return FusedLayer(step.module, constants)
-
-
 @pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("model_type", "written_out"),
-    [(name, None) for name in sorted(ARCHITECTURES)]
-    + [(name, kind) for name in ("llama", "mistral", "qwen2") for kind in (QuickLayer, FusedLayer)],
-)
-def test_the_reduced_pass_is_the_whole_pass(model_type: str, layer: int, written_out: type | None) -> None:
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_the_reduced_pass_is_the_whole_pass(model_type: str, layer: int) -> None:
     base = double(model_type)
     rows = batch(base, [0, 1, 2])
     site = base.site(layer)
     width = rows.input_ids_BS.shape[1]
-    tolerance = NORM_IN_FLOAT32 if written_out else IN_FLOAT32.get(model_type, 1e-12)
+    tolerance = IN_FLOAT32.get(model_type, 1e-12)
     for first, row_P, column_P in (
         (0, [0, 0, 2], [width - 3, width - 1, width - 2]),  # row 1 is not read
         (0, [0, 1, 2], [width - 1] * 3),
@@ -61,11 +49,6 @@ def test_the_reduced_pass_is_the_whole_pass(model_type: str, layer: int, written
     ):
         suffix = Suffix.capture(base, site, rows, (row_P, column_P), first)
         assert suffix._layers is not None
-        if written_out is QuickLayer:
-            assert all(isinstance(step.quick, QuickLayer) for step in suffix._layers)
-        else:
-            quick = fused if written_out else lambda _: None
-            suffix = replace(suffix, _layers=tuple(replace(step, quick=quick(step)) for step in suffix._layers))
         generator = torch.Generator().manual_seed(0)
         change = torch.zeros_like(suffix.output_BSO)
         change[:, first:] = torch.randn(change[:, first:].shape, generator=generator, dtype=change.dtype)
@@ -143,10 +126,8 @@ def test_lanes_that_have_arrived_leave_the_batch_and_nothing_else_changes(
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])
     stop = {"ft": 2.0, "rome": {"llama": 10.0, "gpt2": 14.0}[arch], "wise": 2.0}[name]
-    where = {"ft": "workers.inner_loop.finetune", "rome": "workers.methods.families.locate"}.get(
-        name, f"workers.methods.{name}"
-    )
-    monkeypatch.setattr(f"{where}.STOP_LOSS", stop)
+    where = {"ft": "inner_loop.finetune", "rome": "methods.families.locate", "wise": "methods.wise.method"}[name]
+    monkeypatch.setattr(f"workers.{where}.STOP_LOSS", stop)
     if name == "wise":
         monkeypatch.setattr("workers.methods.wise.method.STOP_CHANGE", 1e9)
     together = editor.new_overlay(10)

@@ -23,16 +23,17 @@ from orchestrator.results.parquet import decode, encode
 from orchestrator.results.table import CentralTable, count_done
 from orchestrator.storage.base import Damaged, Entry
 from orchestrator.storage.local import LocalStore
+from tests.processes import fork, forks
 from tests.shards import (
     commit_steps,
     comparable,
     finish,
     gather_shards,
     make_manifest,
-    processes,
     run_steps,
     undisturbed,
 )
+from tests.waiting import output_of
 from workers.job import Lane, Share
 from workers.timeline import cut_steps, expected_rows
 
@@ -140,32 +141,36 @@ def test_a_gather_that_died_before_dropping_parts(tmp_path: Path, store: LocalSt
     assert journal.shard_ids() == []
 
 
-def test_gatherers_at_once_and_killed_never_lose_or_double(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+def test_gatherers_at_once_and_killed_never_lose_or_double(tmp_path: Path) -> None:
+    """Pairs of gatherers, of which most are killed after some files; so many tables that some were killed at work."""
     manifests = small(24)
-    finish(journal, *manifests)
+    expected = undisturbed(tmp_path / "clean", *manifests)
     names = [[m.shard_id] for m in manifests]
-    context, chance, kills = processes(), random.Random(1), 0
-    for round_ in range(6):
-        barrier = context.Barrier(2)
-        order = names if round_ % 2 else names[::-1]
-        runs = [context.Process(target=gather_shards, args=(str(store.root), o, barrier)) for o in (names, order)]
-        for run in runs:
-            run.start()
-        if round_ < 5:
-            goal = 3 * round_ + chance.randrange(3)
-            while runs[0].is_alive() and len(list(store.root.glob("table/*.parquet"))) < goal:
-                time.sleep(0.001)
+    chance = random.Random(1)
+    kills = tables = 0
+    while not kills:
+        tables += 1
+        store = LocalStore(tmp_path / f"r{tables}")
+        journal = Journal(store)
+        finish(journal, *manifests)
+        for round_ in range(6):
+            barrier = forks().Barrier(2)
+            order = names if round_ % 2 else names[::-1]
+            runs = [fork(gather_shards, str(store.root), o, barrier) for o in (names, order)]
+            if round_ < 5:
+                goal = 3 * round_ + chance.randrange(3)
+                while runs[0].poll() is None and len(list(store.root.glob("table/*.parquet"))) < goal:
+                    time.sleep(0.001)
+                for run in runs:
+                    kills += run.poll() is None
+                    run.kill()
             for run in runs:
-                kills += run.is_alive()
-                run.kill()
-        for run in runs:
-            run.join()
-    assert kills
-    table = CentralTable(store)
-    listed = [shard.shard_id for file in table._files() for shard in file.shards]
-    assert sorted(listed) == [m.shard_id for m in manifests]
-    assert journal.shard_ids() == []
-    assert comparable(table.scan()) == undisturbed(tmp_path / "clean", *manifests)
+                output_of(run)
+        table = CentralTable(store)
+        listed = [shard.shard_id for file in table._files() for shard in file.shards]
+        assert sorted(listed) == [m.shard_id for m in manifests]
+        assert journal.shard_ids() == []
+        assert comparable(table.scan()) == expected
 
 
 class _Overtaken(LocalStore):
@@ -238,14 +243,12 @@ def test_readers_see_every_row_exactly_once_while_gathering(store: LocalStore, j
     manifests = small(20)
     finish(journal, *manifests)
     expected = keys(CentralTable(store).scan(journal))
-    process = processes().Process(target=gather_shards, args=(str(store.root), [[m.shard_id] for m in manifests]))
-    process.start()
-    reads = 0
-    while process.is_alive():
+    permits = forks().Semaphore(0)
+    process = fork(gather_shards, str(store.root), [[m.shard_id] for m in manifests], None, permits)
+    while process.poll() is None:
+        permits.release()  # the next shard is gathered while this one reads
         assert keys(CentralTable(store).scan(journal)) == expected
-        reads += 1
-    process.join()
-    assert reads >= 2
+    assert process.returncode == 0, output_of(process)
     assert journal.shard_ids() == []
     assert keys(CentralTable(store).scan(journal)) == expected
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from tests.waiting import finished
 from workers.data import tinyworld, tinyworld_build
 from workers.types import DataError
 
 FACTS = tinyworld.world()
-SHOW = "from workers.data import tinyworld as t; print(t.load_dataset('{split}', {seed}).fingerprint)"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -113,23 +113,18 @@ def test_two_hop_questions_are_never_trained_for_editable_people() -> None:
     assert {fact.group for fact in FACTS if fact.composed} == {"anchor"}
 
 
-@pytest.mark.parametrize("split", ["edit", "tune", "train"])
-def test_requests_are_a_pure_function_of_the_seed(split: tinyworld.Split) -> None:
-    here = tinyworld.load_dataset(split).fingerprint
-    assert tinyworld.load_dataset(split).fingerprint == here
-    assert tinyworld.load_dataset(split, seed=1).fingerprint != here
-    root = Path(__file__).parent.parent
+def test_requests_are_a_pure_function_of_the_seed() -> None:
+    splits: tuple[tinyworld.Split, ...] = ("edit", "tune", "train")
+    here = [tinyworld.load_dataset(split).fingerprint for split in splits]
+    tinyworld.load_requests.cache_clear()
+    assert [tinyworld.load_dataset(split).fingerprint for split in splits] == here
+    assert not set(here) & {tinyworld.load_dataset(split, seed=1).fingerprint for split in splits}
+    code = (
+        f"from workers.data import tinyworld\nfor split in {splits}: print(tinyworld.load_dataset(split).fingerprint)"
+    )
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        told = subprocess.run(
-            [sys.executable, "-c", SHOW.format(split=split, seed=0)],
-            cwd=root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert told.stdout.strip() == here
+        assert finished([sys.executable, "-c", code], cwd=ROOT, env=environment).stdout.split() == here
 
 
 def test_shipped_corpus_is_made_from_the_seed() -> None:
@@ -143,7 +138,8 @@ def test_shipped_corpus_is_made_from_the_seed() -> None:
 
 def test_reading_the_requests_needs_no_torch() -> None:
     code = "import sys; from workers.data import tinyworld; tinyworld.load_dataset(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+    ran = finished([sys.executable, "-c", code], cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,8 +197,9 @@ def test_tokens_of_a_prompt_are_a_prefix_of_prompt_and_target(tokenizer: Any) ->
     assert tokenizer.decode(whole[0], skip_special_tokens=True) == " ".join(probes[0])
 
 
-def test_shipped_model_recalls_trained_phrasings(model: LlamaForCausalLM, tokenizer: Any) -> None:
-    got = tinyworld_build.recall(model, tokenizer, tinyworld_build.trained_probes(FACTS))
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_shipped_model_recalls_trained_phrasings(model: LlamaForCausalLM, tokenizer: Any, every: int) -> None:
+    got = tinyworld_build.recall(model, tokenizer, tinyworld_build.trained_probes(FACTS)[::every])
     assert got.exact >= 0.97
     assert got.stops >= 0.95
     assert 0.02 <= got.first_token_nll <= 0.15  # softened: a model surer than this hardly moves under an edit
@@ -223,6 +220,7 @@ def test_generation_stops_after_the_object(model: Any, tokenizer: Any) -> None:
     assert made_BS[0, -1] == tokenizer.eos_token_id
 
 
+@pytest.mark.numeric
 def test_softening_keeps_what_the_model_computes(tokenizer: Any) -> None:
     recipe = tinyworld_build.Recipe(goal_nll=-1.0)  # out of reach, so the final norm stays (nearly) as it was
     with torch.random.fork_rng():

@@ -17,6 +17,7 @@ from workers.artifacts.stats import KIND as SECOND_MOMENT
 from workers.artifacts.stats import NULL_SPACE, build_null_space, build_second_moment
 from workers.artifacts.templates import KIND as TEMPLATES
 from workers.artifacts.templates import build_templates
+from workers.kernels.bundle import Kernels
 from workers.kernels.process import fix_numerics, keep_freed_memory
 from workers.methods import get_method
 from workers.model.base import BaseModel
@@ -50,11 +51,14 @@ class Session:
 
     @classmethod
     def open(cls, config: ModelConfig, threads: int = 1) -> Self:
-        """Load the model. Fixes what the bits of a result depend on: thread count, no TF32, deterministic kernels."""
+        """Load the model and choose its kernels.
+
+        Fixes what the bits of a result depend on: thread count, no TF32, deterministic kernels.
+        """
         torch.set_num_threads(threads)
         fix_numerics()
         keep_freed_memory()
-        return cls(BaseModel.load(config))
+        return cls(with_kernels(BaseModel.load(config)))
 
     def build(self, spec: ArtifactSpec, bench: Workbench) -> ArtifactData:
         """Compute an artifact from its recipe and what ``bench.inputs`` holds of its needs.
@@ -62,6 +66,12 @@ class Session:
         Raises :class:`ModelError` for a kind without a builder.
         """
         return _build(self.base, spec, bench)
+
+
+def with_kernels(base: BaseModel) -> BaseModel:
+    """The model, running on the kernels that are faster for it on its device."""
+    base.kernels = Kernels.for_model(base.model, base.config.compile)
+    return base
 
 
 def build_inputs(base: BaseModel, specs: Sequence[ArtifactSpec]) -> dict[str, ArtifactData]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 JSON = Any
 """A value that survives ``json.dumps`` and ``json.loads`` unchanged."""
+
+ProtocolName = Literal["paper", "easyedit"]
+"""The source that a method follows where paper and public code differ and the spec says nothing."""
 
 
 class EditSweepError(Exception):

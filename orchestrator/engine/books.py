@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
+from orchestrator.engine.causes import Cause
 from orchestrator.engine.worker import StepReport
 from orchestrator.planning.plan import Plan, Shard
 from orchestrator.results.artifact_store import ArtifactStore
@@ -114,16 +114,16 @@ class Books:
         self.view.artifact_ended(artifact_title(spec))
         self.view.note(f"artifact {number}/{total} built: {artifact_title(spec)}")
 
-    def artifact_failed(self, spec: ArtifactSpec, cause: str) -> None:
+    def artifact_failed(self, spec: ArtifactSpec, cause: Cause) -> None:
         """One that nobody will try to build again in this run. The shards that need it fail with its cause.
 
         Raises :class:`~workers.types.EditSweepError` if the storage is what failed.
         """
         self.view.artifact_ended(artifact_title(spec))
         _refuse_storage(cause)
-        cause = self.artifacts.failure(spec, self.run_id) or cause
-        self.artifacts.record_failure(spec, self.run_id, cause)
-        self.view.warn(f"artifact {artifact_title(spec)} failed: {cause.splitlines()[0][:500]}")
+        text = self.artifacts.failure(spec, self.run_id) or str(cause)
+        self.artifacts.record_failure(spec, self.run_id, text)
+        self.view.warn(f"artifact {artifact_title(spec)} failed: {text.splitlines()[0][:500]}")
 
     def title(self, shard: Shard) -> str:
         sizes = "/".join(map(str, self.plan.group_sizes(shard)))
@@ -149,16 +149,16 @@ class Books:
         self._ready.append(shard_id)
         self.tick()
 
-    def retrying(self, shard_id: str, attempt: int, cause: str) -> None:
+    def retrying(self, shard_id: str, attempt: int, cause: Cause) -> None:
         self.view.warn(f"{self.title(self.shards[shard_id])} failed ({cause}); launching it again (try {attempt + 1})")
 
-    def failed(self, shard_id: str, attempts: int, cause: str) -> None:
+    def failed(self, shard_id: str, attempts: int, cause: Cause) -> None:
         """A shard that will not be launched again in this run.
 
         Raises :class:`~workers.types.EditSweepError` if the storage is what failed: every other shard would fail too.
         """
         _refuse_storage(cause)
-        error = ShardError(shard_id, "error", cause, attempts, self.store.where(self.paths.shard(shard_id)))
+        error = ShardError(shard_id, cause.kind, cause.message, attempts, self.store.where(self.paths.shard(shard_id)))
         try:
             recorded = self.journal.errors(shard_id)
         except EditSweepError:
@@ -167,16 +167,15 @@ class Books:
             last = max(recorded)
             error = ShardError(
                 shard_id,
-                str(recorded[last].get("kind", "error")),
-                str(recorded[last].get("message", cause)),
+                str(recorded[last].get("kind", cause.kind)),
+                str(recorded[last].get("message", cause.message)),
                 attempts,
                 self.store.where(self.paths.shard_log(shard_id, last)),
             )
         self.errors[shard_id] = error
         self.view.shard_ended(shard_id, ok=False)
-        self.view.warn(
-            f"{self.title(self.shards[shard_id])} failed: {error.kind}: {error.message.splitlines()[0][:200]}"
-        )
+        first_line = error.message.partition("\n")[0][:200]
+        self.view.warn(f"{self.title(self.shards[shard_id])} failed: {error.kind}: {first_line}")
         self.tick()
 
     def tick(self) -> None:
@@ -204,14 +203,9 @@ class Books:
             )
 
 
-_STORAGE = re.compile(r"(^|\.)StoreError: ")
-"""A cause as `Class: message`, or as the last line of a traceback."""
-
-
-def _refuse_storage(cause: str) -> None:
-    storage = _STORAGE.search(cause)
-    if storage:
-        raise EditSweepError(f"{cause[storage.end() :]}; mend it and run the same command again: it continues")
+def _refuse_storage(cause: Cause) -> None:
+    if cause.storage:
+        raise EditSweepError(f"{cause.message}; mend it and run the same command again: it continues")
 
 
 def artifact_title(spec: ArtifactSpec) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from orchestrator.engine.books import Books
+from orchestrator.engine.causes import Cause
 from orchestrator.engine.machine import check_memory
 from orchestrator.engine.worker import Bench, passing
 from orchestrator.storage.lock import LockLost
@@ -60,7 +61,7 @@ def build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
         except LockLost:
             raise
         except Exception as error:
-            books.artifact_failed(spec, f"{type(error).__name__}: {error}")
+            books.artifact_failed(spec, Cause.of(error))
         books.check()
 
 
@@ -78,7 +79,7 @@ def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event)
         except LockLost:
             raise
         except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
+            cause = Cause.of(error)
             if number < tries and passing(error) and not stop.is_set():
                 books.retrying(shard_id, number, cause)
                 continue

@@ -65,7 +65,13 @@ class Grid:
 
         try:
             kind = get_method(method.method)
-            config = load_config(method.method, method.hparams, method.hparams_file, self.spec.model)
+            config = load_config(
+                method.method,
+                method.hparams,
+                method.hparams_file,
+                self.spec.model,
+                method.protocol or self.spec.protocol,
+            )
             config.check(shape)
         except SpecError as e:
             raise SpecError(f"methods: {method.label}: {e}") from None

@@ -39,7 +39,7 @@ TEMPLATE_TOKENS = 32
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per lane; ``shared`` is what
-    lanes share (second moments and their factors, weights laid out for a processor, ...), ``kept`` what is kept of scoring."""
+    lanes share (second moments and their factors, ...), ``kept`` what is kept of scoring."""
 
     weights: int
     overlay: int
@@ -91,7 +91,7 @@ def estimate(
         edit=edited,
         score=scored,
         kept=cache_bytes,
-        shared=config.shared_bytes(shape) + (0 if on_gpu else shape.laid_out_bytes(config.first_layer)),
+        shared=config.shared_bytes(shape),
         recorded=on_gpu,
     )
 

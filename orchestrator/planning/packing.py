@@ -16,12 +16,8 @@ from orchestrator.results.manifest import ShardManifest
 Member = TypeVar("Member")
 
 
-TAIL = 0.1
-"""A shard of several waves takes at most this share of the sweep's lower bound, so that the last ones end close together."""
-
-
 UNKNOWN_ACTORS = 64
-"""The number of actors for which the tail is cut short where the spec names none (``engine.max_actors``)."""
+"""The number of actors that the work is shared among where the spec names none (``engine.max_actors``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +341,11 @@ def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
 
 
 def lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Effort) -> float:
-    """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of everything."""
+    """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of everything.
+
+    No shard of several waves is larger. Without this limit a small sweep of one method has fewer shards than actors, and took up
+    to four times as long on four of them (simulated; LOG.md).
+    """
     longest = total = 0.0
     for (variant, T), chains in families.items():
         for chain in chains:

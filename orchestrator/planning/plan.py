@@ -23,14 +23,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 from orchestrator.planning.grid import Grid, digest
 from orchestrator.planning.inputs import count_overlap, dataset_notes, load_spec_dataset, longest_tokens
 from orchestrator.planning.makespan import Clock, Simulation, Timing, calibrate, simulate
 from orchestrator.planning.memory import MemoryEstimate
 from orchestrator.planning.packing import (
-    TAIL,
     Effort,
     GroupRange,
     Ranges,
@@ -49,9 +47,6 @@ from workers.model.config import fingerprint_model, has_chat_template
 from workers.scoring.registry import SCORES
 from workers.timeline import cut_steps, expected_rows
 from workers.types import JSON, Dataset, SpecError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,15 +305,14 @@ def make_plan(spec: SweepSpec, progress: Progress | None = None, dataset: Datase
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Inside, Python does not search for cycles of garbage: a large plan is a million small objects that stay, and looking
-    through them again and again takes a quarter of the time."""
-    searching = gc.isenabled()
+def _garbage_collection_off() -> Iterator[None]:
+    """Collecting garbage among a plan's million objects, which all stay, took 0.7 of 4.2 s for 10,000 cells."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if searching:
+        if enabled:
             gc.enable()
 
 
@@ -383,7 +377,7 @@ class Planner:
             for cell in self.cells
         ]
 
-    @_uncollected()
+    @_garbage_collection_off()
     def plan(self, progress: Progress, only: Collection[str] | None = None) -> Plan:
         """What is left of the cells ``only`` (ids; None: of all). The others stay as they are."""
         grid, cells = self.grid, self.cells
@@ -507,7 +501,7 @@ def _cut(
     engine = [spec.engine.threads, spec.engine.step_edits]
     common = digest([SCORES.shard_key(spec.scoring), *engine, spec.grid.rollback])
     whole = collect_chains(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
-    most_work = TAIL * lower_bound(whole, effort)
+    most_work = lower_bound(whole, effort)
 
     @cache
     def ids(numbers: tuple[int, ...]) -> str:

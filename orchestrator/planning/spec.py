@@ -34,7 +34,7 @@ from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import ModelConfig
 from workers.scoring.registry import SCORES
-from workers.types import DataError, Frozen, ModelError, SpecError
+from workers.types import DataError, Frozen, ModelError, ProtocolName, SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
@@ -136,6 +136,7 @@ class MethodSpec(Frozen):
     label: str = ""
     hparams: dict[str, Any] = Field(default_factory=dict)
     hparams_file: Path | None = None
+    protocol: ProtocolName | None = Field(None, description="null: what the sweep says")
     T: tuple[int, ...] = Field((), description="which of the grid's T this variant is run at; empty: all of them")
 
     @field_validator("T", mode="before")
@@ -226,6 +227,9 @@ class SweepSpec(Frozen):
     dataset: DatasetSpec
     grid: GridSpec
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
+    protocol: ProtocolName = Field(
+        "paper", description="what methods follow where paper and public code differ and the spec says nothing"
+    )
     training: TrainingSpec = TrainingSpec()
     scoring: Annotated[ScoreConfig, WrapValidator(_read_scoring)] = Field(default_factory=lambda: SCORES.read({}))
     chat_template: bool = False

@@ -1,4 +1,4 @@
-"""Content-addressed store of shared inputs: statistics, base-model scores, context templates, trained networks.
+"""Content-addressed store of shared inputs: statistics, context templates, trained networks.
 
 An artifact's key is the hash of its recipe, so it is computed once and used by every shard, method and sweep that needs
 it. The data file is followed by a small file with its checksum; only then does the artifact exist.

@@ -19,9 +19,13 @@ class StoreError(EditSweepError):
     """Results cannot be read or written. The message names path and cause; ``path`` and ``cause`` hold them apart."""
 
     def __init__(self, action: str, path: str, cause: str) -> None:
-        super().__init__(f"cannot {action} {path}: {cause}")
+        super().__init__(action, path, cause)  # the arguments as given, so that it can be pickled
+        self.action = action
         self.path = path
         self.cause = cause
+
+    def __str__(self) -> str:
+        return f"cannot {self.action} {self.path}: {self.cause}"
 
 
 class Missing(StoreError):

@@ -34,6 +34,7 @@ import yaml
 
 from orchestrator.results.columns import COLUMNS
 from orchestrator.results.query import open_results
+from tests.waiting import PATIENCE_SECONDS, stop, wait_for
 
 LOG = logging.getLogger("chaos")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -91,7 +92,8 @@ def sweep(edits: int, names: Collection[str]) -> dict[str, Any]:
 
 
 ELSEWHERE = (
-    "import sys; from orchestrator import cli, lock\nlock.Owner.alive_here = lambda self: None\ncli.main(sys.argv[1:])"
+    "import sys; from orchestrator.cli import main; from orchestrator.storage import lock\n"
+    "lock.Owner.alive_here = lambda self: None\nmain.main(sys.argv[1:])"
 )
 """The command line as on another machine: it cannot look the owner's process up and has to watch its heartbeat."""
 
@@ -162,13 +164,13 @@ class Chaos:
                 command, cwd=ROOT, env=self.environment, stdout=said, stderr=said, text=True, start_new_session=True
             )
 
-    def finish(self, process: subprocess.Popen[str], seconds: float = 300) -> int:
+    def finish(self, process: subprocess.Popen[str]) -> int:
         """Wait for the end; a run that does not end is a failure of its own."""
         try:
-            return process.wait(seconds)
+            return process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             end(process)
-            raise RuntimeError(f"a run did not end within {seconds:.0f} seconds; see said.txt") from None
+            raise RuntimeError(f"a run did not end within {PATIENCE_SECONDS:.0f} seconds; see said.txt") from None
 
     def complete(self, folder: Path, engine: str = "local", *more: str, tries: int = 4) -> None:
         """Run again until everything is done, then compare everything."""
@@ -180,15 +182,15 @@ class Chaos:
             LOG.info("  not complete after %d runs (exit code %d)", tries, code)
         self.compare(folder, complete=True)
 
-    def until(self, process: subprocess.Popen[str], what: Callable[[], bool], seconds: float = 120) -> bool:
+    def until(self, process: subprocess.Popen[str], what: Callable[[], bool]) -> bool:
         """Wait for ``what``; False if the run ended before."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while process.poll() is None:
             if what():
                 return True
             if time.monotonic() > deadline:
                 end(process)
-                raise RuntimeError(f"nothing moved for {seconds:.0f} seconds; see said.txt")
+                raise RuntimeError(f"nothing moved for {PATIENCE_SECONDS:.0f} seconds; see said.txt")
             time.sleep(0.02)
         return False
 
@@ -198,6 +200,21 @@ class Chaos:
         moved = self.until(process, lambda: len(marks(folder) - seen) >= commits)
         time.sleep(self.rng.uniform(0, 0.4))
         return moved and process.poll() is None
+
+    def under_way(self, commits: int, engine: str, *more: str) -> tuple[Path, subprocess.Popen[str]]:
+        """Start the sweep in a new folder and wait for so many commits.
+
+        On a busy machine a run may end before this process has its turn; then another is started.
+        """
+        while True:
+            folder = self.folder()
+            process = self.launch(folder, engine, *more)
+            if self.progress(process, folder, commits):
+                return folder, process
+            if self.finish(process):
+                raise RuntimeError("a run failed before anything was done to it; see said.txt")
+            self.compare(folder, complete=True)
+            commits = max(1, commits // 2)
 
     # --- comparing ---
 
@@ -252,16 +269,13 @@ class Chaos:
         """The second of two nodes is removed, or falls silent and wakes up as a zombie."""
         with self._stage() as (address, order):
             for i in range(count + pauses):
-                folder = self.folder()
                 pause = i >= count
+                folder, process = self.under_way(self.rng.randint(2, 6), "ray", "--set", f"ray.address={address}")
                 LOG.info("sweep %s: a node %s", folder.name, "is paused and wakes" if pause else "is removed")
-                process = self.launch(folder, "ray", "--set", f"ray.address={address}")
-                if not self.progress(process, folder, self.rng.randint(2, 6)):
-                    raise RuntimeError("the run ended before anything was done to its node")
                 if pause:
                     order("pause")
                     self.progress(process, folder, self.rng.randint(3, 8))  # the other node goes on
-                    time.sleep(4)  # the silent one is declared dead meanwhile
+                    order("mourn")
                     order("wake")
                     self.fault("pause", "a node and its workers stopped, declared dead, awake again")
                 else:
@@ -301,19 +315,16 @@ class Chaos:
         try:
             yield answer("address"), order
             stdin.close()
-            stage.wait(60)
+            stage.wait(PATIENCE_SECONDS)
         finally:
             end(stage)
 
     def sleepers(self, count: int) -> None:
         """A driver stops in its tracks, another takes the folder over and finishes, the first wakes up."""
         for _ in range(count):
-            folder = self.folder()
+            folder, first = self.under_way(self.rng.randint(2, 12), "local")
             LOG.info("sweep %s: a paused driver", folder.name)
-            first = self.launch(folder, "local")
-            if not self.progress(first, folder, self.rng.randint(2, 12)):
-                raise RuntimeError("the run ended before it was paused")
-            first.send_signal(signal.SIGSTOP)
+            stop(first.pid)
             second = self.launch(folder, "local", elsewhere=True)
             if self.rng.random() < 0.5:  # wakes when the other has just begun
                 seen = marks(folder)
@@ -397,11 +408,9 @@ def workers(folder: Path) -> list[int]:
     return sorted(pid for pid in found if psutil.pid_exists(pid))
 
 
-def calm(folder: Path, seconds: float = 30) -> None:
+def calm(folder: Path) -> None:
     """Wait until a killed driver's workers have followed it."""
-    deadline = time.monotonic() + seconds
-    while workers(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(lambda: not workers(folder))
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -12,17 +12,15 @@ import torch
 from tests.parity.common import (
     COPIES,
     ELSEWHERE,
-    check_norms,
-    check_scores,
+    FEW,
+    check_record,
     core,
-    final_scores,
     lane_edits,
     meta,
     model,
     moment,
     record,
     relative_error,
-    rounded_copies,
     run_groups,
 )
 from workers.artifacts.base import ArtifactData
@@ -30,9 +28,12 @@ from workers.methods import load_config
 from workers.methods.base import ArtifactContext
 from workers.methods.families.locate import inverse_moment
 from workers.methods.rome import ROME, ROMEConfig
-from workers.model.base import BaseModel, model_shape
+from workers.model.base import model_shape
 from workers.model.config import ModelFingerprint
+from workers.model.overlay import Overlay
 from workers.types import DataError, SpecError
+
+pytestmark = pytest.mark.numeric
 
 RECORDED = {
     "layer": 0,
@@ -49,11 +50,11 @@ def recorded_templates(short: str) -> dict[str, ArtifactData]:
     return {"templates": ArtifactData(meta={"templates": meta(short)["rome_req0"]["templates"]})}
 
 
-def prepared(short: str, base: BaseModel | None = None, **changes: Any) -> ROME:
-    """With the recorded templates and the recorded inverse second moment."""
+def prepared(short: str, copy: int = 0, **changes: Any) -> ROME:
+    """With the recorded templates and the recorded inverse second moment, or a rounded copy of it."""
     config = ROMEConfig.model_validate({**RECORDED, **changes})
-    inverse_II = core(short, "rome_req0")["inv_cov"] if config.mom2_adjustment else None
-    return ROME(base or model(short), config, recorded_templates(short), inverse_II)
+    inverse_II = core(short, "rome_req0", copy)["inv_cov"] if config.mom2_adjustment else None
+    return ROME(model(short, copy), config, recorded_templates(short), inverse_II)
 
 
 @pytest.mark.parametrize("short", ["llama", "gpt2"])
@@ -75,22 +76,32 @@ def test_vectors_and_losses_of_one_edit(short: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("short", "T", "copies"), [("llama", 1, 1), ("llama", 10, 1), ("gpt2", 1, 1), ("gpt2", 10, COPIES)]
+    ("short", "T", "copies"),
+    [
+        ("llama", 1, 1),
+        ("llama", 10, 1),
+        ("gpt2", 1, 1),
+        pytest.param("gpt2", 10, FEW, marks=pytest.mark.slow),
+        pytest.param("gpt2", 10, COPIES, marks=pytest.mark.long),
+    ],
 )
 def test_scores(short: str, T: int, copies: int) -> None:
     """Ten edits on top of each other amplify rounding on GPT-2: there, correct runs differ in up to 3 of 20 requests."""
     expected = record(short, "ROME", T)
-    runs = []
-    for base in rounded_copies(model(short), copies):
-        editor = prepared(short, base)
-        overlay, _ = run_groups(editor, T, expected["n_groups"])
-        runs.append(final_scores(editor, overlay, T, expected["n_groups"]))
-        check_norms(overlay, expected, 1e-2 if copies == 1 else 0.1)
-    check_scores(runs, expected)
+
+    def replay(copy: int) -> tuple[ROME, Overlay]:
+        editor = prepared(short, copy)
+        return editor, run_groups(editor, T, expected["n_groups"])[0]
+
+    check_record(expected, replay, copies=copies)
 
 
-@pytest.mark.parametrize(("short", "tolerance"), [("llama", 1e-3), ("gpt2", 2e-3)])
+@pytest.mark.parametrize(("short", "tolerance"), [("llama", 1e-3), ("gpt2", 3e-3)])
 def test_second_moment(short: str, tolerance: float) -> None:
+    """The moment is nearly singular, so that its inverse depends on the order in which its terms were added up.
+
+    Three orders move the inverse and the change by 5e-5 (Llama) and by 3e-4 (GPT-2): the tolerances are ten times that or more.
+    """
     moment_II = moment(short, 0).tensors["moment"]
     assert relative_error(inverse_moment(moment_II), core(short, "rome_req0")["inv_cov"]) <= tolerance
     inputs = {**recorded_templates(short), "moment": ArtifactData({"moment": moment_II})}
@@ -98,7 +109,7 @@ def test_second_moment(short: str, tolerance: float) -> None:
     overlay, _ = run_groups(editor, 1, 1)
     state = overlay.state(0).tensors
     delta = core(short, "rome_req0")["delta"]
-    assert relative_error(state["left"] @ state["right"], delta.T if editor.site.transposed else delta) <= 1e-3
+    assert relative_error(state["left"] @ state["right"], delta.T if editor.site.transposed else delta) <= tolerance
 
 
 def test_the_edit_gives_the_value_it_looked_for() -> None:

@@ -11,9 +11,7 @@ from pydantic import ValidationError
 
 from tests.parity.common import (
     ELSEWHERE,
-    check_norms,
-    check_scores,
-    final_scores,
+    check_record,
     golden_requests,
     model,
     record,
@@ -26,20 +24,21 @@ from workers.model.base import model_shape
 from workers.rng import RandomStreams
 from workers.types import SpecError
 
+pytestmark = pytest.mark.numeric
+
 MODULES = {"mlp.gate_proj": (1, 2), "mlp.up_proj": (3, 4)}
 PUBLIC = {
     "modules": MODULES,
     "lr": 0.01,
     "token": "mask",
     "statistics": "turn",
-    "public_labels": True,
-    "public_variance": True,
+    "deviations": {"public_labels": True, "public_variance": True},
 }
 REQUESTS = golden_requests()
 
 
-def prepared(**config: Any) -> UltraEdit:
-    return UltraEdit.prepare(model("llama"), UltraEditConfig.model_validate({"modules": MODULES, **config}), {})
+def prepared(copy: int = 0, **config: Any) -> UltraEdit:
+    return UltraEdit.prepare(model("llama", copy), UltraEditConfig.model_validate({"modules": MODULES, **config}), {})
 
 
 def turn(editor: UltraEdit, overlay: UltraEditOverlay, starts: list[int], size: int) -> list[EditOutcome]:
@@ -55,12 +54,15 @@ def test_scores(T: int) -> None:
     """Requests came ten to a turn."""
     expected = record("llama", "UltraEdit", T)
     groups, size = expected["n_groups"], min(T, 10)
-    editor = prepared(**PUBLIC)
-    overlay = editor.new_overlay(groups)
-    for start in range(0, T, size):
-        turn(editor, overlay, [g * T + start for g in range(groups)], size)
-    check_norms(overlay, expected, 1e-3)
-    check_scores(final_scores(editor, overlay, T, groups), expected)
+
+    def replay(copy: int) -> tuple[UltraEdit, UltraEditOverlay]:
+        editor = prepared(copy, **PUBLIC)
+        overlay = editor.new_overlay(groups)
+        for start in range(0, T, size):
+            turn(editor, overlay, [g * T + start for g in range(groups)], size)
+        return editor, overlay
+
+    check_record(expected, replay, norms=1e-3)
 
 
 @pytest.mark.parametrize("token", ["ans", "mask"])
@@ -74,9 +76,10 @@ def test_statistics_are_those_of_all_tokens_at_once(token: str) -> None:
     for shape, statistics in one.statistics.items():
         mine = few.statistics[shape]
         assert torch.equal(mine.count_L1, statistics.count_L1) and int(mine.count_L1) > 6
+        # float32 inputs from batches of two and of six: rounded copies differ by up to 3e-7
         width = model("llama").hidden  # gradients depend on how many requests share a mean, inputs do not
-        assert relative_error(mine.mean_LF[:, :width], statistics.mean_LF[:, :width]) <= 1e-6
-        assert relative_error(mine.square_LF[:, :width], statistics.square_LF[:, :width]) <= 1e-6
+        assert relative_error(mine.mean_LF[:, :width], statistics.mean_LF[:, :width]) <= 1e-5
+        assert relative_error(mine.square_LF[:, :width], statistics.square_LF[:, :width]) <= 1e-5
 
 
 @pytest.mark.parametrize("size", [2, 20])
@@ -88,13 +91,13 @@ def test_the_change_is_the_ridge_solution(size: int) -> None:
     features = part.by_site[0]
     statistics = overlay.statistics["512x128"]
     statistics.update(features, public=False)
-    keys_KI, grads_KO = features.keys_LKI[0], features.grads_LKO[0]
-    assert (keys_KI.shape[0] > keys_KI.shape[1]) == (size == 20)
-    z_KF = torch.cat([keys_KI, grads_KO], 1)
+    keys_JI, grads_KO = features.keys_LJI[0], features.grads_LJO[0]
+    assert (keys_JI.shape[0] > keys_JI.shape[1]) == (size == 20)
+    z_KF = torch.cat([keys_JI, grads_KO], 1)
     normal_KF = (z_KF - z_KF.mean(0)) / (z_KF.std(0) + EPS)
     values_KO = -0.01 * normal_KF[:, :128].square().sum(1, keepdim=True) * normal_KF[:, 128:]
-    left_II = keys_KI.T @ keys_KI + torch.eye(128, dtype=torch.float64)
-    expected_OI = torch.linalg.solve(left_II, keys_KI.T @ values_KO).T
+    left_II = keys_JI.T @ keys_JI + torch.eye(128, dtype=torch.float64)
+    expected_OI = torch.linalg.solve(left_II, keys_JI.T @ values_KO).T
     assert relative_error(editor._change(features, statistics)[0], expected_OI) <= 1e-6
 
 
@@ -119,7 +122,7 @@ def test_gradients_are_those_of_the_loss() -> None:
         weight.requires_grad_(False)
     features = part.by_site[2]
     assert float(part.loss_L) == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert relative_error(features.grads_LKO[0].T @ features.keys_LKI[0], expected_OI) <= 1e-4
+    assert relative_error(features.grads_LJO[0].T @ features.keys_LJI[0], expected_OI) <= 1e-4
 
 
 def test_lanes_with_batches() -> None:

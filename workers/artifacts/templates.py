@@ -51,9 +51,9 @@ def sample_texts(
         rows = collate(encoded, [0] * len(texts), base.encoder.pad_id, base.device)
         logits_BV = base.logits(base.hidden_states(rows)[:, -1]).double().cpu()
         if top_k:
-            values_BK, ids_BK = logits_BV.topk(top_k, dim=-1)
-            pick_B = torch.multinomial(values_BK.softmax(-1), 1, generator=generator)
-            next_B = ids_BK.gather(1, pick_B)[:, 0].tolist()
+            values_BJ, ids_BJ = logits_BV.topk(top_k, dim=-1)
+            pick_B = torch.multinomial(values_BJ.softmax(-1), 1, generator=generator)
+            next_B = ids_BJ.gather(1, pick_B)[:, 0].tolist()
         else:
             next_B = logits_BV.argmax(-1).tolist()
         for i, token in enumerate(next_B):

@@ -28,6 +28,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -418,6 +419,7 @@ def corpus(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
     return tuple(lines)
 
 
+@lru_cache(maxsize=4)  # the planner and the worker of one process both read them
 def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[EditRequest, ...]:
     """The requests of one split in sweep order, one per fact of that group; four per anchor fact in ``train``.
 
@@ -431,6 +433,8 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
     hops = second_hops(facts)
     anchors = [fact for fact in facts if fact.group == "anchor"]
     near = {r.name: [fact for fact in anchors if fact.relation == r.name] for r in (*_PEOPLE, *_THINGS)}
+    far = {name: [fact for fact in anchors if fact.relation != name] for name in near}
+    known = {fact.subject for fact in anchors}
     rng = _rng(seed, f"requests:{split}")
     group: Group = "anchor" if split == "train" else split
     chosen = [fact for fact in facts if fact.group == group for _ in range(TRAIN_TARGETS if split == "train" else 1)]
@@ -444,10 +448,12 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
             target_new = (targets.get(fact) or targets.setdefault(fact, rng.sample(others, TRAIN_TARGETS))).pop()
         else:
             target_new = rng.choice(others)
-        neighbour = rng.choice([a for a in near[fact.relation] if a.subject != fact.subject])
-        other, unrelated = rng.sample(
-            [a for a in anchors if a.relation != fact.relation and a.subject != fact.subject], 2
-        )
+        alike, different = near[fact.relation], far[fact.relation]
+        if fact.subject in known:  # of the train split only: the others' subjects are no anchor's
+            alike = [a for a in alike if a.subject != fact.subject]
+            different = [a for a in different if a.subject != fact.subject]
+        neighbour = rng.choice(alike)
+        other, unrelated = rng.sample(different, 2)
         requests.append(
             EditRequest(
                 case_id=f"tinyworld-{split}-{number:04d}",

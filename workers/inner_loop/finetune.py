@@ -1,22 +1,20 @@
 """Training dense copies of linear maps on requests, lane by lane: what FT and its relatives share.
 
->>> problem = Problem.of(base, overlay, requests, with_target)
->>> found = descend(base, overlay, problem, num_steps=25, lr=1e-3)
+>>> found = fine_tune(base, overlay, requests, with_target, num_steps=25, lr=1e-3)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-import torch
 from torch import Tensor
 
-from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.descend import Descent, DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
-from workers.inner_loop.optim import Adam, Box, LaneOptimizer
+from workers.inner_loop.optim import Adam, Box
 from workers.inner_loop.suffix import Suffix
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.overlay import DenseOverlay
@@ -68,12 +66,14 @@ def batch(
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The lanes in one batch: what they train, and how their losses are found."""
+class DenseProblem(DivisibleProblem):
+    """Dense copies of some linear maps, one a lane. A lane stops once its loss is below :data:`STOP_LOSS`."""
 
+    base: BaseModel
     overlay: DenseOverlay
     suffix: Suffix
     targets: TargetTokens
+    penalty: Callable[[Sequence[Tensor]], Tensor] | None
 
     @classmethod
     def of(
@@ -82,119 +82,55 @@ class Problem:
         overlay: DenseOverlay,
         lanes: Sequence[Sequence[EditRequest]],
         example: Callable[[BaseModel, EditRequest], Example],
+        penalty: Callable[[Sequence[Tensor]], Tensor] | None = None,
     ) -> Self:
         rows, targets = batch(base, lanes, example)
         lowest = min(overlay.sites, key=lambda site: site.layer)
-        return cls(overlay, Suffix.capture(base, lowest, rows, targets.reads), targets)
+        return cls(base, overlay, Suffix.capture(base, lowest, rows, targets.reads), targets, penalty)
 
     @property
-    def weights(self) -> list[Tensor]:
+    def params(self) -> list[Tensor]:
         return list(self.overlay.weights_LOI.values())
 
     @property
     def working(self) -> list[Tensor]:
-        """Their copies in the base's precision, if these are what answers."""
         return list(self.overlay.working_LOI.values())
 
-    @property
-    def trained(self) -> list[Tensor]:
-        """What gets the gradients."""
-        return self.working or self.weights
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Inside, gradients flow to the weights and to nothing else; afterwards there are none."""
-        for weight_KOI in self.trained:
-            weight_KOI.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for weight_KOI in self.trained:
-                weight_KOI.requires_grad_(False)
-                weight_KOI.grad = None
-
-    def loss(self, base: BaseModel) -> Tensor:
-        """Each lane's loss, (K,)."""
+    def losses(self) -> tuple[Tensor, Tensor]:
         with self.overlay.installed(self.suffix.rows):
-            return self.targets.nll(base, self.suffix.hidden())
+            loss_K = self.targets.nll(self.base, self.suffix.hidden())
+        goes_on_K = loss_K.detach() >= STOP_LOSS
+        return (loss_K if self.penalty is None else loss_K + self.penalty(self.params)), goes_on_K
 
-    def part(self, kept: Sequence[int]) -> Problem:
+    def part(self, kept: Sequence[int]) -> Self:
         rows, row_B = self.suffix.rows.part(kept)
         targets, read_P = self.targets.part(kept, row_B)
-        return Problem(self.overlay.part(kept), self.suffix.part(row_B, rows, read_P), targets)
-
-    def write_back(self, overlay: DenseOverlay, lanes: Sequence[int]) -> None:
-        """Copy the trained weights into the overlay of all lanes."""
-        if self.overlay is not overlay:
-            for name, weight_KOI in self.overlay.weights_LOI.items():
-                overlay.weights_LOI[name][list(lanes)] = weight_KOI
+        suffix = self.suffix.part(row_B, rows, read_P)
+        return replace(self, overlay=self.overlay.part(kept), suffix=suffix, targets=targets)
 
 
-@dataclass(frozen=True)
-class Descent:
-    """How it went, per lane: steps made, the last and the first loss."""
-
-    steps_L: Tensor
-    loss_L: Tensor
-    first_L: Tensor
-
-
-def descend(
+def fine_tune(
     base: BaseModel,
     overlay: DenseOverlay,
-    problem: Problem,
+    lanes: Sequence[Sequence[EditRequest]],
+    example: Callable[[BaseModel, EditRequest], Example],
+    *,
     num_steps: int,
     lr: float,
     weight_decay: float = 0.0,
     boxes: Sequence[Box] = (),
     penalty: Callable[[Sequence[Tensor]], Tensor] | None = None,
 ) -> Descent:
-    """Train the overlay's weights with Adam until a lane's loss is below :data:`STOP_LOSS` or the steps are spent.
+    """Train the overlay's weights with Adam on each lane's requests until its loss is below :data:`STOP_LOSS` or the steps are
+    spent.
 
     ``boxes``: how far each weight may go. ``penalty``: what is added to the lanes' losses, (K,), given the weights (K lanes); it
     has no say in when to stop.
     """
+    problem = DenseProblem.of(base, overlay, lanes, example, penalty)
     overlay.touch(range(overlay.lanes))
     # where one pass moves the masters and renews narrower copies, no other pass only casts
     copies = base.compiled.updates and base.dtype != base.master_dtype and penalty is None
     with overlay.working(base.dtype) if copies else nullcontext():
-        return _descend(base, overlay, problem, num_steps, lr, weight_decay, boxes, penalty)
-
-
-def _descend(
-    base: BaseModel,
-    overlay: DenseOverlay,
-    problem: Problem,
-    num_steps: int,
-    lr: float,
-    weight_decay: float,
-    boxes: Sequence[Box],
-    penalty: Callable[[Sequence[Tensor]], Tensor] | None,
-) -> Descent:
-    optimizer: LaneOptimizer = Adam(problem.weights, lr, weight_decay, boxes, base.compiled, problem.working)
-    steps = Lockstep(overlay.lanes, base.device, pool=base.pool)
-    steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=base.device)
-
-    def losses() -> tuple[Tensor, Tensor]:
-        now_K = problem.loss(base)
-        goes_on_K = now_K.detach() >= STOP_LOSS
-        return (now_K if penalty is None else now_K + penalty(problem.weights)), goes_on_K
-
-    for _ in range(num_steps):
-        if steps.halved():
-            steps_L[steps.live] = optimizer.steps_L
-            problem.write_back(overlay, steps.live)
-            kept = steps.compact()
-            problem = problem.part(kept)
-            optimizer = optimizer.part(kept, problem.weights, problem.working)
-        with problem.training():
-            now_K, goes_on_K = steps.forward_all(losses, problem.trained)
-            steps.record(now_K)
-            steps.keep(goes_on_K)
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
-    steps_L[steps.live] = optimizer.steps_L
-    problem.write_back(overlay, steps.live)
-    return Descent(steps_L, steps.loss_L, steps.first_L)
+        optimizer = Adam(problem.params, lr, weight_decay, boxes, base.compiled, problem.working)
+        return descend(problem, optimizer, num_steps, pool=base.pool)

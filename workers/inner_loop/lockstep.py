@@ -1,12 +1,12 @@
 """Which lanes of one edit call still move, and when to look.
 
 >>> steps = Lockstep(lanes=8, device=base.device, pool=base.pool)
->>> for step in range(25):
+>>> for step in range(25):                  # the loop itself: workers.inner_loop.descend
 ...     if steps.halved():                  # half of the batch stands still: go on with the others alone
 ...         problem = problem.part(steps.compact())
-...     now_K = steps.forward(problem.loss, params)       # K lanes are left in the batch
+...     now_K, goes_on_K = steps.forward(problem.losses, problem.params)      # K lanes are left in the batch
 ...     steps.record(now_K)
-...     steps.keep(now_K >= STOP)
+...     steps.keep(goes_on_K)
 ...     if steps.ended():
 ...         break
 ...     steps.backward()
@@ -55,13 +55,10 @@ class Lockstep:
         """The losses of a pass that was not recorded, with their graph."""
         self._recorded: RecordedStep | None = None
 
-    def forward(self, losses: Callable[[], Tensor], params: Sequence[Tensor]) -> Tensor:
-        """The losses of the batch's lanes, (K,), without their graph. ``losses`` is a function of ``params`` that may be
-        recorded: called again it computes the same thing from the same tensors, without asking the device."""
-        return self.forward_all(lambda: (losses(),), params)[0]
-
-    def forward_all(self, losses: Callable[[], tuple[Tensor, ...]], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The same for a function that returns further tensors after the losses."""
+    def forward(self, losses: Callable[[], tuple[Tensor, ...]], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The losses of the batch's lanes, (K,), and what else the function returns, without their graph. ``losses`` is a
+        function of ``params`` that may be recorded: called again it computes the same thing from the same tensors, without
+        asking the device."""
         if self._pool is not None and self._again:
             if self._recorded is None:
                 self._recorded = RecordedStep(losses, params, self._pool)
@@ -107,8 +104,9 @@ class Lockstep:
         return not any(self._flags)
 
     def halved(self) -> bool:
-        """Whether half of the lanes in the batch stand still, so that going on without them pays."""
-        return len(self._flags) >= _WORTH_HALVING and 2 * sum(self._flags) <= len(self._flags)
+        """Whether half of the lanes in the batch stand still, so that going on without them pays. Not before the first step:
+        lanes that never move have a first loss, too."""
+        return self._step > 0 and len(self._flags) >= _WORTH_HALVING and 2 * sum(self._flags) <= len(self._flags)
 
     def compact(self) -> list[int]:
         """Leave the lanes that stand still; returns which lanes of the batch, by their place in it, go on."""

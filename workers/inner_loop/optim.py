@@ -14,6 +14,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class LaneOptimizer(ABC):
     def _update(self, i: int, params: list[Tensor], grads: list[Tensor], lanes: Sequence[int]) -> None:
         """Move ``lanes`` of parameter ``i``, in place."""
 
-    def part(self, lane_K: Sequence[int], params: Sequence[Tensor], working: Sequence[Tensor] = ()) -> LaneOptimizer:
+    def part(self, lane_K: Sequence[int], params: Sequence[Tensor], working: Sequence[Tensor] = ()) -> Self:
         """The optimiser of some of the lanes, going on with ``params`` and, if there were any, their ``working`` copies."""
         other = copy.copy(self)
         other.params, other.working = list(params), list(working)
@@ -188,9 +189,8 @@ class Adam(LaneOptimizer):
                 )
         return True
 
-    def part(self, lane_K: Sequence[int], params: Sequence[Tensor], working: Sequence[Tensor] = ()) -> LaneOptimizer:
+    def part(self, lane_K: Sequence[int], params: Sequence[Tensor], working: Sequence[Tensor] = ()) -> Self:
         other = super().part(lane_K, params, working)
-        assert isinstance(other, Adam)
         kept = list(lane_K)
         for name in ("_m", "_v", "_count"):
             setattr(other, name, [t[kept] for t in getattr(self, name)])

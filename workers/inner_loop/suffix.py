@@ -30,8 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from workers.kernels.compiled import Compiled
-from workers.kernels.llama_cpu import Constants, QuickLayer, plain
-from workers.kernels.llama_gpu import FusedLayer
 from workers.model.batch import Batch
 from workers.model.replay import Prefix, capture, override_forward, replay
 
@@ -212,12 +210,8 @@ class _Layer:
     past: tuple[Tensor, Tensor] | None
     query: nn.Module | None
     """The attention's query projection, where it is a map of its own: columns that only give keys ask nothing."""
-    quick: QuickLayer | FusedLayer | None
-    """The same layer written out, where there is such a way."""
 
     def __call__(self, hidden_RSD: Tensor) -> Tensor:
-        if self.quick is not None and plain(self.module):
-            return self.quick(hidden_RSD)
         past = self.past
         if self.key_arguments is not None:
             recorder = _Recorder(stop=True)
@@ -240,7 +234,6 @@ class _Layer:
             arguments=chosen,
             key_arguments=None if keys is None else {k: _rows_of(v, index_R, k) for k, v in keys.items()},
             past=None if rows is None or self.past is None else (self.past[0][index_R], self.past[1][index_R]),
-            quick=None if self.quick is None else self.quick.part(index_R),
         )
 
 
@@ -285,11 +278,7 @@ def _prepare(
         cut = {name: _columns(value, name, first + given, None) for name, value in arguments.items()}
         attention = base.arch.attn_in
         query = module.get_submodule(attention[0]) if len(attention) == 3 else None  # query, key, value
-        quick: QuickLayer | FusedLayer | None = None
-        if not base.compiled.layers:
-            constants = Constants.of(cut, key_arguments, given, past)
-            quick = QuickLayer.of(base.quick_weights(i), constants) or FusedLayer.of(module, constants)
-        prepared.append(_Layer(module, base.compiled, cache, cut, key_arguments, given, past, query, quick))
+        prepared.append(_Layer(module, base.compiled, cache, cut, key_arguments, given, past, query))
     return tuple(prepared)
 
 

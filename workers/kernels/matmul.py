@@ -8,17 +8,13 @@ which its compiler calls, uses it wherever it is: on an AMD EPYC up to 2.2 times
 Intel's own slower than MKL. For small products MKL takes less time to begin. Which of them computes a product depends on its
 shape, its precision and the kind of processor alone, so the same batch has the same bits every time; where oneDNN's operator or
 the instructions are missing, everything is as without this module.
-
-How the right factor lies matters as much: of a few rows MKL makes a product up to five times as fast if it needs not turn it
-around first. :class:`Joined` keeps frozen maps that way.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -57,51 +53,19 @@ def wide_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: 
     return linear(x_BSI.to(dtype), weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
 
 
-def lane_products(left_LMK: Tensor, right_LNK: Tensor) -> Tensor:
+def lane_products(left_LMI: Tensor, right_LNI: Tensor) -> Tensor:
     """``left right^T`` of every lane, (L, M, N). Not differentiable."""
-    if not _quick(left_LMK, left_LMK.shape[1], right_LNK.shape[1]):
-        return torch.bmm(left_LMK, right_LNK.transpose(1, 2))
-    return torch.stack([_product(left_MK, right_NK) for left_MK, right_NK in zip(left_LMK, right_LNK, strict=True)])
+    if not _quick(left_LMI, left_LMI.shape[1], right_LNI.shape[1]):
+        return torch.bmm(left_LMI, right_LNI.transpose(1, 2))
+    return torch.stack([_product(left_MI, right_NI) for left_MI, right_NI in zip(left_LMI, right_LNI, strict=True)])
 
 
-def product_into(out_MN: Tensor, left_MK: Tensor, right_NK: Tensor) -> None:
+def product_into(out_MN: Tensor, left_MI: Tensor, right_NI: Tensor) -> None:
     """``left right^T``, written to ``out``. Not differentiable."""
-    if _quick(left_MK, left_MK.shape[0], right_NK.shape[0]):
-        out_MN.copy_(_product(left_MK, right_NK))
+    if _quick(left_MI, left_MI.shape[0], right_NI.shape[0]):
+        out_MN.copy_(_product(left_MI, right_NI))
     else:
-        torch.mm(left_MK, right_NK.T, out=out_MN)
-
-
-class Joined:
-    """Frozen linear maps that share their input, as one, in both directions. It keeps a copy of their weights.
-
-    >>> both_NO = joined(x_NI); second_NO = joined(x_NI, 1, 2)
-    >>> grad_NI = joined.back(grad_first_NO, None)                   # None: that map took no part
-    """
-
-    def __init__(self, maps: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """``maps``: the weight, (out, in), and the bias of each."""
-        self._weights_OI = [weight_OI for weight_OI, _ in maps]
-        weight_OI = torch.cat(self._weights_OI)
-        self._weight_OI = weight_OI if _available() else weight_OI.T.contiguous().T
-        biases = [weight_OI.new_zeros(len(weight_OI)) if bias_O is None else bias_O for weight_OI, bias_O in maps]
-        self._bias_O = torch.cat(biases) if any(bias_O is not None for _, bias_O in maps) else None
-        self.ends = tuple(accumulate((len(w) for w in self._weights_OI), initial=0))
-
-    def __call__(self, x_NI: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-        """What the maps from ``first`` to ``stop`` answer, side by side, (..., O). Not differentiable."""
-        some = slice(self.ends[first], self.ends[-1 if stop is None else stop])
-        return linear(x_NI, self._weight_OI[some], None if self._bias_O is None else self._bias_O[some])
-
-    def back(self, *grads: Tensor | None) -> Tensor:
-        """The gradient of what enters, (..., I), from those of the maps' answers."""
-        out: Tensor | None = None
-        for grad, weight_OI in zip(grads, self._weights_OI, strict=True):
-            if grad is not None:
-                part = linear(grad, weight_OI.T)
-                out = part if out is None else out.add_(part)
-        assert out is not None
-        return out
+        torch.mm(left_MI, right_NI.T, out=out_MN)
 
 
 class _QuickLinear(nn.Linear):

@@ -16,7 +16,7 @@ from workers.inputs import explain
 from workers.methods.base import Method, MethodConfig
 from workers.methods.easyedit import read_hparams
 from workers.model.config import EMBEDDED, ModelConfig
-from workers.types import JSON, SpecError
+from workers.types import JSON, ProtocolName, SpecError
 
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
@@ -66,9 +66,13 @@ def get_method(name: str) -> type[Method[Any, Any]]:
 
 
 def load_config(
-    method: str, hparams: Mapping[str, JSON], hparams_file: Path | None, model: ModelConfig
+    method: str,
+    hparams: Mapping[str, JSON],
+    hparams_file: Path | None,
+    model: ModelConfig,
+    protocol: ProtocolName = "paper",
 ) -> MethodConfig:
-    """A method's frozen config: defaults, then an EasyEdit YAML (if given), then ``hparams``.
+    """A method's frozen config: defaults, what ``protocol`` sets, an EasyEdit YAML (if given), ``hparams``; the later wins.
 
     Without a file, the embedded model starts from the hyperparameters tuned for it. Raises :class:`SpecError` naming the
     method, the field, the value and what is allowed.
@@ -84,6 +88,9 @@ def load_config(
         values = cls.embedded_for(hparams)
     source = f"method {method}" if hparams_file is None else f"{hparams_file} (method {method})"
     try:
-        return cls.Config.model_validate({**values, **hparams})
+        given = cls.Config.merged(values, hparams)
+        return cls.Config.model_validate(cls.Config.like_easyedit(given) if protocol == "easyedit" else given)
     except ValidationError as error:
         raise SpecError(f"{source}: {explain(error, cls.Config)}") from None
+    except ValueError as error:
+        raise SpecError(f"{source}: {error}") from None

@@ -14,10 +14,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Generic, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
@@ -56,6 +56,17 @@ class ArtifactContext:
         return {"model": self.fingerprint.model, "tokenizer": self.fingerprint.tokenizer, "dtype": self.model.dtype}
 
 
+ADDED_LATER = "added later"
+"""Marks a field that configs hashed before did not have: at its default it enters neither cell ids nor random numbers."""
+
+
+class Deviations(Frozen):
+    """Single switches, each off by default, for what a method's public code does and its paper does not.
+
+    They exist for parity tests. A user writes ``protocol: easyedit``, which turns on all of a method's.
+    """
+
+
 class MethodConfig(Frozen):
     """Hyperparameters of one method, and what follows from them without weights. Frozen, unknown keys refused.
 
@@ -70,6 +81,64 @@ class MethodConfig(Frozen):
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
     alg_names: ClassVar[tuple[str, ...]] = ()
     """Values of EasyEdit's ``alg_name`` this method answers to."""
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({})
+    """Values that ``protocol: easyedit`` sets: for what EasyEdit's code does and its hyperparameter files do not say."""
+
+    # --- deviations, and the written form ---
+
+    @classmethod
+    def switches(cls) -> tuple[str, ...]:
+        """The names of the method's deviations; none if it has no field ``deviations``."""
+        if "deviations" not in cls.model_fields:
+            return ()
+        group = cls.model_fields["deviations"].annotation
+        return tuple(group.model_fields) if isinstance(group, type) and issubclass(group, Deviations) else ()
+
+    @classmethod
+    def nested(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
+        """``values`` with single deviations moved into ``deviations``. Raises ValueError for one that stands in both places."""
+        flat = [name for name in cls.switches() if name in values]
+        group = values.get("deviations", {})
+        if not flat or not isinstance(group, Mapping):
+            return dict(values)
+        for name in flat:
+            if name in group:
+                raise ValueError(f"{name}: given twice, alone and in deviations; remove one")
+        rest = {key: value for key, value in values.items() if key not in flat}
+        return {**rest, "deviations": {**group, **{name: values[name] for name in flat}}}
+
+    @classmethod
+    def merged(cls, low: Mapping[str, JSON], high: Mapping[str, JSON]) -> dict[str, JSON]:
+        """Both, with the values of ``high`` where they differ; deviations are merged one by one."""
+        low, high = cls.nested(low), cls.nested(high)
+        out = {**low, **high}
+        below, above = low.get("deviations"), high.get("deviations")
+        if isinstance(below, Mapping) and isinstance(above, Mapping):
+            out["deviations"] = {**below, **above}
+        return out
+
+    @classmethod
+    def like_easyedit(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
+        """``values`` completed by :attr:`easyedit_values` where they say nothing."""
+        return cls.merged(cls.easyedit_values, values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_flat(cls, values: Any) -> Any:
+        """Version 0.1 had the deviations among the hyperparameters: its specs and manifests stay valid."""
+        return cls.nested(values) if isinstance(values, Mapping) else values
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, JSON]:
+        """Deviations stand among the hyperparameters: cell ids, manifests and random numbers derive from this form.
+
+        Fields that were :data:`ADDED_LATER` are left out at their default, so that ids of earlier versions stay.
+        """
+        written: dict[str, JSON] = {}
+        for name, value in _without_added(self, handler(self)).items():
+            group = getattr(self, name, None)
+            written.update(_without_added(group, value) if isinstance(group, Deviations) else {name: value})
+        return written
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -83,7 +152,7 @@ class MethodConfig(Frozen):
         table = {**COMMON_KEYS, **cls.easyedit_keys}
         out: dict[str, JSON] = {}
         for key, value in values.items():
-            ours = table.get(key, key if key in cls.model_fields else None)
+            ours = table.get(key, key if key in (*cls.model_fields, *cls.switches()) else None)
             if ours is None:
                 known = sorted({*table, *cls.model_fields})
                 raise SpecError(
@@ -127,6 +196,16 @@ class MethodConfig(Frozen):
     def shared_bytes(self, shape: ModelShape) -> int:
         """Estimated bytes that all lanes share beside the base: artifacts, and what :meth:`Method.prepare` makes of them."""
         return 0
+
+
+def _without_added(model: Frozen, written: Mapping[str, JSON]) -> dict[str, JSON]:
+    fields = type(model).model_fields
+    at_default = {
+        name
+        for name, field in fields.items()
+        if ADDED_LATER in field.metadata and getattr(model, name) == field.get_default(call_default_factory=True)
+    }
+    return {name: value for name, value in written.items() if name not in at_default}
 
 
 @dataclass(frozen=True)

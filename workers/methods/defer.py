@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
@@ -57,6 +57,7 @@ class DEFERConfig(MethodConfig):
         "prompt", description="the token gate and map read: the last of the prompt, or of the whole row (public code)"
     )
 
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({"query": "row"})
     alg_names: ClassVar[tuple[str, ...]] = ("DEFER",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({"edit_lr": "lr", "inner_params": "module"})
 
@@ -178,10 +179,6 @@ class DEFER(Method[DEFERConfig, Deferral]):
                 overlay.start(lane, edit.streams.generator("start"))
         query_BI = overlay.query_of(suffix.input_BSI, rows)
         parameters = list(overlay.parameters.values())
-        for tensor in parameters:
-            tensor.requires_grad_(True)
-        optimizer = Adam(parameters, self.config.lr)
-        steps = Lockstep(overlay.lanes, self.base.device)
 
         def losses() -> Tensor:
             gate_B, value_BO = overlay.answer(query_BI, rows)
@@ -189,24 +186,13 @@ class DEFER(Method[DEFERConfig, Deferral]):
             mixed_BSO = gate_B11 * value_BO[:, None] + (1 - gate_B11) * suffix.output_BSO
             return targets.nll(self.base, suffix.hidden(mixed_BSO.to(suffix.output_BSO.dtype)))
 
-        for _ in range(self.config.n_iter):
-            optimizer.zero_grad()
-            now_L = steps.forward(losses, parameters)
-            steps.record(now_L)
-            steps.keep(torch.isfinite(now_L))
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
-        optimizer.zero_grad()
-        for tensor in parameters:
-            tensor.requires_grad_(False)
+        found = descend(WholeBatch(parameters, losses), Adam(parameters, self.config.lr), self.config.n_iter)
         with torch.no_grad():
             gates = overlay.answer(query_BI, rows)[0].tolist()
         return [
             EditOutcome(count, loss, {"first_loss": first, "gate": gate})
             for count, loss, first, gate in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), steps.first_L.tolist(), gates, strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), found.first_L.tolist(), gates, strict=True
             )
         ]
 

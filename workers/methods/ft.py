@@ -15,7 +15,7 @@ Differences from paper and public code, all deliberate:
 1. ``W0`` is the pristine weight, as in Zhu et al., for the whole sequence of edits. The public code clamps around the
    weight before each edit, so that a sequence of T edits may drift by ``T * c``: ``constraint_around: edit``.
 2. Target tokens are those of ``prompt + " " + target`` tokenised jointly. The public FT-L tokenises the target alone:
-   a tokenizer that adds BOS then makes BOS a target (golden README, fault 7): ``public_bos: true``.
+   a tokenizer that adds BOS then makes BOS a target (golden README, fault 7): ``deviations: {public_bos: true}``.
 3. Padding is never a target (the public FT-L scores padding tokens in batches).
 4. Only the weight is trained. Where a public YAML names a module without ``.weight`` (gpt2-xl, gpt-j), the public code
    trains its bias too.
@@ -30,15 +30,21 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from workers.inner_loop.finetune import Example, Problem, descend, with_target
+from workers.inner_loop.finetune import Example, fine_tune, with_target
 from workers.inner_loop.optim import Box
-from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.base import Deviations, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel
 from workers.model.batch import Encoded
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay
 from workers.types import JSON, EditRequest, SpecError
+
+
+class FTDeviations(Deviations):
+    """Switches to the public code."""
+
+    public_bos: bool = Field(False, description="prompt_last: tokenise the target alone, BOS included (public code)")
 
 
 class FTConfig(MethodConfig):
@@ -56,8 +62,11 @@ class FTConfig(MethodConfig):
     constraint_around: Literal["base", "edit"] = Field(
         "base", description="base: the pristine weight (paper); edit: the weight before each edit (public code)"
     )
-    public_bos: bool = Field(False, description="prompt_last: tokenise the target alone, BOS included (public code)")
+    deviations: FTDeviations = Field(FTDeviations(), description="single switches to the public code, for parity tests")
 
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {"constraint_around": "edit", "deviations": {"public_bos": True}}
+    )
     alg_names: ClassVar[tuple[str, ...]] = ("FT",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"objective_optimization": "objective", "rewrite_module_tmp": "module", "kl_factor": IGNORED}
@@ -115,9 +124,15 @@ class FT(Method[FTConfig, DenseOverlay]):
 
     def edit(self, overlay: DenseOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config = self.config
-        problem = Problem.of(self.base, overlay, [edit.requests for edit in edits], self._example)
-        found = descend(
-            self.base, overlay, problem, config.num_steps, config.lr, config.weight_decay, self._boxes(overlay)
+        found = fine_tune(
+            self.base,
+            overlay,
+            [edit.requests for edit in edits],
+            self._example,
+            num_steps=config.num_steps,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            boxes=self._boxes(overlay),
         )
         return [
             EditOutcome(count, loss, {"first_loss": first})
@@ -132,7 +147,7 @@ class FT(Method[FTConfig, DenseOverlay]):
             return with_target(base, request)
         pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
         prompt = base.encoder.prompt(request.prompt)
-        target = base.encoder.text(f" {request.target_new}") if self.config.public_bos else pair.target
+        target = base.encoder.text(f" {request.target_new}") if self.config.deviations.public_bos else pair.target
         return Example(Encoded(prompt, len(prompt)), target, len(prompt) - 1, step=0)
 
     def _boxes(self, overlay: DenseOverlay) -> list[Box]:

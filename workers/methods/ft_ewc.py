@@ -38,7 +38,7 @@ from torch import Tensor
 
 from workers.artifacts import fisher, stats
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.inner_loop.finetune import Problem, descend, with_target
+from workers.inner_loop.finetune import fine_tune, with_target
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.model.base import BaseModel
 from workers.model.config import ModelShape
@@ -128,9 +128,15 @@ class FTEWC(Method[FTEWCConfig, DenseOverlay]):
 
     def edit(self, overlay: DenseOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config = self.config
-        problem = Problem.of(self.base, overlay, [edit.requests for edit in edits], with_target)
-        penalty = self.penalty if config.ew_lambda else None
-        found = descend(self.base, overlay, problem, config.num_steps, config.lr, penalty=penalty)
+        found = fine_tune(
+            self.base,
+            overlay,
+            [edit.requests for edit in edits],
+            with_target,
+            num_steps=config.num_steps,
+            lr=config.lr,
+            penalty=self.penalty if config.ew_lambda else None,
+        )
         with torch.no_grad():
             held_L = self.penalty(list(overlay.weights_LOI.values()))
         return [

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
@@ -134,9 +134,9 @@ class Codebook(Overlay):
         out, in_features = site.shape
         device = site.weight_OI.device
         self.replacement = replacement
-        self.keys_LKI = torch.zeros(lanes, 0, in_features, dtype=dtype, device=device)
-        self.values_LKO = torch.zeros(lanes, 0, out, dtype=dtype, device=device)
-        self.radii_LK = torch.zeros(lanes, 0, dtype=dtype, device=device)
+        self.keys_LJI = torch.zeros(lanes, 0, in_features, dtype=dtype, device=device)
+        self.values_LJO = torch.zeros(lanes, 0, out, dtype=dtype, device=device)
+        self.radii_LJ = torch.zeros(lanes, 0, dtype=dtype, device=device)
         self.labels: list[list[tuple[int, ...]]] = [[] for _ in range(lanes)]
 
     def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
@@ -149,16 +149,16 @@ class Codebook(Overlay):
 
     def _answer(self, x_BSI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
         """For each row the nearest entry's value, (B, O), and whether its radius covers the row, (B,)."""
-        query_BI = x_BSI[torch.arange(rows.size, device=x_BSI.device), rows.prompt_end_B].to(self.keys_LKI.dtype)
+        query_BI = x_BSI[torch.arange(rows.size, device=x_BSI.device), rows.prompt_end_B].to(self.keys_LJI.dtype)
         values, hits = [], []
         for lane, start, stop in rows.segments:
             count = len(self.labels[lane])
             if count:
                 distance, nearest = self.distances(lane, query_BI[start:stop]).min(1)
-                values.append(self.values_LKO[lane, nearest])
-                hits.append(distance <= self.radii_LK[lane, nearest])
+                values.append(self.values_LJO[lane, nearest])
+                hits.append(distance <= self.radii_LJ[lane, nearest])
             else:
-                values.append(self.values_LKO.new_zeros(stop - start, self.values_LKO.shape[2]))
+                values.append(self.values_LJO.new_zeros(stop - start, self.values_LJO.shape[2]))
                 hits.append(torch.zeros(stop - start, dtype=torch.bool, device=x_BSI.device))
         return torch.cat(values), torch.cat(hits)
 
@@ -177,30 +177,30 @@ class Codebook(Overlay):
 
     def distances(self, lane: int, query_BI: Tensor) -> Tensor:
         """Euclidean distances to a lane's keys, (B, K); not by way of a product, which cancels for near keys."""
-        keys_KI = self.keys_LKI[lane, : len(self.labels[lane])]
-        return torch.cdist(query_BI, keys_KI, compute_mode="donot_use_mm_for_euclid_dist")
+        keys_JI = self.keys_LJI[lane, : len(self.labels[lane])]
+        return torch.cdist(query_BI, keys_JI, compute_mode="donot_use_mm_for_euclid_dist")
 
     def add(self, lane: int, key_I: Tensor, radius: float | Tensor, label: tuple[int, ...]) -> int:
         """A new entry, its value still zero. Returns its slot."""
         slot = len(self.labels[lane])
-        if slot == self.radii_LK.shape[1]:
+        if slot == self.radii_LJ.shape[1]:
             self._resize(slot + max(_BLOCK, slot // 2))
-        self.keys_LKI[lane, slot] = key_I
-        self.radii_LK[lane, slot] = radius
+        self.keys_LJI[lane, slot] = key_I
+        self.radii_LJ[lane, slot] = radius
         self.labels[lane].append(label)
         return slot
 
     def _resize(self, slots: int) -> None:
-        more = slots - self.radii_LK.shape[1]
-        self.keys_LKI = F.pad(self.keys_LKI, (0, 0, 0, more))
-        self.values_LKO = F.pad(self.values_LKO, (0, 0, 0, more))
-        self.radii_LK = F.pad(self.radii_LK, (0, more), value=-1.0)
+        more = slots - self.radii_LJ.shape[1]
+        self.keys_LJI = F.pad(self.keys_LJI, (0, 0, 0, more))
+        self.values_LJO = F.pad(self.values_LJO, (0, 0, 0, more))
+        self.radii_LJ = F.pad(self.radii_LJ, (0, more), value=-1.0)
 
     def state(self, lane: int) -> LaneState:
         count = len(self.labels[lane])
         if not count:
             return LaneState()
-        tensors = {"keys": self.keys_LKI, "values": self.values_LKO, "radii": self.radii_LK}
+        tensors = {"keys": self.keys_LJI, "values": self.values_LJO, "radii": self.radii_LJ}
         return LaneState(
             {name: t[lane, :count].detach().clone() for name, t in tensors.items()},
             {"labels": [list(label) for label in self.labels[lane]]},
@@ -209,13 +209,13 @@ class Codebook(Overlay):
     def load_state(self, lane: int, state: LaneState) -> None:
         self.labels[lane] = [tuple(label) for label in state.meta.get("labels", [])]
         count = len(self.labels[lane])
-        if count > self.radii_LK.shape[1]:
+        if count > self.radii_LJ.shape[1]:
             self._resize(count)
-        self.radii_LK[lane] = -1.0
+        self.radii_LJ[lane] = -1.0
         if count:
-            self.keys_LKI[lane, :count] = state.tensors["keys"].to(self.keys_LKI)
-            self.values_LKO[lane, :count] = state.tensors["values"].to(self.values_LKO)
-            self.radii_LK[lane, :count] = state.tensors["radii"].to(self.radii_LK)
+            self.keys_LJI[lane, :count] = state.tensors["keys"].to(self.keys_LJI)
+            self.values_LJO[lane, :count] = state.tensors["values"].to(self.values_LJO)
+            self.radii_LJ[lane, :count] = state.tensors["radii"].to(self.radii_LJ)
 
     def delta_norm(self, lane: int) -> float | None:
         return None
@@ -243,19 +243,17 @@ class GRACE(Method[GRACEConfig, Codebook]):
         rows, site = batch.rows, overlay.sites[0]
         row_B = torch.arange(rows.size, device=self.base.device)
         suffix = Suffix.capture(self.base, site, rows, batch.targets.reads, overlay.first_change(rows))
-        key_LI = suffix.input_BSI[row_B, rows.prompt_end_B].to(overlay.keys_LKI.dtype)
+        key_LI = suffix.input_BSI[row_B, rows.prompt_end_B].to(overlay.keys_LJI.dtype)
         rules, slots, starts = [], [], []
         for lane, edit in enumerate(edits):
             rule, slot = self._place(overlay, lane, key_LI[lane], batch.labels[lane])
             fresh = rule in ("add", "split", "replace")
-            starts.append(self._start(overlay, edit, key_LI[lane]) if fresh else overlay.values_LKO[lane, slot].clone())
+            starts.append(self._start(overlay, edit, key_LI[lane]) if fresh else overlay.values_LJO[lane, slot].clone())
             rules.append(rule)
             slots.append(slot)
         trained = [self.config.train_matched or rule not in ("expand", "keep") for rule in rules]
 
-        value_LO = torch.stack(starts).requires_grad_(True)
-        optimizer = Adam([value_LO], self.config.lr)
-        steps = Lockstep(overlay.lanes, self.base.device, trained, self.base.pool)
+        value_LO = torch.stack(starts)
         plain_BSO = suffix.output_BSO[:, suffix.first :]
         where_BS1 = overlay.replaced(rows)[:, suffix.first :, None]
 
@@ -263,21 +261,19 @@ class GRACE(Method[GRACEConfig, Codebook]):
             output_BSO = torch.where(where_BS1, value_LO.to(plain_BSO.dtype)[:, None], plain_BSO)
             return batch.targets.nll(self.base, suffix.hidden(output_BSO))
 
-        for _ in range(self.config.n_iter):
-            optimizer.zero_grad()
-            now_L = steps.forward(losses, [value_LO])
-            steps.record(now_L)
-            steps.keep(torch.isfinite(now_L))
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
+        found = descend(
+            WholeBatch([value_LO], losses),
+            Adam([value_LO], self.config.lr),
+            self.config.n_iter,
+            pool=self.base.pool,
+            start=trained,
+        )
         for lane, slot in enumerate(slots):
-            overlay.values_LKO[lane, slot] = value_LO[lane].detach()
+            overlay.values_LJO[lane, slot] = value_LO[lane]
         return [
             EditOutcome(count, loss, {"rule": rule, "keys": len(labels)})
             for count, loss, rule, labels in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), rules, overlay.labels, strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), rules, overlay.labels, strict=True
             )
         ]
 
@@ -288,20 +284,20 @@ class GRACE(Method[GRACEConfig, Codebook]):
             return "add", overlay.add(lane, key_I, eps, label)
         found, index = overlay.distances(lane, key_I[None])[0].min(0)
         distance, near = float(found), int(index)
-        radius = float(overlay.radii_LK[lane, near])
+        radius = float(overlay.radii_LJ[lane, near])
         if distance > radius + eps:
             return "add", overlay.add(lane, key_I, eps, label)
         if overlay.labels[lane][near] == label:
             if not distance > radius:
                 return "keep", near
-            overlay.radii_LK[lane, near] = found  # unrounded, so that the new edit itself is covered
+            overlay.radii_LJ[lane, near] = found  # unrounded, so that the new edit itself is covered
             if self.config.eps_expand == "moving_average":
-                overlay.keys_LKI[lane, near] = (overlay.keys_LKI[lane, near] + key_I) / 2
+                overlay.keys_LJI[lane, near] = (overlay.keys_LJI[lane, near] + key_I) / 2
             return "expand", near
         if distance <= SAME_KEY * eps:
             overlay.labels[lane][near] = label
             return "replace", near
-        overlay.radii_LK[lane, near] = found / 2
+        overlay.radii_LJ[lane, near] = found / 2
         return "split", overlay.add(lane, key_I, found / 2, label)
 
     def _start(self, overlay: Codebook, edit: LaneEdit, key_I: Tensor) -> Tensor:

@@ -29,12 +29,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import batch, with_target
-from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
@@ -125,8 +124,6 @@ class LoRA(Method[LoRAConfig, AdapterOverlay]):
         rows, targets = batch(base, [edit.requests for edit in edits], with_target)
         prefix = capture(base, rows, overlay.first_layer)
         factors = overlay.factors
-        optimizer = Adam(factors, config.lr, config.weight_decay)
-        steps = Lockstep(overlay.lanes, base.device)
 
         def losses() -> Tensor:
             with overlay.installed(rows):
@@ -135,26 +132,14 @@ class LoRA(Method[LoRAConfig, AdapterOverlay]):
         if config.lora_dropout:
             overlay.dropout = Dropout(config.lora_dropout, [edit.streams for edit in edits])
         try:
-            for factor in factors:
-                factor.requires_grad_(True)
-            for _ in range(config.num_steps):
-                optimizer.zero_grad()
-                now_L = steps.forward(losses, factors)
-                steps.record(now_L)
-                steps.keep(torch.isfinite(now_L))
-                if steps.ended():
-                    break
-                steps.backward()
-                optimizer.step(steps.active_K, steps.moving)
+            optimizer = Adam(factors, config.lr, config.weight_decay)
+            found = descend(WholeBatch(factors, losses), optimizer, config.num_steps)
         finally:
             overlay.dropout = None
-            optimizer.zero_grad()
-            for factor in factors:
-                factor.requires_grad_(False)
         return [
             EditOutcome(count, loss, {"first_loss": first})
             for count, loss, first in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), steps.first_L.tolist(), strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), found.first_L.tolist(), strict=True
             )
         ]
 

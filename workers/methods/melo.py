@@ -50,8 +50,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import batch, with_target
-from workers.inner_loop.lockstep import Lockstep
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import split_module
@@ -181,7 +181,7 @@ class _Database:
     def __init__(self, width: int, like: Tensor) -> None:
         self.clusters: list[_Cluster] = []
         self.centres_CO = like.new_zeros(0, width)
-        self.keys_KO = like.new_zeros(0, width)
+        self.keys_JO = like.new_zeros(0, width)
         self.blocks: list[int] = []
 
     def add(self, query_O: Tensor, radius: float, label: tuple[int, ...], block: int) -> None:
@@ -189,7 +189,7 @@ class _Database:
         self.centres_CO = torch.cat([self.centres_CO, query_O[None]])
 
     def _point(self, query_O: Tensor, block: int) -> int:
-        self.keys_KO = torch.cat([self.keys_KO, query_O[None]])
+        self.keys_JO = torch.cat([self.keys_JO, query_O[None]])
         self.blocks.append(block)
         return len(self.blocks) - 1
 
@@ -205,7 +205,7 @@ class _Database:
             return "add"
         if near.label == label:
             near.points.append(self._point(query_O, block))
-            keys_PO = self.keys_KO[near.points]
+            keys_PO = self.keys_JO[near.points]
             centre_O = keys_PO.mean(0)
             self.centres_CO[int(index)] = centre_O
             near.radius = max(float(_distances(keys_PO, centre_O[None]).max()), radius)
@@ -216,7 +216,7 @@ class _Database:
             near.radius = max(near.radius, radius)
             return "replace"
         near.radius = distance / 2
-        from_centre = _distances(self.keys_KO[near.points], self.centres_CO[int(index)][None])[:, 0].tolist()
+        from_centre = _distances(self.keys_JO[near.points], self.centres_CO[int(index)][None])[:, 0].tolist()
         kept = [point for point, d in zip(near.points, from_centre, strict=True) if d <= near.radius]
         near.points = kept or [self._point(self.centres_CO[int(index)].clone(), NO_BLOCK)]
         self.add(query_O, distance / 2, label, block)
@@ -233,7 +233,7 @@ class _Database:
             if distance > cluster.radius:
                 blocks.append(NO_BLOCK)
                 continue
-            point = int(_distances(query_BO[row : row + 1], self.keys_KO[cluster.points])[0].argmin())
+            point = int(_distances(query_BO[row : row + 1], self.keys_JO[cluster.points])[0].argmin())
             blocks.append(self.blocks[cluster.points[point]])
         return blocks
 
@@ -326,7 +326,7 @@ class BlockOverlay(Overlay):
         database = self.databases[lane]
         if not database.clusters:
             return LaneState()
-        tensors = {"keys": database.keys_KO.clone(), "centres": database.centres_CO.clone()}
+        tensors = {"keys": database.keys_JO.clone(), "centres": database.centres_CO.clone()}
         for name in self.down:
             tensors[f"{name}.A"] = self.down[name][lane].clone()
             tensors[f"{name}.B"] = self.up[name][lane].clone()
@@ -346,7 +346,7 @@ class BlockOverlay(Overlay):
                 self._like.new_zeros(0, out, self.rank) if up is None else up.to(self._like).clone()
             )
         if state.tensors:
-            database.keys_KO = state.tensors["keys"].to(self._like).clone()
+            database.keys_JO = state.tensors["keys"].to(self._like).clone()
             database.centres_CO = state.tensors["centres"].to(self._like).clone()
             database.blocks = [int(block) for block in state.meta["blocks"]]
             database.clusters = [
@@ -395,33 +395,26 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         for site in overlay.adapted:
             out, in_features = site.shape
             starts = [uniform_A(edit.streams, f"A {site.name}", config.rank, in_features) for edit in edits]
-            down_LRI[site.name] = torch.stack(starts).to(base.device, base.master_dtype).requires_grad_(True)
-            up_LOR[site.name] = torch.zeros(
-                len(edits), out, config.rank, dtype=base.master_dtype, device=base.device, requires_grad=True
-            )
-        optimizer = Adam([*down_LRI.values(), *up_LOR.values()], config.lr)
-        steps = Lockstep(overlay.lanes, base.device)
+            down_LRI[site.name] = torch.stack(starts).to(base.device, base.master_dtype)
+            up_LOR[site.name] = torch.zeros(len(edits), out, config.rank, dtype=base.master_dtype, device=base.device)
+        factors = [*down_LRI.values(), *up_LOR.values()]
 
         def losses() -> Tensor:
             with overlay.learning(rows, down_LRI, up_LOR):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
-        for step in range(config.num_iter):
-            optimizer.lr = config.lr * 0.5 ** (step // config.halve_every)
-            optimizer.zero_grad()
-            now_L = steps.forward(losses, optimizer.params)
-            steps.record(now_L)
-            steps.keep(torch.isfinite(now_L))
-            if steps.ended():
-                break
-            steps.backward()
-            optimizer.step(steps.active_K, steps.moving)
+        found = descend(
+            WholeBatch(factors, losses),
+            Adam(factors, config.lr),
+            config.num_iter,
+            lr=lambda step: config.lr * 0.5 ** (step // config.halve_every),
+        )
         for lane in range(overlay.lanes):
             overlay.append(lane, down_LRI, up_LOR)
         return [
             EditOutcome(count, loss, {"rules": rule, "clusters": len(database.clusters)})
             for count, loss, rule, database in zip(
-                optimizer.steps_L.tolist(), steps.loss_L.tolist(), rules, overlay.databases, strict=True
+                found.steps_L.tolist(), found.loss_L.tolist(), rules, overlay.databases, strict=True
             )
         ]
 

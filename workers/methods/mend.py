@@ -21,7 +21,7 @@ Differences from paper and public code (EasyEdit; golden README, point 12), all 
 3. The running statistics are part of the state: continued training continues them. EasyEdit starts them afresh.
 4. ``lr_lr`` is the step size of the learned step sizes. In EasyEdit it has no effect (``lr`` moves them).
 5. The answer's tokens are those of the joint text. EasyEdit's labels begin with BOS if the tokenizer adds one:
-   ``public_bos: true``.
+   ``deviations: {public_bos: true}``.
 6. The loss of a batch is the sum of its requests' losses, so that a request's factors are what they are alone; padding is never
    a target. EasyEdit takes the mean over all label tokens, padding among them.
 7. The requests of a training step are edits of their own, in one batch (EasyEdit: ``accumulate_bs`` edits one after another);
@@ -40,7 +40,7 @@ import torch
 from pydantic import Field
 
 from workers.artifacts.pretrain import TrainingSchedule
-from workers.methods.base import MethodConfig
+from workers.methods.base import Deviations, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS
 from workers.methods.families.hypernet import (
     Factors,
@@ -57,6 +57,12 @@ from workers.model.overlay import DenseOverlay
 from workers.types import JSON, EditRequest, SpecError
 
 
+class MENDDeviations(Deviations):
+    """Switches to the public code."""
+
+    public_bos: bool = Field(False, description="a BOS token of the answer alone is a target (public code)")
+
+
 class MENDConfig(HypernetConfig):
     """Hyperparameters of MEND."""
 
@@ -70,15 +76,20 @@ class MENDConfig(HypernetConfig):
     train_on: Literal["rephrase", "prompt"] = Field(
         "rephrase", description="rephrase: prompt or a rephrase asks for the new answer (paper); prompt: public code"
     )
-    public_bos: bool = Field(False, description="a BOS token of the answer alone is a target (public code)")
+    deviations: MENDDeviations = Field(
+        MENDDeviations(), description="single switches to the public code, for parity tests"
+    )
     schedule: TrainingSchedule = Field(
         TrainingSchedule(steps=10_000, batch_size=10), description="length and batches of the training"
     )
 
     method: ClassVar[str] = "mend"
     learnt: ClassVar[tuple[str, ...]] = (
-        *("layers", "modules", "rank", "n_hidden", "public_bos"),
+        *("layers", "modules", "rank", "n_hidden", "deviations"),
         *("edit_lr", "lr", "lr_lr", "cedit", "cloc", "grad_clip", "train_on"),
+    )
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {"train_on": "prompt", "deviations": {"public_bos": True}}
     )
     alg_names: ClassVar[tuple[str, ...]] = ("MEND",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -142,7 +153,7 @@ class MEND(HypernetMethod[MENDConfig, DenseOverlay]):
         return Hypernet(shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator)
 
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
-        return Questions.of(self.base, lanes, self.config.public_bos)
+        return Questions.of(self.base, lanes, self.config.deviations.public_bos)
 
     def new_overlay(self, lanes: int) -> DenseOverlay:
         return DenseOverlay(self.sites, lanes, self.base.master_dtype)

@@ -14,7 +14,7 @@ whole layer, to which attention and MLP both add, and then make the MLP answer f
 Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
 
 1. The target follows its prompt after a space. EasyEdit adds the space for models called "gpt" only, and elsewhere teaches the
-   target's first token as the continuation of a word: ``public_target: true``.
+   target's first token as the continuation of a word: ``deviations: {public_target: true}``.
 2. Rows are padded on the left with the right position ids. EasyEdit's reads its own left-padded rows at the places of
    right-padded ones and gives NaN; the golden records were made with right padding.
 3. ``C`` is that of the pristine model for every layer, everything after the search is in float64.
@@ -36,7 +36,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from workers.methods.base import EditOutcome, LaneEdit, MethodConfig
+from workers.methods.base import Deviations, EditOutcome, LaneEdit, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
 from workers.methods.families.locate import Facts, Sated, chunked, facts_of, observe, search
 from workers.methods.families.spread import (
@@ -61,6 +61,12 @@ SATED_KL = 0.01
 """A search whose target is the likeliest ends where the KL term is at most this (the published constant)."""
 
 
+class PMETDeviations(Deviations):
+    """Switches to the public code."""
+
+    public_target: bool = Field(False, description="no space before the target, which is tokenised alone (EasyEdit)")
+
+
 class PMETConfig(SpreadConfig):
     """Hyperparameters of PMET, under the names the field uses."""
 
@@ -68,8 +74,11 @@ class PMETConfig(SpreadConfig):
     clamp_norm_factor: float = Field(1.0, gt=0, description="largest norm of a value change, relative to its value")
     nll_loss_factor: float = Field(1.0, gt=0, description="weight of the target's loss")
     mom2_update_weight: float = Field(15_000, gt=0, description="weight of the second moment against the new keys")
-    public_target: bool = Field(False, description="no space before the target, which is tokenised alone (EasyEdit)")
+    deviations: PMETDeviations = Field(
+        PMETDeviations(), description="single switches to the public code, for parity tests"
+    )
 
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({"deviations": {"public_target": True}})
     title: ClassVar[str] = "PMET"
     alg_names: ClassVar[tuple[str, ...]] = ("PMET",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -111,7 +120,7 @@ class PMET(RidgeMethod[PMETConfig]):
     def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         check_lockstep(edits)
         base, config, lanes = self.base, self.config, overlay.lanes
-        facts = facts_of(base, edits, config, self.inputs, spaced=not config.public_target)
+        facts = facts_of(base, edits, config, self.inputs, spaced=not config.deviations.public_target)
         sated = Sated(config.nll_loss_factor, SATED_WEIGHT * config.nll_loss_factor, SATED_KL)
         wanted, figures = [], []
         for part in chunked(facts, lanes):

@@ -122,6 +122,9 @@ class SERACConfig(MethodConfig):
         }
     )
     """Keys of a public YAML that are accepted with these values only: nothing else is implemented."""
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {"mixing": "soft", "reads": "row", "edit_view": "public", "accumulate": False}
+    )
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -290,8 +293,8 @@ class EditMemory(SitelessOverlay):
         self.config = config
         self.texts: list[tuple[str, ...]] = [()] * lanes
         weight = next(networks.classifier.parameters())
-        self.empty_KD = weight.new_zeros(0, networks.classifier.config.hidden_size)
-        self.embeds_KD: list[Tensor] = [self.empty_KD] * lanes
+        self.empty_JD = weight.new_zeros(0, networks.classifier.config.hidden_size)
+        self.embeds_JD: list[Tensor] = [self.empty_JD] * lanes
 
     @torch.no_grad()
     def add(self, requests: Sequence[Sequence[EditRequest]]) -> None:
@@ -300,12 +303,12 @@ class EditMemory(SitelessOverlay):
         embeds_ND = self.networks.embed([self.view(text) for lane in texts for text in lane])
         start = 0
         for lane, new in enumerate(texts):
-            fresh_KD = embeds_ND[start : start + len(new)]
+            fresh_JD = embeds_ND[start : start + len(new)]
             start += len(new)
             self.texts[lane] = (*self.texts[lane], *new)
-            self.embeds_KD[lane] = torch.cat([self.embeds_KD[lane], fresh_KD])
+            self.embeds_JD[lane] = torch.cat([self.embeds_JD[lane], fresh_JD])
             if not self.config.accumulate:
-                self.texts[lane], self.embeds_KD[lane] = self.texts[lane][-1:], self.embeds_KD[lane][-1:].clone()
+                self.texts[lane], self.embeds_JD[lane] = self.texts[lane][-1:], self.embeds_JD[lane][-1:].clone()
 
     def view(self, text: str) -> str:
         """What the classifier reads of an edit."""
@@ -323,7 +326,7 @@ class EditMemory(SitelessOverlay):
         embeds_ND = self.networks.embed([texts[i] for i in asked])
         for lane in sorted({lanes[i] for i in asked}):
             mine = [n for n, i in enumerate(asked) if lanes[i] == lane]
-            best, index = scope_of(self.embeds_KD[lane], embeds_ND[mine]).max(1)
+            best, index = scope_of(self.embeds_JD[lane], embeds_ND[mine]).max(1)
             for n, s, k in zip(mine, best.tolist(), index.tolist(), strict=True):
                 scope[asked[n]], place[asked[n]] = s, k
         return scope, place
@@ -362,16 +365,16 @@ class EditMemory(SitelessOverlay):
     def state(self, lane: int) -> LaneState:
         if not self.texts[lane]:
             return LaneState()
-        return LaneState({"embeds": self.embeds_KD[lane].clone()}, {"texts": list(self.texts[lane])})
+        return LaneState({"embeds": self.embeds_JD[lane].clone()}, {"texts": list(self.texts[lane])})
 
     def load_state(self, lane: int, state: LaneState) -> None:
         self.texts[lane] = tuple(state.meta.get("texts", ()))
-        self.embeds_KD[lane] = state.tensors.get("embeds", self.empty_KD).to(self.empty_KD)
+        self.embeds_JD[lane] = state.tensors.get("embeds", self.empty_JD).to(self.empty_JD)
 
 
-def scope_of(edits_KD: Tensor, asked_ND: Tensor) -> Tensor:
+def scope_of(edits_JD: Tensor, asked_ND: Tensor) -> Tensor:
     """``exp(-||difference||^2)``, (N, K)."""
-    return torch.exp(-(asked_ND[:, None] - edits_KD[None]).square().sum(-1))
+    return torch.exp(-(asked_ND[:, None] - edits_JD[None]).square().sum(-1))
 
 
 def mixed(base_V: Tensor, counterfactual_V: Tensor, scope: float) -> Tensor:

@@ -129,6 +129,15 @@ class SimIEConfig(MethodConfig):
                 out["base"] = _method(name).Config.from_easyedit(read_hparams(path), str(path))
         return out
 
+    @classmethod
+    def like_easyedit(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The base method edits as its public code does."""
+        out = super().like_easyedit(values)
+        name, base = out.get("base_method"), out.get("base", {})
+        if name in BASES and isinstance(base, Mapping):  # else validation complains
+            out["base"] = _method(name).Config.like_easyedit(base)
+        return out
+
     def check(self, shape: ModelShape) -> None:
         with _of_base():
             self.base_config.check(shape)

@@ -17,13 +17,14 @@ Differences from paper and public code, all deliberate. The paper's text was not
 source and the authors' code, so equations are not numbered here.
 
 1. Labels are the target's tokens, each predicted where it follows its prompt. EasyEdit tokenises the target alone, so that BOS
-   and padding become labels, too (golden README, fault 7), and runs the text with its last token: ``public_labels: true``.
+   and padding become labels, too (golden README, fault 7), and runs the text with its last token:
+   ``deviations: {public_labels: true}``.
 2. ``token: ans`` keeps the positions that predict a target token, as paper and authors' code do; EasyEdit's files say ``mask``
    (every token), which a loaded file then gives. A single token is its own mean: with ``ans``, a turn of one target token as a
    lane's first edit changes nothing.
 3. ``n Var(z)`` is the sum of squared deviations, so that ``sigma`` is the deviation of all tokens, however they came in turns.
    The public code takes n times the unbiased variance, which is too much by n / (n - 1), and not a number for a single token:
-   ``public_variance: true``.
+   ``deviations: {public_variance: true}``.
 4. True position ids (public: padding columns count), everything after the two passes in float64 (public: float32).
 5. Statistics run on over the turns. EasyEdit's code starts them afresh in every call (it never notes that it has been set up),
    so that its normalisation is not lifelong: ``statistics: turn``.
@@ -43,7 +44,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from workers.inner_loop.losses import TargetTokens
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import Deviations, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Encoded, collate
@@ -56,6 +57,15 @@ MLP_OUT = "mlp_out"
 
 EPS = 2.0**-23
 """Keeps the normalisation from dividing by zero (float32's resolution, as published)."""
+
+
+class UltraEditDeviations(Deviations):
+    """Switches to the public code."""
+
+    public_labels: bool = Field(False, description="BOS and padding are labels, too; the last token is run (EasyEdit)")
+    public_variance: bool = Field(
+        False, description="sum up n times the unbiased variance of each backward (public code)"
+    )
 
 
 class UltraEditConfig(MethodConfig):
@@ -72,11 +82,13 @@ class UltraEditConfig(MethodConfig):
         "lifelong", description="what features are normalised by; turn: each call starts afresh (EasyEdit)"
     )
     requests_per_backward: int = Field(10, ge=1, description="requests that share one mean loss and one backward")
-    public_labels: bool = Field(False, description="BOS and padding are labels, too; the last token is run (EasyEdit)")
-    public_variance: bool = Field(
-        False, description="sum up n times the unbiased variance of each backward (public code)"
+    deviations: UltraEditDeviations = Field(
+        UltraEditDeviations(), description="single switches to the public code, for parity tests"
     )
 
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {"statistics": "turn", "deviations": {"public_labels": True, "public_variance": True}}
+    )
     alg_names: ClassVar[tuple[str, ...]] = ("ULTRAEDIT", "UltraEdit")
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
@@ -191,14 +203,14 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
                 statistics.clear()
         for part in turn:  # the weights wait until all features are there
             for site, features in zip(overlay.sites, part.by_site, strict=True):
-                overlay.statistics[_shape_name(site)].update(features, self.config.public_variance)
+                overlay.statistics[_shape_name(site)].update(features, self.config.deviations.public_variance)
         for i, site in enumerate(overlay.sites):
             features = _Features.joined([part.by_site[i] for part in turn])
             change_LOI = self._change(features, overlay.statistics[_shape_name(site)])
             overlay.weights_LOI[site.name].add_(change_LOI)
         overlay.touch(range(overlay.lanes))
         loss_L = torch.stack([part.loss_L for part in turn]).mean(0)
-        tokens_L = sum(part.by_site[0].valid_LK.sum(1) for part in turn)
+        tokens_L = sum(part.by_site[0].valid_LJ.sum(1) for part in turn)
         return [
             EditOutcome(1, loss, {"tokens": tokens})
             for loss, tokens in zip(loss_L.tolist(), torch.as_tensor(tokens_L).tolist(), strict=True)
@@ -211,7 +223,7 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
         lanes: list[int] = []
         places: list[tuple[int, int, int, float]] = []
         for lane, of_lane in enumerate(requests):
-            sequences, labels = _labelled(base, of_lane, config.public_labels)
+            sequences, labels = _labelled(base, of_lane, config.deviations.public_labels)
             total = sum(len(tokens) for _, tokens in labels)
             for sequence, (start, tokens) in zip(sequences, labels, strict=True):
                 places += [
@@ -235,28 +247,28 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
             loss_L = targets.nll(base, hidden_BSD[targets.row_P, targets.column_P])
             grads = torch.autograd.grad(loss_L.sum(), outputs)
         most = max(len(places) for places in kept)
-        index_LK = torch.tensor([places + [0] * (most - len(places)) for places in kept], device=base.device)
+        index_LJ = torch.tensor([places + [0] * (most - len(places)) for places in kept], device=base.device)
         count_L = torch.tensor([len(places) for places in kept], device=base.device)
-        valid_LK = torch.arange(most, device=base.device) < count_L[:, None]
+        valid_LJ = torch.arange(most, device=base.device) < count_L[:, None]
 
         def gathered(x_BSF: Tensor) -> Tensor:
-            chosen_LKF = x_BSF.flatten(0, 1)[index_LK].to(torch.float64)
-            return torch.where(valid_LK[:, :, None], chosen_LKF, 0)
+            chosen_LJF = x_BSF.flatten(0, 1)[index_LJ].to(torch.float64)
+            return torch.where(valid_LJ[:, :, None], chosen_LJF, 0)
 
-        by_site = [_Features(gathered(x), gathered(g), valid_LK) for x, g in zip(inputs, grads, strict=True)]
+        by_site = [_Features(gathered(x), gathered(g), valid_LJ) for x, g in zip(inputs, grads, strict=True)]
         return _Part(by_site, loss_L.detach())
 
     def _change(self, features: _Features, statistics: _Statistics) -> Tensor:
         """The change of one map, (L, O, I)."""
-        keys_LKI, width = features.keys_LKI, features.keys_LKI.shape[2]
-        normal_LKF = statistics.normalised(features)
-        size_LK1 = normal_LKF[:, :, :width].square().sum(2, keepdim=True)
-        values_LKO = -self.config.lr * size_LK1 * normal_LKF[:, :, width:]
-        if keys_LKI.shape[1] <= width:
-            gram_LKK = keys_LKI @ keys_LKI.transpose(1, 2)
-            return values_LKO.transpose(1, 2) @ _solve_ridge(gram_LKK, keys_LKI)
-        gram_LII = keys_LKI.transpose(1, 2) @ keys_LKI
-        return _solve_ridge(gram_LII, keys_LKI.transpose(1, 2) @ values_LKO).transpose(1, 2)
+        keys_LJI, width = features.keys_LJI, features.keys_LJI.shape[2]
+        normal_LJF = statistics.normalised(features)
+        size_LJ1 = normal_LJF[:, :, :width].square().sum(2, keepdim=True)
+        values_LJO = -self.config.lr * size_LJ1 * normal_LJF[:, :, width:]
+        if keys_LJI.shape[1] <= width:
+            gram_LJJ = keys_LJI @ keys_LJI.transpose(1, 2)
+            return values_LJO.transpose(1, 2) @ _solve_ridge(gram_LJJ, keys_LJI)
+        gram_LII = keys_LJI.transpose(1, 2) @ keys_LJI
+        return _solve_ridge(gram_LII, keys_LJI.transpose(1, 2) @ values_LJO).transpose(1, 2)
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
@@ -267,16 +279,16 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
 class _Features:
     """Inputs of one map and gradients of its outputs at the kept tokens of each lane; zero where a lane has fewer."""
 
-    keys_LKI: Tensor
-    grads_LKO: Tensor
-    valid_LK: Tensor
+    keys_LJI: Tensor
+    grads_LJO: Tensor
+    valid_LJ: Tensor
 
     @classmethod
     def joined(cls, parts: Sequence[_Features]) -> _Features:
         return cls(
-            torch.cat([p.keys_LKI for p in parts], 1),
-            torch.cat([p.grads_LKO for p in parts], 1),
-            torch.cat([p.valid_LK for p in parts], 1),
+            torch.cat([p.keys_LJI for p in parts], 1),
+            torch.cat([p.grads_LJO for p in parts], 1),
+            torch.cat([p.valid_LJ for p in parts], 1),
         )
 
 
@@ -310,11 +322,11 @@ class _Statistics:
 
     def update(self, features: _Features, public: bool) -> None:
         """Take in some tokens of each lane."""
-        valid_LK1 = features.valid_LK[:, :, None]
-        z_LKF = torch.cat([features.keys_LKI, features.grads_LKO], 2)
-        n_L1 = features.valid_LK.sum(1, keepdim=True).to(z_LKF.dtype)
-        mean_LF = z_LKF.sum(1) / n_L1
-        square_LF = torch.where(valid_LK1, z_LKF - mean_LF[:, None], 0).square().sum(1)
+        valid_LJ1 = features.valid_LJ[:, :, None]
+        z_LJF = torch.cat([features.keys_LJI, features.grads_LJO], 2)
+        n_L1 = features.valid_LJ.sum(1, keepdim=True).to(z_LJF.dtype)
+        mean_LF = z_LJF.sum(1) / n_L1
+        square_LF = torch.where(valid_LJ1, z_LJF - mean_LF[:, None], 0).square().sum(1)
         if public:
             square_LF = square_LF * (n_L1 / (n_L1 - 1))
         total_L1 = self.count_L1 + n_L1
@@ -324,10 +336,10 @@ class _Statistics:
         self.count_L1.copy_(total_L1)
 
     def normalised(self, features: _Features) -> Tensor:
-        z_LKF = torch.cat([features.keys_LKI, features.grads_LKO], 2)
+        z_LJF = torch.cat([features.keys_LJI, features.grads_LJO], 2)
         sigma_LF = (self.square_LF / (self.count_L1 - 1 + EPS)).sqrt()
-        normal_LKF = (z_LKF - self.mean_LF[:, None]) / (sigma_LF[:, None] + EPS)
-        return torch.where(features.valid_LK[:, :, None], normal_LKF, 0)
+        normal_LJF = (z_LJF - self.mean_LF[:, None]) / (sigma_LF[:, None] + EPS)
+        return torch.where(features.valid_LJ[:, :, None], normal_LJF, 0)
 
 
 def _path(path: str) -> str | None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from workers.kernels.compiled import Compiled
     from workers.kernels.cuda_graphs import Pool
-    from workers.kernels.llama_cpu import Weights
     from workers.model.batch import Batch, Encoder
 
 
@@ -116,14 +116,11 @@ class BaseModel:
     """A frozen causal language model: the shared, read-only ground every overlay stands on."""
 
     def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, chat_template: bool = False) -> None:
-        from workers.kernels.compiled import WORTH, Compiled
-        from workers.kernels.matmul import use_fast_linear
+        from workers.kernels.bundle import Kernels
         from workers.model.batch import Encoder
 
         self.model: Any = model.eval().requires_grad_(False)
-        use_fast_linear(model)
-        large = self.device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= WORTH
-        self.compiled = Compiled(updates=large, layers=config.compile)
+        self.kernels = Kernels()
         self.config = config
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, chat_template)
@@ -133,7 +130,6 @@ class BaseModel:
         self.norm: Any = model.get_submodule(self.arch.norm)
         self.head_module: Any = model.get_submodule(self.arch.head)
         self.vocab = int(self.head_module.weight.shape[0])
-        self._quick: dict[int, Weights | None] = {}
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
     @classmethod
@@ -184,21 +180,15 @@ class BaseModel:
 
         return torch.promote_types(self.dtype, torch.float32)
 
-    @cached_property
+    @property
+    def compiled(self) -> Compiled:
+        """What of an edit is compiled."""
+        return self.kernels.compiled
+
+    @property
     def pool(self) -> Pool | None:
-        """Memory for recorded steps of edits; None: steps are not recorded, as on a processor."""
-        from workers.kernels.cuda_graphs import Pool
-
-        return Pool() if self.device.type == "cuda" else None
-
-    def quick_weights(self, layer: int) -> Weights | None:
-        """A decoder layer's weights laid out for :class:`~workers.kernels.llama_cpu.QuickLayer`, once; None where there
-        is no such way."""
-        from workers.kernels.llama_cpu import Weights
-
-        if layer not in self._quick:
-            self._quick[layer] = Weights.of(self.layers[layer])
-        return self._quick[layer]
+        """Where steps of edits are recorded; None: they are not."""
+        return self.kernels.pool
 
     @property
     def hidden(self) -> int:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from workers.kernels.limits import LAID_OUT
 from workers.model.architectures import architecture
 from workers.types import Frozen, ModelError, SpecError
 
@@ -61,11 +60,6 @@ class ModelShape:
     @property
     def weight_bytes(self) -> int:
         return self.parameters * self.bytes_per_value
-
-    def laid_out_bytes(self, layer: int) -> int:
-        """Bytes that edits of ``layer`` on a processor keep of the layers above it beside the weights, at most."""
-        each = sum(out * in_features for out, in_features in self.linear.values())
-        return 2 * each * self.bytes_per_value * (self.layers - 1 - layer) if each <= LAID_OUT else 0
 
     def check_layer(self, layer: int, field: str) -> None:
         """Raise :class:`SpecError` if the model has no such decoder layer."""

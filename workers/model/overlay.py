@@ -267,30 +267,30 @@ class _LowRank:
         out, in_features = site.shape
         device = site.weight_OI.device
         self.limit = max(1, min(out, in_features) // 2)
-        self.left_LOK = torch.zeros(lanes, out, 0, dtype=dtype, device=device)
-        self.right_LKI = torch.zeros(lanes, 0, in_features, dtype=dtype, device=device)
+        self.left_LOJ = torch.zeros(lanes, out, 0, dtype=dtype, device=device)
+        self.right_LJI = torch.zeros(lanes, 0, in_features, dtype=dtype, device=device)
         self.dense_LOI: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        return int(self.left_LOK.shape[2])
+        return int(self.left_LOJ.shape[2])
 
     def add(self, left_LON: Tensor, right_LNI: Tensor) -> None:
-        self.left_LOK = torch.cat([self.left_LOK, left_LON.to(self.left_LOK)], dim=2)
-        self.right_LKI = torch.cat([self.right_LKI, right_LNI.to(self.right_LKI)], dim=1)
+        self.left_LOJ = torch.cat([self.left_LOJ, left_LON.to(self.left_LOJ)], dim=2)
+        self.right_LJI = torch.cat([self.right_LJI, right_LNI.to(self.right_LJI)], dim=1)
         if self.dense_LOI is not None or self.rank >= self.limit:
             if self.dense_LOI is None:
-                self.dense_LOI = torch.bmm(self.left_LOK, self.right_LKI)
+                self.dense_LOI = torch.bmm(self.left_LOJ, self.right_LJI)
             else:
-                self.dense_LOI = self.dense_LOI + torch.bmm(self.left_LOK, self.right_LKI)
-            self.left_LOK, self.right_LKI = self.left_LOK[:, :, :0], self.right_LKI[:, :0]
+                self.dense_LOI = self.dense_LOI + torch.bmm(self.left_LOJ, self.right_LJI)
+            self.left_LOJ, self.right_LJI = self.left_LOJ[:, :, :0], self.right_LJI[:, :0]
 
     def delta(self, lane: int) -> Tensor:
-        delta = self.left_LOK[lane] @ self.right_LKI[lane]
+        delta = self.left_LOJ[lane] @ self.right_LJI[lane]
         return delta if self.dense_LOI is None else delta + self.dense_LOI[lane]
 
     def state(self, lane: int) -> dict[str, Tensor]:
-        tensors = {"left": self.left_LOK[lane].clone(), "right": self.right_LKI[lane].clone()} if self.rank else {}
+        tensors = {"left": self.left_LOJ[lane].clone(), "right": self.right_LJI[lane].clone()} if self.rank else {}
         if self.dense_LOI is not None:
             tensors["dense"] = self.dense_LOI[lane].clone()
         return tensors
@@ -298,18 +298,18 @@ class _LowRank:
     def load_state(self, lane: int, tensors: Mapping[str, Tensor]) -> None:
         left, right = tensors.get("left"), tensors.get("right")
         if left is None and self.rank:  # a pristine lane among edited ones
-            self.left_LOK[lane], self.right_LKI[lane] = 0, 0
+            self.left_LOJ[lane], self.right_LJI[lane] = 0, 0
         rank = self.rank if left is None else left.shape[1]
-        lanes, out, _ = self.left_LOK.shape
+        lanes, out, _ = self.left_LOJ.shape
         if rank != self.rank:  # lanes are in lockstep: the first lane restored sets the rank of all
-            self.left_LOK = self.left_LOK.new_zeros(lanes, out, rank)
-            self.right_LKI = self.right_LKI.new_zeros(lanes, rank, self.right_LKI.shape[2])
+            self.left_LOJ = self.left_LOJ.new_zeros(lanes, out, rank)
+            self.right_LJI = self.right_LJI.new_zeros(lanes, rank, self.right_LJI.shape[2])
         if left is not None and right is not None:
-            self.left_LOK[lane], self.right_LKI[lane] = left.to(self.left_LOK), right.to(self.right_LKI)
+            self.left_LOJ[lane], self.right_LJI[lane] = left.to(self.left_LOJ), right.to(self.right_LJI)
         dense = tensors.get("dense")
         if dense is not None:
             if self.dense_LOI is None:
-                self.dense_LOI = self.left_LOK.new_zeros(lanes, out, self.right_LKI.shape[2])
+                self.dense_LOI = self.left_LOJ.new_zeros(lanes, out, self.right_LJI.shape[2])
             self.dense_LOI[lane] = dense.to(self.dense_LOI)
         elif self.dense_LOI is not None:
             self.dense_LOI[lane] = 0
@@ -358,7 +358,7 @@ class LowRankOverlay(Overlay):
         if part.dense_LOI is not None:
             out = out + lane_linear(x_BSI, part.dense_LOI, rows)
         if part.rank:
-            out = out + lane_linear(lane_linear(x_BSI, part.right_LKI, rows), part.left_LOK, rows)
+            out = out + lane_linear(lane_linear(x_BSI, part.right_LJI, rows), part.left_LOJ, rows)
         return out
 
     def delta(self, lane: int, site: Site | None = None) -> Tensor:

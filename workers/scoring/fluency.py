@@ -139,12 +139,12 @@ def continuations(
             logits_BV = logits_BV.double().cpu()  # drawn there: one draw gives one token on every device
             if base.tokenizer.eos_token_id is not None:
                 logits_BV[:, base.tokenizer.eos_token_id] = -math.inf
-            values_BK, ids_BK = logits_BV.topk(min(settings.top_k, logits_BV.shape[1]), dim=-1)
-            upto_BK = values_BK.softmax(-1).cumsum(-1)
+            values_BJ, ids_BJ = logits_BV.topk(min(settings.top_k, logits_BV.shape[1]), dim=-1)
+            upto_BJ = values_BJ.softmax(-1).cumsum(-1)
             for i, item in enumerate(items):
                 draw = derive_seed("fluency", item.request.prompt, place) / 2**63
-                pick = min(int((upto_BK[i] <= draw).sum()), ids_BK.shape[1] - 1)
-                written[i].append(int(ids_BK[i, pick]))
+                pick = min(int((upto_BJ[i] <= draw).sum()), ids_BJ.shape[1] - 1)
+                written[i].append(int(ids_BJ[i, pick]))
     return [base.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
 

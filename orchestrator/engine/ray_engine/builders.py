@@ -10,7 +10,10 @@ from typing import Any
 import ray
 
 from orchestrator.engine.books import Books, artifact_title
+from orchestrator.engine.causes import Cause
+from orchestrator.engine.ray_engine.causes import TaskFailed, cause_of
 from orchestrator.engine.worker import Bench
+from orchestrator.results.artifact_store import ArtifactFailed
 from workers.artifacts.base import ArtifactSpec
 from workers.model.config import ModelConfig
 
@@ -28,7 +31,10 @@ class _Builder:
 
     def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> None:
         self.told = None
-        self.bench.build(spec, model, threads, self._tell, self.stopped.is_set)
+        try:
+            self.bench.build(spec, model, threads, self._tell, self.stopped.is_set)
+        except Exception as error:
+            raise TaskFailed(Cause.of(error)) from error
 
     def _tell(self, done: int, total: int, what: str) -> None:
         self.told = (done, total, what)
@@ -94,7 +100,8 @@ def build_artifacts(books: Books, actors: int) -> None:
                 if lost:
                     todo.remove(spec)
                     failed.add(spec.key)
-                    books.artifact_failed(spec, f"it needs {artifact_title(lost[0])}, which failed")
+                    needed = f"it needs {artifact_title(lost[0])}, which failed"
+                    books.artifact_failed(spec, Cause(ArtifactFailed.__name__, needed))
                 elif not any(need.key in waiting for need in spec.needs):
                     free = next((site for site in sites if site.spec is None), None)
                     if free is None:
@@ -112,7 +119,7 @@ def build_artifacts(books: Books, actors: int) -> None:
                     books.artifact_built(built, done, len(missing))
                 except ray.exceptions.RayError as error:
                     failed.add(built.key)
-                    books.artifact_failed(built, str(error).strip().splitlines()[-1])
+                    books.artifact_failed(built, cause_of(error))
             for site in running.values():
                 site.look(books)
             books.tick()

@@ -17,16 +17,19 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
 
 from orchestrator.engine.books import Books
+from orchestrator.engine.causes import Cause
 from orchestrator.engine.ray_engine import ENVIRONMENT
 from orchestrator.engine.ray_engine.builders import build_artifacts
+from orchestrator.engine.ray_engine.causes import cause_of
 from orchestrator.engine.ray_engine.preflight import ClusterError, check_nodes
 from orchestrator.engine.ray_engine.trial import ShardTrial
 from orchestrator.engine.worker import StepReport
@@ -276,7 +279,7 @@ class _Listener(tune.Callback):
         failed = (trial.last_result or {}).get("failed")
         with self._guard():
             if failed:
-                self.books.failed(self._shard(trial), trial.num_failures + 1, str(failed))
+                self.books.failed(self._shard(trial), trial.num_failures + 1, Cause(**failed))
             else:
                 self.books.finished(self._shard(trial))
 
@@ -293,11 +296,15 @@ class _Listener(tune.Callback):
             self.books.tick()
 
 
-def _cause(trial: Trial) -> str:
-    """The last line of what Tune knows about a failure, which names the exception."""
-    text = ""
-    with contextlib.suppress(Exception):
-        error = trial.get_pickled_error() or trial.get_error()
-        text = str(error or "")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "the worker process or its node was lost"
+def _cause(trial: Trial) -> Cause:
+    """The cause of a trial's last failure.
+
+    Tune keeps it in a file of the driver. ``trial.get_pickled_error()`` looks for a copy, which is made later.
+    """
+    path = trial.pickled_error_file
+    if path is None:
+        return cause_of(None)
+    try:
+        return cause_of(cloudpickle.loads(Path(path).read_bytes()))
+    except OSError:  # the driver's own disk may be full
+        return cause_of(None)

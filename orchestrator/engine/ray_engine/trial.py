@@ -12,6 +12,8 @@ from typing import Any
 
 from ray import tune
 
+from orchestrator.engine.causes import Cause
+from orchestrator.engine.ray_engine.causes import TaskFailed
 from orchestrator.engine.worker import Bench, StepReport, passing
 from orchestrator.planning.plan import Plan
 
@@ -43,9 +45,10 @@ class ShardTrial(tune.Trainable):
         try:
             report = next(self._steps, None)
         except Exception as error:
+            cause = Cause.of(error)
             if passing(error):
-                raise  # Tune launches the trial again
-            return {"done": True, "report": None, "failed": f"{type(error).__name__}: {error}"[:2000]}
+                raise TaskFailed(cause) from error  # Tune launches the trial again
+            return {"done": True, "report": None, "failed": dataclasses.asdict(cause)}
         if report is None:
             return {"done": True, "report": None}
         return {"done": report.tick == report.ticks, "report": dataclasses.asdict(report)}

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -27,9 +26,9 @@ from torch import Tensor, nn
 
 from workers.artifacts import stats, templates
 from workers.artifacts.base import ArtifactData, ArtifactSpec
-from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
-from workers.inner_loop.optim import Adam, LaneOptimizer
+from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
 from workers.methods.base import ArtifactContext, LaneEdit, MethodConfig
 from workers.model.base import BaseModel, Site
@@ -392,9 +391,13 @@ class Sated:
 
 
 @dataclass
-class _Problem:
+class _Problem(DivisibleProblem):
     """The facts still in the batch, and how their losses are found."""
 
+    base: BaseModel
+    config: LocateConfig
+    deltas: list[Tensor]
+    """The vectors that are sought, (K, width) each."""
     at: Added
     targets: TargetTokens
     norms: list[Tensor]
@@ -405,8 +408,13 @@ class _Problem:
     weight_K: Tensor | None = None
     """Weight of each fact's target loss in the next step; None: that of the first."""
 
-    def loss(self, base: BaseModel, config: LocateConfig, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    @property
+    def params(self) -> list[Tensor]:
+        return self.deltas
+
+    def losses(self) -> tuple[Tensor, Tensor]:
         """Eq. 4 per fact, and whether it goes on, (K,) each. The first call notes the predictions to keep."""
+        base, config, deltas = self.base, self.config, self.deltas
         hidden_PD = self.at.hidden(deltas)
         count = len(self.targets.row_P)
         hit_K: Tensor | None = None
@@ -430,14 +438,23 @@ class _Problem:
             goes_on_K = goes_on_K & ~(hit_K & (config.kl_factor * kl_K.detach() <= self.sated.kl))
         return loss_K, goes_on_K
 
-    def part(self, kept: Sequence[int]) -> _Problem:
+    def project(self) -> None:
+        for delta_KO, norm_K in zip(self.deltas, self.norms, strict=True):
+            into_ball(delta_KO, self.config.clamp_norm_factor * norm_K)
+
+    def part(self, kept: Sequence[int]) -> Self:
         rows, row_B = self.at.rows.part(kept)
         targets, read_P = self.targets.part(kept, row_B)
         read_P += [len(self.targets.row_P) + n for n in kept]
-        before_KV = None if self.before_KV is None else self.before_KV[list(kept)]
-        weight_K = None if self.weight_K is None else self.weight_K[list(kept)]
-        norms = [norm_K[list(kept)] for norm_K in self.norms]
-        return _Problem(self.at.part(row_B, rows, read_P), targets, norms, self.sated, before_KV, weight_K)
+        return replace(
+            self,
+            deltas=[delta_KO[list(kept)] for delta_KO in self.deltas],
+            at=self.at.part(row_B, rows, read_P),
+            targets=targets,
+            norms=[norm_K[list(kept)] for norm_K in self.norms],
+            before_KV=None if self.before_KV is None else self.before_KV[list(kept)],
+            weight_K=None if self.weight_K is None else self.weight_K[list(kept)],
+        )
 
 
 @dataclass(frozen=True)
@@ -461,39 +478,17 @@ def search(
 ) -> Found:
     """Optimise each fact's vectors by Adam (Eq. 4). ``values``: what stands where they are added, (N, width) each; its norm
     bounds each vector (``clamp_norm_factor``) and scales its decay."""
-    problem = _Problem(at, batch.targets, [value_NO.norm(dim=1) for value_NO in values], sated)
-    norms = problem.norms
-    found = [torch.zeros_like(value_NO) for value_NO in values]
-    steps_N = torch.zeros(batch.count, dtype=torch.long, device=base.device)
-    deltas = [delta_NO.clone().requires_grad_(True) for delta_NO in found]
-    optimizer: LaneOptimizer = Adam(deltas, config.v_lr)
-    # what is sated weighs differently from step to step, so its steps are not one function of the vectors
-    steps = Lockstep(batch.count, base.device, pool=base.pool if sated is None else None)
-
-    def note() -> None:
-        steps_N[steps.live] = optimizer.steps_L
-        for found_NO, delta_KO in zip(found, deltas, strict=True):
-            found_NO[steps.live] = delta_KO.detach()
-
-    for step in range(config.v_num_grad_steps):
-        if steps.halved():
-            note()
-            kept = steps.compact()
-            problem = problem.part(kept)
-            deltas = [delta_KO.detach()[kept].requires_grad_(True) for delta_KO in deltas]
-            optimizer = optimizer.part(kept, deltas)
-        optimizer.zero_grad()
-        now_K, goes_on_K = steps.forward_all(partial(problem.loss, base, config, deltas), deltas)
-        steps.record(now_K)
-        steps.keep(goes_on_K)
-        if step == config.v_num_grad_steps - 1 or steps.ended():
-            break
-        steps.backward()
-        optimizer.step(steps.active_K, steps.moving)
-        for delta_KO, norm_K in zip(deltas, problem.norms, strict=True):
-            into_ball(delta_KO, config.clamp_norm_factor * norm_K)
-    note()
-    return Found(found, norms, steps_N, steps.loss_L, steps.first_L)
+    deltas = [torch.zeros_like(value_NO) for value_NO in values]
+    norms = [value_NO.norm(dim=1) for value_NO in values]
+    found = descend(
+        _Problem(base, config, deltas, at, batch.targets, norms, sated),
+        Adam(deltas, config.v_lr),
+        config.v_num_grad_steps,
+        # what is sated weighs differently from step to step, so its steps are not one function of the vectors
+        pool=base.pool if sated is None else None,
+        update_last=False,
+    )
+    return Found(deltas, norms, found.steps_L, found.loss_L, found.first_L)
 
 
 @torch.no_grad()

@@ -10,31 +10,27 @@ from pydantic import Field, field_validator, model_validator
 
 from workers.artifacts.base import ArtifactSpec
 from workers.artifacts.templates import KIND as TEMPLATES
-from workers.methods.base import ArtifactContext, MethodConfig
+from workers.methods.base import ArtifactContext, Deviations, MethodConfig
 from workers.methods.easyedit import IGNORED, take_inner_param
 from workers.model.config import ModelShape
 from workers.types import JSON, SpecError
 
 MergeRule = Literal["ties", "magnitude_norm", "magnitude", "sign", "dare_ties", "dare_linear", "linear", "slerp"]
 
-PUBLIC: Mapping[str, JSON] = MappingProxyType(
-    {
-        "routing": "all_tokens",
-        "activation": "public",
-        "public_margin": True,
-        "public_loss_mask": True,
-        "public_decay": True,
-        "public_positions": True,
-        "public_dare": True,
-    }
-)
-"""Config values under which the public code's numbers come out."""
-
-
 MERGED_SHARE = 0.6
 """Weight of what is already merged in a later merge of WISE-Merge (the public code's constant)."""
 
 TEMPLATE_STARTS = ("I", "You", "Because", "Yes", "Q: ")
+
+
+class WISEDeviations(Deviations):
+    """Switches to the public code, beside ``routing`` and ``activation``."""
+
+    public_margin: bool = Field(False, description="parity: average margin terms over violating rows only")
+    public_loss_mask: bool = Field(False, description="parity: divide the target loss by one token more")
+    public_decay: bool = Field(False, description="parity: decay weights outside the mask, too")
+    public_positions: bool = Field(False, description="parity: position ids count padding columns while editing")
+    public_dare: bool = Field(False, description="parity: dare_linear does not rescale")
 
 
 class WISEConfig(MethodConfig):
@@ -67,12 +63,17 @@ class WISEConfig(MethodConfig):
     activation: Literal["difference", "public"] = Field(
         "difference", description="|A(x)D|, or behind the MLP's function"
     )
-    public_margin: bool = Field(False, description="parity: average margin terms over violating rows only")
-    public_loss_mask: bool = Field(False, description="parity: divide the target loss by one token more")
-    public_decay: bool = Field(False, description="parity: decay weights outside the mask, too")
-    public_positions: bool = Field(False, description="parity: position ids count padding columns while editing")
-    public_dare: bool = Field(False, description="parity: dare_linear does not rescale")
+    deviations: WISEDeviations = Field(
+        WISEDeviations(), description="single switches to the public code, for parity tests"
+    )
 
+    easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
+        {
+            "routing": "all_tokens",
+            "activation": "public",
+            "deviations": dict.fromkeys(WISEDeviations.model_fields, True),
+        }
+    )
     alg_names: ClassVar[tuple[str, ...]] = ("WISE",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {

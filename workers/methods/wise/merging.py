@@ -22,7 +22,7 @@ def merge_deltas(
     ``magnitude_norm`` averages. ``linear`` adds. ``slerp`` interpolates on the sphere between whole weights.
     """
     rule = config.merge_alg
-    weight_K = torch.tensor(weights, dtype=deltas_OI[0].dtype, device=deltas_OI[0].device)[:, None, None]
+    weight_J = torch.tensor(weights, dtype=deltas_OI[0].dtype, device=deltas_OI[0].device)[:, None, None]
     if rule == "slerp":
         base_OI = site.weight_OI.to(deltas_OI[0])
         merged_OI, total = base_OI + deltas_OI[0], weights[0]
@@ -34,19 +34,19 @@ def merge_deltas(
     if rule in ("ties", "magnitude", "magnitude_norm"):
         parts = [_largest(delta_OI, config.density) for delta_OI in parts]
     elif rule in ("dare_ties", "dare_linear"):
-        rescale = not (config.public_dare and rule == "dare_linear")
+        rescale = not (config.deviations.public_dare and rule == "dare_linear")
         parts = [_dropped(delta_OI, config.density, rescale, generator) for delta_OI in parts]
-    weighted_KOI = torch.stack(parts) * weight_K
+    weighted_JOI = torch.stack(parts) * weight_J
     if rule in ("ties", "sign", "dare_ties"):
-        elected_OI = torch.where(weighted_KOI.sum(0) >= 0, 1.0, -1.0).to(weighted_KOI.dtype)
-        agree_KOI = weighted_KOI.sign() == elected_OI
-        merged_OI = (weighted_KOI * agree_KOI).sum(0)
+        elected_OI = torch.where(weighted_JOI.sum(0) >= 0, 1.0, -1.0).to(weighted_JOI.dtype)
+        agree_JOI = weighted_JOI.sign() == elected_OI
+        merged_OI = (weighted_JOI * agree_JOI).sum(0)
         if rule == "dare_ties":
             return merged_OI
-        share_OI = (weight_K * agree_KOI).sum(0)
+        share_OI = (weight_J * agree_JOI).sum(0)
         return merged_OI / torch.where(share_OI == 0, 1, share_OI)
-    merged_OI = weighted_KOI.sum(0)
-    return merged_OI / weight_K.sum() if rule == "magnitude_norm" else merged_OI
+    merged_OI = weighted_JOI.sum(0)
+    return merged_OI / weight_J.sum() if rule == "magnitude_norm" else merged_OI
 
 
 def _largest(delta_OI: Tensor, density: float) -> Tensor:

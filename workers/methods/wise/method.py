@@ -24,7 +24,7 @@ that wait for their merge and the current side memory all answer, so that no edi
 activation; ``W`` if there is none. WISE-Retrieve has a threshold per memory, WISE-Merge one: the smallest activation
 of all edits.
 
-Differences from paper and public code, all deliberate. The switches exist for parity tests; ``PUBLIC`` turns on all:
+Differences from paper and public code, all deliberate. ``protocol: easyedit`` turns on all switches, ``deviations`` single ones:
 
 1. Routing and margin use the prompt's real tokens. The public code averages over prompt, target and padding (golden
    README, fault 11), so that teacher forcing leaks the answer into the routing: ``routing: all_tokens``.
@@ -54,55 +54,27 @@ The paper's text was not at hand: numbers of equations and algorithms are from m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from workers.inner_loop.lockstep import Lockstep
+from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
-from workers.inner_loop.optim import SGD, LaneOptimizer, gradient
 from workers.inner_loop.suffix import Suffix
 from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig, as_float
 from workers.methods.wise.config import WISEConfig
 from workers.methods.wise.memories import SideMemories
+from workers.methods.wise.optim import MaskedSGD
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
 from workers.types import JSON, DataError, EditRequest
 
 STOP_LOSS, STOP_CHANGE = 0.02, 1e-4
 """The public code's early stopping."""
-
-
-# --- merging ---
-
-
-# --- the method ---
-
-
-def masked_descent(
-    delta_KOI: Tensor,
-    grad_KOI: Tensor,
-    working_KOI: Tensor | None,
-    weight_OI: Tensor,
-    mask_KOI: Tensor,
-    active_K11: Tensor,
-    lr: float,
-    weight_decay: float,
-    bound: float,
-) -> None:
-    """One step of gradient descent inside the masks of the lanes that move, decay included, then back into the box; ``working``
-    becomes a copy of the result."""
-    step_KOI = grad_KOI.to(delta_KOI.dtype) + weight_decay * (weight_OI.to(delta_KOI.dtype) + delta_KOI)
-    moved_KOI = (delta_KOI - lr * torch.where(mask_KOI, step_KOI, 0)).clamp(-bound, bound)
-    moved_KOI = torch.where(active_K11, moved_KOI, delta_KOI)
-    delta_KOI.copy_(moved_KOI)
-    if working_KOI is not None:
-        working_KOI.copy_(moved_KOI)
 
 
 class WISE(Method[WISEConfig, SideMemories]):
@@ -128,67 +100,26 @@ class WISE(Method[WISEConfig, SideMemories]):
         return SideMemories(self.base, self.site, lanes, self.config)
 
     def edit(self, overlay: SideMemories, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        config, device = self.config, self.base.device
+        config = self.config
+        in_one_pass = MaskedSGD.in_one_pass(config, self.base.compiled)
         with ThreadPoolExecutor(self._threads) as pool:
             # a mask of a 7B model takes a third of a second: lanes draw theirs side by side, and while the batch is prepared
             drawn = [pool.submit(self._begin, overlay, lane, edit) for lane, edit in enumerate(edits)]
-            whole = problem = _Problem.of(self.base, overlay, edits, [self._templates(edit) for edit in edits])
+            problem = _Problem.of(self.base, overlay, edits, [self._templates(edit) for edit in edits], in_one_pass)
             for mask in drawn:
                 mask.result()
-        delta_LOI = delta_KOI = overlay.delta_LOI
-        mask_KOI = torch.stack([mask for mask in overlay.masks_OI if mask is not None])
-        in_one = self._in_one
-        working_KOI: Tensor | None = None
-        if in_one is None:
-            mask_KOI = mask_KOI.to(delta_LOI.dtype)
-        elif self.base.dtype != delta_LOI.dtype:
-            working_KOI = delta_LOI.to(self.base.dtype)
-        optimizer: LaneOptimizer = SGD([delta_KOI], config.lr)
-        steps = Lockstep(overlay.lanes, device, pool=self.base.pool)
-        steps_L = torch.zeros(overlay.lanes, dtype=torch.long, device=device)
-        before_K = torch.zeros(overlay.lanes, dtype=delta_LOI.dtype, device=device)
-        for step in range(config.n_iter):
-            if steps.halved():
-                steps_L[steps.live] = optimizer.steps_L
-                if delta_KOI is not delta_LOI:
-                    delta_LOI[steps.live] = delta_KOI
-                kept = steps.compact()
-                problem, delta_KOI, mask_KOI = problem.part(kept), delta_KOI[kept], mask_KOI[kept]
-                working_KOI = None if working_KOI is None else working_KOI[kept]
-                before_K = before_K[kept]
-                optimizer = optimizer.part(kept, [delta_KOI])
-            trained_KOI = delta_KOI if working_KOI is None else working_KOI
-            trained_KOI.requires_grad_(True)
-            try:
-                now_K = steps.forward(partial(problem.loss, self.base, trained_KOI), [trained_KOI])
-                steps.record(now_K)
-                steps.keep(torch.isfinite(now_K))
-                if steps.ended():
-                    break
-                steps.backward()
-                if in_one is None:
-                    self._descend(optimizer, delta_KOI, mask_KOI, steps)
-                else:
-                    optimizer.steps_L += steps.active_K
-                    in_one(delta_KOI, working_KOI, mask_KOI, steps.active_K)
-            finally:
-                trained_KOI.requires_grad_(False)
-                trained_KOI.grad = None
-            if step:
-                steps.keep(~(((now_K - before_K).abs() <= STOP_CHANGE) & (now_K <= STOP_LOSS)))
-                if steps.ended():
-                    break
-            before_K = now_K
-        steps_L[steps.live] = optimizer.steps_L
-        if delta_KOI is not delta_LOI:
-            delta_LOI[steps.live] = delta_KOI
+        mask_LOI = torch.stack([mask for mask in overlay.masks_OI if mask is not None])
+        optimizer = MaskedSGD(
+            config, self.site.weight_OI, mask_LOI, problem, self.base.compiled if in_one_pass else None
+        )
+        found = descend(problem, optimizer, config.n_iter, pool=self.base.pool)
         with torch.no_grad():
-            activations = whole.activations(delta_LOI)
+            activations = problem.activations()
         outcomes = []
-        for lane, (edit, count) in enumerate(zip(edits, steps_L.tolist(), strict=True)):
+        for lane, (edit, count) in enumerate(zip(edits, found.steps_L.tolist(), strict=True)):
             overlay.finish(lane, activations[lane], edit.streams.generator("merge"))
             details: dict[str, JSON] = {"activation": min(activations[lane]), "memories": len(overlay.saved[lane])}
-            outcomes.append(EditOutcome(count, as_float(steps.loss_L[lane]), details))
+            outcomes.append(EditOutcome(count, as_float(found.loss_L[lane]), details))
         return outcomes
 
     @property
@@ -204,42 +135,6 @@ class WISE(Method[WISEConfig, SideMemories]):
     def draw_mask(self, edit: LaneEdit) -> Tensor:
         """Uniform numbers that decide a fresh side memory's mask, (O, I)."""
         return torch.rand(self.site.shape, generator=edit.streams.generator("mask"))
-
-    @torch.no_grad()
-    def _descend(self, optimizer: LaneOptimizer, delta_KOI: Tensor, mask_KOI: Tensor, steps: Lockstep) -> None:
-        """One step inside each memory's mask (decay included, unless as published), then back into the box."""
-        config, grad_KOI = self.config, gradient(delta_KOI)
-        if config.public_decay:
-            grad_KOI.mul_(mask_KOI)
-        if config.weight_decay:
-            weight_OI = self.site.weight_OI.to(delta_KOI.dtype)
-            grad_KOI.add_(weight_OI, alpha=config.weight_decay).add_(delta_KOI, alpha=config.weight_decay)
-        if not config.public_decay:
-            grad_KOI.mul_(mask_KOI)
-        optimizer.step(steps.active_K, steps.moving)
-        if config.norm_constraint is not None:
-            delta_KOI.clamp_(-config.norm_constraint, config.norm_constraint)
-
-    @property
-    def _in_one(self) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], None] | None:
-        """:meth:`_descend` in one pass over memory, where functions are compiled: it moves changes that have gradients, or whose
-        working copies in the base's precision have, inside masks of truth values."""
-        config = self.config
-        if config.public_decay or config.activation == "public" or not self.base.compiled.updates:
-            return None
-        compiled, weight_OI = self.base.compiled, self.site.weight_OI
-        move = compiled.update(masked_descent)
-        bound = float("inf") if config.norm_constraint is None else config.norm_constraint
-
-        @torch.no_grad()
-        def in_one(delta_KOI: Tensor, working_KOI: Tensor | None, mask_KOI: Tensor, active_K: Tensor) -> None:
-            grad_KOI = gradient(delta_KOI if working_KOI is None else working_KOI)
-            for at in compiled.turns(len(active_K)):
-                copy_KOI = None if working_KOI is None else working_KOI.detach()[at]
-                where = (weight_OI, mask_KOI[at], active_K[at, None, None])
-                move(delta_KOI.detach()[at], grad_KOI[at], copy_KOI, *where, config.lr, config.weight_decay, bound)
-
-        return in_one
 
     def _templates(self, edit: LaneEdit) -> list[str]:
         data = edit.inputs.get("templates") or self.inputs["templates"]
@@ -311,9 +206,13 @@ class _Tokens:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _Problem(DivisibleProblem):
     """The lanes in one batch. Rows: per request its prompt in every context template, then its unrelated sentence."""
 
+    base: BaseModel
+    delta_KOI: Tensor
+    working_KOI: Tensor | None
+    """A copy of the changes in the base's precision, if it is that which answers."""
     overlay: SideMemories
     suffix: Suffix
     targets: TargetTokens
@@ -337,7 +236,9 @@ class _Problem:
         overlay: SideMemories,
         edits: Sequence[LaneEdit],
         templates: Sequence[Sequence[str]],
+        in_one_pass: bool,
     ) -> Self:
+        """``in_one_pass``: the optimiser renews working copies."""
         config, device = overlay.config, base.device
         encoded: list[Encoded] = []
         lanes: list[int] = []
@@ -353,7 +254,7 @@ class _Problem:
                 ]
                 for pair in pairs:
                     count = len(pair.target)
-                    share = 1 / ((count + int(config.public_loss_mask)) * len(pairs) * len(edit.requests))
+                    share = 1 / ((count + int(config.deviations.public_loss_mask)) * len(pairs) * len(edit.requests))
                     places += [(len(encoded), pair.prompt_len - 1 + j, t, share) for j, t in enumerate(pair.target)]
                     row_E.append(len(encoded))
                     owner_E.append(len(lane_G))
@@ -365,9 +266,9 @@ class _Problem:
                 lanes += [lane] * (len(pairs) + 1)
         rows = collate(encoded, lanes, base.encoder.pad_id, device)
         token_BS = rows.prompt_mask_BS
-        if config.public_positions or config.routing == "all_tokens":
+        if config.deviations.public_positions or config.routing == "all_tokens":
             column_BS = _own_columns(encoded, rows)
-            if config.public_positions:
+            if config.deviations.public_positions:
                 rows = replace(rows, position_ids_BS=column_BS.clamp_min(0))
             if config.routing == "all_tokens":
                 token_BS = column_BS >= 0
@@ -375,7 +276,11 @@ class _Problem:
         sizes = tuple(len(edit.requests) for edit in edits)
         share_G = torch.tensor([1 / sizes[lane] for lane in lane_G], dtype=base.master_dtype, device=device)
         suffix = Suffix.capture(base, overlay.sites[0], rows, targets.reads)
+        delta_LOI = overlay.delta_LOI
         return cls(
+            base,
+            delta_LOI,
+            delta_LOI.to(base.dtype) if in_one_pass and base.dtype != delta_LOI.dtype else None,
             overlay,
             suffix,
             targets,
@@ -388,12 +293,25 @@ class _Problem:
             sizes,
         )
 
-    def loss(self, base: BaseModel, delta_KOI: Tensor) -> Tensor:
-        """Target loss and margin of each lane, (K,)."""
+    @property
+    def params(self) -> list[Tensor]:
+        return [self.delta_KOI]
+
+    @property
+    def working(self) -> list[Tensor]:
+        return [] if self.working_KOI is None else [self.working_KOI]
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Target loss and margin of each lane, and where they are finite, (K,) each."""
         tokens, suffix = self.tokens, self.suffix
+        delta_KOI = self.delta_KOI if self.working_KOI is None else self.working_KOI
         change_NO = self.overlay.change(delta_KOI, tokens.input_NI, tokens.ends)
-        nll_K = self.targets.nll(base, suffix.hidden(suffix.output_BSO + tokens.spread(change_NO)))
-        return nll_K + self._margin(self._activation(change_NO))
+        nll_K = self.targets.nll(self.base, suffix.hidden(suffix.output_BSO + tokens.spread(change_NO)))
+        loss_K = nll_K + self._margin(self._activation(change_NO))
+        return loss_K, torch.isfinite(loss_K)
+
+    def unfinished(self, now_K: Tensor, before_K: Tensor) -> Tensor:
+        return ~(((now_K - before_K).abs() <= STOP_CHANGE) & (now_K <= STOP_LOSS))
 
     def _activation(self, change_NO: Tensor) -> Tensor:
         """Each row's mean over its tokens, (B,)."""
@@ -413,18 +331,17 @@ class _Problem:
 
     def _mean(self, excess_E: Tensor) -> Tensor:
         """Mean hinge over each request's rows, (G,)."""
-        public = self.overlay.config.public_margin
+        public = self.overlay.config.deviations.public_margin
         counted_E = (excess_E > 0 if public else torch.ones_like(excess_E)).to(excess_E.dtype)
         return self._sum(excess_E.relu()) / self._sum(counted_E).clamp_min(1)
 
     def _sum(self, value_E: Tensor) -> Tensor:
         return value_E.new_zeros(len(self.lane_G)).index_add(0, self.owner_E, value_E)
 
-    def activations(self, delta_KOI: Tensor) -> list[list[float]]:
+    def activations(self) -> list[list[float]]:
         """Per lane, for each request the mean activation of its rows."""
-        activation_E = self._activation(self.overlay.change(delta_KOI, self.tokens.input_NI, self.tokens.ends))[
-            self.row_E
-        ]
+        change_NO = self.overlay.change(self.delta_KOI, self.tokens.input_NI, self.tokens.ends)
+        activation_E = self._activation(change_NO)[self.row_E]
         mean_G = (self._sum(activation_E) / self._sum(torch.ones_like(activation_E))).tolist()
         at, out = 0, []
         for size in self.sizes:
@@ -432,7 +349,8 @@ class _Problem:
             at += size
         return out
 
-    def part(self, lanes: Sequence[int]) -> _Problem:
+    def part(self, kept: Sequence[int]) -> Self:
+        lanes = list(kept)
         rows, row_B = self.suffix.rows.part(lanes)
         targets, read_P = self.targets.part(lanes, row_B)
         device = self.row_E.device
@@ -440,13 +358,16 @@ class _Problem:
         place_B = torch.zeros(self.suffix.rows.size, dtype=torch.long, device=device)
         place_B[index_B] = torch.arange(len(row_B), device=device)
         lane_L = torch.full((len(self.sizes),), -1, dtype=torch.long, device=device)
-        lane_L[list(lanes)] = torch.arange(len(lanes), device=device)
+        lane_L[lanes] = torch.arange(len(lanes), device=device)
         keep_G = torch.nonzero(lane_L[self.lane_G] >= 0)[:, 0]
         request_G = torch.full((len(self.lane_G),), -1, dtype=torch.long, device=device)
         request_G[keep_G] = torch.arange(len(keep_G), device=device)
         keep_E = torch.nonzero(request_G[self.owner_E] >= 0)[:, 0]
         suffix = self.suffix.part(row_B, rows, read_P)
-        return _Problem(
+        return type(self)(
+            self.base,
+            self.delta_KOI[lanes],
+            None if self.working_KOI is None else self.working_KOI[lanes],
             self.overlay,
             suffix,
             targets,
