@@ -11,17 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.results.journal import Journal
+from orchestrator.results.journal import Journal, _compress, _Step
 from orchestrator.results.parquet import reading
-from orchestrator.results.table import TableShard
+from orchestrator.results.table import CentralTable, TableShard
 from orchestrator.storage.base import Damaged, Missing, StoreError
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.sealed import seal_json, unseal_json
-from tests.shards import make_manifest
-from tests.small import job, random_model
+from tests.shards import comparable, finish, make_manifest, undisturbed
+from tests.small import golden_requests, job, random_model
+from workers.job import ScoreConfig
 from workers.methods.ft import FTConfig
 from workers.model.overlay import LaneState, LowRankOverlay, pack_states
+from workers.scoring.ability import cut_windows
+from workers.scoring.fluency import FluencyConfig, _chunks, continuations
+from workers.scoring.probes import Answer, Asked, EncodedProbe, Item, Text
 from workers.timeline import cut_steps
+from workers.types import DataError
 
 
 @pytest.fixture
@@ -123,7 +128,24 @@ def test_a_shard_that_ended_without_rows_has_cost_nothing() -> None:
     assert TableShard.from_json(told, 3) == empty
 
 
+def test_other_files_and_folders_among_the_numbered_ones_are_not_read(store: LocalStore, tmp_path: Path) -> None:
+    manifest = make_manifest("s0", T=2, groups=2)
+    finish(Journal(store), manifest)
+    (store.root / "table" / "000007.parquet").mkdir(parents=True)
+    (store.root / "table" / "notes.txt").write_text("mine")
+    table = CentralTable(store)
+    assert table.gather(Journal(store)).files == (1,)
+    assert set(table.shards()) == {"s0"} and table.verify() == []
+    assert comparable(table.scan()) == undisturbed(tmp_path / "clean", manifest)
+
+
 # -- journal
+
+
+def test_a_chain_names_each_attempts_parts_as_one_span() -> None:
+    steps = [_Step(1, 0, 2), _Step(1, 2, 4), _Step(3, 4, 5), _Step(3, 5, 9), _Step(4, 9, 10)]
+    assert _compress(steps) == [[1, 0, 4], [3, 4, 9], [4, 9, 10]]
+    assert _compress([]) == []
 
 
 def test_a_shard_that_has_begun_has_done_nothing(store: LocalStore) -> None:
@@ -184,6 +206,75 @@ def test_an_unfinished_shard_is_not_loaded(store: LocalStore) -> None:
 def test_steps_are_cut_by_work(step_edits: int, immediate: bool, bounds: tuple[int, ...]) -> None:
     work = job("ft", FTConfig(layers=(1,)), 4, [[0]], immediate=immediate)
     assert cut_steps(work, step_edits) == bounds
+
+
+# -- scoring
+
+
+def test_an_answer_that_ended_elsewhere_is_not_the_base_models_own() -> None:
+    """Generation goes on while a text may still become what the base model says; it may end before it does."""
+    base = random_model("llama")
+    probe = EncodedProbe(0, "locality", 0, base.encoder.pair("Yes,", "no"), "Yes,", "no")
+    answer = Answer(argmax=(*probe.scored, 0), logprob=-1.0, margin=1.0, confident=0.0)
+    said = Text("clock maker", natural=True)
+    for text, same in (
+        (said, 1.0),
+        (Text("clock", natural=True), 0.0),
+        (Text("clock maker", natural=False), 0.0),
+        (Text(None, natural=False), 0.0),
+    ):
+        assert Asked(probe, answer, answer, said, text).accuracy(of_base=False) == (1.0, 1.0, same)
+    dropped = Text(None, natural=False)
+    assert Asked(probe, answer, answer, dropped, dropped).accuracy(of_base=False) == (1.0, 1.0, 0.0)
+
+
+def test_continuations_follow_the_models_probabilities() -> None:
+    """The first token after each of sixty prompts: the likeliest as often as the model says, within five deviations."""
+    base = random_model("llama")
+    items = [Item(0, request) for request in golden_requests(60)]
+    written = continuations(base, None, items, FluencyConfig(tokens=1, top_k=4))
+    first = last = 0
+    wanted, spread = 0.0, 0.0
+    for item, text in zip(items, written, strict=True):
+        with torch.no_grad():
+            logits = base.model(torch.tensor([base.encoder.prompt(item.request.prompt)])).logits[0, -1]
+        logits[base.tokenizer.eos_token_id] = -torch.inf
+        values, ids = logits.double().topk(4)
+        choices = [base.tokenizer.decode([int(token)], skip_special_tokens=True).strip() for token in ids]
+        assert text in choices
+        first, last = first + (text == choices[0]), last + (text == choices[-1])
+        p = float(values.softmax(-1)[0])
+        wanted, spread = wanted + p, spread + p * (1 - p)
+    assert abs(first - wanted) < 5 * spread**0.5 + 1
+    assert 5 < wanted < 55 and last < 60 - 5
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_windows_hold_the_text_once_whether_or_not_a_tokenizer_begins_it(arch: str, tmp_path: Path) -> None:
+    base = random_model(arch)
+    text = " ".join(request.prompt for request in golden_requests(20))
+    ids, bos = base.encoder.text(text), base.tokenizer.bos_token_id
+    begun = ids[:1] if ids[0] == bos else ()
+    windows = cut_windows(base.encoder, text, 100, 32, tmp_path)
+    assert all(window[: len(begun)] == begun and len(window) <= 32 for window in windows)
+    assert sum((window[len(begun) :] for window in windows), ()) == ids[len(begun) :][:100]
+    with pytest.raises(DataError, match="too little text"):
+        cut_windows(base.encoder, "", 100, 32, tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(3, 10_000), (100, 120), (1, 1), (100, 100_000)])
+def test_prompts_are_continued_in_batches_that_keep_to_the_budget(rows: int, tokens: int) -> None:
+    base = random_model("llama")
+    items = [Item(0, request) for request in golden_requests(12)]
+    config, settings = ScoreConfig(rows_per_batch=rows, tokens_per_batch=tokens), FluencyConfig(tokens=10)
+    chunks = [list(chunk) for chunk in _chunks(base, items, settings, config)]
+    assert [item for chunk in chunks for item in chunk] == items
+    widths = [[len(base.encoder.prompt(item.request.prompt)) + 10 for item in chunk] for chunk in chunks]
+    for width, following in zip(widths, [*widths[1:], None], strict=True):
+        assert len(width) == 1 or (len(width) <= rows and len(width) * max(width) <= tokens)
+        if following is not None:  # one more would not have fitted
+            more = [*width, following[0]]
+            assert len(more) > rows or len(more) * max(more) > tokens
 
 
 # -- overlay
