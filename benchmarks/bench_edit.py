@@ -2,10 +2,12 @@
 
     python benchmarks/bench_edit.py [--quick] [--models embedded llama-60m gpt2-124m] [--methods ft rome grace wise]
 
-(a) the plain loop of benchmarks/reference.py, (b) replay with one lane, (c) lanes without replay, (d) both; ``--quick`` leaves
-out (b) and (c) at T=1, and GPT-2. Each figure is the median over rounds in which (a) to (d) take turns, each on the same
-requests, one torch thread; a ratio is the median of the rounds' own ratios. Both sides are checked to end with the same change.
-Edited layers are those of the golden records on the embedded model, and the depth published for LLaMA-2-7B elsewhere.
+(a) the plain loop of benchmarks/reference.py, (b) replay with one lane, (c) lanes without replay,
+(d) both; ``--quick`` leaves out (b) and (c) at T=1, and GPT-2. Each figure is the median over
+rounds in which (a) to (d) take turns, each on the same requests, one torch thread; a ratio is the
+median of the rounds' own ratios. Both sides are checked to end with the same change. Edited layers
+are those of the golden records on the embedded model, and the depth published for LLaMA-2-7B
+elsewhere.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ GOLDEN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Hyperparameters of the golden records."""
 
-DEPTH: Mapping[str, float] = MappingProxyType({"ft": 21 / 32, "rome": 5 / 32, "grace": 27 / 32, "wise": 27 / 32})
+DEPTH: Mapping[str, float] = MappingProxyType(
+    {"ft": 21 / 32, "rome": 5 / 32, "grace": 27 / 32, "wise": 27 / 32}
+)
 """Published layer of LLaMA-2-7B as a share of the model's depth."""
 
 TITLES = {"ft": "FT-L", "rome": "ROME", "grace": "GRACE", "wise": "WISE"}
@@ -79,7 +83,8 @@ LANES: Mapping[str, Mapping[str, int]] = MappingProxyType(
         "gpt2-124m": {"ft": 8, "grace": 25, "rome": 4, "wise": 4},
     }
 )
-"""Lanes in lockstep: many where an edit is one short row, few where it is a dozen rows of a larger model."""
+"""Lanes in lockstep: many where an edit is one short row, few where it is a dozen rows of a larger
+model."""
 
 
 def model(name: str) -> BaseModel:
@@ -88,7 +93,12 @@ def model(name: str) -> BaseModel:
     if name == "embedded":
         return embedded
     if name == "llama-60m":
-        sizes = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
+        sizes = {
+            "hidden_size": 512,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "intermediate_size": 2048,
+        }
         config = AutoConfig.for_model("llama", vocab_size=8192, max_position_embeddings=256, **sizes)
     else:
         config = AutoConfig.for_model("gpt2")
@@ -108,7 +118,8 @@ def config_of(base: BaseModel, name: str, method: str) -> Any:
 
 @contextmanager
 def without_replay() -> Iterator[None]:
-    """Inside, every step runs all layers, rows and columns: a full forward but for the embedding."""
+    """Inside, every step runs all layers, rows and columns: a full forward but for the
+    embedding."""
     from_the_first = lambda base, rows, _: capture(base, rows, 0)  # noqa: E731
     with (
         patch("workers.inner_loop.suffix.capture", from_the_first),
@@ -136,7 +147,9 @@ class Bench:
             overlay = self.editor.new_overlay(len(groups))
             for position in range(T):
                 edits = [
-                    LaneEdit((self.requests[g * T + position],), self.draws(g * T, position), self.editor.inputs)
+                    LaneEdit(
+                        (self.requests[g * T + position],), self.draws(g * T, position), self.editor.inputs
+                    )
                     for g in groups
                 ]
                 with without_replay() if whole else nullcontext():
@@ -184,8 +197,9 @@ class Bench:
 def attainable_gain(bench: Bench) -> float:
     """What replay with one lane gains if time is the layers that are run.
 
-    (all layers forward + 2 x suffix layers backward + head) / (suffix forward + 2 x suffix backward + head where scored), in
-    multiply-adds of one token; the head runs at every position in the plain loop.
+    (all layers forward + 2 x suffix layers backward + head) / (suffix forward + 2 x suffix backward
+    + head where scored), in multiply-adds of one token; the head runs at every position in the
+    plain loop.
     """
     base, overlay = bench.base, bench.editor.new_overlay(1)
     layers, suffix = len(base.layers), len(base.layers) - overlay.first_layer
@@ -218,19 +232,27 @@ def measure(name: str, base: BaseModel, method: str, size: Size, report: Report)
         runs[both] = bench.lanes(T, groups, whole=False), len(groups) * T
         found = per_edit(runs, size.rounds if T == 1 else 1)
         gain = {key: median_ratio(found["plain"], values) for key, values in found.items()}
-        told = [f"{key} {1e3 * statistics.median(values):.1f} ({gain[key]:.1f}x)" for key, values in found.items()]
+        told = [
+            f"{key} {1e3 * statistics.median(values):.1f} ({gain[key]:.1f}x)" for key, values in found.items()
+        ]
         LOG.info("%s, T=%d: ms/edit %s", title, T, ", ".join(told))
         if T == 1 and (name, method) in GOALS:
-            report.at_least(f"{title}, T=1: {both} against the plain loop", gain[both], GOALS[name, method], "x")
+            report.at_least(
+                f"{title}, T=1: {both} against the plain loop", gain[both], GOALS[name, method], "x"
+            )
     length = size.long
     found = per_edit(
-        {"plain": (bench.plain(length, [0]), length), "replay": (bench.lanes(length, [0], whole=False), length)},
+        {
+            "plain": (bench.plain(length, [0]), length),
+            "replay": (bench.lanes(length, [0], whole=False), length),
+        },
         size.rounds,
     )
     gain_one = median_ratio(found["plain"], found["replay"])
     attainable = attainable_gain(bench)
     LOG.info(
-        "%s, one group of %d, one lane: ms/edit plain %.1f, replay %.1f (%.2fx; the layer count allows %.2fx)",
+        "%s, one group of %d, one lane: ms/edit plain %.1f, replay %.1f (%.2fx; the layer count allows "
+        "%.2fx)",
         *(title, length, 1e3 * statistics.median(found["plain"]), 1e3 * statistics.median(found["replay"])),
         *(gain_one, attainable),
     )
@@ -239,16 +261,16 @@ def measure(name: str, base: BaseModel, method: str, size: Size, report: Report)
 
 
 def per_edit(runs: Mapping[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per edit of each run, round by round. A single round, for what takes seconds, has no warm-up: the comparison of
-    both sides' change has run them once."""
+    """Seconds per edit of each run, round by round. A single round, for what takes seconds, has no
+    warm-up: the comparison of both sides' change has run them once."""
     seconds = alternate({name: run for name, (run, _) in runs.items()}, rounds, warm_up=min(1, rounds - 1))
     return {name: [value / runs[name][1] for value in values] for name, values in seconds.items()}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: lengths of groups, rounds, requests of the plain loop, the long group, lanes (0: the model's usual),
-    and whether replay and lanes are measured apart, too."""
+    """How much is measured: lengths of groups, rounds, requests of the plain loop, the long group,
+    lanes (0: the model's usual), and whether replay and lanes are measured apart, too."""
 
     Ts: tuple[int, ...]
     rounds: int
@@ -260,7 +282,9 @@ class Size:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--models", nargs="*", choices=sorted(LANES), default=["embedded", "llama-60m", "gpt2-124m"])
+    made.add_argument(
+        "--models", nargs="*", choices=sorted(LANES), default=["embedded", "llama-60m", "gpt2-124m"]
+    )
     made.add_argument("--methods", nargs="*", choices=sorted(LOOPS), default=sorted(LOOPS))
     args = made.parse_args()
     report = Report("bench_edit", args)

@@ -2,20 +2,22 @@
 
     python benchmarks/bench_engine.py                 # 1,000 shards
 
-A shard is the least the real thing can do: one group of one edit by GRACE with a single optimisation step on the
-embedded model, its final score only, one step, one commit. Nothing is replaced by a stand-in: a real spec is
-planned, attempts are claimed, parts fsynced, shards gathered 64 at a time. The overhead of a shard is
+A shard is the least the real thing can do: one group of one edit by GRACE with a single
+optimisation step on the embedded model, its final score only, one step, one commit. Nothing is
+replaced by a stand-in: a real spec is planned, attempts are claimed, parts fsynced, shards gathered
+64 at a time. The overhead of a shard is
 
     (wall time to the end of the run, last gather included
      - seconds the streams themselves spent editing and scoring) / shards
 
-with one actor, where the two can be subtracted because they follow each other. The clock starts after a quarter of the
-shards: what an actor does once (importing torch, loading the model) is not paid per shard. With two actors on two cores
-driver and streams compete; there wall time per shard is printed and nothing is subtracted. Three ways to run the same
-plan:
+with one actor, where the two can be subtracted because they follow each other. The clock starts
+after a quarter of the shards: what an actor does once (importing torch, loading the model) is not
+paid per shard. With two actors on two cores driver and streams compete; there wall time per shard
+is printed and nothing is subtracted. Three ways to run the same plan:
 
 - ray: ``orchestrator.engine.ray_engine.run``, one Tune trial per shard;
-- bare: Ray actors that are handed manifests one after another, without Tune (what Ray itself costs);
+- bare: Ray actors that are handed manifests one after another, without Tune (what Ray itself
+  costs);
 - local: ``orchestrator.engine.local``, in this process.
 """
 
@@ -81,7 +83,8 @@ def spec_of(shards: int) -> SweepSpec:
 
 
 def bare_actors(books: Books, max_actors: int | None) -> None:
-    """The same shards on plain Ray actors: no Tune, no trials; the driver hands out one manifest after another."""
+    """The same shards on plain Ray actors: no Tune, no trials; the driver hands out one manifest
+    after another."""
     import ray
 
     with _plain_ray():
@@ -125,7 +128,8 @@ class _BareActor:
 
 
 def measure(name: str, engine: Engine, shards: int, actors: int) -> float:
-    """Run the sweep; seconds per shard that were neither editing nor scoring (for one actor), else wall seconds."""
+    """Run the sweep; seconds per shard that were neither editing nor scoring (for one actor), else
+    wall seconds."""
     spec = spec_of(shards)
     watch = Watch()
     with tempfile.TemporaryDirectory(prefix="bench-engine-") as folder:
@@ -159,12 +163,15 @@ def measure(name: str, engine: Engine, shards: int, actors: int) -> float:
 def main() -> None:
     args = parser(__doc__).parse_args()
     report = Report("bench_engine", args)
-    shards, others, paired = (6, 6, 6) if args.smoke else (1000, 100, 200) if args.quick else (1000, 1000, 1000)
+    shards, others, paired = (
+        (6, 6, 6) if args.smoke else (1000, 100, 200) if args.quick else (1000, 1000, 1000)
+    )
     local = measure("local", run_local, others, 1)
     bare = measure("bare", bare_actors, others, 1)
     ray = measure("ray", run_ray, shards, 1)
     pair = measure("ray", run_ray, paired, 2)
-    LOG.info("\na trial of Tune costs %.1f ms more than a bare actor's call, Ray %.1f ms more than this process",
+    LOG.info("\na trial of Tune costs %.1f ms more than a bare actor's call, Ray %.1f ms more than this "
+             "process",
              1000 * (ray - bare), 1000 * (bare - local))  # fmt: skip
     report.at_most(f"overhead of a shard, {shards} no-op shards on Ray, one actor", 1000 * ray, 80, "ms")
     report.at_most(f"wall time of a no-op shard, {paired} shards on Ray, two actors", 1000 * pair, 80, "ms")

@@ -1,22 +1,25 @@
-"""LLaMA-2-7B's geometry in random bfloat16 weights on one GPU: how near each method comes to what the device allows.
+"""LLaMA-2-7B's geometry in random bfloat16 weights on one GPU: how near each method comes to what
+the device allows.
 
     python benchmarks/bench_gpu.py                      # minutes; needs no Ray, no download
     python benchmarks/bench_gpu.py --device cpu --tiny  # checks the code; its figures mean nothing
 
-Without a GPU it says so, and its targets are skipped. Layers and hyperparameters are the published ones for this model;
-weights are random, so what an edit achieves means nothing, only what it costs. ROME runs without the second moment (one
-more product per edit). Per method and number of lanes:
+Without a GPU it says so, and its targets are skipped. Layers and hyperparameters are the published
+ones for this model; weights are random, so what an edit achieves means nothing, only what it costs.
+ROME runs without the second moment (one more product per edit). Per method and number of lanes:
 
 - T=1: a fresh overlay and one edit of every lane, masks and generators included;
 - in a group: one more edit of the same overlay (the second edit of a T=10 group);
 - scoring: every probe of a request, teacher forced, edited and base model, nothing cached.
 
-**The floor** of an edit is the sum, over every product of a linear map and of the head that replay cannot leave out (counted
-call by call in one edit that is neither compiled nor recorded), forward and, where a gradient passes through, backward, of
-``max(bytes of its weight / bandwidth, operations / rate)``, with bandwidth and rate measured here first. A sum, because each of
-them waits for the one before it. For a trained weight the same with a bfloat16 copy that is read and a gradient that is
-written, and then the least pass over gradient, float32 master, moments, mask and copy that moves it. Attention itself, norms,
-activations and the host are left out: real time lies above the floor. Tokens count as they were run, padding included.
+**The floor** of an edit is the sum, over every product of a linear map and of the head that replay
+cannot leave out (counted call by call in one edit that is neither compiled nor recorded), forward
+and, where a gradient passes through, backward, of ``max(bytes of its weight / bandwidth, operations
+/ rate)``, with bandwidth and rate measured here first. A sum, because each of them waits for the
+one before it. For a trained weight the same with a bfloat16 copy that is read and a gradient that
+is written, and then the least pass over gradient, float32 master, moments, mask and copy that moves
+it. Attention itself, norms, activations and the host are left out: real time lies above the floor.
+Tokens count as they were run, padding included.
 """
 
 from __future__ import annotations
@@ -74,24 +77,36 @@ JUDGED = ("wise", "ft")
 """Methods with a target against the floor."""
 
 WIDE = 8
-"""The number of lanes that is compared with one; shares are judged at the best number of those measured."""
+"""The number of lanes that is compared with one; shares are judged at the best number of those
+measured."""
 
 TRAINED_BYTES = 2 + 2
-"""Per value of a trained matrix, per lane and step: a bfloat16 copy is read in the forward pass, its gradient written."""
+"""Per value of a trained matrix, per lane and step: a bfloat16 copy is read in the forward pass,
+its gradient written."""
 
 MOVED_BYTES = {
     "ft": 2 + 6 * 4 + 2,  # Adam reads the gradient, reads and writes master and two moments, writes the copy
-    "wise": 2 + 2 * 4 + 1 + 2,  # gradient descent reads the gradient, master (and writes it) and mask, writes the copy
+    "wise": 2
+    + 2 * 4
+    + 1
+    + 2,  # gradient descent reads the gradient, master (and writes it) and mask, writes the copy
 }
-"""Least bytes per value that move a trained matrix, per lane and step; other methods train vectors."""
+"""Least bytes per value that move a trained matrix, per lane and step; other methods train
+vectors."""
 
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 LLAMA_TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the device attains: bytes per second of a copy or a sum, operations per second of matrix products."""
+    """What the device attains: bytes per second of a copy or a sum, operations per second of matrix
+    products."""
 
     bandwidth: float
     rate: float
@@ -110,7 +125,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes that must pass through the device's memory and operations, of one product or one pass over memory."""
+    """Bytes that must pass through the device's memory and operations, of one product or one pass
+    over memory."""
 
     bytes: float
     operations: float = 0.0
@@ -130,7 +146,8 @@ class Work:
 
     @contextmanager
     def counted(self, base: BaseModel) -> Iterator[None]:
-        """Inside, nothing is compiled or recorded, and every product of a linear map and of the head is noted."""
+        """Inside, nothing is compiled or recorded, and every product of a linear map and of the
+        head is noted."""
         head, kernels = base.logits, base.kernels
         maps = [m for layer in base.layers for m in layer.modules() if isinstance(m, nn.Linear)]
 
@@ -140,7 +157,8 @@ class Work:
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             self.tokens = self.tokens or args[0][..., 0].numel()
-            # in a step, what answers for a map is either the trained weight, which counts apart, or nothing at all
+            # in a step, what answers for a map is either the trained weight, which counts apart, or
+            # nothing at all
             if not (torch.is_grad_enabled() and "forward" in module.__dict__):
                 self._product(module, args[0])
 
@@ -163,7 +181,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Floor:
-    """What cannot be left out, one after the other: nothing here can begin before the one before it has ended."""
+    """What cannot be left out, one after the other: nothing here can begin before the one before it
+    has ended."""
 
     costs: tuple[Cost, ...]
 
@@ -188,7 +207,8 @@ class Floor:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of one call that edits every lane, seconds per scored request, and what the floors of both say."""
+    """Seconds of one call that edits every lane, seconds per scored request, and what the floors of
+    both say."""
 
     lanes: int
     first: float
@@ -223,11 +243,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def model_on(device: torch.device, geometry: dict[str, int], dtype: torch.dtype, compiled: bool = False) -> BaseModel:
+def model_on(
+    device: torch.device, geometry: dict[str, int], dtype: torch.dtype, compiled: bool = False
+) -> BaseModel:
     """Random weights, made on the device; the embedded model's tokenizer."""
     embedded = BaseModel.load(ModelConfig(device="cpu"))
     config = AutoConfig.for_model(
-        "llama", vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=False, pad_token_id=3, **geometry
+        "llama",
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        pad_token_id=3,
+        **geometry,
     )
     before = torch.get_default_dtype()
     torch.manual_seed(0)
@@ -242,14 +269,18 @@ def model_on(device: torch.device, geometry: dict[str, int], dtype: torch.dtype,
 
 
 def templates_of(requests: Sequence[EditRequest], lengths: Sequence[tuple[int, int]]) -> ArtifactData:
-    """Context templates as long and as many as published; their words are those of other prompts."""
+    """Context templates as long and as many as published; their words are those of other
+    prompts."""
     words = " ".join(request.prompt for request in requests[-20:]).split()
     texts = [f"{' '.join(words[i : i + n])}. {{}}" for n, count in lengths for i in range(count)]
     return ArtifactData(meta={"templates": ["{}", *texts]})
 
 
-def measure(base: BaseModel, name: str, hparams: dict[str, Any], lanes: int, device: Device, repeats: int) -> Result:
-    """One method at one number of lanes: count what it runs, which also warms it up, then time it."""
+def measure(
+    base: BaseModel, name: str, hparams: dict[str, Any], lanes: int, device: Device, repeats: int
+) -> Result:
+    """One method at one number of lanes: count what it runs, which also warms it up, then time
+    it."""
     requests = load_dataset("tinyworld").requests
     kind = get_method(name)
     config = kind.Config.model_validate(hparams)
@@ -314,7 +345,8 @@ def run(
     where = hparams.get("layers", [hparams.get("layer")])
     LOG.info("\n%s, layers %s, MLP output projection, %s", name, where, hparams)
     LOG.info(
-        "lanes  T=1 s/edit  in a group s/edit  floor s/edit  share of floor  matrix rate  s/scored request  (floor)  peak GiB"
+        "lanes  T=1 s/edit  in a group s/edit  floor s/edit  share of floor  matrix rate  s/scored request "
+        " (floor)  peak GiB"
     )
     found: list[Result] = []
     for count in lanes:
@@ -373,9 +405,14 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--tiny", action="store_true", help="a tiny geometry, to check the code")
-    made.add_argument("--compile", action="store_true", help="decoder layers compiled, as with model.compile: true")
     made.add_argument(
-        "--lanes", type=int, nargs="+", help="default: 1 to 128, doubling; with --quick 1, 8 and, where judged, 64"
+        "--compile", action="store_true", help="decoder layers compiled, as with model.compile: true"
+    )
+    made.add_argument(
+        "--lanes",
+        type=int,
+        nargs="+",
+        help="default: 1 to 128, doubling; with --quick 1, 8 and, where judged, 64",
     )
     made.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
     args = made.parse_args()
@@ -400,7 +437,9 @@ def main() -> None:
     repeats = 1 if args.smoke else 2 if args.quick else 5
     for name in args.methods:
         if name not in method_names():
-            LOG.info("\n%s: skipped, there is no such method yet (there are: %s)", name, ", ".join(method_names()))
+            LOG.info(
+                "\n%s: skipped, there is no such method yet (there are: %s)", name, ", ".join(method_names())
+            )
             continue
         if name not in HPARAMS:
             LOG.info("\n%s: skipped, HPARAMS of this file has no settings for it", name)
@@ -410,7 +449,9 @@ def main() -> None:
         lanes = args.lanes or (quick if args.quick else [2**power for power in range(8)])
         found = run(base, name, hparams, lanes, device, repeats)
         if not args.tiny:
-            judge(report, name, found, f"1 and {WIDE} lanes were not both asked for, or did not fit into memory")
+            judge(
+                report, name, found, f"1 and {WIDE} lanes were not both asked for, or did not fit into memory"
+            )
     report.close()
 
 

@@ -2,20 +2,23 @@
 
     python benchmarks/bench_memory.py [--quick] [--models embedded llama-60m] [--methods ft rome ...]
 
-Each case is a process of its own that imports everything, plans, loads the model and runs every shard of the plan as an
-actor does (edits, scores, journal; the activation cache is off). Its peak resident memory beyond what the imports took
-is compared with :meth:`orchestrator.planning.memory.Memory.peak`. What the method needs is built before, by another
-process; few optimisation steps are enough, for every step takes the same memory. The 60 M Llama has random weights, is
-saved once and loaded as a user's model.
+Each case is a process of its own that imports everything, plans, loads the model and runs every
+shard of the plan as an actor does (edits, scores, journal; the activation cache is off). Its peak
+resident memory beyond what the imports took is compared with
+:meth:`orchestrator.planning.memory.Memory.peak`. What the method needs is built before, by another
+process; few optimisation steps are enough, for every step takes the same memory. The 60 M Llama has
+random weights, is saved once and loaded as a user's model.
 
-**The allowance** is what an actor takes beyond the imports and the weights when it holds no edit and scores one request,
-sequence by sequence, on the embedded model (method `none`): code of libraries that is first used then, their buffers, the
-data set. It is measured first, in a process of its own, and added to every figure that is stated.
+**The allowance** is what an actor takes beyond the imports and the weights when it holds no edit
+and scores one request, sequence by sequence, on the embedded model (method `none`): code of
+libraries that is first used then, their buffers, the data set. It is measured first, in a process
+of its own, and added to every figure that is stated.
 
-**Weights are held once**: the peak of loading and then reading every weight (pages of a mapped file count as they are
-read) against 1.1 times their bytes.
+**Weights are held once**: the peak of loading and then reading every weight (pages of a mapped file
+count as they are read) against 1.1 times their bytes.
 
-Peaks are Linux's (VmHWM, set back between phases through /proc/self/clear_refs); elsewhere all targets are skipped.
+Peaks are Linux's (VmHWM, set back between phases through /proc/self/clear_refs); elsewhere all
+targets are skipped.
 """
 
 from __future__ import annotations
@@ -48,19 +51,22 @@ HPARAMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "lora": {"num_steps": 3},
     }
 )
-"""As short as an edit can be; layers, and the text for second moments, are added by :func:`hparams`."""
+"""As short as an edit can be; layers, and the text for second moments, are added by
+:func:`hparams`."""
 
 NEEDING = ("rome", "memit", "wise")
 """Methods that need something built."""
 
 LANES = (1, 8)
 QUICK_LARGE = ("ft", "memit")
-"""What a quick run measures on the larger model: the widest overlay, and the most that lanes share."""
+"""What a quick run measures on the larger model: the widest overlay, and the most that lanes
+share."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One process: a model (``embedded`` or a folder), a method and its lanes, and where it works."""
+    """One process: a model (``embedded`` or a folder), a method and its lanes, and where it
+    works."""
 
     model: str
     method: str
@@ -152,7 +158,10 @@ def forget_peak() -> None:
 
 def in_own_process(case: Case) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps(asdict(case))], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--one", json.dumps(asdict(case))],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -184,14 +193,18 @@ def cases(
                 continue
             for lanes in LANES[-1:] if args.quick and method != "ft" else LANES:
                 root = str(folder / f"{name}-{method}")
-                case = Case(model, method, hparams(method, layers), lanes, 1 if args.quick or args.smoke else 3, root)
+                case = Case(
+                    model, method, hparams(method, layers), lanes, 1 if args.quick or args.smoke else 3, root
+                )
                 found.append((f"{method}, {lanes} lane{'s' * (lanes > 1)}, {name}", case))
     return found
 
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--models", nargs="*", choices=("embedded", "llama-60m"), default=["embedded", "llama-60m"])
+    made.add_argument(
+        "--models", nargs="*", choices=("embedded", "llama-60m"), default=["embedded", "llama-60m"]
+    )
     made.add_argument("--methods", nargs="*", choices=sorted(HPARAMS), default=list(HPARAMS))
     made.add_argument("--one", help=argparse.SUPPRESS)
     args = made.parse_args()
@@ -226,14 +239,19 @@ def main() -> None:
                 *(title, found["stated"], found["weights"], found["measured"]),
             )
             goal = found["stated"] + allowance
-            note = f"stated {found['stated']:.0f}; with the allowance {goal / found['measured']:.1f}x what it took"
+            note = (
+                f"stated {found['stated']:.0f}; with the allowance {goal / found['measured']:.1f}x what "
+                f"it took"
+            )
             report.at_most(f"peak of {title}", found["measured"], round(goal), "MiB", note)
             name = title.rsplit(", ", 1)[1]
             worst = max(loads.get(name, (0.0, 0.0))[0], found["loaded"])
             loads[name] = worst, found["weights"]
         for name, (worst, weights) in loads.items():
             goal = round(1.1 * weights + allowance)
-            report.at_most(f"loading {name} and reading every weight", worst, goal, "MiB", f"weights {weights:.0f}")
+            report.at_most(
+                f"loading {name} and reading every weight", worst, goal, "MiB", f"weights {weights:.0f}"
+            )
     report.close()
 
 

@@ -1,14 +1,17 @@
-"""Planning sweeps of 1,000, 10,000 and 100,000 cells, seconds and memory; and how near a plan's schedule comes to its bound.
+"""Planning sweeps of 1,000, 10,000 and 100,000 cells, seconds and memory; and how near a plan's
+schedule comes to its bound.
 
     python benchmarks/bench_plan.py
 
-The schedule is that of ``sweeps/wise_table2.yaml`` on 64 actors, simulated, against the longest shard or an even share of all
-work, whichever is more; with LLaMA-2-7B's geometry without its weights, and the embedded requests.
+The schedule is that of ``sweeps/wise_table2.yaml`` on 64 actors, simulated, against the longest
+shard or an even share of all work, whichever is more; with LLaMA-2-7B's geometry without its
+weights, and the embedded requests.
 
-Five method variants, four T, and as many seeds as the number of cells asks for; N = 1000, so that ten thousand cells are
-ten million edits in tens of thousands of shards. Each size runs in a process of its own, whose peak memory is taken with
-and without the plan. Timed is :func:`orchestrator.planning.plan.make_plan` of an empty results folder: reading
-the data set, hashing the model, cells, shards, launch order. Importing torch is not (it does not grow).
+Five method variants, four T, and as many seeds as the number of cells asks for; N = 1000, so that
+ten thousand cells are ten million edits in tens of thousands of shards. Each size runs in a process
+of its own, whose peak memory is taken with and without the plan. Timed is
+:func:`orchestrator.planning.plan.make_plan` of an empty results folder: reading the data set,
+hashing the model, cells, shards, launch order. Importing torch is not (it does not grow).
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ def plan_once(cells: int) -> dict[str, float]:
         "model": {"name": "embedded", "device": "cpu"},
         "dataset": {"kind": "tinyworld", "edits": 1000},
         "grid": {"T": list(T_VALUES), "seeds": list(range(cells // (VARIANTS * len(T_VALUES))))},
-        "methods": [{"method": "ft", "label": f"ft-{i}", "hparams": {"num_steps": 10 + i}} for i in range(VARIANTS)],
+        "methods": [
+            {"method": "ft", "label": f"ft-{i}", "hparams": {"num_steps": 10 + i}} for i in range(VARIANTS)
+        ],
     }
     spec = parse_spec(yaml.safe_dump(raw), "bench_plan", Path("/"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -56,7 +61,12 @@ def plan_once(cells: int) -> dict[str, float]:
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert len(plan.cells) == cells
-    return {"seconds": seconds, "processor": busy, "megabytes": (after - before) / 1024, "shards": len(plan.shards)}
+    return {
+        "seconds": seconds,
+        "processor": busy,
+        "megabytes": (after - before) / 1024,
+        "shards": len(plan.shards),
+    }
 
 
 def makespan(actors: int) -> Simulation:
@@ -71,7 +81,9 @@ def makespan(actors: int) -> Simulation:
     raw = yaml.safe_load((SWEEPS / "wise_table2.yaml").read_text(encoding="utf-8"))
     raw["dataset"] = {"kind": "tinyworld", "edits": 1000}
     with tempfile.TemporaryDirectory(prefix="bench-plan-") as folder:
-        LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # its defaults are LLaMA-2-7B's sizes
+        LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(
+            folder
+        )  # its defaults are LLaMA-2-7B's sizes
         save_file({"x": torch.zeros(1)}, Path(folder) / "model.safetensors")
         raw["model"]["name"] = folder
         return make_plan(parse_spec(yaml.safe_dump(raw), "bench_plan", Path("/"))).simulate(actors)
@@ -96,7 +108,9 @@ def main() -> None:
     found = makespan(ACTORS)
     longest, even = (f"{part / found.makespan:.0%}" for part in (found.longest, found.total / ACTORS))
     note = f"of its time, the longest shard takes {longest}, an even share of all work {even}"
-    report.at_most(f"wise_table2.yaml, simulated on {ACTORS} actors, against its bound", found.ratio, 1.1, "x", note)
+    report.at_most(
+        f"wise_table2.yaml, simulated on {ACTORS} actors, against its bound", found.ratio, 1.1, "x", note
+    )
     sizes = (20, 200, 2000) if args.smoke else (1000, 10_000, 100_000)
     repeats = 1 if args.smoke else 3 if args.quick else 5
     seconds: dict[int, float] = {}
@@ -119,7 +133,8 @@ def main() -> None:
     # what every plan costs, reading the data set and hashing the model, cancels in the differences
     more = [(processor[b] - processor[a]) / (b - a) for a, b in pairwise(sizes)]
     report.at_most(
-        f"processor seconds of a further cell, {middle:,} to {high:,} cells against {low:,} to {middle:,} (linear: 1)",
+        f"processor seconds of a further cell, {middle:,} to {high:,} cells against {low:,} to {middle:,} "
+        f"(linear: 1)",
         more[1] / more[0],
         1.5,
         "x",

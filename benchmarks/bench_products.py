@@ -1,9 +1,11 @@
-"""Products in float32: the way of workers/kernels/matmul.py against PyTorch's own, by the number of rows.
+"""Products in float32: the way of workers/kernels/matmul.py against PyTorch's own, by the number of
+rows.
 
     python benchmarks/bench_products.py [--quick]
 
-Shapes are those of the linear maps of the embedded model and of a model of 512 hidden units, forward and backward to the rows,
-as an edit's inner loop runs them. There is no target: the figures say from how many rows the other library pays on this machine.
+Shapes are those of the linear maps of the embedded model and of a model of 512 hidden units,
+forward and backward to the rows, as an edit's inner loop runs them. There is no target: the figures
+say from how many rows the other library pays on this machine.
 """
 
 from __future__ import annotations

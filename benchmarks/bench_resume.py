@@ -2,14 +2,15 @@
 
     python benchmarks/bench_resume.py
 
-- resume: a real `editsweep run` of shards of one edit each (those of bench_engine.py) gets SIGKILL when 200 shards are
-  finished, some gathered, some not. Then, in turn, the same command on that folder and on an empty one, each until its
-  first new edit is durable, and each ended by SIGKILL again. Clocked from the start of the process, Python's imports
-  included; an edit that a worker of the killed run still commits does not count. With both engines.
-- status: `editsweep status`, as a process, on a folder where 10,000 cells of N = 1000 are planned (2,000 with --quick), a
-  tenth or nine tenths of them finished, 64 shards under way and 60 finished and not gathered. The folder is made by the
-  project's own planner, journal and table; table files list real shards but hold one row each, because `status` reads
-  footers alone.
+- resume: a real `editsweep run` of shards of one edit each (those of bench_engine.py) gets SIGKILL
+  when 200 shards are finished, some gathered, some not. Then, in turn, the same command on that
+  folder and on an empty one, each until its first new edit is durable, and each ended by SIGKILL
+  again. Clocked from the start of the process, Python's imports included; an edit that a worker of
+  the killed run still commits does not count. With both engines.
+- status: `editsweep status`, as a process, on a folder where 10,000 cells of N = 1000 are planned
+  (2,000 with --quick), a tenth or nine tenths of them finished, 64 shards under way and 60 finished
+  and not gathered. The folder is made by the project's own planner, journal and table; table files
+  list real shards but hold one row each, because `status` reads footers alone.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ from workers.job import StreamJob
 from workers.timeline import moments, timeline
 
 UNDER_WAY, WAITING = 64, 60
-"""Shards that have begun, and that are finished and not gathered: of 64 actors, just before the next gather."""
+"""Shards that have begun, and that are finished and not gathered: of 64 actors, just before the
+next gather."""
 FILE_SHARDS = 64
 PATIENCE = 180.0
 
 
-# --- resume ----------------------------------------------------------------------------------------------------------
+# --- resume ---------------------------------------------------------------------------------
 
 
 def command(spec: Path, folder: Path, engine: str) -> list[str]:
@@ -78,7 +80,8 @@ def command(spec: Path, folder: Path, engine: str) -> list[str]:
 
 @contextlib.contextmanager
 def driver(spec: Path, folder: Path, engine: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A run in a process of its own; killed at the end, alone at first, then what is left of all it has started."""
+    """A run in a process of its own; killed at the end, alone at first, then what is left of all it
+    has started."""
     said = spec.with_name("said.txt")
     with said.open("wb") as file:
         process = subprocess.Popen(command(spec, folder, engine), stdout=file, stderr=subprocess.STDOUT)
@@ -121,7 +124,9 @@ def first_edit(spec: Path, folder: Path, engine: str) -> float:
     """Attempts of earlier runs."""
 
     def reached() -> bool:
-        for attempt in {Path(part).parent for part in glob.glob(f"{folder}/{paths.parts}/*/*/*.parquet")} - others:
+        for attempt in {
+            Path(part).parent for part in glob.glob(f"{folder}/{paths.parts}/*/*/*.parquet")
+        } - others:
             key = f"{attempt.relative_to(folder).as_posix()}/attempt.json"
             try:
                 info = unseal_json(store.read(key), key)
@@ -139,14 +144,20 @@ def first_edit(spec: Path, folder: Path, engine: str) -> float:
 def resuming(report: Report, work: Path, shards: int, rounds: dict[str, int]) -> None:
     """Kill a run with ``shards`` finished, and compare going on with starting."""
     spec = work / "spec.yaml"
-    # so many more that the run cannot be done before it is killed, and that every later one has something left
+    # so many more that the run cannot be done before it is killed, and that every later one has
+    # something left
     spec.write_text(yaml.safe_dump(spec_of(2 * shards + 60).model_dump(mode="json")), encoding="utf-8")
     killed = work / "killed"
     with driver(spec, killed, "local") as process:
         seconds = wait_for(process, lambda: finished(killed) >= shards, 0.2)
     there = finished(killed)
     waiting = len(Journal(LocalStore(killed)).finished())
-    LOG.info("resume: killed after %.0f s with %d shards finished, %d of them not gathered", seconds, there, waiting)
+    LOG.info(
+        "resume: killed after %.0f s with %d shards finished, %d of them not gathered",
+        seconds,
+        there,
+        waiting,
+    )
     for engine, count in rounds.items():
         if engine == "ray":
             first_edit(spec, work / "warm-up", engine)  # reads Ray from the disk
@@ -156,14 +167,16 @@ def resuming(report: Report, work: Path, shards: int, rounds: dict[str, int]) ->
             again.append(first_edit(spec, killed, engine))
         more = statistics.median(b - a for a, b in zip(fresh, again, strict=True))
         LOG.info("resume, %s: first edit after %s s; fresh %s s", engine, _listed(again), _listed(fresh))
-        report.at_most(f"first new edit with {there} shards done, later than a fresh start's, {engine}", more, 10, "s")
+        report.at_most(
+            f"first new edit with {there} shards done, later than a fresh start's, {engine}", more, 10, "s"
+        )
 
 
 def _listed(seconds: Sequence[float]) -> str:
     return ", ".join(f"{s:.1f}" for s in seconds)
 
 
-# --- status ----------------------------------------------------------------------------------------------------------
+# --- status ---------------------------------------------------------------------------------
 
 
 def sweep_of(cells: int) -> SweepSpec:
@@ -173,7 +186,9 @@ def sweep_of(cells: int) -> SweepSpec:
         "model": {"name": "embedded", "device": "cpu"},
         "dataset": {"kind": "tinyworld", "edits": 1000},
         "grid": {"T": list(T_VALUES), "seeds": list(range(cells // (VARIANTS * len(T_VALUES))))},
-        "methods": [{"method": "ft", "label": f"ft-{i}", "hparams": {"num_steps": 10 + i}} for i in range(VARIANTS)],
+        "methods": [
+            {"method": "ft", "label": f"ft-{i}", "hparams": {"num_steps": 10 + i}} for i in range(VARIANTS)
+        ],
     }
     return parse_spec(yaml.safe_dump(raw), "bench_resume", Path("/"))
 
@@ -245,7 +260,8 @@ def status(report: Report, work: Path, cells: int, repeats: int) -> None:
     """Ask after a folder with ``cells`` cells, near its begin and near its end."""
     folder = work / "status"
     store = LocalStore(folder)
-    # a run whose engine does nothing: the lock, the plan, what is written into the folder, and the end are real
+    # a run whose engine does nothing: the lock, the plan, what is written into the folder, and the
+    # end are real
     plan = run_sweep(sweep_of(cells), store, lambda books, actors: None, Watch()).plan
     journal = Journal(store)
     for number, shard in enumerate(plan.shards[-UNDER_WAY - WAITING :]):
@@ -256,7 +272,13 @@ def status(report: Report, work: Path, cells: int, repeats: int) -> None:
         next_file = fill_table(store, plan, shards, next_file)
         done += len(shards)
         seconds, busy = ask(folder, repeats)
-        LOG.info("status: %d shards, %d of them in %d files: %.2f s", len(plan.shards), done, next_file - 1, seconds)
+        LOG.info(
+            "status: %d shards, %d of them in %d files: %.2f s",
+            len(plan.shards),
+            done,
+            next_file - 1,
+            seconds,
+        )
         report.at_most(
             f"status of {cells:,} cells, {100 * share:.0f}% of their shards in the table",
             seconds,

@@ -2,15 +2,17 @@
 
     python benchmarks/bench_rollback.py
 
-Ours is all that lies between the last score of a wave and the first forward of the next: the old overlay is dropped (it
-holds an edit), a pristine one made, and for every lane a generator derived and, for WISE, a mask drawn. Ten lanes, so ten
-groups are rolled back at once; the field's way, ``copy.deepcopy(model.state_dict())`` before a group and
-``load_state_dict`` after it, rolls back one group and is not multiplied by ten.
+Ours is all that lies between the last score of a wave and the first forward of the next: the old
+overlay is dropped (it holds an edit), a pristine one made, and for every lane a generator derived
+and, for WISE, a mask drawn. Ten lanes, so ten groups are rolled back at once; the field's way,
+``copy.deepcopy(model.state_dict())`` before a group and ``load_state_dict`` after it, rolls back
+one group and is not multiplied by ten.
 
 Two series of Llama-shaped models with random weights:
 
-- the model grows from 2 M (the embedded one) to 350 M parameters by more layers and a larger vocabulary; the edited
-  map, an MLP output projection of 128 x 512, stays the same. Seconds must not grow;
+- the model grows from 2 M (the embedded one) to 350 M parameters by more layers and a larger
+  vocabulary; the edited map, an MLP output projection of 128 x 512, stays the same. Seconds must
+  not grow;
 - the edited map grows, and the six layers with it. Seconds may grow with it, and this says how.
 """
 
@@ -61,7 +63,12 @@ class Size:
 
 
 SAME_MAP = (Size(128, 512, 6, 1500), Size(128, 512, 48, 70_000), Size(128, 512, 320, 1_040_000))
-LARGER_MAP = (Size(128, 512, 6, 1500), Size(256, 1024, 6, 1500), Size(512, 2048, 6, 1500), Size(1024, 4096, 6, 1500))
+LARGER_MAP = (
+    Size(128, 512, 6, 1500),
+    Size(256, 1024, 6, 1500),
+    Size(512, 2048, 6, 1500),
+    Size(1024, 4096, 6, 1500),
+)
 
 
 def model_of(size: Size, embedded: BaseModel) -> BaseModel:
@@ -88,7 +95,8 @@ def parameters(base: BaseModel) -> int:
 
 
 def ours(base: BaseModel, name: str) -> Callable[[], object]:
-    """One rollback of ``LANES`` edited lanes, up to where the next edit would run its first forward."""
+    """One rollback of ``LANES`` edited lanes, up to where the next edit would run its first
+    forward."""
     where: dict[str, Any] = {"layers": [LAYER[name]]} if name == "ft" else {"layer": LAYER[name]}
     hparams = {**SHORT[name], **where}
     config = load_config(name, hparams, None, ModelConfig(name="embedded", device="cpu"))
@@ -99,7 +107,8 @@ def ours(base: BaseModel, name: str) -> Callable[[], object]:
 
     def edits(first: int) -> list[LaneEdit]:
         return [
-            LaneEdit((requests[lane],), RandomStreams(name, plain, 0, first + lane, 0), inputs) for lane in range(LANES)
+            LaneEdit((requests[lane],), RandomStreams(name, plain, 0, first + lane, 0), inputs)
+            for lane in range(LANES)
         ]
 
     held = [method.new_overlay(LANES)]
@@ -132,7 +141,9 @@ def deep_copy(base: BaseModel) -> Callable[[], object]:
     return rollback
 
 
-def measure(sizes: list[BaseModel], repeats: int, copies: int, label: Callable[[BaseModel], str]) -> dict[str, Any]:
+def measure(
+    sizes: list[BaseModel], repeats: int, copies: int, label: Callable[[BaseModel], str]
+) -> dict[str, Any]:
     """Seconds per method and size, the sizes taking turns; the field's copies beside them."""
     found: dict[str, Any] = {}
     gc.collect()
@@ -183,7 +194,9 @@ def main() -> None:
     found = measure(grown, repeats, copies, by_map)
     first, last = by_map(grown[0]), by_map(grown[-1])
     values = (base.site(0).weight_OI.numel() for base in (grown[-1], grown[0]))
-    LOG.info("\nvalues of the edited map %s against %s: x %.0f; seconds:", last, first, next(values) / next(values))
+    LOG.info(
+        "\nvalues of the edited map %s against %s: x %.0f; seconds:", last, first, next(values) / next(values)
+    )
     for name in LAYER:
         LOG.info("%-9s x %.1f", name, median_ratio(found[name][last], found[name][first]))
     report.close()

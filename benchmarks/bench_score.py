@@ -2,11 +2,12 @@
 
     python benchmarks/bench_score.py [--quick]
 
-The one-at-a-time loop scores as the field's scripts do: for each probe one forward of the unedited and one of the edited model
-over prompt and target, the head at every position. Batched scoring fills the same columns (token, exact, log-probability,
-margin, locality against the base model); generation is off on both sides. Every score is checked to be equal. The second figure
-repeats the batches with activations below the edit kept, against repeating them without: base scores are known in both.
-The edited layer is that of WISE and GRACE.
+The one-at-a-time loop scores as the field's scripts do: for each probe one forward of the unedited
+and one of the edited model over prompt and target, the head at every position. Batched scoring
+fills the same columns (token, exact, log-probability, margin, locality against the base model);
+generation is off on both sides. Every score is checked to be equal. The second figure repeats the
+batches with activations below the edit kept, against repeating them without: base scores are known
+in both. The edited layer is that of WISE and GRACE.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def argmax_of(base: BaseModel, encoded: Encoded, overlay: DenseOverlay | None) -
     return logits_SV.argmax(-1).tolist(), float(logprob)
 
 
-def one_at_a_time(base: BaseModel, overlay: DenseOverlay, requests: Sequence[EditRequest]) -> list[dict[str, float]]:
+def one_at_a_time(
+    base: BaseModel, overlay: DenseOverlay, requests: Sequence[EditRequest]
+) -> list[dict[str, float]]:
     """Token scores and log-probability of each request, probe by probe."""
     found = []
     for r in requests:
@@ -76,7 +79,9 @@ def edited(base: BaseModel, layer: int) -> DenseOverlay:
     return overlay
 
 
-def measure(name: str, requests: Sequence[EditRequest], rounds: int, report: Report, alone: bool = True) -> None:
+def measure(
+    name: str, requests: Sequence[EditRequest], rounds: int, report: Report, alone: bool = True
+) -> None:
     """``alone``: the one-at-a-time loop is timed, too, not only compared."""
     base = model(name)
     field = as_it_comes(base)
@@ -98,13 +103,23 @@ def measure(name: str, requests: Sequence[EditRequest], rounds: int, report: Rep
     if alone:
         runs = {"one at a time": lambda: one_at_a_time(field, changed, requests), **runs}
     seconds = alternate(runs, rounds, warm_up=0)  # both sides have run
-    pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in b if key.endswith("_token")]
+    pairs = [
+        (a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in b if key.endswith("_token")
+    ]
     different = sum(abs(float(a or 0) - b) > 1e-6 for a, b in pairs)
-    gap = max(abs(float(a["target_logprob"] or 0) - b["target_logprob"]) for a, b in zip(ours, theirs, strict=True))
+    gap = max(
+        abs(float(a["target_logprob"] or 0) - b["target_logprob"]) for a, b in zip(ours, theirs, strict=True)
+    )
     title = f"{name}, {len(requests)} requests, edit at layer {layer} of {len(base.layers)}"
     speed = [f"{key} {len(requests) / statistics.median(values):.0f}" for key, values in seconds.items()]
     LOG.info("%s: requests/s %s", title, ", ".join(speed))
-    LOG.info("%s: %d of %d token scores differ; log-probabilities by %.1e at most", title, different, len(pairs), gap)
+    LOG.info(
+        "%s: %d of %d token scores differ; log-probabilities by %.1e at most",
+        title,
+        different,
+        len(pairs),
+        gap,
+    )
     note = f"{different} of {len(pairs)} token scores differ"
     if alone:
         gain = median_ratio(seconds["one at a time"], seconds["batched"])

@@ -1,12 +1,15 @@
-"""Whole sweeps through Ray on the embedded model: against the field's loop, one actor against two, and the overhead.
+"""Whole sweeps through Ray on the embedded model: against the field's loop, one actor against two,
+and the overhead.
 
     python benchmarks/bench_sweep.py [--quick]
 
-The field's side is benchmarks/reference.py and the one-at-a-time scoring of bench_score.py, measured on a sample of each variant
-just before the sweep, scaled to its edits and scored requests, and divided by the actors (as if its loops ran on all of them
-without loss; it generates no texts and scores base models anew as its scripts do). Ours is the wall time from the first shard's
-start to the last shard's end; outside it are only starting Ray and loading the model, which are told apart. ``--quick`` runs
-``sweeps/continual.yaml`` with N=100 and T=1, 10, 100; without it N=1000, all four T.
+The field's side is benchmarks/reference.py and the one-at-a-time scoring of bench_score.py,
+measured on a sample of each variant just before the sweep, scaled to its edits and scored requests,
+and divided by the actors (as if its loops ran on all of them without loss; it generates no texts
+and scores base models anew as its scripts do). Ours is the wall time from the first shard's start
+to the last shard's end; outside it are only starting Ray and loading the model, which are told
+apart. ``--quick`` runs ``sweeps/continual.yaml`` with N=100 and T=1, 10, 100; without it N=1000,
+all four T.
 """
 
 from __future__ import annotations
@@ -65,7 +68,8 @@ class Clock:
     def shard_started(self, shard: Shard, title: str) -> None: ...
 
     def shard_step(self, step: StepReport) -> None:
-        """An attempt's first report comes when its actor is there and has begun to load the model."""
+        """An attempt's first report comes when its actor is there and has begun to load the
+        model."""
         self.began = self.began or time.monotonic()
 
     def shard_ended(self, shard_id: str, ok: bool) -> None:
@@ -106,7 +110,9 @@ def plain_seconds(spec: SweepSpec, sample: int) -> float:
     base = as_it_comes(session.base)
     requests = list(load_dataset("tune").requests)[:sample]
     site = base.site(len(base.layers) - 1)
-    scoring = clock(lambda: one_at_a_time(base, DenseOverlay([site], 1, base.master_dtype), requests)) / sample
+    scoring = (
+        clock(lambda: one_at_a_time(base, DenseOverlay([site], 1, base.master_dtype), requests)) / sample
+    )
     total = 0.0
     for v, variant in enumerate(plan.variants):
         kind = get_method(variant.algorithm)
@@ -127,7 +133,10 @@ def plain_seconds(spec: SweepSpec, sample: int) -> float:
         scored = sum(cell.groups * cell.T * (1 if cell.T == 1 else 2) for cell in cells)
         mean = statistics.mean(seconds[1:])
         LOG.info(
-            "the plain loop, %s: %.0f ms an edit, %.0f ms a scored request", variant.label, 1e3 * mean, 1e3 * scoring
+            "the plain loop, %s: %.0f ms an edit, %.0f ms a scored request",
+            variant.label,
+            1e3 * mean,
+            1e3 * scoring,
         )
         total += edits * mean + scored * scoring
     return total
@@ -143,22 +152,34 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work_two, whole, _ = sweep(demo, Path(folder) / "two", 2)
         work_one, _, _ = sweep(demo, Path(folder) / "one", 1)
-        LOG.info("demo: two actors %.1f s of work (%.1f s in all), one actor %.1f s", work_two, whole, work_one)
+        LOG.info(
+            "demo: two actors %.1f s of work (%.1f s in all), one actor %.1f s", work_two, whole, work_one
+        )
         report.at_most("demo: the whole sweep, two actors", whole, 120, "s")
         report.at_least("demo: two actors against one", work_one / work_two, 1.7, "x")
         rows = [comparable(Path(folder) / name) for name in ("one", "two")]
         differ = sum(a != b for a, b in zip(*(table.to_pylist() for table in rows), strict=True))
-        report.at_most("demo: rows that differ between one actor and two", differ, 0, "", f"of {rows[0].num_rows}")
+        report.at_most(
+            "demo: rows that differ between one actor and two", differ, 0, "", f"of {rows[0].num_rows}"
+        )
         plain = plain_seconds(continual, 2 if args.smoke else 6 if args.quick else 12)
         work, _, outcome = sweep(continual, Path(folder) / "continual", 2)
         edits = outcome.plan.edits
-        LOG.info("continual: %d edits in %.0f s; the plain loop on two cores would take %.0f s", edits, work, plain / 2)
+        LOG.info(
+            "continual: %d edits in %.0f s; the plain loop on two cores would take %.0f s",
+            edits,
+            work,
+            plain / 2,
+        )
         name = f"continual (N={continual.dataset.edits}, T={','.join(map(str, continual.grid.T))})"
         report.at_least(f"{name}: two actors against the plain loop on two cores", plain / 2 / work, 4.5, "x")
         outside = 100 * (1 - inside(Path(folder) / "continual") / (2 * work))
         target = f"{name}: actors' time outside editing and scoring"
         if args.quick:
-            why = f"{outside:.1f} %, of a sweep a tenth as long: mostly its actors' start; judged at N=1000, without --quick"
+            why = (
+                f"{outside:.1f} %, of a sweep a tenth as long: mostly its actors' start; judged at "
+                f"N=1000, without --quick"
+            )
             report.skipped(target, why)
         else:
             report.at_most(target, outside, 5, "%")

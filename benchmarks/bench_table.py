@@ -1,17 +1,21 @@
-"""The central table at size: appending a step, gathering finished shards, asking questions of 10 M rows.
+"""The central table at size: appending a step, gathering finished shards, asking questions of 10 M
+rows.
 
     python benchmarks/bench_table.py
 
-- append: ``Attempt.commit`` of a step of 50 edits (50 or 100 rows, every column filled), fsyncs included, without an edit state
-  and with one of 1 MB.
-- gather: 1,000 finished shards of 250 edits (500 rows each), 64 at a time, as the driver does; the sum of the calls.
-- query: a table of 10 M rows in files as gathering leaves them (64 shards of 500 rows a file), asked for a mean by
-  (method, T) through :meth:`orchestrator.results.query.Results.sql`, each time by a fresh reader: files are listed, footers
-  read, page checksums verified; Arrow and DuckDB use every core, as they do for a user. The files are encoded and
-  published by the project's own code; only the way through a hundred thousand single parts is left out. Scores are as
-  coarse as real ones, seconds and log-probabilities random.
+- append: ``Attempt.commit`` of a step of 50 edits (50 or 100 rows, every column filled), fsyncs
+  included, without an edit state and with one of 1 MB.
+- gather: 1,000 finished shards of 250 edits (500 rows each), 64 at a time, as the driver does; the
+  sum of the calls.
+- query: a table of 10 M rows in files as gathering leaves them (64 shards of 500 rows a file),
+  asked for a mean by (method, T) through :meth:`orchestrator.results.query.Results.sql`, each time
+  by a fresh reader: files are listed, footers read, page checksums verified; Arrow and DuckDB use
+  every core, as they do for a user. The files are encoded and published by the project's own code;
+  only the way through a hundred thousand single parts is left out. Scores are as coarse as real
+  ones, seconds and log-probabilities random.
 
-Processor seconds stand beside the wall clock: on a machine that does other work, they tell how much of it was ours.
+Processor seconds stand beside the wall clock: on a machine that does other work, they tell how much
+of it was ours.
 """
 
 from __future__ import annotations
@@ -73,7 +77,9 @@ def manifest_of(number: int) -> ShardManifest:
         "rollback": "group",
         "training_overlap": None,
     }
-    return ShardManifest(shard_id=f"{number:016x}", job=job, bounds=cut_steps(job, STEP_EDITS), columns={cell: columns})
+    return ShardManifest(
+        shard_id=f"{number:016x}", job=job, bounds=cut_steps(job, STEP_EDITS), columns={cell: columns}
+    )
 
 
 def steps_of(manifest: ShardManifest, rng: random.Random) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
@@ -92,7 +98,9 @@ def steps_of(manifest: ShardManifest, rng: random.Random) -> Iterator[tuple[int,
         start = stop
 
 
-def row_of(cell: str, group: int, position: int, applied: int, moment: str, rng: random.Random) -> dict[str, Any]:
+def row_of(
+    cell: str, group: int, position: int, applied: int, moment: str, rng: random.Random
+) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for column in COLUMNS:
         if column.source == "stream":
@@ -131,7 +139,8 @@ def append(folder: Path, commits: int) -> dict[str, float]:
 
 
 def gather(folder: Path, shards: int) -> tuple[float, float, int]:
-    """Seconds of gathering ``shards`` finished shards, 64 at a time; processor seconds of it; how many rows they had."""
+    """Seconds of gathering ``shards`` finished shards, 64 at a time; processor seconds of it; how
+    many rows they had."""
     store = LocalStore(folder)
     journal, table = Journal(store), CentralTable(store)
     rng = random.Random(1)
@@ -166,7 +175,9 @@ def fill(folder: Path, rows: int, file_rows: int) -> int:
         table = first.slice(0, count)  # the same scores in every file
         for name, values in identities(number, count, shards).items():
             at = table.schema.get_field_index(name)
-            table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+            table = table.set_column(
+                at, table.schema.field(at), pa.array(values, table.schema.field(at).type)
+            )
         table = sort_rows(table)
         entries = [entry_of(f"{number:08x}{i:08x}", number, count // shards) for i in range(shards)]
         data = encode(table, table_meta(number, entries, count))
@@ -176,7 +187,8 @@ def fill(folder: Path, rows: int, file_rows: int) -> int:
 
 
 def identities(number: int, count: int, shards: int) -> dict[str, Any]:
-    """The columns of ``count`` rows that differ from file to file: those of ``shards`` shards, each of one cell."""
+    """The columns of ``count`` rows that differ from file to file: those of ``shards`` shards, each
+    of one cell."""
     shard = np.repeat(np.arange(shards), -(-count // shards))[:count]
     edit = np.arange(count) % (2 * SHARD_EDITS) // 2
     T = np.array([T_VALUES[(number + i) % len(T_VALUES)] for i in range(shards)])[shard]
@@ -211,7 +223,9 @@ def random_rows(rng: np.random.Generator, number: int, count: int, shards: int) 
             values = rng.random(count)
         else:
             values = np.full(count, {"string": "embedded"}.get(column.type, 10))
-        kind = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}[column.type]
+        kind = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}[
+            column.type
+        ]
         arrays.append(pa.array(values, kind))
     return pa.table(arrays, names=[c.name for c in COLUMNS])
 
@@ -251,7 +265,9 @@ def ask(folder: Path, rows: int, repeats: int) -> float:
 def main() -> None:
     args: argparse.Namespace = parser(__doc__).parse_args()
     report = Report("bench_table", args)
-    pa.set_cpu_count(os.cpu_count() or 1)  # OMP_NUM_THREADS is set for torch's sake and would bound Arrow's scan, too
+    pa.set_cpu_count(
+        os.cpu_count() or 1
+    )  # OMP_NUM_THREADS is set for torch's sake and would bound Arrow's scan, too
     commits, shards, rows, file_rows = (40, 1000, 10_000_000, 32_000)
     if args.smoke:
         commits, shards, rows = 4, 66, 100_000
@@ -260,11 +276,15 @@ def main() -> None:
         for name, seconds in append(folder / "append", commits).items():
             LOG.info("append: %.1f ms a step of %d edits, %s", 1000 * seconds, STEP_EDITS, name)
         seconds, processor, found = gather(folder / "gather", shards)
-        LOG.info("gather: %d shards, %d rows: %.1f s, of them %.1f s processor", shards, found, seconds, processor)
+        LOG.info(
+            "gather: %d shards, %d rows: %.1f s, of them %.1f s processor", shards, found, seconds, processor
+        )
         report.at_most(f"gather of {shards:,} finished shards, 64 at a time", seconds, 60, "s")
         began = time.perf_counter()
         size = fill(folder / "query", rows, file_rows)
-        LOG.info("a table of %d rows, %.0f MB, written in %.0f s", rows, size / 1e6, time.perf_counter() - began)
+        LOG.info(
+            "a table of %d rows, %.0f MB, written in %.0f s", rows, size / 1e6, time.perf_counter() - began
+        )
         seconds = ask(folder / "query", rows, 3 if args.quick else 7)
         report.at_most(f"mean by (method, T) over {rows:,} rows in files of {file_rows:,}", seconds, 1, "s")
     report.close()

@@ -1,13 +1,14 @@
-"""What every benchmark shares: its arguments, the state of the machine, measurements side by side, and targets.
+"""What every benchmark shares: its arguments, the state of the machine, measurements side by side,
+and targets.
 
     args = parser(__doc__).parse_args()
     report = Report("bench_x", args)                  # logging to stdout, the machine's state
     seconds = alternate({"ours": ours, "field": field}, repeats=5)
     report.at_least("ours against the field, 2 M parameters", median_ratio(seconds["field"], seconds["ours"]), 10, "x")
-    report.close()                                    # PASS|SHORT  target  measured  (goal), one line each
+    report.close()  # PASS|SHORT  target  measured  (goal), one line each
 
-Ratios are taken in one process, round by round: what else the machine does hits both sides alike. Figures of different
-runs are not compared.
+Ratios are taken in one process, round by round: what else the machine does hits both sides alike.
+Figures of different runs are not compared.
 """
 
 from __future__ import annotations
@@ -33,15 +34,20 @@ PACKAGES = ("torch", "transformers", "ray", "pyarrow", "duckdb")
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The arguments every benchmark takes; add others to it."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="fewer repeats and sizes; the targets are still judged")
-    made.add_argument("--smoke", action="store_true", help="tiny sizes: shows that the code runs; figures mean nothing")
+    made.add_argument(
+        "--quick", action="store_true", help="fewer repeats and sizes; the targets are still judged"
+    )
+    made.add_argument(
+        "--smoke", action="store_true", help="tiny sizes: shows that the code runs; figures mean nothing"
+    )
     made.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line per target to FILE")
     made.add_argument("--threads", type=int, default=1, help="torch threads (default: 1, as one actor has)")
     return made
 
 
 class Report:
-    """Collects what a benchmark finds about its targets. Making one sets up logging and describes the machine."""
+    """Collects what a benchmark finds about its targets. Making one sets up logging and describes
+    the machine."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -53,7 +59,8 @@ class Report:
         LOG.info("%s\n", machine())
 
     def at_most(self, target: str, measured: float, goal: float, unit: str, note: str = "") -> None:
-        """The target is met if ``measured`` is not above ``goal``; ``note`` says what else a reader should know."""
+        """The target is met if ``measured`` is not above ``goal``; ``note`` says what else a reader
+        should know."""
         self._add(target, measured, goal, unit, "<=", measured <= goal, note)
 
     def at_least(self, target: str, measured: float, goal: float, unit: str, note: str = "") -> None:
@@ -63,7 +70,9 @@ class Report:
         """A target that cannot be judged here: it is told, not left out."""
         self._keep({"benchmark": self.name, "verdict": "SKIP", "target": target, "note": why})
 
-    def _add(self, target: str, measured: float, goal: float, unit: str, sign: str, met: bool, note: str) -> None:
+    def _add(
+        self, target: str, measured: float, goal: float, unit: str, sign: str, met: bool, note: str
+    ) -> None:
         self._keep(
             {
                 "benchmark": self.name,
@@ -78,7 +87,8 @@ class Report:
         )
 
     def _keep(self, line: dict[str, Any]) -> None:
-        """At once into ``--out``, so that a benchmark that is stopped for its time has told what it found."""
+        """At once into ``--out``, so that a benchmark that is stopped for its time has told what it
+        found."""
         self.lines.append(line)
         if self.out is not None:
             with self.out.open("a", encoding="utf-8") as file:
@@ -115,7 +125,9 @@ def machine() -> str:
     ]
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
-        lines.append(f"GPU {i}: {found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+        lines.append(
+            f"GPU {i}: {found.name}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        )
     return "\n".join(lines if torch.cuda.is_available() else [*lines, "GPU: none"])
 
 
@@ -141,8 +153,11 @@ def clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def alternate(functions: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn: A B C A B C ... A function that returns a float timed itself."""
+def alternate(
+    functions: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each function, called in turn: A B C A B C ... A function that returns a float
+    timed itself."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warm_up + repeats):
         for name, function in functions.items():

@@ -2,9 +2,10 @@
 
     python benchmarks/compare_published.py results/all_methods docs/published/wise_table2_zsre.csv --model LLaMA-2-7B
 
-Scores of another model and another data set cannot be compared; which of two methods is better at the same T can. For every pair
-that the published table separates by more than ``--margin``, this counts whether the results folder agrees, per T and per score
-(share of right tokens, final state), and lists the pairs that it has the other way round by more than the margin.
+Scores of another model and another data set cannot be compared; which of two methods is better at
+the same T can. For every pair that the published table separates by more than ``--margin``, this
+counts whether the results folder agrees, per T and per score (share of right tokens, final state),
+and lists the pairs that it has the other way round by more than the margin.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def measured(folder: Path) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path)
     parser.add_argument("table", type=Path)
     parser.add_argument("--model", default="LLaMA-2-7B")

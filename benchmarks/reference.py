@@ -1,8 +1,10 @@
-"""Editing the way the field's hand-written loops do it: the yardstick of the benchmarks, never used by a sweep.
+"""Editing the way the field's hand-written loops do it: the yardstick of the benchmarks, never used
+by a sweep.
 
-One request at a time; every optimisation step runs the whole model and its head at every position; the change is written into
-the model's own weights (or hooked into its modules) and undone by copying the saved weights back. Mathematics, rows, steps and
-stopping rules are those of :mod:`workers.methods`, and :func:`agrees` checks that both sides end with the same change.
+One request at a time; every optimisation step runs the whole model and its head at every position;
+the change is written into the model's own weights (or hooked into its modules) and undone by
+copying the saved weights back. Mathematics, rows, steps and stopping rules are those of
+:mod:`workers.methods`, and :func:`agrees` checks that both sides end with the same change.
 
 >>> loop = LOOPS["ft"](base, config, inputs)
 >>> loop.edit(request, draws)
@@ -54,7 +56,9 @@ class Loop(ABC):
         layer = config.layers[0] if hasattr(config, "layers") else config.layer
         self.site: Site = self.base.site(layer, config.module)
         self.weight: Tensor = self.site.module.weight
-        self.saved = {name: p.detach().clone() for name, p in self.model.named_parameters() if p is self.weight}
+        self.saved = {
+            name: p.detach().clone() for name, p in self.model.named_parameters() if p is self.weight
+        }
         self.prepare()
 
     def prepare(self) -> None:  # noqa: B027  (most methods need nothing)
@@ -81,8 +85,12 @@ class Loop(ABC):
         """Left-padded model inputs, and where each row starts."""
         width = max(len(r) for r in rows)
         gaps = [width - len(r) for r in rows]
-        ids = torch.tensor([[self.pad] * g + list(r) for g, r in zip(gaps, rows, strict=True)], device=self.device)
-        mask = torch.tensor([[0] * g + [1] * len(r) for g, r in zip(gaps, rows, strict=True)], device=self.device)
+        ids = torch.tensor(
+            [[self.pad] * g + list(r) for g, r in zip(gaps, rows, strict=True)], device=self.device
+        )
+        mask = torch.tensor(
+            [[0] * g + [1] * len(r) for g, r in zip(gaps, rows, strict=True)], device=self.device
+        )
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}, gaps  # type: ignore[dict-item]
 
@@ -125,7 +133,9 @@ class ROMELoop(Loop):
     def prepare(self) -> None:
         self.inverse_II: Tensor | None = None
         if self.config.mom2_adjustment:
-            self.inverse_II = inverse_moment(self.inputs[MOMENT].tensors["moment"]).to(self.device, torch.float32)
+            self.inverse_II = inverse_moment(self.inputs[MOMENT].tensors["moment"]).to(
+                self.device, torch.float32
+            )
 
     def edit(self, request: EditRequest, draws: RandomStreams) -> int:
         config, encoder = self.config, self.encoder
@@ -142,7 +152,9 @@ class ROMELoop(Loop):
             targets.append((pair.prompt_len - 1, pair.target))
         essence = encoder.prompt(f"{request.subject} is a")
         until = (
-            len(essence) if config.fact_token == "last" else encoder.tokens_until(request.subject, len(request.subject))
+            len(essence)
+            if config.fact_token == "last"
+            else encoder.tokens_until(request.subject, len(request.subject))
         )
         rows.append(essence)
         lookups.append(until - 1)
@@ -201,7 +213,8 @@ class ROMELoop(Loop):
 
 
 class GRACELoop(Loop):
-    """A value that replaces the map's answer at the last prompt token, found by a hook; keys in a list."""
+    """A value that replaces the map's answer at the last prompt token, found by a hook; keys in a
+    list."""
 
     def prepare(self) -> None:
         self.keys: list[Tensor] = []
@@ -248,7 +261,8 @@ class GRACELoop(Loop):
 
 
 class WISELoop(Loop):
-    """Masked gradient descent on a copy of the weight, with the margin between edit rows and the unrelated sentence."""
+    """Masked gradient descent on a copy of the weight, with the margin between edit rows and the
+    unrelated sentence."""
 
     def prepare(self) -> None:
         self.mask_OI: Tensor | None = None
@@ -309,7 +323,11 @@ class WISELoop(Loop):
             if config.norm_constraint is not None:
                 with torch.no_grad():
                     self.weight.copy_(
-                        torch.clamp(self.weight, min=saved - config.norm_constraint, max=saved + config.norm_constraint)
+                        torch.clamp(
+                            self.weight,
+                            min=saved - config.norm_constraint,
+                            max=saved + config.norm_constraint,
+                        )
                     )
             steps += 1
         handle.remove()

@@ -1,12 +1,14 @@
-"""The benchmarks of this folder, one after another; ends with one line per target. ``make bench`` calls it.
+"""The benchmarks of this folder, one after another; ends with one line per target. ``make bench``
+calls it.
 
     python benchmarks/run.py                    # with --quick, those that fit into twenty minutes
     python benchmarks/run.py table plan         # these
     python benchmarks/run.py --full             # all, with more repeats: hours
 
-Each runs in a process of its own with one torch thread and has ``--minutes`` of its own. One that fails or takes longer
-is told, the others go on; then the exit code is 1. A target that is missed (SHORT) is a measurement, not a failure. What
-is last in line is left out, and told, where the machine is so slow that the time is up before.
+Each runs in a process of its own with one torch thread and has ``--minutes`` of its own. One that
+fails or takes longer is told, the others go on; then the exit code is 1. A target that is missed
+(SHORT) is a measurement, not a failure. What is last in line is left out, and told, where the
+machine is so slow that the time is up before.
 """
 
 from __future__ import annotations
@@ -52,8 +54,12 @@ def run(script: Path, arguments: Sequence[str], minutes: float | None) -> str:
 def main() -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("names", nargs="*", help="without bench_ and .py (default: all)")
-    made.add_argument("--full", action="store_true", help="without --quick: more repeats, however long it takes")
-    made.add_argument("--minutes", type=float, help="at most this long for each (default: 8; with --full no limit)")
+    made.add_argument(
+        "--full", action="store_true", help="without --quick: more repeats, however long it takes"
+    )
+    made.add_argument(
+        "--minutes", type=float, help="at most this long for each (default: 8; with --full no limit)"
+    )
     made.add_argument(
         "--total", type=float, default=20.0, help="minutes to fit into, where none is named (default: 20)"
     )
@@ -81,13 +87,20 @@ def main() -> int:
             problem = run(script, [*([] if args.full else ["--quick"]), "--out", str(out)], minutes)
             if problem:
                 failed[name] = problem
-            LOG.info("# %s: %.0f s%s\n", script.name, time.perf_counter() - clock, f", {problem}" if problem else "")
+            LOG.info(
+                "# %s: %.0f s%s\n",
+                script.name,
+                time.perf_counter() - clock,
+                f", {problem}" if problem else "",
+            )
         lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     LOG.info("# targets, after %.1f minutes", (time.perf_counter() - began) / 60)
     for line in lines:
         LOG.info("%s", verdict(line))
     if left_out:
-        LOG.info('LEFT   %s: no time was left; make bench BENCH="%s"', ", ".join(left_out), " ".join(left_out))
+        LOG.info(
+            'LEFT   %s: no time was left; make bench BENCH="%s"', ", ".join(left_out), " ".join(left_out)
+        )
     for name, problem in failed.items():
         LOG.info("FAILED %s %s", known[name].name, problem)
     return 1 if failed else 0

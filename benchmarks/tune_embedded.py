@@ -1,8 +1,10 @@
-"""How the hyperparameters for the embedded model were chosen: on its tuning split, which no sweep uses.
+"""How the hyperparameters for the embedded model were chosen: on its tuning split, which no sweep
+uses.
 
     python benchmarks/tune_embedded.py ft '{"lr": [0.001, 0.003], "num_steps": [25]}'
 
-prints one line per point of the grid: mean final scores at T=1, 10 and 100, immediate reliability, seconds per edit.
+prints one line per point of the grid: mean final scores at T=1, 10 and 100, immediate reliability,
+seconds per edit.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def measure(session: Session, method: str, hparams: dict[str, Any], Ts: list[int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("method", choices=method_names())
     parser.add_argument("grid", nargs="?", default="{}", help="JSON: hyperparameter -> list of values")
     parser.add_argument("--T", type=int, nargs="*", default=[1, 10, 100])
@@ -81,7 +85,9 @@ def main() -> None:
     grid = json.loads(args.grid)
     for values in itertools.product(*grid.values()):
         hparams = dict(zip(grid, values, strict=True))
-        LOG.info("%s %s\n    %s", args.method, hparams, measure(session, args.method, hparams, args.T, args.lanes))
+        LOG.info(
+            "%s %s\n    %s", args.method, hparams, measure(session, args.method, hparams, args.T, args.lanes)
+        )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@
 >>> results.sql("SELECT T, count(*) AS edits FROM edits WHERE scored = 'final' GROUP BY T ORDER BY T").to_pylist()
 [{'T': 1, 'edits': 4}, {'T': 4, 'edits': 4}]
 
-Each function does what the command of the same name does; a mistake in the spec raises an :class:`EditSweepError`.
-Importing this package imports nothing else: torch, Ray and Arrow come with the first call that needs them.
+Each function does what the command of the same name does; a mistake in the spec raises an
+:class:`EditSweepError`. Importing this package imports nothing else: torch, Ray and Arrow come with
+the first call that needs them.
 """
 
 from __future__ import annotations
@@ -55,13 +56,12 @@ def plan(
 ) -> Plan:
     """Plan what is left of a sweep. Runs nothing and writes nothing.
 
-    Args:
-        spec: The sweep's YAML file, or a spec that was read before.
-        results: The folder whose finished work is subtracted (default: ``results/<name of the sweep>``).
-        overrides: Fields to override, as in ``["grid.T=[1,10]"]``.
-        only: Cells to plan, as in ``["method=wise,T=1000"]``; none means all.
-        retry_failed: Plan the groups that failed in an earlier run as well.
-        trust_remote_code: Allow the model's own code to run; the spec must ask for it too.
+    Args: spec: The sweep's YAML file, or a spec that was read before. results: The folder whose
+        finished work is subtracted (default: ``results/<name of the sweep>``). overrides: Fields to
+        override, as in ``["grid.T=[1,10]"]``. only: Cells to plan, as in
+        ``["method=wise,T=1000"]``; none means all. retry_failed: Plan the groups that failed in an
+        earlier run as well. trust_remote_code: Allow the model's own code to run; the spec must ask
+        for it too.
     """
     from orchestrator.engine.sweep import plan_sweep
     from orchestrator.planning.spec import default_results, naming
@@ -87,20 +87,17 @@ def run(
 ) -> Outcome:
     """Run what is not done yet of a sweep. Called again after any interruption, it continues.
 
-    Args:
-        spec: The sweep's YAML file, or a spec that was read before.
-        results: The results folder, or ``s3://bucket/prefix`` (default: ``results/<name of the sweep>``).
-        engine: ``ray`` for many processes and machines, ``local`` for this process.
-        max_actors: Shards in flight at most (default: the spec's ``engine.max_actors``).
-        overrides: Fields to override, as in ``["grid.T=[1,10]"]``.
-        only: Cells to run, as in ``["method=wise,T=1000"]``; none means all.
-        retry_failed: Run the groups that failed in an earlier run as well.
-        trust_remote_code: Allow the model's own code to run; the spec must ask for it too.
-        view: Receives the progress (default: notes and warnings go to the logger ``editsweep``).
+    Args: spec: The sweep's YAML file, or a spec that was read before. results: The results folder,
+        or ``s3://bucket/prefix`` (default: ``results/<name of the sweep>``). engine: ``ray`` for
+        many processes and machines, ``local`` for this process. max_actors: Shards in flight at
+        most (default: the spec's ``engine.max_actors``). overrides: Fields to override, as in
+        ``["grid.T=[1,10]"]``. only: Cells to run, as in ``["method=wise,T=1000"]``; none means all.
+        retry_failed: Run the groups that failed in an earlier run as well. trust_remote_code: Allow
+        the model's own code to run; the spec must ask for it too. view: Receives the progress
+        (default: notes and warnings go to the logger ``editsweep``).
 
-    Returns:
-        How the run ended: ``unfinished`` cells, ``errors`` by shard, and the ``folder`` for :func:`open_results`.
-        A cell that fails raises nothing.
+    Returns: How the run ended: ``unfinished`` cells, ``errors`` by shard, and the ``folder`` for
+        :func:`open_results`. A cell that fails raises nothing.
     """
     from editsweep.view import LogView
     from orchestrator.engine.sweep import engine_named, run_sweep
@@ -122,7 +119,8 @@ def run(
 
 
 def open_results(folder: str | os.PathLike[str]) -> Results:
-    """Open a results folder, or ``s3://bucket/prefix``, for reading; a sweep may be writing to it meanwhile."""
+    """Open a results folder, or ``s3://bucket/prefix``, for reading; a sweep may be writing to it
+    meanwhile."""
     from orchestrator.results import query
 
     return query.open_results(folder)

@@ -1,4 +1,5 @@
-"""The contract every editing method inherits: one subclass a method, nothing to write but its config.
+"""The contract every editing method inherits: one subclass a method, nothing to write but its
+config.
 
 class TestFT(MethodContract):
     method = "ft"
@@ -55,14 +56,15 @@ def same(a: LaneState, b: LaneState) -> bool:
 
 
 LOGITS = frozenset({"min_margin", "target_logprob", "target_logprob_base", "loss", "first_loss"})
-"""Columns and details that are differences of logits: they have the rounding error of the logits, however small they are."""
+"""Columns and details that are differences of logits: they have the rounding error of the logits,
+however small they are."""
 
 
 def near(a: Any, b: Any, tolerance: float, logits: float | None = None) -> bool:
     """Return whether two JSON values are equal but for rounding in their floats.
 
-    ``tolerance`` is relative; ``logits`` is the absolute tolerance of what :data:`LOGITS` names (by default ten times
-    ``tolerance``: the logits of the small models are of size ten).
+    ``tolerance`` is relative; ``logits`` is the absolute tolerance of what :data:`LOGITS` names (by
+    default ten times ``tolerance``: the logits of the small models are of size ten).
     """
     logits = 10 * tolerance if logits is None else logits
     if isinstance(a, float) and isinstance(b, float):
@@ -88,7 +90,8 @@ class MethodContract:
     """Whether the method has the means to teach an untrained model a target of two tokens."""
 
     effect: Literal["writes", "likelier", "moves", "none"] = "writes"
-    """What an edit does to an untrained model: teaches the target, makes it far likelier, changes what is said, or nothing."""
+    """What an edit does to an untrained model: teaches the target, makes it far likelier, changes
+    what is said, or nothing."""
     runs_base = True
     """Whether an edit runs the base model at all."""
 
@@ -119,7 +122,10 @@ class MethodContract:
         for position in range(len(lanes[0])):
             method.edit(
                 overlay,
-                [LaneEdit((lane[position],), self.streams(10 * i, position), inputs) for i, lane in enumerate(lanes)],
+                [
+                    LaneEdit((lane[position],), self.streams(10 * i, position), inputs)
+                    for i, lane in enumerate(lanes)
+                ],
             )
 
     def stream(self, base: BaseModel, job: StreamJob, inputs: dict[str, ArtifactData]) -> Stream:
@@ -141,7 +147,9 @@ class MethodContract:
         overlay = method.new_overlay(1)
         request = REQUESTS[0]
         untouched = score(base, overlay, [Item(0, request)], ScoreConfig())[0]
-        assert untouched["locality_token"] == untouched["locality_exact"] == untouched["locality_generated"] == 1
+        assert (
+            untouched["locality_token"] == untouched["locality_exact"] == untouched["locality_generated"] == 1
+        )
         assert untouched["target_logprob"] == untouched["target_logprob_base"]
         during: list[str] = []
         handle = base.layers[-1].register_forward_pre_hook(lambda *_: during.append(_parameters_only(base)))
@@ -157,7 +165,8 @@ class MethodContract:
             assert (edited == untouched) is (self.effect == "none")
             assert (edited["target_logprob"] == edited["target_logprob_base"]) is (self.effect == "none")
             return
-        # one vector at one token cannot write two tokens into an untrained model, but the answer has to move
+        # one vector at one token cannot write two tokens into an untrained model, but the answer
+        # has to move
         assert edited["reliability_token_base"] == 0
         if self.effect == "writes":
             assert edited["reliability_token"] >= (1 if self.whole_answer else 0.5)
@@ -173,7 +182,8 @@ class MethodContract:
             assert (a.state is None) == (b.state is None)
             if a.state is not None and b.state is not None:
                 assert all(
-                    same(x, y) for x, y in zip(unpack_states(a.state)[0], unpack_states(b.state)[0], strict=True)
+                    same(x, y)
+                    for x, y in zip(unpack_states(a.state)[0], unpack_states(b.state)[0], strict=True)
                 )
 
     def test_resuming_in_mid_group_is_bit_identical(self, arch: str) -> None:
@@ -183,7 +193,9 @@ class MethodContract:
         for at in (0, 2, 3):  # after the first edit, late in the group, and before scoring
             fresh = self.model(arch)
             stream = self.stream(fresh, job(self.method, self.config(), 4, [[0, 1]], inputs), inputs)
-            rest = list(stream.run(range(1, len(stream.ticks) + 1), start=whole[at].stop, state=whole[at].state))
+            rest = list(
+                stream.run(range(1, len(stream.ticks) + 1), start=whole[at].stop, state=whole[at].state)
+            )
             assert [timeless(r.rows) for r in rest] == [timeless(r.rows) for r in whole[at + 1 :]]
             assert rest and any(r.rows for r in rest)
 
@@ -233,11 +245,16 @@ class MethodContract:
         method, inputs = self.prepared(base)
         if not method.batch_edits:
             pytest.skip("edits one request at a time")
-        lanes = [[stretched(r, (3 * i + j) % 5) for j, r in enumerate(REQUESTS[10 * i : 10 * i + 4])] for i in range(3)]
+        lanes = [
+            [stretched(r, (3 * i + j) % 5) for j, r in enumerate(REQUESTS[10 * i : 10 * i + 4])]
+            for i in range(3)
+        ]
 
         def edit(overlay: Overlay, numbers: list[int]) -> None:
             for at in (0, 2):
-                batch = [LaneEdit(tuple(lanes[i][at : at + 2]), self.streams(10 * i, at), inputs) for i in numbers]
+                batch = [
+                    LaneEdit(tuple(lanes[i][at : at + 2]), self.streams(10 * i, at), inputs) for i in numbers
+                ]
                 method.edit(overlay, batch)
 
         together = method.new_overlay(3)
@@ -257,7 +274,8 @@ class MethodContract:
             assert error == pytest.approx(0, abs=tolerance), name
 
     def change(self, method: Method[Any, Any], name: str, value: torch.Tensor) -> torch.Tensor:
-        """What a tensor of the state changed against the pristine state: errors are relative to that."""
+        """What a tensor of the state changed against the pristine state: errors are relative to
+        that."""
         start = method.new_overlay(1)
         site = next((s for s in start.sites if s.name == name), None)
         return value.double() - (0 if site is None else site.weight_OI.double())
@@ -282,7 +300,9 @@ class MethodContract:
         rows = timeless([row for r in rest for row in r.rows])
         assert {row["group"] for row in rows} == {0, 2}
         expected = timeless([row for r in whole[2:] for row in r.rows if row["group"] != 1])
-        assert near(rows, expected, 1e-5)  # the scoring batches are smaller, and their products may round differently
+        assert near(
+            rows, expected, 1e-5
+        )  # the scoring batches are smaller, and their products may round differently
 
     @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.long)])
     def test_batched_scoring_is_one_at_a_time_scoring(self, arch: str, count: int) -> None:
@@ -299,7 +319,9 @@ class MethodContract:
             batched, single = (
                 score(base, overlay, items, ScoreConfig(rows_per_batch=n, generated=False)) for n in (64, 1)
             )
-            names = [n for n in batched[0] if n.endswith(("_token", "_token_base")) and batched[0][n] is not None]
+            names = [
+                n for n in batched[0] if n.endswith(("_token", "_token_base")) and batched[0][n] is not None
+            ]
             differ = sum(a[n] != b[n] for a, b in zip(batched, single, strict=True) for n in names)
             assert len(names) >= 5
             assert differ <= max(1, 0.001 * len(names) * len(items))

@@ -88,7 +88,9 @@ def placeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(found, key=lambda r: (r["cell_id"], r["group"], r["position"], r["scored"], r["edits_applied"]))
+    return sorted(
+        found, key=lambda r: (r["cell_id"], r["group"], r["position"], r["scored"], r["edits_applied"])
+    )
 
 
 class Stop(BaseException):
@@ -96,7 +98,8 @@ class Stop(BaseException):
 
 
 def run_in_pieces(folder: Path, steps: int, **changes: Any) -> tuple[Outcome, int]:
-    """Run a sweep that is killed whenever ``steps`` steps with edits were made; the end of it, and how often that was."""
+    """Run a sweep that is killed whenever ``steps`` steps with edits were made; the end of it, and
+    how often that was."""
     killed = 0
     while True:
         left = steps
@@ -114,7 +117,8 @@ def run_in_pieces(folder: Path, steps: int, **changes: Any) -> tuple[Outcome, in
 
 
 def mark_edits() -> None:
-    """Let this process touch the file that EDITS_MARK in its environment names whenever an edit of FT begins."""
+    """Let this process touch the file that EDITS_MARK in its environment names whenever an edit of
+    FT begins."""
     from workers.methods.ft import FT
 
     edit = FT.edit

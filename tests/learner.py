@@ -1,11 +1,12 @@
-"""A method whose networks are really trained, as small as can be: FT that first learns a decoder nobody asks for.
+"""A method whose networks are really trained, as small as can be: FT that first learns a decoder
+nobody asks for.
 
     with registered(): ...                                  # the registry knows it as "learner"
     python -m tests.learner run spec.yaml --engine local    # the command line with it
     python -m tests.learner build FOLDER SPEC [BEAT SILENT] # one artifact, as an actor would; shows the steps it took
 
-With LEARNER_HOLD=N:PATH in the environment, a training waits after its N-th step in this process until PATH exists
-(:func:`tests.waiting.hold`), so that a test can act at a place it knows.
+With LEARNER_HOLD=N:PATH in the environment, a training waits after its N-th step in this process
+until PATH exists (:func:`tests.waiting.hold`), so that a test can act at a place it knows.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from workers.types import JSON, EditRequest
 
 
 class Decoder(Trainer):
-    """Two layers learn a request's first target token from the model's state at the end of its prompt."""
+    """Two layers learn a request's first target token from the model's state at the end of its
+    prompt."""
 
     def __init__(self, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> None:
         self.base = base
@@ -87,7 +89,9 @@ class Decoder(Trainer):
             weight.data.copy_(state.tensors[f"weight.{i}"])
         whole = self.optimizer.state_dict()
         names = ("step", "exp_avg", "exp_avg_sq")
-        whole["state"] = {i: {n: state.tensors[f"adam.{i}.{n}"] for n in names} for i in range(len(self.weights))}
+        whole["state"] = {
+            i: {n: state.tensors[f"adam.{i}.{n}"] for n in names} for i in range(len(self.weights))
+        }
         self.optimizer.load_state_dict(whole)
 
     def product(self) -> ArtifactData:
@@ -101,7 +105,11 @@ class LearnerConfig(FTConfig):
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         hparams = {"width": self.width, "lr": self.train_lr}
-        return (pretrained("learner", hparams, self.schedule, context.fingerprint, context.model, context.training),)
+        return (
+            pretrained(
+                "learner", hparams, self.schedule, context.fingerprint, context.model, context.training
+            ),
+        )
 
 
 class Learner(FT):
@@ -133,7 +141,8 @@ def registered() -> Iterator[None]:
 def build(folder: str, spec: str, beat_seconds: str = "5", silent_seconds: str = "30") -> None:
     """Build an artifact; the last line of the output lists the steps that were taken.
 
-    ``beat_seconds`` are those of its own claim, ``silent_seconds`` make another's heartbeat count as stopped.
+    ``beat_seconds`` are those of its own claim, ``silent_seconds`` make another's heartbeat count
+    as stopped.
     """
     from orchestrator.engine.worker import Bench
     from orchestrator.storage import lock

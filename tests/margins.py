@@ -1,12 +1,14 @@
-"""A pytest plugin that measures how much of each numeric tolerance is used, also on rounded copies of the models.
+"""A pytest plugin that measures how much of each numeric tolerance is used, also on rounded copies
+of the models.
 
     python -m pytest -p tests.margins --rounded 3 tests/parity       # the third copy of every model
     python -m pytest -p tests.margins --least 0.1 tests/test_suffix.py
 
-Two correct processors round differently, and so do a model and a copy of it whose weights are moved to a neighbouring float.
-A tolerance that such copies use up is too small, whatever one machine gives. At its end a run lists each comparison
-(``pytest.approx``, ``assert_close``, ``relative_error``, norms of records) with the part of its tolerance that was used: one
-is all of it. A comparison that expects a difference (``!= approx``) is listed with more than one.
+Two correct processors round differently, and so do a model and a copy of it whose weights are moved
+to a neighbouring float. A tolerance that such copies use up is too small, whatever one machine
+gives. At its end a run lists each comparison (``pytest.approx``, ``assert_close``,
+``relative_error``, norms of records) with the part of its tolerance that was used: one is all of
+it. A comparison that expects a difference (``!= approx``) is listed with more than one.
 """
 
 from __future__ import annotations
@@ -39,9 +41,12 @@ class Margins:
         self.used: dict[tuple[str, str, int], float] = {}
 
     def note(self, used: float | Callable[[str], float]) -> None:
-        """Record a comparison of the innermost line of a test, which a function is given as text."""
+        """Record a comparison of the innermost line of a test, which a function is given as
+        text."""
         frame = sys._getframe(1)
-        while frame is not None and (TESTS not in (path := Path(frame.f_code.co_filename)).parents or path in HELPERS):
+        while frame is not None and (
+            TESTS not in (path := Path(frame.f_code.co_filename)).parents or path in HELPERS
+        ):
             frame = frame.f_back  # type: ignore[assignment]
         if frame is None:
             return
@@ -81,9 +86,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _wrap(module: Any, name: str, change: Callable[[Any], Any]) -> None:
-    """Replace a function of a module by one that changes what it returns. Tests import the name later."""
+    """Replace a function of a module by one that changes what it returns. Tests import the name
+    later."""
     original = getattr(module, name)
-    setattr(module, name, functools.wraps(original)(lambda *args, **kwargs: change(original(*args, **kwargs))))
+    setattr(
+        module, name, functools.wraps(original)(lambda *args, **kwargs: change(original(*args, **kwargs)))
+    )
 
 
 def _watch(margins: Margins) -> None:
@@ -101,9 +109,15 @@ def _watch(margins: Margins) -> None:
 
     def assert_close(actual: Any, expected: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(actual, torch.Tensor) and actual.is_floating_point() and actual.shape == expected.shape:
-            default = {torch.float64: (1e-7, 1e-7), torch.bfloat16: (1.6e-2, 1e-5)}.get(actual.dtype, (1.3e-6, 1e-5))
-            rtol, atol = (kwargs.get(name, value) for name, value in zip(("rtol", "atol"), default, strict=True))
-            apart = (actual - expected).abs().double() / (atol + rtol * expected.abs().double()).clamp_min(1e-300)
+            default = {torch.float64: (1e-7, 1e-7), torch.bfloat16: (1.6e-2, 1e-5)}.get(
+                actual.dtype, (1.3e-6, 1e-5)
+            )
+            rtol, atol = (
+                kwargs.get(name, value) for name, value in zip(("rtol", "atol"), default, strict=True)
+            )
+            apart = (actual - expected).abs().double() / (atol + rtol * expected.abs().double()).clamp_min(
+                1e-300
+            )
             margins.note(float(apart.nan_to_num(0).max()) if apart.numel() else 0.0)
         close(actual, expected, *args, **kwargs)
 

@@ -5,8 +5,9 @@
     process.kill()
     text = output_of(process)
 
-A fork is a copy of a server process that has imported everything already: it takes no time to start, where an interpreter
-that imports PyTorch and Transformers anew takes seconds. :class:`Command` is the interpreter started anew.
+A fork is a copy of a server process that has imported everything already: it takes no time to
+start, where an interpreter that imports PyTorch and Transformers anew takes seconds.
+:class:`Command` is the interpreter started anew.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ PRELOADED = [
 
 
 def forks() -> Any:
-    """Return the multiprocessing context whose processes start quickly and cleanly: no threads of this process are copied.
+    """Return the multiprocessing context whose processes start quickly and cleanly: no threads of
+    this process are copied.
 
-    Their environment is that of the first call, whichever test made it. Barriers and queues of processes come from here.
+    Their environment is that of the first call, whichever test made it. Barriers and queues of
+    processes come from here.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -70,9 +73,13 @@ class _Heard:
 class Fork(_Heard):
     """A function that runs in a copy of the server process."""
 
-    def __init__(self, target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str]
+    ) -> None:
         super().__init__()
-        self._process = forks().Process(target=_call, args=(target, arguments, dict(environment), self._output.name))
+        self._process = forks().Process(
+            target=_call, args=(target, arguments, dict(environment), self._output.name)
+        )
         self._process.start()
         self.pid = self._process.pid
 
@@ -92,7 +99,8 @@ class Fork(_Heard):
 
 
 def fork(target: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> Fork:
-    """Run ``target(*arguments)``, a function of a module, in a process of its own; ``environment`` is added to its own."""
+    """Run ``target(*arguments)``, a function of a module, in a process of its own; ``environment``
+    is added to its own."""
     return Fork(target, arguments, environment or {})
 
 
@@ -123,7 +131,9 @@ class Command(_Heard):
         return self.said(), None
 
 
-def _call(target: Callable[..., None], arguments: tuple[str, ...], environment: Mapping[str, str], output: str) -> None:
+def _call(
+    target: Callable[..., None], arguments: tuple[str, ...], environment: Mapping[str, str], output: str
+) -> None:
     os.setsid()
     written = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(written, 1)

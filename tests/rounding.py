@@ -1,7 +1,7 @@
 """Copies of models and statistics that differ from them by rounding alone.
 
-A recorded number comes from one run on one processor. Where a computation amplifies rounding, two correct runs differ, too;
-these copies tell by how much, on the processor at hand.
+A recorded number comes from one run on one processor. Where a computation amplifies rounding, two
+correct runs differ, too; these copies tell by how much, on the processor at hand.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Shards for tests of journal and table: a stand-in for a stream whose numbers depend on its whole past.
+"""Shards for tests of journal and table: a stand-in for a stream whose numbers depend on its whole
+past.
 
-Every score is drawn from a hash over all edits since the lane was pristine, so a resume from a wrong state, a step that
-is skipped and a step that is done twice all change the table. Functions at module level are targets of real processes.
+Every score is drawn from a hash over all edits since the lane was pristine, so a resume from a
+wrong state, a step that is skipped and a step that is done twice all change the table. Functions at
+module level are targets of real processes.
 """
 
 from __future__ import annotations
@@ -40,13 +42,16 @@ def make_manifest(
     batch_size: int = 1,
     also_T: tuple[int, ...] = (),
 ) -> ShardManifest:
-    """A shard that runs ``groups`` groups of one cell per seed, the seeds being the lanes of each wave.
+    """A shard that runs ``groups`` groups of one cell per seed, the seeds being the lanes of each
+    wave.
 
-    Its lanes may report the same edits to cells of other T, named ``<cell>-<seed>-T<T>``: with rollback, where a group of
-    that T starts with theirs.
+    Its lanes may report the same edits to cells of other T, named ``<cell>-<seed>-T<T>``: with
+    rollback, where a group of that T starts with theirs.
     """
     cells = tuple(StreamCell(cell_id=f"{cell}-{seed}", seed=seed) for seed in seeds)
-    cells += tuple(StreamCell(cell_id=f"{cell}-{seed}-T{t}", seed=seed, T=t) for t in also_T for seed in seeds)
+    cells += tuple(
+        StreamCell(cell_id=f"{cell}-{seed}-T{t}", seed=seed, T=t) for t in also_T for seed in seeds
+    )
     stop = first_group + groups
     spans = [(g, g + 1) for g in range(first_group, stop)] if rollback == "group" else [(first_group, stop)]
 
@@ -63,7 +68,14 @@ def make_manifest(
     )
     score = ScoreConfig(score_at=score_at, requests_per_tick=4)
     job = StreamJob(
-        method="ft", config={}, cells=cells, T=T, batch_size=batch_size, rollback=rollback, waves=waves, score=score
+        method="ft",
+        config={},
+        cells=cells,
+        T=T,
+        batch_size=batch_size,
+        rollback=rollback,
+        waves=waves,
+        score=score,
     )
     columns = {
         c.cell_id: {
@@ -87,7 +99,8 @@ def make_manifest(
 def run_steps(
     manifest: ShardManifest, start: int = 0, state: bytes | None = None, fail: tuple[str, int] | None = None
 ) -> Iterator[tuple[int, int, list[Row], list[Row], bytes | None]]:
-    """start, stop, rows, failures, state of every step from tick ``start`` on. Group ``fail`` (cell, group) fails."""
+    """start, stop, rows, failures, state of every step from tick ``start`` on. Group ``fail``
+    (cell, group) fails."""
     job = manifest.job
     ticks = timeline(job)
     lanes: dict[str, str] = json.loads(state) if state else {}
@@ -101,7 +114,10 @@ def run_steps(
                 if past == "failed":
                     continue
                 if tick.kind == "edit":
-                    seed, first = job.cells[lane.cell].seed, lane.group * job.T if job.rollback == "group" else 0
+                    seed, first = (
+                        job.cells[lane.cell].seed,
+                        lane.group * job.T if job.rollback == "group" else 0,
+                    )
                     for position in range(tick.start, tick.stop):
                         past = hashlib.sha256(f"{past} {seed} {first} {position}".encode()).hexdigest()
                     lanes[cell] = past
@@ -196,7 +212,8 @@ def comparable(table: pa.Table) -> pa.Table:
 
 
 def run_shard(root: str, manifest: str, steps: int | None = None, marker: str = "") -> None:
-    """Resume a shard and run it to its end; made to be killed. After ``steps`` steps it is held at ``marker``."""
+    """Resume a shard and run it to its end; made to be killed. After ``steps`` steps it is held at
+    ``marker``."""
     shard = ShardManifest.model_validate_json(manifest)
     journal = Journal(open_store(root))
     journal.begin(shard)
@@ -207,7 +224,9 @@ def run_shard(root: str, manifest: str, steps: int | None = None, marker: str = 
     commit_steps(attempt)
 
 
-def gather_shards(root: str, shards: Sequence[Sequence[str]], barrier: Any = None, permits: Any = None) -> None:
+def gather_shards(
+    root: str, shards: Sequence[Sequence[str]], barrier: Any = None, permits: Any = None
+) -> None:
     """Gather batch after batch; each takes one of ``permits``, a semaphore, if there is one."""
     store = open_store(root)
     table, journal = CentralTable(store), Journal(store)

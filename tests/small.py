@@ -33,7 +33,8 @@ _TOKENIZER = {"llama": "tiny-llama", "gpt2": "tiny-gpt2"}
 
 
 def random_model(model_type: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> BaseModel:
-    """An untrained model with the golden tokenizer: small, and far from any fixed point that training would have found."""
+    """An untrained model with the golden tokenizer: small, and far from any fixed point that
+    training would have found."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / _TOKENIZER.get(model_type, "tiny-llama"))
     sizes = {"max_position_embeddings": 128, **_SIZES.get(model_type, _SIZES["llama"]), **sizes}
     config = AutoConfig.for_model(
@@ -47,7 +48,9 @@ def random_model(model_type: str, dtype: torch.dtype = torch.float32, **sizes: A
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(config).to(dtype)
-        for p in model.parameters():  # the default initialisation is so small that tokens hardly see each other
+        for (
+            p
+        ) in model.parameters():  # the default initialisation is so small that tokens hardly see each other
             if p.dim() > 1:
                 p.data.mul_(4)
         model.get_output_embeddings().weight.data.mul_(5)  # and that every answer is nearly uniform
@@ -85,12 +88,16 @@ def golden_requests(count: int = 200) -> list[EditRequest]:
 
 
 def build_inputs(base: BaseModel, method: str, config: Any, seed: int = 0) -> dict[str, ArtifactData]:
-    """Really build what a method asks for, by name; what is pretrained learns from a few requests of the embedded world.
+    """Really build what a method asks for, by name; what is pretrained learns from a few requests
+    of the embedded world.
 
-    An artifact is built once in a process for each model with these weights, and kept as the bytes that a store would hold.
+    An artifact is built once in a process for each model with these weights, and kept as the bytes
+    that a store would hold.
     """
     training = training_source("tinyworld", shards=(16,))[0] if get_method(method).needs_pretraining else None
-    specs = config.artifacts(ArtifactContext(ModelFingerprint("random", "golden"), base.config, seed, training))
+    specs = config.artifacts(
+        ArtifactContext(ModelFingerprint("random", "golden"), base.config, seed, training)
+    )
     model = f"{model_hash(base)} {base.config.model_dump_json()}"
     kept, found = _artifacts(), {}
     for spec in specs:

@@ -1,4 +1,5 @@
-"""Artifacts in the engine: each built once by one process, continued after any death, never used unless whole."""
+"""Artifacts in the engine: each built once by one process, continued after any death, never used
+unless whole."""
 
 from __future__ import annotations
 
@@ -108,7 +109,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
-# --- interruptions ---------------------------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------
 
 
 def test_killed_in_mid_training_and_run_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -164,7 +165,9 @@ def test_damaged_unfinished_work_is_started_again(
         state.write_bytes(junk)
         steps: list[int] = []
 
-        def tell(done: int, total: int, what: str, steps: list[int] = steps, last: int = 3 if junk else STEPS) -> None:
+        def tell(
+            done: int, total: int, what: str, steps: list[int] = steps, last: int = 3 if junk else STEPS
+        ) -> None:
             steps.append(done)
             if done == last < STEPS:
                 raise KeyboardInterrupt
@@ -180,7 +183,9 @@ def test_damaged_unfinished_work_is_started_again(
         state.parent.mkdir(parents=True, exist_ok=True)
 
 
-def test_a_new_data_shard_continues_from_the_networks_there_are(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_a_new_data_shard_continues_from_the_networks_there_are(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
     run_sweep(spec_of(training={"shards": [40]}), LocalStore(tmp_path), run_local, Watch())
     watch = Watch()
     run_sweep(spec_of(), LocalStore(tmp_path), run_local, watch)
@@ -189,7 +194,7 @@ def test_a_new_data_shard_continues_from_the_networks_there_are(tmp_path: Path, 
     assert len(open_results(tmp_path).table().column("cell_id").unique()) == 4  # other networks, other cells
 
 
-# --- one builder -----------------------------------------------------------------------------------------------------
+# --- one builder ----------------------------------------------------------------------------
 
 
 def steps_of(process: Fork) -> list[int]:
@@ -226,7 +231,8 @@ def test_a_dead_builder_is_succeeded(tmp_path: Path, undisturbed: dict[str, byte
 def test_a_builder_stopped_while_its_successor_builds_changes_nothing(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    """It wakes up when its successor has finished and taken every claim away: it must not take that for its own."""
+    """It wakes up when its successor has finished and taken every claim away: it must not take that
+    for its own."""
     wanted, marker, beat = artifact_of().needs[0].needs[0], tmp_path / "go", 0.2
     first = launch("build", str(tmp_path), wanted.model_dump_json(), str(beat), hold=f"5:{marker}")
     wait_for(lambda: reached(marker), first)
@@ -262,7 +268,9 @@ def test_what_cannot_be_built_is_tried_once_a_run(tmp_path: Path, monkeypatch: p
     assert len(tried) == 1
     assert len(outcome.unfinished) == 2  # FT's cells are done
     assert {error.kind for error in outcome.errors.values()} == {ArtifactFailed.__name__}
-    assert all("training artifact" in e.message and "learning rate" in e.message for e in outcome.errors.values())
+    assert all(
+        "training artifact" in e.message and "learning rate" in e.message for e in outcome.errors.values()
+    )
     assert sum("failed" in text and "artifact" in text and "training" in text for text in watch.warnings) >= 2
     run_sweep(spec_of(**changes), LocalStore(tmp_path), run_local, Watch())
     assert len(tried) == 2  # another run tries again
@@ -274,11 +282,13 @@ def test_another_models_networks_are_refused(tmp_path: Path) -> None:
     made_as = {"kind": other.kind, "key": other.key, "recipe": other.recipe}
     store = ArtifactStore(LocalStore(tmp_path))
     store.put(wanted, ArtifactData(made_as=made_as).to_bytes())  # under the name of ours
-    with pytest.raises(ModelError, match=r"pretrained artifact .* another model \(another-model, the sweep's is"):
+    with pytest.raises(
+        ModelError, match=r"pretrained artifact .* another model \(another-model, the sweep's is"
+    ):
         Bench(str(tmp_path), "r1").build(wanted, spec_of().model, 1)
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------
 
 
 def call(*arguments: str) -> int:
@@ -303,11 +313,16 @@ def test_artifacts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert text.count("not needed") == 2 and text.count("present") == 1
     assert call("run", *command[1:]) == 0
     assert len(list(folder.glob("artifacts/*/*.safetensors"))) == 1
-    assert call("artifacts", str(path), "--results", str(folder), "--engine", "local", "--set", "methods=[grace]") == 0
+    assert (
+        call(
+            "artifacts", str(path), "--results", str(folder), "--engine", "local", "--set", "methods=[grace]"
+        )
+        == 0
+    )
     assert "no method of this sweep needs an artifact" in capsys.readouterr().out
 
 
-# --- training data ---------------------------------------------------------------------------------------------------
+# --- training data --------------------------------------------------------------------------
 
 
 def write(path: Path, requests: list[EditRequest]) -> Path:
@@ -320,8 +335,12 @@ def test_training_on_what_is_edited_is_refused_and_on_request_recorded(tmp_path:
     edits = list(tinyworld.load_requests("edit"))[:6]
     fine = list(load_training("tinyworld").requests)[:10]
     same_prompt = replace(edits[0], case_id="a", subject="x", target_new="y", rephrases=(), ground_truth=None)
-    same_relation = replace(edits[1], case_id="b", prompt=edits[1].rephrases[0], rephrases=(), ground_truth=None)
-    path = write(tmp_path / "t.jsonl", [*fine, replace(same_prompt, subject=edits[0].prompt[:4]), same_relation])
+    same_relation = replace(
+        edits[1], case_id="b", prompt=edits[1].rephrases[0], rephrases=(), ground_truth=None
+    )
+    path = write(
+        tmp_path / "t.jsonl", [*fine, replace(same_prompt, subject=edits[0].prompt[:4]), same_relation]
+    )
     changes: dict[str, Any] = {
         "dataset": {"kind": "tinyworld", "edits": 4, "order": "file"},
         "training": {"kind": "jsonl", "path": str(path)},
@@ -363,7 +382,9 @@ def test_what_counts_as_the_same_relation() -> None:
     for prompt, (subject, why) in cases.items():
         found = find_overlap([request(prompt, subject)], edits)
         assert [overlap.why for overlap in found] == ([] if why is None else [why]), prompt
-    assert find_overlap([request("On stage Bob has a", "Bob", truth="lute")], edits)[0].why.endswith("known answer")
+    assert find_overlap([request("On stage Bob has a", "Bob", truth="lute")], edits)[0].why.endswith(
+        "known answer"
+    )
     assert not find_overlap([request("On stage Bob has a", "Bob", truth="harp")], edits)
 
 
@@ -395,7 +416,9 @@ def test_zsre_trains_on_its_training_file_and_other_sets_must_name_one(tmp_path:
     record = {"rephrase": "r", "alt": "new", "answers": ["old"], "loc": "nq question: q", "loc_ans": "a"}
     both = []
     for name, people in (("eval", "ABCD"), ("train", "EFGHI")):
-        rows = [{**record, "subject": s, "src": f"Who taught {s}?", "rephrase": f"{s}'s teacher?"} for s in people]
+        rows = [
+            {**record, "subject": s, "src": f"Who taught {s}?", "rephrase": f"{s}'s teacher?"} for s in people
+        ]
         both.append(tmp_path / f"{name}.json")
         both[-1].write_text(json.dumps(rows))
     model = {"name": str(ROOT / "tests/golden/models/tiny-llama"), "device": "cpu"}
@@ -410,7 +433,7 @@ def test_zsre_trains_on_its_training_file_and_other_sets_must_name_one(tmp_path:
         make_plan(spec_of(model=model, dataset={**dataset, "train_path": None}, training={}))
 
 
-# --- Ray -------------------------------------------------------------------------------------------------------------
+# --- Ray ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

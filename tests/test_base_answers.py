@@ -1,4 +1,5 @@
-"""The base model's replies, kept by a process: asked once, and no bit is another one. Folders of versions that stored them."""
+"""The base model's replies, kept by a process: asked once, and no bit is another one. Folders of
+versions that stored them."""
 
 from __future__ import annotations
 
@@ -39,7 +40,13 @@ RAW: dict[str, Any] = {
     "grid": {"T": [1, 3], "seeds": [0, 1]},
     "methods": [FT, GRACE],
     "scoring": {"fluency_tokens": 2, "tokens_per_batch": 200},
-    "engine": {"lanes": 6, "lanes_across_seeds": True, "shard_edits": 6, "step_edits": 3, "checkpoint_seconds": 0},
+    "engine": {
+        "lanes": 6,
+        "lanes_across_seeds": True,
+        "shard_edits": 6,
+        "step_edits": 3,
+        "checkpoint_seconds": 0,
+    },
 }
 
 
@@ -77,7 +84,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Rows of the sweep where every shard asks the base model itself: each has a session that has heard nothing."""
+    """Rows of the sweep where every shard asks the base model itself: each has a session that has
+    heard nothing."""
     folder, run = tmp_path_factory.mktemp("alone"), Bench.run
     with pytest.MonkeyPatch.context() as patch:
 
@@ -95,7 +103,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_a_process_asks_once_and_rows_keep_their_bits(
     tmp_path: Path, alone: list[dict[str, Any]], calls: Calls
 ) -> None:
-    assert run_sweep(spec_of(methods=[GRACE]), LocalStore(tmp_path / "one"), run_local, Watch()).exit_code == 0
+    assert (
+        run_sweep(spec_of(methods=[GRACE]), LocalStore(tmp_path / "one"), run_local, Watch()).exit_code == 0
+    )
     asked = calls.take()
     assert min(asked) > 0
     assert run_sweep(spec_of(), LocalStore(tmp_path / "both"), run_local, Watch()).exit_code == 0
@@ -123,8 +133,11 @@ def test_what_is_not_among_them_is_asked(calls: Calls) -> None:
     assert some == score(base, overlay, items[::2], config)
 
 
-def test_a_folder_with_stored_replies_is_read_and_continued(tmp_path: Path, alone: list[dict[str, Any]]) -> None:
-    """Versions up to November 2026 stored the replies as artifacts, finished ones and half-built ones; nothing reads them."""
+def test_a_folder_with_stored_replies_is_read_and_continued(
+    tmp_path: Path, alone: list[dict[str, Any]]
+) -> None:
+    """Versions up to November 2026 stored the replies as artifacts, finished ones and half-built
+    ones; nothing reads them."""
     store = LocalStore(tmp_path)
     assert run_sweep(spec_of(methods=[GRACE]), store, run_local, Watch()).exit_code == 0
     artifacts = ArtifactStore(store)
@@ -138,5 +151,7 @@ def test_a_folder_with_stored_replies_is_read_and_continued(tmp_path: Path, alon
     assert run_sweep(spec_of(), store, run_local, watch).exit_code == 0
     assert not watch.warnings
     assert rows(tmp_path) == alone
-    assert open_results(str(tmp_path)).sql("select count(*) as n from edits").to_pylist() == [{"n": len(alone)}]
+    assert open_results(str(tmp_path)).sql("select count(*) as n from edits").to_pylist() == [
+        {"n": len(alone)}
+    ]
     assert artifacts.get(finished) == b"replies"

@@ -1,4 +1,5 @@
-"""The benchmarks run (at sizes whose figures mean nothing), and one that fails does not take the others with it."""
+"""The benchmarks run (at sizes whose figures mean nothing), and one that fails does not take the
+others with it."""
 
 from __future__ import annotations
 

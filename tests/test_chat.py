@@ -59,8 +59,11 @@ def chatty(arch: str, template: str = TEMPLATE) -> BaseModel:
 
 
 def bare(base: BaseModel, ids: Sequence[int]) -> tuple[int, ...]:
-    """Tokens without what stands before the chat: padding, which for one tokenizer is the beginning-of-sequence token."""
-    start = next(i for i, token in enumerate(ids) if token not in (base.encoder.pad_id, base.tokenizer.bos_token_id))
+    """Tokens without what stands before the chat: padding, which for one tokenizer is the
+    beginning-of-sequence token."""
+    start = next(
+        i for i, token in enumerate(ids) if token not in (base.encoder.pad_id, base.tokenizer.bos_token_id)
+    )
     return tuple(ids[start:])
 
 
@@ -96,7 +99,13 @@ def test_tokens_of_a_chat(arch: str) -> None:
     [
         (LINES, ""),
         (INLINE, " "),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}think{% endif %}", ""),
+        (
+            (
+                "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}"
+                "think{% endif %}"
+            ),
+            "",
+        ),
     ],
 )
 def test_the_answer_stands_where_the_template_puts_it(template: str, between: str) -> None:
@@ -150,14 +159,18 @@ def test_a_chat_is_answered_greedily() -> None:
         if said and base.encoder.pair(r.prompt, said).ids == tuple(ids):  # it tokenises back
             asked.append(EditRequest(r.case_id, r.prompt, r.subject, said))
     assert len(asked) > 3
-    assert all(s["reliability_exact"] == 1 for s in score(base, None, [Item(0, r) for r in asked], ScoreConfig()))
+    assert all(
+        s["reliability_exact"] == 1 for s in score(base, None, [Item(0, r) for r in asked], ScoreConfig())
+    )
 
 
 @pytest.mark.numeric
 def test_a_stream_uses_the_template(tmp_path: Path) -> None:
     base = random_model("llama")
     work = job("ft", METHODS["ft"], 1, [[0]]).model_copy(update={"chat_template": True})
-    with pytest.raises(DataError, match="chat_template: true, but the model's tokenizer has no chat template"):
+    with pytest.raises(
+        DataError, match="chat_template: true, but the model's tokenizer has no chat template"
+    ):
         Stream(session(base), work, [[REQUEST]], {})
     base.tokenizer.chat_template = TEMPLATE
     rows = [row for step in Stream(session(base), work, [[REQUEST]], {}).run([1]) for row in step.rows]
@@ -181,7 +194,9 @@ def test_a_plan_without_a_template_is_refused() -> None:
         "methods": ["ft"],
         "chat_template": True,
     }
-    with pytest.raises(SpecError, match="chat_template: true, but the tokenizer of 'embedded' has no chat template"):
+    with pytest.raises(
+        SpecError, match="chat_template: true, but the tokenizer of 'embedded' has no chat template"
+    ):
         make_plan(parse_spec(yaml.safe_dump(raw), "c.yaml", Path("/")))
 
 

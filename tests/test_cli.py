@@ -81,10 +81,12 @@ def fails(result: Result, code: int, words: Sequence[str]) -> None:
     assert "Traceback" not in result[1] + result[2]
 
 
-# --- plan and run ----------------------------------------------------------------------------------------------------
+# --- plan and run ---------------------------------------------------------------------------
 
 
-def test_plan_runs_and_writes_nothing(call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_runs_and_writes_nothing(
+    call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, _ = call("plan", spec)
     assert code == 0
@@ -102,7 +104,9 @@ def test_plan_runs_and_writes_nothing(call: Any, spec: Path, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_simulates_actors_and_learns_from_what_was_measured(call: Any, spec: Path, results: Path) -> None:
+def test_plan_simulates_actors_and_learns_from_what_was_measured(
+    call: Any, spec: Path, results: Path
+) -> None:
     code, out, _ = call("plan", spec, "--actors", 3, "--results", results / "none")
     assert code == 0
     for word in (
@@ -116,7 +120,9 @@ def test_plan_simulates_actors_and_learns_from_what_was_measured(call: Any, spec
     ):
         assert word in out
     assert "schedule:" not in call("plan", spec, "--results", results / "none")[1]
-    more = call("plan", spec, "--results", results, "--set", "grid.T=[1,2]", "--set", "engine.max_actors=2")[1]
+    more = call("plan", spec, "--results", results, "--set", "grid.T=[1,2]", "--set", "engine.max_actors=2")[
+        1
+    ]
     for word in (
         "schedule: 2 actors",
         "of 1 (method, T) left, 0 were measured in this folder, 1 follow their method's",
@@ -135,7 +141,13 @@ def test_run_prints_the_summary_and_what_to_do_next(call: Any, spec: Path, resul
     assert code == 0
     assert "all done" in err
     assert "safety" not in err  # nothing was run
-    for word in ("reliability", "right after the edit", "all 2 cells finished", "editsweep query", "editsweep status"):
+    for word in (
+        "reliability",
+        "right after the edit",
+        "all 2 cells finished",
+        "editsweep query",
+        "editsweep status",
+    ):
         assert word in out
 
 
@@ -162,22 +174,30 @@ def test_the_summary_can_be_drawn(call: Any, results: Path, tmp_path: Path) -> N
     fails(call("report", results, "--plot", tmp_path / "no" / "x.png"), 2, ["no folder"])
 
 
-def test_default_results_folder(call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_results_folder(
+    call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = call("run", spec, "--engine", "local", "--set", "grid.T=[4]")
     assert code == 0
-    assert re.search(r"safety: journal \d+\.\d s of \d+ actor-seconds, gather \d+\.\d s of \d+ s: \d+\.\d%\n", err)
+    assert re.search(
+        r"safety: journal \d+\.\d s of \d+ actor-seconds, gather \d+\.\d s of \d+ s: \d+\.\d%\n", err
+    )
     assert (tmp_path / "results" / "cli" / "sweep.json").is_file()
 
 
-def test_a_failed_cell_is_named(call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_cell_is_named(
+    call: Any, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from workers.methods.ft import FT
 
     def broken(*_: object) -> None:
         raise FloatingPointError("[bold]out of luck[/bold]")
 
     monkeypatch.setattr(FT, "edit", broken)
-    code, _, err = call("run", spec, "--engine", "local", "--results", tmp_path / "r", "--set", "engine.max_failures=1")
+    code, _, err = call(
+        "run", spec, "--engine", "local", "--results", tmp_path / "r", "--set", "engine.max_failures=1"
+    )
     assert code == 1
     for word in ("2 of 2 cells", "ft-3 T=4 seed=0", "edit 0: FloatingPointError: [bold]out of luck[/bold]"):
         assert word in err
@@ -285,7 +305,8 @@ def test_no_write_permission(spec: Path, tmp_path: Path) -> None:
 
 
 def _as_anyone(*arguments: str) -> None:
-    """Run the command line without the capabilities that let root pass over file permissions (capset(2))."""
+    """Run the command line without the capabilities that let root pass over file permissions
+    (capset(2))."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
         header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
@@ -297,7 +318,7 @@ def _as_anyone(*arguments: str) -> None:
     main(arguments)
 
 
-# --- reading results -------------------------------------------------------------------------------------------------
+# --- reading results ------------------------------------------------------------------------
 
 
 def test_status(call: Any, results: Path) -> None:
@@ -359,7 +380,9 @@ def test_query_limit_and_errors(call: Any, results: Path) -> None:
 
 
 ENDLESS = "WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r) SELECT count(*) FROM r"
-STUBBORN = "SELECT " + " + ".join(["length(repeat(chr(9000), 200000000))"] * 100)  # a minute without a look at a signal
+STUBBORN = "SELECT " + " + ".join(
+    ["length(repeat(chr(9000), 200000000))"] * 100
+)  # a minute without a look at a signal
 
 
 def test_a_query_is_stopped_and_its_answer_is_bounded(call: Any, results: Path) -> None:

@@ -1,5 +1,5 @@
-"""Compiled layers and updates change nothing beyond rounding. Traced here with a backend that needs no compiler; what the real
-one makes of it on a GPU is in test_gpu.py."""
+"""Compiled layers and updates change nothing beyond rounding. Traced here with a backend that needs
+no compiler; what the real one makes of it on a GPU is in test_gpu.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ CONFIGS: dict[str, Any] = {
 
 
 def edited(base: BaseModel, name: str) -> tuple[list[EditOutcome], Tensor]:
-    """Two edits of each lane, one after the other: the last outcomes, and the change of every weight."""
+    """Two edits of each lane, one after the other: the last outcomes, and the change of every
+    weight."""
     kind, config = get_method(name.split(maxsplit=1)[0]), CONFIGS[name]
     inputs = build_inputs(base, kind.name, config)
     method = kind.prepare(base, config, inputs)
@@ -76,13 +77,17 @@ def test_compiled_steps_do_what_the_written_ones_do(name: str, dtype: torch.dtyp
     assert [o.iterations for o in compiled_outcomes] == [o.iterations for o in outcomes]
     assert [o.loss for o in compiled_outcomes] == pytest.approx([o.loss for o in outcomes], rel=rel, abs=rel)
     apart = torch.linalg.vector_norm(compiled_change - change) / torch.linalg.vector_norm(change)
-    assert float(apart) < (1e-3 if dtype == torch.float32 else 0.5)  # Adam makes whole steps of the smallest gradients
+    assert float(apart) < (
+        1e-3 if dtype == torch.float32 else 0.5
+    )  # Adam makes whole steps of the smallest gradients
 
 
 @pytest.mark.numeric
 def test_working_copies_go_on_where_half_of_the_lanes_have_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
     base = random_model("llama", torch.bfloat16)
-    requests = [replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))]
+    requests = [
+        replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))
+    ]
     kind, config = get_method("ft"), FTConfig(layers=(1,), lr=2e-2, num_steps=12, norm_constraint=0.05)
     edits = [LaneEdit((r,), RandomStreams("ft", {}, 0, i, 0), {}) for i, r in enumerate(requests)]
     halvings: list[int] = []
@@ -105,7 +110,9 @@ def test_an_update_in_one_pass_stops_lanes_and_keeps_them_in_their_box() -> None
     working = start.to(torch.bfloat16)
     plain, whole = start.clone(), start.clone()
     theirs = Adam([plain], 1e-2, 1e-3, [Box(centre, 0.5)])
-    ours = Adam([whole], 1e-2, 1e-3, [Box(centre, 0.5)], Compiled(updates=True, backend=TRACED), working=[working])
+    ours = Adam(
+        [whole], 1e-2, 1e-3, [Box(centre, 0.5)], Compiled(updates=True, backend=TRACED), working=[working]
+    )
     for step in range(4):
         gradient = torch.sin(7 * start + step).to(torch.bfloat16)
         plain.grad, working.grad = gradient.float(), gradient
@@ -130,7 +137,9 @@ def test_a_layer_that_an_overlay_answers_in_is_not_compiled() -> None:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", ["ft", "wise"])
-def test_where_the_compiler_fails_the_code_runs_as_it_is_written(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_the_compiler_fails_the_code_runs_as_it_is_written(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     def no_compiler(graph: object, inputs: object) -> object:
         raise RuntimeError("no C compiler found")
 
@@ -140,7 +149,9 @@ def test_where_the_compiler_fails_the_code_runs_as_it_is_written(name: str, capl
     with caplog.at_level(logging.WARNING):
         broken_outcomes, broken_change = edited(base, name)
     assert base.compiled.broken
-    assert len(base.compiled.turns(LANES)) == LANES  # one after the other, which takes a lane's temporaries only
+    assert (
+        len(base.compiled.turns(LANES)) == LANES
+    )  # one after the other, which takes a lane's temporaries only
     (record,) = [r for r in caplog.records if "torch.compile failed" in r.message]
     assert "no C compiler found" in record.message
     assert [o.iterations for o in broken_outcomes] == [o.iterations for o in outcomes]

@@ -1,4 +1,5 @@
-"""Data sets: what the loaders make of good files, and that they say clearly what is wrong with bad ones."""
+"""Data sets: what the loaders make of good files, and that they say clearly what is wrong with bad
+ones."""
 
 from __future__ import annotations
 
@@ -45,9 +46,12 @@ FILE_KINDS = tuple(SAMPLES)
 
 ZSRE = json.loads(SAMPLES["zsre"].read_text(encoding="utf-8"))
 COUNTERFACT = json.loads(SAMPLES["counterfact"].read_text(encoding="utf-8"))
-JSONL = [json.loads(line) for line in SAMPLES["jsonl"].read_text(encoding="utf-8").splitlines() if line.strip()]
+JSONL = [
+    json.loads(line) for line in SAMPLES["jsonl"].read_text(encoding="utf-8").splitlines() if line.strip()
+]
 RAW: dict[str, list[dict[str, Any]]] = {
-    kind: JSONL if kind == "jsonl" else json.loads(path.read_text(encoding="utf-8")) for kind, path in SAMPLES.items()
+    kind: JSONL if kind == "jsonl" else json.loads(path.read_text(encoding="utf-8"))
+    for kind, path in SAMPLES.items()
 }
 
 
@@ -65,7 +69,7 @@ def request(prompt: str, subject: str, target: str, locality: tuple[Probe, ...] 
     )
 
 
-# --- good files ----------------------------------------------------------------------------------------------------
+# --- good files -----------------------------------------------------------------------------
 
 
 def test_zsre_fields() -> None:
@@ -82,7 +86,9 @@ def test_zsre_fields() -> None:
         rephrases=("What university did Watts Humphrey take part in?",),
         locality=(Probe("nq question: who played desmond doss father in hacksaw ridge", "Hugo Weaving"),),
     )
-    assert dataset.requests[12].target_new == "Clairmont-Mayer", "texts are stripped: the file has a leading space"
+    assert dataset.requests[12].target_new == "Clairmont-Mayer", (
+        "texts are stripped: the file has a leading space"
+    )
     assert dataset.notes["skipped"] == 0
 
 
@@ -100,7 +106,9 @@ def test_counterfact_fields() -> None:
 def test_jsonl_fields() -> None:
     dataset = load_dataset("jsonl", SAMPLES["jsonl"])
     assert dataset.name == "requests_sample"
-    assert [r.case_id for r in dataset.requests] == ["capital-1", "2", "4"], "the third record stands on line 4"
+    assert [r.case_id for r in dataset.requests] == ["capital-1", "2", "4"], (
+        "the third record stands on line 4"
+    )
     first, second, _ = dataset.requests
     assert first.portability == (Probe("The mayor of the capital of Freedonia is", "Rufus Vane"),)
     assert first.unrelated == "Bread rises because yeast makes gas."
@@ -119,9 +127,12 @@ def test_hallucination_fields(tmp_path: Path) -> None:
     )
     assert second.subject == "tobin marr"
     assert all(
-        r.unrelated and r.unrelated != f"{r.locality[0].prompt} {r.locality[0].target}" for r in dataset.requests
+        r.unrelated and r.unrelated != f"{r.locality[0].prompt} {r.locality[0].target}"
+        for r in dataset.requests
     )
-    train = write(tmp_path / "train.json", "", [{"locality_prompt": "Snow is", "locality_ground_truth": "cold"}])
+    train = write(
+        tmp_path / "train.json", "", [{"locality_prompt": "Snow is", "locality_ground_truth": "cold"}]
+    )
     assert {r.unrelated for r in load_dataset("hallucination", SAMPLES["hallucination"], train).requests} == {
         "Snow is cold"
     }
@@ -161,7 +172,11 @@ def test_mquake_fields() -> None:
     dataset = load_dataset("mquake", SAMPLES["mquake"])
     assert [r.case_id for r in dataset.requests] == ["1/1", "2/1", "2/2"]
     one, two, three = dataset.requests
-    assert (one.prompt, one.target_new, one.ground_truth) == ("Tobin Marr is a citizen of", "Sylvania", "Freedonia")
+    assert (one.prompt, one.target_new, one.ground_truth) == (
+        "Tobin Marr is a citizen of",
+        "Sylvania",
+        "Freedonia",
+    )
     assert one.rephrases == ("What is the country of citizenship of Tobin Marr?",)
     assert [p.target for p in one.portability] == ["Strakos"] * 3
     assert one.portability[0].aliases == ("Strakos-on-Wend",)
@@ -206,7 +221,8 @@ def test_a_file_given_to_another_loader(kind: str, path: Path) -> None:
 
 
 def test_hallucination_and_zsre_in_one_layout(tmp_path: Path) -> None:
-    """Both are flat records of EasyEdit's layout: nothing but the targets and the missing rephrasing tells them apart."""
+    """Both are flat records of EasyEdit's layout: nothing but the targets and the missing
+    rephrasing tells them apart."""
     flat = [
         {
             "subject": r["subject"],
@@ -253,9 +269,14 @@ def test_easyedit_layout_loads_under_both_kinds(tmp_path: Path) -> None:
         "prompt": "The anthem of Freedonia is",
         "target_new": "Hail",
         "ground_truth": [["Land"], ["Of"]],
-        "locality": {"Relation_Specificity": [{"prompt": ["The anthem of Sylvania is"], "ground_truth": [["March"]]}]},
+        "locality": {
+            "Relation_Specificity": [{"prompt": ["The anthem of Sylvania is"], "ground_truth": [["March"]]}]
+        },
         "portability": {
-            "Reasoning": [{"prompt": "Hail is sung in", "ground_truth": []}, {"prompt": "p", "ground_truth": "a"}]
+            "Reasoning": [
+                {"prompt": "Hail is sung in", "ground_truth": []},
+                {"prompt": "p", "ground_truth": "a"},
+            ]
         },
     }
     path = write(tmp_path / "easyedit.json", "zsre", [flat, grouped])
@@ -272,7 +293,9 @@ def test_easyedit_layout_loads_under_both_kinds(tmp_path: Path) -> None:
 
 def test_zsre_second_hop_becomes_portability(tmp_path: Path) -> None:
     hop = {"Recalled Relation": "(x, y)", "New Question": "In which state is it?", "New Answer": "Ohio"}
-    dataset = load_dataset("zsre", write(tmp_path / "z.json", "zsre", [ZSRE[0] | {"portability": hop}, ZSRE[1]]))
+    dataset = load_dataset(
+        "zsre", write(tmp_path / "z.json", "zsre", [ZSRE[0] | {"portability": hop}, ZSRE[1]])
+    )
     assert dataset.requests[0].portability == (Probe("In which state is it?", "Ohio"),)
     assert dataset.requests[1].portability == ()
 
@@ -300,7 +323,7 @@ def test_every_loaded_request_keeps_the_promises_of_its_type(kind: str) -> None:
         assert all(text and text == text.strip() for text in texts)
 
 
-# --- subjects ------------------------------------------------------------------------------------------------------
+# --- subjects -------------------------------------------------------------------------------
 
 
 def zsre_with(tmp_path: Path, **changes: Any) -> Path:
@@ -315,11 +338,13 @@ def test_subject_takes_the_spelling_of_the_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("subject", ["WHO", "OLE", "HOL"])
 def test_subject_is_not_found_inside_another_word(subject: str, tmp_path: Path) -> None:
     path = zsre_with(tmp_path, subject=subject, src="Is the whole story true?")
-    with pytest.raises(DataError, match=rf"record 1: field `subject`: '{subject}' does not occur in the prompt"):
+    with pytest.raises(
+        DataError, match=rf"record 1: field `subject`: '{subject}' does not occur in the prompt"
+    ):
         load_dataset("zsre", path)
 
 
-# --- unrelated sentences -------------------------------------------------------------------------------------------
+# --- unrelated sentences --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["zsre", "counterfact"])
@@ -360,7 +385,7 @@ def test_train_path_belongs_to_zsre(tmp_path: Path) -> None:
         load_dataset("zsre", SAMPLES["zsre"], write(tmp_path / "train.json", "zsre", [ZSRE[0], {"loc": "x"}]))
 
 
-# --- malformed files -----------------------------------------------------------------------------------------------
+# --- malformed files ------------------------------------------------------------------------
 
 
 def test_unknown_kind_lists_the_valid_ones() -> None:
@@ -451,11 +476,19 @@ MALFORMED = [
     ("zsre", put("loc", True), "field `loc`: expected a text; got True"),
     ("zsre", put("loc_ans", {}), "field `loc_ans`: expected a text; got {}"),
     ("zsre", put("rephrase", "\ud800"), "field `rephrase`: expected valid Unicode text"),
-    ("zsre", put("subject", "Nobody At All"), "field `subject`: 'Nobody At All' does not occur in the prompt"),
+    (
+        "zsre",
+        put("subject", "Nobody At All"),
+        "field `subject`: 'Nobody At All' does not occur in the prompt",
+    ),
     ("zsre", put("portability", []), "field `portability`: expected an object"),
     ("counterfact", put("requested_rewrite", ...), "field `requested_rewrite`: is missing"),
     ("counterfact", put("requested_rewrite", "x"), "field `requested_rewrite`: expected an object; got 'x'"),
-    ("counterfact", put("requested_rewrite.prompt", "no slot"), r"field `requested_rewrite\.prompt`: expected one {}"),
+    (
+        "counterfact",
+        put("requested_rewrite.prompt", "no slot"),
+        r"field `requested_rewrite\.prompt`: expected one {}",
+    ),
     (
         "counterfact",
         put("requested_rewrite.prompt", "{} and {}"),
@@ -481,20 +514,36 @@ MALFORMED = [
         put("requested_rewrite.subject", ""),
         r"field `requested_rewrite\.subject`: expected a text that is",
     ),
-    ("counterfact", put("paraphrase_prompts", "one"), "field `paraphrase_prompts`: expected a list; got 'one'"),
-    ("counterfact", put("neighborhood_prompts", ["ok", ""]), r"field `neighborhood_prompts\.1`: expected a text"),
+    (
+        "counterfact",
+        put("paraphrase_prompts", "one"),
+        "field `paraphrase_prompts`: expected a list; got 'one'",
+    ),
+    (
+        "counterfact",
+        put("neighborhood_prompts", ["ok", ""]),
+        r"field `neighborhood_prompts\.1`: expected a text",
+    ),
     ("counterfact", put("case_id", 1.5), "field `case_id`: expected a text; got 1.5"),
     ("counterfact", put("case_id", True), "field `case_id`: expected a text; got True"),
     ("counterfact", put("case_id", 0), "field `case_id`: '0' is taken by record 1; expected unique ids"),
     ("hallucination", put("target_new", ...), "field `target_new`: is missing"),
-    ("hallucination", put("locality_ground_truth", ""), "field `locality_ground_truth`: expected a text that is not"),
+    (
+        "hallucination",
+        put("locality_ground_truth", ""),
+        "field `locality_ground_truth`: expected a text that is not",
+    ),
     ("hallucination", put("subject", "Nobody"), "field `subject`: 'Nobody' does not occur in the prompt"),
     ("temporal", put("ood_rephrase", " "), "field `ood_rephrase`: expected a text that is not empty"),
     ("temporal", put("locality_prompt", None), "field `locality_prompt`: expected a text; got None"),
     ("wikibigedit", put("ans", ""), "field `ans`: expected a text that is not empty"),
     ("wikibigedit", put("mhop", 3), "field `mhop`: expected a text; got 3"),
     ("wikibigedit", put("update", ...), "field `update`: is missing"),
-    ("knowedit", put("locality", {"Forgetfulness": "x"}), r"field `locality\.Forgetfulness`: expected a list; got 'x'"),
+    (
+        "knowedit",
+        put("locality", {"Forgetfulness": "x"}),
+        r"field `locality\.Forgetfulness`: expected a list; got 'x'",
+    ),
     ("knowedit", put("target_new", []), r"field `target_new`: expected a text; got \[\]"),
     ("mquake", put("requested_rewrite", []), "field `requested_rewrite`: expected at least one entry"),
     ("mquake", put("questions", []), "field `questions`: expected at least one entry"),
@@ -505,7 +554,11 @@ MALFORMED = [
         lambda record: record["requested_rewrite"][1].update(prompt="no slot"),
         r"field `requested_rewrite\.1\.prompt`: expected one {}",
     ),
-    ("jsonl", put("target", "x"), "field `target`: unknown key; valid keys: case_id, prompt, subject, target_new"),
+    (
+        "jsonl",
+        put("target", "x"),
+        "field `target`: unknown key; valid keys: case_id, prompt, subject, target_new",
+    ),
     ("jsonl", put("locality", [{"prompt": "p", "answer": "a"}]), r"field `locality\.0\.target`: is missing"),
     (
         "jsonl",
@@ -525,8 +578,12 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "mutate", "message"), MALFORMED, ids=[f"{k}-{m[:40]}" for k, _, m in MALFORMED])
-def test_malformed_record(kind: str, mutate: Callable[[dict[str, Any]], None], message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "mutate", "message"), MALFORMED, ids=[f"{k}-{m[:40]}" for k, _, m in MALFORMED]
+)
+def test_malformed_record(
+    kind: str, mutate: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
     records = copy.deepcopy(RAW[kind])
     mutate(records[1])
     path = write(tmp_path / "bad.json", kind, records)
@@ -571,14 +628,16 @@ def test_jsonl_names_the_line(tmp_path: Path) -> None:
     assert load_dataset("jsonl", path, on_bad_record="skip").notes["skipped_records"] == [3, 4]
 
 
-# --- nothing but DataError, whatever the file holds ----------------------------------------------------------------
+# --- nothing but DataError, whatever the file holds -----------------------------------------
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FUZZ = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FUZZ = settings(
+    max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def paths_of(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
@@ -607,7 +666,9 @@ def loads_or_data_error(kind: str, path: Path) -> Dataset | None:
 @pytest.mark.parametrize("kind", FILE_KINDS)
 @FUZZ
 @given(data=st.data())
-def test_mutated_records_raise_nothing_but_data_errors(kind: str, data: st.DataObject, tmp_path: Path) -> None:
+def test_mutated_records_raise_nothing_but_data_errors(
+    kind: str, data: st.DataObject, tmp_path: Path
+) -> None:
     records = copy.deepcopy(RAW[kind][:3])
     for _ in range(data.draw(st.integers(1, 3))):
         parent: Any = records
@@ -637,7 +698,14 @@ def test_any_file_raises_nothing_but_data_errors(kind: str, content: bytes, tmp_
     assert loads_or_data_error(kind, path) is None
 
 
-EASYEDIT_KEYS = ("subject", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
+EASYEDIT_KEYS = (
+    "subject",
+    "target_new",
+    "ground_truth",
+    "rephrase_prompt",
+    "locality_prompt",
+    "locality_ground_truth",
+)
 
 
 @FUZZ
@@ -651,7 +719,7 @@ def test_easyedit_records_raise_nothing_but_data_errors(record: dict[str, Any], 
     loads_or_data_error("zsre", write(tmp_path / "easyedit.json", "zsre", [record]))
 
 
-# --- order ---------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------
 
 DATASET = load_dataset("zsre", SAMPLES["zsre"])
 
@@ -664,7 +732,8 @@ def test_shuffle_is_a_permutation(seed: int) -> None:
 
 
 def test_order_is_pinned() -> None:
-    """A changed order would silently change what every stored cell means: this must never need an update."""
+    """A changed order would silently change what every stored cell means: this must never need an
+    update."""
     dataset = Dataset("pinned", DATASET.requests[:10], "0" * 64)
     assert order_requests(dataset, "file", 3) == tuple(range(10))
     assert order_requests(dataset, "shuffle", 0) == PINNED_SEED_0
@@ -692,7 +761,7 @@ def test_unknown_order() -> None:
         order_requests(DATASET, "random", 0)  # type: ignore[arg-type]
 
 
-# --- fingerprint ---------------------------------------------------------------------------------------------------
+# --- fingerprint ----------------------------------------------------------------------------
 
 
 def test_fingerprint_is_pinned() -> None:
@@ -736,7 +805,7 @@ def test_fingerprint_sees_order_and_number() -> None:
     assert len({fingerprint(requests), fingerprint(requests[::-1]), fingerprint(requests[:-1])}) == 3
 
 
-# --- counts --------------------------------------------------------------------------------------------------------
+# --- counts ---------------------------------------------------------------------------------
 
 
 def test_count_duplicates() -> None:
@@ -767,15 +836,23 @@ def test_count_edited_locality() -> None:
 
 def test_counts_on_the_sample() -> None:
     requests = load_dataset("counterfact", SAMPLES["counterfact"]).requests
-    assert (count_duplicates(requests), count_conflicts(requests), count_edited_locality(requests)) == (1, 1, 1)
+    assert (count_duplicates(requests), count_conflicts(requests), count_edited_locality(requests)) == (
+        1,
+        1,
+        1,
+    )
 
 
-# --- scale and imports ---------------------------------------------------------------------------------------------
+# --- scale and imports ----------------------------------------------------------------------
 
 
 def test_a_file_as_large_as_the_real_one_loads_in_seconds(tmp_path: Path) -> None:
-    """19,086 records, as in the published evaluation file; also that finding unrelated sentences is not quadratic."""
-    records = [ZSRE[i % 20] | {"loc": "nq question: the same" if i % 2 else f"nq question: {i}"} for i in range(19_086)]
+    """19,086 records, as in the published evaluation file; also that finding unrelated sentences is
+    not quadratic."""
+    records = [
+        ZSRE[i % 20] | {"loc": "nq question: the same" if i % 2 else f"nq question: {i}"}
+        for i in range(19_086)
+    ]
     dataset = load_dataset("zsre", write(tmp_path / "large.json", "zsre", records))
     assert len(dataset.requests) == 19_086
     assert count_duplicates(dataset.requests) == 19_066
@@ -784,7 +861,8 @@ def test_a_file_as_large_as_the_real_one_loads_in_seconds(tmp_path: Path) -> Non
 def test_importing_the_data_package_needs_no_heavy_library() -> None:
     code = (
         "import sys, workers.data\n"
-        "sys.exit(', '.join(m for m in ('torch', 'transformers', 'ray', 'pyarrow', 'numpy') if m in sys.modules) or 0)"
+        "sys.exit(', '.join(m for m in ('torch', 'transformers', 'ray', 'pyarrow', 'numpy') if m in "
+        "sys.modules) or 0)"
     )
     ran = finished([sys.executable, "-c", code])
     assert ran.returncode == 0, ran.stderr

@@ -107,7 +107,8 @@ def test_constraint_and_stop_after_a_step() -> None:
     asked: list[list[float]] = []
     problem = Bounded(torch.tensor([[1.0], [1.2]]), torch.zeros(2), [])
     found = descend(problem, SGD(problem.params, 0.1), 9)
-    # lane 0 is held at its bound from the start: its second loss equals the first, and it stops after that step
+    # lane 0 is held at its bound from the start: its second loss equals the first, and it stops
+    # after that step
     assert found.steps_L.tolist() == [2, 4]
     assert problem.x_LD.tolist() == [[1.0], [1.0]]
     assert asked[0] == [math.inf, math.inf]

@@ -59,7 +59,7 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
-# --- links and files -------------------------------------------------------------------------------------------------
+# --- links and files ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -78,7 +78,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in HISTORY], ids=name_of)
 def test_files_that_are_named_exist(page: Path) -> None:
     """Paths in backticks that begin with a folder of this repository."""
-    folders = "|".join(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name != "results")
+    folders = "|".join(
+        re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name != "results"
+    )
     named = re.findall(rf"`((?:{folders})/[\w./-]+)`", prose_of(page))
     assert [path for path in named if not (ROOT / path).exists()] == []
 
@@ -87,7 +89,9 @@ def test_files_that_are_named_exist(page: Path) -> None:
 def test_prose_breaks_at_a_hundred_characters(page: Path) -> None:
     """Tables, headings and pictures cannot be broken."""
     lines = prose_of(page).splitlines()
-    assert [line for line in lines if len(line) > 100 and not line.lstrip().startswith(("|", "#", "!["))] == []
+    assert [
+        line for line in lines if len(line) > 100 and not line.lstrip().startswith(("|", "#", "!["))
+    ] == []
 
 
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
@@ -110,7 +114,7 @@ def test_citation_and_changelog_know_the_version() -> None:
     assert f"\n## [{PROJECT['version']}] - " in text_of(ROOT / "CHANGELOG.md")
 
 
-# --- docs/spec.md ----------------------------------------------------------------------------------------------------
+# --- docs/spec.md ---------------------------------------------------------------------------
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -160,7 +164,7 @@ def test_the_spec_page_has_every_command_and_option() -> None:
     assert written == there - {("--help", name) for name in commands}
 
 
-# --- examples --------------------------------------------------------------------------------------------------------
+# --- examples -------------------------------------------------------------------------------
 
 
 def test_specs_on_the_pages_are_valid(tmp_path: Path) -> None:
@@ -184,17 +188,20 @@ def test_queries_on_the_pages_can_be_asked(tmp_path: Path) -> None:
 
 
 def test_what_examples_import_is_there() -> None:
-    imports = [found for _, code in blocks("python") for found in re.findall(r"(?m)^from (\w+) import (.+)$", code)]
+    imports = [
+        found for _, code in blocks("python") for found in re.findall(r"(?m)^from (\w+) import (.+)$", code)
+    ]
     assert ("editsweep", "open_results") in imports
     for module, names in imports:
         assert [name for name in names.split(", ") if not hasattr(import_module(module), name)] == []
 
 
-# --- docs/map.md -----------------------------------------------------------------------------------------------------
+# --- docs/map.md ----------------------------------------------------------------------------
 
 
 def drawn() -> dict[str, set[str]]:
-    """Per folder of the map, the names in it. A name ends where two spaces begin its description."""
+    """Per folder of the map, the names in it. A name ends where two spaces begin its
+    description."""
     found: dict[str, set[str]] = {}
     folders: list[str] = []
     (_, code), *_ = blocks("", ROOT / "docs" / "map.md")
@@ -214,7 +221,9 @@ def test_the_map_is_complete() -> None:
     shown = drawn()
     for package in ("editsweep", "workers", "orchestrator"):
         folders = {path.parent for path in (ROOT / package).rglob("*.py")}
-        assert {name for name in shown if name.startswith(f"{package}/")} == {f"{name_of(path)}/" for path in folders}
+        assert {name for name in shown if name.startswith(f"{package}/")} == {
+            f"{name_of(path)}/" for path in folders
+        }
     for folder, names in shown.items():
         there = {path.name for path in (ROOT / folder).glob("*.py")}
         assert names - there <= {"*.py"}, f"{folder}: on the map, and not there"

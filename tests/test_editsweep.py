@@ -73,7 +73,9 @@ def test_plan_run_and_read(spec_file: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_gives_the_same_rows(spec_file: Path, tmp_path: Path) -> None:
-    ran = python("-m", "editsweep", "run", spec_file.name, "--results", "cli", "--engine", "local", folder=tmp_path)
+    ran = python(
+        "-m", "editsweep", "run", spec_file.name, "--results", "cli", "--engine", "local", folder=tmp_path
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     outcome = editsweep.run(spec_file, tmp_path / "api", engine="local")
     assert rows(outcome.folder) == rows(tmp_path / "cli")
@@ -86,10 +88,14 @@ def test_a_part_of_the_cells_then_the_rest(spec_file: Path, tmp_path: Path) -> N
     assert {row["T"] for row in rows(editsweep.run(spec_file, first.folder, engine="local").folder)} == {1, 2}
 
 
-def test_a_spec_that_was_read_before(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spec_that_was_read_before(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = editsweep.plan(spec_file, tmp_path / "none").spec
     assert isinstance(spec, editsweep.SweepSpec)
-    changed = editsweep.plan(spec, tmp_path / "none", overrides=["grid.T=[2]", "methods=[{method: ft, label: a}]"])
+    changed = editsweep.plan(
+        spec, tmp_path / "none", overrides=["grid.T=[2]", "methods=[{method: ft, label: a}]"]
+    )
     assert (changed.spec.grid.T, changed.variants[0].label) == ((2,), "a")
     assert changed.spec.model_copy(update={"grid": spec.grid, "methods": spec.methods}) == spec
     monkeypatch.chdir(tmp_path)
@@ -131,7 +137,8 @@ def test_importing_it_imports_nothing_else(tmp_path: Path) -> None:
         "import sys\n"
         "before = set(sys.modules)\n"
         "import editsweep\n"
-        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - "
+        "set(sys.stdlib_module_names)\n"
         "assert new == {'editsweep'}, new\n"
         "assert editsweep.EditSweepError.__module__ == 'workers.types'\n"
         "assert all(hasattr(editsweep, name) for name in editsweep.__all__)\n"

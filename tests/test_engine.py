@@ -52,7 +52,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 ONE_LANE = {**RAW["engine"], "lanes": 1}
-"""Cells that are planned at another time share other prefixes, and have other neighbours: bits are theirs with one lane only."""
+"""Cells that are planned at another time share other prefixes, and have other neighbours: bits are
+theirs with one lane only."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def one_lane(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return rows(folder)
 
 
-# --- the local engine ------------------------------------------------------------------------------------------------
+# --- the local engine -----------------------------------------------------------------------
 
 
 def test_every_row_once(reference: list[dict[str, Any]]) -> None:
@@ -92,7 +93,8 @@ def test_running_again_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_step_the_table_is_the_same(tmp_path: Path, reference: list[dict[str, Any]]) -> None:
-    """Every run dies after a few steps; with other lanes from the third run on, what has begun keeps its composition."""
+    """Every run dies after a few steps; with other lanes from the third run on, what has begun
+    keeps its composition."""
     runs = 0
     while True:
         runs += 1
@@ -152,7 +154,11 @@ def test_a_cell_that_raises_fails_alone_and_runs_again_when_asked(
         ("grace", T, seed) for T in (1, 3) for seed in (0, 1)
     }
     failure = status["failed_cells"][0]["failures"][0]
-    assert (failure["attempts"], failure["step"], failure["kind"]) == (1, "group 0, edit 0", "FloatingPointError")
+    assert (failure["attempts"], failure["step"], failure["kind"]) == (
+        1,
+        "group 0, edit 0",
+        "FloatingPointError",
+    )
     log = Path(failure["log"]).read_text()
     assert "out of luck" in log and "Traceback" in log
     outcome = run_sweep(spec_of(), LocalStore(tmp_path / "r"), run_local, Watch(), retry_failed=True)
@@ -167,14 +173,22 @@ def test_one_group_that_raises_leaves_the_others_of_its_cell(
     from workers.methods.ft import FT
 
     edit = FT.edit
-    bad = next(row["case_id"] for row in reference if (row["algorithm"], row["T"], row["group"]) == ("ft", 3, 1))
+    bad = next(
+        row["case_id"] for row in reference if (row["algorithm"], row["T"], row["group"]) == ("ft", 3, 1)
+    )
 
     def picky(self: Any, overlay: Any, lanes: Any) -> Any:
-        if len(lanes[0].requests) and any(request.case_id == bad for lane in lanes for request in lane.requests):
+        if len(lanes[0].requests) and any(
+            request.case_id == bad for lane in lanes for request in lane.requests
+        ):
             raise ValueError("not this one")
         return edit(self, overlay, lanes)
 
-    only = {"methods": RAW["methods"][:1], "grid": {"T": [3], "seeds": [0, 1]}, "engine": {**RAW["engine"], "lanes": 1}}
+    only = {
+        "methods": RAW["methods"][:1],
+        "grid": {"T": [3], "seeds": [0, 1]},
+        "engine": {**RAW["engine"], "lanes": 1},
+    }
     with monkeypatch.context() as patch:
         patch.setattr(FT, "edit", picky)
         outcome = run(tmp_path / "r", **only)
@@ -186,10 +200,16 @@ def test_one_group_that_raises_leaves_the_others_of_its_cell(
 
 def test_only_some_cells(tmp_path: Path, one_lane: list[dict[str, Any]]) -> None:
     store = LocalStore(tmp_path / "r")
-    outcome = run_sweep(spec_of(engine=ONE_LANE), store, run_local, Watch(), only=["method=grace,T=3", "T=3,seed=1"])
+    outcome = run_sweep(
+        spec_of(engine=ONE_LANE), store, run_local, Watch(), only=["method=grace,T=3", "T=3,seed=1"]
+    )
     assert outcome.exit_code == 0
     found = rows(tmp_path / "r")
-    assert {(r["method"], r["T"], r["seed"]) for r in found} == {("grace", 3, 0), ("grace", 3, 1), ("ft", 3, 1)}
+    assert {(r["method"], r["T"], r["seed"]) for r in found} == {
+        ("grace", 3, 0),
+        ("grace", 3, 1),
+        ("ft", 3, 1),
+    }
     with pytest.raises(SpecError, match=r"--only 'method=gracee' fits no cell; there are method: ft, grace"):
         run_sweep(spec_of(), store, run_local, Watch(), only=["method=gracee"])
     with pytest.raises(SpecError, match=r"'methd' is unknown; valid are: method, algorithm, T, seed, cell"):
@@ -198,7 +218,9 @@ def test_only_some_cells(tmp_path: Path, one_lane: list[dict[str, Any]]) -> None
     assert placeless(rows(tmp_path / "r")) == placeless(one_lane)
 
 
-def test_forgotten_cells_are_gone_and_come_back_when_asked_for(tmp_path: Path, one_lane: list[dict[str, Any]]) -> None:
+def test_forgotten_cells_are_gone_and_come_back_when_asked_for(
+    tmp_path: Path, one_lane: list[dict[str, Any]]
+) -> None:
     def kill(step: StepReport) -> None:
         if step.edits and len({s.shard_id for s in watch.steps}) == 2:
             raise Stop
@@ -227,7 +249,8 @@ def test_forgotten_cells_are_gone_and_come_back_when_asked_for(tmp_path: Path, o
 def test_memory_that_runs_out_in_an_edit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]], times: int
 ) -> None:
-    """An edit's batch is never split: the shard is launched again, after a pause, and continues where it was."""
+    """An edit's batch is never split: the shard is launched again, after a pause, and continues
+    where it was."""
     from workers.methods.grace import GRACE
 
     edit, left, waits = GRACE.edit, [times], []
@@ -243,7 +266,9 @@ def test_memory_that_runs_out_in_an_edit(
         patch.setattr(worker.time, "sleep", waits.append)
         watch = Watch()
         outcome = run(tmp_path / "r", watch, engine={**RAW["engine"], "max_failures": 3})
-    assert any("OutOfMemoryError" in warning and "launching it again" in warning for warning in watch.warnings)
+    assert any(
+        "OutOfMemoryError" in warning and "launching it again" in warning for warning in watch.warnings
+    )
     assert waits[:3] == [1.0, 2.0, 4.0][: min(times, 3)]
     if times == 1:
         assert outcome.exit_code == 0
@@ -277,7 +302,9 @@ def test_memory_that_runs_out_in_scoring_splits_the_batch_and_says_so(
     for row, whole in zip(found, reference, strict=True):
         for name, value in whole.items():
             if name != "score_splits":
-                assert row[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), name
+                assert row[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), (
+                    name
+                )
 
 
 def test_ctrl_c_waits_ten_seconds_for_the_step_and_no_longer(
@@ -304,7 +331,8 @@ def test_ctrl_c_waits_ten_seconds_for_the_step_and_no_longer(
 
 
 def test_settings_may_change_between_runs(tmp_path: Path) -> None:
-    """A shard that has begun is continued as it was planned, under other lanes; what is new is cut by the new settings."""
+    """A shard that has begun is continued as it was planned, under other lanes; what is new is cut
+    by the new settings."""
 
     def kill(step: StepReport) -> None:
         if step.edits:
@@ -318,7 +346,12 @@ def test_settings_may_change_between_runs(tmp_path: Path) -> None:
     assert outcome.exit_code == 0
     lanes = {(row["shard_id"] in begun, row["lanes"]) for row in rows(tmp_path / "r")}
     assert len(begun) == 1
-    assert lanes == {(True, 2), (False, 2), (False, 3), (False, 1)}  # of seed 0 two groups were left, of seed 1 four
+    assert lanes == {
+        (True, 2),
+        (False, 2),
+        (False, 3),
+        (False, 1),
+    }  # of seed 0 two groups were left, of seed 1 four
 
 
 def test_other_sweep_other_scoring_other_folder(tmp_path: Path) -> None:
@@ -337,7 +370,7 @@ def test_other_sweep_other_scoring_other_folder(tmp_path: Path) -> None:
         run(tmp_path / "file", **small)
 
 
-# --- one driver per folder -------------------------------------------------------------------------------------------
+# --- one driver per folder ------------------------------------------------------------------
 
 
 def test_second_driver_is_refused(tmp_path: Path) -> None:
@@ -356,7 +389,8 @@ def test_second_driver_is_refused(tmp_path: Path) -> None:
 def test_a_dead_owner_is_succeeded(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     code = (
-        "import os, sys; from orchestrator.storage import lock; from orchestrator.storage.local import LocalStore\n"
+        "import os, sys; from orchestrator.storage import lock; from orchestrator.storage.local import "
+        "LocalStore\n"
         "lock.acquire(LocalStore(sys.argv[1]), 'dead', print).__enter__(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
@@ -367,7 +401,9 @@ def test_a_dead_owner_is_succeeded(tmp_path: Path) -> None:
     assert "taking over" in said[0]
 
 
-def test_an_owner_elsewhere_is_watched_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_elsewhere_is_watched_by_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = LocalStore(tmp_path)
     said: list[str] = []
     monkeypatch.setattr(locking.Owner, "alive_here", lambda self: None)
@@ -402,9 +438,11 @@ def test_an_owner_whose_claim_is_gone_has_lost_it(tmp_path: Path) -> None:
 
 
 def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> None:
-    """SIGSTOP, takeover, SIGCONT: its very next check notices, before its heartbeat has had time to."""
+    """SIGSTOP, takeover, SIGCONT: its very next check notices, before its heartbeat has had time
+    to."""
     code = (
-        "import sys; from orchestrator.storage import lock; from orchestrator.storage.local import LocalStore\n"
+        "import sys; from orchestrator.storage import lock; from orchestrator.storage.local import "
+        "LocalStore\n"
         "with lock.acquire(LocalStore(sys.argv[1]), 'slow', print) as held:\n"
         "    held.beat_seconds = 0.1; print('held', flush=True)\n"
         "    sys.stdin.readline()\n"  # stopped while it waits
@@ -437,7 +475,9 @@ def test_a_stopped_owner_is_watched_and_told_when_it_wakes(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_driver_stopped_across_a_takeover_changes_nothing(tmp_path: Path, larger: list[dict[str, Any]]) -> None:
+def test_a_driver_stopped_across_a_takeover_changes_nothing(
+    tmp_path: Path, larger: list[dict[str, Any]]
+) -> None:
     spec, folder = spec_file(tmp_path, **LARGER), tmp_path / "r"
     process = launch_local(spec, folder)
     wait_for(lambda: committed(folder) >= 2, process)
@@ -463,13 +503,14 @@ def test_a_driver_stopped_across_a_takeover_changes_nothing(tmp_path: Path, larg
     assert not list(folder.glob("parts/*"))
 
 
-# --- storage that fails ----------------------------------------------------------------------------------------------
+# --- storage that fails ---------------------------------------------------------------------
 
 
 def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: list[dict[str, Any]]
 ) -> None:
-    """Every write fails from some moment on, half of its bytes written; the next run fails, too, for another reason."""
+    """Every write fails from some moment on, half of its bytes written; the next run fails, too,
+    for another reason."""
     temporary, state = LocalStore._temporary, {"left": 0, "error": 0}
 
     @contextlib.contextmanager
@@ -495,7 +536,9 @@ def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continue
             (30, errno.ENOSPC, "the disk is full"),
         ):
             state |= {"left": writes, "error": error}
-            with pytest.raises(EditSweepError, match=rf"cannot write {tmp_path}.*{words}.*run the same command again"):
+            with pytest.raises(
+                EditSweepError, match=rf"cannot write {tmp_path}.*{words}.*run the same command again"
+            ):
                 run(tmp_path / "r")
             kept.append(len(rows(tmp_path / "r")))
     assert kept == sorted(kept) and 0 == kept[0] < kept[-1] < len(reference)
@@ -505,7 +548,9 @@ def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continue
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]], engine: str) -> None:
+def test_a_full_disk(
+    tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]], engine: str
+) -> None:
     """A small file system, which is made larger afterwards."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -543,7 +588,7 @@ def test_a_full_disk(tmp_path: Path, home: dict[str, str], reference: list[dict[
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
-# --- Ray -------------------------------------------------------------------------------------------------------------
+# --- Ray ------------------------------------------------------------------------------------
 
 LARGER: dict[str, Any] = {"dataset": TWELVE, "grid": {"T": [1, 6], "seeds": [0, 1]}}
 """Time enough for what is done to the processes that run it."""
@@ -652,7 +697,8 @@ def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
 @pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str, str], presses: int) -> None:
-    """After the first Ctrl-C it waits some seconds, after the second not at all: here the step would never end."""
+    """After the first Ctrl-C it waits some seconds, after the second not at all: here the step
+    would never end."""
     setup = {"runtime_env": {"worker_process_setup_hook": "tests.engine.mark_edits"}}
     endless = spec_file(
         tmp_path,
@@ -706,11 +752,18 @@ def test_a_storage_fault_is_known_by_its_type() -> None:
     full = StoreError("write", "x", "the disk is full")
     assert Cause.of(full) == Cause("StoreError", "cannot write x: the disk is full", storage=True)
     assert Cause.of(Unusual("write", "x", "no")).storage
-    assert not Cause.of(Missing("read", "x", "no such file")).storage  # another shard's objects may well be there
+    assert not Cause.of(
+        Missing("read", "x", "no such file")
+    ).storage  # another shard's objects may well be there
     assert not Cause.of(EditSweepError("StoreError: this is but a text")).storage
     for error in (full, Missing("read", "x", "no such file")):
         found = pickle.loads(pickle.dumps(error))
-        assert (type(found), str(found), found.path, found.cause) == (type(error), str(error), "x", error.cause)
+        assert (type(found), str(found), found.path, found.cause) == (
+            type(error),
+            str(error),
+            "x",
+            error.cause,
+        )
 
 
 @pytest.mark.slow
@@ -784,7 +837,8 @@ def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("address", "words"), [("ray://h:10001", "Ray Client is not supported"), ("somewhere", "not host:port or auto")]
+    ("address", "words"),
+    [("ray://h:10001", "Ray Client is not supported"), ("somewhere", "not host:port or auto")],
 )
 def test_ray_addresses_of_no_use(address: str, words: str) -> None:
     from orchestrator.engine.ray_engine.preflight import ClusterError

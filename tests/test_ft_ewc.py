@@ -61,7 +61,8 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(arch: str) -> None
             total += (grad.T if site.transposed else grad).square()
     finally:
         weight.requires_grad_(False)
-    # transformers' loss is float32; where the gradient's terms cancel, its rounding is that of the terms
+    # transformers' loss is float32; where the gradient's terms cancel, its rounding is that of the
+    # terms
     smallest = 1e-7 * float(total.max())
     torch.testing.assert_close(data.tensors["fisher"], total / 5, rtol=1e-5, atol=smallest)
     assert data.meta["texts"] == 5
@@ -125,10 +126,15 @@ def test_what_is_asked_for(tmp_path: Path) -> None:
     assert [(s.name, s.kind) for s in specs] == [("fisher_1", KIND), ("fisher_2", KIND)]
     keys = {s.key for s in specs}
     assert len(keys) == 2
-    assert {s.key for s in config(layers=(1, 2), lr=1.0).artifacts(ArtifactContext(fingerprint, model, seed=5))} == keys
+    assert {
+        s.key for s in config(layers=(1, 2), lr=1.0).artifacts(ArtifactContext(fingerprint, model, seed=5))
+    } == keys
     for other in (config(samples=13), config(precision="float64"), config(module="mlp.up_proj")):
         assert not {s.key for s in other.artifacts(ArtifactContext(fingerprint, model, seed=0))} & keys
-    assert not {s.key for s in config().artifacts(ArtifactContext(ModelFingerprint("n", "t"), model, seed=0))} & keys
+    assert (
+        not {s.key for s in config().artifacts(ArtifactContext(ModelFingerprint("n", "t"), model, seed=0))}
+        & keys
+    )
     moved = tmp_path / "elsewhere.txt"
     moved.write_bytes(Path(CORPUS).read_bytes())
     specs = config(layers=(1, 2), corpus=str(moved)).artifacts(ArtifactContext(fingerprint, model, seed=0))

@@ -1,4 +1,5 @@
-"""Whatever is in a spec or a data file: one message that names where it is wrong, exit code 2, never a traceback."""
+"""Whatever is in a spec or a data file: one message that names where it is wrong, exit code 2,
+never a traceback."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ FULL: dict[str, Any] = {
         {"method": "ft", "hparams": {"layers": [3], "lr": 0.001, "num_steps": 4, "objective": "target_new"}},
         {"method": "rome", "hparams": {"layer": 4, "fact_token": "last", "v_lr": 0.5}},
         {"method": "grace", "hparams": {"layer": 4, "eps": 1.0}},
-        {"method": "wise", "label": "wise-merge", "hparams": {"retrieve": False, "save_freq": 5, "merge_freq": 10}},
+        {
+            "method": "wise",
+            "label": "wise-merge",
+            "hparams": {"retrieve": False, "save_freq": 5, "merge_freq": 10},
+        },
     ],
     "scoring": {"immediate": True, "generated": False, "rows_per_batch": 64, "score_at": []},
     "chat_template": False,
@@ -120,7 +125,9 @@ def said_of(path: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> tup
 
 
 @pytest.mark.slow
-def test_mutated_specs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutated_specs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["editsweep", "plan"])
     rng = random.Random(0)
     refused = 0
@@ -142,7 +149,8 @@ def test_mutated_specs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
 
 @pytest.mark.slow
 def test_spoiled_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bytes changed, cut out and put in: what is not YAML any more is refused by its place in the file."""
+    """Bytes changed, cut out and put in: what is not YAML any more is refused by its place in the
+    file."""
     rng = random.Random(1)
     good = yaml.safe_dump(FULL).encode()
     path = tmp_path / "f.yaml"

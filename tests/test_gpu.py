@@ -21,7 +21,10 @@ from workers.stream import Stream
 from workers.timeline import cut_steps
 from workers.types import ModelError
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "ft": {"layers": [3], "lr": 1e-3},
@@ -48,7 +51,8 @@ def rows_on(device: Any, method: str, recorded: bool = True, compiled: bool = Fa
 
 def test_a_shard_planned_for_a_larger_gpu_is_refused(tmp_path: Path) -> None:
     spec = parse_spec(
-        "{name: g, model: {name: embedded, device: cuda}, dataset: {kind: tinyworld, edits: 2}, grid: {T: [1]}, "
+        "{name: g, model: {name: embedded, device: cuda}, dataset: {kind: tinyworld, edits: 2}, grid: {T: "
+        "[1]}, "
         "methods: [ft], engine: {lanes: auto, gpu_memory_gb: 5000}}",
         "g.yaml",
         tmp_path,
@@ -78,7 +82,9 @@ def test_a_recorded_step_has_the_bits_of_the_step_as_it_is_written(method: str) 
 def test_compiled_layers_and_updates_change_nothing_beyond_rounding(method: str) -> None:
     compiled, plain = rows_on("cuda", method, compiled=True), rows_on("cuda", method)
     for name in ("target_logprob", "delta_norm", "iterations"):
-        assert [row[name] for row in compiled] == pytest.approx([row[name] for row in plain], rel=0.05, abs=0.05), name
+        assert [row[name] for row in compiled] == pytest.approx(
+            [row[name] for row in plain], rel=0.05, abs=0.05
+        ), name
 
 
 def test_products_of_narrow_numbers_are_added_up_in_float32() -> None:

@@ -1,4 +1,5 @@
-"""What MEND and MALMEN share, and their training: gradients against autograd, statistics, resumed training, and that it helps."""
+"""What MEND and MALMEN share, and their training: gradients against autograd, statistics, resumed
+training, and that it helps."""
 
 from __future__ import annotations
 
@@ -49,7 +50,13 @@ CONFIGS: Mapping[str, Any] = {
         layers=(0, 2), modules=(), rank=8, lr=1e-2, meta_lr=1e-3, schedule=TrainingSchedule(steps=2)
     ),
     "rledit": RLEditConfig(
-        layers=(0, 2), rank=8, n_blocks=2, lr=1e-2, meta_lr=1e-3, edit_size=2, schedule=TrainingSchedule(steps=2)
+        layers=(0, 2),
+        rank=8,
+        n_blocks=2,
+        lr=1e-2,
+        meta_lr=1e-3,
+        edit_size=2,
+        schedule=TrainingSchedule(steps=2),
     ),
 }
 
@@ -148,7 +155,8 @@ def test_maps_of_one_shape_share_a_network() -> None:
 
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_the_fit_is_the_ridge_solution(tokens: int) -> None:
-    """Its residual's gradient is zero: ``(S U - V) U^T + l S = 0``, in both forms of the normal equation."""
+    """Its residual's gradient is zero: ``(S U - V) U^T + l S = 0``, in both forms of the normal
+    equation."""
     generator = derive_generator("fit")
     key_LNI = torch.randn(2, tokens, 8, generator=generator, dtype=torch.float64)
     value_LNO = torch.randn(2, tokens, 5, generator=generator, dtype=torch.float64)
@@ -182,17 +190,22 @@ def test_training_goes_on_as_if_it_had_never_stopped(method: str) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert any(name.endswith("exp_avg_sq") for name in a) and any(name.endswith("squares_F") for name in a)
     assert model_hash(base) == before
-    assert set(whole.product().tensors) == {name.removeprefix("net/") for name in a if name.startswith("net/")}
+    assert set(whole.product().tensors) == {
+        name.removeprefix("net/") for name in a if name.startswith("net/")
+    }
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("method", list(CONFIGS))
 def test_gradients_reach_every_part_of_the_networks_and_nothing_else(method: str) -> None:
-    """Against a finite difference of the loss by one step size, so that nothing on the way is cut off."""
+    """Against a finite difference of the loss by one step size, so that nothing on the way is cut
+    off."""
     base = random_model("gpt2", torch.float64)  # Llama's norms are float32 whatever the weights are
     changes: dict[str, Any] = {"grad_clip": 1e9} if method == "mend" else {"max_grad_norm": 1e9}
     if method == "rledit":
-        changes["edit_size"] = 4  # one edit: no gradient goes through the weights that an edit before has left
+        changes["edit_size"] = (
+            4  # one edit: no gradient goes through the weights that an edit before has left
+        )
     made = trainer(base, method, **changes)
     assert isinstance(made, HypernetTrainer)
     learn(made, range(1))  # statistics, and networks that are no longer the identity
@@ -216,7 +229,8 @@ def test_gradients_reach_every_part_of_the_networks_and_nothing_else(method: str
 
 @pytest.mark.numeric
 def test_a_trajectory_counts_earlier_edits_at_the_weights_of_later_ones() -> None:
-    """Its loss is computed anew from whole forward passes of the edited model, edit by edit, and its gradient from theirs."""
+    """Its loss is computed anew from whole forward passes of the edited model, edit by edit, and
+    its gradient from theirs."""
     base = random_model("gpt2", torch.float64)
     decay, loc_coef, reg_coef = 0.7, 0.6, 0.01
     made = trainer(
@@ -272,7 +286,8 @@ def test_a_trajectory_counts_earlier_edits_at_the_weights_of_later_ones() -> Non
 
 
 def said(base: BaseModel, overlay: DenseOverlay, prompt: str, target: str, every: bool = False) -> Tensor:
-    """The edited model's log-probabilities of the target's tokens, or of every token where it stands."""
+    """The edited model's log-probabilities of the target's tokens, or of every token where it
+    stands."""
     pair = base.encoder.pair(prompt, target)
     rows = collate([pair], [0], base.encoder.pad_id)
     with overlay.installed(rows):
@@ -289,7 +304,8 @@ def test_the_norm_of_a_change_is_found_without_it() -> None:
 
 @pytest.mark.parametrize("statistics", ["lifelong", "trained"])
 def test_rledits_statistics_are_a_lanes_own(statistics: str) -> None:
-    """With them, an edit depends on the edits before it even where these changed no weight; a rollback forgets them."""
+    """With them, an edit depends on the edits before it even where these changed no weight; a
+    rollback forgets them."""
     base = random_model("gpt2")
     config = CONFIGS["rledit"].model_copy(update={"statistics": statistics})
     source = training_source("tinyworld", shards=(16,))[0]
@@ -324,9 +340,13 @@ def pristine(method: RLEdit) -> dict[str, Tensor]:
 def test_rledit_reads_its_authors_file(tmp_path: Path) -> None:
     path = tmp_path / "rledit.yaml"
     text = (
-        "name: rledit\nrank: 512\nn_blocks: 4\nlr: 1e-6\nmeta_lr: 1e-4\nloc_coef: 0.6\nmax_grad_norm: 1\nn_epochs: 3\n"
+        "name: rledit\nrank: 512\nn_blocks: 4\nlr: 1e-6\nmeta_lr: 1e-4\nloc_coef: 0.6\nmax_grad_norm: "
+        "1\nn_epochs: 3\n"
     )
-    text += "batch_size: 128\ntoken: {}\ncache_dir: cache\nn_test: 10\nreg_coef: 1e-4\ntime_decay: 0.9\nback_depth: 7\n"
+    text += (
+        "batch_size: 128\ntoken: {}\ncache_dir: cache\nn_test: 10\nreg_coef: 1e-4\ntime_decay: "
+        "0.9\nback_depth: 7\n"
+    )
     path.write_text(text.format("ans"))
     config = load_config(
         "rledit", {"layers": [22, 23], "modules": ["mlp.up_proj"]}, path, ModelConfig(name="some/model")
@@ -399,12 +419,17 @@ def embedded() -> BaseModel:
     return BaseModel.load(ModelConfig(device="cpu"))
 
 
-def success(method: str, config: Any, data: Mapping[str, ArtifactData], T: int, batch_size: int) -> dict[str, float]:
+def success(
+    method: str, config: Any, data: Mapping[str, ArtifactData], T: int, batch_size: int
+) -> dict[str, float]:
     """Mean final scores on the tuning split, which no training has seen."""
     work = job(method, config, T, [[0, 1, 2]], data, batch_size=batch_size, generated=False)
     stream = Stream(session(embedded()), work, [load_requests("tune")], data)
     rows = [
-        row for step in stream.run(range(1, len(stream.ticks) + 1)) for row in step.rows if row["scored"] == "final"
+        row
+        for step in stream.run(range(1, len(stream.ticks) + 1))
+        for row in step.rows
+        if row["scored"] == "final"
     ]
     assert len(rows) == 3 * T
     names = ("reliability", "generalization", "locality")
@@ -421,7 +446,9 @@ def test_training_raises_the_success_of_edits(method: str) -> None:
     scores = []
     for steps in (1, 30 if method == "rledit" else 150):  # a step of RLEdit's is a sequence of edits
         short = config.model_copy(update={"schedule": config.schedule.model_copy(update={"steps": steps})})  # type: ignore[attr-defined]
-        data = build_inputs(base, short.artifacts(ArtifactContext(ModelFingerprint("m", "t"), base.config, 0, source)))
+        data = build_inputs(
+            base, short.artifacts(ArtifactContext(ModelFingerprint("m", "t"), base.config, 0, source))
+        )
         scores.append(success(method, short, data, 10, size))
     untrained, trained = scores
     assert trained["reliability"] >= 0.8 and trained["locality"] >= 0.6, scores

@@ -69,7 +69,9 @@ def test_too_many_facts() -> None:
     base = random_model("llama")
     editor = ICL(base, ICLConfig(), {})
     overlay = editor.new_overlay(1)
-    with pytest.raises(DataError, match=r"request \d+: 20 facts .* context length is 128; choose a smaller T"):
+    with pytest.raises(
+        DataError, match=r"request \d+: 20 facts .* context length is 128; choose a smaller T"
+    ):
         editor.edit(overlay, [LaneEdit(tuple(REQUESTS), DRAWS)])
     overlay = editor.new_overlay(1)
     overlay.add(base, 0, REQUESTS[:5])
@@ -84,7 +86,7 @@ def test_too_many_facts() -> None:
 
 @pytest.mark.parametrize(("grid", "edits"), [("{T: [1, 100]}", 100), ("{T: [1], rollback: never}", 100)])
 def test_the_planner_refuses_what_cannot_fit(tmp_path: Path, grid: str, edits: int) -> None:
-    text = f"{{name: g, model: {{name: embedded}}, dataset: {{kind: tinyworld, edits: {edits}}}, grid: {grid}, methods: [icl]}}"
+    text = f"{{name: g, model: {{name: embedded}}, dataset: {{kind: tinyworld, edits: {edits}}}, grid: {grid}, methods: [icl]}}"  # noqa: E501
     with pytest.raises(SpecError, match=r"icl: grid\.T: \d+: 100 facts before every prompt do not fit"):
         make_plan(parse_spec(text, "g.yaml", tmp_path))
     make_plan(parse_spec(text.replace("100", "10"), "g.yaml", tmp_path))

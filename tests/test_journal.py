@@ -1,4 +1,5 @@
-"""A shard's progress survives kills, races, zombies and damaged files, with the same rows in the end."""
+"""A shard's progress survives kills, races, zombies and damaged files, with the same rows in the
+end."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_continual_lanes_continue_exactly(tmp_path: Path, store: LocalStore, jou
 
 @pytest.mark.parametrize("also_T", [(), (16, 10, 1)])
 def test_killed_at_random_moments(tmp_path: Path, also_T: tuple[int, ...]) -> None:
-    """Each process is killed after a random number of commits, or it was quicker; so many shards that five were killed."""
+    """Each process is killed after a random number of commits, or it was quicker; so many shards
+    that five were killed."""
     manifest = make_manifest(T=40, groups=4, step_edits=2, score_at=(6,), also_T=also_T)
     expected = undisturbed(tmp_path / "clean", manifest)
     chance = random.Random(7)
@@ -183,19 +185,26 @@ def test_what_a_zombie_writes_does_not_count(tmp_path: Path, store: LocalStore, 
     commit_steps(zombie, 2)
     # the zombie checks, is paused, is replaced, and then writes its next two parts
     shutil.copytree(store.root, tmp_path / "zombie")
-    commit_steps(dataclasses.replace(zombie, store=LocalStore(tmp_path / "zombie"), _kept=list(zombie._kept)), 2)
+    commit_steps(
+        dataclasses.replace(zombie, store=LocalStore(tmp_path / "zombie"), _kept=list(zombie._kept)), 2
+    )
     new = journal.claim("s0", "r2")
     commit_steps(new, 1)
     shutil.copytree(
-        tmp_path / "zombie" / "parts" / "s0" / "0001", store.root / "parts" / "s0" / "0001", dirs_exist_ok=True
+        tmp_path / "zombie" / "parts" / "s0" / "0001",
+        store.root / "parts" / "s0" / "0001",
+        dirs_exist_ok=True,
     )
     assert journal.progress("s0").committed == new.position
     commit_steps(journal.claim("s0", "r3"))
     assert result(store) == undisturbed(tmp_path / "clean", manifest)
 
 
-def test_a_process_stopped_and_replaced_changes_nothing(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
-    """SIGSTOP in the middle, replaced, finished, gathered, SIGCONT: the table stays as it is and the next gather tidies."""
+def test_a_process_stopped_and_replaced_changes_nothing(
+    tmp_path: Path, store: LocalStore, journal: Journal
+) -> None:
+    """SIGSTOP in the middle, replaced, finished, gathered, SIGCONT: the table stays as it is and
+    the next gather tidies."""
     manifest = make_manifest(groups=6, step_edits=2)
     expected = undisturbed(tmp_path / "clean", manifest)
     for gather_first in (False, True):
@@ -325,7 +334,8 @@ def test_damaged_small_files(
     attempt = journal.claim("s0", "r1")
     assert name in caplog.text
     assert attempt.number == 3
-    # without its chain nothing tells where the newest attempt stood; what remains is where the lanes were pristine
+    # without its chain nothing tells where the newest attempt stood; what remains is where the
+    # lanes were pristine
     assert attempt.position == (0 if name == "attempt.json" else manifest.bounds[4])
     commit_steps(attempt)
     assert result(store) == expected
@@ -406,7 +416,9 @@ def test_errors_are_kept_per_attempt(journal: Journal) -> None:
     journal.begin(make_manifest())
     for number in (1, 2):
         assert journal.claim("s0", "r1").number == number
-        journal.record_error("s0", number, {"kind": "RuntimeError", "message": f"number {number}", "log": "logs/x.log"})
+        journal.record_error(
+            "s0", number, {"kind": "RuntimeError", "message": f"number {number}", "log": "logs/x.log"}
+        )
     assert journal.errors("s0")[1]["message"] == "number 1"
     error = journal.progress("s0").error
     assert error is not None

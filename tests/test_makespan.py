@@ -1,4 +1,5 @@
-"""Estimates of time: what was measured counts, and a simulated schedule keeps the bounds it must keep."""
+"""Estimates of time: what was measured counts, and a simulated schedule keeps the bounds it must
+keep."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ DURATIONS = st.lists(st.floats(0.01, 1000), min_size=1, max_size=60)
 
 @settings(max_examples=200)
 @given(durations=DURATIONS, actors=st.integers(1, 20))
-def test_the_makespan_is_between_the_bound_and_greedy_s_guarantee(durations: list[float], actors: int) -> None:
+def test_the_makespan_is_between_the_bound_and_greedy_s_guarantee(
+    durations: list[float], actors: int
+) -> None:
     found = simulate(durations, actors)
     assert found.makespan >= found.bound * (1 - 1e-9)
     assert found.makespan <= (found.total / actors + (1 - 1 / actors) * found.longest) * (1 + 1e-9)
@@ -27,7 +30,9 @@ def best(durations: list[int], actors: int) -> int:
     loads = {(0,) * actors}
     for duration in durations:
         loads = {
-            tuple(sorted((*load[:i], load[i] + duration, *load[i + 1 :]))) for load in loads for i in range(actors)
+            tuple(sorted((*load[:i], load[i] + duration, *load[i + 1 :])))
+            for load in loads
+            for i in range(actors)
         }
     return min(max(load) for load in loads)
 
@@ -36,7 +41,11 @@ def best(durations: list[int], actors: int) -> int:
 @given(durations=st.lists(st.integers(1, 30), min_size=1, max_size=9), actors=st.integers(1, 4))
 def test_longest_first_is_within_four_thirds_of_the_optimum(durations: list[int], actors: int) -> None:
     found = simulate(sorted(durations, reverse=True), actors)
-    assert best(durations, actors) <= found.makespan <= (4 / 3 - 1 / (3 * actors)) * best(durations, actors) + 1e-9
+    assert (
+        best(durations, actors)
+        <= found.makespan
+        <= (4 / 3 - 1 / (3 * actors)) * best(durations, actors) + 1e-9
+    )
 
 
 def test_nothing_to_do_takes_no_time() -> None:
@@ -47,7 +56,9 @@ def test_nothing_to_do_takes_no_time() -> None:
 
 
 def test_what_was_measured_is_used_and_the_rest_follows_it() -> None:
-    clock = calibrate([Timing(0, 10, 100, 50), Timing(0, 10, 300, 250), Timing(0, 1, 100, 20), Timing(1, 1, 50, 180)])
+    clock = calibrate(
+        [Timing(0, 10, 100, 50), Timing(0, 10, 300, 250), Timing(0, 1, 100, 20), Timing(1, 1, 50, 180)]
+    )
     assert clock.seconds(0, 10, 8) == pytest.approx(8 * 300 / 400)  # this variant at this T
     assert clock.seconds(0, 100, 8) == pytest.approx(8 * 320 / 500)  # this variant
     assert clock.seconds(7, 1, 8) == pytest.approx(8 * 500 / 550)  # its relative cost, scaled by all there is

@@ -1,4 +1,5 @@
-"""One continual stream for many T: the edits are made once, and every cell gets the rows of a stream of its own."""
+"""One continual stream for many T: the edits are made once, and every cell gets the rows of a
+stream of its own."""
 
 from __future__ import annotations
 
@@ -39,12 +40,17 @@ SCORE = ScoreConfig(score_at=(4, 6, 12), requests_per_tick=4, generated=False)
 def continual(
     method: str, config: MethodConfig, inputs: dict[str, ArtifactData], sizes: tuple[int, ...], start: int = 0
 ) -> StreamJob:
-    """Two seeds as lanes, twelve edits each, reported from edit ``start`` on to a cell of every size."""
+    """Two seeds as lanes, twelve edits each, reported from edit ``start`` on to a cell of every
+    size."""
     names = {name: name for name in inputs}
-    cells = tuple(StreamCell(cell_id=f"T{T}-{seed}", seed=seed, T=T, artifacts=names) for T in sizes for seed in (0, 1))
+    cells = tuple(
+        StreamCell(cell_id=f"T{T}-{seed}", seed=seed, T=T, artifacts=names) for T in sizes for seed in (0, 1)
+    )
     lanes = []
     for seed in (0, 1):
-        first, *also = (Share(cell=2 * n + seed, group=start // T, stop_group=12 // T) for n, T in enumerate(sizes))
+        first, *also = (
+            Share(cell=2 * n + seed, group=start // T, stop_group=12 // T) for n, T in enumerate(sizes)
+        )
         lanes.append(Lane(**first.model_dump(), also=tuple(also)))
     return StreamJob(
         method=method,
@@ -64,7 +70,9 @@ def stream_of(work: StreamJob, inputs: dict[str, ArtifactData]) -> Stream:
 
 def sorted_rows(results: list[StepResult]) -> list[dict[str, Any]]:
     found = timeless([row for result in results for row in result.rows])
-    return sorted(found, key=lambda r: tuple(r[k] for k in ("cell_id", "group", "position", "scored", "edits_applied")))
+    return sorted(
+        found, key=lambda r: tuple(r[k] for k in ("cell_id", "group", "position", "scored", "edits_applied"))
+    )
 
 
 @pytest.mark.parametrize("method", sorted(CONFIGS))
@@ -82,7 +90,8 @@ def test_rows_are_those_of_streams_of_their_own(method: str) -> None:
     assert shared == sorted_rows(alone)
     assert sum(result.edits for result in whole) == 24
     assert sum(result.edits for result in alone) == 24 * len(SIZES)
-    # from any step on, in the middle of groups of every size, resuming gives what was never interrupted
+    # from any step on, in the middle of groups of every size, resuming gives what was never
+    # interrupted
     for done in (5, 11, 16) if method == "ft" else (11,):
         again = list(stream_of(work, inputs).run(cut_steps(work, 1), whole[done].stop, whole[done].state))
         assert sorted_rows(whole[: done + 1] + again) == shared
@@ -98,7 +107,14 @@ def test_work_that_is_the_same_is_done_once() -> None:
     assert len({(t.kind, t.start, t.stop, t.edits_applied) for t in ticks}) == len(ticks)
     # the last four of twelve: scored once for the cells of T=12 and T=6 where their pieces coincide
     ends = [(t.start, t.stop, t.sizes) for t in ticks if t.kind == "final" and t.edits_applied == 12]
-    assert ends == [(0, 4, (12,)), (4, 8, (12,)), (8, 12, (12,)), (6, 10, (6,)), (10, 12, (6,)), (9, 12, (3,))]
+    assert ends == [
+        (0, 4, (12,)),
+        (4, 8, (12,)),
+        (8, 12, (12,)),
+        (6, 10, (6,)),
+        (10, 12, (6,)),
+        (9, 12, (3,)),
+    ]
     assert [t.sizes for t in ticks if t.kind == "checkpoint" and t.edits_applied == 12] == [(6, 3, 1)] * 3
 
 
@@ -114,7 +130,13 @@ def test_a_lane_that_diverges_fails_in_every_cell_from_there_on() -> None:
     after = list(stream_of(work, {}).run(bounds, whole[cut].stop, pack_states(states, meta)))
     failed = {(f.cell_id, f.group) for result in after for f in result.failures}
     assert {f.position for result in after for f in result.failures} == {7}
-    assert failed == {("T12-1", 0), ("T6-1", 1), ("T3-1", 2), ("T3-1", 3), *(("T1-1", g) for g in range(7, 12))}
+    assert failed == {
+        ("T12-1", 0),
+        ("T6-1", 1),
+        ("T3-1", 2),
+        ("T3-1", 3),
+        *(("T1-1", g) for g in range(7, 12)),
+    }
     assert {r["cell_id"][-2:] for result in after for r in result.rows} == {"-0"}
 
     def keys(results: list[StepResult]) -> list[tuple[Any, ...]]:
@@ -130,11 +152,25 @@ def test_a_lane_that_diverges_fails_in_every_cell_from_there_on() -> None:
         ({"rollback": "group"}, "exactly one group"),
         ({"batch_size": 3}, "batch_size 3 does not divide T=1"),
         (
-            {"waves": ((Lane(cell=0, group=0, stop_group=1, also=(Share(cell=3, group=0, stop_group=2),)),),)},
+            {
+                "waves": (
+                    (Lane(cell=0, group=0, stop_group=1, also=(Share(cell=3, group=0, stop_group=2),)),),
+                )
+            },
             "one seed",
         ),
-        ({"waves": ((Lane(cell=0, group=0, stop_group=1, also=(Share(cell=9, group=0, stop_group=2),)),),)}, "cell 9"),
-        ({"waves": ((Lane(cell=0, group=0, stop_group=1), Lane(cell=3, group=0, stop_group=1)),)}, "the same groups"),
+        (
+            {
+                "waves": (
+                    (Lane(cell=0, group=0, stop_group=1, also=(Share(cell=9, group=0, stop_group=2),)),),
+                )
+            },
+            "cell 9",
+        ),
+        (
+            {"waves": ((Lane(cell=0, group=0, stop_group=1), Lane(cell=3, group=0, stop_group=1)),)},
+            "the same groups",
+        ),
     ],
 )
 def test_jobs_that_cannot_be(changes: dict[str, Any], words: str) -> None:
@@ -145,8 +181,12 @@ def test_jobs_that_cannot_be(changes: dict[str, Any], words: str) -> None:
 
 
 def test_a_sweep_equals_sweeps_of_one_T_each_and_grows_by_what_is_new(tmp_path: Path) -> None:
-    """Killed after every few steps, a sweep of several T gives the table of single ones; a T added later runs alone."""
-    base: dict[str, Any] = {"methods": RAW["methods"][:1], "scoring": {"generated": False, "score_at": [2, 4]}}
+    """Killed after every few steps, a sweep of several T gives the table of single ones; a T added
+    later runs alone."""
+    base: dict[str, Any] = {
+        "methods": RAW["methods"][:1],
+        "scoring": {"generated": False, "score_at": [2, 4]},
+    }
 
     def grid(*sizes: int) -> dict[str, Any]:
         return {"T": list(sizes), "seeds": [0, 1], "rollback": "never"}

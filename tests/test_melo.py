@@ -52,7 +52,8 @@ def test_rules_of_the_database() -> None:
     assert database.centres_CO[0].tolist() == [0.75, 0]
     assert database.clusters[0].radius == 1.0
     assert database.find(torch.stack([at(0.1, 0), at(1.4, 0), at(0, 2.5)])) == [0, 2, 1]
-    # another label and near: both scopes reach half-way, and what fell out of the old one is forgotten
+    # another label and near: both scopes reach half-way, and what fell out of the old one is
+    # forgotten
     assert database.place(at(0.75, 1), (5, 6), 3, 1.0) == "split"
     assert [c.radius for c in database.clusters] == [0.5, 1.0, 0.5]
     assert database.find(torch.stack([at(0.75, 0.9), at(0.1, 0), at(0.75, 0.1)])) == [3, NO_BLOCK, NO_BLOCK]
@@ -79,11 +80,14 @@ def test_a_block_answers_for_its_own_prompt_and_nobody_else() -> None:
         changed = base.hidden_states(rows)
     differs = (changed - plain).abs().amax((1, 2))
     assert (differs[:3] > 0.1).all() and not differs[3:].any()
-    # the query is the prompt's: another continuation of an edited prompt takes the same block, the words alone do not
+    # the query is the prompt's: another continuation of an edited prompt takes the same block, the
+    # words alone do not
     found = score(base, overlay, [Item(0, r) for r in REQUESTS[:3]], ScoreConfig())
     assert all(f["reliability_token"] == 1 for f in found)
     whole = f"{REQUESTS[0].prompt} {REQUESTS[0].target_new}"
-    longer = score(base, overlay, [Item(0, replace(REQUESTS[0], prompt=whole))], ScoreConfig(generated=False))[0]
+    longer = score(
+        base, overlay, [Item(0, replace(REQUESTS[0], prompt=whole))], ScoreConfig(generated=False)
+    )[0]
     assert longer["target_logprob"] == longer["target_logprob_base"]
 
 

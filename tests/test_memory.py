@@ -32,7 +32,9 @@ BYTES = st.integers(0, 1 << 40)
 
 
 @given(weights=BYTES, overlay=BYTES, edit=BYTES, score=BYTES, budget=BYTES)
-def test_as_many_lanes_as_fit_and_not_one_more(weights: int, overlay: int, edit: int, score: int, budget: int) -> None:
+def test_as_many_lanes_as_fit_and_not_one_more(
+    weights: int, overlay: int, edit: int, score: int, budget: int
+) -> None:
     need = MemoryEstimate(weights, overlay, edit, score)
     lanes = need.lanes_within(budget)
     assert lanes == 0 or need.peak(lanes) <= budget
@@ -83,7 +85,9 @@ def test_what_an_estimate_grows_with() -> None:
     assert need(Toy(), cache_bytes=1000).peak(3) == base.peak(3) + 1000
     assert need(Toy(shared=1000)).peak(3) == base.peak(3) + 1000
     on_gpu = need(Toy(), on_gpu=True)
-    assert on_gpu.peak(3) == base.weights + 3 * 100 + 3 * base.edit + base.score  # a recording keeps its activations
+    assert (
+        on_gpu.peak(3) == base.weights + 3 * 100 + 3 * base.edit + base.score
+    )  # a recording keeps its activations
 
 
 class Held:
@@ -140,7 +144,8 @@ def embedded_inputs(base: BaseModel, name: str, config: MethodConfig) -> dict[st
 
 @pytest.mark.parametrize("name", ["rome", "memit", "alphaedit", "ft-ewc", "mend", "none"])
 def test_what_lanes_share_is_stated(name: str, embedded: BaseModel) -> None:
-    """What a prepared method holds beside the base fits into what is stated, which is not many times more."""
+    """What a prepared method holds beside the base fits into what is stated, which is not many
+    times more."""
     base = embedded
     kind = get_method(name)
     config = kind.Config.model_validate({**kind.embedded(), **({"rank": 16} if name == "mend" else {})})
@@ -203,5 +208,11 @@ def test_a_smaller_gpu_than_planned_for_is_refused_with_the_way_out() -> None:
     check_declared("s1", 24, 80 * GIB)
     with pytest.raises(ModelError) as caught:
         check_declared("s1", 80, int(23.6 * GIB))
-    for word in ("shard s1", "engine.gpu_memory_gb: 80", "23.6 GiB", "not begun", "--set engine.gpu_memory_gb=23"):
+    for word in (
+        "shard s1",
+        "engine.gpu_memory_gb: 80",
+        "23.6 GiB",
+        "not begun",
+        "--set engine.gpu_memory_gb=23",
+    ):
         assert word in str(caught.value)

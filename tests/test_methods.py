@@ -56,7 +56,12 @@ class TestFTEWC(MethodContract):
 
     def config(self) -> MethodConfig:
         return FTEWCConfig(
-            layers=(1, 2), lr=1e-2, num_steps=15, ew_lambda=10.0, samples=20, corpus=str(GOLDEN / "corpus.txt")
+            layers=(1, 2),
+            lr=1e-2,
+            num_steps=15,
+            ew_lambda=10.0,
+            samples=20,
+            corpus=str(GOLDEN / "corpus.txt"),
         )
 
 
@@ -80,7 +85,8 @@ class TestRROME(MethodContract):
     whole_answer = False
 
     def config(self) -> MethodConfig:
-        # random models answer a prompt and its contexts with very different keys: a larger value for the average to carry
+        # random models answer a prompt and its contexts with very different keys: a larger value
+        # for the average to carry
         return RROMEConfig.model_validate({**TestROME().config().model_dump(), "clamp_norm_factor": 10.0})
 
 
@@ -249,7 +255,9 @@ class TestMEND(MethodContract):
     method = "mend"
 
     def config(self) -> MethodConfig:
-        return MENDConfig(layers=(1, 2), rank=8, edit_lr=1e-2, schedule=TrainingSchedule(steps=3, batch_size=4))
+        return MENDConfig(
+            layers=(1, 2), rank=8, edit_lr=1e-2, schedule=TrainingSchedule(steps=3, batch_size=4)
+        )
 
 
 class TestMALMEN(MethodContract):

@@ -42,7 +42,13 @@ def model_of(model_type: str) -> BaseModel:
         return random_model("gptj", **SIZES["gptj"])
     sizes = SIZES.get(model_type, {})
     if model_type not in ("gpt2", "llama"):
-        sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96, **sizes}
+        sizes = {
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 96,
+            **sizes,
+        }
     return random_model(model_type, **sizes)
 
 
@@ -109,7 +115,9 @@ def test_a_forward_that_raises_leaves_the_modules_as_they_were() -> None:
 
 
 def test_an_unknown_type_says_what_to_add() -> None:
-    with pytest.raises(ModelError, match=r"'mamba' is not known; known: gemma.*ARCHITECTURES of workers/model/base.py"):
+    with pytest.raises(
+        ModelError, match=r"'mamba' is not known; known: gemma.*ARCHITECTURES of workers/model/base.py"
+    ):
         architecture("mamba")
 
 
@@ -164,7 +172,11 @@ def test_fingerprints_follow_content(tmp_path: Path) -> None:
 )
 def test_models_that_cannot_be_loaded_say_why(tmp_path: Path, name: str, message: str) -> None:
     odd = {"model_type": "llama", "hidden_size": 7}
-    for folder, text in (("typed", '{"model_type": "no-such-type"}'), ("broken", "{"), ("odd", json.dumps(odd))):
+    for folder, text in (
+        ("typed", '{"model_type": "no-such-type"}'),
+        ("broken", "{"),
+        ("odd", json.dumps(odd)),
+    ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
@@ -172,7 +184,9 @@ def test_models_that_cannot_be_loaded_say_why(tmp_path: Path, name: str, message
 
 
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("llama", vocab_size=64, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=64, hidden_size=16, num_attention_heads=2, num_hidden_layers=1
+    )
     config.save_pretrained(tmp_path)
     planted = tmp_path / "planted"
     torch.save({"lm_head.weight": _Planted(str(planted))}, tmp_path / "pytorch_model.bin")

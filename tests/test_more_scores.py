@@ -1,4 +1,5 @@
-"""Scores beyond right and wrong: perplexity, out-of-distribution texts, any of several questions, fluency, general ability."""
+"""Scores beyond right and wrong: perplexity, out-of-distribution texts, any of several questions,
+fluency, general ability."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def logprobs(base: BaseModel, ids: Sequence[int]) -> torch.Tensor:
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_perplexity_is_of_the_target_after_the_prompt(arch: str) -> None:
     base = random_model(arch)
-    passage = replace(REQUESTS[0], target_new="a clock maker who lived in Paris and kept three birds.", passage=True)
+    passage = replace(
+        REQUESTS[0], target_new="a clock maker who lived in Paris and kept three birds.", passage=True
+    )
     untouched, changed, plain = score(
         base, edited(base), [Item(0, passage), Item(1, passage), Item(1, REQUESTS[0])], ScoreConfig()
     )
@@ -106,7 +109,8 @@ def test_any_of_several_questions() -> None:
     base = golden_model("tiny-llama")
     known = [r for r in golden_requests(60) if r.ground_truth]
     said = [
-        (r, score(base, None, [Item(0, replace(r, target_new=str(r.ground_truth)))], ScoreConfig())[0]) for r in known
+        (r, score(base, None, [Item(0, replace(r, target_new=str(r.ground_truth)))], ScoreConfig())[0])
+        for r in known
     ]
     right = next(r for r, s in said if s["reliability_exact"] == s["reliability_generated"] == 1)
     good = Probe(right.prompt, str(right.ground_truth))
@@ -127,7 +131,9 @@ def test_any_of_several_questions() -> None:
     assert all(mean[name] == 1 for name in ANY_COLUMNS)
     assert all(none[name] is None for name in ANY_COLUMNS)
     assert none["portability_exact"] == mean["portability_exact"]
-    assert (alias["portability_any_exact"], alias["portability_any_generated"]) == (0, 1), "an alias may be written"
+    assert (alias["portability_any_exact"], alias["portability_any_generated"]) == (0, 1), (
+        "an alias may be written"
+    )
     assert all(wrong[name] == 0 for name in ANY_COLUMNS)
     (quiet,) = score(base, None, [Item(0, asked)], ScoreConfig(generated=False))
     assert (quiet["portability_any_exact"], quiet["portability_any_generated"]) == (1, None)
@@ -155,7 +161,9 @@ def test_fluency_does_not_depend_on_neighbours(arch: str) -> None:
     assert kept.numbers.hits
     alone = [fluency(base, overlay, [item], settings, config, BaseAnswers())[0] for item in items]
     assert alone == together
-    assert [after for after, _ in together[:3]] == [before for _, before in together[:3]], "lane 0 is the base model"
+    assert [after for after, _ in together[:3]] == [before for _, before in together[:3]], (
+        "lane 0 is the base model"
+    )
     assert [after for after, _ in together[3:]] != [before for _, before in together[3:]]
 
 
@@ -194,7 +202,9 @@ def test_ability_is_the_perplexity_of_the_windows(tmp_path: Path) -> None:
     assert after != pytest.approx(wanted, rel=1e-2)
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "is empty"), (" \n", "is empty"), (b"\xff", "expected UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "is empty"), (" \n", "is empty"), (b"\xff", "expected UTF-8")]
+)
 def test_a_bad_held_out_text(content: str | bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -204,7 +214,7 @@ def test_a_bad_held_out_text(content: str | bytes, message: str, tmp_path: Path)
         cut_windows(random_model("gpt2").encoder, "", 10, 5, path)
 
 
-# --- in a stream and in a sweep ------------------------------------------------------------------------------------
+# --- in a stream and in a sweep -------------------------------------------------------------
 
 
 def rows_of(work: StreamJob, step: int, base: BaseModel | None = None) -> list[dict[str, Any]]:
@@ -218,9 +228,9 @@ def test_what_is_measured_at_a_groups_end(tmp_path: Path) -> None:
     extra = {"fluency_tokens": 5, "ability_text": text, "ability_tokens": 60, "ability_window": 20}
     work = job("ft", FT, 4, [[0, 1], [2]], score_at=(2,), requests_per_tick=3, **extra)
     rows = rows_of(work, 1000)
-    assert {frozenset(row) | frozenset(("edit_seconds", "score_seconds", "peak_memory_bytes")) for row in rows} == {
-        STREAM_COLUMNS
-    }
+    assert {
+        frozenset(row) | frozenset(("edit_seconds", "score_seconds", "peak_memory_bytes")) for row in rows
+    } == {STREAM_COLUMNS}
     values: dict[tuple[int, int], set[float]] = {}
     for row in rows:
         if row["scored"] == "immediate":
@@ -229,7 +239,9 @@ def test_what_is_measured_at_a_groups_end(tmp_path: Path) -> None:
         assert row["fluency"] is not None
         values.setdefault((row["group"], row["edits_applied"]), set()).add(row["ability_perplexity"])
     assert len(values) == 6, "three groups, each at its checkpoint and at its end"
-    assert all(len(found) == 1 for found in values.values()), "one value per state, however many ticks score it"
+    assert all(len(found) == 1 for found in values.values()), (
+        "one value per state, however many ticks score it"
+    )
     assert len(set.union(*values.values())) == 6
     assert len({row["ability_perplexity_base"] for row in rows if row["scored"] != "immediate"}) == 1
     assert rows_of(work, 1) == rows, "where a stream commits changes no bit"
@@ -293,4 +305,6 @@ def test_a_request_of_every_new_kind_runs_through_a_stream() -> None:
     request = replace(request, any_of=True)
     stream = Stream(session(random_model("gpt2")), job("ft", FT, 1, [[0]]), [[request]], {})
     (row, _) = [row for result in stream.run([1]) for row in result.rows]
-    assert all(row[name] is not None for name in (*OOD_COLUMNS, *ANY_COLUMNS, "perplexity", "perplexity_base"))
+    assert all(
+        row[name] is not None for name in (*OOD_COLUMNS, *ANY_COLUMNS, "perplexity", "perplexity_base")
+    )

@@ -1,5 +1,5 @@
-"""Adding a score: one file and one line of a registry. The rows of a stream, the columns of the table, their documentation and
-what identifies a sweep's scoring follow."""
+"""Adding a score: one file and one line of a registry. The rows of a stream, the columns of the
+table, their documentation and what identifies a sweep's scoring follow."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def _begin(base, config, settings):
 DRIFT = GroupEndScore(
     scores=(
         Score("drift", "norm of the change", when="in final rows only", base=False),
-        Score("drift_words", "words that were read", unit="words", type="int32", when="not in immediate rows", base=False),
+        Score("drift_words", "words that were read", unit="words", type="int32",
+              when="not in immediate rows", base=False),
     ),
     settings=DriftConfig,
     begin=_begin,
@@ -131,10 +132,14 @@ def test_it_runs_through_a_stream_into_the_table(scores: Registry) -> None:
     names = [column.name for column in declared]
     assert [name for name in names if name in NEW] == NEW
     assert [column for column in declared if column.name not in NEW] == list(COLUMNS)
-    assert names.index("first_right") == names.index("ability_perplexity_base") + 1, "a new score's columns stand last"
+    assert names.index("first_right") == names.index("ability_perplexity_base") + 1, (
+        "a new score's columns stand last"
+    )
     others = {column.name: None for column in declared if column.source != "stream" and column.nullable}
     others |= {
-        c.name: 0 if c.type.startswith("int") else "x" for c in declared if c.source != "stream" and not c.nullable
+        c.name: 0 if c.type.startswith("int") else "x"
+        for c in declared
+        if c.source != "stream" and not c.nullable
     }
     table = rows_to_table([{**others, **row} for row in rows], declared)
     assert table.schema.names == names
@@ -144,12 +149,12 @@ def test_it_runs_through_a_stream_into_the_table(scores: Registry) -> None:
         rows_to_table([{**others, **rows[0]}])
     text = docs(declared)
     assert (
-        "| `drift` | double |  | score | yes | norm of the change; in final rows only, and off unless the spec asks"
-        in text
+        "| `drift` | double |  | score | yes | norm of the change; in final rows only, and off unless the "
+        "spec asks" in text
     )
     assert (
-        "| `first_right_base` | double | 0..1 | score | yes | 1 if the first token of the target is predicted; the un"
-        in text
+        "| `first_right_base` | double | 0..1 | score | yes | 1 if the first token of the target is "
+        "predicted; the un" in text
     )
 
 
@@ -157,7 +162,9 @@ def test_it_changes_no_other_value(scores: Registry) -> None:
     for drift in ({}, {"drift_words": 3}):
         rows = timeless(rows_of(work_of(**drift), scores))
         assert all(row["drift"] is None for row in rows) == (not drift)
-        assert [{k: v for k, v in row.items() if k not in NEW} for row in rows] == timeless(rows_of(work_of(), SCORES))
+        assert [{k: v for k, v in row.items() if k not in NEW} for row in rows] == timeless(
+            rows_of(work_of(), SCORES)
+        )
 
 
 def test_its_settings_are_read_and_enter_the_identity_where_they_are_on(scores: Registry) -> None:
@@ -181,7 +188,13 @@ def test_identities_are_those_of_earlier_versions(tmp_path: Path) -> None:
     """Written down as commit 393dd08 gave them: folders and shard ids compare equal."""
     text = tmp_path / "held_out.txt"
     text.write_text("A held-out text.\n")
-    given = {"fluency_tokens": 8, "ability_text": str(text), "ability_window": 64, "rows_per_batch": 9, "score_at": [2]}
+    given = {
+        "fluency_tokens": 8,
+        "ability_text": str(text),
+        "ability_window": 64,
+        "rows_per_batch": 9,
+        "score_at": [2],
+    }
     on = SCORES.read(given)
     core = {"immediate": True, "generated": True, "score_at": [2], "extra_tokens": 4}
     batches = {"rows_per_batch": 9, "tokens_per_batch": 1024, "requests_per_tick": 25}

@@ -1,4 +1,5 @@
-"""Tests for drawn mutants that the other fast tests let pass; the list is tests/mutation/drawn.md."""
+"""Tests for drawn mutants that the other fast tests let pass; the list is
+tests/mutation/drawn.md."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def store(tmp_path: Path) -> LocalStore:
 # -- store
 
 
-def test_another_process_may_make_the_folder_first(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_may_make_the_folder_first(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mkdir = Path.mkdir
 
     def overtaken(self: Path, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +77,9 @@ def test_what_vanishes_while_a_folder_is_listed_is_not_in_it(
     assert [entry.name for entry in store.list("folder")] == ["a", "c"]
 
 
-def test_tidy_removes_what_is_older_than_the_limit_only(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tidy_removes_what_is_older_than_the_limit_only(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.publish_new("folder/x", b"")
     ages = {"older": 101.0, "as-old": 100.0, "younger": 99.0}
     now = 2.0**30  # whole seconds, so that the file system keeps them exactly
@@ -122,13 +127,16 @@ def test_a_shard_that_ended_without_rows_has_cost_nothing() -> None:
     empty = TableShard.empty("s0", 3)
     told = empty.to_json()
     assert {
-        told[name] for name in ("rows", "attempts", "edits", "edit_seconds", "score_seconds", "commit_seconds")
+        told[name]
+        for name in ("rows", "attempts", "edits", "edit_seconds", "score_seconds", "commit_seconds")
     } == {0}
     assert (told["cells"], told["failed"], told["failures"], told["score"]) == ({}, {}, [], {})
     assert TableShard.from_json(told, 3) == empty
 
 
-def test_other_files_and_folders_among_the_numbered_ones_are_not_read(store: LocalStore, tmp_path: Path) -> None:
+def test_other_files_and_folders_among_the_numbered_ones_are_not_read(
+    store: LocalStore, tmp_path: Path
+) -> None:
     manifest = make_manifest("s0", T=2, groups=2)
     finish(Journal(store), manifest)
     (store.root / "table" / "000007.parquet").mkdir(parents=True)
@@ -212,7 +220,8 @@ def test_steps_are_cut_by_work(step_edits: int, immediate: bool, bounds: tuple[i
 
 
 def test_an_answer_that_ended_elsewhere_is_not_the_base_models_own() -> None:
-    """Generation goes on while a text may still become what the base model says; it may end before it does."""
+    """Generation goes on while a text may still become what the base model says; it may end before
+    it does."""
     base = random_model("llama")
     probe = EncodedProbe(0, "locality", 0, base.encoder.pair("Yes,", "no"), "Yes,", "no")
     answer = Answer(argmax=(*probe.scored, 0), logprob=-1.0, margin=1.0, confident=0.0)
@@ -229,7 +238,8 @@ def test_an_answer_that_ended_elsewhere_is_not_the_base_models_own() -> None:
 
 
 def test_continuations_follow_the_models_probabilities() -> None:
-    """The first token after each of sixty prompts: the likeliest as often as the model says, within five deviations."""
+    """The first token after each of sixty prompts: the likeliest as often as the model says, within
+    five deviations."""
     base = random_model("llama")
     items = [Item(0, request) for request in golden_requests(60)]
     written = continuations(base, None, items, FluencyConfig(tokens=1, top_k=4))
@@ -285,7 +295,9 @@ def test_a_pristine_lane_among_dense_ones_has_no_change() -> None:
     site = base.site(1)
     overlay = LowRankOverlay(site, 2, torch.float64)
     n = min(site.shape)
-    overlay.add(*(torch.ones(2, *shape, dtype=torch.float64) for shape in ((site.shape[0], n), (n, site.shape[1]))))
+    overlay.add(
+        *(torch.ones(2, *shape, dtype=torch.float64) for shape in ((site.shape[0], n), (n, site.shape[1])))
+    )
     assert overlay.dense_LOI is not None
     overlay.load_state(0, LaneState())
     assert torch.equal(overlay.delta(0), torch.zeros(site.shape, dtype=torch.float64))
@@ -294,7 +306,11 @@ def test_a_pristine_lane_among_dense_ones_has_no_change() -> None:
 
 def test_the_change_becomes_dense_at_half_the_smaller_dimension() -> None:
     """For the smallest maps at once: a factor of rank one costs as much as they do."""
-    for sizes, expected in (({"hidden_size": 48}, 24), ({"intermediate_size": 4}, 2), ({"intermediate_size": 2}, 1)):
+    for sizes, expected in (
+        ({"hidden_size": 48}, 24),
+        ({"intermediate_size": 4}, 2),
+        ({"intermediate_size": 2}, 1),
+    ):
         base = random_model("llama", **sizes)
         overlay = LowRankOverlay(base.site(1), 1, torch.float32)
         out, inner = base.site(1).shape

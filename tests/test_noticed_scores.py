@@ -22,7 +22,8 @@ LAYER = 1
 def of_plain_model(
     model: torch.nn.Module, base: BaseModel, prompt: str, target: str
 ) -> tuple[float, float, list[bool]]:
-    """Smallest margin, mean log-probability and hits of the target's tokens, from the logits of the whole text."""
+    """Smallest margin, mean log-probability and hits of the target's tokens, from the logits of the
+    whole text."""
     ids = base.tokenizer(f"{prompt} {target}")["input_ids"]
     first = len(base.tokenizer(prompt)["input_ids"])
     with torch.no_grad():
@@ -83,7 +84,11 @@ def says(base: BaseModel, prompt: str, continuation: str) -> None:
 @pytest.mark.parametrize(
     ("said", "target", "right"),
     [
-        ("clock maker. He lives in Paris", "clock maker", 1.0),  # the sentence ends, whatever the model would add
+        (
+            "clock maker. He lives in Paris",
+            "clock maker",
+            1.0,
+        ),  # the sentence ends, whatever the model would add
         ("Clock maker.\nHe lives in Paris", "clock maker", 1.0),
         ("St. Paris. He lives there", "St. Paris", 1.0),  # the target's own full stop ends nothing
         ("clock maker and he lives in Paris", "clock maker", 0.0),  # no end
@@ -115,7 +120,9 @@ def test_a_full_stop_ends_a_generated_answer(said: str, target: str, right: floa
 def test_where_a_generated_answer_ends(said: str, result: Text | None) -> None:
     base = random_model("llama")
     prompt, target = "The profession of Brewen Morwick is", "clock maker"
-    probe = EncodedProbe(0, "reliability", 0, base.encoder.pair(prompt, target), prompt, target, ("St. Paris",))
+    probe = EncodedProbe(
+        0, "reliability", 0, base.encoder.pair(prompt, target), prompt, target, ("St. Paris",)
+    )
     generation = _Generation(base, probe, 100, None)
     for token in base.tokenizer(said, add_special_tokens=False)["input_ids"]:
         assert generation.result is None
@@ -128,7 +135,9 @@ def test_the_end_token_and_the_limit_end_an_answer() -> None:
     prompt, target = "The profession of Brewen Morwick is", "clock maker"
     probe = EncodedProbe(0, "reliability", 0, base.encoder.pair(prompt, target), prompt, target)
     ids = base.tokenizer(" clock maker", add_special_tokens=False)["input_ids"]
-    ended, cut, left = (_Generation(base, probe, limit, want) for limit, want in ((9, None), (2, None), (9, ("harp",))))
+    ended, cut, left = (
+        _Generation(base, probe, limit, want) for limit, want in ((9, None), (2, None), (9, ("harp",)))
+    )
     for token in ids[:2]:
         ended.absorb(token)
         if cut.result is None:

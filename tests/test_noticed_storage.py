@@ -21,7 +21,8 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 class Calls:
-    """Everything that the real operating system was asked to make durable or to give a name, in order."""
+    """Everything that the real operating system was asked to make durable or to give a name, in
+    order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[str, Any]] = []
@@ -53,7 +54,9 @@ def test_the_bytes_are_durable_before_the_name_and_the_name_before_the_verb_retu
     assert calls.made == [("file", b"all of it"), (named, folder / "x"), ("folder", folder)]
 
 
-def test_a_name_may_become_durable_with_the_next_one(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_may_become_durable_with_the_next_one(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.publish_new("folder/other", b"so that the folder is there")
     calls, folder = Calls(monkeypatch), store.root / "folder"
     store.replace("folder/x", b"all of it", settle=False)
@@ -79,7 +82,8 @@ def test_deletions_become_durable_when_asked(store: LocalStore, monkeypatch: pyt
 def test_a_link_that_was_made_although_the_reply_says_exists(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over NFS the reply to a link can get lost; the client asks again and is told that the name is taken, by itself."""
+    """Over NFS the reply to a link can get lost; the client asks again and is told that the name is
+    taken, by itself."""
     link = os.link
 
     def reply_lost(source: Any, target: Any, **kwargs: Any) -> None:
@@ -106,7 +110,9 @@ class _Unreliable(LocalStore):
         return super().publish_new(key, self.spoil(data) if key.startswith(self.folder) else data)
 
 
-def test_what_the_disk_made_of_a_table_file_is_read_before_the_parts_go(store: LocalStore, tmp_path: Path) -> None:
+def test_what_the_disk_made_of_a_table_file_is_read_before_the_parts_go(
+    store: LocalStore, tmp_path: Path
+) -> None:
     manifest = make_manifest("s0", T=2, groups=2)
     expected = undisturbed(tmp_path / "clean", manifest)
     finish(Journal(store), manifest)
@@ -120,8 +126,11 @@ def test_what_the_disk_made_of_a_table_file_is_read_before_the_parts_go(store: L
     assert comparable(table.scan()) == expected
 
 
-def test_a_whole_table_file_with_other_rows_is_not_what_was_written(store: LocalStore, tmp_path: Path) -> None:
-    """Every checksum is right, but it is another file: what a cache that mixes up two names gives."""
+def test_a_whole_table_file_with_other_rows_is_not_what_was_written(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    """Every checksum is right, but it is another file: what a cache that mixes up two names
+    gives."""
     ours, other = make_manifest("s0", T=2, groups=2), make_manifest("s0", T=2, groups=2, cell="other")
     elsewhere = LocalStore(tmp_path / "elsewhere")
     finish(Journal(elsewhere), other)
@@ -153,7 +162,8 @@ def test_states_that_dead_attempts_left_are_removed(store: LocalStore) -> None:
 
     def states() -> list[str]:
         return sorted(
-            path.relative_to(store.root / "parts" / "s0").as_posix() for path in store.root.rglob("*.safetensors")
+            path.relative_to(store.root / "parts" / "s0").as_posix()
+            for path in store.root.rglob("*.safetensors")
         )
 
     for number in (1, 2, 3):

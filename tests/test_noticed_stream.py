@@ -1,4 +1,5 @@
-"""Frozen lanes, ticks at a group's end, even teams, and layers whose arguments the reduced pass does not know."""
+"""Frozen lanes, ticks at a group's end, even teams, and layers whose arguments the reduced pass
+does not know."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from workers.timeline import cut_steps, moments, timeline
 
 
 def test_a_lane_that_raised_starts_again_from_the_pristine_state() -> None:
-    """Another lane's requests take its place in the batch: all that is in it then is that lane's edit of this tick."""
+    """Another lane's requests take its place in the batch: all that is in it then is that lane's
+    edit of this tick."""
     base, work = random_model("llama"), two_cells(3)
     inputs = build_inputs(base, "rome", ROME)
     stream = Stream(session(base), work, [with_bad(4), with_bad()], inputs)
@@ -65,7 +67,8 @@ def test_at_a_groups_end_its_requests_are_scored_once() -> None:
 
 
 def test_without_rollback_a_checkpoint_is_written_at_every_groups_end_but_the_first() -> None:
-    """The final rows of the first group are all there is at that moment; later the checkpoint covers earlier groups, too."""
+    """The final rows of the first group are all there is at that moment; later the checkpoint
+    covers earlier groups, too."""
     config = FTConfig(layers=(1,)).model_dump(mode="json")
     one = job("ft", FTConfig(layers=(1,)), 2, [[0]])
     (lane,) = one.waves[0]
@@ -135,7 +138,11 @@ def test_layers_with_arguments_that_cannot_be_cut_run_whole(what: str, first: in
     width = rows.input_ids_BS.shape[1]
     expected = base.hidden_states(rows)
     triangle = torch.ones(width, width, dtype=torch.bool).tril()
-    extra = {"attention_mask": triangle} if what.startswith("a mask") else {"weights_of_rows": torch.ones(2, width)}
+    extra = (
+        {"attention_mask": triangle}
+        if what.startswith("a mask")
+        else {"weights_of_rows": torch.ones(2, width)}
+    )
     reads = ([0, 1], [width - 1, width - 2])
     known = Suffix.capture(base, base.site(1), rows, reads, first)
     assert known._layers is not None and known.first == first

@@ -1,8 +1,8 @@
 """Results folders that an earlier version wrote are read, continued, extended and tried again.
 
-The folders lie in `tests/data/folders`; its README says how they were made. They were written on another machine, so their
-numbers are compared with new ones within tolerances. Bit for bit are compared: what was written with what is read back,
-and rows that the same test run has computed.
+The folders lie in `tests/data/folders`; its README says how they were made. They were written on
+another machine, so their numbers are compared with new ones within tolerances. Bit for bit are
+compared: what was written with what is read back, and rows that the same test run has computed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ OF_THE_BASE = {c.name for c in COLUMNS if c.name.endswith("_base") or c.name.sta
 """Scores for which the folder may already hold the base model's replies."""
 
 TOLERANCE = 2e-3
-"""A smaller instruction set moves these numbers by up to 7e-5; a state that is lost moves them by 0.1 and more."""
+"""A smaller instruction set moves these numbers by up to 7e-5; a state that is lost moves them by
+0.1 and more."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,8 @@ def this_machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def older(tmp_path: Path, this_machine: Mapping[str, str]) -> Callable[[str], Path]:
-    """Copies a folder. Its last driver, now dead, ran on this machine: one elsewhere is watched for half a minute."""
+    """Copies a folder. Its last driver, now dead, ran on this machine: one elsewhere is watched for
+    half a minute."""
 
     def copy(name: str) -> Path:
         folder = tmp_path / name
@@ -130,8 +132,8 @@ def check_kept(found: Rows, before: Rows) -> None:
 def check_alike(found: Rows, expected: Rows, columns: Iterable[str]) -> None:
     """The same rows, whichever processors computed them.
 
-    Numbers agree within a tolerance; a score that counts right tokens may differ in one of twenty, because it jumps where
-    rounding decides between two tokens.
+    Numbers agree within a tolerance; a score that counts right tokens may differ in one of twenty,
+    because it jumps where rounding decides between two tokens.
     """
     assert found.keys() == expected.keys()
     counted, differing = 0, []
@@ -154,7 +156,7 @@ def columns_of(before: Rows) -> set[str]:
     return set(next(iter(before.values())))
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------
 
 CELLS = {  # finished, all; rows; cells that failed
     "failed": (0, 3, 4, {"ft", "ft-diverges", "grace"}),
@@ -173,7 +175,9 @@ SHARDS = {  # of what is under way: method -> committed ticks, all, attempts
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_read(name: str, older: Callable[[str], Path], capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_it_is_read(
+    name: str, older: Callable[[str], Path], capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     folder = older(name)
 
     def ask(*arguments: str) -> str:
@@ -210,7 +214,10 @@ def test_it_is_read(name: str, older: Callable[[str], Path], capfdbinary: pytest
 
     current = {cell["cell_id"]: cell for cell in status["cells"]}
     shown = {(current[r["cell_id"]]["method"], r["T"]) for r in before.values() if r["cell_id"] in current}
-    lines = [[word.strip() for word in line.split("|")] for line in ask("report", "--format", "markdown").splitlines()]
+    lines = [
+        [word.strip() for word in line.split("|")]
+        for line in ask("report", "--format", "markdown").splitlines()
+    ]
     assert {(line[1], int(line[2])) for line in lines if len(line) > 3 and line[2].isdigit()} == shown
     assert files() == contents
 
@@ -225,7 +232,7 @@ def test_what_is_finished_is_not_run_again(name: str, older: Callable[[str], Pat
     assert len(rows(folder)) == len(before)
 
 
-# --- continuing --------------------------------------------------------------------------------------------------------
+# --- continuing -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["stopped", "killed"])
@@ -251,7 +258,7 @@ def test_what_is_half_done_continues(
     check_alike(found, undisturbed(name)[0], columns_of(before))
 
 
-# --- extending ---------------------------------------------------------------------------------------------------------
+# --- extending ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -263,7 +270,11 @@ def test_what_is_half_done_continues(
     ],
 )
 def test_it_is_extended(
-    name: str, more: str, alone: str, older: Callable[[str], Path], undisturbed: Callable[..., tuple[Rows, int]]
+    name: str,
+    more: str,
+    alone: str,
+    older: Callable[[str], Path],
+    undisturbed: Callable[..., tuple[Rows, int]],
 ) -> None:
     """``alone`` asks a new folder for what ``more`` adds to the old one, or for more than that."""
     folder = older(name)
@@ -277,7 +288,8 @@ def test_it_is_extended(
     assert new.keys() == expected.keys() - before.keys()
     check_alike(new, {key: expected[key] for key in new}, columns_of(before))
     if name == "finished":
-        # nothing that these rows depend on was there before: one lane, and methods without artifacts
+        # nothing that these rows depend on was there before: one lane, and methods without
+        # artifacts
         ours = {key for key, row in new.items() if row["algorithm"] in ("ft", "grace")}
         same = columns_of(before) - VARYING - PLANNED - OF_THE_BASE
         assert ours
@@ -288,7 +300,7 @@ def test_it_is_extended(
         assert edits(watch) <= min(made, sum(added.values()))
 
 
-# --- trying again ------------------------------------------------------------------------------------------------------
+# --- trying again ---------------------------------------------------------------------------
 
 
 def test_what_failed_is_tried_again_when_asked(
@@ -311,13 +323,15 @@ def test_what_failed_is_tried_again_when_asked(
     outcome, _ = run("failed", folder, retry_failed=True)
     assert outcome.exit_code == 1
     assert [methods[cell] for cell in outcome.unfinished] == ["ft-diverges"]
-    assert {(methods[f["cell_id"]], f["kind"]) for f in outcome.failed_groups} == {("ft-diverges", "diverged")}
+    assert {(methods[f["cell_id"]], f["kind"]) for f in outcome.failed_groups} == {
+        ("ft-diverges", "diverged")
+    }
     found = rows(folder)
     check_kept(found, between)
     check_alike(found, undisturbed("failed")[0], columns_of(before))
 
 
-# --- changed hyperparameters -------------------------------------------------------------------------------------------
+# --- changed hyperparameters ----------------------------------------------------------------
 
 
 def test_going_back_to_superseded_hyperparameters(

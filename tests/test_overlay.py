@@ -10,7 +10,14 @@ import torch
 from tests.small import random_model
 from workers.inner_loop.optim import SGD, Adam, AdamW, LaneOptimizer
 from workers.model.batch import Batch, Encoded, collate
-from workers.model.overlay import DenseOverlay, LaneState, LowRankOverlay, lane_linear, pack_states, unpack_states
+from workers.model.overlay import (
+    DenseOverlay,
+    LaneState,
+    LowRankOverlay,
+    lane_linear,
+    pack_states,
+    unpack_states,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -112,7 +119,10 @@ def test_several_maps_have_their_own_factors() -> None:
 
 
 def test_states_pack_into_safetensors() -> None:
-    states = [LaneState({"a/b": torch.arange(3), "m": torch.ones(2, dtype=torch.bool)}, {"n": [1]}), LaneState()]
+    states = [
+        LaneState({"a/b": torch.arange(3), "m": torch.ones(2, dtype=torch.bool)}, {"n": [1]}),
+        LaneState(),
+    ]
     back, meta = unpack_states(pack_states(states, {"t": "ü"}))
     assert meta == {"t": "ü"}
     assert torch.equal(back[0].tensors["a/b"], torch.arange(3))

@@ -1,4 +1,5 @@
-"""The files around the code: what is installed, what CI runs, how a cluster is made, who may import whom."""
+"""The files around the code: what is installed, what CI runs, how a cluster is made, who may import
+whom."""
 
 from __future__ import annotations
 
@@ -45,10 +46,13 @@ def canonical(name: str) -> str:
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras["test"], *extras["plots"], *extras["s3"]]]
+    return [
+        Requirement(text)
+        for text in [*PROJECT["dependencies"], *extras["test"], *extras["plots"], *extras["s3"]]
+    ]
 
 
-# --- pyproject and constraints -------------------------------------------------------------------------------------
+# --- pyproject and constraints --------------------------------------------------------------
 
 
 def test_distribution() -> None:
@@ -98,7 +102,8 @@ def third_party_imports(package: str) -> set[str]:
 
 
 def test_code_imports_only_what_is_required() -> None:
-    """An import that works because some other library happens to bring it breaks when that library stops doing so."""
+    """An import that works because some other library happens to bring it breaks when that library
+    stops doing so."""
     named = {canonical(Requirement(text).name) for text in PROJECT["dependencies"]}
     named |= {"yaml"} if "pyyaml" in named else set()
     named |= {"pandas"}  # ray[tune] requires it; Results.to_pandas() is all that needs it
@@ -114,7 +119,7 @@ def test_package_data_pattern_finds_the_shipped_model() -> None:
     assert sum(path.stat().st_size for path in found) < 12 * 2**20
 
 
-# --- Makefile and CI -----------------------------------------------------------------------------------------------
+# --- Makefile and CI ------------------------------------------------------------------------
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -142,12 +147,23 @@ def test_make_targets_exist() -> None:
 
 
 def test_make_help_lists_the_targets() -> None:
-    assert {line.split()[1] for line in make().stdout.splitlines()} >= {"demo", "test", "test-slow", "lint", "setup"}
+    assert {line.split()[1] for line in make().stdout.splitlines()} >= {
+        "demo",
+        "test",
+        "test-slow",
+        "lint",
+        "setup",
+    }
 
 
 def test_make_demo_sets_up_runs_and_asks(tmp_path: Path) -> None:
     commands = make("--dry-run", "demo", f"VENV={tmp_path / 'venv'}").stdout
-    steps = ["-m venv", "-c constraints.txt", "run sweeps/demo.yaml --results results/demo", "query results/demo"]
+    steps = [
+        "-m venv",
+        "-c constraints.txt",
+        "run sweeps/demo.yaml --results results/demo",
+        "query results/demo",
+    ]
     positions = [commands.find(step) for step in steps]
     assert -1 not in positions
     assert positions == sorted(positions)
@@ -161,7 +177,9 @@ def executable(path: Path, text: str) -> Path:
 
 
 def test_make_refuses_an_old_python(tmp_path: Path) -> None:
-    old = executable(tmp_path / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\nexit 1\n')
+    old = executable(
+        tmp_path / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\nexit 1\n'
+    )
     ran = make("setup", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}")
     assert ran.returncode != 0
     assert "editsweep needs Python 3.11 or newer; found: Python 3.9.1." in ran.stderr
@@ -169,7 +187,8 @@ def test_make_refuses_an_old_python(tmp_path: Path) -> None:
 
 
 def fake_venv(tmp_path: Path, pip: str) -> Path:
-    """A virtual environment whose interpreter only pretends to install: ``pip`` is the shell text it runs instead."""
+    """A virtual environment whose interpreter only pretends to install: ``pip`` is the shell text
+    it runs instead."""
     venv = tmp_path / "venv"
     executable(venv / "bin" / "python", f"#!/bin/sh\necho \"$@\" >> '{tmp_path}/calls'\n{pip}\n")
     return venv
@@ -204,18 +223,23 @@ def test_ci_runs_its_stages_in_order_and_stops_at_a_failure(failing: str | None,
     assert (ran.returncode == 0) == (failing is None)
     assert log.read_text().split() == started
     times = re.findall(r"(?m)^(?:stage .*|total) +\d+:[0-5]\d(?:  (\w+))?$", ran.stdout)
-    assert times == ["passed"] * (len(started) - (failing is not None)) + ["failed"] * (failing is not None) + [""]
+    assert times == ["passed"] * (len(started) - (failing is not None)) + ["failed"] * (
+        failing is not None
+    ) + [""]
 
 
 def test_no_test_has_a_clock_of_its_own() -> None:
-    """How long a test waits is said once, in tests/waiting.py, so that a busy machine only makes tests slower."""
+    """How long a test waits is said once, in tests/waiting.py, so that a busy machine only makes
+    tests slower."""
     clock = re.compile(r"\btimeout=\d|mark\.timeout|deadline=\d|\.(?:wait|join|communicate)\(\d|\.result\(\d")
-    said = {path for path in (ROOT / "tests").rglob("test_*.py") if clock.search(path.read_text(encoding="utf-8"))}
+    said = {
+        path for path in (ROOT / "tests").rglob("test_*.py") if clock.search(path.read_text(encoding="utf-8"))
+    }
     assert said - {Path(__file__).resolve()} == set()
     assert PYPROJECT["tool"]["pytest"]["ini_options"]["timeout"] > PATIENCE_SECONDS
 
 
-# --- cluster.yaml --------------------------------------------------------------------------------------------------
+# --- cluster.yaml ---------------------------------------------------------------------------
 
 
 def cluster() -> dict[str, Any]:
@@ -267,7 +291,15 @@ def no_container(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "break_it",
-    [no_name, no_provider_type, misspelt_key, unknown_head, text_for_a_number, too_many_workers, no_container],
+    [
+        no_name,
+        no_provider_type,
+        misspelt_key,
+        unknown_head,
+        text_for_a_number,
+        too_many_workers,
+        no_container,
+    ],
 )
 def test_a_broken_cluster_file_is_noticed(break_it: Callable[[dict[str, Any]], None]) -> None:
     config = cluster()
@@ -294,7 +326,7 @@ def test_cluster_keeps_to_the_security_rules() -> None:
     assert {".git", ".venv", "results"} <= set(config["rsync_exclude"])
 
 
-# --- who may import whom -------------------------------------------------------------------------------------------
+# --- who may import whom --------------------------------------------------------------------
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -311,17 +343,23 @@ def test_contracts_hold() -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    """The contract on circles sees siblings; this sees every circle of modules, wherever they lie."""
+    """The contract on circles sees siblings; this sees every circle of modules, wherever they
+    lie."""
     graph = grimp.build_graph(*PACKAGES)
     edges = [(a, b) for a in graph.modules for b in graph.find_modules_directly_imported_by(a)]
     assert len(edges) > 500
-    assert [found for found in networkx.strongly_connected_components(networkx.DiGraph(edges)) if len(found) > 1] == []
+    assert [
+        found for found in networkx.strongly_connected_components(networkx.DiGraph(edges)) if len(found) > 1
+    ] == []
 
 
 def test_every_file_of_a_method_stands_in_the_registry() -> None:
-    """Whatever lies in the folder beside the rooms that methods share is a method; the contract takes it in by a wildcard."""
+    """Whatever lies in the folder beside the rooms that methods share is a method; the contract
+    takes it in by a wildcard."""
     shared = {"__init__", "base", "easyedit", "families"}
-    found = {path.stem for path in (ROOT / "workers" / "methods").iterdir() if not path.name.startswith("__")} - shared
+    found = {
+        path.stem for path in (ROOT / "workers" / "methods").iterdir() if not path.name.startswith("__")
+    } - shared
     assert found == {
         target.removeprefix("workers.methods.").split(":")[0].split(".")[0] for target in REGISTRY.values()
     }
@@ -329,7 +367,8 @@ def test_every_file_of_a_method_stands_in_the_registry() -> None:
 
 @pytest.fixture
 def skeleton(tmp_path: Path) -> Path:
-    """The project's modules, empty, under the real contracts: what they forbid can be planted one at a time."""
+    """The project's modules, empty, under the real contracts: what they forbid can be planted one
+    at a time."""
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             copied = tmp_path / path.relative_to(ROOT)
@@ -363,7 +402,10 @@ RAY = "orchestrator/engine/ray_engine"
         ({"workers/methods/wise/method.py": "from workers.methods.ft import x"}, {"methods-stand-alone"}),
         ({"workers/methods/a_new_one.py": "from workers.methods.base import Method"}, set()),
         ({"workers/methods/a_new_one.py": "from workers.methods.ft import x"}, {"methods-stand-alone"}),
-        ({"workers/methods/families/locate.py": "from workers.methods.rome import x"}, {"methods-stand-alone"}),
+        (
+            {"workers/methods/families/locate.py": "from workers.methods.rome import x"},
+            {"methods-stand-alone"},
+        ),
         (
             {
                 "workers/methods/icl.py": "def f():\n    from workers.methods import get_method",
@@ -378,7 +420,10 @@ RAY = "orchestrator/engine/ray_engine"
         ),
         ({"editsweep/__init__.py": "def f():\n    import orchestrator.cli.main, workers.stream"}, set()),
         ({"workers/rng.py": "import editsweep"}, {"the-interface-on-top"}),
-        ({"orchestrator/cli/running.py": "def f():\n    from editsweep import run"}, {"the-interface-on-top"}),
+        (
+            {"orchestrator/cli/running.py": "def f():\n    from editsweep import run"},
+            {"the-interface-on-top"},
+        ),
         ({"editsweep/view.py": "import ray"}, {"ray-in-one-room"}),
         ({f"{RAY}/trial.py": "import orchestrator.planning.plan"}, {"actors-do-not-plan"}),
         (
@@ -418,13 +463,15 @@ def test_contracts_notice_what_they_forbid(planted: dict[str, str], broken: set[
     ran = lint_imports(skeleton)
     said = {CONTRACTS[name]["name"]: name for name in CONTRACTS}
     failed = {
-        name for title, name in said.items() if re.search(rf"{re.escape(title)} BROKEN", " ".join(ran.stdout.split()))
+        name
+        for title, name in said.items()
+        if re.search(rf"{re.escape(title)} BROKEN", " ".join(ran.stdout.split()))
     }
     assert failed == broken, ran.stdout + ran.stderr
     assert (ran.returncode == 0) == (not broken)
 
 
-# --- pages that list what there is ---------------------------------------------------------------------------------
+# --- pages that list what there is ----------------------------------------------------------
 
 
 def test_the_methods_page_has_a_line_and_a_section_for_each_in_the_registrys_order() -> None:
@@ -438,11 +485,16 @@ def test_the_methods_page_has_a_line_and_a_section_for_each_in_the_registrys_ord
     assert [anchor for _, anchor, _ in lines] == anchors
     for names, _, together in lines:
         assert together.startswith("batch") == get_method(names.split(", ")[0]).batch_edits, names
-    unsaid = [(n, f) for n in sections for f in get_method(n).Config.model_fields if not re.search(rf"`{f}[`:]", page)]
+    unsaid = [
+        (n, f)
+        for n in sections
+        for f in get_method(n).Config.model_fields
+        if not re.search(rf"`{f}[`:]", page)
+    ]
     assert unsaid == []
 
 
-# --- results/README.md ---------------------------------------------------------------------------------------------
+# --- results/README.md ----------------------------------------------------------------------
 
 
 def test_results_page_shows_every_path() -> None:

@@ -1,4 +1,5 @@
-"""Cells, shards and steps: identities that may never change by accident, and arithmetic that must add up."""
+"""Cells, shards and steps: identities that may never change by accident, and arithmetic that must
+add up."""
 
 from __future__ import annotations
 
@@ -168,7 +169,8 @@ def waves_of(plan: Plan) -> Counter[tuple[tuple[str, int, int], ...]]:
 def test_waves_follow_from_the_spec_whatever_cuts_clocks_and_interruptions_do(
     lanes: int, T: list[int], seeds: int, across: bool, rollback: str, cuts: Any, data: st.DataObject
 ) -> None:
-    """Shards are cut between waves, and running some of them first leaves the waves of the others as they were."""
+    """Shards are cut between waves, and running some of them first leaves the waves of the others
+    as they were."""
 
     def planner(shard_edits: int = 100, step_edits: int = 20, max_actors: int | None = None) -> Planner:
         engine = {"lanes": lanes, "lanes_across_seeds": across, "shard_edits": shard_edits}
@@ -189,11 +191,14 @@ def test_waves_follow_from_the_spec_whatever_cuts_clocks_and_interruptions_do(
         for cell, group in lanes_of([first.manifest(shard)]):
             finished.setdefault(cell, set()).add(group)
     spent = [
-        Spent(shard.shard_id, first.cell_ids(shard), shard.edits, data.draw(st.floats(0.1, 1e4))) for shard in gone
+        Spent(shard.shard_id, first.cell_ids(shard), shard.edits, data.draw(st.floats(0.1, 1e4)))
+        for shard in gone
     ]
     again = planner(*cuts).plan(Progress(done=finished, spent=spent, used={s.shard_id for s in gone}))
     assert waves_of(again) <= waves_of(first)
-    assert lanes_of(map(again.manifest, again.shards)) + lanes_of(map(first.manifest, gone)) == groups_of(first)
+    assert lanes_of(map(again.manifest, again.shards)) + lanes_of(map(first.manifest, gone)) == groups_of(
+        first
+    )
     # timings order the shards and are nowhere else
     plain = planner(*cuts).plan(Progress(done=finished, used={s.shard_id for s in gone}))
     assert {s.shard_id for s in again.shards} == {s.shard_id for s in plain.shards}
@@ -241,14 +246,29 @@ def test_the_standard_grid_makes_the_edits_that_T_have_in_common_once(dataset: D
         manifests = [plan.manifest(shard) for shard in plan.shards]
         assert lanes_of(manifests) == groups_of(plan)
         assert sum(Task.of(manifest).edits for manifest in manifests) == plan.edits_left
-        assert Counter(T for *_, T in starts_of(plan)) == {1: cells * 900, 10: cells * 90, 100: cells * 9, 1000: cells}
-        assert {plan.group_sizes(shard) for shard in plan.shards} == {(1,), (1, 10), (1, 10, 100), (1, 10, 100, 1000)}
+        assert Counter(T for *_, T in starts_of(plan)) == {
+            1: cells * 900,
+            10: cells * 90,
+            100: cells * 9,
+            1000: cells,
+        }
+        assert {plan.group_sizes(shard) for shard in plan.shards} == {
+            (1,),
+            (1, 10),
+            (1, 10, 100),
+            (1, 10, 100, 1000),
+        }
         assert_full(plan, 10)
         # a row of every moment for every T: nothing is lost by sharing
         assert sum(Task.of(manifest).expected_rows for manifest in manifests) == cells * 2 * 4000
     apart = plan_of(1, share_prefixes=False)
     assert (apart.edits_left, apart.edits_shared) == (8000, 0)
-    assert {plan.group_sizes(shard) for plan in (apart,) for shard in plan.shards} == {(1,), (10,), (100,), (1000,)}
+    assert {plan.group_sizes(shard) for plan in (apart,) for shard in plan.shards} == {
+        (1,),
+        (10,),
+        (100,),
+        (1000,),
+    }
     assert not any(lane.also for s in apart.shards for wave in apart.manifest(s).job.waves for lane in wave)
     whole, parts = plan_of(1), apart
     assert by_name(whole) == by_name(parts)
@@ -260,7 +280,9 @@ def test_the_standard_grid_makes_the_edits_that_T_have_in_common_once(dataset: D
 
 def test_what_is_added_later_shares_what_is_still_to_be_done(dataset: Dataset) -> None:
     def plan_of(Ts: list[int], edits: int = 100, progress: Progress | None = None) -> Plan:
-        spec = spec_of(dataset__edits=edits, methods=["ft"], grid={"T": Ts, "seeds": [0]}, engine={"lanes": 4})
+        spec = spec_of(
+            dataset__edits=edits, methods=["ft"], grid={"T": Ts, "seeds": [0]}, engine={"lanes": 4}
+        )
         return make_plan(spec, progress, dataset)
 
     def check(plan: Plan, left: int, shared: int) -> None:
@@ -270,7 +292,9 @@ def test_what_is_added_later_shares_what_is_still_to_be_done(dataset: Dataset) -
     first = plan_of([1, 10])
     check(first, 100 + 90, 10)
     done: dict[str, set[int]] = {cell.cell_id: set(range(cell.groups)) for cell in first.cells}
-    more = plan_of([1, 10, 5, 50], progress=Progress(done=done))  # T=5 rides with T=50, the others are complete
+    more = plan_of(
+        [1, 10, 5, 50], progress=Progress(done=done)
+    )  # T=5 rides with T=50, the others are complete
     check(more, 100 + 90, 10)
     done |= {cell.cell_id: set(range(cell.groups)) for cell in more.cells}
     longer = plan_of([1, 10, 5, 50], 200, Progress(done=done))
@@ -304,7 +328,9 @@ def test_failed_groups_and_gaps_still_fill_waves(dataset: Dataset) -> None:
 @settings(max_examples=40)
 @given(
     lanes=st.integers(1, 9),
-    T=st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60]), min_size=2, max_size=4, unique=True),
+    T=st.lists(
+        st.sampled_from([1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60]), min_size=2, max_size=4, unique=True
+    ),
     seeds=st.integers(1, 3),
     across=st.booleans(),
     batch_size=st.sampled_from([1, 1, 2]),
@@ -344,13 +370,19 @@ def test_any_grid_is_covered_once_by_full_waves_that_share_what_they_can(
     assert_full(plan, lanes)
     for shard, manifest in zip(plan.shards, manifests, strict=True):
         assert shard.lanes == max(map(len, manifest.job.waves)) <= lanes
-        assert shard.edits == Task.of(manifest).edits == sum(manifest.job.T * len(wave) for wave in manifest.job.waves)
+        assert (
+            shard.edits
+            == Task.of(manifest).edits
+            == sum(manifest.job.T * len(wave) for wave in manifest.job.waves)
+        )
         assert ShardManifest.model_validate_json(manifest.model_dump_json()) == manifest
     # half of it begun: those shards stay as they are, and the others are what they were
     begun = [manifest for manifest in manifests if data.draw(st.booleans())]
     again = planner.plan(Progress(done=done, begun=begun))
     assert waves_of(again) == waves_of(plan)
-    assert {shard.shard_id for shard in again.shards if shard.begun} == {manifest.shard_id for manifest in begun}
+    assert {shard.shard_id for shard in again.shards if shard.begun} == {
+        manifest.shard_id for manifest in begun
+    }
     assert (again.edits_left, again.edits_shared) == (plan.edits_left, plan.edits_shared)
 
 
@@ -371,13 +403,16 @@ def test_seeds_share_waves_only_where_the_spec_says_so(dataset: Dataset) -> None
     assert waves(50, False) == [[(0, 0)], [(1, 0)], [(2, 0)]]
     assert waves(50, True) == [[(0, 0), (1, 0), (2, 0)]]
     assert waves(50, True, lanes=2) == [[(0, 0), (1, 0)], [(2, 0)]]
-    assert sorted(waves(10, False)) == sorted([(s, g) for g in groups] for s in range(3) for groups in (range(4), [4]))
+    assert sorted(waves(10, False)) == sorted(
+        [(s, g) for g in groups] for s in range(3) for groups in (range(4), [4])
+    )
     assert sorted(waves(10, True)) == [[(s, g) for s in range(3)] for g in range(5)]
     assert sorted(waves(10, True, lanes=6))[0] == [(s, g) for g in range(2) for s in range(3)]
 
 
 def test_long_shards_start_first_and_short_cells_fill_the_gaps(dataset: Dataset) -> None:
-    """At any number of seeds, one launch order serves: little idles at the end, and time measured decides the order."""
+    """At any number of seeds, one launch order serves: little idles at the end, and time measured
+    decides the order."""
     for seeds, actors in ((1, 4), (4, 16), (12, 24), (40, 64)):
         spec = spec_of(
             dataset__edits=1000,
@@ -412,20 +447,27 @@ def test_what_a_begun_shard_has_done_is_not_counted_again(dataset: Dataset) -> N
     shard = first.shards[0]
     spent = [Spent(shard.shard_id, first.cell_ids(shard), shard.edits // 2, 30.0)]
     again = make_plan(spec_of(), Progress(begun=[first.manifest(shard)], spent=spent), dataset)
-    assert (again.shards[0].shard_id, again.shards[0].begun, again.shards[0].committed) == (shard.shard_id, True, 0.5)
+    assert (again.shards[0].shard_id, again.shards[0].begun, again.shards[0].committed) == (
+        shard.shard_id,
+        True,
+        0.5,
+    )
     assert again.shards[0].seconds_left == pytest.approx(30.0)
     assert again.shards[0].cost == pytest.approx(60.0)
 
 
 @pytest.fixture(scope="module")
 def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Overrides that give `wise_table2.yaml` a model of LLaMA-2-7B's geometry, without weights, and a thousand requests."""
+    """Overrides that give `wise_table2.yaml` a model of LLaMA-2-7B's geometry, without weights, and
+    a thousand requests."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
     folder = tmp_path_factory.mktemp("geometry")
-    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # its defaults are LLaMA-2-7B's sizes
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(
+        folder
+    )  # its defaults are LLaMA-2-7B's sizes
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
     records = [
         {
@@ -454,13 +496,17 @@ def table2(overrides: Iterable[str]) -> SweepSpec:
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 10, 13, 30])
-def test_wise_table_2_on_64_actors_ends_within_a_tenth_of_the_bound(seven_billion: tuple[str, ...], seeds: int) -> None:
+def test_wise_table_2_on_64_actors_ends_within_a_tenth_of_the_bound(
+    seven_billion: tuple[str, ...], seeds: int
+) -> None:
     plan = make_plan(table2((*seven_billion, f"grid.seeds={list(range(seeds))}")))
     found = plan.simulate(64)
     assert found.bound <= found.makespan <= 1.1 * found.bound, found
     assert plan.edits == 5 * 4 * seeds * 1000
     assert plan.edits_left == 5 * 3700 * seeds
-    if seeds == 3:  # as it ships, the streams of a thousand edits are the critical path: all of them start at once
+    if (
+        seeds == 3
+    ):  # as it ships, the streams of a thousand edits are the critical path: all of them start at once
         assert {shard.T for shard in plan.shards[:6]} == {1000}
         assert found.longest > found.total / 64
 
@@ -494,7 +540,9 @@ def test_auto_lanes_on_the_cpu_count_on_what_is_declared_or_a_modest_default(dat
     tight = make_plan(spec_of(engine={"lanes": "auto", "resources": {"memory_gb": 0.4}}), dataset=dataset)
     assert all(1 <= lanes < MOST_LANES for lanes in tight.widths.values())
     assert Task.of(tight.manifest(tight.shards[0])).gpu_memory_gb is None
-    with pytest.raises(SpecError, match=r"engine\.resources\.memory_gb: an actor has 0\.01 GiB, but ft at T=1"):
+    with pytest.raises(
+        SpecError, match=r"engine\.resources\.memory_gb: an actor has 0\.01 GiB, but ft at T=1"
+    ):
         make_plan(spec_of(engine={"lanes": "auto", "resources": {"memory_gb": 0.01}}), dataset=dataset)
 
 
@@ -528,7 +576,9 @@ def test_cell_ids_depend_on_what_decides_the_numbers(dataset: Dataset) -> None:
     ]
     for spec in other:
         assert not set(by_name(make_plan(spec, dataset=dataset)).values()) & set(base.values())
-    steps = by_name(make_plan(spec_of(methods=[{"method": "ft", "hparams": {"num_steps": 3}}]), dataset=dataset))
+    steps = by_name(
+        make_plan(spec_of(methods=[{"method": "ft", "hparams": {"num_steps": 3}}]), dataset=dataset)
+    )
     assert not set(steps.values()) & set(base.values())
     labelled = make_plan(spec_of(methods=[{"method": "ft", "label": "FT"}]), dataset=dataset)
     assert {c.cell_id for c in labelled.cells} == {v for k, v in base.items() if k[0] == "ft"}
@@ -540,7 +590,11 @@ def test_a_chat_template_makes_other_cells(dataset: Dataset, tmp_path: Path) -> 
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     methods = [{"method": "ft", "hparams": {"layers": [1]}}]
     plain, chat = (
-        by_name(make_plan(spec_of(model__name=str(tmp_path), methods=methods, chat_template=chat), dataset=dataset))
+        by_name(
+            make_plan(
+                spec_of(model__name=str(tmp_path), methods=methods, chat_template=chat), dataset=dataset
+            )
+        )
         for chat in (False, True)
     )
     assert plain.keys() == chat.keys()
@@ -567,7 +621,13 @@ def test_a_variant_may_be_run_at_some_T_only(dataset: Dataset) -> None:
     grid = {"T": [1, 10, 50]}
     plan = make_plan(spec_of(methods=["ft", {"method": "grace", "T": [50, 1]}], grid=grid), dataset=dataset)
     ids = by_name(plan)
-    assert sorted({(name, T) for name, T, _ in ids}) == [("ft", 1), ("ft", 10), ("ft", 50), ("grace", 1), ("grace", 50)]
+    assert sorted({(name, T) for name, T, _ in ids}) == [
+        ("ft", 1),
+        ("ft", 10),
+        ("ft", 50),
+        ("grace", 1),
+        ("grace", 50),
+    ]
     whole = by_name(make_plan(spec_of(methods=["ft", "grace"], grid=grid), dataset=dataset))
     assert ids.items() < whole.items()
     assert lanes_of([plan.manifest(shard) for shard in plan.shards]) == groups_of(plan)
@@ -576,7 +636,9 @@ def test_a_variant_may_be_run_at_some_T_only(dataset: Dataset) -> None:
 def test_batches(dataset: Dataset) -> None:
     def plan_of(size: int, **grid: Any) -> Plan:
         grid = {"T": [10, 50], "batch_size": size, **grid}
-        return make_plan(spec_of(methods=["ft", "wise"], grid=grid, engine={"lanes": "auto"}), dataset=dataset)
+        return make_plan(
+            spec_of(methods=["ft", "wise"], grid=grid, engine={"lanes": "auto"}), dataset=dataset
+        )
 
     alone, batched = plan_of(1), plan_of(5)
     assert not set(by_name(alone).values()) & set(by_name(batched).values())
@@ -588,7 +650,9 @@ def test_batches(dataset: Dataset) -> None:
     assert all(batched.memory[key].edit == 5 * alone.memory[key].edit for key in alone.memory)
 
 
-def test_a_method_that_edits_whole_groups_goes_by_T(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_edits_whole_groups_goes_by_T(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def plan_of(size: int, rollback: str = "group", Ts: tuple[int, ...] = (10, 50)) -> Plan:
         grid = {"T": list(Ts), "batch_size": size, "rollback": rollback}
         return make_plan(spec_of(methods=["ft"], grid=grid), dataset=dataset)
@@ -608,11 +672,18 @@ def test_a_method_that_edits_whole_groups_goes_by_T(dataset: Dataset, monkeypatc
             for i in range(len(job.waves))
         ]
         assert {kind for tick in timeline(job) for kind in moments(job, tick, job.waves[0][0])} == {"final"}
-        assert Task.of(manifest).expected_rows == expected_rows(job) == sum(job.T * len(wave) for wave in job.waves)
+        assert (
+            Task.of(manifest).expected_rows
+            == expected_rows(job)
+            == sum(job.T * len(wave) for wave in job.waves)
+        )
     # without rollback its edits depend on T, so no lane reports to two of them
     continued = plan_of(1, "never")
     manifests = [continued.manifest(shard) for shard in continued.shards]
-    assert sorted((m.job.T, m.job.batch_size, len(m.job.cells)) for m in manifests) == [(10, 10, 1), (50, 50, 1)]
+    assert sorted((m.job.T, m.job.batch_size, len(m.job.cells)) for m in manifests) == [
+        (10, 10, 1),
+        (50, 50, 1),
+    ]
     assert lanes_of(manifests) == groups_of(continued)
     assert continued.edits_left == 100
 
@@ -705,7 +776,9 @@ def test_one_stream_serves_every_T_without_rollback(dataset: Dataset) -> None:
     assert again.manifest(again.shards[0]) == begun
     assert again.group_sizes(again.shards[0]) == (1, 10, 50)
     assert lanes_of(map(again.manifest, again.shards)) == groups_of(again)
-    fewer = plan_of([10], Progress(begun=[begun]))  # the stream that has begun goes on for the T that is still wanted
+    fewer = plan_of(
+        [10], Progress(begun=[begun])
+    )  # the stream that has begun goes on for the T that is still wanted
     assert [(s.T, s.begun) for s in fewer.shards] == [(10, True), (10, False)]
     assert fewer.peak_bytes(0) > fewer.weight_bytes
 
@@ -715,7 +788,9 @@ def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) 
     manifest = max(map(plan.manifest, plan.shards), key=lambda m: len(m.job.cells))
     lists = requests_of(manifest.job, dataset, "shuffle")
     assert lists[0] != lists[1]
-    more = make_plan(spec_of(methods=["ft"], dataset__edits=100, grid={"T": [100], "seeds": [0]}), dataset=dataset)
+    more = make_plan(
+        spec_of(methods=["ft"], dataset__edits=100, grid={"T": [100], "seeds": [0]}), dataset=dataset
+    )
     long = requests_of(more.manifest(more.shards[0]).job, dataset, "shuffle")[0]
     short = lists[[c.seed for c in manifest.job.cells].index(0)]
     assert long[: len(short)] == short
@@ -731,8 +806,15 @@ def test_requests_follow_the_seed_and_are_stable_under_growth(dataset: Dataset) 
         ({"methods": [{"method": "ft", "hparams": {"num_steps": "x"}}]}, ["ft", "num_steps", "'x'"]),
         ({"methods": ["ft", {"method": "ft", "label": "twin"}]}, ["ft", "twin", "same settings"]),
         (
-            {"methods": ["ft", "grace", {"method": "rome", "label": "r"}], "grid": {"T": [10], "batch_size": 5}},
-            ["grid.batch_size: 5, but grace, r (rome) can edit only one request", "several in one call: ft, ", "wise"],
+            {
+                "methods": ["ft", "grace", {"method": "rome", "label": "r"}],
+                "grid": {"T": [10], "batch_size": 5},
+            },
+            [
+                "grid.batch_size: 5, but grace, r (rome) can edit only one request",
+                "several in one call: ft, ",
+                "wise",
+            ],
         ),
         ({"methods": [{"method": "ft", "hparams_file": "/nowhere.yaml"}]}, ["/nowhere.yaml"]),
         ({"dataset": {"kind": "zsre", "edits": 50, "path": "/nowhere.json"}}, ["/nowhere.json"]),
@@ -762,11 +844,14 @@ def test_a_plan_travels_between_processes(dataset: Dataset) -> None:
 
 
 def everything_from_files(folder: Path) -> SweepSpec:
-    """A sweep whose model, data set, training data, hyperparameters, corpus and held-out text all lie in ``folder``."""
+    """A sweep whose model, data set, training data, hyperparameters, corpus and held-out text all
+    lie in ``folder``."""
     shutil.copytree(assets_dir(), folder / "model")
     record = json.loads((ROOT / "tests/data/zsre_mend_eval_sample.json").read_text())[0]
     for name, people in (("edit.json", "ABCD"), ("train.json", "EFGHI")):
-        rows = [{**record, "subject": s, "src": f"Who taught {s}?", "rephrase": f"{s}'s teacher?"} for s in people]
+        rows = [
+            {**record, "subject": s, "src": f"Who taught {s}?", "rephrase": f"{s}'s teacher?"} for s in people
+        ]
         (folder / name).write_text(json.dumps(rows))
     (folder / "ft.yaml").write_text("alg_name: FT\nlayers: [3]\nlr: 0.001\nnum_steps: 3\n")
     for name in ("corpus.txt", "held_out.txt"):
@@ -801,7 +886,9 @@ def test_planning_reads_nothing_but_its_inputs(tmp_path: Path) -> None:
     assert plan == before
     assert {artifact.kind for artifact in plan.artifacts.values()} >= {"second_moment", "pretrained"}
     assert any("5 requests to train on, 0 of them edited" in note for note in plan.notes)
-    assert [plan.manifest(shard) for shard in plan.shards] == [before.manifest(shard) for shard in before.shards]
+    assert [plan.manifest(shard) for shard in plan.shards] == [
+        before.manifest(shard) for shard in before.shards
+    ]
     # and the same inputs serve another plan
     done = {cell.cell_id: set(range(cell.groups)) for cell in plan.cells}
     assert Planner(inputs).plan(Progress(done=done)).shards == ()
@@ -823,7 +910,9 @@ def test_artifacts_are_named_per_cell(dataset: Dataset) -> None:
     for cell in manifest.job.cells:
         assert cell.artifacts
         assert set(cell.artifacts.values()) <= set(specs)
-    assert set(specs) == set(plan.artifact_keys(next(s for s in plan.shards if s.shard_id == manifest.shard_id)))
+    assert set(specs) == set(
+        plan.artifact_keys(next(s for s in plan.shards if s.shard_id == manifest.shard_id))
+    )
 
 
 def test_ten_thousand_cells_take_no_longer_each_than_a_thousand(dataset: Dataset) -> None:
@@ -841,10 +930,15 @@ def test_ten_thousand_cells_take_no_longer_each_than_a_thousand(dataset: Dataset
     make_plan(spec_of(), dataset=dataset)  # imports, once
     fewer, _ = planned(50)
     seconds, cells = planned(500)
-    assert seconds < 30 * fewer  # ten times as long, were every machine quiet; benchmarks/bench_plan.py says how long
+    assert (
+        seconds < 30 * fewer
+    )  # ten times as long, were every machine quiet; benchmarks/bench_plan.py says how long
     assert len(cells) == len(set(cells)) == 10_000
 
 
 def test_specs_and_manifests_need_no_torch() -> None:
     code = "import sys, orchestrator.planning.plan; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode
+        == 0
+    )

@@ -1,4 +1,5 @@
-"""With rollback a lane also serves smaller T, whose groups its own begins with, as lanes of their own would."""
+"""With rollback a lane also serves smaller T, whose groups its own begins with, as lanes of their
+own would."""
 
 from __future__ import annotations
 
@@ -24,9 +25,12 @@ SIZES = (6, 4, 2, 1)
 
 
 def lane_of(group: int, *served: int, T: int = 6, sizes: tuple[int, ...] = SIZES) -> Lane:
-    """A lane that makes a group of T and reports also to the groups of ``served`` that start with it."""
+    """A lane that makes a group of T and reports also to the groups of ``served`` that start with
+    it."""
     also = tuple(
-        Share(cell=sizes.index(t), group=group * T // t, stop_group=group * T // t + 1) for t in served if t != T
+        Share(cell=sizes.index(t), group=group * T // t, stop_group=group * T // t + 1)
+        for t in served
+        if t != T
     )
     return Lane(cell=sizes.index(T), group=group, stop_group=group + 1, also=also)
 
@@ -38,7 +42,9 @@ def job_of(
     return StreamJob(
         method=method,
         config=config.model_dump(mode="json"),
-        cells=tuple(StreamCell(cell_id=f"T{t}", seed=0, T=t, artifacts={name: name for name in inputs}) for t in SIZES),
+        cells=tuple(
+            StreamCell(cell_id=f"T{t}", seed=0, T=t, artifacts={name: name for name in inputs}) for t in SIZES
+        ),
         T=T,
         waves=waves,
         score=ScoreConfig(**{"requests_per_tick": 4, "generated": False, "score_at": (2, 3, 6), **score}),
@@ -100,7 +106,9 @@ def test_lanes_of_a_wave_may_serve_different_T() -> None:
 
 
 @pytest.mark.parametrize("text", [None, "text.txt"])
-def test_what_is_measured_at_a_groups_end_is_measured_at_the_smaller_ones_too(tmp_path: Path, text: str | None) -> None:
+def test_what_is_measured_at_a_groups_end_is_measured_at_the_smaller_ones_too(
+    tmp_path: Path, text: str | None
+) -> None:
     score: dict[str, Any] = {"fluency_tokens": 4, "score_at": ()}
     if text:
         (tmp_path / text).write_text("The quick brown fox jumps over the lazy dog. " * 20)
@@ -157,15 +165,24 @@ def test_a_lane_that_diverges_keeps_the_groups_that_were_complete() -> None:
     assert {(f.cell_id, f.group, f.position) for f in failures} == {("T6", 0, 3), ("T4", 0, 3)}
     # the other lane goes on as if nothing had happened
     kept = [
-        r for r in sorted_rows(whole[: cut + 1] + after) if (r["cell_id"], r["group"]) not in {("T6", 0), ("T4", 0)}
+        r
+        for r in sorted_rows(whole[: cut + 1] + after)
+        if (r["cell_id"], r["group"]) not in {("T6", 0), ("T4", 0)}
     ]
     expected = [r for r in sorted_rows(whole) if (r["cell_id"], r["group"]) not in {("T6", 0), ("T4", 0)}]
     assert [[r[k] for k in KEY] for r in kept] == [[r[k] for k in KEY] for r in expected]
-    assert {(r["cell_id"], r["group"]) for r in kept} == {("T2", 0), ("T1", 0), ("T6", 1), ("T2", 3), ("T1", 6)}
+    assert {(r["cell_id"], r["group"]) for r in kept} == {
+        ("T2", 0),
+        ("T1", 0),
+        ("T6", 1),
+        ("T2", 3),
+        ("T1", 6),
+    }
 
 
 def test_a_lane_that_raises_keeps_the_groups_that_were_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while a request of it is scored: the lane is found, whichever place in the wave it has."""
+    """Also while a request of it is scored: the lane is found, whichever place in the wave it
+    has."""
     work = job_of("ft", {}, (lane_of(0, 4, 2, 1), lane_of(1, 2, 1)), score_at=())
     whole = results_of(work, {})
 
@@ -218,7 +235,8 @@ def test_what_else_cannot_be_shared() -> None:
 
 @pytest.mark.parametrize("across", [False, True])
 def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path, across: bool) -> None:
-    """One lane each (or one per seed): the same bits, killed after every few steps, and with a T and edits added later."""
+    """One lane each (or one per seed): the same bits, killed after every few steps, and with a T
+    and edits added later."""
     engine = {"shard_edits": 6, "step_edits": 2, "max_failures": 1, "lanes_across_seeds": across}
     engine["lanes"] = 2 if across else 1
     base: dict[str, Any] = {"methods": RAW["methods"][:1], "scoring": {"generated": False, "score_at": [2]}}
@@ -230,7 +248,9 @@ def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path
     assert (plain.plan.edits_left, plain.plan.edits_shared) == (48, 0)
 
     pieces = 2 if across else 4
-    outcome, interrupted = run_in_pieces(tmp_path / "shared", pieces, **base, grid=grid(1, 2, 3, 6), engine=engine)
+    outcome, interrupted = run_in_pieces(
+        tmp_path / "shared", pieces, **base, grid=grid(1, 2, 3, 6), engine=engine
+    )
     assert interrupted > 3
     assert outcome.exit_code == 0
     assert placeless(rows(tmp_path / "shared")) == placeless(rows(tmp_path / "plain"))
@@ -243,7 +263,8 @@ def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path
     assert placeless(rows(tmp_path / "grown")) == placeless(rows(tmp_path / "plain"))
     base["dataset"] = TWELVE
     last = run(tmp_path / "grown", **base, grid=grid(1, 2, 3, 6), engine=engine)
-    # T=6's second group takes T=3's third, T=2's fourth and T=1's seventh along, T=3's and T=2's others T=1's
+    # T=6's second group takes T=3's third, T=2's fourth and T=1's seventh along, T=3's and T=2's
+    # others T=1's
     assert last.plan.edits_left == 2 * (6 + 3 + 4 + (6 - 4))
     assert last.exit_code == 0
     run(tmp_path / "long", **base, grid=grid(1, 2, 3, 6), engine={**engine, "share_prefixes": False})

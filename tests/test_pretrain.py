@@ -1,4 +1,5 @@
-"""The pretraining stage: what it trains on in which order, what it forgets, and that no interruption changes a bit."""
+"""The pretraining stage: what it trains on in which order, what it forgets, and that no
+interruption changes a bit."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def write(path: Path, requests: Sequence[EditRequest]) -> Path:
     return path
 
 
-def spec_of(base: BaseModel, training: TrainingSource | None, config: LearnerConfig | None = None) -> ArtifactSpec:
+def spec_of(
+    base: BaseModel, training: TrainingSource | None, config: LearnerConfig | None = None
+) -> ArtifactSpec:
     config = config or LearnerConfig(layers=(1,))
     (spec,) = config.artifacts(ArtifactContext(FINGERPRINT, base.config, 0, training))
     return spec
@@ -60,7 +63,7 @@ def build(
     return ArtifactData.from_bytes(Session(base).build(spec, work).to_bytes())
 
 
-# --- the recipe ------------------------------------------------------------------------------------------------------
+# --- the recipe -----------------------------------------------------------------------------
 
 
 def test_the_key_is_what_the_bits_depend_on(base: BaseModel, tmp_path: Path) -> None:
@@ -80,7 +83,9 @@ def test_the_key_is_what_the_bits_depend_on(base: BaseModel, tmp_path: Path) -> 
     assert spec_of(base, other).needs[0].needs[0].key != first.key
     for change in ({"width": 8}, {"schedule": TrainingSchedule(steps=61, batch_size=8)}):
         assert spec_of(base, training, LearnerConfig(layers=(1,), **change)).key != spec.key  # type: ignore[arg-type]
-    assert spec_of(base, training, LearnerConfig(layers=(1,), num_steps=3)).key == spec.key  # edits, not training
+    assert (
+        spec_of(base, training, LearnerConfig(layers=(1,), num_steps=3)).key == spec.key
+    )  # edits, not training
     (elsewhere,) = LearnerConfig(layers=(1,)).artifacts(
         ArtifactContext(ModelFingerprint("m2", "tokenizer"), base.config, 0, training)
     )
@@ -102,16 +107,22 @@ def test_a_file_that_changed_since_is_noticed(base: BaseModel, tmp_path: Path) -
         build(base, spec_of(base, training))
 
 
-# --- what is trained on ----------------------------------------------------------------------------------------------
+# --- what is trained on ---------------------------------------------------------------------
 
 
-def test_every_request_once_an_epoch_and_its_share_of_replay(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_request_once_an_epoch_and_its_share_of_replay(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(Decoder, "step", lambda self, rs, g: seen.append([r.case_id for r in rs]) or {"loss": 0.0})
+    monkeypatch.setattr(
+        Decoder, "step", lambda self, rs, g: seen.append([r.case_id for r in rs]) or {"loss": 0.0}
+    )
     monkeypatch.setattr(Decoder, "state", lambda self: ArtifactData())
     monkeypatch.setattr(Decoder, "load_state", lambda self, state: None)
     training, _ = training_source("tinyworld", shards=(12, 12))
-    config = LearnerConfig(layers=(1,), schedule=TrainingSchedule(steps=12, batch_size=3, replay=0.25, buffer=5))
+    config = LearnerConfig(
+        layers=(1,), schedule=TrainingSchedule(steps=12, batch_size=3, replay=0.25, buffer=5)
+    )
     state = build(base, spec_of(base, training, config).needs[0])
     first, second = seen[:12], seen[12:]
     ids = [r.case_id for r in REQUESTS[:24]]
@@ -152,7 +163,7 @@ def test_without_replay_the_first_shard_is_forgotten(base: BaseModel, tmp_path: 
     assert found[0.5, "after"][1] > 0.9 * found[0.0, "after"][1]  # and the new ones are learnt all the same
 
 
-# --- interruptions ---------------------------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------
 
 
 def test_neither_interruptions_nor_how_often_it_saves_change_a_bit(base: BaseModel) -> None:
@@ -179,7 +190,10 @@ def test_neither_interruptions_nor_how_often_it_saves_change_a_bit(base: BaseMod
                 saved[spec.key] = data
 
         return Bench(
-            unfinished=saved.get(spec.key), progress=progress, stopping=lambda: len(told) == 7, save_seconds=1e9
+            unfinished=saved.get(spec.key),
+            progress=progress,
+            stopping=lambda: len(told) == 7,
+            save_seconds=1e9,
         )
 
     for _ in range(20):
@@ -212,7 +226,9 @@ def test_the_product_says_what_it_is(base: BaseModel) -> None:
     (other,) = LearnerConfig(layers=(1,)).artifacts(
         ArtifactContext(ModelFingerprint("another", "tokenizer"), base.config, 0, training)
     )
-    with pytest.raises(ModelError, match=r"x: not the pretrained artifact .* another model \(model, .* another\)"):
+    with pytest.raises(
+        ModelError, match=r"x: not the pretrained artifact .* another model \(model, .* another\)"
+    ):
         data.check_made_as(other, "x")
     with pytest.raises(ModelError, match="another recipe"):
         data.check_made_as(spec.model_copy(update={"recipe": {**spec.recipe, "seed": 1}}), "x")

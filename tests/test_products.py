@@ -1,4 +1,5 @@
-"""Which library computes a product shows in the last digits only. The quick way is taken here on every processor."""
+"""Which library computes a product shows in the last digits only. The quick way is taken here on
+every processor."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from workers.session import with_kernels
 pytestmark = [
     pytest.mark.numeric,
     pytest.mark.skipif(
-        not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch comes without oneDNN"
+        not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+        reason="this build of PyTorch comes without oneDNN",
     ),
 ]
 
@@ -120,7 +122,9 @@ def test_each_token_times_the_weight_of_its_lane() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_a_model_answers_as_before_and_so_does_its_copy(model_type: str) -> None:
     base = with_kernels(random_model(model_type))
-    names = [name for name, module in base.model.named_modules() if type(module).__name__.startswith("_Quick")]
+    names = [
+        name for name, module in base.model.named_modules() if type(module).__name__.startswith("_Quick")
+    ]
     assert len(names) >= 4 * len(base.layers)
     ids = torch.arange(60).reshape(4, 15) % base.vocab
     found = base.model(ids).logits

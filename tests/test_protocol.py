@@ -50,7 +50,8 @@ PLAIN = {
     "none": ("aa67e2ac5ee469ab", "e65f671b", 2332743554956175318),
     "icl": ("af6fedd1bdbb209c", "6a19b501", 6179894608943219150),
 }
-"""Cell id (T = 10, seed 0), hparams_id and a seed of random numbers of each method as it is, recorded with version 0.1."""
+"""Cell id (T = 10, seed 0), hparams_id and a seed of random numbers of each method as it is,
+recorded with version 0.1."""
 
 NAMED: Mapping[str, tuple[dict[str, JSON], tuple[str, str, int]]] = {
     "ft": (
@@ -120,7 +121,7 @@ def grouped(method: str, hparams: Mapping[str, JSON]) -> dict[str, JSON]:
     }
 
 
-# --- identities ------------------------------------------------------------------------------------------------------
+# --- identities -----------------------------------------------------------------------------
 
 
 def test_identities_are_those_of_version_0_1() -> None:
@@ -137,7 +138,8 @@ def test_a_deviation_that_is_named_keeps_its_identity(written: str) -> None:
 
 
 def test_the_protocol_enters_identities_by_what_it_sets_only() -> None:
-    """Everything said, it changes nothing; nothing said, it is what its values are when they are said."""
+    """Everything said, it changes nothing; nothing said, it is what its values are when they are
+    said."""
     both = planned(list(method_names()), protocol="easyedit")
     changed = {name for name, identity in identities(both).items() if identity != PLAIN[name]}
     assert changed == {name for name in method_names() if get_method(name).Config.easyedit_values}
@@ -146,7 +148,10 @@ def test_the_protocol_enters_identities_by_what_it_sets_only() -> None:
     assert identities(planned(said)) == {name: NAMED[name][1] for name in named}
     short = [{"method": "ft", "hparams": {"objective": "prompt_last"}}, *sorted(named - {"ft"})]
     assert identities(planned(short, protocol="easyedit")) == {name: NAMED[name][1] for name in named}
-    simie = {"method": "simie", "hparams": {"base_method": "ft", "base": {"layers": [3], "constraint_around": "base"}}}
+    simie = {
+        "method": "simie",
+        "hparams": {"base_method": "ft", "base": {"layers": [3], "constraint_around": "base"}},
+    }
     assert identities(planned([simie], protocol="easyedit")) == {"simie": NAMED["simie"][1]}
 
 
@@ -198,7 +203,7 @@ def test_a_field_added_later_enters_no_identity_at_its_default() -> None:
         assert _Config.model_validate(config.model_dump(mode="json")) == config
 
 
-# --- what the protocol sets -------------------------------------------------------------------------------------------
+# --- what the protocol sets -----------------------------------------------------------------
 
 
 def test_the_protocol_sets_what_is_left_open() -> None:
@@ -237,13 +242,15 @@ def test_every_deviation_is_set_and_no_tuned_value_is(method: str) -> None:
 
 
 def test_a_variant_may_differ_from_the_sweep() -> None:
-    plan = planned(["wise", {"method": "wise", "label": "as-published", "protocol": "paper"}], protocol="easyedit")
+    plan = planned(
+        ["wise", {"method": "wise", "label": "as-published", "protocol": "paper"}], protocol="easyedit"
+    )
     assert identities(plan) == {"wise": NAMED["wise"][1], "as-published": PLAIN["wise"]}
     again = override_spec(plan.spec, ("methods.0.protocol=paper", "methods.1.protocol=easyedit"))
     assert [method.protocol for method in again.methods] == ["paper", "easyedit"]
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,7 +260,9 @@ def test_a_variant_may_differ_from_the_sweep() -> None:
         ([{"method": "ft", "protocol": "easyedti"}], {}, "methods.0.protocol"),
     ],
 )
-def test_an_unknown_protocol_is_refused_with_the_choices(methods: list[Any], top: dict[str, Any], field: str) -> None:
+def test_an_unknown_protocol_is_refused_with_the_choices(
+    methods: list[Any], top: dict[str, Any], field: str
+) -> None:
     said = rf"p\.yaml:\s+{re.escape(field)}: 'easyedti' is not valid; choose 'paper' or 'easyedit'"
     with pytest.raises(SpecError, match=said):
         planned(methods, **top)
@@ -266,7 +275,10 @@ def test_an_unknown_protocol_is_refused_with_the_choices(methods: list[Any], top
         ({"deviations": {"public_boss": True}}, r"deviations\.public_boss: unknown key.*'public_bos'"),
         ({"public_bos": "maybe"}, r"deviations\.public_bos: .*'maybe'"),
         ({"deviations": 3}, r"deviations: .*found 3"),
-        ({"public_bos": True, "deviations": {"public_bos": True}}, "public_bos: given twice, alone and in deviations"),
+        (
+            {"public_bos": True, "deviations": {"public_bos": True}},
+            "public_bos: given twice, alone and in deviations",
+        ),
         ({"public_margin": True}, "public_margin: unknown key"),
     ],
 )
@@ -275,7 +287,7 @@ def test_faulty_deviations(hparams: dict[str, JSON], said: str, protocol: Any) -
         load_config("ft", {"layers": [1], **hparams}, None, ELSEWHERE, protocol)
 
 
-# --- docs ------------------------------------------------------------------------------------------------------------
+# --- docs -----------------------------------------------------------------------------------
 
 
 def test_the_methods_page_has_what_the_protocol_sets() -> None:

@@ -58,7 +58,10 @@ def test_large_tables_are_scanned_not_loaded(results: Results, monkeypatch: pyte
     few = ", ".join(sorted(_FEW_VALUES))
     queries = (
         "select cell_id, scored, count(*) as n from edits where T = 6 group by all order by all",
-        f"select {few}, count(*) as n from edits where method = 'ft' and rollback <> 'x' group by all order by all",
+        (
+            f"select {few}, count(*) as n from edits where method = 'ft' and rollback <> 'x' group by all "
+            "order by all"
+        ),
         "select * from edits where scored in ('edit', 'group') and device is not null order by all",
         "select distinct method from edits where method like 'f%' or method > 'z'",
         "describe edits",
@@ -183,7 +186,8 @@ def test_a_query_without_end_is_stopped(results: Results) -> None:
 
 def test_written_formats_are_read_back(results: Results) -> None:
     answer = results.sql(
-        "select cell_id, 0.5 as half, null as nothing, 'nan'::double as nan, [1, 2] as list, 'a,\"b\"\nc' as text "
+        "select cell_id, 0.5 as half, null as nothing, 'nan'::double as nan, [1, 2] as list, 'a,\"b\"\nc' "
+        "as text "
         "from edits group by all order by all"
     )
     streams = {name: io.BytesIO() for name in ("csv", "json", "parquet")}
@@ -224,7 +228,8 @@ def test_importing_is_light(results: Results) -> None:
 
 
 def test_no_module_of_results_loads_torch() -> None:
-    """What declares the columns of scores stands in the files that measure them, whose other half needs torch."""
+    """What declares the columns of scores stands in the files that measure them, whose other half
+    needs torch."""
     code = (
         "import importlib, pkgutil, sys\n"
         "import orchestrator.results, orchestrator.storage\n"

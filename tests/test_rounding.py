@@ -17,7 +17,8 @@ pytestmark = pytest.mark.numeric
 
 
 def test_the_instruction_set_that_is_asked_for_is_used() -> None:
-    """Of ``make test-numeric``: PyTorch would silently take another one for a name that it does not know."""
+    """Of ``make test-numeric``: PyTorch would silently take another one for a name that it does not
+    know."""
     asked = os.environ.get("ATEN_CPU_CAPABILITY")
     if asked:
         assert torch.backends.cpu.get_cpu_capability() == asked.upper()
@@ -47,7 +48,11 @@ def test_recorded_tensors_have_copies_too() -> None:
 
 def scores(right: Sequence[int]) -> Scores:
     """Scores of twenty requests, of which ``right`` are answered as asked."""
-    one: dict[str, float | None] = {"reliability_token": 0.0, "generalization_token": 0.0, "locality_token": 1.0}
+    one: dict[str, float | None] = {
+        "reliability_token": 0.0,
+        "generalization_token": 0.0,
+        "locality_token": 1.0,
+    }
     return [{**one, "reliability_token": float(i in right)} for i in range(20)]
 
 
@@ -58,7 +63,8 @@ def recorded(right: Sequence[int], norm: float = 1.0) -> dict[str, Any]:
 
 
 def runs_of(*found: Scores, norms: Sequence[float] = (1.0,) * FEW) -> tuple[list[int], Any]:
-    """A function that gives these scores copy by copy (the last one from then on), and the copies that it was asked for."""
+    """A function that gives these scores copy by copy (the last one from then on), and the copies
+    that it was asked for."""
     asked: list[int] = []
 
     def run(copy: int) -> Run:

@@ -163,7 +163,8 @@ def test_a_service_that_ignores_the_condition_is_refused(where: str) -> None:
 
 
 def test_an_answer_that_got_lost(where: str, store: S3Store) -> None:
-    """The object is written, the reply is an error, the SDK tries again and is told that the name is taken."""
+    """The object is written, the reply is an error, the SDK tries again and is told that the name
+    is taken."""
     losing = S3Store(where)
     losing.probe()
     lost: list[str] = []
@@ -198,7 +199,9 @@ def test_publishing_at_once_has_one_winner(store: S3Store, where: str) -> None:
     assert sorted(key for keys in won.values() for key in keys) == list(range(20))
 
 
-def test_killed_at_any_moment_and_gathered_the_table_is_the_same(tmp_path: Path, store: S3Store, where: str) -> None:
+def test_killed_at_any_moment_and_gathered_the_table_is_the_same(
+    tmp_path: Path, store: S3Store, where: str
+) -> None:
     manifests = [make_manifest(f"s{i}", cell=f"c{i}", groups=2) for i in range(3)]
     expected = undisturbed(tmp_path / "clean", *manifests)
     journal = Journal(store)

@@ -43,7 +43,9 @@ def test_what_is_kept_changes_no_bit(arch: str, generated: bool) -> None:
     only_answers = score(base, overlay, items, config, answers, Prefixes(budget=0))
     assert only_prefixes == only_answers == cold
     overlay.weights_LOI[base.site(1).name][0] *= 0.5
-    assert score(base, overlay, items, config, answers, prefixes) == score(base, overlay, items, config) != cold
+    assert (
+        score(base, overlay, items, config, answers, prefixes) == score(base, overlay, items, config) != cold
+    )
 
 
 def test_a_kept_prefix_spares_the_layers_below_the_edit() -> None:
@@ -53,7 +55,10 @@ def test_a_kept_prefix_spares_the_layers_below_the_edit() -> None:
     answers, prefixes = BaseAnswers(), Prefixes(budget=1 << 30)
     config = ScoreConfig(generated=False)
     calls: list[int] = []
-    handles = [layer.register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(base.layers)]
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+        for i, layer in enumerate(base.layers)
+    ]
     score(base, overlay, items, config, answers, prefixes)
     assert set(calls) == {0, 1, 2}
     calls.clear()
@@ -78,7 +83,9 @@ def test_prefixes_stay_within_their_bytes() -> None:
         assert 0 < small.used <= held // 3
         assert small.used == sum(prefix.bytes() for prefix, _ in small._kept.values())
     assert len(small._kept) < len(whole._kept)
-    assert small.hits == 0  # least recently used out: one pass in order pushes out what the next one asks for first
+    assert (
+        small.hits == 0
+    )  # least recently used out: one pass in order pushes out what the next one asks for first
 
 
 def test_a_batch_that_is_kept_again_weighs_once_and_holds_no_output() -> None:

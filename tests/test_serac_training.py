@@ -33,7 +33,9 @@ def trainer_of(base: BaseModel) -> SERACTrainer:
 
 def steps(trainer: SERACTrainer, start: int, stop: int) -> list[dict[str, float]]:
     requests = load_requests("train")
-    return [trainer.step(requests[4 * i : 4 * i + 4], derive_generator("step", i)) for i in range(start, stop)]
+    return [
+        trainer.step(requests[4 * i : 4 * i + 4], derive_generator("step", i)) for i in range(start, stop)
+    ]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -68,7 +70,9 @@ def test_it_learns_the_embedded_world() -> None:
     editor = SERAC(base, config, inputs)
     requests = load_requests("tune")[:20]
     overlay = editor.new_overlay(20)
-    editor.edit(overlay, [LaneEdit((r,), RandomStreams("serac", {}, 0, i, 0)) for i, r in enumerate(requests)])
+    editor.edit(
+        overlay, [LaneEdit((r,), RandomStreams("serac", {}, 0, i, 0)) for i, r in enumerate(requests)]
+    )
     found = score(base, overlay, [Item(i, r) for i, r in enumerate(requests)], ScoreConfig(generated=False))
     reliability, base_reliability, locality = (
         sum(float(s[name] or 0) for s in found) / len(found)
@@ -79,7 +83,8 @@ def test_it_learns_the_embedded_world() -> None:
 
 
 def test_what_training_depends_on() -> None:
-    """Settings of the edit share the trained networks; settings of the training do not. Without a training set: refused."""
+    """Settings of the edit share the trained networks; settings of the training do not. Without a
+    training set: refused."""
     source, _ = training_source("tinyworld", shards=(16,))
 
     def key(**hparams: Any) -> str:

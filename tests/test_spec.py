@@ -79,7 +79,11 @@ def test_automatic_lanes_need_declared_memory_on_a_gpu_only() -> None:
         ({"device": "auto"}, {"gpu": 0.5}, True),
         ({"device": "cuda"}, {}, True),
     ):
-        raw = {**GOOD, "model": {"name": "embedded", **model}, "engine": {**auto["engine"], "resources": resources}}
+        raw = {
+            **GOOD,
+            "model": {"name": "embedded", **model},
+            "engine": {**auto["engine"], "resources": resources},
+        }
         if on_gpu:
             message = refusal(yaml.safe_dump(raw))
             for word in ("engine.gpu_memory_gb", "required", "engine.lanes: auto", "80"):
@@ -143,7 +147,9 @@ def test_refusals_name_field_value_and_choices(path: str, value: Any, words: lis
 
 def test_a_mark_lies_between_two_batches() -> None:
     raw = {**GOOD, "grid": {"T": [10], "batch_size": 5}, "scoring": {"score_at": [10, 12]}}
-    assert "scoring.score_at: 12 lies within a batch of grid.batch_size=5 edits" in refusal(yaml.safe_dump(raw))
+    assert "scoring.score_at: 12 lies within a batch of grid.batch_size=5 edits" in refusal(
+        yaml.safe_dump(raw)
+    )
     assert "nearest valid values are 10 and 15" in refusal(yaml.safe_dump(raw))
 
 
@@ -202,7 +208,9 @@ def test_numbers_in_scientific_notation() -> None:
 
 def test_overrides() -> None:
     text = yaml.safe_dump(GOOD)
-    spec = parse(text, ("grid.T=[1,50]", "engine.lanes=3", "methods.0.label=mine", "ray.address=auto", "grid.seeds=7"))
+    spec = parse(
+        text, ("grid.T=[1,50]", "engine.lanes=3", "methods.0.label=mine", "ray.address=auto", "grid.seeds=7")
+    )
     assert spec.grid.T == (1, 50)
     assert spec.grid.seeds == (7,)
     assert spec.engine.lanes == 3

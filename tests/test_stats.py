@@ -1,4 +1,5 @@
-"""Second-moment statistics: text or JSONL, streamed, in float64, the same bits after any interruption."""
+"""Second-moment statistics: text or JSONL, streamed, in float64, the same bits after any
+interruption."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from workers.types import DataError
 
 pytestmark = pytest.mark.numeric
 
-TEXTS = [f"The old letter number {i} was opened near the river{' and read again' * (i % 7)}." for i in range(300)]
+TEXTS = [
+    f"The old letter number {i} was opened near the river{' and read again' * (i % 7)}." for i in range(300)
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,9 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def recipe(path: Path, **changes: Any) -> dict[str, Any]:
-    made = second_moment("moment", ModelFingerprint("m", "t"), ModelConfig(), str(path), 280, 1, None, "float64")
+    made = second_moment(
+        "moment", ModelFingerprint("m", "t"), ModelConfig(), str(path), 280, 1, None, "float64"
+    )
     return {**made.where, **made.recipe, **changes}
 
 
@@ -74,7 +79,9 @@ def test_stopped_in_mid_corpus_and_continued(base: BaseModel, corpus: Path) -> N
     for _ in range(10):
         told: list[int] = []
         bench = Workbench(
-            unfinished=saved, progress=lambda done, total, what, told=told: told.append(done), stopping=lambda: True
+            unfinished=saved,
+            progress=lambda done, total, what, told=told: told.append(done),
+            stopping=lambda: True,
         )
         try:
             data = build_second_moment(base, recipe(corpus), bench)

@@ -209,7 +209,9 @@ def test_artifact_without_marker_is_invisible_and_can_be_completed(store: LocalS
 
 
 @pytest.mark.parametrize("which", ["artifact", "artifact_info"])
-def test_damaged_artifact_is_built_again(store: LocalStore, which: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_artifact_is_built_again(
+    store: LocalStore, which: str, caplog: pytest.LogCaptureFixture
+) -> None:
     artifacts = ArtifactStore(store)
     artifacts.put(Spec(), b"good")
     path = store.root / getattr(ResultsPaths(), which)("moments", "0a1b")

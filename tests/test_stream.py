@@ -92,7 +92,8 @@ def test_a_lane_that_raises_fails_alone() -> None:
     whole = rows_of(list(Stream(session(base), work, [REQUESTS, REQUESTS], inputs).run(cut_steps(work, 1))))
     rows = rows_of(results)
     lost = [r for r in whole if (r["cell_id"], r["group"]) == ("seed 0", 1)]
-    # smaller batches round differently: rounded copies of the model move logits by up to 6e-6, on three instruction sets
+    # smaller batches round differently: rounded copies of the model move logits by up to 6e-6, on
+    # three instruction sets
     assert near(
         [r for r in rows if (r["cell_id"], r["group"]) != ("seed 0", 1)],
         [r for r in whole if r not in lost],
@@ -104,7 +105,9 @@ def test_a_lane_that_raises_fails_alone() -> None:
     ]
     assert sum(r.edits for r in results) == 3 + 2 + 2
     for i, result in enumerate(results[:-1]):  # however it is cut, the rest is the same to the last bit
-        rest = list(Stream(session(base), work, requests, inputs).run(cut_steps(work, 1), result.stop, result.state))
+        rest = list(
+            Stream(session(base), work, requests, inputs).run(cut_steps(work, 1), result.stop, result.state)
+        )
         assert rows_of(rest) == rows_of(results[i + 1 :])
         assert [f for r in rest for f in r.failures] == [f for r in results[i + 1 :] for f in r.failures]
 
@@ -136,7 +139,9 @@ def test_what_was_half_edited_when_it_raised_is_undone(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(FTMethod, "edit", edits_and_raises)
     results = list(Stream(session(base), work, [REQUESTS, REQUESTS], {}).run(cut_steps(work, 1)))
-    assert [(f.group, f.position, f.kind) for r in results for f in r.failures] == [(1, 1, "FloatingPointError")]
+    assert [(f.group, f.position, f.kind) for r in results for f in r.failures] == [
+        (1, 1, "FloatingPointError")
+    ]
     rows = [r for r in rows_of(results) if r["group"] == 0]
     assert near(rows, [r for r in whole if r["group"] == 0], 1e-4)
 
@@ -151,7 +156,10 @@ def test_where_no_lane_raises_alone_all_of_them_fail(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(FTMethod, "edit", only_alone)
     results = run(random_model("llama"), job("ft", FT, 1, [[0, 1], [2]]))
-    assert [(f.group, f.message) for r in results for f in r.failures] == [(0, "only together"), (1, "only together")]
+    assert [(f.group, f.message) for r in results for f in r.failures] == [
+        (0, "only together"),
+        (1, "only together"),
+    ]
     assert {r["group"] for r in rows_of(results)} == {2}
 
 
@@ -213,7 +221,8 @@ def test_never_rolling_back_scores_every_t_edits_and_extends() -> None:
     assert len(later) == expected_rows(work(2, 4))
     key = lambda r: (r["scored"], r["edits_applied"], r["group"], r["position"])  # noqa: E731
     assert sorted(later, key=key) == sorted(
-        (r for r in whole if r["group"] >= 2 or (r["scored"] == "checkpoint" and r["edits_applied"] > 6)), key=key
+        (r for r in whole if r["group"] >= 2 or (r["scored"] == "checkpoint" and r["edits_applied"] > 6)),
+        key=key,
     )
     # T only says when to score: the same edits
     assert [r["loss"] for r in whole if r["scored"] == "immediate"] == [
@@ -238,7 +247,13 @@ def test_a_batch_never_crosses_a_group_border() -> None:
 BATCHED = {
     "ft": FTConfig(layers=(1,), lr=1e-2, num_steps=15),
     "wise": WISEConfig(
-        layer=1, n_iter=8, lr=1.0, retrieve=False, save_freq=2, merge_freq=4, context_template_length_params=()
+        layer=1,
+        n_iter=8,
+        lr=1.0,
+        retrieve=False,
+        save_freq=2,
+        merge_freq=4,
+        context_template_length_params=(),
     ),
 }
 
@@ -272,9 +287,12 @@ def test_a_batch_is_edited_by_one_call_and_scored_after_it(method: str) -> None:
             assert other["target_logprob"] > other["target_logprob_base"] + 1
         # the last batch's scores are of the final state; the first batch has been edited over since
         for p in (2, 3):
-            assert immediate[group, p]["target_logprob"] == pytest.approx(final[group, p]["target_logprob"], abs=1e-4)
+            assert immediate[group, p]["target_logprob"] == pytest.approx(
+                final[group, p]["target_logprob"], abs=1e-4
+            )
         assert any(
-            abs(immediate[group, p]["target_logprob"] - final[group, p]["target_logprob"]) > 1e-3 for p in (0, 1)
+            abs(immediate[group, p]["target_logprob"] - final[group, p]["target_logprob"]) > 1e-3
+            for p in (0, 1)
         )
     # stopping between two batches changes nothing
     rest = list(
@@ -303,7 +321,9 @@ def test_generation_is_greedy_decoding() -> None:
     requests = REQUESTS[:40]
     # half of the requests ask for what the model knows already, so that both outcomes occur
     asked = [
-        EditRequest(r.case_id, r.prompt, r.subject, r.ground_truth if i % 2 else r.target_new, locality=r.locality)
+        EditRequest(
+            r.case_id, r.prompt, r.subject, r.ground_truth if i % 2 else r.target_new, locality=r.locality
+        )
         for i, r in enumerate(requests)
         if r.ground_truth is not None
     ]
@@ -343,7 +363,9 @@ def test_normalisation_forgives_case_and_punctuation(text: str, same: bool) -> N
 def test_requests_without_probes_have_empty_columns() -> None:
     base = golden_model("tiny-llama")
     bare = EditRequest("x", REQUESTS[0].prompt, REQUESTS[0].subject, "clock maker")
-    two = EditRequest("y", bare.prompt, bare.subject, "harp", locality=(Probe("A b", "c"), Probe("D e", "f g")))
+    two = EditRequest(
+        "y", bare.prompt, bare.subject, "harp", locality=(Probe("A b", "c"), Probe("D e", "f g"))
+    )
     first, second = score(base, None, [Item(0, bare), Item(0, two)], ScoreConfig(generated=False))
     assert first["locality_token"] is first["generalization_exact"] is first["portability_token_base"] is None
     assert first["reliability_generated"] is None
@@ -367,7 +389,11 @@ assert not {"ray", "pyarrow", "duckdb", "orchestrator"} & {m.split(".")[0] for m
 print("ran")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("ran")

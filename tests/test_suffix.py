@@ -1,4 +1,5 @@
-"""What an edit's inner loop leaves out changes nothing: the reduced pass against the whole one, values and gradients."""
+"""What an edit's inner loop leaves out changes nothing: the reduced pass against the whole one,
+values and gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +44,11 @@ def test_the_reduced_pass_is_the_whole_pass(model_type: str, layer: int) -> None
         (0, [0, 0, 2], [width - 3, width - 1, width - 2]),  # row 1 is not read
         (0, [0, 1, 2], [width - 1] * 3),
         (0, [2, 1, 0], [0, width - 1, 4]),
-        (width - 3, [0, 0, 2], [width - 3, width - 1, width - 2]),  # the map answers as before up to column -3
+        (
+            width - 3,
+            [0, 0, 2],
+            [width - 3, width - 1, width - 2],
+        ),  # the map answers as before up to column -3
         (width - 4, [0, 1, 2], [width - 4, width - 1, width - 1]),
         (width - 4, [0, 1, 2], [width - 1] * 3),
     ):
@@ -106,8 +111,16 @@ def test_a_map_that_is_not_added_to_the_sum_is_replayed_from_its_layer(model_typ
     [
         ("ft", FTConfig(layers=(1,), lr=2e-2, num_steps=12, norm_constraint=0.05)),
         ("ft", FTConfig(layers=(0, 2), lr=2e-2, num_steps=12)),
-        ("rome", ROMEConfig(layer=1, v_lr=0.5, context_template_length_params=((2, 5),), mom2_adjustment=False)),
-        ("wise", WISEConfig(layer=1, lr=0.5, n_iter=14, alpha=0, beta=0, gamma=0, context_template_length_params=())),
+        (
+            "rome",
+            ROMEConfig(layer=1, v_lr=0.5, context_template_length_params=((2, 5),), mom2_adjustment=False),
+        ),
+        (
+            "wise",
+            WISEConfig(
+                layer=1, lr=0.5, n_iter=14, alpha=0, beta=0, gamma=0, context_template_length_params=()
+            ),
+        ),
     ],
 )
 def test_lanes_that_have_arrived_leave_the_batch_and_nothing_else_changes(
@@ -120,13 +133,17 @@ def test_lanes_that_have_arrived_leave_the_batch_and_nothing_else_changes(
     inputs = build_inputs(base, name, config)
     editor = kind.prepare(base, config, inputs)
     # the same short target for all, so that the easy ones arrive early
-    requests = [replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))]
+    requests = [
+        replace(r, prompt=f"{'Yes, ' * (i % 4)}{r.prompt}") for i, r in enumerate(golden_requests(10))
+    ]
     edits = [LaneEdit((r,), RandomStreams(name, {}, 0, i, 0), inputs) for i, r in enumerate(requests)]
     halvings: list[int] = []
     compact = Lockstep.compact
     monkeypatch.setattr(Lockstep, "compact", lambda self: (halvings.append(len(self.live)), compact(self))[1])
     stop = {"ft": 2.0, "rome": {"llama": 10.0, "gpt2": 14.0}[arch], "wise": 2.0}[name]
-    where = {"ft": "inner_loop.finetune", "rome": "methods.families.locate", "wise": "methods.wise.method"}[name]
+    where = {"ft": "inner_loop.finetune", "rome": "methods.families.locate", "wise": "methods.wise.method"}[
+        name
+    ]
     monkeypatch.setattr(f"workers.{where}.STOP_LOSS", stop)
     if name == "wise":
         monkeypatch.setattr("workers.methods.wise.method.STOP_CHANGE", 1e9)

@@ -1,4 +1,5 @@
-"""The central table: each shard exactly once, whoever gathers, reads, dies or damages files meanwhile."""
+"""The central table: each shard exactly once, whoever gathers, reads, dies or damages files
+meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from orchestrator.results.columns import COLUMNS, KEY, TableError, docs, has_duplicates, no_rows, schema, sort_rows
+from orchestrator.results.columns import (
+    COLUMNS,
+    KEY,
+    TableError,
+    docs,
+    has_duplicates,
+    no_rows,
+    schema,
+    sort_rows,
+)
 from orchestrator.results.contents import expected_contents
 from orchestrator.results.journal import Journal
 from orchestrator.results.manifest import ShardManifest
@@ -80,7 +90,9 @@ def test_columns_are_the_schema() -> None:
         make_manifest(T=6, groups=3, first_group=1, batch_size=2, also_T=(4, 2)),
         make_manifest(T=5, groups=3, first_group=2, rollback="never", score_at=(15, 25)),
         make_manifest(T=6, groups=2, rollback="never", score_at=(5, 6, 12), also_T=(1, 3, 12)),
-        make_manifest(T=6, groups=2, first_group=2, rollback="never", score_at=(6, 15), also_T=(2, 12), batch_size=2),
+        make_manifest(
+            T=6, groups=2, first_group=2, rollback="never", score_at=(6, 15), also_T=(2, 12), batch_size=2
+        ),
     ],
 )
 def test_expected_contents_match_the_job(manifest: ShardManifest) -> None:
@@ -126,7 +138,9 @@ def test_gather_moves_finished_shards_once(tmp_path: Path, store: LocalStore, jo
     assert rows == sort_rows(rows)
 
 
-def test_a_gather_that_died_before_dropping_parts(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+def test_a_gather_that_died_before_dropping_parts(
+    tmp_path: Path, store: LocalStore, journal: Journal
+) -> None:
     manifests = small(3)
     finish(journal, *manifests)
     shutil.copytree(store.root / "parts", tmp_path / "parts")
@@ -142,7 +156,8 @@ def test_a_gather_that_died_before_dropping_parts(tmp_path: Path, store: LocalSt
 
 
 def test_gatherers_at_once_and_killed_never_lose_or_double(tmp_path: Path) -> None:
-    """Pairs of gatherers, of which most are killed after some files; so many tables that some were killed at work."""
+    """Pairs of gatherers, of which most are killed after some files; so many tables that some were
+    killed at work."""
     manifests = small(24)
     expected = undisturbed(tmp_path / "clean", *manifests)
     names = [[m.shard_id] for m in manifests]
@@ -206,7 +221,8 @@ def test_a_gatherer_overtaken_at_any_listing_lists_nothing_twice(
 
 
 class _Hiding(LocalStore):
-    """Between its first two listings of the table two files appear, and the second listing misses the earlier one."""
+    """Between its first two listings of the table two files appear, and the second listing misses
+    the earlier one."""
 
     def __init__(self, root: Path, copy: Path) -> None:
         super().__init__(root)
@@ -221,14 +237,19 @@ class _Hiding(LocalStore):
             other = LocalStore(self.root)
             for shard in ("s00", "s01"):
                 CentralTable(other).gather(Journal(other), [shard])
-            shutil.copytree(self.copy, self.root / "parts", dirs_exist_ok=True)  # it died before it dropped them
+            shutil.copytree(
+                self.copy, self.root / "parts", dirs_exist_ok=True
+            )  # it died before it dropped them
         elif self.listings == 2:
             return [entry for entry in entries if entry.name != "000001.parquet"]
         return entries
 
 
-def test_a_file_that_a_listing_missed_is_looked_for(store: LocalStore, journal: Journal, tmp_path: Path) -> None:
-    """A folder may be listed while files appear: the later one is seen and the earlier one is not."""
+def test_a_file_that_a_listing_missed_is_looked_for(
+    store: LocalStore, journal: Journal, tmp_path: Path
+) -> None:
+    """A folder may be listed while files appear: the later one is seen and the earlier one is
+    not."""
     finish(journal, *small(3))
     shutil.copytree(store.root / "parts", tmp_path / "parts")
     hiding = _Hiding(store.root, tmp_path / "parts")
@@ -280,7 +301,9 @@ def test_a_bad_table_file_is_put_aside_and_its_shards_run_again(
     assert (store.root / "table" / "bad" / "000002.parquet").exists()
     assert table.verify() == []
     assert set(table.shards()) == set(CentralTable(store).shards()) == {"s00", "s02"}
-    assert duckdb.sql(f"select count(distinct shard_id) from '{store.root}/table/*.parquet'").fetchall() == [(2,)]
+    assert duckdb.sql(f"select count(distinct shard_id) from '{store.root}/table/*.parquet'").fetchall() == [
+        (2,)
+    ]
     finish(journal, manifests[1], manifests[3])
     assert table.gather(journal).files == (4,)  # the number of the bad file is never used again
     assert comparable(table.scan()) == expected
@@ -306,7 +329,12 @@ def test_failures_are_listed_and_can_be_run_again(store: LocalStore, journal: Jo
     assert table.done() == {"cell-0": {0, 1, 2, 3}, "cell-1": {0, 1, 3}}
     assert table.given_up() == {"cell-1": {2}}
     (failure,) = table.failed()
-    assert (failure["cell_id"], failure["group"], failure["shard_id"], failure["attempts"]) == ("cell-1", 2, "s0", 1)
+    assert (failure["cell_id"], failure["group"], failure["shard_id"], failure["attempts"]) == (
+        "cell-1",
+        2,
+        "s0",
+        1,
+    )
 
     retry = make_manifest("s1", groups=1, first_group=2, seeds=(1,))
     finish(journal, retry)
@@ -317,7 +345,9 @@ def test_failures_are_listed_and_can_be_run_again(store: LocalStore, journal: Jo
     assert table.scan().num_rows == expected_rows(make_manifest().job)
 
 
-def test_a_continual_lane_that_failed_is_continued(tmp_path: Path, store: LocalStore, journal: Journal) -> None:
+def test_a_continual_lane_that_failed_is_continued(
+    tmp_path: Path, store: LocalStore, journal: Journal
+) -> None:
     whole = make_manifest(T=4, groups=4, seeds=(0,), rollback="never", score_at=(4, 8, 12, 16))
     expected = undisturbed(tmp_path / "clean", whole)
     finish(journal, whole, fail=("cell-0", 2))
@@ -325,7 +355,9 @@ def test_a_continual_lane_that_failed_is_continued(tmp_path: Path, store: LocalS
     assert table.gather(journal).refused is None
     assert table.done() == {"cell-0": {0, 1}}
     assert table.given_up() == {"cell-0": {2, 3}}
-    rest = make_manifest("s1", T=4, groups=2, first_group=2, seeds=(0,), rollback="never", score_at=(4, 8, 12, 16))
+    rest = make_manifest(
+        "s1", T=4, groups=2, first_group=2, seeds=(0,), rollback="never", score_at=(4, 8, 12, 16)
+    )
     finish(journal, rest)
     assert table.gather(journal).refused is None
     assert table.scan().num_rows == expected.num_rows
@@ -333,20 +365,25 @@ def test_a_continual_lane_that_failed_is_continued(tmp_path: Path, store: LocalS
 
 
 def test_one_stream_for_many_T_fills_every_cell_as_streams_of_their_own_do(tmp_path: Path) -> None:
-    """Also after a failure in mid-lane: each cell keeps the groups that were whole, and a later shard runs the rest."""
+    """Also after a failure in mid-lane: each cell keeps the groups that were whole, and a later
+    shard runs the rest."""
     score_at = (5, 12, 24)
 
     def alone(T: int, seed: int) -> ShardManifest:
         cell = make_manifest(T=T, groups=24 // T, seeds=(seed,), rollback="never", score_at=score_at)
         raw = cell.model_dump(mode="json")
-        text = json.dumps(raw).replace(f'"cell-{seed}"', f'"cell-{seed}-T{T}"' if T != 12 else f'"cell-{seed}"')
+        text = json.dumps(raw).replace(
+            f'"cell-{seed}"', f'"cell-{seed}-T{T}"' if T != 12 else f'"cell-{seed}"'
+        )
         return ShardManifest.model_validate({**json.loads(text), "shard_id": f"T{T}-{seed}"})
 
     def scores(table: pa.Table) -> list[tuple[object, ...]]:
         names = [*KEY, "T", "case_id", "reliability_token", "details"]
         return sorted(zip(*(table[name].to_pylist() for name in names), strict=True), key=str)
 
-    expected = scores(undisturbed(tmp_path / "alone", *(alone(T, seed) for T in (1, 4, 12, 24) for seed in (0, 1))))
+    expected = scores(
+        undisturbed(tmp_path / "alone", *(alone(T, seed) for T in (1, 4, 12, 24) for seed in (0, 1)))
+    )
     shared = make_manifest(T=12, groups=2, rollback="never", score_at=score_at, also_T=(1, 4, 24))
     assert scores(undisturbed(tmp_path / "shared", shared)) == expected
 
@@ -368,7 +405,9 @@ def test_one_stream_for_many_T_fills_every_cell_as_streams_of_their_own_do(tmp_p
     assert set(kept) < set(expected)
     starts = {"cell-1": 1, "cell-1-T1": 18, "cell-1-T4": 4, "cell-1-T24": 0}
     cells = tuple(cell for cell in shared.job.cells if cell.seed == 1)
-    first, *also = (Share(cell=i, group=starts[c.cell_id], stop_group=24 // (c.T or 12)) for i, c in enumerate(cells))
+    first, *also = (
+        Share(cell=i, group=starts[c.cell_id], stop_group=24 // (c.T or 12)) for i, c in enumerate(cells)
+    )
     lane = Lane(**first.model_dump(), also=tuple(also))
     job = shared.job.model_copy(update={"cells": cells, "waves": ((lane,),)})
     columns = {cell: shared.columns[cell] for cell in starts}
@@ -379,7 +418,8 @@ def test_one_stream_for_many_T_fills_every_cell_as_streams_of_their_own_do(tmp_p
 
 
 def test_a_lane_that_serves_smaller_T_fills_their_cells_as_lanes_of_their_own_do(tmp_path: Path) -> None:
-    """Also after a failure in mid-group: what was complete stays, and a later shard runs the rest."""
+    """Also after a failure in mid-group: what was complete stays, and a later shard runs the
+    rest."""
     score_at = (2, 5)
 
     def alone(T: int, groups: Sequence[int]) -> list[ShardManifest]:
@@ -387,7 +427,11 @@ def test_a_lane_that_serves_smaller_T_fills_their_cells_as_lanes_of_their_own_do
         found = []
         for group in groups:
             made = make_manifest(f"{T}-{group}", T=T, groups=1, first_group=group, score_at=score_at)
-            text = made.model_dump_json().replace('"cell-0"', f'"{name % 0}"').replace('"cell-1"', f'"{name % 1}"')
+            text = (
+                made.model_dump_json()
+                .replace('"cell-0"', f'"{name % 0}"')
+                .replace('"cell-1"', f'"{name % 1}"')
+            )
             found.append(ShardManifest.model_validate_json(text))
         return found
 
@@ -395,8 +439,15 @@ def test_a_lane_that_serves_smaller_T_fills_their_cells_as_lanes_of_their_own_do
         names = [*KEY, "T", "case_id", "reliability_token", "details"]
         return sorted(zip(*(table[name].to_pylist() for name in names), strict=True), key=str)
 
-    served = {12: (0, 1), 8: (0,), 4: (0, 3), 1: (0, 12)}  # T=8's second group starts within the first of T=12
-    expected = scores(undisturbed(tmp_path / "alone", *(m for T, groups in served.items() for m in alone(T, groups))))
+    served = {
+        12: (0, 1),
+        8: (0,),
+        4: (0, 3),
+        1: (0, 12),
+    }  # T=8's second group starts within the first of T=12
+    expected = scores(
+        undisturbed(tmp_path / "alone", *(m for T, groups in served.items() for m in alone(T, groups)))
+    )
     shared = make_manifest(T=12, groups=2, score_at=score_at, also_T=(8, 4, 1))
     assert scores(undisturbed(tmp_path / "shared", shared)) == expected
 
@@ -406,7 +457,12 @@ def test_a_lane_that_serves_smaller_T_fills_their_cells_as_lanes_of_their_own_do
     assert table.gather(journal).refused is None
     assert table.given_up() == {"cell-1": {0}, "cell-1-T8": {0}}
     done = table.done()
-    assert (done["cell-0-T8"], done["cell-1"], done["cell-1-T4"], done["cell-1-T1"]) == ({0}, {1}, {0, 3}, {0, 12})
+    assert (done["cell-0-T8"], done["cell-1"], done["cell-1-T4"], done["cell-1-T1"]) == (
+        {0},
+        {1},
+        {0, 3},
+        {0, 12},
+    )
     kept = scores(table.scan())
     assert set(kept) < set(expected)
     retry = make_manifest("retry", T=12, groups=1, seeds=(1,), score_at=score_at, also_T=(8,))
@@ -417,7 +473,11 @@ def test_a_lane_that_serves_smaller_T_fills_their_cells_as_lanes_of_their_own_do
 
 
 def test_rows_that_are_not_the_plan_are_refused(store: LocalStore, journal: Journal) -> None:
-    short, twice, other = make_manifest("short"), make_manifest("twice", cell="b"), make_manifest("other", cell="c")
+    short, twice, other = (
+        make_manifest("short"),
+        make_manifest("twice", cell="b"),
+        make_manifest("other", cell="c"),
+    )
     for manifest in (short, twice):
         journal.begin(manifest)
         attempt = journal.claim(manifest.shard_id, "r1")
@@ -426,7 +486,9 @@ def test_rows_that_are_not_the_plan_are_refused(store: LocalStore, journal: Jour
                 rows.pop()
             elif manifest is twice and start == 0:
                 rows[1] = rows[0]
-            attempt.commit(start, stop, rows, failures, state, {"edits": 1, "edit_seconds": 0, "score_seconds": 0})
+            attempt.commit(
+                start, stop, rows, failures, state, {"edits": 1, "edit_seconds": 0, "score_seconds": 0}
+            )
     finish(journal, other)
     table = CentralTable(store)
     gathered = table.gather(journal)

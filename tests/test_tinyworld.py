@@ -1,4 +1,5 @@
-"""The built-in world: its requests are a pure function of the seed, and its shipped model knows the facts."""
+"""The built-in world: its requests are a pure function of the seed, and its shipped model knows the
+facts."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def test_sizes_of_the_groups() -> None:
 
 
 def test_groups_share_no_subject() -> None:
-    subjects = {group: {fact.subject for fact in FACTS if fact.group == group} for group in ("edit", "tune", "anchor")}
+    subjects = {
+        group: {fact.subject for fact in FACTS if fact.group == group} for group in ("edit", "tune", "anchor")
+    }
     assert not subjects["edit"] & subjects["tune"]
     assert not (subjects["edit"] | subjects["tune"]) & subjects["anchor"]
     for split in ("edit", "tune"):
@@ -94,7 +97,9 @@ def test_training_rewrites_anchor_facts_alone_each_with_several_targets() -> Non
     for request in tinyworld.load_requests("train"):
         fact = by_key[request.subject, request.prompt]
         targets.setdefault(fact, {fact.object}).add(request.target_new)
-        assert request.ground_truth == fact.object and request.rephrases == (tinyworld.prompt_of(fact, fact.held_out),)
+        assert request.ground_truth == fact.object and request.rephrases == (
+            tinyworld.prompt_of(fact, fact.held_out),
+        )
         assert len(request.portability) == (fact.relation not in ("colour", "month", "metal", "flower"))
         assert not any(request.subject in probe.prompt for probe in request.locality)
         assert request.unrelated is not None and request.subject not in request.unrelated
@@ -120,7 +125,8 @@ def test_requests_are_a_pure_function_of_the_seed() -> None:
     assert [tinyworld.load_dataset(split).fingerprint for split in splits] == here
     assert not set(here) & {tinyworld.load_dataset(split, seed=1).fingerprint for split in splits}
     code = (
-        f"from workers.data import tinyworld\nfor split in {splits}: print(tinyworld.load_dataset(split).fingerprint)"
+        f"from workers.data import tinyworld\nfor split in {splits}: "
+        f"print(tinyworld.load_dataset(split).fingerprint)"
     )
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
@@ -137,7 +143,10 @@ def test_shipped_corpus_is_made_from_the_seed() -> None:
 
 
 def test_reading_the_requests_needs_no_torch() -> None:
-    code = "import sys; from workers.data import tinyworld; tinyworld.load_dataset(); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from workers.data import tinyworld; tinyworld.load_dataset(); assert 'torch' not "
+        "in sys.modules"
+    )
     ran = finished([sys.executable, "-c", code], cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
 
@@ -212,10 +221,14 @@ def test_shipped_model_recalls_phrasings_it_never_saw(model: LlamaForCausalLM, t
 
 
 def test_generation_stops_after_the_object(model: Any, tokenizer: Any) -> None:
-    fact = next(fact for fact in FACTS if len(tokenizer(f" {fact.object}", add_special_tokens=False).input_ids) == 3)
+    fact = next(
+        fact for fact in FACTS if len(tokenizer(f" {fact.object}", add_special_tokens=False).input_ids) == 3
+    )
     prompt = tinyworld.prompt_of(fact, tinyworld.trained_phrasings(fact)[0])
     ids_BS = tokenizer(prompt, return_tensors="pt").input_ids
-    made_BS = model.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=12, do_sample=False)
+    made_BS = model.generate(
+        ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=12, do_sample=False
+    )
     assert tokenizer.decode(made_BS[0], skip_special_tokens=True) == f"{prompt} {fact.object}."
     assert made_BS[0, -1] == tokenizer.eos_token_id
 

@@ -1,7 +1,7 @@
 """The wheel: what it holds, and that it runs from a fresh environment, far from the checkout.
 
-Torch, Ray and the other libraries are those of the environment that runs the tests, because installing them again takes
-gigabytes; editsweep itself is there as the wheel only.
+Torch, Ray and the other libraries are those of the environment that runs the tests, because
+installing them again takes gigabytes; editsweep itself is there as the wheel only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from tests.waiting import finished
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-PACKAGES = [name for name in PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"] if "*" not in name]
+PACKAGES = [
+    name for name in PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"] if "*" not in name
+]
 
 SWEEP = """
 name: wheel
@@ -36,7 +38,8 @@ methods: [{method: ft, hparams: {num_steps: 3}}]
 engine: {lanes: 1, shard_edits: 2, share_prefixes: false}
 """
 SCORES = (
-    'SELECT T, "group", position, scored, reliability_token, locality_token, target_logprob FROM edits ORDER BY ALL'
+    'SELECT T, "group", position, scored, reliability_token, locality_token, target_logprob FROM '
+    "edits ORDER BY ALL"
 )
 
 pytestmark = pytest.mark.slow
@@ -57,7 +60,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(source),
+    ]
     succeed(command)
     (built,) = folder.glob(f"{PROJECT['name']}-{PROJECT['version']}-*.whl")
     return built
@@ -67,15 +80,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def binaries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ``bin`` folder of a fresh virtual environment with the wheel in it.
 
-    A path in a ``.pth`` file brings the libraries of the outer environment but does not read the ``.pth`` files that lie
-    there, so an editable installation of editsweep stays outside.
+    A path in a ``.pth`` file brings the libraries of the outer environment but does not read the
+    ``.pth`` files that lie there, so an editable installation of editsweep stays outside.
     """
     venv = tmp_path_factory.mktemp("fresh") / "venv"
     succeed([sys.executable, "-m", "venv", "--without-pip", str(venv)])
     (packages,) = venv.glob("lib/python*/site-packages")
     libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "libraries.pth").write_text("\n".join(libraries) + "\n", encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "--disable-pip-version-check"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(venv / "bin" / "python"),
+        "--disable-pip-version-check",
+    ]
     succeed([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)])
     return venv / "bin"
 
@@ -85,7 +105,9 @@ def outside(tmp_path: Path) -> Path:
     """A folder that is no checkout, with a spec and with other packages under the names of ours."""
     for name in PACKAGES:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('the wrong {name}')\n", encoding="utf-8")
+        (tmp_path / name / "__init__.py").write_text(
+            f"raise RuntimeError('the wrong {name}')\n", encoding="utf-8"
+        )
     (tmp_path / "sweep.yaml").write_text(SWEEP, encoding="utf-8")
     return tmp_path
 
@@ -97,7 +119,9 @@ def files_of(wheel: Path) -> set[str]:
 
 def metadata_of(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
-        return email.message_from_bytes(archive.read(f"{PROJECT['name']}-{PROJECT['version']}.dist-info/METADATA"))
+        return email.message_from_bytes(
+            archive.read(f"{PROJECT['name']}-{PROJECT['version']}.dist-info/METADATA")
+        )
 
 
 def test_wheel_holds_packages_and_assets(wheel: Path) -> None:
@@ -123,7 +147,9 @@ def test_wheel_says_its_licence_and_brings_the_text(wheel: Path) -> None:
 def test_a_wheel_runs_a_sweep_where_folders_bear_the_names_of_its_packages(
     binaries: Path, outside: Path, home: dict[str, str]
 ) -> None:
-    environment = {key: value for key, value in home.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in home.items() if key != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1"
+    }
 
     def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return finished([binaries / program, *arguments], cwd=outside, env=environment)

@@ -4,8 +4,9 @@
     text = output_of(process)                             # its output, once it has ended
     ran = finished([sys.executable, "-c", code])          # runs a command to its end
 
-How fast the machine is decides how long a test takes, never how it ends: the one limit here is reached only by what
-hangs. It is shorter than pytest's own limit (``timeout`` in pyproject.toml), because it can show what the process said.
+How fast the machine is decides how long a test takes, never how it ends: the one limit here is
+reached only by what hangs. It is shorter than pytest's own limit (``timeout`` in pyproject.toml),
+because it can show what the process said.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Process(Protocol):
 
 
 def wait_for(condition: Callable[[], Any], process: Process | None = None) -> Any:
-    """Return the first true value of ``condition``. The end of ``process`` before that is a failure, and shows its output."""
+    """Return the first true value of ``condition``. The end of ``process`` before that is a
+    failure, and shows its output."""
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         ended = process is not None and process.poll() is not None

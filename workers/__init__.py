@@ -1,4 +1,5 @@
-"""Editing streams: everything that touches a language model, and nothing that touches Ray, Arrow or the orchestrator.
+"""Editing streams: everything that touches a language model, and nothing that touches Ray, Arrow or
+the orchestrator.
 
 Tensor names carry their axes as a suffix of capital letters; 1 is an axis of one element:
 

@@ -14,8 +14,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Return whether the cause lies in the machine: memory, device, files, network. Anything else is the computation itself,
-    which would only repeat it."""
+    """Return whether the cause lies in the machine: memory, device, files, network. Anything else
+    is the computation itself, which would only repeat it."""
     if out_of_memory(error) or isinstance(error, OSError) or type(error).__name__ == "AcceleratorError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE)

@@ -1,4 +1,5 @@
-"""Reading what people write: YAML of bounded size, and a validation's complaints as one message that can be acted on."""
+"""Reading what people write: YAML of bounded size, and a validation's complaints as one message
+that can be acted on."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ MAX_BYTES = 1 << 20
 """A file larger than this is refused before it is parsed."""
 
 MAX_NODES = 50_000
-"""YAML nodes a file may have once its aliases are written out (a nest of aliases can stand for billions)."""
+"""YAML nodes a file may have once its aliases are written out (a nest of aliases can stand for
+billions)."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,7 +70,8 @@ def parse_yaml(text: str, source: str) -> JSON:
 
 
 def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Nodes below and including ``node`` with every alias written out; an alias to its own parent raises."""
+    """Nodes below and including ``node`` with every alias written out; an alias to its own parent
+    raises."""
     if depth > 50:
         raise ValueError("nested more than 50 levels deep")
     if id(node) in known:

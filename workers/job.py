@@ -1,8 +1,8 @@
 """A stream's work as frozen data. Free of torch.
 
-The planner writes a :class:`StreamJob` into a shard's manifest; a stream executes it tick by tick. Everything that
-decides a bit of the result stands here (lanes, batch composition, scoring batches), so that a shard resumed elsewhere
-repeats exactly the same arithmetic.
+The planner writes a :class:`StreamJob` into a shard's manifest; a stream executes it tick by tick.
+Everything that decides a bit of the result stands here (lanes, batch composition, scoring batches),
+so that a shard resumed elsewhere repeats exactly the same arithmetic.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ Rollback = Literal["group", "never"]
 
 
 BATCHING = "batching"
-"""Marks a setting that says how scoring is cut into batches: it changes how fast scoring is, and numbers by rounding only."""
+"""Marks a setting that says how scoring is cut into batches: it changes how fast scoring is, and
+numbers by rounding only."""
 
 
 class ScoreConfig(Frozen):
     """The moments that are scored, and the sizes of the frozen scoring batches.
 
-    Further keys are settings of single scores. What they mean stands with the score (:mod:`workers.scoring.registry`), which
-    checks them when a spec is read; here they are JSON values that are passed on.
+    Further keys are settings of single scores. What they mean stands with the score
+    (:mod:`workers.scoring.registry`), which checks them when a spec is read; here they are JSON
+    values that are passed on.
     """
 
     model_config = ConfigDict(extra="allow")
 
     immediate: bool = Field(True, description="score every edit right after it is made")
     generated: bool = Field(True, description="fill the *_generated columns by greedy generation")
-    score_at: tuple[int, ...] = Field((), description="edit counts at which everything edited so far is scored too")
-    rows_per_batch: Annotated[int, BATCHING] = Field(256, ge=1, description="sequences of one scoring forward, at most")
+    score_at: tuple[int, ...] = Field(
+        (), description="edit counts at which everything edited so far is scored too"
+    )
+    rows_per_batch: Annotated[int, BATCHING] = Field(
+        256, ge=1, description="sequences of one scoring forward, at most"
+    )
     tokens_per_batch: Annotated[int, BATCHING] = Field(
         1024, ge=1, description="tokens of one scoring forward, padding included, at most"
     )
@@ -58,8 +64,12 @@ class StreamCell(Frozen):
 
     cell_id: str
     seed: int
-    T: int | None = Field(None, ge=1, description="where it is not the job's: several T of one continual stream")
-    artifacts: dict[str, str] = Field(default_factory=dict, description="what the method calls it -> artifact key")
+    T: int | None = Field(
+        None, ge=1, description="where it is not the job's: several T of one continual stream"
+    )
+    artifacts: dict[str, str] = Field(
+        default_factory=dict, description="what the method calls it -> artifact key"
+    )
 
 
 class Share(Frozen):
@@ -73,11 +83,12 @@ class Share(Frozen):
 class Lane(Share):
     """One lane of one wave, and what it reports first of all.
 
-    With ``rollback: group`` a lane holds exactly one group. Its first edits are those of a smaller T's group that starts
-    at the same request (nothing random derives from T), so it may report ``also`` to such groups, one of each T.
-    With ``rollback: never`` it edits from the very first request up to the end of the last group and reports only the
-    groups asked for. There T says nothing but when to score, so it may report ``also`` to cells of any other T.
-    Either way each cell gets the rows a lane of its own would give.
+    With ``rollback: group`` a lane holds exactly one group. Its first edits are those of a smaller
+    T's group that starts at the same request (nothing random derives from T), so it may report
+    ``also`` to such groups, one of each T. With ``rollback: never`` it edits from the very first
+    request up to the end of the last group and reports only the groups asked for. There T says
+    nothing but when to score, so it may report ``also`` to cells of any other T. Either way each
+    cell gets the rows a lane of its own would give.
     """
 
     also: tuple[Share, ...] = ()
@@ -88,7 +99,8 @@ class Lane(Share):
 
 
 class StreamJob(Frozen):
-    """One shard's work. Lanes of a wave run in lockstep; waves run one after another, each from the pristine model."""
+    """One shard's work. Lanes of a wave run in lockstep; waves run one after another, each from the
+    pristine model."""
 
     method: str
     config: dict[str, Any]
@@ -141,10 +153,14 @@ class StreamJob(Frozen):
         if any(share.stop_group != share.group + 1 for share in lane.shares):
             raise ValueError("with rollback 'group' a lane holds exactly one group")
         if self.T_of(lane) != self.T:
-            raise ValueError(f"with rollback 'group' a lane makes a group of the job's T={self.T}, not of another")
+            raise ValueError(
+                f"with rollback 'group' a lane makes a group of the job's T={self.T}, not of another"
+            )
         sizes = [self.T_of(share) for share in lane.also]
         if any(T >= self.T for T in sizes) or len(set(sizes)) < len(sizes):
-            raise ValueError(f"with rollback 'group' a lane of T={self.T} reports also to smaller T, to each once")
+            raise ValueError(
+                f"with rollback 'group' a lane of T={self.T} reports also to smaller T, to each once"
+            )
         if any(share.group * T != lane.group * self.T for share, T in zip(lane.also, sizes, strict=True)):
             raise ValueError("with rollback 'group' a lane reports to groups that start where its own does")
 

@@ -1,4 +1,5 @@
-"""Random numbers: every generator is derived from what it is for, never shared and never global (DESIGN section 4).
+"""Random numbers: every generator is derived from what it is for, never shared and never global
+(DESIGN section 4).
 
 >>> draws = RandomStreams("wise", {"lr": 1.0}, seed=0, first=40, position=3)
 >>> mask = torch.rand(4, generator=draws.generator("mask"))
@@ -17,7 +18,8 @@ from workers.types import JSON
 
 
 def canonical(value: JSON) -> str:
-    """The one JSON text of a value: keys sorted, no spaces, no NaN. What every hash in the project is taken of."""
+    """The one JSON text of a value: keys sorted, no spaces, no NaN. What every hash in the project
+    is taken of."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -28,7 +30,8 @@ def derive_seed(*parts: JSON) -> int:
 
 
 def derive_generator(*parts: JSON) -> torch.Generator:
-    """A CPU generator seeded by :func:`derive_seed`. Draw on the CPU and move: the numbers then agree on every device."""
+    """A CPU generator seeded by :func:`derive_seed`. Draw on the CPU and move: the numbers then
+    agree on every device."""
     return torch.Generator(device="cpu").manual_seed(derive_seed(*parts))
 
 
@@ -36,8 +39,9 @@ def derive_generator(*parts: JSON) -> torch.Generator:
 class RandomStreams:
     """The random numbers one edit of one lane may use.
 
-    They depend on method, config, seed, the index of the group's first request and the position in the group; not on T,
-    N or the lanes beside. The first ten edits of a T=100 group therefore draw what the T=10 group draws.
+    They depend on method, config, seed, the index of the group's first request and the position in
+    the group; not on T, N or the lanes beside. The first ten edits of a T=100 group therefore draw
+    what the T=10 group draws.
     """
 
     method: str

@@ -1,4 +1,5 @@
-"""A session: one loaded base model and what is reused between streams. An actor keeps one for as long as it lives."""
+"""A session: one loaded base model and what is reused between streams. An actor keeps one for as
+long as it lives."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 >>> for step in stream.run(bounds=cut_steps(job, 50)):
 ...     journal(step.rows, step.state)           # whoever drives the stream makes it durable
 
-A stream knows nothing of journals, tables or Ray. Resuming gives it the state a step returned and the tick where that step
-ended; the continuation is bit-identical to never having stopped.
+A stream knows nothing of journals, tables or Ray. Resuming gives it the state a step returned and
+the tick where that step ended; the continuation is bit-identical to never having stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from workers.types import JSON, EditRequest
 
 @dataclass(frozen=True)
 class GroupFailure:
-    """A lane whose numbers stopped being finite, or that raised. Its group has no complete rows; others go on.
+    """A lane whose numbers stopped being finite, or that raised. Its group has no complete rows;
+    others go on.
 
     ``kind`` is ``diverged`` or the exception's class, ``trace`` its traceback.
     """
@@ -64,7 +65,8 @@ class TickProgress:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of one step: ticks [start, stop), the rows scored in it, and the edit state to continue from.
+    """Result of one step: ticks [start, stop), the rows scored in it, and the edit state to
+    continue from.
 
     ``state`` is None at a wave's end, where the next wave starts from the pristine model.
     """
@@ -91,7 +93,8 @@ class _Wave:
     log: list[list[dict[str, JSON]]] = field(default_factory=list)
     """Per lane, what editing each position cost and reported."""
     kept: dict[int, dict[int, Any]] = field(default_factory=dict)
-    """Per measurement (by its place), by the number of edits: one state is scored in several ticks. The latest's alone."""
+    """Per measurement (by its place), by the number of edits: one state is scored in several ticks.
+    The latest's alone."""
 
     def alive(self) -> list[int]:
         return [i for i in range(len(self.lanes)) if i not in self.dead]
@@ -111,8 +114,8 @@ class _Done:
 class Stream:
     """Runs one :class:`~workers.job.StreamJob` on a session's model.
 
-    ``requests`` holds, for each of the job's cells, its requests in the order of that cell's seed; ``artifacts`` everything
-    the cells name, by key. ``scores`` are those that a row holds.
+    ``requests`` holds, for each of the job's cells, its requests in the order of that cell's seed;
+    ``artifacts`` everything the cells name, by key. ``scores`` are those that a row holds.
     """
 
     def __init__(
@@ -151,11 +154,12 @@ class Stream:
         state: bytes | None = None,
         on_tick: Callable[[TickProgress], None] | None = None,
     ) -> Iterator[StepResult]:
-        """Yield one result per step. ``start`` is 0 or one of ``bounds``; ``state`` is what the step ending there gave.
+        """Yield one result per step. ``start`` is 0 or one of ``bounds``; ``state`` is what the
+        step ending there gave.
 
-        A lane that makes the method raise fails alone; the others go on from where they stood before. Raised are only
-        errors that may pass (:func:`workers.failures.may_pass`), such as a device running out of memory in an edit; what
-        was yielded before stays valid.
+        A lane that makes the method raise fails alone; the others go on from where they stood
+        before. Raised are only errors that may pass (:func:`workers.failures.may_pass`), such as a
+        device running out of memory in an edit; what was yielded before stays valid.
         """
         if start not in (0, *bounds):
             raise ValueError(f"start {start} is not a step boundary of {list(bounds)}")
@@ -209,9 +213,11 @@ class Stream:
         return done
 
     def _edit(self, wave: _Wave, tick: Tick, failures: list[GroupFailure]) -> int:
-        """Edit positions ``start .. stop`` of every lane; returns how many edits the living lanes made.
+        """Edit positions ``start .. stop`` of every lane; returns how many edits the living lanes
+        made.
 
-        A lane whose numbers are not finite keeps its place in the batch, and another's requests take that of one that raised.
+        A lane whose numbers are not finite keeps its place in the batch, and another's requests
+        take that of one that raised.
         """
         alive = wave.alive()
         if not alive:
@@ -237,7 +243,8 @@ class Stream:
         return size * len(wave.alive())
 
     def _score(self, wave: _Wave, tick: Tick) -> list[dict[str, JSON]]:
-        """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its group)."""
+        """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its
+        group)."""
         job = self.job
         told = {i: asked(job, tick, wave.lanes[i]) for i in wave.alive()}
         alive = [i for i in told if told[i]]
@@ -246,8 +253,12 @@ class Stream:
         clock = self._now()
         items = items_of(job, tick, self.requests, {i: wave.lanes[i] for i in alive})
         session = self.session
-        found = score(self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes, self.scores)
-        at_the_end = self._at_the_end(wave, tick, items, {i: {scored for _, scored in told[i]} for i in alive})
+        found = score(
+            self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes, self.scores
+        )
+        at_the_end = self._at_the_end(
+            wave, tick, items, {i: {scored for _, scored in told[i]} for i in alive}
+        )
         seconds = (self._now() - clock) / len(items)
         norms = {i: wave.overlay.delta_norm(i) for i in alive}
         sizes = {i: wave.overlay.lane_bytes(i) for i in alive}
@@ -285,7 +296,8 @@ class Stream:
     def _at_the_end(
         self, wave: _Wave, tick: Tick, items: Sequence[Item], told: Mapping[int, set[str]]
     ) -> list[dict[str, float | None]]:
-        """Per item, what is measured on its lane's state. ``told``: the moments of the rows of each lane."""
+        """Per item, what is measured on its lane's state. ``told``: the moments of the rows of each
+        lane."""
         session = self.session
         out: list[dict[str, float | None]] = [{} for _ in items]
         for place, (kind, measure) in enumerate(self._measures):
@@ -310,7 +322,8 @@ class Stream:
     def _fail(
         self, wave: _Wave, i: int, tick: Tick, kind: str, message: str, trace: str = ""
     ) -> Iterator[GroupFailure]:
-        """Freeze lane ``i``: it is put back to the pristine state and its rows are no longer reported."""
+        """Freeze lane ``i``: it is put back to the pristine state and its rows are no longer
+        reported."""
         wave.dead.add(i)
         wave.overlay.load_state(i, self.method.new_overlay(1).state(0))
         for share in wave.lanes[i].shares:
@@ -321,11 +334,15 @@ class Stream:
             for group in range(max(share.group, reached), share.stop_group):
                 yield GroupFailure(cell, group, tick.start, kind, message, trace)
 
-    def _without_culprits(self, wave: _Wave, index: int, error: Exception) -> tuple[_Wave, list[GroupFailure]]:
-        """The wave as it was before tick ``index``, which raised ``error``, without the lanes that raise there by themselves.
+    def _without_culprits(
+        self, wave: _Wave, index: int, error: Exception
+    ) -> tuple[_Wave, list[GroupFailure]]:
+        """The wave as it was before tick ``index``, which raised ``error``, without the lanes that
+        raise there by themselves.
 
-        An exception does not say whose request raised it, and the overlay may be half edited: the wave is edited again from
-        the pristine model up to here, then every lane tries the tick alone. If none raises alone, all of them fail.
+        An exception does not say whose request raised it, and the overlay may be half edited: the
+        wave is edited again from the pristine model up to here, then every lane tries the tick
+        alone. If none raises alone, all of them fail.
         """
         tick, failures = self.ticks[index], list[GroupFailure]()
         again = self._begin(tick)
@@ -356,7 +373,8 @@ class Stream:
         return again, failures
 
     def _bury(self, again: _Wave, wave: _Wave, index: int) -> None:
-        """Let the lanes of ``wave`` that raised at tick ``index`` be out of it in ``again``, too."""
+        """Let the lanes of ``wave`` that raised at tick ``index`` be out of it in ``again``,
+        too."""
         for i in (i for i, at in wave.raised.items() if at == index):
             again.raised[i] = index
             if i not in again.dead:

@@ -13,9 +13,10 @@ class Tick(Frozen):
     """The smallest indivisible piece of a stream.
 
     ``edit``: positions ``start .. stop`` are edited in one call (and scored at once if asked).
-    ``final``/``checkpoint``: positions ``start .. stop`` are scored on the present state.
-    Positions count from the lane's pristine state. ``sizes``: to cells of which T it is reported, by the lanes that serve
-    such a cell then (:func:`moments`). ``last`` marks the tick after which the lanes are rolled back.
+    ``final``/``checkpoint``: positions ``start .. stop`` are scored on the present state. Positions
+    count from the lane's pristine state. ``sizes``: to cells of which T it is reported, by the
+    lanes that serve such a cell then (:func:`moments`). ``last`` marks the tick after which the
+    lanes are rolled back.
     """
 
     wave: int
@@ -30,9 +31,10 @@ class Tick(Frozen):
 def moments(job: StreamJob, tick: Tick, share: Share) -> tuple[str, ...]:
     """The kinds of rows a tick gives for each of its requests to one share of a lane of its wave.
 
-    In batch edits, immediate means after the batch. Where the batch happens to be the group (T=1, or a grid whose batch size
-    is T), one forward gives both kinds, so that a table of immediate scores has every T. A method that can edit nothing but
-    whole groups writes final ones only: it has no moment between two edits, at any T.
+    In batch edits, immediate means after the batch. Where the batch happens to be the group (T=1,
+    or a grid whose batch size is T), one forward gives both kinds, so that a table of immediate
+    scores has every T. A method that can edit nothing but whole groups writes final ones only: it
+    has no moment between two edits, at any T.
     """
     T = job.T_of(share)
     if T not in tick.sizes or not _reports(job, share, tick.edits_applied - job.batch_size):
@@ -45,7 +47,8 @@ def moments(job: StreamJob, tick: Tick, share: Share) -> tuple[str, ...]:
 
 
 def asked(job: StreamJob, tick: Tick, lane: Lane) -> list[tuple[Share, str]]:
-    """The rows a tick gives for each of its requests, as a lane of its wave has them scored: of which share, at which moment."""
+    """The rows a tick gives for each of its requests, as a lane of its wave has them scored: of
+    which share, at which moment."""
     return [(share, scored) for share in lane.shares for scored in moments(job, tick, share)]
 
 
@@ -65,11 +68,14 @@ def _wave_ticks(job: StreamJob, w: int) -> Iterator[Tick]:
     # with rollback 'group' the lanes of a wave may serve different T, and equal T alike
     lanes = wave if job.rollback == "group" else wave[:1]
     shares = list(
-        {(job.T_of(s), job.rollback == "never" and s.group): s for lane in lanes for s in lane.shares}.values()
+        {
+            (job.T_of(s), job.rollback == "never" and s.group): s for lane in lanes for s in lane.shares
+        }.values()
     )
     for start in range(0, job.lane_edits(wave[0]), job.batch_size):
         stop = start + job.batch_size
-        # groups that are not reported are edited all the same: their rows are in the table, or another shard's
+        # groups that are not reported are edited all the same: their rows are in the table, or
+        # another shard's
         told = tuple(dict.fromkeys(job.T_of(share) for share in shares if _reports(job, share, start)))
         yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop, sizes=told)
         spans: dict[tuple[Literal["final", "checkpoint"], int, int], list[int]] = {}
@@ -87,7 +93,8 @@ def _wave_ticks(job: StreamJob, w: int) -> Iterator[Tick]:
 
 
 def _reports(job: StreamJob, share: Share, position: int) -> bool:
-    """Return whether the edit at ``position`` of a lane belongs to a group that is reported to ``share``."""
+    """Return whether the edit at ``position`` of a lane belongs to a group that is reported to
+    ``share``."""
     group = position // job.T_of(share)
     return group == 0 if job.rollback == "group" else share.group <= group < share.stop_group
 
@@ -99,7 +106,8 @@ def _pieces(job: StreamJob, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def cut_steps(job: StreamJob, step_edits: int) -> tuple[int, ...]:
-    """Tick indices at which a stream commits, the last one included: about ``step_edits`` edits apart.
+    """Tick indices at which a stream commits, the last one included: about ``step_edits`` edits
+    apart.
 
     Scoring counts a fifth of an edit per request, which is about what it costs.
     """

@@ -1,4 +1,5 @@
-"""Plain data that streams exchange. Knows nothing of torch: the planner and the readers import it freely."""
+"""Plain data that streams exchange. Knows nothing of torch: the planner and the readers import it
+freely."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ ProtocolName = Literal["paper", "easyedit"]
 
 
 class EditSweepError(Exception):
-    """Base of every error whose message is meant for the user: shown without a traceback, exit code 2."""
+    """Base of every error whose message is meant for the user: shown without a traceback, exit code
+    2."""
 
 
 class SpecError(EditSweepError):
-    """A sweep spec or method config is wrong; the message names file, field, value and the valid choices."""
+    """A sweep spec or method config is wrong; the message names file, field, value and the valid
+    choices."""
 
 
 class DataError(EditSweepError):
@@ -27,7 +30,8 @@ class DataError(EditSweepError):
 
 
 class ModelError(EditSweepError):
-    """A model cannot be used: unknown architecture, missing files, a layer out of range, too large."""
+    """A model cannot be used: unknown architecture, missing files, a layer out of range, too
+    large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +50,14 @@ class Probe:
 class EditRequest:
     """One fact to change, and the probes that judge the change.
 
-    ``prompt`` must contain ``subject`` (the ROME family looks its tokens up). ``unrelated`` is a sentence about something
-    else, which WISE's margin loss needs. Texts carry no leading or trailing white space.
+    ``prompt`` must contain ``subject`` (the ROME family looks its tokens up). ``unrelated`` is a
+    sentence about something else, which WISE's margin loss needs. Texts carry no leading or
+    trailing white space.
 
-    ``passage``: the target is running text, judged by its perplexity. ``ood``: texts about the subject in other hands, judged
-    token by token. ``any_of``: the portability probes are phrasings of one question, of which one right answer is enough.
-    ``needs``: so many requests directly before this one in file order belong to the same case; its portability asks about all.
+    ``passage``: the target is running text, judged by its perplexity. ``ood``: texts about the
+    subject in other hands, judged token by token. ``any_of``: the portability probes are phrasings
+    of one question, of which one right answer is enough. ``needs``: so many requests directly
+    before this one in file order belong to the same case; its portability asks about all.
     """
 
     case_id: str

@@ -1,6 +1,8 @@
-"""The command line. Exit codes: 0 everything finished, 1 something failed or is a bug, 2 bad input, 130 Ctrl-C.
+"""The command line. Exit codes: 0 everything finished, 1 something failed or is a bug, 2 bad input,
+130 Ctrl-C.
 
-Every command imports what it needs when it runs: `status`, `query` and `report` start without torch and Ray.
+Every command imports what it needs when it runs: `status`, `query` and `report` start without torch
+and Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="editsweep",
-    help="Runs the (method x T x seed) grid of lifelong knowledge editing with one command and leaves one table.",
+    help="Runs the (method x T x seed) grid of lifelong knowledge editing with one command and leaves one "
+    "table.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +46,10 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. grid.T=[1,10]; repeatable"),
 ]
 RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)")
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)"
+    ),
 ]
 
 

@@ -1,7 +1,7 @@
 """Everything the command line shows. The only module that prints.
 
-Text from specs and data sets is never read as markup. On a terminal the view of a run is live; otherwise it is a plain
-line every few seconds.
+Text from specs and data sets is never read as markup. On a terminal the view of a run is live;
+otherwise it is a plain line every few seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _WIDTH = 160
 
 
 class Output:
-    """The two streams. Answers go to standard output, everything about how it goes to standard error.
+    """The two streams. Answers go to standard output, everything about how it goes to standard
+    error.
 
     >>> out = Output()                                          # doctest: +SKIP
     >>> out.table("cells", ("method", "T"), [("rome", "10")])   # doctest: +SKIP
@@ -58,7 +59,9 @@ class Output:
         self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
     ) -> None:
         """A table; ``right`` lists the columns aligned to the right."""
-        table = Table(title=plain(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=plain(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         for i, name in enumerate(header):
             table.add_column(plain(name), justify="right" if i in right else "left", overflow="fold")
         for row in rows:
@@ -75,13 +78,18 @@ class Output:
 
 
 def plain(text: str) -> Text:
-    """Text as it is: no markup, and no control characters, with which a data set could steer the terminal."""
-    return Text("".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else repr(c)[1:-1] for c in text))
+    """Text as it is: no markup, and no control characters, with which a data set could steer the
+    terminal."""
+    return Text(
+        "".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else repr(c)[1:-1] for c in text)
+    )
 
 
 def _console(stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else _WIDTH)
+    return Console(
+        stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else _WIDTH
+    )
 
 
 @dataclass
@@ -99,7 +107,8 @@ class _Flight:
 
 @dataclass
 class RunView:
-    """Progress in plain lines, and the bookkeeping both kinds of view share (:class:`orchestrator.engine.books.View`)."""
+    """Progress in plain lines, and the bookkeeping both kinds of view share
+    (:class:`orchestrator.engine.books.View`)."""
 
     console: Console
     plan: Plan | None = None
@@ -175,7 +184,9 @@ class RunView:
     def _say_kept(self) -> None:
         if self.batches:
             share = percent(self.kept, self.batches)
-            self.note(f"scoring: {share} of {self.batches} batches found the layers below their edit in the cache")
+            self.note(
+                f"scoring: {share} of {self.batches} batches found the layers below their edit in the cache"
+            )
 
     def show(self, force: bool = False) -> None:
         now = time.monotonic()
@@ -183,8 +194,13 @@ class RunView:
             return
         self._last = now
         if self.building and not self.flights:
-            parts = [f"{title} {percent(done, total)} ({what})" for title, (done, total, what) in self.building.items()]
-            self.console.print(plain(f"{time.strftime('%H:%M:%S')} building {', '.join(parts)}"), soft_wrap=True)
+            parts = [
+                f"{title} {percent(done, total)} ({what})"
+                for title, (done, total, what) in self.building.items()
+            ]
+            self.console.print(
+                plain(f"{time.strftime('%H:%M:%S')} building {', '.join(parts)}"), soft_wrap=True
+            )
             return
         self.console.print(Text(f"{self.line()}{self._running()}"), soft_wrap=True)
 
@@ -217,7 +233,9 @@ class LiveView(RunView):
 
     def begin(self, plan: Plan) -> None:
         super().begin(plan)
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True, get_renderable=self._render)
+        self._live = Live(
+            console=self.console, refresh_per_second=4, transient=True, get_renderable=self._render
+        )
         self._live.start()
 
     def show(self, force: bool = False) -> None:
@@ -247,7 +265,9 @@ class LiveView(RunView):
 
 def _bar(done: int, total: int, width: int = 24) -> Text:
     filled = round(width * done / total) if total else 0
-    return Text("━" * filled, "green") + Text("━" * (width - filled), "dim") + Text(f" {percent(done, total)}")
+    return (
+        Text("━" * filled, "green") + Text("━" * (width - filled), "dim") + Text(f" {percent(done, total)}")
+    )
 
 
 def begin_line(plan: Plan) -> str:
@@ -258,7 +278,9 @@ def begin_line(plan: Plan) -> str:
     been = f", {done} of {groups} groups done before" if done else ""
     again = sum(shard.begun for shard in plan.shards)
     resumed = f" ({again} to be continued)" if again else ""
-    return f"{len(plan.cells)} cells, {len(plan.shards)} shards{resumed}, {plan.edits_left} edits to make{been}"
+    return (
+        f"{len(plan.cells)} cells, {len(plan.shards)} shards{resumed}, {plan.edits_left} edits to make{been}"
+    )
 
 
 def safety_line(safety: Safety) -> str:

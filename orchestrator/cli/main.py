@@ -1,4 +1,5 @@
-"""Entry point of the command `editsweep`: exit codes, and what is said when something goes wrong."""
+"""Entry point of the command `editsweep`: exit codes, and what is said when something goes
+wrong."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ _LISTED = 10
 """Cells, or failures of a cell, that are listed one by one."""
 
 _ROWS = 100
-"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large sweep, and no
-reader wants them all."""
+"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large
+sweep, and no reader wants them all."""
 
 _FORCE_SECONDS = 5.0
 _CELL_CHARACTERS = 1000
@@ -35,8 +35,11 @@ _CELL_CHARACTERS = 1000
 
 
 @commands.command()
-def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """Show the progress of a sweep: finished cells, shards under way, failures, and its running driver."""
+def status(
+    folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False
+) -> None:
+    """Show the progress of a sweep: finished cells, shards under way, failures, and its running
+    driver."""
     found = read_status(folder)
     out = Output()
     if as_json:
@@ -91,7 +94,9 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
         for failure in cell["failures"][:_LISTED]
     ]
     if failed:
-        out.table("failed cells", ("cell", "attempts", "last step", "exception", "log"), failed[:_ROWS], right=(1,))
+        out.table(
+            "failed cells", ("cell", "attempts", "last step", "exception", "log"), failed[:_ROWS], right=(1,)
+        )
         _say_more(out, failed, "failures")
         more = sum(max(0, len(cell["failures"]) - _LISTED) for cell in found["failed_cells"])
         if more:
@@ -114,7 +119,9 @@ def query(
         Literal["table", "csv", "json", "parquet"], typer.Option("--format", help="how to answer")
     ] = "table",
     limit: Annotated[int, typer.Option(min=1, help="rows shown by --format table")] = 200,
-    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds after which the query is stopped")] = 300.0,
+    time_limit: Annotated[
+        float, typer.Option(min=0.1, help="seconds after which the query is stopped")
+    ] = 300.0,
 ) -> None:
     """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included."""
     from orchestrator.results.query import write
@@ -129,7 +136,9 @@ def query(
     with _ended_by_force(time_limit + _FORCE_SECONDS, out):
         shown, total = results.first_rows(sql, limit, time_limit)
     numbers = [
-        i for i, kind in enumerate(shown.schema.types) if str(kind).startswith(("int", "uint", "double", "float"))
+        i
+        for i, kind in enumerate(shown.schema.types)
+        if str(kind).startswith(("int", "uint", "double", "float"))
     ]
     rows = [tuple(_cell(value) for value in row.values()) for row in shown.to_pylist()]
     out.table("", shown.column_names, rows, right=numbers)
@@ -145,7 +154,8 @@ def _cell(value: JSON) -> str:
 
 @contextlib.contextmanager
 def _ended_by_force(seconds: float, out: Output) -> Iterator[None]:
-    """End the process if the block takes longer: a query is interrupted between two pieces of work, and one can be endless."""
+    """End the process if the block takes longer: a query is interrupted between two pieces of work,
+    and one can be endless."""
     import threading
 
     def end() -> None:
@@ -168,8 +178,12 @@ def _shortened(text: str, most: int) -> str:
 @commands.command()
 def report(
     folder: Folder,
-    output: Annotated[Literal["table", "markdown"], typer.Option("--format", help="how to show it")] = "table",
-    picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw it: .png, .pdf or .svg")] = None,
+    output: Annotated[
+        Literal["table", "markdown"], typer.Option("--format", help="how to show it")
+    ] = "table",
+    picture: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="draw it: .png, .pdf or .svg")
+    ] = None,
 ) -> None:
     """The summary: methods x T with mean scores on the final state and right after the edit."""
     results = open_existing(folder)
@@ -190,13 +204,16 @@ def report(
 
 @commands.command()
 def methods() -> None:
-    """The editing methods: name, paper, whether they need pretraining and whether they edit in batches."""
+    """The editing methods: name, paper, whether they need pretraining and whether they edit in
+    batches."""
     from workers.methods import get_method, method_names
 
     rows = []
     for name in method_names():
         method = get_method(name)
-        rows.append((name, method.title, method.paper, _yes(method.needs_pretraining), _yes(method.batch_edits)))
+        rows.append(
+            (name, method.title, method.paper, _yes(method.needs_pretraining), _yes(method.batch_edits))
+        )
     Output().table("", ("name", "title", "paper", "needs pretraining", "batch edits"), rows)
 
 
@@ -218,7 +235,8 @@ def forget(
     ],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
-    """Remove cells from the results, after asking. If the spec still has them, the next run makes them again."""
+    """Remove cells from the results, after asking. If the spec still has them, the next run makes
+    them again."""
     from orchestrator.results import forget as forgetting
 
     results = open_existing(folder)
@@ -229,12 +247,15 @@ def forget(
     if len(found.titles) > _LISTED:
         out.say(f"  and {len(found.titles) - _LISTED} more")
     out.say(
-        f"{len(found.cells)} cells with {found.rows} rows of the table would be removed from {results.store.where()}"
+        f"{len(found.cells)} cells with {found.rows} rows of the table would be removed from "
+        f"{results.store.where()}"
     )
     if found.shards:
         out.say(f"{len(found.shards)} shards under way lose their progress")
     if found.others:
-        out.warn(f"that progress is also of {len(found.others)} other cells: {', '.join(found.others[:_LISTED])}")
+        out.warn(
+            f"that progress is also of {len(found.others)} other cells: {', '.join(found.others[:_LISTED])}"
+        )
     if not yes and not typer.confirm("Remove them for good?", err=True):
         out.note("nothing was removed")
         raise typer.Exit(1)

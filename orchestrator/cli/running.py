@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from orchestrator.cli.app import Bug, Only, Overrides, RemoteCode, RetryFailed, SpecFile, quote, silence_libraries
+from orchestrator.cli.app import (
+    Bug,
+    Only,
+    Overrides,
+    RemoteCode,
+    RetryFailed,
+    SpecFile,
+    quote,
+    silence_libraries,
+)
 from orchestrator.cli.console import Output, duration, size
 from orchestrator.cli.summary import show_summary
 from workers.types import EditSweepError
@@ -28,7 +37,9 @@ commands = typer.Typer()
 @commands.command()
 def plan(
     spec_file: SpecFile,
-    results: Annotated[str | None, typer.Option(help="subtract what this results folder already holds")] = None,
+    results: Annotated[
+        str | None, typer.Option(help="subtract what this results folder already holds")
+    ] = None,
     actors: Annotated[
         int | None, typer.Option(min=1, help="simulate so many actors (default: engine.max_actors)")
     ] = None,
@@ -76,14 +87,27 @@ def plan(
                 str(len(artifacts)),
             )
         )
-    header = ("method", "is", "cells", "shards", "lanes", "edits", "edits left", "memory/lane", "peak", "artifacts")
+    header = (
+        "method",
+        "is",
+        "cells",
+        "shards",
+        "lanes",
+        "edits",
+        "edits left",
+        "memory/lane",
+        "peak",
+        "artifacts",
+    )
     out.table("", header, rows, right=range(2, 10))
     out.say(f"lanes: for T={'/'.join(map(str, spec.grid.T))}, as far as there are groups")
     if made.edits_shared:
         out.say(f"edits shared between T: {made.edits_shared} more, which a lane of a larger T makes")
     out.say(
-        f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; peak memory of one actor, estimated: up to "
-        f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + what lanes share + lanes x memory/lane "
+        f"model: {spec.model.name}, {size(made.weight_bytes)} of weights; peak memory of one actor, "
+        f"estimated: up to "
+        f"{size(max(map(made.peak_bytes, range(len(made.variants)))))}: weights + what lanes share + lanes "
+        f"x memory/lane "
         "+ one batch's activations"
     )
     if made.shards:
@@ -109,7 +133,8 @@ def plan(
 
 
 def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
-    """Print how long the rest may take: resources reserved, and the makespan on a number of actors."""
+    """Print how long the rest may take: resources reserved, and the makespan on a number of
+    actors."""
     reserved = made.spec.engine.resources
     seconds = sum(shard.seconds_left for shard in made.shards)
     kind, share = ("GPU", reserved.gpu) if reserved.gpu else ("CPU", reserved.cpu)
@@ -118,7 +143,8 @@ def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
     if wanted is not None:
         found = made.simulate(wanted)
         out.say(
-            f"schedule: {wanted} actors end after about {duration(found.makespan)}; lower bound {duration(found.bound)} "
+            f"schedule: {wanted} actors end after about {duration(found.makespan)}; lower bound "
+            f"{duration(found.bound)} "
             f"(longest shard {duration(found.longest)}, total/{wanted} {duration(found.total / wanted)}); "
             f"ratio {found.ratio:.3f}"
         )
@@ -129,15 +155,20 @@ def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
 def run(
     spec_file: SpecFile,
     results: Annotated[
-        str | None, typer.Option(help="results folder, or s3://bucket/prefix (default: results/<name of the sweep>)")
+        str | None,
+        typer.Option(help="results folder, or s3://bucket/prefix (default: results/<name of the sweep>)"),
     ] = None,
-    engine: Annotated[Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")] = "ray",
+    engine: Annotated[
+        Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")
+    ] = "ray",
     max_actors: Annotated[int | None, typer.Option(min=1, help="shards in flight at most")] = None,
     only: Only = None,
     retry_failed: RetryFailed = False,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="show the libraries' own log messages too")
+    ] = False,
 ) -> None:
     """Run what is not done yet. Run it again after any interruption: it continues."""
     from orchestrator.planning.spec import default_results, naming
@@ -176,14 +207,21 @@ def run(
 @commands.command()
 def artifacts(
     spec_file: SpecFile,
-    results: Annotated[str | None, typer.Option(help="results folder (default: results/<name of the sweep>)")] = None,
-    engine: Annotated[Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")] = "ray",
+    results: Annotated[
+        str | None, typer.Option(help="results folder (default: results/<name of the sweep>)")
+    ] = None,
+    engine: Annotated[
+        Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")
+    ] = "ray",
     max_actors: Annotated[int | None, typer.Option(min=1, help="artifacts built at once at most")] = None,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="show the libraries' own log messages too")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="show the libraries' own log messages too")
+    ] = False,
 ) -> None:
-    """Build what the sweep's shards share (statistics, trained networks) and nothing else; run again, it continues."""
+    """Build what the sweep's shards share (statistics, trained networks) and nothing else; run
+    again, it continues."""
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
@@ -212,7 +250,9 @@ def artifacts(
         out.say("no method of this sweep needs an artifact")
     lacking = sum(found.bytes is None and found.state != "not needed" for found in states)
     if lacking:
-        out.error(f"{lacking} of {len(states)} artifacts do not exist; run the same command again to continue")
+        out.error(
+            f"{lacking} of {len(states)} artifacts do not exist; run the same command again to continue"
+        )
         raise typer.Exit(130 if interrupted else 1)
 
 
@@ -243,7 +283,9 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
         )
         return
     again = (
-        f"editsweep {' '.join(quote(word) for word in sys.argv[1:])}" if sys.argv[1:2] == ["run"] else "editsweep run"
+        f"editsweep {' '.join(quote(word) for word in sys.argv[1:])}"
+        if sys.argv[1:2] == ["run"]
+        else "editsweep run"
     )
     left = f"{len(outcome.unfinished)} of {len(cells)} cells are not finished"
     if outcome.interrupted:
@@ -251,7 +293,8 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
         out.say(f"continue with:  {again}")
         return
     titles = {
-        cell.cell_id: f"{outcome.plan.variants[cell.variant].label} T={cell.T} seed={cell.seed}" for cell in cells
+        cell.cell_id: f"{outcome.plan.variants[cell.variant].label} T={cell.T} seed={cell.seed}"
+        for cell in cells
     }
     out.error(left)
     by_cell = _failures_by_cell(outcome)
@@ -276,7 +319,8 @@ def _failures_by_cell(outcome: Outcome) -> dict[str, list[str]]:
             found.setdefault(cell_id, []).append(text)
     for failure in outcome.failed_groups:
         found.setdefault(str(failure["cell_id"]), []).append(
-            f"group {failure['group']} failed at its edit {failure['position']}: {failure['kind']}: {failure['message']}"
+            f"group {failure['group']} failed at its edit {failure['position']}: {failure['kind']}: "
+            f"{failure['message']}"
         )
     return found
 

@@ -26,7 +26,8 @@ GATHER_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Safety:
-    """Time that the durability of one run's results took: actors in the journal, the driver gathering."""
+    """Time that the durability of one run's results took: actors in the journal, the driver
+    gathering."""
 
     journal_seconds: float = 0.0
     actor_seconds: float = 0.0
@@ -36,7 +37,8 @@ class Safety:
 
     @property
     def share(self) -> float:
-        """An upper bound of the part of the wall time it takes: as if nothing else happened while the driver gathers."""
+        """An upper bound of the part of the wall time it takes: as if nothing else happened while
+        the driver gathers."""
         journal = self.journal_seconds / self.actor_seconds if self.actor_seconds else 0.0
         return journal + (self.gather_seconds / self.wall_seconds if self.wall_seconds else 0.0)
 
@@ -68,7 +70,8 @@ class View(Protocol):
 
 @dataclass
 class Books:
-    """The driver's account of one run: tells the view, gathers finished shards, collects failures."""
+    """The driver's account of one run: tells the view, gathers finished shards, collects
+    failures."""
 
     plan: Plan
     store: Store
@@ -116,7 +119,8 @@ class Books:
         self.view.note(f"artifact {number}/{total} built: {artifact_title(spec)}")
 
     def artifact_failed(self, spec: ArtifactSpec, cause: Cause) -> None:
-        """One that nobody will try to build again in this run. The shards that need it fail with its cause.
+        """One that nobody will try to build again in this run. The shards that need it fail with
+        its cause.
 
         Raises :class:`~workers.types.EditSweepError` if the storage is what failed.
         """
@@ -131,7 +135,8 @@ class Books:
         return f"{self.plan.variants[shard.variant].label} T={sizes} {shard.shard_id[:6]}"
 
     def started(self, shard_id: str) -> None:
-        """Raises :class:`~orchestrator.storage.lock.LockLost`: who has lost the folder must not claim a shard of it."""
+        """Raises :class:`~orchestrator.storage.lock.LockLost`: who has lost the folder must not
+        claim a shard of it."""
         self.check()
         shard = self.shards[shard_id]
         self.view.shard_started(shard, self.title(shard))
@@ -151,15 +156,20 @@ class Books:
         self.tick()
 
     def retrying(self, shard_id: str, attempt: int, cause: Cause) -> None:
-        self.view.warn(f"{self.title(self.shards[shard_id])} failed ({cause}); launching it again (try {attempt + 1})")
+        self.view.warn(
+            f"{self.title(self.shards[shard_id])} failed ({cause}); launching it again (try {attempt + 1})"
+        )
 
     def failed(self, shard_id: str, attempts: int, cause: Cause) -> None:
         """A shard that will not be launched again in this run.
 
-        Raises :class:`~workers.types.EditSweepError` if the storage is what failed: every other shard would fail too.
+        Raises :class:`~workers.types.EditSweepError` if the storage is what failed: every other
+        shard would fail too.
         """
         _refuse_storage(cause)
-        error = ShardError(shard_id, cause.kind, cause.message, attempts, self.store.where(self.paths.shard(shard_id)))
+        error = ShardError(
+            shard_id, cause.kind, cause.message, attempts, self.store.where(self.paths.shard(shard_id))
+        )
         try:
             recorded = self.journal.errors(shard_id)
         except EditSweepError:
@@ -180,7 +190,8 @@ class Books:
         self.tick()
 
     def tick(self) -> None:
-        """Called often: gathers when there is enough to gather. Raises :class:`~orchestrator.storage.lock.LockLost`."""
+        """Called often: gathers when there is enough to gather. Raises
+        :class:`~orchestrator.storage.lock.LockLost`."""
         self.check()
         waited = time.monotonic() - self._gathered
         if len(self._ready) >= GATHER_SHARDS or (self._ready and waited >= GATHER_SECONDS):
@@ -197,7 +208,9 @@ class Books:
             wall_seconds=self._gathered - self._began,
         )
         for shard_id in done.again:
-            self.view.warn(f"a part of shard {shard_id} was damaged on disk; run the same command again to redo it")
+            self.view.warn(
+                f"a part of shard {shard_id} was damaged on disk; run the same command again to redo it"
+            )
         for shard_id, cause in (done.refused or {}).items():
             self.errors[shard_id] = ShardError(
                 shard_id, "TableError", cause, 0, self.store.where(self.paths.shard(shard_id))

@@ -9,7 +9,8 @@ from orchestrator.storage.base import Missing, StoreError
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """An error's class and message, and whether the storage is at fault, in which case everything else would fail too."""
+    """An error's class and message, and whether the storage is at fault, in which case everything
+    else would fail too."""
 
     kind: str
     message: str

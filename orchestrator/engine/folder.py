@@ -26,7 +26,8 @@ class ResultsError(EditSweepError):
 
 
 def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = False) -> Progress:
-    """Read the contents of the results folder for the planner. ``retry_failed``: failed groups count as not run."""
+    """Read the contents of the results folder for the planner. ``retry_failed``: failed groups
+    count as not run."""
     listed = table.shards()
     begun = tuple(manifest for shard_id, manifest in journal.begun().items() if shard_id not in listed)
     spent = [
@@ -45,7 +46,8 @@ def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = Fa
 
 
 def read_folder(spec: SweepSpec, store: Store, retry_failed: bool = False) -> Progress:
-    """Progress of a sweep in a results folder, which need not exist yet. Refuses that of another sweep; writes nothing."""
+    """Progress of a sweep in a results folder, which need not exist yet. Refuses that of another
+    sweep; writes nothing."""
     paths = ResultsPaths()
     check_folder(spec, store, paths)
     if not store.exists(paths.sweep):
@@ -65,13 +67,16 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
         strangers = [e.name for e in store.list("") if e.name != paths.lock]
         if strangers:
             raise ResultsError(
-                f"{store.where()} is not a results folder: it has no {paths.sweep} but holds {', '.join(strangers[:5])}; "
+                f"{store.where()} is not a results folder: it has no {paths.sweep} but holds "
+                f"{', '.join(strangers[:5])}; "
                 "give an empty or a new folder with --results"
             ) from None
         return
     except StoreError as error:
         if error.cause.startswith("a part of the path is a file"):
-            raise ResultsError(f"{store.where()} is a file, not a folder; give a folder with --results") from None
+            raise ResultsError(
+                f"{store.where()} is a file, not a folder; give a folder with --results"
+            ) from None
         raise
     if found.get("name") != spec.name:
         raise ResultsError(
@@ -99,7 +104,8 @@ def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
 
 
 def write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
-    """plan.json: the definition of every cell there ever was, and which of them the last plan asked for."""
+    """plan.json: the definition of every cell there ever was, and which of them the last plan asked
+    for."""
     try:
         known = dict(unseal_json(store.read(paths.plan), store.where(paths.plan))["cells"])
     except (Missing, EditSweepError, KeyError, TypeError):

@@ -1,7 +1,8 @@
-"""The in-process engine: the shards one after another, in this process. Same interface as the Ray engine; a debugger works.
+"""The in-process engine: the shards one after another, in this process. Same interface as the Ray
+engine; a debugger works.
 
-Ctrl-C once ends the run after the step at hand is committed, if that takes less than ten seconds; twice, at once. A step
-that was not committed is done again next time.
+Ctrl-C once ends the run after the step at hand is committed, if that takes less than ten seconds;
+twice, at once. A step that was not committed is done again next time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
     """Run every shard of the plan. ``max_actors`` means nothing here: there is one."""
     plan = books.plan
     resources = plan.spec.engine.resources
-    check_memory(plan.common.model, plan.weight_bytes, resources.gpu, resources.memory_gb, where="this machine")
+    check_memory(
+        plan.common.model, plan.weight_bytes, resources.gpu, resources.memory_gb, where="this machine"
+    )
     bench = Bench(books.store.where(), books.run_id, plan.spec.engine.checkpoint_seconds)
     with _ctrl_c(books) as stop:
         try:
@@ -42,7 +45,8 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
 
 
 def build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
-    """Build what the store lacks. A failure is told here and again by the shards that need the artifact."""
+    """Build what the store lacks. A failure is told here and again by the shards that need the
+    artifact."""
     missing = books.missing_artifacts()
     for number, spec in enumerate(missing, start=1):
         if stop.is_set():
@@ -91,7 +95,8 @@ def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event)
 
 @contextmanager
 def _ctrl_c(books: Books) -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event; the second, or the end of :data:`LEAVE_SECONDS`, raises KeyboardInterrupt.
+    """The first Ctrl-C sets the event; the second, or the end of :data:`LEAVE_SECONDS`, raises
+    KeyboardInterrupt.
 
     Outside the main thread nothing changes.
     """

@@ -26,7 +26,8 @@ def this_process() -> dict[str, JSON]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that must be equal wherever shards run: Python, the packages, and this code itself."""
+    """Versions that must be equal wherever shards run: Python, the packages, and this code
+    itself."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -55,8 +56,10 @@ def check_memory(model: ModelConfig, weight_bytes: int, gpu: float, memory_gb: f
         free = torch.cuda.get_device_properties(0).total_memory * (min(gpu, 1.0) or 1.0)
         if weight_bytes > free:
             raise ModelError(
-                f"{where}: the weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {model.dtype}, but an actor has "
-                f"{free / GIB:.1f} GiB of GPU memory; use a smaller dtype, a larger GPU, or engine.resources.gpu: 1"
+                f"{where}: the weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {model.dtype}, "
+                f"but an actor has "
+                f"{free / GIB:.1f} GiB of GPU memory; use a smaller dtype, a larger GPU, or "
+                f"engine.resources.gpu: 1"
             )
         return
     import psutil
@@ -65,23 +68,28 @@ def check_memory(model: ModelConfig, weight_bytes: int, gpu: float, memory_gb: f
     available = psutil.virtual_memory().available
     if needed > available:
         raise ModelError(
-            f"{where}: an actor needs about {needed / GIB:.1f} GiB of memory for {model.name}, {available / GIB:.1f} GiB are "
+            f"{where}: an actor needs about {needed / GIB:.1f} GiB of memory for {model.name}, "
+            f"{available / GIB:.1f} GiB are "
             "available"
         )
 
 
 def check_declared(shard_id: str, declared_gb: float | None, present: int | None) -> None:
-    """Refuse a shard whose lanes were chosen for a larger GPU than the one here, of ``present`` bytes (None: no GPU).
+    """Refuse a shard whose lanes were chosen for a larger GPU than the one here, of ``present``
+    bytes (None: no GPU).
 
     A card of a nominal size reports up to 5% less. Raises :class:`ModelError`.
     """
     if declared_gb is None or present is None or present >= 0.95 * declared_gb * GIB:
         return
     raise ModelError(
-        f"shard {shard_id} was planned for GPUs with engine.gpu_memory_gb: {declared_gb:g}, but the GPU here has "
-        f"{present / GIB:.1f} GiB. A shard that has begun keeps its lanes: continue it on a GPU of {declared_gb:g} GiB. "
+        f"shard {shard_id} was planned for GPUs with engine.gpu_memory_gb: {declared_gb:g}, but the GPU "
+        f"here has "
+        f"{present / GIB:.1f} GiB. A shard that has begun keeps its lanes: continue it on a GPU of "
+        f"{declared_gb:g} GiB. "
         f"Shards that have not begun are planned anew for this GPU by running again with "
-        f"--set engine.gpu_memory_gb={int(present / GIB)} (with engine.lanes: auto) or with fewer engine.lanes"
+        f"--set engine.gpu_memory_gb={int(present / GIB)} (with engine.lanes: auto) or with fewer "
+        f"engine.lanes"
     )
 
 

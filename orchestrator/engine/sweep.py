@@ -1,13 +1,13 @@
 """From a spec to an outcome: lock, plan, engine, gather. Common to both engines.
 
-    bench = Bench(root="/data/results/demo", run_id="r1")      # in a worker process; keeps the loaded model
+    bench = Bench(root="/data/results/demo", run_id="r1")  # in a worker process; keeps the loaded model
     for step in bench.run(manifest):                           # each step is durable when it is yielded
         ...
 
-    outcome = run_sweep(spec, store, local_engine, view)       # in the driver: lock, plan, engine, gather
+    outcome = run_sweep(spec, store, local_engine, view)  # in the driver: lock, plan, engine, gather
 
-Progress lives in the journal alone: a shard that is run again, for whatever reason, continues after its last commit.
-Knows nothing of Ray.
+Progress lives in the journal alone: a shard that is run again, for whatever reason, continues after
+its last commit. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -70,12 +70,15 @@ def run_sweep(
 ) -> Outcome:
     """The whole of ``editsweep run``: plan, subtract what is done, run the rest, gather.
 
-    ``only``: run the cells that these fit (:mod:`orchestrator.results.select`). ``retry_failed``: also the groups that failed in
-    an earlier run, which are otherwise left alone: what diverged or raised would do so again.
+    ``only``: run the cells that these fit (:mod:`orchestrator.results.select`). ``retry_failed``:
+    also the groups that failed in an earlier run, which are otherwise left alone: what diverged or
+    raised would do so again.
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
-    planner = Planner(read_inputs(spec))  # everything that is wrong with the spec is said before anything is written
+    planner = Planner(
+        read_inputs(spec)
+    )  # everything that is wrong with the spec is said before anything is written
     chosen = select(only, planner.described(), "--only") if only else None
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
@@ -113,7 +116,8 @@ def run_sweep(
 
 @dataclass(frozen=True, slots=True)
 class ArtifactState:
-    """One artifact of a sweep after :func:`build_artifacts`. ``bytes`` is None if it does not exist."""
+    """One artifact of a sweep after :func:`build_artifacts`. ``bytes`` is None if it does not
+    exist."""
 
     spec: ArtifactSpec
     bytes: int | None
@@ -123,7 +127,8 @@ class ArtifactState:
 def build_artifacts(
     spec: SweepSpec, store: Store, engine: Engine, view: View, max_actors: int | None = None
 ) -> tuple[tuple[ArtifactState, ...], bool]:
-    """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing else.
+    """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing
+    else.
 
     Also returns whether the user interrupted it.
     """

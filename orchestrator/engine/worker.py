@@ -37,7 +37,8 @@ SAVE_SECONDS = 30.0
 
 BACKOFF_SECONDS = 1.0
 BACKOFF_MOST = 30.0
-"""A shard that is launched again in the same run without having got further waits 1 s, then 2 s, 4 s and so on."""
+"""A shard that is launched again in the same run without having got further waits 1 s, then 2 s, 4
+s and so on."""
 
 
 _LOG_CHARACTERS = 1_000_000
@@ -45,7 +46,8 @@ _LOG_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One committed step of a shard. The first report of an attempt commits nothing: it says where it continues."""
+    """One committed step of a shard. The first report of an attempt commits nothing: it says where
+    it continues."""
 
     shard_id: str
     tick: int
@@ -59,7 +61,8 @@ class StepReport:
     """Scoring batches whose activations below the edit were kept from before, of ``batches``."""
     batches: int = 0
     journal_seconds: float = 0.0
-    """Spent in the journal (claiming, committing), of the ``actor_seconds`` since the report before."""
+    """Spent in the journal (claiming, committing), of the ``actor_seconds`` since the report
+    before."""
     actor_seconds: float = 0.0
 
 
@@ -92,7 +95,8 @@ class _Workbench(Workbench):
 
 
 class Bench:
-    """State that a worker process keeps between shards: the loaded model, the data set, artifacts of the last shard."""
+    """State that a worker process keeps between shards: the loaded model, the data set, artifacts
+    of the last shard."""
 
     def __init__(self, root: str, run_id: str, save_seconds: float = SAVE_SECONDS) -> None:
         self.save_seconds = save_seconds
@@ -122,9 +126,11 @@ class Bench:
         progress: Callable[[int, int, str], None] = _no_progress,
         stopping: Callable[[], bool] = bool,
     ) -> ArtifactData:
-        """An artifact from the store, built and stored first if it is not there, and what it needs before it.
+        """An artifact from the store, built and stored first if it is not there, and what it needs
+        before it.
 
-        Raises :class:`~workers.artifacts.base.Stopped`, with everything saved, if ``stopping`` says so between two steps.
+        Raises :class:`~workers.artifacts.base.Stopped`, with everything saved, if ``stopping`` says
+        so between two steps.
         """
 
         def make(unfinished: Unfinished) -> bytes:
@@ -140,9 +146,9 @@ class Bench:
     def run(self, manifest: ShardManifest) -> Iterator[StepReport]:
         """Run or continue a shard; every report but the first stands for a durable step.
 
-        A launch again within one run waits first if the last came to nothing, longer each time: what may pass needs time to
-        pass. Raises whatever the
-        stream raises, after noting it in the journal, and :class:`~orchestrator.results.journal.Superseded`.
+        A launch again within one run waits first if the last came to nothing, longer each time:
+        what may pass needs time to pass. Raises whatever the stream raises, after noting it in the
+        journal, and :class:`~orchestrator.results.journal.Superseded`.
         """
         from workers.stream import Stream
 
@@ -195,7 +201,11 @@ class Bench:
                     step.rows,
                     [_failure_json(failure) for failure in step.failures],
                     step.state,
-                    {"edits": step.edits, "edit_seconds": step.edit_seconds, "score_seconds": step.score_seconds},
+                    {
+                        "edits": step.edits,
+                        "edit_seconds": step.edit_seconds,
+                        "score_seconds": step.score_seconds,
+                    },
                 )
                 now = time.perf_counter()
                 yield StepReport(
@@ -247,8 +257,10 @@ class Bench:
         data = self._dataset[1]
         if data.fingerprint != fingerprint:
             raise DataError(
-                f"the data set {spec.kind} ({spec.path or 'embedded'}) is not the one this shard was planned with "
-                f"(fingerprint {data.fingerprint}, expected {fingerprint}): restore the file, or use a new results folder"
+                f"the data set {spec.kind} ({spec.path or 'embedded'}) is not the one this shard was "
+                f"planned with "
+                f"(fingerprint {data.fingerprint}, expected {fingerprint}): restore the file, or use a new "
+                f"results folder"
             )
         return data
 

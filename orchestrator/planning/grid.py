@@ -19,7 +19,8 @@ SCHEMA = 1
 
 
 class Grid:
-    """Enumerates the cells of the spec's methods, whose settings are resolved; collects artifacts, sizes and warnings."""
+    """Enumerates the cells of the spec's methods, whose settings are resolved; collects artifacts,
+    sizes and warnings."""
 
     def __init__(
         self, spec: SweepSpec, common: Common, methods: Sequence[MethodInputs], shape: ModelShape, tokens: int
@@ -50,8 +51,11 @@ class Grid:
             self._resolve(method, found, shared, shape)
         self._check_batches()
 
-    def _resolve(self, method: MethodSpec, found: MethodInputs, shared: Mapping[str, JSON], shape: ModelShape) -> None:
-        # Importing the methods brings torch, which parsing a spec or reading a manifest does not need.
+    def _resolve(
+        self, method: MethodSpec, found: MethodInputs, shared: Mapping[str, JSON], shape: ModelShape
+    ) -> None:
+        # Importing the methods brings torch, which parsing a spec or reading a manifest does not
+        # need.
         from workers.methods import get_method
 
         kind, config = get_method(method.method), found.config
@@ -60,7 +64,9 @@ class Grid:
         number = len(self.variants)
         for other in self.variants:
             if (other.algorithm, other.hparams_id) == (method.method, hparams_id):
-                raise SpecError(f"methods: {other.label!r} and {method.label!r} have the same settings; remove one")
+                raise SpecError(
+                    f"methods: {other.label!r} and {method.label!r} have the same settings; remove one"
+                )
         variant = Variant(
             label=method.label,
             algorithm=method.method,
@@ -94,7 +100,8 @@ class Grid:
         if len(seeds) < len(self.spec.grid.seeds):
             self.warnings.append(
                 f"{method.label} draws nothing at random and the order is the file's, so seeds "
-                f"{', '.join(map(str, self.spec.grid.seeds))} are the same experiment; it runs once, as seed {seeds[0]}"
+                f"{', '.join(map(str, self.spec.grid.seeds))} are the same experiment; it runs once, as "
+                f"seed {seeds[0]}"
             )
         body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
         if kind.whole_group:
@@ -112,7 +119,8 @@ class Grid:
             self._digests[number, seed] = digests[keys]
 
     def _check_batches(self) -> None:
-        """Refuse a batch size that a method of the sweep cannot edit, naming all of them and those that can."""
+        """Refuse a batch size that a method of the sweep cannot edit, naming all of them and those
+        that can."""
         from workers.methods import get_method, method_names
 
         def able(name: str) -> bool:
@@ -122,9 +130,12 @@ class Grid:
         size = self.spec.grid.batch_size
         unable = [v for v in self.variants if not able(v.algorithm)]
         if size > 1 and unable:
-            named = ", ".join(v.label if v.label == v.algorithm else f"{v.label} ({v.algorithm})" for v in unable)
+            named = ", ".join(
+                v.label if v.label == v.algorithm else f"{v.label} ({v.algorithm})" for v in unable
+            )
             raise SpecError(
-                f"grid.batch_size: {size}, but {named} can edit only one request at a time; set it to 1, or keep to methods that "
+                f"grid.batch_size: {size}, but {named} can edit only one request at a time; set it to 1, "
+                f"or keep to methods that "
                 f"edit several in one call: {', '.join(filter(able, method_names()))}"
             )
 
@@ -134,7 +145,10 @@ class Grid:
         if engine.lanes != "auto":
             return engine.lanes
         if engine.gpu_memory_gb is not None and self.spec.on_gpu:
-            field_name, declared = "engine.gpu_memory_gb", engine.gpu_memory_gb * min(engine.resources.gpu or 1.0, 1.0)
+            field_name, declared = (
+                "engine.gpu_memory_gb",
+                engine.gpu_memory_gb * min(engine.resources.gpu or 1.0, 1.0),
+            )
         else:
             weights = 2 * need.weights / GIB
             field_name = "engine.resources.memory_gb"
@@ -142,10 +156,12 @@ class Grid:
         lanes = need.lanes_within(USABLE * declared * GIB)
         if not lanes:
             raise SpecError(
-                f"{field_name}: an actor has {declared:g} GiB, but {label} at T={T} needs about {need.peak(1) / GIB:.1f} GiB "
+                f"{field_name}: an actor has {declared:g} GiB, but {label} at T={T} needs about "
+                f"{need.peak(1) / GIB:.1f} GiB "
                 f"for one lane ({need.weights / GIB:.1f} of weights, {need.overlay / GIB:.1f} of overlay, "
                 f"{need.shared / GIB:.1f} that lanes share, the rest activations) "
-                f"and {1 - USABLE:.0%} are kept free; declare more, use a smaller dtype, or set engine.lanes: 1 to try"
+                f"and {1 - USABLE:.0%} are kept free; declare more, use a smaller dtype, or set "
+                f"engine.lanes: 1 to try"
             )
         return lanes
 
@@ -153,7 +169,9 @@ class Grid:
         n = self.spec.dataset.edits
         return [
             Cell(
-                cell_id=hashlib.sha256(f"{self._digests[v, seed]}:T={T}:seed={seed}".encode()).hexdigest()[:16],
+                cell_id=hashlib.sha256(f"{self._digests[v, seed]}:T={T}:seed={seed}".encode()).hexdigest()[
+                    :16
+                ],
                 variant=v,
                 T=T,
                 seed=seed,

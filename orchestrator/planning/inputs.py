@@ -1,4 +1,5 @@
-"""Everything that planning reads from disk, read once; and facts about it that the planner asks for.
+"""Everything that planning reads from disk, read once; and facts about it that the planner asks
+for.
 
 inputs = read_inputs(spec)         # data set, model files, hyperparameter files, corpora, training data
 plan = Planner(inputs).plan(...)   # reads nothing
@@ -43,7 +44,8 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
 
 
 def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
-    """Read the training data of networks; None if the spec names none and the data set brings none."""
+    """Read the training data of networks; None if the spec names none and the data set brings
+    none."""
     from workers.artifacts.pretrain import training_source
 
     told, dataset = spec.training, spec.dataset
@@ -52,7 +54,9 @@ def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, .
         return training_source(told.kind, told.path, shards, told.on_bad_record)
     if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
         return training_source(EMBEDDED_WORLD, None, shards)
-    if dataset.kind == "zsre" and dataset.train_path is not None:  # other kinds take mere sentences from there
+    if (
+        dataset.kind == "zsre" and dataset.train_path is not None
+    ):  # other kinds take mere sentences from there
         return training_source(dataset.kind, dataset.train_path, shards, dataset.on_bad_record)
     return None
 
@@ -63,7 +67,8 @@ class MethodInputs:
 
     config: MethodConfig
     artifacts: Mapping[int, tuple[ArtifactSpec, ...]]
-    """What is built before its edits, for each seed that is an experiment of its own."""
+    """The artifacts that are built before its edits, for each seed that is an experiment of its
+    own."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,14 @@ class Inputs:
 
 
 def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
-    """Read what a sweep names: each file once, and no weights into memory. ``dataset``: the spec's, where it was read before.
+    """Read what a sweep names: each file once, and no weights into memory. ``dataset``: the spec's,
+    where it was read before.
 
-    Raises :class:`SpecError`, ``DataError`` or ``ModelError`` if something is missing, unusable or smaller than asked for.
+    Raises :class:`SpecError`, ``DataError`` or ``ModelError`` if something is missing, unusable or
+    smaller than asked for.
     """
-    # Importing these brings torch, which a worker that reads a data set's file has not always loaded yet.
+    # Importing these brings torch, which a worker that reads a data set's file has not always
+    # loaded yet.
     from workers.artifacts.stats import CorpusHashes
     from workers.methods import get_method, load_config
     from workers.methods.base import ArtifactContext
@@ -134,13 +142,15 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
 
 
 def distinct_seeds(spec: SweepSpec, uses_seed: bool) -> tuple[int, ...]:
-    """The grid's seeds; the first alone where nothing is drawn at random, neither by the method nor in the requests' order."""
+    """The grid's seeds; the first alone where nothing is drawn at random, neither by the method nor
+    in the requests' order."""
     several = uses_seed or spec.dataset.order == "shuffle"
     return spec.grid.seeds if several else spec.grid.seeds[:1]
 
 
 def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:
-    """Count the requests that are both trained on and edited under any seed. Raises :class:`SpecError` listing them."""
+    """Count the requests that are both trained on and edited under any seed. Raises
+    :class:`SpecError` listing them."""
     edited: set[int] = set()
     for seed in spec.grid.seeds:
         edited.update(order_requests(data, spec.dataset.order, seed)[: spec.dataset.edits])
@@ -151,20 +161,27 @@ def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest
         shown = "\n".join(f"  {offender}" for offender in found[:OFFENDERS_SHOWN])
         more = f"\n  ... and {len(found) - OFFENDERS_SHOWN} more" if len(found) > OFFENDERS_SHOWN else ""
         raise SpecError(
-            f"training: {len(found)} of its {len(training)} requests are edited by the sweep, which would be judged on what "
-            f"it has seen:\n{shown}{more}\nremove them from the training data, or set training.allow_overlap: true, which "
+            f"training: {len(found)} of its {len(training)} requests are edited by the sweep, which would "
+            f"be judged on what "
+            f"it has seen:\n{shown}{more}\nremove them from the training data, or set "
+            f"training.allow_overlap: true, which "
             "every row will say"
         )
     return len(found)
 
 
 def longest_tokens(data: Dataset, score: ScoreConfig) -> int:
-    """A bound on a sequence's tokens: three characters make at least one, and templates may stand before a prompt."""
+    """A bound on a sequence's tokens: three characters make at least one, and templates may stand
+    before a prompt."""
     longest = 0
     for request in data.requests:
         longest = max([longest, *map(len, request.ood)])
         targets = [request.target_new, *(p.target for p in (*request.locality, *request.portability))]
-        prompts = [request.prompt, *request.rephrases, *(p.prompt for p in (*request.locality, *request.portability))]
+        prompts = [
+            request.prompt,
+            *request.rephrases,
+            *(p.prompt for p in (*request.locality, *request.portability)),
+        ]
         longest = max(longest, max(map(len, prompts)) + max(map(len, targets)), len(request.unrelated or ""))
     return SCORES.longest(score, longest // 3 + TEMPLATE_TOKENS)
 
@@ -178,7 +195,9 @@ def dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
         (count_conflicts(chosen), "requests contradict another one (same prompt, or subject and relation)"),
         (count_edited_locality(chosen), "locality probes are themselves edited"),
     )
-    notes = [f"{spec.dataset.edits} of {len(data.requests)} requests of {data.name}, order: {spec.dataset.order}"]
+    notes = [
+        f"{spec.dataset.edits} of {len(data.requests)} requests of {data.name}, order: {spec.dataset.order}"
+    ]
     notes += [f"{count} {what}" for count, what in counts if count]
     if data.notes.get("skipped"):
         notes.append(f"{data.notes['skipped']} records of the file were skipped as unusable")
@@ -186,6 +205,7 @@ def dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
         for T in spec.grid.T:
             if cut := count_cut_cases(chosen, T):
                 notes.append(
-                    f"T={T}: {cut} cases of several edits are cut by a group's border; their portability lacks an edit"
+                    f"T={T}: {cut} cases of several edits are cut by a group's border; their portability "
+                    f"lacks an edit"
                 )
     return tuple(notes)

@@ -1,12 +1,13 @@
-"""Estimated seconds of shards, and the makespan on many actors. Pure functions; knows nothing of torch or Ray.
+"""Estimated seconds of shards, and the makespan on many actors. Pure functions; knows nothing of
+torch or Ray.
 
     clock = calibrate([Timing(variant=0, T=10, work=120.0, seconds=60.0)])
     seconds = clock.seconds(variant=0, T=10, work=480.0)          # 240: measured
     simulate([seconds, 30.0, 30.0], actors=64).ratio              # makespan / lower bound
 
-*Work* is what an estimate starts from: one FT edit of a single lane is 1. It depends on the plan alone, so shards may be
-cut by it. Seconds are work times what this results folder has measured; they decide the order of launch and what `plan`
-prints, never which lanes share a wave.
+*Work* is what an estimate starts from: one FT edit of a single lane is 1. It depends on the plan
+alone, so shards may be cut by it. Seconds are work times what this results folder has measured;
+they decide the order of launch and what `plan` prints, never which lanes share a wave.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 GPU_LANE_SHARE, CPU_LANE_SHARE = 0.25, 0.8
-"""Cost of one more lane in a lockstep step, as a share of a single lane's step. On a GPU the base model's weights are
-read, and its kernels started, once for all lanes; a core is busy with the products of one (measured: the demo's waves of
-ten lanes against those of two)."""
+"""Cost of one more lane in a lockstep step, as a share of a single lane's step. On a GPU the base
+model's weights are read, and its kernels started, once for all lanes; a core is busy with the
+products of one (measured: the demo's waves of ten lanes against those of two)."""
 
 SCORE_SHARE = 0.2
-"""Scoring one request, in FT edits (the same figure by which :func:`workers.timeline.cut_steps` sets commits)."""
+"""Scoring one request, in FT edits (the same figure by which :func:`workers.timeline.cut_steps`
+sets commits)."""
 
 GUESSED_SECONDS = 1.0
-"""Seconds of one unit of work where nothing at all has been measured. Only the ratio of a schedule means anything then."""
+"""Seconds of one unit of work where nothing at all has been measured. Only the ratio of a schedule
+means anything then."""
 
 
 def wave_work(cost: float, edits: int, scored: float, lanes: int, on_gpu: bool) -> float:
-    """Work of one wave: ``edits`` steps of a method ``cost`` times as dear as FT, and ``scored`` requests, in each lane."""
+    """Work of one wave: ``edits`` steps of a method ``cost`` times as dear as FT, and ``scored``
+    requests, in each lane."""
     more = GPU_LANE_SHARE if on_gpu else CPU_LANE_SHARE
     return (edits * cost + scored * SCORE_SHARE) * (1 + (lanes - 1) * more)
 
@@ -45,7 +49,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds per unit of work: of a variant and T, else of the variant, else of everything measured, else a guess."""
+    """Seconds per unit of work: of a variant and T, else of the variant, else of everything
+    measured, else a guess."""
 
     exact: Mapping[tuple[int, int], float] = field(default_factory=dict)
     variant: Mapping[int, float] = field(default_factory=dict)
@@ -63,19 +68,23 @@ class Clock:
         pairs = set(wanted)
         if self.overall is None:
             return (
-                f"nothing has been measured in this folder yet: {GUESSED_SECONDS:g} s for an FT edit is a guess and other "
-                "methods follow by their rough relative cost; the ratio of the makespan to its bound means more than the hours"
+                f"nothing has been measured in this folder yet: {GUESSED_SECONDS:g} s for an FT edit is a "
+                f"guess and other "
+                "methods follow by their rough relative cost; the ratio of the makespan to its bound means "
+                "more than the hours"
             )
         exact = len(pairs & self.exact.keys())
         method = sum(pair not in self.exact and pair[0] in self.variant for pair in pairs)
         return (
-            f"of {len(pairs)} (method, T) left, {exact} were measured in this folder, {method} follow their method's other T, "
+            f"of {len(pairs)} (method, T) left, {exact} were measured in this folder, {method} follow "
+            f"their method's other T, "
             f"{len(pairs) - exact - method} its relative cost"
         )
 
 
 def calibrate(timings: Iterable[Timing]) -> Clock:
-    """Rates from everything measured; each is total seconds over total work, so long runs weigh more."""
+    """Rates from everything measured; each is total seconds over total work, so long runs weigh
+    more."""
     sums: dict[tuple[int, int] | int | None, tuple[float, float]] = {}
     for timing in timings:
         if timing.work <= 0 or timing.seconds <= 0:
@@ -93,7 +102,8 @@ def calibrate(timings: Iterable[Timing]) -> Clock:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """Shards on a number of actors. All in seconds; ``longest`` is the critical path, a shard being indivisible."""
+    """Shards on a number of actors. All in seconds; ``longest`` is the critical path, a shard being
+    indivisible."""
 
     actors: int
     makespan: float
@@ -111,7 +121,8 @@ class Simulation:
 
 
 def simulate(seconds: Sequence[float], actors: int) -> Simulation:
-    """Greedy list scheduling: whenever an actor is free it takes the next shard in the order given."""
+    """Greedy list scheduling: whenever an actor is free it takes the next shard in the order
+    given."""
     if actors < 1:
         raise ValueError(f"actors: {actors}; at least one is needed")
     free = [0.0] * min(actors, max(1, len(seconds)))

@@ -4,7 +4,8 @@
     need.peak(lanes=8)                       # bytes: weights + 8 lanes + activations of one batch
     need.lanes_within(80 * GIB)              # 0: not even one
 
-What is free at the moment is never asked: lanes decide bits, so they follow from declared figures alone.
+What is free at the moment is never asked: lanes decide bits, so they follow from declared figures
+alone.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 MOST_LANES = 32
-"""`lanes: auto` stops here: a batch this wide fills a device, and what fails or is resumed stays small."""
+"""`lanes: auto` stops here: a batch this wide fills a device, and what fails or is resumed stays
+small."""
 
 CPU_MEMORY_GB = 4.0
-"""Memory that `lanes: auto` assumes for a CPU actor that declares nothing (``engine.resources.memory_gb``)."""
+"""Memory that `lanes: auto` assumes for a CPU actor that declares nothing
+(``engine.resources.memory_gb``)."""
 
 USABLE = 0.9
-"""Share of the declared memory that is planned for; the rest is the runtime's context and fragmentation."""
+"""Share of the declared memory that is planned for; the rest is the runtime's context and
+fragmentation."""
 
 SCORED_TOKENS = 16
 """Positions of a sequence at which the head runs: those of the target."""
@@ -38,8 +42,9 @@ TEMPLATE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per lane; ``shared`` is what
-    lanes share (second moments and their factors, ...), ``kept`` what is kept of scoring."""
+    """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per
+    lane; ``shared`` is what lanes share (second moments and their factors, ...), ``kept`` what is
+    kept of scoring."""
 
     weights: int
     overlay: int
@@ -48,16 +53,19 @@ class MemoryEstimate:
     kept: int = 0
     shared: int = 0
     recorded: bool = False
-    """True if steps are recorded, as on a GPU: a recording's activations stay while the edit is scored."""
+    """True if steps are recorded, as on a GPU: a recording's activations stay while the edit is
+    scored."""
 
     def peak(self, lanes: int) -> int:
-        """Weights + what lanes share + lanes x overlay + the activations of one batch: of an edit or of scoring, or both."""
+        """Weights + what lanes share + lanes x overlay + the activations of one batch: of an edit
+        or of scoring, or both."""
         once = self.weights + self.kept + self.shared
         batches = (lanes * self.edit, self.score)
         return once + lanes * self.overlay + (sum(batches) if self.recorded else max(batches))
 
     def lanes_within(self, budget: float) -> int:
-        """The most lanes whose peak stays within ``budget`` bytes, :data:`MOST_LANES` at most; 0 if one does not fit."""
+        """The most lanes whose peak stays within ``budget`` bytes, :data:`MOST_LANES` at most; 0 if
+        one does not fit."""
         return max((n for n in range(1, MOST_LANES + 1) if self.peak(n) <= budget), default=0)
 
 
@@ -71,10 +79,12 @@ def estimate(
     cache_bytes: int = 0,
     on_gpu: bool = False,
 ) -> MemoryEstimate:
-    """The memory of a method's config on a model. A lane holds ``edits`` edits; ``tokens`` bounds a sequence's length.
+    """The memory of a method's config on a model. A lane holds ``edits`` edits; ``tokens`` bounds a
+    sequence's length.
 
-    A backward pass keeps, in every layer that is replayed, what enters and leaves each linear map, some normalised
-    copies of the hidden state and the attention weights; the head keeps float32 logits and their gradients.
+    A backward pass keeps, in every layer that is replayed, what enters and leaves each linear map,
+    some normalised copies of the hidden state and the attention weights; the head keeps float32
+    logits and their gradients.
     """
     value = shape.bytes_per_value
     layer = (
@@ -82,7 +92,9 @@ def estimate(
     ) * value
     logits = SCORED_TOKENS * shape.vocab * 4
     suffix = shape.layers - config.first_layer
-    edited = config.rows_per_edit * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
+    edited = (
+        config.rows_per_edit * batch_size * (tokens * (suffix * layer + shape.hidden * value) + 3 * logits)
+    )
     rows = max(1, min(score.rows_per_batch, score.tokens_per_batch // tokens))
     scored = rows * (tokens * (layer + 2 * shape.hidden * value) + 2 * logits)
     return MemoryEstimate(

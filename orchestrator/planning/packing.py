@@ -16,16 +16,19 @@ Member = TypeVar("Member")
 
 
 UNKNOWN_ACTORS = 64
-"""The number of actors that the work is shared among where the spec names none (``engine.max_actors``)."""
+"""The number of actors that the work is shared among where the spec names none
+(``engine.max_actors``)."""
 
 
 Span = tuple[int, int, tuple[int, ...]]
-"""Groups ``start .. stop`` (exclusive) of a cell, and the smaller T of which a group starts where each of them does."""
+"""Groups ``start .. stop`` (exclusive) of a cell, and the smaller T of which a group starts where
+each of them does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """All that cells sharing waves have left, ascending: waves are filled across its gaps. Without rollback it is one run.
+    """All that cells sharing waves have left, ascending: waves are filled across its gaps. Without
+    rollback it is one run.
 
     ``riders``: by T, the cells whose groups ride along, seeds in the same order.
     """
@@ -43,7 +46,8 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Waves:
-    """``count`` waves that are alike, one after another in a chain. Each takes ``groups`` groups of every cell."""
+    """``count`` waves that are alike, one after another in a chain. Each takes ``groups`` groups of
+    every cell."""
 
     count: int
     groups: int
@@ -54,7 +58,8 @@ class Waves:
 
 @dataclass(frozen=True)
 class Effort:
-    """Work of waves, a function of the spec and the methods alone (see :mod:`orchestrator.planning.makespan`)."""
+    """Work of waves, a function of the spec and the methods alone (see
+    :mod:`orchestrator.planning.makespan`)."""
 
     spec: SweepSpec
     cells: Sequence[Cell]
@@ -63,7 +68,9 @@ class Effort:
     widths: Mapping[tuple[int, int], int]
     """The number of lanes a wave of this variant and T may have."""
 
-    _known: dict[tuple[object, ...], tuple[Waves, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _known: dict[tuple[object, ...], tuple[Waves, ...]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     """Waves of chains of one shape, of which a sweep has few."""
 
     def waves(self, variant: int, T: int, chain: Chain) -> tuple[Waves, ...]:
@@ -86,7 +93,9 @@ class Effort:
         Ts = [self.cells[share.cells[0]].T for share in run.shares]
         spans = [(share.stop * T, share.start * T) for share, T in zip(run.shares, Ts, strict=True)]
         end, lanes = max(end for end, _ in spans), len(run.cells)
-        return Waves(1, len(run), lanes, lanes * end, self._work(variant, lanes, end, self._scored(variant, spans, Ts)))
+        return Waves(
+            1, len(run), lanes, lanes * end, self._work(variant, lanes, end, self._scored(variant, spans, Ts))
+        )
 
     def _filled(self, variant: int, T: int, seeds: int, spans: Sequence[Span]) -> Iterator[Waves]:
         """Full waves and what remains, of as many cells as ``seeds``."""
@@ -123,7 +132,9 @@ class Effort:
         for wave in job.waves:
             if job.rollback == "group":
                 end = job.T
-                scored = sum(self._of_group(variant, [job.T_of(s) for s in lane.shares]) for lane in wave) / len(wave)
+                scored = sum(
+                    self._of_group(variant, [job.T_of(s) for s in lane.shares]) for lane in wave
+                ) / len(wave)
             else:
                 Ts = [job.T_of(share) for share in wave[0].shares]
                 spans = [(s.stop_group * T, s.group * T) for s, T in zip(wave[0].shares, Ts, strict=True)]
@@ -132,7 +143,8 @@ class Effort:
         return total
 
     def of_edits(self, cells: Sequence[Cell], edits: int) -> float:
-        """About how much work a finished shard was, of which only its cells and the edits it made are known."""
+        """About how much work a finished shard was, of which only its cells and the edits it made
+        are known."""
         variant, Ts = cells[0].variant, sorted({cell.T for cell in cells})
         if self.spec.grid.rollback == "never":
             lanes = len({cell.seed for cell in cells})
@@ -143,7 +155,8 @@ class Effort:
         return self._work(variant, lanes, T, self._of_group(variant, Ts)) * edits / (T * lanes)
 
     def _of_group(self, variant: int, Ts: Sequence[int]) -> int:
-        """Requests that a lane scores which makes one group of the largest T and reports to one of each of ``Ts``."""
+        """Requests that a lane scores which makes one group of the largest T and reports to one of
+        each of ``Ts``."""
         return self._scored(variant, [(T, 0) for T in Ts], Ts)
 
     def _scored(self, variant: int, spans: Sequence[tuple[int, int]], Ts: Sequence[int]) -> int:
@@ -170,7 +183,8 @@ Ranges = Sequence[tuple[int, int]]
 def collect_chains(
     spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
 ) -> dict[tuple[int, int], list[Chain]]:
-    """Per variant and T, what is left as chains: of one cell each, or of seeds that have the same groups left."""
+    """Per variant and T, what is left as chains: of one cell each, or of seeds that have the same
+    groups left."""
     if spec.grid.rollback == "never":
         return _streams(spec, cells, left, effort)
     at = {(cell.variant, cell.T, cell.seed): i for i, cell in enumerate(cells)}
@@ -184,11 +198,15 @@ def collect_chains(
     def chain(variant: int, team: tuple[int, ...]) -> Chain:
         spans = own[team[0]]
         sizes = {T for *_, sizes in spans for T in sizes}
-        return Chain(team, spans, riders={T: tuple(at[variant, T, cells[i].seed] for i in team) for T in sizes})
+        return Chain(
+            team, spans, riders={T: tuple(at[variant, T, cells[i].seed] for i in team) for T in sizes}
+        )
 
     return {
         (variant, T): [
-            chain(variant, team) for members in family.values() for team in _even(members, effort.widths[variant, T])
+            chain(variant, team)
+            for members in family.values()
+            for team in _even(members, effort.widths[variant, T])
         ]
         for (variant, T), family in alike.items()
     }
@@ -197,16 +215,20 @@ def collect_chains(
 def _without_prefixes(
     spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
 ) -> list[tuple[Span, ...]]:
-    """Per cell, what needs lanes of its own: of the groups left that start at one request, those of the largest T.
+    """Per cell, what needs lanes of its own: of the groups left that start at one request, those of
+    the largest T.
 
-    What rides with a lane is decided by what is left when the lane is planned, and leaves with it: running whole waves first
-    changes nothing for the others. A variant that edits whole groups makes other edits at every T and shares nothing.
+    What rides with a lane is decided by what is left when the lane is planned, and leaves with it:
+    running whole waves first changes nothing for the others. A variant that edits whole groups
+    makes other edits at every T and shares nothing.
     """
     streams: dict[tuple[int, int], list[int]] = {}
     for i, cell in enumerate(cells):
         streams.setdefault((cell.variant, cell.seed), []).append(i)
     own: list[tuple[Span, ...]] = [()] * len(cells)
-    known: dict[tuple[object, ...], list[tuple[Span, ...]]] = {}  # most variants and seeds have the same groups left
+    known: dict[
+        tuple[object, ...], list[tuple[Span, ...]]
+    ] = {}  # most variants and seeds have the same groups left
     for (variant, _), numbers in streams.items():
         share = spec.engine.share_prefixes and not effort.variants[variant].whole_group
         numbers.sort(key=lambda i: -cells[i].T)
@@ -223,7 +245,9 @@ def _ridden(wanted: Sequence[tuple[int, Ranges]], share: bool) -> Iterator[tuple
     if not share:
         yield from (tuple((start, stop, ()) for start, stop in ranges) for _, ranges in wanted)
         return
-    sizes: dict[int, tuple[int, ...]] = {}  # by first request: the T of groups that start there, the lane's first
+    sizes: dict[
+        int, tuple[int, ...]
+    ] = {}  # by first request: the T of groups that start there, the lane's first
     for T, ranges in wanted:
         for group in (group for start, stop in ranges for group in range(start, stop)):
             sizes[group * T] = (*sizes.get(group * T, ()), T)
@@ -243,10 +267,11 @@ def _ridden(wanted: Sequence[tuple[int, Ranges]], share: bool) -> Iterator[tuple
 def _streams(
     spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
 ) -> dict[tuple[int, int], list[Chain]]:
-    """Without rollback T only says when to score: one lane per variant and seed makes the edits for every T that is left.
+    """Without rollback T only says when to score: one lane per variant and seed makes the edits for
+    every T that is left.
 
-    A variant that edits whole groups makes other edits at every T, and has a lane for each. Runs stand under the largest T
-    they serve.
+    A variant that edits whole groups makes other edits at every T, and has a lane for each. Runs
+    stand under the largest T they serve.
     """
     lanes: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
     for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
@@ -263,8 +288,11 @@ def _streams(
     for members in alike.values():
         first = cells[members[0][0][0]]
         for team in _even(members, effort.widths[first.variant, first.T]):
-            # share by share: the cell of each lane, and the groups, which are the same in all of them
-            parts = [GroupRange(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)]
+            # share by share: the cell of each lane, and the groups, which are the same in all of
+            # them
+            parts = [
+                GroupRange(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)
+            ]
             lane = parts[0]
             chain = Chain(lane.cells, ((lane.start, lane.stop, ()),), also=tuple(parts[1:]))
             chains.setdefault((first.variant, first.T), []).append(chain)
@@ -272,7 +300,8 @@ def _streams(
 
 
 def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
-    """As few teams of at most ``most`` as there can be, of even sizes: dropping some leaves the others as they were."""
+    """As few teams of at most ``most`` as there can be, of even sizes: dropping some leaves the
+    others as they were."""
     teams = -(-len(members) // most)
     size, larger = divmod(len(members), teams)
     start = 0
@@ -283,10 +312,11 @@ def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
 
 
 def lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Effort) -> float:
-    """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of everything.
+    """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of
+    everything.
 
-    No shard of several waves is larger. Without this limit a small sweep of one method has fewer shards than actors, and took up
-    to four times as long on four of them (simulated; LOG.md).
+    No shard of several waves is larger. Without this limit a small sweep of one method has fewer
+    shards than actors, and took up to four times as long on four of them (simulated; LOG.md).
     """
     longest = total = 0.0
     for (variant, T), chains in families.items():
@@ -320,7 +350,8 @@ class _Piece:
 def pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_work: float) -> Iterator[_Piece]:
     """Fill shards with whole waves, in order, up to ``shard_edits`` and ``most_work``.
 
-    The limit on work gives way to ``step_edits``: what is shorter than the time between two commits is not worth a launch.
+    The limit on work gives way to ``step_edits``: what is shorter than the time between two commits
+    is not worth a launch.
     """
     engine = effort.spec.engine
     piece = _Piece()
@@ -329,7 +360,9 @@ def pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_wor
         for wave in effort.waves(variant, T, chain):
             waves = wave.count
             while waves:
-                by_work = max((most_work - piece.work) / wave.work, -(-(engine.step_edits - piece.edits) // wave.edits))
+                by_work = max(
+                    (most_work - piece.work) / wave.work, -(-(engine.step_edits - piece.edits) // wave.edits)
+                )
                 fit = min(waves, (engine.shard_edits - piece.edits) // wave.edits, int(by_work))
                 if fit < 1 and piece.runs:
                     yield piece

@@ -4,16 +4,18 @@
     for shard in plan.shards:               # longest first
         manifest = plan.manifest(shard)     # everything an actor needs, as JSON
 
-A plan is a pure function of its inputs (:mod:`orchestrator.planning.inputs`) and of what a results folder holds. It is cheap:
-shards are kept as ranges of groups, and hashes of common parts are taken once. Only launching a shard writes its ranges out
-into a :class:`~workers.job.StreamJob`.
+A plan is a pure function of its inputs (:mod:`orchestrator.planning.inputs`) and of what a results
+folder holds. It is cheap: shards are kept as ranges of groups, and hashes of common parts are taken
+once. Only launching a shard writes its ranges out into a :class:`~workers.job.StreamJob`.
 
-Plans only ever grow: groups that are in the table, or that belong to a shard which has begun, are subtracted, and what
-is left is cut into new shards. So a shard's composition never changes, whatever happens to the spec in the meantime.
+Plans only ever grow: groups that are in the table, or that belong to a shard which has begun, are
+subtracted, and what is left is cut into new shards. So a shard's composition never changes,
+whatever happens to the spec in the meantime.
 
-Which lanes share a wave decides bits, which waves share a shard does not. Waves therefore follow from the spec and from
-what is left alone, and removing whole waves leaves the others as they were; shards are cut between waves only, by the
-spec and by work (never by the clock or the size of a cluster). What was measured decides the order of launch.
+Which lanes share a wave decides bits, which waves share a shard does not. Waves therefore follow
+from the spec and from what is left alone, and removing whole waves leaves the others as they were;
+shards are cut between waves only, by the spec and by work (never by the clock or the size of a
+cluster). What was measured decides the order of launch.
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ class Spent:
 class Progress:
     """Finished work in a results folder.
 
-    ``done``: per cell the groups whose rows are complete in the table. ``begun``: manifests of shards that are not in
-    the table yet. ``used``: ids of shards that may not be used again. ``spent``: time of shards in the table and under way.
-    ``given_up``: per cell the groups that failed and are not to be run again.
+    ``done``: per cell the groups whose rows are complete in the table. ``begun``: manifests of
+    shards that are not in the table yet. ``used``: ids of shards that may not be used again.
+    ``spent``: time of shards in the table and under way. ``given_up``: per cell the groups that
+    failed and are not to be run again.
     """
 
     done: Mapping[str, Collection[int]] = field(default_factory=dict)
@@ -84,7 +87,8 @@ class Plan:
     cell_artifacts: Mapping[tuple[int, int], tuple[tuple[str, str], ...]]
     """For each variant and seed, what the method calls an artifact and the artifact's key."""
     widths: Mapping[tuple[int, int], int]
-    """For each variant and T, how many lanes a wave may have: the spec's number, or what `auto` came to."""
+    """For each variant and T, how many lanes a wave may have: the spec's number, or what `auto`
+    came to."""
     memory: Mapping[tuple[int, int], MemoryEstimate]
     weight_bytes: int
     clock: Clock = field(default_factory=Clock)
@@ -120,7 +124,9 @@ class Plan:
             shares = [share for wave in job.waves for lane in wave for share in lane.shares]
             return sum(job.T_of(share) * (share.stop_group if continued else 1) for share in shares)
         if continued:
-            return sum(len(o.cells) * o.stop * self.cells[o.cells[0]].T for run in shard.runs for o in run.shares)
+            return sum(
+                len(o.cells) * o.stop * self.cells[o.cells[0]].T for run in shard.runs for o in run.shares
+            )
         return sum(len(run) * len(c) * self.cells[c[0]].T for run in shard.runs for c in run.served)
 
     @property
@@ -136,7 +142,8 @@ class Plan:
         )
 
     def simulate(self, actors: int) -> Simulation:
-        """Simulate the shards that are left, in launch order, on so many actors (artifacts and start-up not counted)."""
+        """Simulate the shards that are left, in launch order, on so many actors (artifacts and
+        start-up not counted)."""
         return simulate([shard.seconds_left for shard in self.shards], actors)
 
     def cell_ids(self, shard: Shard) -> tuple[str, ...]:
@@ -154,7 +161,7 @@ class Plan:
 
     @property
     def work(self) -> Work:
-        """What actors need of the plan."""
+        """The part of the plan that actors need."""
         return Work(
             common=self.common,
             variants=self.variants,
@@ -175,17 +182,19 @@ class Plan:
         return self.work.manifest(shard)
 
 
-# --- planning --------------------------------------------------------------------------------------------------------
+# --- planning -------------------------------------------------------------------------------
 
 
 def make_plan(spec: SweepSpec, progress: Progress | None = None, dataset: Dataset | None = None) -> Plan:
-    """Read what a sweep's plan depends on (:func:`read_inputs`) and plan it, leaving out what is done."""
+    """Read what a sweep's plan depends on (:func:`read_inputs`) and plan it, leaving out what is
+    done."""
     return Planner(read_inputs(spec, dataset)).plan(progress or Progress())
 
 
 @contextmanager
 def _garbage_collection_off() -> Iterator[None]:
-    """Collecting garbage among a plan's million objects, which all stay, took 0.7 of 4.2 s for 10,000 cells."""
+    """Collecting garbage among a plan's million objects, which all stay, took 0.7 of 4.2 s for
+    10,000 cells."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -196,12 +205,14 @@ def _garbage_collection_off() -> Iterator[None]:
 
 
 class Planner:
-    """Checks a spec against its data set, model and methods, and enumerates its cells; then plans as often as asked.
+    """Checks a spec against its data set, model and methods, and enumerates its cells; then plans
+    as often as asked.
 
-    >>> planner = Planner(read_inputs(spec))            # raises SpecError before anything is written  # doctest: +SKIP
-    >>> plan = planner.plan(Progress())                                                                # doctest: +SKIP
+    >>> planner = Planner(read_inputs(spec))  # raises SpecError before anything is written  # doctest: +SKIP
+    >>> plan = planner.plan(Progress())  # doctest: +SKIP
 
-    Reads no file: the data set, the model's files and all others were read by :func:`~orchestrator.planning.inputs.read_inputs`.
+    Reads no file: the data set, the model's files and all others were read by
+    :func:`~orchestrator.planning.inputs.read_inputs`.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -229,7 +240,9 @@ class Planner:
         self.cells = self.grid.cells()
         if inputs.trained_on is not None:
             found = count_overlap(spec, data, inputs.trained_on)
-            self.notes += (f"{len(inputs.trained_on)} requests to train on, {found} of them edited by the sweep",)
+            self.notes += (
+                f"{len(inputs.trained_on)} requests to train on, {found} of them edited by the sweep",
+            )
             if spec.training.allow_overlap:
                 self.common = self.common.model_copy(update={"training_overlap": found})
 
@@ -248,14 +261,18 @@ class Planner:
 
     @_garbage_collection_off()
     def plan(self, progress: Progress, only: Collection[str] | None = None) -> Plan:
-        """Plan the rest of the cells ``only`` (ids; None: all cells). The others stay as they are."""
+        """Plan the rest of the cells ``only`` (ids; None: all cells). The others stay as they
+        are."""
         grid, cells = self.grid, self.cells
-        left_out = frozenset() if only is None else frozenset(c.cell_id for c in cells if c.cell_id not in only)
+        left_out = (
+            frozenset() if only is None else frozenset(c.cell_id for c in cells if c.cell_id not in only)
+        )
         effort = Effort(self.spec, cells, grid.variants, grid.costs, grid.widths)
         clock = calibrate(_timings(progress, cells, effort))
         shards = _begun(progress, [cell for cell in cells if cell.cell_id not in left_out], effort, clock)
         left = [
-            [] if c.cell_id in left_out else gaps for c, gaps in zip(cells, _subtract(cells, progress), strict=True)
+            [] if c.cell_id in left_out else gaps
+            for c, gaps in zip(cells, _subtract(cells, progress), strict=True)
         ]
         new = _cut(self.spec, cells, left, effort, progress.used)
         new = (replace(shard, cost=clock.seconds(shard.variant, shard.T, shard.cost)) for shard in new)
@@ -270,7 +287,9 @@ class Planner:
             cells=tuple(cells),
             shards=tuple(shards),
             done_groups={
-                c.cell_id: sum(g < c.groups for g in progress.done[c.cell_id]) if c.cell_id in progress.done else 0
+                c.cell_id: sum(g < c.groups for g in progress.done[c.cell_id])
+                if c.cell_id in progress.done
+                else 0
                 for c in cells
             },
             artifacts=needed,
@@ -287,7 +306,8 @@ class Planner:
 
 
 def _subtract(cells: Sequence[Cell], progress: Progress) -> list[list[tuple[int, int]]]:
-    """Per cell, the ranges of groups that are neither in the table, nor given up, nor owned by a shard that has begun."""
+    """Per cell, the ranges of groups that are neither in the table, nor given up, nor owned by a
+    shard that has begun."""
     taken: dict[str, set[int]] = {cell_id: set(groups) for cell_id, groups in progress.done.items()}
     for cell_id, groups in progress.given_up.items():
         taken.setdefault(cell_id, set()).update(groups)
@@ -366,7 +386,8 @@ def _cut(
     effort: Effort,
     used: Collection[str],
 ) -> Iterator[Shard]:
-    """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the same code in lockstep."""
+    """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the
+    same code in lockstep."""
     engine = [spec.engine.threads, spec.engine.step_edits]
     common = digest([SCORES.shard_key(spec.scoring), *engine, spec.grid.rollback])
     whole = collect_chains(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
@@ -382,7 +403,9 @@ def _cut(
             composition = f"{common}:{width}:" + ",".join(_composition(run, ids) for run in piece.runs)
             retry = 0
             shard_id = _shard_id(composition, retry)
-            while shard_id in used:  # it ran before and some of its groups failed: a fresh try is a fresh shard
+            while (
+                shard_id in used
+            ):  # it ran before and some of its groups failed: a fresh try is a fresh shard
                 retry += 1
                 shard_id = _shard_id(composition, retry)
             yield Shard(
@@ -399,7 +422,8 @@ def _cut(
 
 
 def _composition(run: GroupRange, ids: Callable[[tuple[int, ...]], str]) -> str:
-    """The part of a range that enters its shard's id. ``ids``: those of cells, by their places in the plan."""
+    """The part of a range that enters its shard's id. ``ids``: those of cells, by their places in
+    the plan."""
     ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
     return "^".join((ranges, *map(ids, run.riders)))
 

@@ -4,9 +4,9 @@
     spec.grid.T          # (1, 10)
     spec.methods[0]      # MethodSpec(method="ft", label="ft", ...)
 
-Every fault is a :class:`~workers.types.SpecError` that names the file, the field, the value and the valid choices.
-What needs a model or a data set (T against the number of edits is here, N against the data set's size is not) is
-checked by :mod:`orchestrator.planning.plan`.
+Every fault is a :class:`~workers.types.SpecError` that names the file, the field, the value and the
+valid choices. What needs a model or a data set (T against the number of edits is here, N against
+the data set's size is not) is checked by :mod:`orchestrator.planning.plan`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class DatasetSpec(Frozen):
     """The requests that are edited. Relative paths are relative to the spec file."""
 
     kind: str = Field(
-        description="tinyworld, zsre, counterfact, hallucination, temporal, wikibigedit, knowedit, mquake or jsonl"
+        description="tinyworld, zsre, counterfact, hallucination, temporal, wikibigedit, knowedit, mquake "
+        "or jsonl"
     )
     edits: int = Field(ge=1, description="N: how many edits each cell makes in total")
     order: Literal["file", "shuffle"] = "shuffle"
@@ -60,15 +61,18 @@ class DatasetSpec(Frozen):
 
 
 class TrainingSpec(Frozen):
-    """Training data of methods that are trained before they edit (MEND, SERAC, MALMEN); never requests that the sweep edits."""
+    """Training data of methods that are trained before they edit (MEND, SERAC, MALMEN); never
+    requests that the sweep edits."""
 
     kind: str | None = Field(
-        None, description="as dataset.kind; null: the embedded world's own, or the train_path of a zsre dataset"
+        None,
+        description="as dataset.kind; null: the embedded world's own, or the train_path of a zsre dataset",
     )
     path: Path | None = None
     shards: tuple[int, ...] = Field(
         (),
-        description="requests of each data shard, in file order; one more continues from what the others taught; "
+        description="requests of each data shard, in file order; one more continues from what the others "
+        "taught; "
         "empty: one shard with everything",
     )
     on_bad_record: Literal["error", "skip"] = "error"
@@ -97,7 +101,9 @@ class GridSpec(Frozen):
     T: tuple[int, ...] = Field(min_length=1, description="edits between two rollbacks; each divides N")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     rollback: Rollback = "group"
-    batch_size: int = Field(1, ge=1, description="requests edited in one call, for methods that can; divides every T")
+    batch_size: int = Field(
+        1, ge=1, description="requests edited in one call, for methods that can; divides every T"
+    )
 
     @field_validator("T", "seeds", mode="before")
     @classmethod
@@ -137,7 +143,9 @@ class MethodSpec(Frozen):
     hparams: dict[str, Any] = Field(default_factory=dict)
     hparams_file: Path | None = None
     protocol: ProtocolName | None = Field(None, description="null: what the sweep says")
-    T: tuple[int, ...] = Field((), description="which of the grid's T this variant is run at; empty: all of them")
+    T: tuple[int, ...] = Field(
+        (), description="which of the grid's T this variant is run at; empty: all of them"
+    )
 
     @field_validator("T", mode="before")
     @classmethod
@@ -176,13 +184,16 @@ class EngineSpec(Frozen):
     )
     share_prefixes: bool = Field(
         True,
-        description="true: with rollback: group, a lane also reports to the groups of smaller T that start where its own does; "
+        description="true: with rollback: group, a lane also reports to the groups of smaller T that start "
+        "where its own does; "
         "false: every T makes all of its edits",
     )
     gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU in GiB, as declared")
     threads: int = Field(1, ge=1, description="torch threads of one actor")
     cache_bytes: int = Field(
-        256 << 20, ge=0, description="activations of scoring batches an actor may keep for when they come again"
+        256 << 20,
+        ge=0,
+        description="activations of scoring batches an actor may keep for when they come again",
     )
     shard_edits: int = Field(250, ge=1, description="edits of one shard, about; a wave is never cut")
     step_edits: int = Field(50, ge=1, description="edits between two commits, about")
@@ -228,10 +239,13 @@ class SweepSpec(Frozen):
     grid: GridSpec
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     protocol: ProtocolName = Field(
-        "paper", description="what methods follow where paper and public code differ and the spec says nothing"
+        "paper",
+        description="what methods follow where paper and public code differ and the spec says nothing",
     )
     training: TrainingSpec = TrainingSpec()
-    scoring: Annotated[ScoreConfig, WrapValidator(_read_scoring)] = Field(default_factory=lambda: SCORES.read({}))
+    scoring: Annotated[ScoreConfig, WrapValidator(_read_scoring)] = Field(
+        default_factory=lambda: SCORES.read({})
+    )
     chat_template: bool = False
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
@@ -249,12 +263,15 @@ class SweepSpec(Frozen):
                 raise ValueError(_not_a_divisor(t, n))
             if t % size:
                 near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
-                raise ValueError(f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}")
+                raise ValueError(
+                    f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}"
+                )
         for mark in self.scoring.score_at:
             if mark % size:
                 near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
                 raise ValueError(
-                    f"scoring.score_at: {mark} lies within a batch of grid.batch_size={size} edits; the nearest valid values "
+                    f"scoring.score_at: {mark} lies within a batch of grid.batch_size={size} edits; the "
+                    f"nearest valid values "
                     f"are {near}"
                 )
         return self
@@ -265,7 +282,8 @@ class SweepSpec(Frozen):
             other = [t for t in method.T if t not in self.grid.T]
             if other:
                 raise ValueError(
-                    f"methods.{i}.T: {other[0]} is not in grid.T; choose from {', '.join(map(str, self.grid.T))}"
+                    f"methods.{i}.T: {other[0]} is not in grid.T; choose from "
+                    f"{', '.join(map(str, self.grid.T))}"
                 )
         return self
 
@@ -276,15 +294,18 @@ class SweepSpec(Frozen):
 
     @property
     def on_gpu(self) -> bool:
-        """True if actors edit on a GPU, as far as the spec says: `device: auto` follows what an actor reserves."""
+        """True if actors edit on a GPU, as far as the spec says: `device: auto` follows what an
+        actor reserves."""
         return self.model.device == "cuda" or (self.model.device == "auto" and self.engine.resources.gpu > 0)
 
     @model_validator(mode="after")
     def _declares_memory(self) -> Self:
         if self.engine.lanes == "auto" and self.on_gpu and self.engine.gpu_memory_gb is None:
             raise ValueError(
-                "engine.gpu_memory_gb: required with engine.lanes: auto on a GPU, because lanes follow the declared memory "
-                "and not what happens to be free; give one GPU's memory in GiB, for example 80, or a number of lanes"
+                "engine.gpu_memory_gb: required with engine.lanes: auto on a GPU, because lanes follow the "
+                "declared memory "
+                "and not what happens to be free; give one GPU's memory in GiB, for example 80, or a "
+                "number of lanes"
             )
         return self
 
@@ -339,7 +360,8 @@ def override_spec(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
 
 
 def check_trust(spec: SweepSpec, source: str, trusted: bool, how: str) -> None:
-    """Refuse a model whose files run code, unless the caller has said so too. ``how``: the way to say it."""
+    """Refuse a model whose files run code, unless the caller has said so too. ``how``: the way to
+    say it."""
     if spec.model.trust_remote_code and not trusted:
         raise SpecError(
             f"{source}: model.trust_remote_code: true lets the model's files run code on this machine; "
@@ -354,7 +376,8 @@ def default_results(spec: SweepSpec) -> str:
 
 @contextmanager
 def naming(source: object) -> Iterator[None]:
-    """Errors that the planner finds in a spec, or in what it names, begin with the spec's file, as the parser's do."""
+    """Errors that the planner finds in a spec, or in what it names, begin with the spec's file, as
+    the parser's do."""
     try:
         yield
     except (SpecError, DataError, ModelError) as error:
@@ -373,7 +396,9 @@ def _override(raw: dict[str, Any], text: str) -> None:
         last = i == len(keys) - 1
         if isinstance(here, list):
             if not key.isdigit() or int(key) >= len(here):
-                raise SpecError(f"--set {text!r}: {'.'.join(keys[:i])} has entries 0 to {len(here) - 1}, not {key!r}")
+                raise SpecError(
+                    f"--set {text!r}: {'.'.join(keys[:i])} has entries 0 to {len(here) - 1}, not {key!r}"
+                )
             if isinstance(here[int(key)], str) and not last:
                 here[int(key)] = {"method": here[int(key)]}
             if last:
@@ -412,20 +437,26 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     model = raw.get("model")
     if isinstance(model, str):
         raw["model"] = model = {"name": model}
-    if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"].startswith((".", "~", "/")):
+    if (
+        isinstance(model, dict)
+        and isinstance(model.get("name"), str)
+        and model["name"].startswith((".", "~", "/"))
+    ):
         raw["model"] = {**model, "name": absolute(model["name"])}
     methods = raw.get("methods")
     if isinstance(methods, (str, dict)):
         methods = [methods]
     if isinstance(methods, list):
         raw["methods"] = [
-            {**m, "hparams_file": absolute(m["hparams_file"])} if isinstance(m, dict) and m.get("hparams_file") else m
+            {**m, "hparams_file": absolute(m["hparams_file"])}
+            if isinstance(m, dict) and m.get("hparams_file")
+            else m
             for m in methods
         ]
     return raw
 
 
-# --- messages --------------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------
 
 
 def _keys(model: type[BaseModel]) -> str:
@@ -435,7 +466,8 @@ def _keys(model: type[BaseModel]) -> str:
 def _plain_name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError(
-            f"{short(value)} is not a plain name: start with a letter or digit, then letters, digits and . _ + - "
+            f"{short(value)} is not a plain name: start with a letter or digit, then letters, digits and . "
+            f"_ + - "
             "(at most 100)"
         )
     return value
@@ -444,11 +476,15 @@ def _plain_name(value: str) -> str:
 def _not_a_divisor(t: int, n: int) -> str:
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     if t > n:
-        return f"grid.T: {t} is larger than dataset.edits={n}; the largest valid value is {n} (or set dataset.edits to {t})"
+        return (
+            f"grid.T: {t} is larger than dataset.edits={n}; the largest valid value is {n} (or set "
+            f"dataset.edits to {t})"
+        )
     up = ((n + t - 1) // t) * t
     down = n // t * t
     return (
-        f"grid.T: {t} does not divide dataset.edits={n}; the nearest valid values of T are {_nearest(t, divisors)} "
+        f"grid.T: {t} does not divide dataset.edits={n}; the nearest valid values of T are "
+        f"{_nearest(t, divisors)} "
         f"(or set dataset.edits to {down} or {up})"
     )
 

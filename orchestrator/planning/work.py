@@ -1,4 +1,5 @@
-"""The part of a plan that goes to workers: variants, cells, shards, and how a shard becomes the job that an actor runs.
+"""The part of a plan that goes to workers: variants, cells, shards, and how a shard becomes the job
+that an actor runs.
 
     work = plan.work                          # small: a shard is a few ranges of groups
     manifest = work.manifest(work.shards[0])  # in the actor: everything it needs, as JSON
@@ -32,7 +33,9 @@ class Variant(Frozen):
     version: int
     config: dict[str, Any]
     hparams_id: str
-    whole_group: bool = Field(False, description="one call edits all requests of a group, whatever the grid says")
+    whole_group: bool = Field(
+        False, description="one call edits all requests of a group, whatever the grid says"
+    )
 
     def batch_size(self, T: int, asked: int) -> int:
         """Requests of one call at this T, where the grid asks for ``asked``."""
@@ -57,7 +60,9 @@ class Common(Frozen):
     cache_bytes: int = 0
     step_edits: int
     training_overlap: int | None = Field(
-        None, description="edited requests that networks were trained on too; null: none may be, or nothing is trained"
+        None,
+        description="edited requests that networks were trained on too; null: none may be, or nothing is "
+        "trained",
     )
 
 
@@ -70,7 +75,9 @@ class Task(Frozen):
     edits: int
     expected_rows: int
     retry: int = 0
-    gpu_memory_gb: float | None = Field(None, description="what the spec declared when lanes were chosen; GPU only")
+    gpu_memory_gb: float | None = Field(
+        None, description="what the spec declared when lanes were chosen; GPU only"
+    )
 
     @classmethod
     def of(cls, manifest: ShardManifest) -> Task:
@@ -109,15 +116,17 @@ def cell_columns(common: Common, variant: Variant, cell: Cell) -> dict[str, JSON
     }
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class GroupRange:
-    """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one variant and T.
+    """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one
+    variant and T.
 
-    Its lanes may report to cells of other T as well, seeds in the same order. With rollback to ``riders``: per smaller T the
-    cells whose groups start at the same requests. Without it a run is one wave, and ``also`` holds the other cells' groups.
+    Its lanes may report to cells of other T as well, seeds in the same order. With rollback to
+    ``riders``: per smaller T the cells whose groups start at the same requests. Without it a run is
+    one wave, and ``also`` holds the other cells' groups.
     """
 
     cells: tuple[int, ...]
@@ -150,7 +159,8 @@ class GroupRange:
 
 
 def groups_per_wave(width: int, seeds: int) -> int:
-    """Return the number of groups of each of ``seeds`` cells in one wave of at most ``width`` lanes."""
+    """Return the number of groups of each of ``seeds`` cells in one wave of at most ``width``
+    lanes."""
     return max(1, width // seeds)
 
 
@@ -161,7 +171,8 @@ def split_chains(runs: Sequence[GroupRange]) -> Iterator[list[GroupRange]]:
 
 
 def split_waves(runs: Sequence[GroupRange], width: int) -> Iterator[list[tuple[GroupRange, int]]]:
-    """The waves of a shard's runs with at most ``width`` lanes: whole groups of all cells, each with the run it is of."""
+    """The waves of a shard's runs with at most ``width`` lanes: whole groups of all cells, each
+    with the run it is of."""
     for chain in split_chains(runs):
         groups = [(run, group) for run in chain for group in range(run.start, run.stop)]
         step = groups_per_wave(width, len(chain[0].cells))
@@ -171,11 +182,12 @@ def split_waves(runs: Sequence[GroupRange], width: int) -> Iterator[list[tuple[G
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the journal.
+    """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the
+    journal.
 
-    ``T`` is the largest one it serves of those that the spec asks for.
-    ``width`` is how many lanes a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the
-    whole shard, of which the share ``committed`` is durable already.
+    ``T`` is the largest one it serves of those that the spec asks for. ``width`` is how many lanes
+    a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the whole
+    shard, of which the share ``committed`` is durable already.
     """
 
     shard_id: str
@@ -214,7 +226,9 @@ class Work:
         if shard.begun:
             return tuple(Task.of(self.begun[shard.shard_id]).artifact_specs())
         seeds = dict.fromkeys(self.cells[i].seed for i in members(shard))
-        return tuple(dict.fromkeys(key for seed in seeds for _, key in self.cell_artifacts[shard.variant, seed]))
+        return tuple(
+            dict.fromkeys(key for seed in seeds for _, key in self.cell_artifacts[shard.variant, seed])
+        )
 
     def manifest(self, shard: Shard) -> ShardManifest:
         """Write a shard's ranges out into the job its actor executes."""
@@ -225,7 +239,10 @@ class Work:
             self.variants[shard.variant],
             shard,
             self.cells,
-            {self.cells[i].seed: self.cell_artifacts[shard.variant, self.cells[i].seed] for i in members(shard)},
+            {
+                self.cells[i].seed: self.cell_artifacts[shard.variant, self.cells[i].seed]
+                for i in members(shard)
+            },
             tuple(self.artifacts[key] for key in self.artifact_keys(shard)),
             self.gpu_memory_gb,
         )
@@ -240,7 +257,8 @@ def _expand(
     artifacts: tuple[ArtifactSpec, ...],
     gpu_memory_gb: float | None,
 ) -> ShardManifest:
-    """The manifest of a new shard: a pure function of its composition. ``names``: per seed, name and key of artifacts."""
+    """The manifest of a new shard: a pure function of its composition. ``names``: per seed, name
+    and key of artifacts."""
     index = {cell: i for i, cell in enumerate(members(shard))}
     if common.rollback == "group":
         waves = tuple(
@@ -312,7 +330,8 @@ def _expand(
 
 
 def _ride(index: Mapping[int, int], cells: Sequence[Cell], cell: int, first: int) -> Share:
-    """The group of ``cell`` that starts at request ``first``, as part of a job whose cells ``index`` numbers."""
+    """The group of ``cell`` that starts at request ``first``, as part of a job whose cells
+    ``index`` numbers."""
     group = first // cells[cell].T
     return Share(cell=index[cell], group=group, stop_group=group + 1)
 

@@ -1,8 +1,8 @@
 """Content-addressed store of shared inputs: statistics, context templates, trained networks.
 
-An artifact's key is the hash of its recipe, so it is computed once and used by every shard, method and sweep that needs
-it. The data file is followed by a small file with its checksum; only then does the artifact exist.
-Knows nothing of torch: an artifact is bytes.
+An artifact's key is the hash of its recipe, so it is computed once and used by every shard, method
+and sweep that needs it. The data file is followed by a small file with its checksum; only then does
+the artifact exist. Knows nothing of torch: an artifact is bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ WAIT_SECONDS = 1.0
 
 
 class ArtifactFailed(EditSweepError):
-    """An artifact could not be built in this run; who needs it fails with its cause and does not try again."""
+    """An artifact could not be built in this run; who needs it fails with its cause and does not
+    try again."""
 
 
 class Spec(Protocol):
@@ -44,9 +45,10 @@ class ArtifactStore:
 
     >>> data = ArtifactStore(store).get_or_build(spec, run_id, build)   # doctest: +SKIP
 
-    One process builds an artifact: it holds a claim of the same kind as a driver's on its results folder, so a dead builder
-    is succeeded, and whoever needs the artifact meanwhile waits. Should two build it all the same (one was believed dead),
-    the first one's bytes stay and both use them. Every verb may raise :class:`~orchestrator.storage.base.StoreError`.
+    One process builds an artifact: it holds a claim of the same kind as a driver's on its results
+    folder, so a dead builder is succeeded, and whoever needs the artifact meanwhile waits. Should
+    two build it all the same (one was believed dead), the first one's bytes stay and both use them.
+    Every verb may raise :class:`~orchestrator.storage.base.StoreError`.
     """
 
     def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
@@ -60,7 +62,8 @@ class ArtifactStore:
         )
 
     def get(self, spec: Spec) -> bytes | None:
-        """The verified bytes; None if the artifact does not exist. A damaged one is put aside and does not exist."""
+        """The verified bytes; None if the artifact does not exist. A damaged one is put aside and
+        does not exist."""
         key = self.paths.artifact(spec.kind, spec.key)
         info_key = self.paths.artifact_info(spec.kind, spec.key)
         try:
@@ -80,7 +83,8 @@ class ArtifactStore:
         return data
 
     def put(self, spec: Spec, data: bytes) -> bytes:
-        """Stores the artifact unless it exists. Returns the bytes that everyone will read: use those, not ``data``."""
+        """Stores the artifact unless it exists. Returns the bytes that everyone will read: use
+        those, not ``data``."""
         key = self.paths.artifact(spec.kind, spec.key)
         info_key = self.paths.artifact_info(spec.kind, spec.key)
         while True:
@@ -88,7 +92,8 @@ class ArtifactStore:
             if stored is None:
                 if self.store.exists(info_key) and (found := self.get(spec)) is not None:
                     return found
-                # another builder is between its two files, or died there: its data are whole, so finish for it
+                # another builder is between its two files, or died there: its data are whole, so
+                # finish for it
                 try:
                     stored = self.store.read(key)
                 except Missing:
@@ -109,10 +114,11 @@ class ArtifactStore:
         return found
 
     def get_or_build(self, spec: Spec, run_id: str, build: Callable[[Unfinished], bytes]) -> bytes:
-        """The stored artifact, built first if need be: here, unless another process is at it, whose work is waited for.
+        """The stored artifact, built first if need be: here, unless another process is at it, whose
+        work is waited for.
 
-        Whoever builds it finds what an earlier builder saved. Raises what ``build`` raises after noting it; in the same run
-        nobody tries again then (:class:`ArtifactFailed`).
+        Whoever builds it finds what an earlier builder saved. Raises what ``build`` raises after
+        noting it; in the same run nobody tries again then (:class:`ArtifactFailed`).
         """
         while True:
             data = self.get(spec)
@@ -144,7 +150,8 @@ class ArtifactStore:
             return data
 
     def failure(self, spec: Spec, run_id: str) -> str | None:
-        """Return the cause why the artifact could not be built in this run; None if no build failed."""
+        """Return the cause why the artifact could not be built in this run; None if no build
+        failed."""
         key = self.paths.building_error(spec.kind, spec.key)
         try:
             found = unseal_json(self.store.read(key), self.store.where(key))
@@ -154,7 +161,8 @@ class ArtifactStore:
 
     def record_failure(self, spec: Spec, run_id: str, message: str) -> None:
         self.store.replace(
-            self.paths.building_error(spec.kind, spec.key), seal_json({"run_id": run_id, "message": message[:2000]})
+            self.paths.building_error(spec.kind, spec.key),
+            seal_json({"run_id": run_id, "message": message[:2000]}),
         )
 
     def unfinished(self) -> list[dict[str, JSON]]:
@@ -177,7 +185,8 @@ class ArtifactStore:
 
 
 class Unfinished:
-    """The durable place for a builder's unfinished work. What is not whole, or not ours, counts as nothing."""
+    """The durable place for a builder's unfinished work. What is not whole, or not ours, counts as
+    nothing."""
 
     def __init__(self, store: Store, paths: ResultsPaths, spec: Spec, check: Callable[[], None]) -> None:
         self.store, self.paths, self.spec, self.check = store, paths, spec, check
@@ -197,7 +206,8 @@ class Unfinished:
         return data
 
     def save(self, data: bytes) -> None:
-        """Raises :class:`~orchestrator.storage.lock.LockLost` if another process builds the artifact by now."""
+        """Raises :class:`~orchestrator.storage.lock.LockLost` if another process builds the
+        artifact by now."""
         self.check()
         spec = self.spec
         self.store.replace(self.paths.building_state(spec.kind, spec.key), sha256_of(data).encode() + data)

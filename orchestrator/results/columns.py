@@ -19,7 +19,8 @@ Source = Literal["stream", "cell", "attempt"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the table. ``source``: who fills it, the stream per row, the plan per cell, or the attempt."""
+    """One column of the table. ``source``: who fills it, the stream per row, the plan per cell, or
+    the attempt."""
 
     name: str
     type: Literal["string", "int32", "int64", "double"]
@@ -42,7 +43,9 @@ _BEFORE_SCORES: tuple[Column, ...] = (
     Column("T", "int32", "edits", "consecutive edits before final scoring and rollback", "identity", "cell"),
     Column("seed", "int64", "", "seed of the cell", "identity", "cell"),
     Column("batch_size", "int32", "edits", "requests edited in one call", "identity", "cell"),
-    Column("rollback", "string", "", "group: after every T edits; never: continual editing", "identity", "cell"),
+    Column(
+        "rollback", "string", "", "group: after every T edits; never: continual editing", "identity", "cell"
+    ),
     Column("group", "int32", "", "index of the group of T requests the request belongs to", "identity"),
     Column("position", "int32", "", "place of the request within its group", "identity"),
     Column("case_id", "string", "", "id of the request in the data set", "identity"),
@@ -57,7 +60,9 @@ _BEFORE_SCORES: tuple[Column, ...] = (
 )
 _AFTER_SCORES: tuple[Column, ...] = (
     Column("edit_seconds", "double", "s", "wall time of the edit, shared among the active lanes", "cost"),
-    Column("score_seconds", "double", "s", "wall time of the scoring, shared among the scored requests", "cost"),
+    Column(
+        "score_seconds", "double", "s", "wall time of the scoring, shared among the scored requests", "cost"
+    ),
     Column("lanes", "int32", "", "lanes that ran in lockstep", "cost"),
     Column("iterations", "int32", "", "optimisation steps of the edit", "cost"),
     Column("loss", "double", "", "final loss of the edit", "cost", nullable=True),
@@ -80,7 +85,8 @@ _AFTER_SCORES: tuple[Column, ...] = (
         "training_overlap",
         "int32",
         "requests",
-        "requests trained on that the sweep edits, with `allow_overlap: true`; null: refused, or nothing is trained",
+        "requests trained on that the sweep edits, with `allow_overlap: true`; null: refused, or nothing "
+        "is trained",
         "provenance",
         "cell",
         nullable=True,
@@ -90,7 +96,9 @@ _AFTER_SCORES: tuple[Column, ...] = (
 
 def columns(scores: Registry = SCORES) -> tuple[Column, ...]:
     """Every column of a table whose rows hold ``scores``, in order."""
-    scored = (Column(c.name, c.score.type, c.score.unit, c.meaning, "score", nullable=True) for c in scores.columns)
+    scored = (
+        Column(c.name, c.score.type, c.score.unit, c.meaning, "score", nullable=True) for c in scores.columns
+    )
     return (*_BEFORE_SCORES, *scored, *_AFTER_SCORES)
 
 
@@ -101,12 +109,14 @@ CELL_COLUMNS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.source == 
 KEY: tuple[str, ...] = ("cell_id", "group", "scored", "edits_applied", "position")
 """Identifies a row, and orders the rows of a file."""
 
-VARYING: frozenset[str] = frozenset({"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"})
+VARYING: frozenset[str] = frozenset(
+    {"edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt"}
+)
 """Columns in which two runs of the same plan may differ; all others are equal bit for bit."""
 
 REPEATING = frozenset(c.name for c in COLUMNS if c.type != "double" or c.unit == "0..1")
-"""Columns whose values repeat, written as dictionaries: half the time to read, a tenth less to store. Not so times and losses:
-hardly two are equal."""
+"""Columns whose values repeat, written as dictionaries: half the time to read, a tenth less to
+store. Not so times and losses: hardly two are equal."""
 
 
 class TableError(EditSweepError):
@@ -120,23 +130,29 @@ def schema(declared: Sequence[Column] = COLUMNS) -> pa.Schema:
 
 
 def no_rows() -> pa.Table:
-    """A table without rows. (Arrow's own ``empty_table`` imports pandas, which takes longer than most queries.)"""
+    """A table without rows. (Arrow's own ``empty_table`` imports pandas, which takes longer than
+    most queries.)"""
     return pa.Table.from_arrays([pa.nulls(0, field.type) for field in schema()], schema=schema())
 
 
 def docs(declared: Sequence[Column] = COLUMNS) -> str:
     """The columns as a markdown table."""
-    lines = ["| column | type | unit | kind | may be null | meaning |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| column | type | unit | kind | may be null | meaning |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for c in declared:
-        lines.append(f"| `{c.name}` | {c.type} | {c.unit} | {c.kind} | {'yes' if c.nullable else ''} | {c.meaning} |")
+        lines.append(
+            f"| `{c.name}` | {c.type} | {c.unit} | {c.kind} | {'yes' if c.nullable else ''} | {c.meaning} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def rows_to_table(rows: Sequence[Mapping[str, Any]], declared: Sequence[Column] = COLUMNS) -> pa.Table:
     """Rows as dicts -> Arrow table. ``details`` may be a dict; it becomes JSON.
 
-    Raises :class:`TableError` for an unknown or missing column, a null that is not allowed, or a value of another type:
-    a column that silently turned into nulls would be noticed days later.
+    Raises :class:`TableError` for an unknown or missing column, a null that is not allowed, or a
+    value of another type: a column that silently turned into nulls would be noticed days later.
     """
     names = {c.name for c in declared}
     for number, row in enumerate(rows):
@@ -154,10 +170,15 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], declared: Sequence[Column] 
     for field in schema(declared):
         values = [row[field.name] for row in rows]
         if field.name == "details":
-            values = [None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values]
+            values = [
+                None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True)
+                for v in values
+            ]
         strange = {type(v) for v in values} - accepted[str(field.type)]
         if strange:
-            raise TableError(f"column {field.name} ({field.type}): a value of type {min(t.__name__ for t in strange)}")
+            raise TableError(
+                f"column {field.name} ({field.type}): a value of type {min(t.__name__ for t in strange)}"
+            )
         try:
             array = pa.array(values, field.type)
         except (pa.ArrowException, ValueError, OverflowError) as error:

@@ -25,7 +25,8 @@ def complete_rows(table: pa.Table, job: StreamJob, failures: Iterable[Mapping[st
         bad = pc.and_(pc.equal(table["cell_id"], cell), pc.equal(table["group"], group))
         if job.rollback == "never":
             later = pc.or_(
-                pc.greater_equal(table["group"], group), pc.greater(table["edits_applied"], group * T_of[cell])
+                pc.greater_equal(table["group"], group),
+                pc.greater(table["edits_applied"], group * T_of[cell]),
             )
             bad = pc.and_(pc.equal(table["cell_id"], cell), later)
         keep = pc.invert(bad) if keep is None else pc.and_(keep, pc.invert(bad))

@@ -1,11 +1,11 @@
 """Removing cells from a results folder, deliberately: the one way a result is ever lost.
 
->>> found = look_up(results, ["method=wise,T=1000"])        # says what would go                  # doctest: +SKIP
->>> forget(results, found, say=print)                       # takes the folder's lock            # doctest: +SKIP
+>>> found = look_up(results, ["method=wise,T=1000"])  # says what would go  # doctest: +SKIP
+>>> forget(results, found, say=print)  # takes the folder's lock  # doctest: +SKIP
 
-Table files are replaced one by one, each whole: interrupted, it is finished by doing it again. A shard under way that
-serves a forgotten cell ends as a shard without rows: whatever a worker believed dead still writes for it counts nothing.
-Knows nothing of torch or Ray.
+Table files are replaced one by one, each whole: interrupted, it is finished by doing it again. A
+shard under way that serves a forgotten cell ends as a shard without rows: whatever a worker
+believed dead still writes for it counts nothing. Knows nothing of torch or Ray.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from workers.types import JSON
 
 @dataclass(frozen=True)
 class Found:
-    """The things that :func:`forget` would remove: ``rows`` of the table; ``shards`` under way, ``others`` they serve besides."""
+    """The things that :func:`forget` would remove: ``rows`` of the table; ``shards`` under way,
+    ``others`` they serve besides."""
 
     cells: frozenset[str]
     titles: tuple[str, ...]
@@ -35,7 +36,8 @@ class Found:
 
 
 def look_up(results: Results, texts: Sequence[str]) -> Found:
-    """The cells that ``texts`` fit (see :mod:`orchestrator.results.select`) among all this folder ever planned."""
+    """The cells that ``texts`` fit (see :mod:`orchestrator.results.select`) among all this folder
+    ever planned."""
     planned, _ = results.plan()
     described: list[dict[str, JSON]] = [{"cell_id": cell_id, **cell} for cell_id, cell in planned.items()]
     cells = select(texts, described, "--cells")
@@ -55,7 +57,8 @@ def look_up(results: Results, texts: Sequence[str]) -> Found:
 
 
 def forget(results: Results, found: Found, say: Callable[[str], None]) -> int:
-    """Remove the cells' rows and failures, and the progress of shards that serve them; how many rows went.
+    """Remove the cells' rows and failures, and the progress of shards that serve them; how many
+    rows went.
 
     Finished shards are gathered first, so that the other cells they serve lose nothing. Raises
     :class:`~orchestrator.storage.lock.Locked` while a run is at work in the folder.
@@ -72,7 +75,8 @@ def forget(results: Results, found: Found, say: Callable[[str], None]) -> int:
 
 
 def _forget_definitions(results: Results, cells: frozenset[str]) -> None:
-    """From plan.json go the cells that the last run did not ask for; the others are as if they had never been run."""
+    """From plan.json go the cells that the last run did not ask for; the others are as if they had
+    never been run."""
     store, paths = results.store, results.paths
     try:
         value = unseal_json(store.read(paths.plan), store.where(paths.plan))

@@ -1,10 +1,11 @@
-"""A shard's durable progress: attempts, parts, checkpoints. The only record from which anything is resumed.
+"""A shard's durable progress: attempts, parts, checkpoints. The only record from which anything is
+resumed.
 
-Every launch of a shard claims a new *attempt* and writes under its own folder alone. A step is committed when its part
-(a sealed Parquet file with the step's rows) appears; the edit state it ends with was written before, and the part names
-it by hash. The attempt's own file says which parts of earlier attempts it builds on, so a worker that was believed dead
-and goes on writing adds to a chain that no longer counts.
-Knows nothing of torch or Ray: states are bytes.
+Every launch of a shard claims a new *attempt* and writes under its own folder alone. A step is
+committed when its part (a sealed Parquet file with the step's rows) appears; the edit state it ends
+with was written before, and the part names it by hash. The attempt's own file says which parts of
+earlier attempts it builds on, so a worker that was believed dead and goes on writing adds to a
+chain that no longer counts. Knows nothing of torch or Ray: states are bytes.
 """
 
 from __future__ import annotations
@@ -35,19 +36,22 @@ _FAILURE_FIELDS = frozenset({"cell_id", "group", "position", "kind", "message"})
 
 
 class JournalError(EditSweepError):
-    """The journal was used wrongly: an unknown shard, another composition under a taken id, a step out of order."""
+    """The journal was used wrongly: an unknown shard, another composition under a taken id, a step
+    out of order."""
 
 
 class Superseded(JournalError):
-    """A newer attempt has taken the shard over: stop quietly, nothing this attempt writes counts any more."""
+    """A newer attempt has taken the shard over: stop quietly, nothing this attempt writes counts
+    any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """Progress of a shard. ``committed`` of ``ticks`` are durable; sums run over the chain that counts.
+    """Progress of a shard. ``committed`` of ``ticks`` are durable; sums run over the chain that
+    counts.
 
-    ``failures``: groups whose lane was frozen (cell_id, group, position, kind, message). ``error``: what the newest
-    attempt recorded, if it raised. ``commit_seconds`` lags one step behind.
+    ``failures``: groups whose lane was frozen (cell_id, group, position, kind, message). ``error``:
+    what the newest attempt recorded, if it raised. ``commit_seconds`` lags one step behind.
     """
 
     shard_id: str
@@ -129,7 +133,8 @@ class Journal:
     def begin(self, manifest: ShardManifest) -> None:
         """Writes the manifest; nothing happens if the shard has begun with the same one.
 
-        Raises :class:`JournalError` if the shard has begun with another: its parts could not be told apart from ours.
+        Raises :class:`JournalError` if the shard has begun with another: its parts could not be
+        told apart from ours.
         """
         key = self.paths.manifest(manifest.shard_id)
         data = seal_json({"version": VERSION, "manifest": manifest.model_dump(mode="json")})
@@ -137,7 +142,9 @@ class Journal:
             try:
                 if self.manifest(manifest.shard_id) != manifest:
                     where = self.store.where(key)
-                    raise JournalError(f"shard {manifest.shard_id} has begun with another composition ({where})")
+                    raise JournalError(
+                        f"shard {manifest.shard_id} has begun with another composition ({where})"
+                    )
                 return
             except Missing:
                 continue
@@ -151,8 +158,8 @@ class Journal:
     def begun(self) -> dict[str, ShardManifest]:
         """Shards that have begun and are not in the table yet, with their compositions.
 
-        A shard whose manifest is damaged is left out with a warning: it counts as not begun, and :meth:`begin` with the
-        same composition takes its progress up again.
+        A shard whose manifest is damaged is left out with a warning: it counts as not begun, and
+        :meth:`begin` with the same composition takes its progress up again.
         """
         found = {}
         for shard_id in self.shard_ids():
@@ -165,13 +172,16 @@ class Journal:
         return found
 
     def manifest(self, shard_id: str) -> ShardManifest:
-        """Raises :class:`~orchestrator.storage.base.Missing` or :class:`~orchestrator.storage.base.Damaged`."""
+        """Raises :class:`~orchestrator.storage.base.Missing` or
+        :class:`~orchestrator.storage.base.Damaged`."""
         key = self.paths.manifest(shard_id)
         value = unseal_json(self.store.read(key), self.store.where(key))
         try:
             manifest = ShardManifest.model_validate(value.get("manifest"))
         except ValidationError as error:
-            raise Damaged(f"{self.store.where(key)}: not a manifest this editsweep understands: {error}") from error
+            raise Damaged(
+                f"{self.store.where(key)}: not a manifest this editsweep understands: {error}"
+            ) from error
         if manifest.shard_id != shard_id:
             raise Damaged(f"{self.store.where(key)}: belongs to shard {manifest.shard_id}")
         return manifest
@@ -228,8 +238,8 @@ class Journal:
     def committed_rows(self, shard_id: str) -> pa.Table:
         """Rows committed so far, without those of failed groups. For readers: changes nothing.
 
-        Raises :class:`~orchestrator.storage.base.Missing` if files vanish meanwhile (the shard was gathered): look at the
-        table again.
+        Raises :class:`~orchestrator.storage.base.Missing` if files vanish meanwhile (the shard was
+        gathered): look at the table again.
         """
         chain = self._chain(shard_id, self._attempts(shard_id))
         try:
@@ -254,7 +264,8 @@ class Journal:
         return complete_rows(pa.concat_tables(pieces), manifest.job, totals.failures)
 
     def load(self, shard_id: str) -> FinishedShard | None:
-        """A finished shard, every part verified; None if it is not finished. Damaged parts are put aside first."""
+        """A finished shard, every part verified; None if it is not finished. Damaged parts are put
+        aside first."""
         manifest = self.manifest(shard_id)
         chain = self._verify(shard_id, self._chain(shard_id, self._attempts(shard_id)))
         if not chain or chain[-1][0].stop != manifest.bounds[-1]:
@@ -265,11 +276,12 @@ class Journal:
     # -- attempts
 
     def claim(self, shard_id: str, run_id: str, worker: Mapping[str, JSON] | None = None) -> Attempt:
-        """Starts the next attempt of a shard, alone: of two that claim at once, the later one gets the next number.
+        """Starts the next attempt of a shard, alone: of two that claim at once, the later one gets
+        the next number.
 
-        The attempt continues after the last part whose rows and edit state are whole. If neither of the two newest edit
-        states is, that is where the lanes were last pristine. ``worker`` (host, pid, ...) is kept for ``status``.
-        Raises :class:`JournalError` if the shard has not begun.
+        The attempt continues after the last part whose rows and edit state are whole. If neither of
+        the two newest edit states is, that is where the lanes were last pristine. ``worker`` (host,
+        pid, ...) is kept for ``status``. Raises :class:`JournalError` if the shard has not begun.
         """
         try:
             manifest = self.manifest(shard_id)
@@ -278,7 +290,9 @@ class Journal:
         while True:
             attempts = self._attempts(shard_id)
             number = max(attempts, default=0) + 1
-            chain = [(step, meta) for step, meta, _ in self._verify(shard_id, self._chain(shard_id, attempts))]
+            chain = [
+                (step, meta) for step, meta, _ in self._verify(shard_id, self._chain(shard_id, attempts))
+            ]
             state = None
             while chain:
                 step, meta = chain[-1]
@@ -290,7 +304,9 @@ class Journal:
                 except (Damaged, Missing) as error:
                     log.warning("%s; going back to the state before", error)
                     if isinstance(error, Damaged):
-                        self._put_aside(shard_id, self.paths.checkpoint(shard_id, step.attempt, step.stop), error)
+                        self._put_aside(
+                            shard_id, self.paths.checkpoint(shard_id, step.attempt, step.stop), error
+                        )
                     chain.pop()
             steps = [step for step, _ in chain]
             start = steps[-1].stop if steps else 0
@@ -326,7 +342,8 @@ class Journal:
         return count
 
     def record_error(self, shard_id: str, attempt: int, error: Mapping[str, JSON]) -> None:
-        """Keeps why an attempt ended (exception class, message, path of the log, ...) for ``status``."""
+        """Keeps why an attempt ended (exception class, message, path of the log, ...) for
+        ``status``."""
         self.store.replace(self.paths.error(shard_id, attempt), seal_json(error))
 
     def errors(self, shard_id: str) -> dict[int, dict[str, JSON]]:
@@ -353,7 +370,8 @@ class Journal:
         return self.paths.part(shard_id, step.attempt, step.start, step.stop)
 
     def _chain(self, shard_id: str, attempts: Sequence[int]) -> list[_Step]:
-        """The parts that count, by name: those the newest attempt builds on, and its own. Ends at the first gap."""
+        """The parts that count, by name: those the newest attempt builds on, and its own. Ends at
+        the first gap."""
         for number in reversed(attempts):
             key = self.paths.attempt_info(shard_id, number)
             try:
@@ -389,7 +407,8 @@ class Journal:
         return run
 
     def _verify(self, shard_id: str, chain: Sequence[_Step]) -> list[tuple[_Step, dict[str, JSON], bytes]]:
-        """The sound beginning of a chain, with metadata and bytes. The part that ends it is put aside by name."""
+        """The sound beginning of a chain, with metadata and bytes. The part that ends it is put
+        aside by name."""
         sound = []
         for step in chain:
             try:
@@ -408,7 +427,13 @@ class Journal:
         data = self.store.read(key)
         check_seal(data, name)
         meta, rows = read_footer(io.BytesIO(data), name)
-        found = (meta.get("kind"), meta.get("shard_id"), meta.get("attempt"), meta.get("start"), meta.get("stop"))
+        found = (
+            meta.get("kind"),
+            meta.get("shard_id"),
+            meta.get("attempt"),
+            meta.get("start"),
+            meta.get("stop"),
+        )
         if found != ("part", shard_id, step.attempt, step.start, step.stop) or meta.get("rows") != rows:
             raise Damaged(f"{name}: a foreign file: it says it is {found} with {meta.get('rows')} rows")
         return meta, data
@@ -436,12 +461,15 @@ class Journal:
 
 def attempt_numbers(store: Store, paths: ResultsPaths, shard_id: str) -> list[int]:
     """The attempts of a shard, ascending."""
-    numbers = [paths.attempt_number(entry.name) for entry in store.list(paths.shard(shard_id)) if entry.folder]
+    numbers = [
+        paths.attempt_number(entry.name) for entry in store.list(paths.shard(shard_id)) if entry.folder
+    ]
     return sorted(number for number in numbers if number is not None)
 
 
 def _compress(steps: Sequence[_Step]) -> list[list[int]]:
-    """[attempt, from, to] of each run of parts of one attempt: as many entries as attempts, however many parts."""
+    """[attempt, from, to] of each run of parts of one attempt: as many entries as attempts, however
+    many parts."""
     spans: list[list[int]] = []
     for step in steps:
         if spans and spans[-1][0] == step.attempt:
@@ -455,8 +483,8 @@ def _compress(steps: Sequence[_Step]) -> list[list[int]]:
 class Attempt:
     """One launch of a shard, made by :meth:`Journal.claim`.
 
-    ``position`` and ``state`` are what the stream continues from; ``position`` moves with every commit.
-    ``commit_seconds`` is the time spent in :meth:`commit` so far.
+    ``position`` and ``state`` are what the stream continues from; ``position`` moves with every
+    commit. ``commit_seconds`` is the time spent in :meth:`commit` so far.
     """
 
     store: Store = field(repr=False)
@@ -490,15 +518,18 @@ class Attempt:
     ) -> None:
         """Makes the step ``start .. stop`` durable; it counts if and only if this returns.
 
-        ``rows`` as the stream gives them: the columns of cell and attempt are added here. ``failures``: dicts with
-        cell_id, group, position, kind, message. ``state``: the edit state after the step, None where the lanes are
-        pristine. ``stats``: edits, edit_seconds, score_seconds. After a :class:`~orchestrator.storage.base.StoreError` the
-        same commit may be tried again. Raises :class:`Superseded`, and :class:`JournalError` for a step that does not
+        ``rows`` as the stream gives them: the columns of cell and attempt are added here.
+        ``failures``: dicts with cell_id, group, position, kind, message. ``state``: the edit state
+        after the step, None where the lanes are pristine. ``stats``: edits, edit_seconds,
+        score_seconds. After a :class:`~orchestrator.storage.base.StoreError` the same commit may be
+        tried again. Raises :class:`Superseded`, and :class:`JournalError` for a step that does not
         follow the last.
         """
         began = time.perf_counter()
         if start != self.position or stop <= start or stop not in self.manifest.bounds:
-            raise JournalError(f"shard {self.shard_id} is at tick {self.position}: cannot commit step {start}..{stop}")
+            raise JournalError(
+                f"shard {self.shard_id} is at tick {self.position}: cannot commit step {start}..{stop}"
+            )
         if max(attempt_numbers(self.store, self.paths, self.shard_id), default=0) > self.number:
             raise Superseded(f"shard {self.shard_id}: attempt {self.number} was replaced by a newer one")
         table = self._table(rows)
@@ -521,9 +552,12 @@ class Attempt:
         }
         key = self.paths.part(self.shard_id, self.number, start, stop)
         data = encode(table, meta, compression="snappy")
-        # the name is ours alone: it can only be taken by our own commit whose success was not reported
+        # the name is ours alone: it can only be taken by our own commit whose success was not
+        # reported
         if not self.store.publish_new(key, data) and self.store.read(key) != data:
-            raise JournalError(f"{self.store.where(key)} has other contents: two workers share attempt {self.number}")
+            raise JournalError(
+                f"{self.store.where(key)} has other contents: two workers share attempt {self.number}"
+            )
         self.position, self._totals, self.state = stop, totals, None
         if state is not None:
             self._kept.append(_Step(self.number, start, stop))
@@ -539,7 +573,9 @@ class Attempt:
         for row in rows:
             if row.keys() != STREAM_COLUMNS:
                 unknown, missing = sorted(row.keys() - STREAM_COLUMNS), sorted(STREAM_COLUMNS - row.keys())
-                raise TableError(f"a row of the stream has unknown columns {unknown}, missing columns {missing}")
+                raise TableError(
+                    f"a row of the stream has unknown columns {unknown}, missing columns {missing}"
+                )
             if row["cell_id"] not in self.manifest.columns:
                 raise TableError(f"a row of cell {row['cell_id']}, which is not in shard {self.shard_id}")
             full.append({**row, **self.manifest.columns[row["cell_id"]], **mine})
@@ -550,7 +586,9 @@ class Attempt:
             raise JournalError(f"stats must be edits, edit_seconds, score_seconds; got {sorted(stats)}")
         for failure in failures:
             if failure.keys() != _FAILURE_FIELDS:
-                raise JournalError(f"a failure must have the fields {sorted(_FAILURE_FIELDS)}; got {sorted(failure)}")
+                raise JournalError(
+                    f"a failure must have the fields {sorted(_FAILURE_FIELDS)}; got {sorted(failure)}"
+                )
         before = self._totals
         return _Totals(
             rows=before.rows + rows,

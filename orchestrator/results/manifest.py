@@ -15,9 +15,10 @@ from workers.types import Frozen
 class ShardManifest(Frozen):
     """Composition of a shard; written once, before its first attempt, and never changed.
 
-    ``bounds``: ticks at which it commits, the last one included (:func:`workers.timeline.cut_steps`). ``columns``: for each
-    cell the columns of :data:`~orchestrator.results.columns.CELL_COLUMNS`, the same in all its rows. ``task``: whatever else the
-    worker needs (model, data set, artifacts); the journal does not look inside.
+    ``bounds``: ticks at which it commits, the last one included
+    (:func:`workers.timeline.cut_steps`). ``columns``: for each cell the columns of
+    :data:`~orchestrator.results.columns.CELL_COLUMNS`, the same in all its rows. ``task``: whatever
+    else the worker needs (model, data set, artifacts); the journal does not look inside.
     """
 
     shard_id: str

@@ -19,32 +19,44 @@ _SEAL = b"editsweep.sha256\x18\x40"  # key of the footer entry, then the thrift 
 _BLANK = b"0" * 64
 
 
-def encode(table: pa.Table, meta: Mapping[str, JSON], compression: Literal["zstd", "snappy"] = "zstd") -> bytes:
-    """A Parquet file with ``meta`` and a checksum of the whole file in its footer. The same input gives the same bytes.
+def encode(
+    table: pa.Table, meta: Mapping[str, JSON], compression: Literal["zstd", "snappy"] = "zstd"
+) -> bytes:
+    """A Parquet file with ``meta`` and a checksum of the whole file in its footer. The same input
+    gives the same bytes.
 
-    For a hundred rows snappy is as small and twice as fast both ways: zstd sets itself up anew for each of fifty columns.
+    For a hundred rows snappy is as small and twice as fast both ways: zstd sets itself up anew for
+    each of fifty columns.
 
-    Page checksums, which other readers verify, leave the footer unprotected; hence one more over all bytes. It is
-    computed with its own 64 digits read as zeros.
+    Page checksums, which other readers verify, leave the footer unprotected; hence one more over
+    all bytes. It is computed with its own 64 digits read as zeros.
     """
     sink = pa.BufferOutputStream()
     few = [name for name in table.schema.names if name in REPEATING]
     with pq.ParquetWriter(
-        sink, table.schema, compression=compression, use_dictionary=few, write_page_checksum=True, store_schema=False
+        sink,
+        table.schema,
+        compression=compression,
+        use_dictionary=few,
+        write_page_checksum=True,
+        store_schema=False,
     ) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({"editsweep": seal_json(meta, line=True), "editsweep.sha256": _BLANK})
     data = bytearray(sink.getvalue())
     at = data.rfind(_SEAL + _BLANK)
     if at < 0:
-        raise TableError("this version of pyarrow lays Parquet footers out differently: the seal has no place")
+        raise TableError(
+            "this version of pyarrow lays Parquet footers out differently: the seal has no place"
+        )
     at += len(_SEAL)
     data[at : at + 64] = sha256_of(data).encode()
     return bytes(data)
 
 
 def check_seal(data: bytes, name: str) -> None:
-    """Raises :class:`~orchestrator.storage.base.Damaged`, naming ``name``, unless all bytes are as :func:`encode` made it."""
+    """Raises :class:`~orchestrator.storage.base.Damaged`, naming ``name``, unless all bytes are as
+    :func:`encode` made it."""
     at = data.rfind(_SEAL)
     if at < 0 or at + len(_SEAL) + 64 > len(data):
         raise Damaged(f"{name}: truncated, or not one of our Parquet files")
@@ -58,7 +70,8 @@ def check_seal(data: bytes, name: str) -> None:
 def reading(name: str) -> Iterator[None]:
     """Inside, a file called ``name`` is read.
 
-    Arrow reports damage as ArrowInvalid or as OSError without a number; a number comes from the operating system.
+    Arrow reports damage as ArrowInvalid or as OSError without a number; a number comes from the
+    operating system.
     """
     try:
         yield
@@ -69,14 +82,16 @@ def reading(name: str) -> Iterator[None]:
 
 
 def decode(data: bytes, name: str) -> tuple[pa.Table, dict[str, JSON]]:
-    """Rows and metadata of a sealed file. Raises :class:`~orchestrator.storage.base.Damaged`, naming ``name``."""
+    """Rows and metadata of a sealed file. Raises :class:`~orchestrator.storage.base.Damaged`,
+    naming ``name``."""
     check_seal(data, name)
     with reading(name), pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
         return conform(file.read(use_threads=False), name), read_meta(read_seal(file.metadata, name), name)
 
 
 def read_footer(file: BinaryIO, name: str) -> tuple[dict[str, JSON], int]:
-    """Metadata and number of rows, without reading the rows. Raises :class:`~orchestrator.storage.base.Damaged`."""
+    """Metadata and number of rows, without reading the rows. Raises
+    :class:`~orchestrator.storage.base.Damaged`."""
     with reading(name):
         metadata = pq.read_metadata(file)
     return read_meta(read_seal(metadata, name), name), metadata.num_rows
@@ -92,12 +107,15 @@ def read_seal(metadata: pq.FileMetaData, name: str) -> bytes:
 def read_meta(sealed: bytes, name: str) -> dict[str, JSON]:
     meta = unseal_json(sealed, name)
     if meta.get("version") != VERSION:
-        raise TableError(f"{name}: written in format {meta.get('version')}, this editsweep reads format {VERSION}")
+        raise TableError(
+            f"{name}: written in format {meta.get('version')}, this editsweep reads format {VERSION}"
+        )
     return meta
 
 
 def conform(table: pa.Table, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The declared columns in the declared order. A column added to the declaration later is null in older files."""
+    """The declared columns in the declared order. A column added to the declaration later is null
+    in older files."""
     declared = schema()
     wanted = declared if columns is None else pa.schema([declared.field(c) for c in columns])
     if table.schema.equals(wanted):

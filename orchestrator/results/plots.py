@@ -1,4 +1,5 @@
-"""The summary as a picture: scores over T, one line a method. Needs the ``plots`` extra (matplotlib)."""
+"""The summary as a picture: scores over T, one line a method. Needs the ``plots`` extra
+(matplotlib)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Write ``path``. Solid: final state of a group; dashed, in the first panel: right after each edit.
+    """Write ``path``. Solid: final state of a group; dashed, in the first panel: right after each
+    edit.
 
     Raises :class:`EditSweepError` if matplotlib is missing or the format is unknown.
     """

@@ -1,9 +1,9 @@
 """Questions to the table: Arrow, pandas, or SQL in a locked-down DuckDB.
 
-Queries come from users, scripts and shared notebooks, and column values from data sets; nothing in a query may reach
-files, the network or this process. Hence an in-memory database that sees the table as the view ``edits`` and nothing
-else, takes one SELECT at a time, and can be stopped.
-Knows nothing of torch or Ray.
+Queries come from users, scripts and shared notebooks, and column values from data sets; nothing in
+a query may reach files, the network or this process. Hence an in-memory database that sees the
+table as the view ``edits`` and nothing else, takes one SELECT at a time, and can be stopped. Knows
+nothing of torch or Ray.
 """
 
 from __future__ import annotations
@@ -39,14 +39,18 @@ Answer = TypeVar("Answer")
 
 FORMATS: tuple[str, ...] = ("csv", "json", "parquet")
 _BATCH_ROWS = 65_536
-_IN_MEMORY_BYTES = 64 << 20  # of Parquet files: below, reading all is faster than importing pyarrow.dataset (0.3 s)
+_IN_MEMORY_BYTES = (
+    64 << 20
+)  # of Parquet files: below, reading all is faster than importing pyarrow.dataset (0.3 s)
 _FEW_VALUES = frozenset({"sweep", "model", "dataset", "method", "algorithm", "rollback", "scored", "device"})
-"""Columns of a few texts repeated in every row: kept as the dictionaries they lie in, they are read in half the time. Not ids:
-Arrow passes over files by the least and greatest text of a column, but not where it is a dictionary."""
+"""Columns of a few texts repeated in every row: kept as the dictionaries they lie in, they are read
+in half the time. Not ids: Arrow passes over files by the least and greatest text of a column, but
+not where it is a dictionary."""
 
 
 class QueryError(EditSweepError):
-    """A query is wrong, not allowed, or took too long. The message holds DuckDB's own and the valid columns."""
+    """A query is wrong, not allowed, or took too long. The message holds DuckDB's own and the valid
+    columns."""
 
 
 class Results:
@@ -64,7 +68,8 @@ class Results:
         self.central = CentralTable(store, self.paths)
 
     def plan(self) -> tuple[dict[str, JSON], list[str]]:
-        """Definitions of all cells this folder ever planned, by id, and the ids of those the last run asked for."""
+        """Definitions of all cells this folder ever planned, by id, and the ids of those the last
+        run asked for."""
         try:
             found = unseal_json(self.store.read(self.paths.plan), self.store.where(self.paths.plan))
         except Missing:
@@ -89,7 +94,8 @@ class Results:
             return _answer(connection, query, time_limit, lambda found: found.to_arrow_table())
 
     def first_rows(self, query: str, limit: int, time_limit: float | None = 300.0) -> tuple[pa.Table, int]:
-        """The first ``limit`` rows of an answer, and how many it has. The rest is counted as it comes and never held."""
+        """The first ``limit`` rows of an answer, and how many it has. The rest is counted as it
+        comes and never held."""
         import pyarrow as pa
 
         def read(found: duckdb.DuckDBPyRelation) -> tuple[pa.Table, int]:
@@ -143,7 +149,8 @@ class Results:
 
 
 class _ScannedTable(CentralTable):
-    """A table too large to be loaded: Arrow scans it, with the footers that its listing has read."""
+    """A table too large to be loaded: Arrow scans it, with the footers that its listing has
+    read."""
 
     def __init__(self, store: Store, paths: ResultsPaths) -> None:
         import pyarrow as pa
@@ -151,7 +158,9 @@ class _ScannedTable(CentralTable):
 
         super().__init__(store, paths)
         options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-        self._format = ds.ParquetFileFormat(default_fragment_scan_options=options, dictionary_columns=_FEW_VALUES)
+        self._format = ds.ParquetFileFormat(
+            default_fragment_scan_options=options, dictionary_columns=_FEW_VALUES
+        )
         self._filesystem, self._root = store.filesystem()
         self._fragments: dict[str, ds.ParquetFileFragment] = {}
         self._schema = schema()
@@ -162,7 +171,9 @@ class _ScannedTable(CentralTable):
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
         with reading(name):
-            fragment = self._fragments[key] = self._format.make_fragment(f"{self._root}/{key}", self._filesystem)
+            fragment = self._fragments[key] = self._format.make_fragment(
+                f"{self._root}/{key}", self._filesystem
+            )
             fragment.ensure_complete_metadata()
             return fragment.metadata
 
@@ -175,7 +186,8 @@ class _ScannedTable(CentralTable):
 
 
 def open_results(folder: str | os.PathLike[str]) -> Results:
-    """Opens a results folder for reading. Raises :class:`~workers.types.EditSweepError` if it is none."""
+    """Opens a results folder for reading. Raises :class:`~workers.types.EditSweepError` if it is
+    none."""
     paths = ResultsPaths()
     store = open_store(folder)
     if isinstance(store, LocalStore) and not store.root.is_dir():
@@ -225,7 +237,8 @@ def _answer(
 
 
 def _allow(connection: duckdb.DuckDBPyConnection, query: str) -> None:
-    """One statement that only reads. The locked configuration stands behind this; this gives the clearer message."""
+    """One statement that only reads. The locked configuration stands behind this; this gives the
+    clearer message."""
     import duckdb
 
     statements = connection.extract_statements(query)
@@ -237,7 +250,8 @@ def _allow(connection: duckdb.DuckDBPyConnection, query: str) -> None:
 
 
 def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
-    """Writes a query's answer as ``csv``, ``json`` (one object per line) or ``parquet`` to a binary stream.
+    """Writes a query's answer as ``csv``, ``json`` (one object per line) or ``parquet`` to a binary
+    stream.
 
     Raises :class:`QueryError` for another format.
     """

@@ -1,4 +1,5 @@
-"""The summary of a sweep: methods x T with mean scores. Reads the table through SQL; knows nothing of torch or Ray.
+"""The summary of a sweep: methods x T with mean scores. Reads the table through SQL; knows nothing
+of torch or Ray.
 
 rows = summary(open_results("results/demo"))
 markdown(rows)
@@ -21,10 +22,12 @@ Row = Mapping[str, JSON]
 
 
 def summary(results: Results) -> list[Row]:
-    """One row per method and T, in that order: mean scores on the final state, and reliability right after the edit.
+    """One row per method and T, in that order: mean scores on the final state, and reliability
+    right after the edit.
 
-    ``*_exact`` and ``*_token`` as in the table; a score that no request has is None. Cells of earlier definitions (a
-    hyperparameter has changed since) stay in the table but are left out here: a mean over both would be of neither.
+    ``*_exact`` and ``*_token`` as in the table; a score that no request has is None. Cells of
+    earlier definitions (a hyperparameter has changed since) stay in the table but are left out
+    here: a mean over both would be of neither.
     """
     _, current = results.plan()
     if not current:

@@ -2,8 +2,8 @@
 
 >>> chosen = select(["method=wise,T=1000", "seed=3"], cells)      # of either kind      # doctest: +SKIP
 
-Within one text every key must fit, and a key given twice fits either value; several texts choose what any of them does.
-Knows nothing of torch or Ray.
+Within one text every key must fit, and a key given twice fits either value; several texts choose
+what any of them does. Knows nothing of torch or Ray.
 """
 
 from __future__ import annotations
@@ -13,22 +13,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from workers.types import JSON, SpecError
 
 KEYS = ("method", "algorithm", "T", "seed", "cell")
-"""``cell`` is an id or how it begins (four characters at least); a text without ``=`` is one too."""
+"""``cell`` is an id or how it begins (four characters at least); a text without ``=`` is one
+too."""
 
 _SHOWN = 12
 _PREFIX = 4
 
 
 def select(texts: Sequence[str], cells: Iterable[Mapping[str, JSON]], option: str) -> frozenset[str]:
-    """Ids of the cells that any of ``texts`` fits. Each of ``cells`` has cell_id, method, algorithm, T and seed.
+    """Ids of the cells that any of ``texts`` fits. Each of ``cells`` has cell_id, method,
+    algorithm, T and seed.
 
-    Raises :class:`SpecError`, naming ``option``, for a text that cannot be read, and for one that fits no cell.
+    Raises :class:`SpecError`, naming ``option``, for a text that cannot be read, and for one that
+    fits no cell.
     """
     known = list(cells)
     chosen: set[str] = set()
     for text in texts:
         wanted = _parse(text, option)
-        found = {str(cell["cell_id"]) for cell in known if all(_fits(cell, key, wanted[key]) for key in wanted)}
+        found = {
+            str(cell["cell_id"]) for cell in known if all(_fits(cell, key, wanted[key]) for key in wanted)
+        }
         if not found:
             raise SpecError(f"{option} {text!r} fits no cell; {_what_there_is(known, wanted)}")
         chosen |= found

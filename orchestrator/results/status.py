@@ -84,7 +84,8 @@ def read_status(folder: str) -> dict[str, JSON]:
 def _failures_of_cells(
     results: Results, shards: Sequence[dict[str, JSON]], failed: Sequence[dict[str, JSON]]
 ) -> dict[str, list[dict[str, JSON]]]:
-    """Per cell, what went wrong: groups that failed, and shards under way whose last attempt raised."""
+    """Per cell, what went wrong: groups that failed, and shards under way whose last attempt
+    raised."""
     store, paths = results.store, results.paths
     logs: dict[str, str] = {}
     for entry in store.list(paths.logs):

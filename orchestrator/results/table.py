@@ -1,10 +1,11 @@
 """The central table: columns declared as data, sealed Parquet files, gathering, scanning.
 
-The table is a folder of immutable, numbered Parquet files. Each holds the rows of whole shards and lists them in its
-footer; a shard is in the table if and only if a file lists it. Nothing is ever compacted, updated or renamed. Any tool
-that reads Parquet reads the table; this module adds what plain readers do not do: the rows of shards that are still
-running, and checksums of whole files.
-Knows nothing of torch or Ray, and of DuckDB only that it exists (:mod:`orchestrator.results.query`).
+The table is a folder of immutable, numbered Parquet files. Each holds the rows of whole shards and
+lists them in its footer; a shard is in the table if and only if a file lists it. Nothing is ever
+compacted, updated or renamed. Any tool that reads Parquet reads the table; this module adds what
+plain readers do not do: the rows of shards that are still running, and checksums of whole files.
+Knows nothing of torch or Ray, and of DuckDB only that it exists
+(:mod:`orchestrator.results.query`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ import pyarrow.parquet as pq
 
 from orchestrator.results.columns import KEY, TableError, check_columns, has_duplicates, no_rows, sort_rows
 from orchestrator.results.contents import complete_rows, expected_contents
-from orchestrator.results.parquet import VERSION, check_seal, conform, decode, encode, read_meta, read_seal, reading
+from orchestrator.results.parquet import (
+    VERSION,
+    check_seal,
+    conform,
+    decode,
+    encode,
+    read_meta,
+    read_seal,
+    reading,
+)
 from orchestrator.storage.base import Damaged, Entry, Missing, Store, StoreError, put_aside
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import unseal_json, unseal_line
@@ -45,8 +55,9 @@ _FILE_ROWS = 1_000_000
 class TableShard:
     """A shard as a table file lists it.
 
-    ``cells``: cell id -> groups of which all rows are in the file. ``failed``: cell id -> groups that the shard was to
-    run and of which no row is in the file. ``score``: the :class:`workers.job.ScoreConfig` its rows were scored with.
+    ``cells``: cell id -> groups of which all rows are in the file. ``failed``: cell id -> groups
+    that the shard was to run and of which no row is in the file. ``score``: the
+    :class:`workers.job.ScoreConfig` its rows were scored with.
     """
 
     shard_id: str
@@ -96,7 +107,9 @@ class TableShard:
     @classmethod
     def from_json(cls, value: Mapping[str, JSON], file: int) -> TableShard:
         cells, failed = _groups(value["cells"]), _groups(value["failed"])
-        return cls(**{**value, "cells": cells, "failed": failed, "failures": tuple(value["failures"]), "file": file})
+        return cls(
+            **{**value, "cells": cells, "failed": failed, "failures": tuple(value["failures"]), "file": file}
+        )
 
 
 def _groups(ranges: Mapping[str, Iterable[Sequence[int]]]) -> dict[str, tuple[int, ...]]:
@@ -118,8 +131,9 @@ def _ranges(groups: Sequence[int]) -> list[list[int]]:
 class Gathered:
     """Result of one call of :meth:`CentralTable.gather`.
 
-    ``shards`` are in the table now. ``again`` were thought finished, but a damaged part was found: they must run again
-    (from that part on). ``refused``: shard -> why its rows are not what its plan says, which running again cannot mend.
+    ``shards`` are in the table now. ``again`` were thought finished, but a damaged part was found:
+    they must run again (from that part on). ``refused``: shard -> why its rows are not what its
+    plan says, which running again cannot mend.
     """
 
     files: tuple[int, ...] = ()
@@ -134,9 +148,9 @@ class Gathered:
 class TableFile:
     """A table file by its footer.
 
-    Who reads the rows of a finished sweep needs nothing of the metadata, who reads those of a running one the shards' ids alone.
-    The rest stays as it was read until it is asked for: as objects, the footers of a few hundred files keep the garbage
-    collector as busy as reading them.
+    Who reads the rows of a finished sweep needs nothing of the metadata, who reads those of a
+    running one the shards' ids alone. The rest stays as it was read until it is asked for: as
+    objects, the footers of a few hundred files keep the garbage collector as busy as reading them.
     """
 
     number: int
@@ -159,7 +173,7 @@ class CentralTable:
     """The numbered files of ``table/``.
 
     >>> table = CentralTable(store)                                  # doctest: +SKIP
-    >>> table.verify()                     # at the start of a run: damaged files are put aside, their shards run again
+    >>> table.verify()  # at the start of a run: damaged files are put aside, their shards run again
     >>> table.gather(journal)              # finished shards become one new file, then lose their parts
     >>> table.done()["3f2a…"]              # the groups of a cell that need not run
     >>> table.scan(journal).num_rows       # every row, of running shards too
@@ -175,11 +189,13 @@ class CentralTable:
     # -- what is in the table
 
     def shards(self) -> dict[str, TableShard]:
-        """Every shard in the table, from the files' footers alone. Damaged files are skipped with a warning."""
+        """Every shard in the table, from the files' footers alone. Damaged files are skipped with a
+        warning."""
         return {shard.shard_id: shard for file in self._files() for shard in file.shards}
 
     def done(self, shards: Mapping[str, TableShard] | None = None) -> dict[str, set[int]]:
-        """Cell id -> groups of which every row is in the table. ``shards``: what :meth:`shards` said, if it was asked."""
+        """Cell id -> groups of which every row is in the table. ``shards``: what :meth:`shards`
+        said, if it was asked."""
         done: dict[str, set[int]] = {}
         for shard in (self.shards() if shards is None else shards).values():
             for cell, groups in shard.cells.items():
@@ -187,7 +203,8 @@ class CentralTable:
         return done
 
     def given_up(self) -> dict[str, set[int]]:
-        """Cell id -> groups that failed and that no other shard finished: nothing runs them again unasked."""
+        """Cell id -> groups that failed and that no other shard finished: nothing runs them again
+        unasked."""
         shards = self.shards()
         done = self.done(shards)
         given_up: dict[str, set[int]] = {}
@@ -197,7 +214,8 @@ class CentralTable:
         return {cell: groups for cell, groups in given_up.items() if groups}
 
     def failed(self, shards: Mapping[str, TableShard] | None = None) -> list[dict[str, JSON]]:
-        """Failures of groups that no other shard finished: the stream's fields, ``shard_id`` and ``attempts``."""
+        """Failures of groups that no other shard finished: the stream's fields, ``shard_id`` and
+        ``attempts``."""
         shards = self.shards() if shards is None else shards
         if not any(shard.failures for shard in shards.values()):
             return []
@@ -214,24 +232,30 @@ class CentralTable:
         return self._read_listed(self._list(), self._leave_out)
 
     def _listing(self) -> tuple[list[TableFile], int]:
-        """For gatherers: the files, and the first number above all of them. Damaged ones are put aside.
+        """For gatherers: the files, and the first number above all of them. Damaged ones are put
+        aside.
 
-        Number and contents must come from one listing: a file that appeared between two of them would be numbered over
-        without having been read, and its shards could be listed twice.
+        Number and contents must come from one listing: a file that appeared between two of them
+        would be numbered over without having been read, and its shards could be listed twice.
         """
         while True:
             entries = self._list()
             highest = max(entries, default=0)
-            # a listing taken while files appear may show a later one and miss an earlier one; by its name it is found
+            # a listing taken while files appear may show a later one and miss an earlier one; by
+            # its name it is found
             missed = set(range(1, highest)) - entries.keys()
             if not any(self.store.exists(self.paths.table_file(number)) for number in missed):
                 return self._read_listed(entries, self._put_aside), highest + 1
 
     def _list(self) -> dict[int, Entry]:
         numbered = {self.paths.table_number(entry.name): entry for entry in self.store.list(self.paths.table)}
-        return {number: entry for number, entry in numbered.items() if number is not None and not entry.folder}
+        return {
+            number: entry for number, entry in numbered.items() if number is not None and not entry.folder
+        }
 
-    def _read_listed(self, entries: Mapping[int, Entry], damaged: Callable[[int, Damaged], None]) -> list[TableFile]:
+    def _read_listed(
+        self, entries: Mapping[int, Entry], damaged: Callable[[int, Damaged], None]
+    ) -> list[TableFile]:
         files = []
         for number, entry in entries.items():
             known = self._footers.get((entry.name, entry.size))
@@ -250,7 +274,8 @@ class CentralTable:
         log.warning("%s; its rows are left out until `editsweep run` mends it", error)
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
-        """A file's footer. Raises :class:`~orchestrator.storage.base.Damaged`, naming it ``name``."""
+        """A file's footer. Raises :class:`~orchestrator.storage.base.Damaged`, naming it
+        ``name``."""
         with self.store.open(key) as file, reading(name):
             return pq.read_metadata(file)
 
@@ -284,19 +309,21 @@ class CentralTable:
         return bad
 
     def _put_aside(self, number: int, error: Damaged) -> None:
-        """Leaves an empty file in its place: a number that became free could be taken by a gatherer that has read the
-        higher numbers' absence long ago, and a shard would be listed twice."""
+        """Leaves an empty file in its place: a number that became free could be taken by a gatherer
+        that has read the higher numbers' absence long ago, and a shard would be listed twice."""
         key = self.paths.table_file(number)
         aside = self.paths.table_aside(number)
         log.warning("%s; put aside as %s, its shards will run again", error, self.store.where(aside))
         put_aside(self.store, key, aside, instead=encode(no_rows(), table_meta(number, [], 0)))
 
     def gather(self, journal: Journal, shard_ids: Iterable[str] | None = None) -> Gathered:
-        """Moves finished shards (those of ``shard_ids``, or all) into new table files and drops their parts.
+        """Moves finished shards (those of ``shard_ids``, or all) into new table files and drops
+        their parts.
 
-        A shard enters the table exactly once, whoever gathers and however often that is interrupted: files are created
-        without overwriting, after all lower numbers have been read. Unfinished shards are passed over. Parts are
-        dropped only after the new file was read back and compared. Raises :class:`~orchestrator.storage.base.StoreError`.
+        A shard enters the table exactly once, whoever gathers and however often that is
+        interrupted: files are created without overwriting, after all lower numbers have been read.
+        Unfinished shards are passed over. Parts are dropped only after the new file was read back
+        and compared. Raises :class:`~orchestrator.storage.base.StoreError`.
         """
         began = time.perf_counter()
         asked = sorted(set(journal.shard_ids() if shard_ids is None else shard_ids))
@@ -316,7 +343,8 @@ class CentralTable:
 
     @staticmethod
     def _load(journal: Journal, asked: list[str]) -> tuple[list[FinishedShard], list[str], tuple[str, ...]]:
-        """Finished shards up to a file's worth of rows, the shards not looked at yet, and those found damaged."""
+        """Finished shards up to a file's worth of rows, the shards not looked at yet, and those
+        found damaged."""
         batch: list[FinishedShard] = []
         again: list[str] = []
         rows = 0
@@ -341,7 +369,13 @@ class CentralTable:
         while True:
             files, number = self._listing()
             listed = _ids(files)
-            done = {(c, g): s.shard_id for file in files for s in file.shards for c, gs in s.cells.items() for g in gs}
+            done = {
+                (c, g): s.shard_id
+                for file in files
+                for s in file.shards
+                for c, gs in s.cells.items()
+                for g in gs
+            }
             entries: list[TableShard] = []
             pieces: list[pa.Table] = []
             for shard in batch:
@@ -382,7 +416,9 @@ class CentralTable:
                 raise Damaged(f"{name}: holds other rows than were written")
         except Damaged as error:
             self._put_aside(number, error)
-            raise StoreError("write", name, f"what was read back differs from what was written ({error})") from error
+            raise StoreError(
+                "write", name, f"what was read back differs from what was written ({error})"
+            ) from error
 
     # -- forgetting
 
@@ -392,10 +428,12 @@ class CentralTable:
         return sum(_rows_of(self.read_file(file, ["cell_id"]), cells) for file in files)
 
     def forget(self, cells: AbstractSet[str], shard_ids: Sequence[str], journal: Journal) -> int:
-        """Removes the rows and failures of ``cells``, and the unfinished shards ``shard_ids``; how many rows went.
+        """Removes the rows and failures of ``cells``, and the unfinished shards ``shard_ids``; how
+        many rows went.
 
-        Call only as the folder's owner. A shard keeps its place in the list, without the cells: its id is not used again
-        and what a worker believed dead may still write for it is dropped by the next gatherer.
+        Call only as the folder's owner. A shard keeps its place in the list, without the cells: its
+        id is not used again and what a worker believed dead may still write for it is dropped by
+        the next gatherer.
         """
         removed = 0
         for file in self._listing()[0]:
@@ -412,7 +450,9 @@ class CentralTable:
         while left:
             number = self._listing()[1]
             ended = [TableShard.empty(shard_id, number) for shard_id in left]
-            if self.store.publish_new(self.paths.table_file(number), encode(no_rows(), table_meta(number, ended, 0))):
+            if self.store.publish_new(
+                self.paths.table_file(number), encode(no_rows(), table_meta(number, ended, 0))
+            ):
                 break
         journal.drop(*shard_ids)
         return removed
@@ -422,8 +462,8 @@ class CentralTable:
     def scan(self, journal: Journal | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Every row exactly once: of the table, and (with ``journal``) of shards not gathered yet.
 
-        The order of rows is that of the files; :func:`sort_rows` gives the canonical one. Raises :class:`TableError`
-        for an unknown column.
+        The order of rows is that of the files; :func:`sort_rows` gives the canonical one. Raises
+        :class:`TableError` for an unknown column.
         """
         check_columns(columns)
         files, parts = self.snapshot(journal)
@@ -435,8 +475,8 @@ class CentralTable:
     def snapshot(self, journal: Journal | None) -> tuple[list[TableFile], pa.Table]:
         """Table files, and in memory the rows of shards that none of the files lists.
 
-        Parts are read before the table is listed for good: a shard that is gathered in between is in both, and its
-        parts are then ignored; in the other order it could be in neither.
+        Parts are read before the table is listed for good: a shard that is gathered in between is
+        in both, and its parts are then ignored; in the other order it could be in neither.
         """
         files = self._files()
         if journal is None:
@@ -489,27 +529,34 @@ def _ids(files: Iterable[TableFile]) -> set[str]:
 
 
 def count_done(done: AbstractSet[int], groups: int) -> int:
-    """Count the done groups among a cell's first ``groups``. A larger sweep may have left more than these."""
+    """Count the done groups among a cell's first ``groups``. A larger sweep may have left more than
+    these."""
     return len(done) if max(done, default=-1) < groups else sum(group < groups for group in done)
 
 
 def table_meta(number: int, shards: Sequence[TableShard], rows: int) -> dict[str, JSON]:
-    """Metadata of a table file, for :func:`encode`: its number, and the shards whose rows it holds completely."""
+    """Metadata of a table file, for :func:`encode`: its number, and the shards whose rows it holds
+    completely."""
     listed = [shard.to_json() for shard in shards]
     return {"version": VERSION, "kind": "table", "number": number, "rows": rows, "shards": listed}
 
 
 def _written_as(line: bytes, number: int, rows: int) -> bool:
-    """True if the metadata, as JSON text, is that of table file ``number`` with so many rows: its ends say so.
+    """True if the metadata, as JSON text, is that of table file ``number`` with so many rows: its
+    ends say so.
 
-    Parsing the shards between them, which few readers ask for, would take 0.05 s of the 1 s for a mean over ten million rows.
+    Parsing the shards between them, which few readers ask for, would take 0.05 s of the 1 s for a
+    mean over ten million rows.
     """
     begin, _, end = json.dumps(table_meta(number, [], rows), sort_keys=True).partition("[]")
     return line.startswith(begin.encode()) and line.endswith(end.encode())
 
 
-def _check_shard(shard: FinishedShard, number: int, done: Mapping[tuple[str, int], str]) -> tuple[TableShard, pa.Table]:
-    """Compares a finished shard's rows with its job: the table is never silently short, and no group is in it twice."""
+def _check_shard(
+    shard: FinishedShard, number: int, done: Mapping[tuple[str, int], str]
+) -> tuple[TableShard, pa.Table]:
+    """Compares a finished shard's rows with its job: the table is never silently short, and no
+    group is in it twice."""
     job = shard.manifest.job
     rows = complete_rows(shard.rows, job, shard.progress.failures)
     expected = expected_contents(job, shard.progress.failures)
@@ -527,7 +574,9 @@ def _check_shard(shard: FinishedShard, number: int, done: Mapping[tuple[str, int
     twice = sorted(pair for pair in planned if pair in done)
     if twice:
         cell, group = twice[0]
-        raise TableError(f"{name}: group {group} of cell {cell} is in the table already, from shard {done[twice[0]]}")
+        raise TableError(
+            f"{name}: group {group} of cell {cell} is in the table already, from shard {done[twice[0]]}"
+        )
     progress = shard.progress
     entry = TableShard(
         shard_id=shard.shard_id,

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class StoreError(EditSweepError):
-    """Results cannot be read or written. The message names path and cause; ``path`` and ``cause`` hold them apart."""
+    """Results cannot be read or written. The message names path and cause; ``path`` and ``cause``
+    hold them apart."""
 
     def __init__(self, action: str, path: str, cause: str) -> None:
         super().__init__(action, path, cause)  # the arguments as given, so that it can be pickled
@@ -29,11 +30,13 @@ class StoreError(EditSweepError):
 
 
 class Missing(StoreError):
-    """The object does not exist (any more): a reader starts over, everyone else has lost something."""
+    """The object does not exist (any more): a reader starts over, everyone else has lost
+    something."""
 
 
 class Damaged(EditSweepError):
-    """An object is truncated, altered or foreign. The message names it and says how it was noticed."""
+    """An object is truncated, altered or foreign. The message names it and says how it was
+    noticed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class Entry:
 
 
 class Store(ABC):
-    """Whole objects under relative POSIX keys (see :class:`~orchestrator.storage.paths.ResultsPaths`).
+    """Whole objects under relative POSIX keys (see
+    :class:`~orchestrator.storage.paths.ResultsPaths`).
 
     >>> store = LocalStore("results/demo")                           # doctest: +SKIP
     >>> store.publish_new("table/000001.parquet", data)              # doctest: +SKIP
@@ -58,13 +62,16 @@ class Store(ABC):
 
     @abstractmethod
     def publish_new(self, key: str, data: bytes) -> bool:
-        """Makes ``data`` appear durably under ``key`` as a whole. False, and no change, if the key is taken."""
+        """Makes ``data`` appear durably under ``key`` as a whole. False, and no change, if the key
+        is taken."""
 
     @abstractmethod
     def replace(self, key: str, data: bytes, settle: bool = True) -> None:
-        """Makes ``data`` the durable value of ``key``, taken or not. Readers see the old or the new value, whole.
+        """Makes ``data`` the durable value of ``key``, taken or not. Readers see the old or the new
+        value, whole.
 
-        With ``settle=False`` its name may become durable only with the next object that is published into the same folder.
+        With ``settle=False`` its name may become durable only with the next object that is
+        published into the same folder.
         """
 
     @abstractmethod
@@ -73,11 +80,13 @@ class Store(ABC):
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A seekable reader, for objects of which only the end is wanted. Raises :class:`Missing`."""
+        """A seekable reader, for objects of which only the end is wanted. Raises
+        :class:`Missing`."""
 
     @abstractmethod
     def list(self, folder: str) -> list[Entry]:
-        """List the entries directly in ``folder``, sorted by name; empty if there is no such folder."""
+        """List the entries directly in ``folder``, sorted by name; empty if there is no such
+        folder."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -97,11 +106,13 @@ class Store(ABC):
 
     @abstractmethod
     def tidy(self, folder: str, older_than_s: float = 3600.0) -> None:
-        """Removes what interrupted writes left directly in ``folder``, if it is older than ``older_than_s`` seconds."""
+        """Removes what interrupted writes left directly in ``folder``, if it is older than
+        ``older_than_s`` seconds."""
 
     @abstractmethod
     def filesystem(self) -> tuple[FileSystem, str]:
-        """Arrow's view of the storage and the path of the results folder in it, for scans of many files."""
+        """Arrow's view of the storage and the path of the results folder in it, for scans of many
+        files."""
 
     @abstractmethod
     def where(self, key: str = "") -> str:
@@ -109,7 +120,8 @@ class Store(ABC):
 
 
 def put_aside(store: Store, key: str, aside: str, instead: bytes | None = None) -> None:
-    """Keeps a damaged object as evidence under the name ``aside`` and frees its own, or puts ``instead`` there."""
+    """Keeps a damaged object as evidence under the name ``aside`` and frees its own, or puts
+    ``instead`` there."""
     try:
         data = store.read(key)
     except Missing:

@@ -1,9 +1,10 @@
 """The few verbs all results I/O goes through, and their local implementation.
 
-A results folder is a set of small immutable objects. The verb everything rests on is :meth:`Store.publish_new`: the
-whole object appears at once under its name, or the name was taken already and nothing changes. On a local disk that is
-a temporary file, an fsync and a hard link; on an object store it is one conditional PUT. There is no rename.
-Knows nothing of torch, Ray, Parquet or of what the objects mean.
+A results folder is a set of small immutable objects. The verb everything rests on is
+:meth:`Store.publish_new`: the whole object appears at once under its name, or the name was taken
+already and nothing changes. On a local disk that is a temporary file, an fsync and a hard link; on
+an object store it is one conditional PUT. There is no rename. Knows nothing of torch, Ray, Parquet
+or of what the objects mean.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class LocalStore(Store):
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                # over NFS the reply to a successful link can get lost and the repeated request then says "exists"
+                # over NFS the reply to a successful link can get lost and the repeated request then
+                # says "exists"
                 if os.stat(temporary).st_nlink != 2:
                     return False
             _sync_folder(path.parent)
@@ -88,7 +90,8 @@ class LocalStore(Store):
                 temporary.unlink(missing_ok=True)
 
     def _make_folder(self, folder: Path) -> None:
-        """Creates the missing folders and makes each entry durable: a file in a folder that is lost is lost too."""
+        """Creates the missing folders and makes each entry durable: a file in a folder that is lost
+        is lost too."""
         missing = []
         while not folder.is_dir():
             missing.append(folder)
@@ -144,7 +147,8 @@ class LocalStore(Store):
             raise ValueError("refusing to delete the whole results folder")
         path = self._path(folder)
         with _telling("delete", path):
-            # a worker believed dead may still add a file meanwhile: what it leaves is deleted next time
+            # a worker believed dead may still add a file meanwhile: what it leaves is deleted next
+            # time
             for _ in range(3):
                 try:
                     shutil.rmtree(path)

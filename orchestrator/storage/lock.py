@@ -4,10 +4,11 @@
         ...
         lock.check()            # raises LockLost if another driver took the folder over
 
-Claims are numbered and created without overwriting; the highest number owns the folder. While it lives, its owner counts
-a heartbeat up. An observer on the same machine looks the process up; any other watches the counter by its own monotonic
-clock, so clocks need not agree. A dead owner is succeeded by the next number, so two observers can never both win, and an
-owner that wakes up after that sees the higher number and stops.
+Claims are numbered and created without overwriting; the highest number owns the folder. While it
+lives, its owner counts a heartbeat up. An observer on the same machine looks the process up; any
+other watches the counter by its own monotonic clock, so clocks need not agree. A dead owner is
+succeeded by the next number, so two observers can never both win, and an owner that wakes up after
+that sees the higher number and stops.
 """
 
 from __future__ import annotations
@@ -59,14 +60,17 @@ class Owner:
     started: float
 
     def alive_here(self) -> bool | None:
-        """Return whether the owner's process runs, if it is of this machine; None if that cannot be seen from here, or if it is
-        stopped (Ctrl-Z, a debugger)."""
+        """Return whether the owner's process runs, if it is of this machine; None if that cannot be
+        seen from here, or if it is stopped (Ctrl-Z, a debugger)."""
         if (self.host, self.space) != (socket.gethostname(), _process_space()):
             return None
         try:
             process = psutil.Process(self.pid)
             # one that was killed and not yet waited for by its parent still has its number
-            if abs(float(process.create_time()) - self.started) >= 2 or process.status() == psutil.STATUS_ZOMBIE:
+            if (
+                abs(float(process.create_time()) - self.started) >= 2
+                or process.status() == psutil.STATUS_ZOMBIE
+            ):
                 return False
             # one that is stopped may never go on: its heartbeat decides
             return None if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else True
@@ -98,7 +102,9 @@ class Lock:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -109,19 +115,22 @@ class Lock:
     def check(self) -> None:
         """Raise :class:`LockLost` if the folder has another owner by now.
 
-        Asks the store if the heartbeat has not done so lately: a process that wakes up from a pause must not act first.
+        Asks the store if the heartbeat has not done so lately: a process that wakes up from a pause
+        must not act first.
         """
         if not self.lost and time.monotonic() - self._seen > 2 * self.beat_seconds:
             self._look()
         if self.lost:
             raise LockLost(
-                "another `editsweep run` took this results folder over while this one did not answer; what this one "
+                "another `editsweep run` took this results folder over while this one did not answer; what "
+                "this one "
                 "committed is safe, and it stops now"
             )
 
     def _look(self) -> None:
         now = time.monotonic()
-        # a claim is removed only once it has been succeeded: by then its successor may have finished and gone, too
+        # a claim is removed only once it has been succeeded: by then its successor may have
+        # finished and gone, too
         succeeded = _highest(self.store, self.paths) > self.number
         if succeeded or not self.store.exists(self.paths.lock_claim(self.number)):
             self.lost = True
@@ -149,7 +158,8 @@ def acquire(
     beat_seconds: float = BEAT_SECONDS,
     silent_seconds: float = SILENT_SECONDS,
 ) -> Lock:
-    """Take the folder, or raise :class:`Locked`. ``say`` is told when a dead owner's lock is taken over."""
+    """Take the folder, or raise :class:`Locked`. ``say`` is told when a dead owner's lock is taken
+    over."""
     paths = paths or ResultsPaths()
     while True:
         number = _highest(store, paths)
@@ -174,7 +184,8 @@ def acquire(
 
 
 def owner(store: Store, paths: ResultsPaths | None = None) -> Owner | None:
-    """The driver at work in the folder, by its last claim; None if it was released, or is known to be dead."""
+    """The driver at work in the folder, by its last claim; None if it was released, or is known to
+    be dead."""
     paths = paths or ResultsPaths()
     number = _highest(store, paths)
     holder = _read(store, paths, number) if number else None
@@ -183,8 +194,11 @@ def owner(store: Store, paths: ResultsPaths | None = None) -> Owner | None:
     return holder
 
 
-def _is_free(store: Store, paths: ResultsPaths, number: int, silent: float, say: Callable[[str], None]) -> str:
-    """Raise :class:`Locked` if claim ``number`` is alive; otherwise the message of the takeover ("" if released)."""
+def _is_free(
+    store: Store, paths: ResultsPaths, number: int, silent: float, say: Callable[[str], None]
+) -> str:
+    """Raise :class:`Locked` if claim ``number`` is alive; otherwise the message of the takeover (""
+    if released)."""
     count = _count(store, paths, number)
     if count == _RELEASED:
         return ""
@@ -193,7 +207,9 @@ def _is_free(store: Store, paths: ResultsPaths, number: int, silent: float, say:
         return f"the lock of {store.where()} is unreadable; taking it over"
     alive = holder.alive_here()
     if alive is None:
-        say(f"the results folder is locked by {holder}; watching its heartbeat for up to {silent:.0f} seconds")
+        say(
+            f"the results folder is locked by {holder}; watching its heartbeat for up to {silent:.0f} seconds"
+        )
         alive = _beats(store, paths, number, count, silent)
     if alive:
         raise Locked(

@@ -1,7 +1,7 @@
 """Every path of a results folder. No other module joins path strings.
 
-All values are keys: POSIX strings relative to the results folder, which a :class:`~orchestrator.storage.base.Store` turns into
-files of a disk or objects of a bucket. ::
+All values are keys: POSIX strings relative to the results folder, which a
+:class:`~orchestrator.storage.base.Store` turns into files of a disk or objects of a bucket. ::
 
     sweep.json                                  which sweep this folder belongs to
     plan.json                                   cell id -> definition, only ever added to
@@ -16,7 +16,7 @@ files of a disk or objects of a bucket. ::
     table/<number>.parquet                      the central table
     table/bad/                                  damaged table files, put aside
     artifacts/<kind>/<key>.safetensors, .json   shared inputs and their checksums
-    artifacts/unfinished/<kind>-<key>/          one that is being built: what its builder saved, how far it is, who has it
+    artifacts/unfinished/<kind>-<key>/          one that is being built: saved state, progress, owner
     logs/shard-<shard>-<attempt>.log            tracebacks of what failed in it; other logs have other names
 """
 
@@ -32,9 +32,12 @@ _SHARD_LOG = re.compile(r"shard-(.+)-(\d{4,})\.log")
 
 
 def _name(value: str) -> str:
-    """Refuses what could leave the results folder (``..``, separators) or hide in it (a leading dot)."""
+    """Refuses what could leave the results folder (``..``, separators) or hide in it (a leading
+    dot)."""
     if not _NAME.fullmatch(value):
-        raise ValueError(f"{value!r} cannot be a file name: letters and digits, then also . _ = + -, at most 200")
+        raise ValueError(
+            f"{value!r} cannot be a file name: letters and digits, then also . _ = + -, at most 200"
+        )
     return value
 
 
@@ -92,7 +95,8 @@ class ResultsPaths:
         return f"{self.shard(shard_id)}/manifest.json"
 
     def shard_bad(self, shard_id: str, key: str) -> str:
-        """The place where a damaged file ``key`` of a shard is put aside: its folders become part of its name."""
+        """The place where a damaged file ``key`` of a shard is put aside: its folders become part
+        of its name."""
         return f"{self.shard(shard_id)}/bad/" + key.removeprefix(self.shard(shard_id) + "/").replace("/", "-")
 
     def attempt(self, shard_id: str, attempt: int) -> str:

@@ -1,14 +1,15 @@
 """A results folder in an S3-compatible bucket: ``s3://bucket/prefix``.
 
-The verb everything rests on, :meth:`S3Store.publish_new`, is one PUT with ``If-None-Match: *``: the service creates the
-object whole, or answers that the name is taken. S3 itself has that since 2024, and so have most servers that speak its
-protocol; one that ignores the condition is found out by :meth:`S3Store.probe` and refused. Objects are durable when the
-PUT returns; nothing is renamed, and there are no folders to sync.
+The verb everything rests on, :meth:`S3Store.publish_new`, is one PUT with ``If-None-Match: *``: the
+service creates the object whole, or answers that the name is taken. S3 itself has that since 2024,
+and so have most servers that speak its protocol; one that ignores the condition is found out by
+:meth:`S3Store.probe` and refused. Objects are durable when the PUT returns; nothing is renamed, and
+there are no folders to sync.
 
-Credentials, region and endpoint are those of the AWS SDK (``AWS_ACCESS_KEY_ID``, ``AWS_PROFILE``, ``AWS_ENDPOINT_URL``,
-an instance's role, ...), on every node. Objects are written and listed by boto3, which knows conditional writes; files of
-which only a part is wanted are opened by Arrow's S3 file system, which has none.
-Knows nothing of torch, Ray, or of what the objects mean.
+Credentials, region and endpoint are those of the AWS SDK (``AWS_ACCESS_KEY_ID``, ``AWS_PROFILE``,
+``AWS_ENDPOINT_URL``, an instance's role, ...), on every node. Objects are written and listed by
+boto3, which knows conditional writes; files of which only a part is wanted are opened by Arrow's S3
+file system, which has none. Knows nothing of torch, Ray, or of what the objects mean.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _CAUSES = {
 }
 _DELETED_AT_ONCE = 1000
 _RANGE_FROM = 8 << 20
-"""Objects up to this size are read whole, even where only the end is wanted: one request instead of three."""
+"""Objects up to this size are read whole, even where only the end is wanted: one request instead of
+three."""
 
 
 class S3Store(Store):
@@ -66,7 +68,9 @@ class S3Store(Store):
             raise EditSweepError(
                 f"{self.where()}: results in a bucket need boto3: pip install 'editsweep[s3]' ({error})"
             ) from None
-        config = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 6})
+        config = Config(
+            connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 6}
+        )
         with self._telling("reach", ""):
             return boto3.session.Session().client("s3", config=config)
 
@@ -80,7 +84,11 @@ class S3Store(Store):
         options: dict[str, Any] = {}
         if found is not None:
             keys = found.get_frozen_credentials()
-            options |= {"access_key": keys.access_key, "secret_key": keys.secret_key, "session_token": keys.token}
+            options |= {
+                "access_key": keys.access_key,
+                "secret_key": keys.secret_key,
+                "session_token": keys.token,
+            }
         if not endpoint.netloc.endswith(".amazonaws.com"):
             options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
         return S3FileSystem(region=self._client.meta.region_name, **options)
@@ -100,12 +108,15 @@ class S3Store(Store):
         for _ in range(10):
             try:
                 with self._telling("write", key):
-                    self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+                    self._client.put_object(
+                        Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"
+                    )
                 return True
             except _Refused as refused:
                 if refused.code in _BUSY:
                     continue  # another write to the same name was under way: one of the two has won now
-                # the answer to a PUT that succeeded can get lost, and the SDK's second one is then told "taken"
+                # the answer to a PUT that succeeded can get lost, and the SDK's second one is then
+                # told "taken"
                 return refused.repeated and self._holds(key, data)
         raise StoreError("write", self.where(key), "other writes to the same object keep getting in the way")
 
@@ -116,7 +127,8 @@ class S3Store(Store):
             return False
 
     def probe(self) -> None:
-        """Find out whether the service honours the condition; without it two writers could overwrite each other.
+        """Find out whether the service honours the condition; without it two writers could
+        overwrite each other.
 
         Raises :class:`StoreError` if it does not.
         """
@@ -126,7 +138,8 @@ class S3Store(Store):
                 raise StoreError(
                     "use",
                     self.where(),
-                    "this service ignores `If-None-Match: *` on PUT, so that two writers would overwrite each other",
+                    "this service ignores `If-None-Match: *` on PUT, so that two writers would overwrite "
+                    "each other",
                 )
         finally:
             with contextlib.suppress(EditSweepError):
@@ -198,7 +211,9 @@ class S3Store(Store):
         for start in range(0, len(keys), _DELETED_AT_ONCE):
             some = [{"Key": key} for key in keys[start : start + _DELETED_AT_ONCE]]
             with self._telling("delete", folder):
-                answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": some, "Quiet": True})
+                answer = self._client.delete_objects(
+                    Bucket=self.bucket, Delete={"Objects": some, "Quiet": True}
+                )
             for error in answer.get("Errors", ()):
                 raise StoreError("delete", f"s3://{self.bucket}/{error['Key']}", str(error.get("Message")))
 

@@ -11,7 +11,8 @@ from workers.types import JSON
 
 
 def sha256_of(*data: bytes | bytearray | memoryview) -> str:
-    """The checksum of every object of a results folder, hexadecimal. Several pieces count as one."""
+    """The checksum of every object of a results folder, hexadecimal. Several pieces count as
+    one."""
     digest = hashlib.sha256()
     for piece in data:
         digest.update(piece)
@@ -23,19 +24,25 @@ _HEAD, _MIDDLE = b'{"sha256": "', b'", "value": '
 
 
 def seal_json(value: Mapping[str, JSON], line: bool = False) -> bytes:
-    """A JSON object with a checksum of itself, so that a flipped bit is noticed. ``line``: in one line, not many for people;
-    it is read in half the time (0.05 s instead of 0.11 s for the metadata of ten million rows)."""
+    """A JSON object with a checksum of itself, so that a flipped bit is noticed. ``line``: in one
+    line, not many for people; it is read in half the time (0.05 s instead of 0.11 s for the
+    metadata of ten million rows)."""
     body = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     digest = sha256_of(body)
     if line:
         return _HEAD + digest.encode() + _MIDDLE + body + b"}"
-    return json.dumps({"sha256": digest, "value": value}, sort_keys=True, indent=1, ensure_ascii=False).encode()
+    return json.dumps(
+        {"sha256": digest, "value": value}, sort_keys=True, indent=1, ensure_ascii=False
+    ).encode()
 
 
 def unseal_line(data: bytes) -> bytes | None:
-    """The JSON text of a value that was sealed in one line, if it is whole: for readers to whom a few bytes of it say enough."""
+    """The JSON text of a value that was sealed in one line, if it is whole: for readers to whom a
+    few bytes of it say enough."""
     digest, middle, body = data[len(_HEAD) :].partition(_MIDDLE)
-    whole = data.startswith(_HEAD) and middle and data.endswith(b"}") and sha256_of(body[:-1]).encode() == digest
+    whole = (
+        data.startswith(_HEAD) and middle and data.endswith(b"}") and sha256_of(body[:-1]).encode() == digest
+    )
     return body[:-1] if whole else None
 
 

@@ -2,10 +2,12 @@
 
     python -m tests.chaos.run [--short] [--seed N] [--keep FOLDER]
 
-Real processes under a real Ray, real files. Every sweep here is the same one; each gets a folder of its own and a series of
-faults, then runs to its end, and its table must be the undisturbed one in every column but times, memory and which run and
-attempt wrote a row. After every death of a driver the rows there are must already be right. What is done is drawn from the
-seed; when it happens depends on the machine. The last line counts; exit code 1 if anything is lost, duplicated or different.
+Real processes under a real Ray, real files. Every sweep here is the same one; each gets a folder of
+its own and a series of faults, then runs to its end, and its table must be the undisturbed one in
+every column but times, memory and which run and attempt wrote a row. After every death of a driver
+the rows there are must already be right. What is done is drawn from the seed; when it happens
+depends on the machine. The last line counts; exit code 1 if anything is lost, duplicated or
+different.
 """
 
 from __future__ import annotations
@@ -61,16 +63,19 @@ QUICK: dict[str, dict[str, Any]] = {
     "rledit": {"edit_size": 2, "schedule": {"steps": 3, "batch_size": 4}},
     "serac": {"schedule": {"steps": 6, "batch_size": 4}},
 }
-"""Every method whose edits leave a state behind, with few steps: what is tested is what becomes of the state."""
+"""Every method whose edits leave a state behind, with few steps: what is tested is what becomes of
+the state."""
 
 WISE = {"n_iter": 4, "save_freq": 8, "merge_freq": 16}
 SHORT_TOO = ("ft", "rome", "grace")
 FEW = ("ft", "grace", "lora", "mend")
-"""For the short form: weights, a codebook, an adapter and a trained network; WISE's memories besides."""
+"""For the short form: weights, a codebook, an adapter and a trained network; WISE's memories
+besides."""
 
 
 def sweep(edits: int, names: Collection[str]) -> dict[str, Any]:
-    """One group of many commits for every method, so that most faults fall into its middle; T=1 for some, too."""
+    """One group of many commits for every method, so that most faults fall into its middle; T=1 for
+    some, too."""
     methods: list[dict[str, Any]] = [
         {"method": name, "hparams": hparams, "T": [1, edits] if name in SHORT_TOO else [edits]}
         for name, hparams in QUICK.items()
@@ -95,7 +100,8 @@ ELSEWHERE = (
     "import sys; from orchestrator.cli import main; from orchestrator.storage import lock\n"
     "lock.Owner.alive_here = lambda self: None\nmain.main(sys.argv[1:])"
 )
-"""The command line as on another machine: it cannot look the owner's process up and has to watch its heartbeat."""
+"""The command line as on another machine: it cannot look the owner's process up and has to watch
+its heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,12 @@ class Chaos:
         self.spec.write_text(yaml.safe_dump(sweep(wanted.edits, wanted.methods)))
         (root / "h").mkdir()
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        inside = {"HOME": str(root / "h"), "TMPDIR": str(root), "RAY_TMPDIR": str(root), "OMP_NUM_THREADS": "1"}
+        inside = {
+            "HOME": str(root / "h"),
+            "TMPDIR": str(root),
+            "RAY_TMPDIR": str(root),
+            "OMP_NUM_THREADS": "1",
+        }
         self.environment = {**clean, **inside, "PYTHONPATH": str(ROOT)}
         self.folders = 0
         began = time.monotonic()
@@ -158,10 +169,26 @@ class Chaos:
 
     def launch(self, folder: Path, engine: str, *more: str, elsewhere: bool = False) -> subprocess.Popen[str]:
         start = ["-c", ELSEWHERE] if elsewhere else ["-m", "orchestrator.cli"]
-        command = [sys.executable, *start, "run", str(self.spec), "--results", str(folder), "--engine", engine, *more]
+        command = [
+            sys.executable,
+            *start,
+            "run",
+            str(self.spec),
+            "--results",
+            str(folder),
+            "--engine",
+            engine,
+            *more,
+        ]
         with (self.root / "said.txt").open("a") as said:
             return subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=said, stderr=said, text=True, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=self.environment,
+                stdout=said,
+                stderr=said,
+                text=True,
+                start_new_session=True,
             )
 
     def finish(self, process: subprocess.Popen[str]) -> int:
@@ -170,7 +197,9 @@ class Chaos:
             return process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             end(process)
-            raise RuntimeError(f"a run did not end within {PATIENCE_SECONDS:.0f} seconds; see said.txt") from None
+            raise RuntimeError(
+                f"a run did not end within {PATIENCE_SECONDS:.0f} seconds; see said.txt"
+            ) from None
 
     def complete(self, folder: Path, engine: str = "local", *more: str, tries: int = 4) -> None:
         """Run again until everything is done, then compare everything."""
@@ -270,7 +299,9 @@ class Chaos:
         with self._stage() as (address, order):
             for i in range(count + pauses):
                 pause = i >= count
-                folder, process = self.under_way(self.rng.randint(2, 6), "ray", "--set", f"ray.address={address}")
+                folder, process = self.under_way(
+                    self.rng.randint(2, 6), "ray", "--set", f"ray.address={address}"
+                )
                 LOG.info("sweep %s: a node %s", folder.name, "is paused and wakes" if pause else "is removed")
                 if pause:
                     order("pause")
@@ -320,7 +351,8 @@ class Chaos:
             end(stage)
 
     def sleepers(self, count: int) -> None:
-        """A driver stops in its tracks, another takes the folder over and finishes, the first wakes up."""
+        """A driver stops in its tracks, another takes the folder over and finishes, the first wakes
+        up."""
         for _ in range(count):
             folder, first = self.under_way(self.rng.randint(2, 12), "local")
             LOG.info("sweep %s: a paused driver", folder.name)
@@ -375,7 +407,7 @@ class Chaos:
         return True
 
 
-# --- looking at a folder --------------------------------------------------------------------------------------------------
+# --- looking at a folder --------------------------------------------------------------------
 
 
 def rows(folder: Path) -> tuple[Batch, int]:
@@ -421,7 +453,9 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="a few faults of each kind, about two minutes")
     parser.add_argument("--seed", type=int, help="what is done (default: drawn, and printed)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave everything in this new folder")
@@ -429,7 +463,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", choices=["kills", "nodes", "sleepers", "damage"], nargs="+", help="some of the faults"
     )
     args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
+    )
     seed = random.SystemRandom().randrange(1 << 31) if args.seed is None else args.seed
     LOG.info("seed %d", seed)
     if args.keep:

@@ -2,10 +2,11 @@
 
     python -m tests.chaos.stage
 
-prints ``address HOST:PORT`` and then obeys one word a line on its standard input, each answered by ``done``: ``remove`` kills the
-second node as if its machine had gone, ``pause`` stops the node and all its workers in their tracks, ``mourn`` waits until the
-first node has declared it dead, ``wake`` lets them go on, ``renew`` puts a fresh second node in the old one's place. Ends with
-its standard input.
+prints ``address HOST:PORT`` and then obeys one word a line on its standard input, each answered by
+``done``: ``remove`` kills the second node as if its machine had gone, ``pause`` stops the node and
+all its workers in their tracks, ``mourn`` waits until the first node has declared it dead, ``wake``
+lets them go on, ``renew`` puts a fresh second node in the old one's place. Ends with its standard
+input.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _HEALTH = {
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 4,
 }
-"""A silent node is dead after ten seconds instead of half a minute; one on a busy machine is not silent for so long."""
+"""A silent node is dead after ten seconds instead of half a minute; one on a busy machine is not
+silent for so long."""
 
 
 class Stage:
@@ -48,7 +50,8 @@ class Stage:
         return node
 
     def _until_alive(self, nodes: int) -> None:
-        """Wait until so many nodes count as alive (Ray's own waiting gives up after half a minute)."""
+        """Wait until so many nodes count as alive (Ray's own waiting gives up after half a
+        minute)."""
         wait_for(lambda: len(self.cluster.global_state._live_node_ids()) == nodes)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:

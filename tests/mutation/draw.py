@@ -2,11 +2,11 @@
 
     python -m tests.mutation.draw --seed 14 --each 10 > tests/mutation/drawn.md
 
-The mutants are those of cosmic-ray (``pip install cosmic-ray==8.7.0``, in an environment of its own: nothing else here needs
-it). A place in the text is drawn first and then one of the operators that apply there, because a tool that knows eleven
-operators for a plus would draw little else. Not drawn: annotations, messages of the log, what a ``repr``
-shows, the imports for type checkers, and comparisons by identity in the place of comparisons by value, whose
-outcome Python leaves open.
+The mutants are those of cosmic-ray (``pip install cosmic-ray==8.7.0``, in an environment of its
+own: nothing else here needs it). A place in the text is drawn first and then one of the operators
+that apply there, because a tool that knows eleven operators for a plus would draw little else. Not
+drawn: annotations, messages of the log, what a ``repr`` shows, the imports for type checkers, and
+comparisons by identity in the place of comparisons by value, whose outcome Python leaves open.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {
     "journal": ["orchestrator/results/journal.py"],
-    "table": ["orchestrator/results/table.py", "orchestrator/results/parquet.py", "orchestrator/results/contents.py"],
-    "store": ["orchestrator/storage/base.py", "orchestrator/storage/local.py", "orchestrator/storage/sealed.py"],
+    "table": [
+        "orchestrator/results/table.py",
+        "orchestrator/results/parquet.py",
+        "orchestrator/results/contents.py",
+    ],
+    "store": [
+        "orchestrator/storage/base.py",
+        "orchestrator/storage/local.py",
+        "orchestrator/storage/sealed.py",
+    ],
     "timeline": ["workers/timeline.py"],
     "scoring": ["workers/scoring/"],
     "overlay": ["workers/model/overlay.py"],
@@ -53,11 +61,16 @@ def main() -> None:
     options = parser.parse_args()
     random_of_all = random.Random(options.seed)
     out = sys.stdout.write
-    out("| | room | place | operator | line | becomes | outcome |\n| --- | --- | --- | --- | --- | --- | --- |\n")
+    out(
+        "| | room | place | operator | line | becomes | outcome |\n| --- | --- | --- | --- | --- | --- | "
+        "--- |\n"
+    )
     drawn: list[tuple[str, Mutant]] = []
     for room, paths in ROOMS.items():
         found = [
-            p for path in paths for p in (sorted((ROOT / path).glob("*.py")) if path[-1] == "/" else [ROOT / path])
+            p
+            for path in paths
+            for p in (sorted((ROOT / path).glob("*.py")) if path[-1] == "/" else [ROOT / path])
         ]
         places = [place for path in found for place in places_of(path)]
         seen: set[Mutant] = set()
@@ -67,7 +80,9 @@ def main() -> None:
                 seen.add(mutant)
                 drawn.append((room, mutant))
     # run in this order, room by turns, so that any beginning of the list is spread evenly
-    for number, i in enumerate(i for turn in range(options.each) for i in range(turn, len(drawn), options.each)):
+    for number, i in enumerate(
+        i for turn in range(options.each) for i in range(turn, len(drawn), options.each)
+    ):
         room, m = drawn[i]
         cells = (f"`` {text.strip()} ``" if text.strip() else "*(nothing)*" for text in (m.before, m.after))
         before, after = (cell.replace("|", "\\|") for cell in cells)
@@ -84,7 +99,11 @@ def places_of(path: Path) -> Iterator[list[Callable[[], Mutant | None]]]:
     places: dict[tuple[object, ...], list[Callable[[], Mutant | None]]] = {}
     for name in sorted(operator_names()):
         kind = get_operator(name)
-        if kind.arguments() or _BY_IDENTITY.match(name) or ("BinaryOperator" in name and not _BINARY.match(name)):
+        if (
+            kind.arguments()
+            or _BY_IDENTITY.match(name)
+            or ("BinaryOperator" in name and not _BINARY.match(name))
+        ):
             continue
         operator = kind()
         starts = [start for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)]
@@ -112,11 +131,15 @@ def made(path: Path, code: str, name: str, operator: object, occurrence: int) ->
     except SyntaxError:
         return None
     old, new = code.splitlines(), mutated.splitlines()
-    changes = [c for c in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if c[0] != "equal"]
+    changes = [
+        c for c in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if c[0] != "equal"
+    ]
     if len(changes) != 1 or changes[0][2] - changes[0][1] != 1 or changes[0][4] - changes[0][3] > 1:
         return None
     _, a, _, c, d = changes[0]
-    return Mutant(path.relative_to(ROOT).as_posix(), a + 1, name.removeprefix("core/"), old[a], new[c] if d > c else "")
+    return Mutant(
+        path.relative_to(ROOT).as_posix(), a + 1, name.removeprefix("core/"), old[a], new[c] if d > c else ""
+    )
 
 
 def unwanted(code: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:

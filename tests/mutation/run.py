@@ -1,10 +1,12 @@
-"""Run drawn mutants against the tests that know their room, one after another, and say which were noticed.
+"""Run drawn mutants against the tests that know their room, one after another, and say which were
+noticed.
 
     python -m tests.mutation.run [numbers ...] [--tests FILE ...]
 
-The table is ``drawn.md``; a mutant's line is found by its text, nearest to where it was drawn. Each is planted in a copy of
-the checkout, and the tests run there in a child of this process, which has imported the large libraries once. The first
-test that fails is told: a mutant is killed, or it has survived every test named here. Nothing is written but the copy.
+The table is ``drawn.md``; a mutant's line is found by its text, nearest to where it was drawn. Each
+is planted in a copy of the checkout, and the tests run there in a child of this process, which has
+imported the large libraries once. The first test that fails is told: a mutant is killed, or it has
+survived every test named here. Nothing is written but the copy.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder) / "tree"
-        leave_out = shutil.ignore_patterns(".git", ".venv", "results", "__pycache__", ".*_cache", "build", "shared")
+        leave_out = shutil.ignore_patterns(
+            ".git", ".venv", "results", "__pycache__", ".*_cache", "build", "shared"
+        )
         shutil.copytree(
             ROOT, tree, ignore=lambda at, names: leave_out(at, names) if at == str(ROOT) else {"__pycache__"}
         )
@@ -114,7 +118,9 @@ def _test(tree: Path, name: str, select: str, told: Path) -> None:
     told.unlink(missing_ok=True)
     os.chdir(tree)
     sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(ROOT)))]
-    for module in [m for m in sys.modules if m.split(".")[0] in ("tests", "workers", "orchestrator", "editsweep")]:
+    for module in [
+        m for m in sys.modules if m.split(".")[0] in ("tests", "workers", "orchestrator", "editsweep")
+    ]:
         del sys.modules[module]
     os.environ["PYTHONPATH"] = str(tree)
     sink = os.open(told.with_name("output"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

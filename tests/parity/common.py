@@ -1,4 +1,5 @@
-"""Shared parts of the parity tests: the golden records, a run of recorded groups as lanes, and the tolerances.
+"""Shared parts of the parity tests: the golden records, a run of recorded groups as lanes, and the
+tolerances.
 
 Groups are independent, so all groups of a record run at once, one lane each.
 """
@@ -45,7 +46,8 @@ Scores = list[dict[str, float | None]]
 
 @cache
 def model(short: str, copy: int = 0) -> BaseModel:
-    """``llama`` or ``gpt2`` in float32 on one thread, as the records were made, or a rounded copy of it."""
+    """``llama`` or ``gpt2`` in float32 on one thread, as the records were made, or a rounded copy
+    of it."""
     torch.set_num_threads(1)
     return rounded_model(model(short), copy) if copy else golden_model(MODELS[short])
 
@@ -73,10 +75,11 @@ def templates(recorded: Sequence[Any]) -> dict[str, ArtifactData]:
 
 @cache
 def moment(short: str, layer: int, copy: int = 0) -> ArtifactData:
-    """The second moment of the lines that the records used: 4000 random ones, drawn by the standard generator with seed 1.
+    """The second moment of the lines that the records used: 4000 random ones, drawn by the standard
+    generator with seed 1.
 
-    A rounded copy of the model has its own, and adds the lines up in an order of its own: the rounding of a sum of floats
-    depends on both, and the inverse of the moment amplifies it.
+    A rounded copy of the model has its own, and adds the lines up in an order of its own: the
+    rounding of a sum of floats depends on both, and the inverse of the moment amplifies it.
     """
     lines = (GOLDEN / "corpus.txt").read_text().splitlines()
     random.Random(1).shuffle(lines)
@@ -86,7 +89,13 @@ def moment(short: str, layer: int, copy: int = 0) -> ArtifactData:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.txt"
         corpus.write_text("\n".join(lines))
-        recipe = {"corpus": str(corpus), "samples": 4000, "layer": layer, "module": None, "precision": "float32"}
+        recipe = {
+            "corpus": str(corpus),
+            "samples": 4000,
+            "layer": layer,
+            "module": None,
+            "precision": "float32",
+        }
         return build_second_moment(model(short, copy), recipe, Workbench())
 
 
@@ -106,10 +115,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 FEW, COPIES = 5, 12
-"""Rounded copies (the model itself is one of them) that are run where rounding matters, and that ``make test-long`` runs."""
+"""Rounded copies (the model itself is one of them) that are run where rounding matters, and that
+``make test-long`` runs."""
 
 STUDENT = MappingProxyType({1: 0.0, 3: 4.3, 4: 3.2, FEW: 2.8, 8: 2.4, COPIES: 2.2, 20: 2.1})
-"""The standard errors that one run more lies from the mean of so many runs at most, 19 times of 20 (Student's t)."""
+"""The standard errors that one run more lies from the mean of so many runs at most, 19 times of 20
+(Student's t)."""
 
 
 MEMIT_RECORDED: Mapping[str, Any] = {
@@ -165,13 +176,19 @@ def lane_edits(
     requests = golden_requests()
     config = editor.config.model_dump(mode="json")
     return [
-        LaneEdit((requests[g * T + position],), RandomStreams(editor.name, config, seed, g * T, position), inputs)
+        LaneEdit(
+            (requests[g * T + position],), RandomStreams(editor.name, config, seed, g * T, position), inputs
+        )
         for g in groups
     ]
 
 
 def run_groups(
-    editor: Method[Any, Any], T: int, groups: int, inputs: Mapping[str, ArtifactData] | None = None, seed: int = 0
+    editor: Method[Any, Any],
+    T: int,
+    groups: int,
+    inputs: Mapping[str, ArtifactData] | None = None,
+    seed: int = 0,
 ) -> tuple[Overlay, list[list[EditOutcome]]]:
     """Edit ``groups`` groups of T requests, one lane each. Outcomes by position, then by lane."""
     overlay = editor.new_overlay(groups)
@@ -198,7 +215,8 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Run:
-    """The result of a record's edits on one copy of the model: scores by request, and norms of the changes by group."""
+    """The result of a record's edits on one copy of the model: scores by request, and norms of the
+    changes by group."""
 
     scores: Scores
     norms: Sequence[Mapping[str, float]] = ()
@@ -212,8 +230,9 @@ def check_record(
 ) -> None:
     """Assert that a record is one of the results that a correct run may have, on this processor.
 
-    ``replay(copy)`` makes the record's edits with rounded copy ``copy`` of the model and of its statistics. ``norms`` is the
-    relative tolerance of the changes' norms (None: not compared). See :func:`check_runs` for ``copies``.
+    ``replay(copy)`` makes the record's edits with rounded copy ``copy`` of the model and of its
+    statistics. ``norms`` is the relative tolerance of the changes' norms (None: not compared). See
+    :func:`check_runs` for ``copies``.
     """
 
     def run(copy: int) -> Run:
@@ -228,10 +247,12 @@ def check_record(
 def check_runs(
     expected: Mapping[str, Any], run: Callable[[int], Run], norms: float | None = None, copies: int = 1
 ) -> None:
-    """Assert the tolerances of methods without randomness, of one run or of several that differ by rounding alone.
+    """Assert the tolerances of methods without randomness, of one run or of several that differ by
+    rounding alone.
 
-    Where one run leaves them, rounded copies tell whether rounding alone can explain it: long optimisations and singular
-    statistics amplify it, and an answer changes where two tokens are nearly as likely. ``copies``: how many to run in any case.
+    Where one run leaves them, rounded copies tell whether rounding alone can explain it: long
+    optimisations and singular statistics amplify it, and an answer changes where two tokens are
+    nearly as likely. ``copies``: how many to run in any case.
     """
     runs = [run(copy) for copy in range(copies)]
     misfit = _misfit(runs, expected, norms)
@@ -250,7 +271,8 @@ def check_scores(runs: Scores | Sequence[Scores], expected: Mapping[str, Any]) -
 
 
 def check_seeds(values: Sequence[float], recorded: float, name: str) -> None:
-    """Assert that a recorded mean of a method with randomness is one that one seed more might give, or within 0.05 of it."""
+    """Assert that a recorded mean of a method with randomness is one that one seed more might give,
+    or within 0.05 of it."""
     error = statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
     bound = max(0.05, STUDENT[len(values)] * error) + 1e-6
     assert abs(statistics.mean(values) - recorded) <= bound, (name, values, recorded)
@@ -259,8 +281,8 @@ def check_seeds(values: Sequence[float], recorded: float, name: str) -> None:
 def _misfit(runs: Sequence[Run], expected: Mapping[str, Any], norms: float | None) -> str:
     """Return the first tolerance that the runs leave, in words; empty if none.
 
-    Requests on which all runs agree are compared one by one, and they have to be most of all; the recorded mean has to be one
-    that one run more might have.
+    Requests on which all runs agree are compared one by one, and they have to be most of all; the
+    recorded mean has to be one that one run more might have.
     """
     n = len(expected["per_request"])
     for per_request, mean_name, column in PAIRS:
@@ -277,7 +299,8 @@ def _misfit(runs: Sequence[Run], expected: Mapping[str, Any], norms: float | Non
         if not good:
             return (
                 f"{per_request}: means {means}, recorded {expected[mean_name]}, tolerance {bound:.3g}; "
-                f"of {n} requests the runs agree on {len(agreed)}, of which {differing} differ from the record"
+                f"of {n} requests the runs agree on {len(agreed)}, of which {differing} differ from the "
+                f"record"
             )
     if norms is not None:
         apart = norms_apart(runs[0].norms, expected["delta_fro_per_group"])

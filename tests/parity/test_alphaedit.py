@@ -35,7 +35,11 @@ from workers.types import DataError
 pytestmark = pytest.mark.numeric
 
 CONFIG = AlphaEditConfig.model_validate(
-    {**{k: v for k, v in MEMIT_RECORDED.items() if k != "mom2_update_weight"}, "nullspace_threshold": 0.1, "L2": 1.0}
+    {
+        **{k: v for k, v in MEMIT_RECORDED.items() if k != "mom2_update_weight"},
+        "nullspace_threshold": 0.1,
+        "L2": 1.0,
+    }
 )
 
 
@@ -70,7 +74,8 @@ def test_one_batch_of_ten() -> None:
 
 
 def test_projection() -> None:
-    """The recorded one is of float32, and an eigenvalue lies near the threshold: hence the tolerance of layer 0."""
+    """The recorded one is of float32, and an eigenvalue lies near the threshold: hence the
+    tolerance of layer 0."""
     recorded = core("llama", "alphaedit_first10_batch")
     for i, (rank, tolerance) in enumerate([(121, 2e-3), (445, 1e-4)]):
         found = built(i)
@@ -104,7 +109,8 @@ def test_scores(T: int) -> None:
 
 
 def test_nothing_survives_a_rollback() -> None:
-    """The second group of a prepared method is that of a fresh one, and earlier keys do matter within a group."""
+    """The second group of a prepared method is that of a fresh one, and earlier keys do matter
+    within a group."""
     editor, inputs = prepared(recorded_templates())
     run_groups(editor, 3, 1, inputs)
     after = editor.new_overlay(1)
@@ -119,9 +125,13 @@ def test_nothing_survives_a_rollback() -> None:
 # --- the closed form ---
 
 
-def direct(projection_II: torch.Tensor, kept_LIM: torch.Tensor, keys_LIN: torch.Tensor, L2: float) -> torch.Tensor:
+def direct(
+    projection_II: torch.Tensor, kept_LIM: torch.Tensor, keys_LIN: torch.Tensor, L2: float
+) -> torch.Tensor:
     all_LIM = torch.cat([kept_LIM, keys_LIN], 2)
-    whole_LII = projection_II @ all_LIM @ all_LIM.transpose(1, 2) + L2 * torch.eye(len(projection_II)).double()
+    whole_LII = (
+        projection_II @ all_LIM @ all_LIM.transpose(1, 2) + L2 * torch.eye(len(projection_II)).double()
+    )
     return torch.linalg.solve(whole_LII, projection_II @ keys_LIN).transpose(1, 2)
 
 
@@ -185,7 +195,10 @@ def test_the_projection_is_made_of_the_second_moment(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"corpus": str(corpus)})
 
     def specs(config: AlphaEditConfig) -> Mapping[str, Any]:
-        return {s.name: s for s in config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))}
+        return {
+            s.name: s
+            for s in config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))
+        }
 
     first = specs(config)
     assert list(first) == ["templates", "null_space.0", "null_space.1"]

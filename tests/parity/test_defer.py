@@ -83,7 +83,8 @@ def test_scores(T: int, seeds: int) -> None:
 
 
 def test_the_answer_does_not_leak_into_the_decision() -> None:
-    """By default gate and map read the prompt alone: two rows that differ in the target get the same decision."""
+    """By default gate and map read the prompt alone: two rows that differ in the target get the
+    same decision."""
     base = common.model("llama")
     editor = DEFER(base, DEFERConfig(layer=4, lr=1e-2, n_iter=5), {})
     overlay = editor.new_overlay(1)
@@ -97,7 +98,9 @@ def test_the_answer_does_not_leak_into_the_decision() -> None:
     for kind, which in (("prompt", overlay), ("row", public)):
         rows = collate([base.encoder.pair(request.prompt, t) for t in ("clock maker", "pilot")], [0, 0], 0)
         caught: list[torch.Tensor] = []
-        handle = which.sites[0].module.register_forward_pre_hook(lambda _, args, to=caught: to.append(args[0]))
+        handle = which.sites[0].module.register_forward_pre_hook(
+            lambda _, args, to=caught: to.append(args[0])
+        )
         base.hidden_states(rows)
         handle.remove()
         gates[kind] = which.answer(which.query_of(caught[0], rows), rows)[0].tolist()

@@ -87,7 +87,8 @@ def test_scores(short: str, method: str, T: int) -> None:
 def test_bos_is_a_target_only_on_request() -> None:
     first = meta("llama")["ftl_req0"]["losses"][0]
     (((public,),), ((ours,),)) = (
-        run_groups(prepared("llama", "FT-L", deviations={"public_bos": bos}), 1, 1)[1] for bos in (True, False)
+        run_groups(prepared("llama", "FT-L", deviations={"public_bos": bos}), 1, 1)[1]
+        for bos in (True, False)
     )
     assert public.details["first_loss"] == pytest.approx(first, rel=1e-3)
     assert ours.details["first_loss"] < 0.9 * first
@@ -156,7 +157,13 @@ model_parallel: false
 
 
 def written(folder: Path, **values: Any) -> Path:
-    values = {"alg": "FT", "layers": [21], "norm": "false", "module": "model.layers.{}.mlp.down_proj.weight", **values}
+    values = {
+        "alg": "FT",
+        "layers": [21],
+        "norm": "false",
+        "module": "model.layers.{}.mlp.down_proj.weight",
+        **values,
+    }
     path = folder / "ft.yaml"
     path.write_text(YAML.format(**values))
     return path
@@ -165,7 +172,9 @@ def written(folder: Path, **values: Any) -> Path:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        pytest.param({}, {"layers": (21,), "module": "mlp.down_proj", "norm_constraint": None}, id="llama-7b"),
+        pytest.param(
+            {}, {"layers": (21,), "module": "mlp.down_proj", "norm_constraint": None}, id="llama-7b"
+        ),
         pytest.param({"norm": "5e-5"}, {"norm_constraint": 5e-5}, id="mistral-7b"),
         pytest.param(
             {"layers": [0], "norm": "5e-4", "module": "transformer.h.{}.mlp.c_proj"},
@@ -182,14 +191,20 @@ def test_easyedit_file(tmp_path: Path, values: dict[str, Any], expected: dict[st
 
 
 def test_easyedit_file_can_be_overridden(tmp_path: Path) -> None:
-    config = load_config("ft", {"objective": "target_new", "num_steps": 3}, written(tmp_path), ELSEWHERE).model_dump()
+    config = load_config(
+        "ft", {"objective": "target_new", "num_steps": 3}, written(tmp_path), ELSEWHERE
+    ).model_dump()
     assert (config["objective"], config["num_steps"]) == ("target_new", 3)
 
 
 @pytest.mark.parametrize(
     ("text", "replacement", "said"),
     [
-        ("prompt_last", "promptz_last", r"objective.*'promptz_last'"),  # chatglm4-9b.yaml is published like this
+        (
+            "prompt_last",
+            "promptz_last",
+            r"objective.*'promptz_last'",
+        ),  # chatglm4-9b.yaml is published like this
         ("kl_factor: 0", "kl_factor: 0.1", "kl_factor: 0.1 has no effect"),
         ("weight_decay: 0", "weight_decay: 0\nbeams: 4", "beams: has no meaning for this method"),
         ('"FT"', '"ROME"', "alg_name: 'ROME' is another method"),

@@ -62,20 +62,27 @@ def test_first_loss(short: str) -> None:
     editor = GRACE(common.model(short), config, {})
     stream = torch.Generator().manual_seed(recorded["seed"])
     for i, request in enumerate(golden_requests()[:10]):
-        (outcome,) = editor.edit(editor.new_overlay(1), [LaneEdit((request,), Replayed("grace", {}, 0, 0, i, stream))])
+        (outcome,) = editor.edit(
+            editor.new_overlay(1), [LaneEdit((request,), Replayed("grace", {}, 0, 0, i, stream))]
+        )
         assert outcome.loss == pytest.approx(recorded["losses_per_edit"][i][0], rel=1e-3)
         for _ in range(24):
             torch.rand(128, generator=stream)
 
 
 @torch.no_grad()
-def greedy(base: BaseModel, overlay: Codebook | None, probes: Sequence[tuple[int, str, str]]) -> list[list[int]]:
-    """As many tokens as the target has, generated from the prompt alone. Probes: (lane, prompt, target)."""
+def greedy(
+    base: BaseModel, overlay: Codebook | None, probes: Sequence[tuple[int, str, str]]
+) -> list[list[int]]:
+    """As many tokens as the target has, generated from the prompt alone. Probes: (lane, prompt,
+    target)."""
     pairs = [base.encoder.pair(prompt, target) for _, prompt, target in probes]
     lanes = [lane for lane, _, _ in probes]
     said: list[list[int]] = [[] for _ in probes]
     for _ in range(max(len(p.target) for p in pairs)):
-        encoded = [Encoded((*p.ids[: p.prompt_len], *s), p.prompt_len) for p, s in zip(pairs, said, strict=True)]
+        encoded = [
+            Encoded((*p.ids[: p.prompt_len], *s), p.prompt_len) for p, s in zip(pairs, said, strict=True)
+        ]
         rows = collate(encoded, lanes, base.encoder.pad_id)
         if overlay is None:
             hidden = base.hidden_states(rows)
@@ -157,7 +164,9 @@ def test_rules_on_overlapping_edits() -> None:
     distance = float((overlay.keys_LJI[0, 0] - overlay.keys_LJI[0, 1]).norm())
     assert overlay.radii_LJ[0, :2].tolist() == pytest.approx([distance / 2] * 2, rel=1e-5)
     for prompt, target in ((PROMPT, "baker"), (OTHER, "pilot")):
-        assert greedy(base, overlay, [(0, prompt, target)])[0] == list(base.encoder.pair(prompt, target).target)
+        assert greedy(base, overlay, [(0, prompt, target)])[0] == list(
+            base.encoder.pair(prompt, target).target
+        )
 
 
 @pytest.mark.parametrize("expand", ["coverage", "moving_average"])
@@ -188,7 +197,9 @@ def test_replacements_and_starts(replacement: str, start: str) -> None:
     hparams = {"layer": 4, "eps": 1.0, "n_iter": 25, "replacement": replacement, "val_init": start}
     editor = GRACE(base, GRACEConfig.model_validate(hparams), {})
     overlay = editor.new_overlay(1)
-    (outcome,) = editor.edit(overlay, [LaneEdit((golden_requests()[0],), RandomStreams("grace", {}, 0, 0, 0))])
+    (outcome,) = editor.edit(
+        overlay, [LaneEdit((golden_requests()[0],), RandomStreams("grace", {}, 0, 0, 0))]
+    )
     assert outcome.loss is not None
     assert outcome.loss < 0.5
     saved = overlay.state(0)
@@ -231,11 +242,18 @@ LLAMA = {
 )
 def test_easyedit_files(changes: dict[str, Any], layer: int, module: str, n_iter: int) -> None:
     config = config_of("file", {**LLAMA, **changes})
-    assert (config.layer, config.module, config.n_iter, config.lr, config.eps) == (layer, module, n_iter, 1.0, 1.0)
+    assert (config.layer, config.module, config.n_iter, config.lr, config.eps) == (
+        layer,
+        module,
+        n_iter,
+        1.0,
+        1.0,
+    )
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("dist_fn", "cos"), ("val_train", "adv"), ("dropout", 0.1), ("alg_name", "WISE"), ("colour", 1)]
+    ("key", "value"),
+    [("dist_fn", "cos"), ("val_train", "adv"), ("dropout", 0.1), ("alg_name", "WISE"), ("colour", 1)],
 )
 def test_easyedit_refusals(key: str, value: Any) -> None:
     with pytest.raises(SpecError, match=key):

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.common import ELSEWHERE, PAIRS, check_seeds, final_scores, lane_edits, model, record, run_groups
+from tests.parity.common import (
+    ELSEWHERE,
+    PAIRS,
+    check_seeds,
+    final_scores,
+    lane_edits,
+    model,
+    record,
+    run_groups,
+)
 from workers.methods import load_config
 from workers.methods.lora import LoRA, LoRAConfig
 from workers.model.base import model_shape
@@ -41,7 +50,10 @@ def prepared(short: str = "llama", **changes: Any) -> LoRA:
 )
 def test_scores(T: int, seeds: int) -> None:
     expected = record("llama", "LoRA", T)
-    assert expected["hparams"]["target_modules"] == ["q_proj", "v_proj"] and expected["hparams"]["lora_dropout"] == 0
+    assert (
+        expected["hparams"]["target_modules"] == ["q_proj", "v_proj"]
+        and expected["hparams"]["lora_dropout"] == 0
+    )
     editor, groups = prepared(), expected["n_groups"]
     means: dict[str, list[float]] = {column: [] for _, _, column in PAIRS}
     for seed in range(seeds):
@@ -64,7 +76,9 @@ def test_a_fresh_adapter_is_random_in_one_factor_and_changes_nothing() -> None:
         if name.endswith(".B"):
             assert not factor.any()
         else:
-            assert factor.abs().max() <= 128**-0.5 and factor.std() == pytest.approx((3 * 128) ** -0.5, rel=0.1)
+            assert factor.abs().max() <= 128**-0.5 and factor.std() == pytest.approx(
+                (3 * 128) ** -0.5, rel=0.1
+            )
     assert overlay.delta_norm(0) == 0
     other = editor.new_overlay(1)
     (second,) = lane_edits(editor, [0], 1, 0, {}, seed=1)
@@ -79,7 +93,8 @@ def test_a_sequence_goes_on_with_its_adapters() -> None:
     for position in range(2):
         editor.edit(overlay, lane_edits(editor, [0], 2, position, {}))
         states.append(overlay.state(0).tensors)
-    # three steps of Adam move a number by 3 * lr at most: the second edit started from the first one's end
+    # three steps of Adam move a number by 3 * lr at most: the second edit started from the first
+    # one's end
     moved = [float((states[1][name] - states[0][name]).abs().max()) for name in states[0]]
     assert 0 < max(moved) <= 3 * 5e-3 * 1.1
     change, weights = 0.0, 0.0

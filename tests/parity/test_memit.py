@@ -88,7 +88,8 @@ def test_second_moments_are_the_pristine_models() -> None:
     ],
 )
 def test_scores(short: str, T: int, copies: int) -> None:
-    """Edited one after another, as the records were. A hundred edits on top of each other amplify rounding."""
+    """Edited one after another, as the records were. A hundred edits on top of each other amplify
+    rounding."""
     expected = record(short, "MEMIT", T)
 
     def replay(copy: int) -> tuple[MEMIT, Overlay]:
@@ -166,7 +167,9 @@ def test_lanes_that_do_not_fit_are_solved_in_turn() -> None:
 
 
 def test_singular_statistics_name_the_layer() -> None:
-    with pytest.raises(DataError, match=r"corpus: the second moment of layer 3 is singular; give a longer text"):
+    with pytest.raises(
+        DataError, match=r"corpus: the second moment of layer 3 is singular; give a longer text"
+    ):
         Factor.of(torch.zeros(3, 3), 3)
     with pytest.raises(DataError, match="layer 2"):
         Factor.of(torch.ones(3, 3), 2)
@@ -200,7 +203,8 @@ def test_requests_of_a_batch_do_not_depend_on_other_lanes() -> None:
             assert relative_error(together.delta(lane, site), alone.delta(0, site)) <= 1e-3
     with pytest.raises(ValueError, match="lockstep"):
         editor.edit(
-            editor.new_overlay(2), [LaneEdit(batches[0], streams, inputs), LaneEdit(batches[1][:1], streams, inputs)]
+            editor.new_overlay(2),
+            [LaneEdit(batches[0], streams, inputs), LaneEdit(batches[1][:1], streams, inputs)],
         )
 
 
@@ -229,9 +233,9 @@ def test_artifacts_and_check(tmp_path: Path) -> None:
     assert [spec.name for spec in specs] == ["templates", "moment.3", "moment.4"]
     assert len({spec.key for spec in specs}) == 3
     assert specs[0].recipe["lengths"] == [[10, 1]]
-    assert [s.key for s in config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))] == [
-        s.key for s in specs
-    ]
+    assert [
+        s.key for s in config.artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))
+    ] == [s.key for s in specs]
     with pytest.raises(SpecError, match="corpus: MEMIT needs a text or JSONL file"):
         MEMITConfig(layers=(3,)).artifacts(ArtifactContext(ModelFingerprint("m", "t"), ELSEWHERE, seed=0))
     shape = model_shape(model("llama").config)
@@ -249,7 +253,11 @@ def test_easyedit_file(tmp_path: Path) -> None:
     for name in ("memit", "memit-mass"):
         config = load_config(name, {}, path, ELSEWHERE)
         assert isinstance(config, MEMITConfig)
-        assert (config.layers, config.module, config.mom2_update_weight) == ((4, 5, 6), "mlp.down_proj", 20_000)
+        assert (config.layers, config.module, config.mom2_update_weight) == (
+            (4, 5, 6),
+            "mlp.down_proj",
+            20_000,
+        )
         assert (config.v_weight_decay, config.samples, config.clamp_norm_factor) == (0.5, 100_000, 0.75)
     path.write_text(MEMIT_YAML.format(alg="MEMIT", layers=[5, 4]))
     with pytest.raises(SpecError, match=r"layers.*ascending"):
@@ -262,7 +270,9 @@ def test_easyedit_file(tmp_path: Path) -> None:
 def test_easyedit_file_of_rrome(tmp_path: Path) -> None:
     path = tmp_path / "rrome.yaml"
     text = MEMIT_YAML.format(alg="R-ROME", layers=[5]).replace('layer_selection: "all"\n', "")
-    text = text.replace("mom2_update_weight: 20000\n", "context_template_length_params: [[5, 10], [10, 10]]\n")
+    text = text.replace(
+        "mom2_update_weight: 20000\n", "context_template_length_params: [[5, 10], [10, 10]]\n"
+    )
     path.write_text(text + "enable_prompt_keys: false\nenable_random_prefix_keys: true\n")
     config = load_config("rrome", {}, path, ELSEWHERE)
     assert isinstance(config, RROMEConfig) and config.layer == 5

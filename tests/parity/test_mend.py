@@ -44,7 +44,8 @@ def told(variant: str) -> Mapping[str, Any]:
 
 
 def recorded(variant: str) -> dict[str, Tensor]:
-    """The weights as our artifact holds them. The public code adds its change, so its step sizes have the other sign."""
+    """The weights as our artifact holds them. The public code adds its change, so its step sizes
+    have the other sign."""
     theirs = load_file(GOLDEN / "pretrained" / f"{variant}.safetensors")
     old, new = "mend.(512, 128)", "512x128"
     count = theirs[f"{old}.k"].double().reshape(())
@@ -69,7 +70,9 @@ def recorded(variant: str) -> dict[str, Tensor]:
 
 
 def prepared(variant: str, copy: int = 0) -> MEND:
-    config = CONFIG.model_copy(update={"deviations": MENDDeviations(public_bos=not told(variant)["label_bos_masked"])})
+    config = CONFIG.model_copy(
+        update={"deviations": MENDDeviations(public_bos=not told(variant)["label_bos_masked"])}
+    )
     networks = rounded_tensors(recorded(variant), copy)
     return MEND.prepare(model("llama", copy), config, {"pretrained": ArtifactData(networks)})
 
@@ -80,7 +83,9 @@ def test_every_tensor_of_one_edit(variant: str) -> None:
     editor = prepared(variant)
     (edit,) = lane_edits(editor, [0], 1, 0, {})
     request = edit.requests[0]
-    questions = Questions.of(editor.base, [[(request.prompt, request.target_new)]], editor.config.deviations.public_bos)
+    questions = Questions.of(
+        editor.base, [[(request.prompt, request.target_new)]], editor.config.deviations.public_bos
+    )
     assert torch.equal(questions.rows.input_ids_BS, expected["input_ids"])
     factors, loss_L = gradient_factors(editor.base, editor.sites, questions)
     assert float(loss_L[0]) == pytest.approx(float(expected["edit_loss"]), rel=1e-5)
@@ -91,7 +96,9 @@ def test_every_tensor_of_one_edit(variant: str) -> None:
         name = f"{site.name}.weight"
         kept_N = found.kept_LN[0]
         assert kept_N.tolist() == expected[f"{name}.nz_mask"].bool().tolist()
-        normal_MF = editor.net.statistics["512x128"](torch.cat([found.key_LNI[0], found.grad_LNO[0]], 1)[kept_N])
+        normal_MF = editor.net.statistics["512x128"](
+            torch.cat([found.key_LNI[0], found.grad_LNO[0]], 1)[kept_N]
+        )
         key_LNI, grad_LNO = editor.net(place, found)
         change_OI = overlay.weights_LOI[site.name][0] - site.weight_OI
         for value, what in (
@@ -180,7 +187,9 @@ grad_clip: 100.
 
 def written(folder: Path, **values: Any) -> Path:
     path = folder / "mend.yaml"
-    path.write_text(YAML.format(**{"last": "model.layers.31.mlp.down_proj.weight", "one_sided": False, **values}))
+    path.write_text(
+        YAML.format(**{"last": "model.layers.31.mlp.down_proj.weight", "one_sided": False, **values})
+    )
     return path
 
 
@@ -188,7 +197,12 @@ def test_easyedit_file(tmp_path: Path) -> None:
     config = load_config("mend", {}, written(tmp_path), ModelConfig(name="some/model"))
     assert isinstance(config, MENDConfig)
     assert (config.layers, config.modules) == ((30, 31), ("mlp.gate_proj", "mlp.down_proj"))
-    assert (config.schedule.steps, config.schedule.batch_size, config.edit_lr, config.rank) == (10_000, 10, 1e-4, 1920)
+    assert (config.schedule.steps, config.schedule.batch_size, config.edit_lr, config.rank) == (
+        10_000,
+        10,
+        1e-4,
+        1920,
+    )
 
 
 @pytest.mark.parametrize(

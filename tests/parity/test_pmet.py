@@ -1,4 +1,5 @@
-"""PMET against the recorded numbers, its search for two vectors, and the hyperparameter files of EasyEdit."""
+"""PMET against the recorded numbers, its search for two vectors, and the hyperparameter files of
+EasyEdit."""
 
 from __future__ import annotations
 
@@ -58,16 +59,21 @@ def test_scores(T: int) -> None:
         editor = prepared(copy)
         return editor, run_groups(editor, T, expected["n_groups"])[0]
 
-    check_record(expected, replay, norms=1e-3 if T == 1 else 2e-2)  # ten edits amplify rounding to a hundredth
+    check_record(
+        expected, replay, norms=1e-3 if T == 1 else 2e-2
+    )  # ten edits amplify rounding to a hundredth
 
 
 def test_gradients_of_two_vectors() -> None:
-    """The loss moves as its gradients say, at attention and MLP alike, also for some of the facts under an edited overlay."""
+    """The loss moves as its gradients say, at attention and MLP alike, also for some of the facts
+    under an edited overlay."""
     editor = prepared(deviations={"public_target": False})
     overlay = editor.new_overlay(2)
     editor.edit(overlay, lane_edits(editor, [0, 1], 1, 0, {}))
     edits = [
-        replace(edit, requests=tuple(lane_edits(editor, [lane + 2 * i], 1, 0, {})[0].requests[0] for i in (1, 2)))
+        replace(
+            edit, requests=tuple(lane_edits(editor, [lane + 2 * i], 1, 0, {})[0].requests[0] for i in (1, 2))
+        )
         for lane, edit in enumerate(lane_edits(editor, [0, 1], 1, 0, {}))
     ]
     batch = Facts(editor.base, facts_of(editor.base, edits, editor.config, editor.inputs))
@@ -97,12 +103,15 @@ def test_gradients_of_two_vectors() -> None:
 
 
 def test_a_batch_is_every_request_of_the_lane() -> None:
-    """Three requests in one call: their order does not matter, and each adds a rank to both layers."""
+    """Three requests in one call: their order does not matter, and each adds a rank to both
+    layers."""
     editor = prepared(v_num_grad_steps=4, deviations={"public_target": False})
     (edit,) = lane_edits(editor, [0], 1, 0, {})
     requests = tuple(lane_edits(editor, [g], 1, 0, {})[0].requests[0] for g in range(3))
     overlay = editor.new_overlay(2)
-    outcomes = editor.edit(overlay, [replace(edit, requests=requests), replace(edit, requests=requests[::-1])])
+    outcomes = editor.edit(
+        overlay, [replace(edit, requests=requests), replace(edit, requests=requests[::-1])]
+    )
     assert outcomes[0].loss == pytest.approx(outcomes[1].loss, rel=1e-4)
     for site in editor.sites:
         assert relative_error(overlay.delta(1, site), overlay.delta(0, site)) <= 1e-3

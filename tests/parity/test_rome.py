@@ -51,7 +51,8 @@ def recorded_templates(short: str) -> dict[str, ArtifactData]:
 
 
 def prepared(short: str, copy: int = 0, **changes: Any) -> ROME:
-    """With the recorded templates and the recorded inverse second moment, or a rounded copy of it."""
+    """With the recorded templates and the recorded inverse second moment, or a rounded copy of
+    it."""
     config = ROMEConfig.model_validate({**RECORDED, **changes})
     inverse_II = core(short, "rome_req0", copy)["inv_cov"] if config.mom2_adjustment else None
     return ROME(model(short, copy), config, recorded_templates(short), inverse_II)
@@ -86,7 +87,8 @@ def test_vectors_and_losses_of_one_edit(short: str) -> None:
     ],
 )
 def test_scores(short: str, T: int, copies: int) -> None:
-    """Ten edits on top of each other amplify rounding on GPT-2: there, correct runs differ in up to 3 of 20 requests."""
+    """Ten edits on top of each other amplify rounding on GPT-2: there, correct runs differ in up to
+    3 of 20 requests."""
     expected = record(short, "ROME", T)
 
     def replay(copy: int) -> tuple[ROME, Overlay]:
@@ -98,9 +100,11 @@ def test_scores(short: str, T: int, copies: int) -> None:
 
 @pytest.mark.parametrize(("short", "tolerance"), [("llama", 1e-3), ("gpt2", 3e-3)])
 def test_second_moment(short: str, tolerance: float) -> None:
-    """The moment is nearly singular, so that its inverse depends on the order in which its terms were added up.
+    """The moment is nearly singular, so that its inverse depends on the order in which its terms
+    were added up.
 
-    Three orders move the inverse and the change by 5e-5 (Llama) and by 3e-4 (GPT-2): the tolerances are ten times that or more.
+    Three orders move the inverse and the change by 5e-5 (Llama) and by 3e-4 (GPT-2): the tolerances
+    are ten times that or more.
     """
     moment_II = moment(short, 0).tensors["moment"]
     assert relative_error(inverse_moment(moment_II), core(short, "rome_req0")["inv_cov"]) <= tolerance
@@ -109,7 +113,10 @@ def test_second_moment(short: str, tolerance: float) -> None:
     overlay, _ = run_groups(editor, 1, 1)
     state = overlay.state(0).tensors
     delta = core(short, "rome_req0")["delta"]
-    assert relative_error(state["left"] @ state["right"], delta.T if editor.site.transposed else delta) <= tolerance
+    assert (
+        relative_error(state["left"] @ state["right"], delta.T if editor.site.transposed else delta)
+        <= tolerance
+    )
 
 
 def test_the_edit_gives_the_value_it_looked_for() -> None:
@@ -149,7 +156,9 @@ def test_kl_position_and_fact_token() -> None:
 def test_lanes_use_their_own_templates() -> None:
     editor = prepared("gpt2", v_num_grad_steps=3)
     (edit,) = lane_edits(editor, [0], 1, 0, {})
-    other = replace(edit, inputs={"templates": ArtifactData(meta={"templates": ["{}", "Because a train. {}"]})})
+    other = replace(
+        edit, inputs={"templates": ArtifactData(meta={"templates": ["{}", "Because a train. {}"]})}
+    )
     together = editor.new_overlay(2)
     editor.edit(together, [edit, other])
     alone = editor.new_overlay(1)
@@ -183,7 +192,10 @@ def test_artifacts_follow_model_seed_and_corpus(tmp_path: Path) -> None:
     assert other_moment.key == moment.key
     corpus.write_text("two\n")
     assert config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))[1].key != moment.key
-    assert config.artifacts(ArtifactContext(ModelFingerprint("n", "t"), ELSEWHERE, seed=0))[0].key != templates.key
+    assert (
+        config.artifacts(ArtifactContext(ModelFingerprint("n", "t"), ELSEWHERE, seed=0))[0].key
+        != templates.key
+    )
     assert config.uses_seed
     assert not ROMEConfig(layer=3, context_template_length_params=()).uses_seed
 
@@ -193,7 +205,9 @@ def test_a_corpus_is_asked_for() -> None:
         ROMEConfig(layer=3).artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))
     with pytest.raises(DataError, match=r"corpus: /nowhere\.txt"):
         ROMEConfig(layer=3, corpus="/nowhere.txt").artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))
-    (only,) = ROMEConfig(layer=3, mom2_adjustment=False).artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0))
+    (only,) = ROMEConfig(layer=3, mom2_adjustment=False).artifacts(
+        ArtifactContext(FINGERPRINT, ELSEWHERE, seed=0)
+    )
     assert only.name == "templates"
 
 
@@ -234,7 +248,13 @@ fp16: true
 
 
 def written(folder: Path, **values: Any) -> Path:
-    values = {"layers": [5], "steps": 25, "decay": "1e-3", "module": "model.layers.{}.mlp.down_proj", **values}
+    values = {
+        "layers": [5],
+        "steps": 25,
+        "decay": "1e-3",
+        "module": "model.layers.{}.mlp.down_proj",
+        **values,
+    }
     path = folder / "rome.yaml"
     path.write_text(YAML.format(**values))
     return path
@@ -249,7 +269,9 @@ def written(folder: Path, **values: Any) -> Path:
             {"layer": 17, "module": "mlp.c_proj", "v_num_grad_steps": 20, "v_weight_decay": 0.5},
             id="gpt2-xl",
         ),
-        pytest.param({"module": "transformer.h.{}.mlp.fc_out"}, {"layer": 5, "module": "mlp.fc_out"}, id="gpt-j-6B"),
+        pytest.param(
+            {"module": "transformer.h.{}.mlp.fc_out"}, {"layer": 5, "module": "mlp.fc_out"}, id="gpt-j-6B"
+        ),
     ],
 )
 def test_easyedit_file(tmp_path: Path, values: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""SERAC against the recorded tensors, scope probabilities and scores, with the trained weights of the golden set."""
+"""SERAC against the recorded tensors, scope probabilities and scores, with the trained weights of
+the golden set."""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ def test_core_of_request_0() -> None:
     base, networks, request = editor.base, editor.networks, golden_requests()[0]
     overlay = remember(editor, 1)
     text = f"{request.prompt} {request.target_new}"
-    assert networks.classifier_tokenizer(overlay.view(text))["input_ids"] == expected["cls_ctx_ids"][0].tolist()
+    assert (
+        networks.classifier_tokenizer(overlay.view(text))["input_ids"] == expected["cls_ctx_ids"][0].tolist()
+    )
     ids = networks.with_edit(text, text)
     assert list(ids) == expected["rep_input_ids"][0].tolist()
     with torch.no_grad():
@@ -85,7 +88,8 @@ def test_core_of_request_0() -> None:
     found = overlay.logits(base, hidden[columns], rows, [0] * len(columns), columns)
     assert common.relative_error(found, expected["mixture_logits"][0, columns]) <= 1e-4
     everywhere = [
-        mixed(b, c, float(expected["sim"])) for b, c in zip(base.logits(hidden), said[-len(pair.ids) :], strict=True)
+        mixed(b, c, float(expected["sim"]))
+        for b, c in zip(base.logits(hidden), said[-len(pair.ids) :], strict=True)
     ]
     assert common.relative_error(torch.stack(everywhere), expected["mixture_logits"][0]) <= 1e-4
 
@@ -109,8 +113,14 @@ def test_scope_probabilities(mode: str) -> None:
         }
         for name, (prompt, target) in probes.items():
             (text, alone), (place, _) = overlay.scopes([0, 0], [f"{prompt} {target}", prompt])
-            assert text == pytest.approx(told[name]["prob_eval_text"], rel=1e-3, abs=1e-5), (told["case_id"], name)
-            assert alone == pytest.approx(told[name]["prob_prompt_only"], rel=1e-3, abs=1e-5), (told["case_id"], name)
+            assert text == pytest.approx(told[name]["prob_eval_text"], rel=1e-3, abs=1e-5), (
+                told["case_id"],
+                name,
+            )
+            assert alone == pytest.approx(told[name]["prob_prompt_only"], rel=1e-3, abs=1e-5), (
+                told["case_id"],
+                name,
+            )
             assert place == told[name]["cache_index"]
 
 
@@ -119,7 +129,8 @@ def test_scope_probabilities(mode: str) -> None:
     [("1", 1, True), ("10", 10, False), ("SERAC-accumulate_T10", 10, True)],
 )
 def test_scores(record: str, T: int, accumulate: bool) -> None:
-    """The shipped public code keeps the last edit of a sequence only; a record with an accumulating cache is beside it."""
+    """The shipped public code keeps the last edit of a sequence only; a record with an accumulating
+    cache is beside it."""
     told = recorded()
     expected = {**told["records"], **told["records_not_shipped"]}[record]
 
@@ -131,14 +142,17 @@ def test_scores(record: str, T: int, accumulate: bool) -> None:
 
 
 def test_the_paper_switches_by_the_prompt() -> None:
-    """By default a row is answered by one model alone; below the threshold by the base, to the bit."""
+    """By default a row is answered by one model alone; below the threshold by the base, to the
+    bit."""
     editor = editor_of()
     overlay = remember(editor, 1)
     base, request = editor.base, golden_requests()[0]
     probes = [(request.prompt, request.target_new), (request.locality[0].prompt, request.locality[0].target)]
     pairs = [base.encoder.pair(*probe) for probe in probes]
     rows = collate(pairs, [0, 0], base.encoder.pad_id)
-    places = [(r, rows.offsets[r] + c) for r, p in enumerate(pairs) for c in range(p.prompt_len - 1, len(p.ids))]
+    places = [
+        (r, rows.offsets[r] + c) for r, p in enumerate(pairs) for c in range(p.prompt_len - 1, len(p.ids))
+    ]
     row, column = [list(x) for x in zip(*places, strict=True)]
     hidden = base.hidden_states(rows)[row, column]
     before, after = base.logits(hidden), overlay.logits(base, hidden, rows, row, column)
@@ -217,7 +231,8 @@ def test_easyedit_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("cos", True), ("cross_attend", True), ("dist_heads", 2), ("alg_name", "MEND"), ("colour", 1)]
+    ("key", "value"),
+    [("cos", True), ("cross_attend", True), ("dist_heads", 2), ("alg_name", "MEND"), ("colour", 1)],
 )
 def test_easyedit_refusals(key: str, value: Any) -> None:
     with pytest.raises(SpecError, match=key):

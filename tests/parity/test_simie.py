@@ -1,4 +1,5 @@
-"""SimIE against the recorded numbers and its ridge form, what it wraps, and the hyperparameter files of EasyEdit."""
+"""SimIE against the recorded numbers and its ridge form, what it wraps, and the hyperparameter
+files of EasyEdit."""
 
 from __future__ import annotations
 
@@ -32,10 +33,12 @@ ELSEWHERE = ModelConfig(name="some/other-model")
 
 
 class LeftPaddedROME(ROME):
-    """ROME as it ran in SimIE's records: on rows padded on the left, but read at the columns of rows padded on the right.
+    """ROME as it ran in SimIE's records: on rows padded on the left, but read at the columns of
+    rows padded on the right.
 
-    The public code chooses the padding by the method's name, and SimIE's is not among those that ROME's code needs padded on
-    the right. Positions count columns. Written down for the pristine model, one request after another.
+    The public code chooses the padding by the method's name, and SimIE's is not among those that
+    ROME's code needs padded on the right. Positions count columns. Written down for the pristine
+    model, one request after another.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -86,7 +89,8 @@ class LeftPaddedROME(ROME):
             if kept is None or start_O is None:
                 kept, start_O = now_V.detach(), output_BSO[0, lookup[0]]
             told = [
-                -sum(logp_BSV[i, line.read + j, token] for j, token in enumerate(line.target)) / len(line.target)
+                -sum(logp_BSV[i, line.read + j, token] for j, token in enumerate(line.target))
+                / len(line.target)
                 for i, line in enumerate(contexts)
             ]
             kl = (now_V.exp() * (now_V - kept)).sum()
@@ -106,7 +110,8 @@ class LeftPaddedROME(ROME):
         with torch.no_grad():
             nothing_O = torch.zeros_like(delta_O)
             prompts = [
-                Encoded(line.encoded.ids[: line.encoded.prompt_len], line.encoded.prompt_len) for line in contexts
+                Encoded(line.encoded.ids[: line.encoded.prompt_len], line.encoded.prompt_len)
+                for line in contexts
             ]
             _, input_BSI, _ = self.run(self.rows(prompts), nothing_O, lookup[:-1])
             key_I = torch.stack([input_BSI[i, at] for i, at in enumerate(lookup[:-1])]).mean(0)
@@ -120,7 +125,10 @@ class LeftPaddedROME(ROME):
 def recorded_base(copy: int = 0) -> LeftPaddedROME:
     inverse_II = core("llama", "rome_req0", copy)["inv_cov"]
     return LeftPaddedROME(
-        public_base("llama", copy), ROMEConfig.model_validate(RECORDED), recorded_templates("llama"), inverse_II
+        public_base("llama", copy),
+        ROMEConfig.model_validate(RECORDED),
+        recorded_templates("llama"),
+        inverse_II,
     )
 
 
@@ -149,7 +157,9 @@ class Given(ROME):
     def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         generators = [edit.streams.generator("change") for edit in edits]
         out, in_features = self.site.shape
-        left, right = (torch.stack([torch.randn(n, generator=g) for g in generators]) for n in (out, in_features))
+        left, right = (
+            torch.stack([torch.randn(n, generator=g) for g in generators]) for n in (out, in_features)
+        )
         overlay.add(left, right)
         return [EditOutcome(0, 0.0) for _ in edits]
 
@@ -206,7 +216,8 @@ def test_without_a_weight_the_request_is_answered_as_by_the_base_method() -> Non
 
 
 def test_present_weights_are_edited_and_give_the_keys() -> None:
-    """Two maps in a row: the second one's keys depend on the first one's change only where the present weights are edited."""
+    """Two maps in a row: the second one's keys depend on the first one's change only where the
+    present weights are edited."""
     base = random_model("gpt2")
     ft = {"layers": (1, 2), "lr": 1e-2, "num_steps": 3}
     keys, weights = [], []
@@ -250,7 +261,9 @@ def test_every_base_method_is_blended(name: str) -> None:
     config = SimIEConfig(base_method=name, base={k: v for k, v in values.items() if k in fields})
     base = random_model("llama")
     specs = [s.model_dump() for s in config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, 0))]
-    assert specs == [s.model_dump() for s in config.base_config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, 0))]
+    assert specs == [
+        s.model_dump() for s in config.base_config.artifacts(ArtifactContext(FINGERPRINT, ELSEWHERE, 0))
+    ]
     inputs = build_inputs(base, "simie", config)
     editor = SimIE.prepare(base, config, inputs)
     overlay = editor.new_overlay(2)
@@ -268,7 +281,9 @@ SHAPE = model_shape(model("llama").config)
 
 def test_what_is_no_change_of_a_weight_is_refused() -> None:
     for name in {*method_names()} - {*BASES}:
-        with pytest.raises(SpecError, match=rf"base_method: '{name}' cannot be wrapped; choices: rome, .*, ft-ewc$"):
+        with pytest.raises(
+            SpecError, match=rf"base_method: '{name}' cannot be wrapped; choices: rome, .*, ft-ewc$"
+        ):
             load_config("simie", {"base_method": name}, None, ELSEWHERE)
     with pytest.raises(SpecError, match="base_method: this field is required"):
         load_config("simie", {}, None, ELSEWHERE)
@@ -280,7 +295,9 @@ def test_errors_of_the_base_method_say_so() -> None:
 
     with pytest.raises(SpecError, match=r"method simie: base: rome: layer: this field is required"):
         config()
-    with pytest.raises(SpecError, match=r"base: rome: layers: unknown key 'layers' \(did you mean 'layer'\?\)"):
+    with pytest.raises(
+        SpecError, match=r"base: rome: layers: unknown key 'layers' \(did you mean 'layer'\?\)"
+    ):
         config(base={"layer": 0, "layers": [0]})
     with pytest.raises(SpecError, match=r"base\.layer: layer 6 is out of range; the model has layers 0 to 5"):
         config(base={"layer": 6}).check(SHAPE)
@@ -293,7 +310,9 @@ def test_errors_of_the_base_method_say_so() -> None:
 
 
 def test_defaults_of_the_base_method_are_part_of_the_config() -> None:
-    one, other = (SimIEConfig(base_method="rome", base=base) for base in ({"layer": 0}, {"layer": 0, "v_lr": 0.5}))
+    one, other = (
+        SimIEConfig(base_method="rome", base=base) for base in ({"layer": 0}, {"layer": 0, "v_lr": 0.5})
+    )
     assert one == other and one.base["v_lr"] == 0.5
     assert one.uses_seed
     assert not SimIEConfig(base_method="ft", base={"layers": [0]}).uses_seed
@@ -333,7 +352,9 @@ def written(folder: Path, base: str = "ROME") -> Path:
 
 def test_easyedit_file_finds_that_of_the_base_method(tmp_path: Path) -> None:
     path = written(tmp_path)
-    with pytest.raises(SpecError, match=r"llama3-8b\.yaml \(method simie\): base: rome: layer: this field is required"):
+    with pytest.raises(
+        SpecError, match=r"llama3-8b\.yaml \(method simie\): base: rome: layer: this field is required"
+    ):
         load_config("simie", {}, path, ELSEWHERE)
     given = load_config("simie", {"base": {"layer": 4}}, path, ELSEWHERE).model_dump()
     assert (given["base_method"], given["lamHyper"], given["init_model"], given["base"]["layer"]) == (
@@ -350,11 +371,15 @@ def test_easyedit_file_finds_that_of_the_base_method(tmp_path: Path) -> None:
     found = load_config("simie", {}, path, ELSEWHERE).model_dump()["base"]
     assert (found["layer"], found["module"]) == (5, "mlp.down_proj")
     theirs.write_text('alg_name: "ROME"\nlayers: [5, 6]\n')
-    with pytest.raises(SpecError, match=r"ROME/llama3-8b\.yaml: layers: \[5, 6\]: ROME edits exactly one layer"):
+    with pytest.raises(
+        SpecError, match=r"ROME/llama3-8b\.yaml: layers: \[5, 6\]: ROME edits exactly one layer"
+    ):
         load_config("simie", {}, path, ELSEWHERE)
 
 
 @pytest.mark.parametrize("base", ["WISE", "../ROME"])
 def test_easyedit_file_with_another_base_method(tmp_path: Path, base: str) -> None:
-    with pytest.raises(SpecError, match=rf"base_method: '{base}' cannot be wrapped; choices: ROME, R-ROME, MEMIT"):
+    with pytest.raises(
+        SpecError, match=rf"base_method: '{base}' cannot be wrapped; choices: ROME, R-ROME, MEMIT"
+    ):
         load_config("simie", {}, written(tmp_path, base), ELSEWHERE)

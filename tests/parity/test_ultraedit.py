@@ -1,4 +1,5 @@
-"""UltraEdit against the recorded numbers, its statistics, and the hyperparameter files of EasyEdit."""
+"""UltraEdit against the recorded numbers, its statistics, and the hyperparameter files of
+EasyEdit."""
 
 from __future__ import annotations
 
@@ -38,14 +39,20 @@ REQUESTS = golden_requests()
 
 
 def prepared(copy: int = 0, **config: Any) -> UltraEdit:
-    return UltraEdit.prepare(model("llama", copy), UltraEditConfig.model_validate({"modules": MODULES, **config}), {})
+    return UltraEdit.prepare(
+        model("llama", copy), UltraEditConfig.model_validate({"modules": MODULES, **config}), {}
+    )
 
 
 def turn(editor: UltraEdit, overlay: UltraEditOverlay, starts: list[int], size: int) -> list[EditOutcome]:
     """One turn of ``size`` requests in each lane."""
     config = editor.config.model_dump(mode="json")
     return editor.edit(
-        overlay, [LaneEdit(tuple(REQUESTS[a : a + size]), RandomStreams(editor.name, config, 0, a, 0)) for a in starts]
+        overlay,
+        [
+            LaneEdit(tuple(REQUESTS[a : a + size]), RandomStreams(editor.name, config, 0, a, 0))
+            for a in starts
+        ],
     )
 
 
@@ -67,8 +74,11 @@ def test_scores(T: int) -> None:
 
 @pytest.mark.parametrize("token", ["ans", "mask"])
 def test_statistics_are_those_of_all_tokens_at_once(token: str) -> None:
-    """Three turns of two requests: Welford's rule gives mean and deviation of all features together."""
-    editor = prepared(token=token, lr=1e-30)  # the weights stay, so that the features of six requests are comparable
+    """Three turns of two requests: Welford's rule gives mean and deviation of all features
+    together."""
+    editor = prepared(
+        token=token, lr=1e-30
+    )  # the weights stay, so that the features of six requests are comparable
     few, one = editor.new_overlay(1), editor.new_overlay(1)
     for start in (0, 2, 4):
         turn(editor, few, [start], 2)
@@ -84,7 +94,8 @@ def test_statistics_are_those_of_all_tokens_at_once(token: str) -> None:
 
 @pytest.mark.parametrize("size", [2, 20])
 def test_the_change_is_the_ridge_solution(size: int) -> None:
-    """``(H^T H + I) dW^T = H^T V``, solved in the smaller of its two forms (20 requests have more tokens than inputs)."""
+    """``(H^T H + I) dW^T = H^T V``, solved in the smaller of its two forms (20 requests have more
+    tokens than inputs)."""
     editor = prepared(token="mask", lr=0.01)
     overlay = editor.new_overlay(1)
     part = editor._features(overlay, [REQUESTS[:size]])
@@ -113,7 +124,9 @@ def test_gradients_are_those_of_the_loss() -> None:
     try:
         logits = [base.model(torch.tensor([pair.ids])).logits[0] for pair in pairs]
         losses = [
-            torch.nn.functional.cross_entropy(x[p.prompt_len - 1 : -1], torch.tensor(p.target), reduction="sum")
+            torch.nn.functional.cross_entropy(
+                x[p.prompt_len - 1 : -1], torch.tensor(p.target), reduction="sum"
+            )
             for x, p in zip(logits, pairs, strict=True)
         ]
         loss = torch.stack(losses).sum() / sum(len(pair.target) for pair in pairs)

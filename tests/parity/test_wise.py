@@ -1,4 +1,5 @@
-"""WISE against the recorded gradients, weights, losses and scores, with the public code's faults switched on."""
+"""WISE against the recorded gradients, weights, losses and scores, with the public code's faults
+switched on."""
 
 from __future__ import annotations
 
@@ -55,8 +56,9 @@ class PublicEncoder(Encoder):
 
 @cache
 def public_base(short: str, copy: int = 0) -> BaseModel:
-    """The golden model as the records ran it. Public routing averages over padding, so that what stands there counts: the
-    padding token, and fully masked rows, whose attention output is zero in PyTorch's fused attention and not in eager."""
+    """The golden model as the records ran it. Public routing averages over padding, so that what
+    stands there counts: the padding token, and fully masked rows, whose attention output is zero in
+    PyTorch's fused attention and not in eager."""
     if copy:
         return rounded_model(public_base(short), copy)
     torch.set_num_threads(1)
@@ -87,9 +89,11 @@ def public_request0(base: BaseModel, n_iter: int) -> tuple[Masked, SideMemories,
 
 
 def test_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masked gradients of the first two iterations, the side weight after the first, and the losses up to the sixteenth.
+    """Masked gradients of the first two iterations, the side weight after the first, and the losses
+    up to the sixteenth.
 
-    The losses of rounded copies differ by 2e-4 up to the tenth iteration and by 2e-3 up to the sixteenth.
+    The losses of rounded copies differ by 2e-4 up to the tenth iteration and by 2e-3 up to the
+    sixteenth.
     """
     base = public_base("llama")
     recorded, expected = common.meta("llama")["wise_req0"], common.core("llama", "wise_req0")
@@ -120,8 +124,9 @@ def test_core(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_core_after_twenty_iterations() -> None:
     """The recorded side weight and loss are those of a correct run, as far as these are determined.
 
-    From about the seventeenth iteration on rounding decides which margins are violated: runs whose base weights differ in the
-    last bit end up to 0.04 apart in the weight and 0.06 in the loss, and so do processors. The weight has changed by 0.91.
+    From about the seventeenth iteration on rounding decides which margins are violated: runs whose
+    base weights differ in the last bit end up to 0.04 apart in the weight and 0.06 in the loss, and
+    so do processors. The weight has changed by 0.91.
     """
     recorded, expected = common.meta("llama")["wise_req0"], common.core("llama", "wise_req0")
     total = recorded["ft_loss"][19] + recorded["act_loss"][19]
@@ -181,12 +186,16 @@ class RecordedStep(WISE):
 def test_scores_with_the_recorded_masks(short: str, T: int) -> None:
     """With every draw replayed, the tolerances of methods without randomness apply.
 
-    Up to the first merge WISE-Merge trains what WISE-Retrieve trains, so one run serves both records.
+    Up to the first merge WISE-Merge trains what WISE-Retrieve trains, so one run serves both
+    records.
     """
     record = common.record(short, "WISE", T)
     groups = record["n_groups"]
     config, inputs = config_of("WISE", record["hparams"], **PUBLIC), templates(record["context_templates"])
-    whole = [{"all": math.sqrt(sum(value**2 for value in norms.values()))} for norms in record["delta_fro_per_group"]]
+    whole = [
+        {"all": math.sqrt(sum(value**2 for value in norms.values()))}
+        for norms in record["delta_fro_per_group"]
+    ]
 
     @cache
     def memories(copy: int) -> SideMemories:
@@ -226,7 +235,8 @@ def test_scores_with_the_recorded_masks(short: str, T: int) -> None:
 def test_scores_with_our_masks(short: str, T: int, seeds: int) -> None:
     """The recorded mean is one that one more seed might give.
 
-    Records of 15 and 20 requests scatter by 0.03 to 0.05 from seed to seed, which five seeds hardly tell: twenty are long.
+    Records of 15 and 20 requests scatter by 0.03 to 0.05 from seed to seed, which five seeds hardly
+    tell: twenty are long.
     """
     record = common.record(short, "WISE", T)
     base, groups = public_base(short), record["n_groups"]
@@ -245,7 +255,9 @@ def test_scores_with_our_masks(short: str, T: int, seeds: int) -> None:
 # --- when memories are saved and merged ---
 
 
-def edit_all(editor: WISE, overlay: SideMemories, start: int, stop: int, batch: int = 1) -> list[dict[str, Any]]:
+def edit_all(
+    editor: WISE, overlay: SideMemories, start: int, stop: int, batch: int = 1
+) -> list[dict[str, Any]]:
     requests = golden_requests()
     config = editor.config.model_dump(mode="json")
     details = []
@@ -263,7 +275,8 @@ def texts() -> dict[str, ArtifactData]:
 
 @pytest.mark.parametrize("retrieve", [True, False])
 def test_saving_and_merging(texts: dict[str, ArtifactData], retrieve: bool) -> None:
-    """Saved every 2 edits, merged every 4; a snapshot in the middle of a memory goes on bit for bit."""
+    """Saved every 2 edits, merged every 4; a snapshot in the middle of a memory goes on bit for
+    bit."""
     hparams = {**HPARAMS, "save_freq": 2, "merge_freq": 4, "retrieve": retrieve}
     editor = WISE(common.model("llama"), WISEConfig.model_validate(hparams), texts)
     overlay = editor.new_overlay(1)
@@ -310,7 +323,9 @@ def merged(rule: str, deltas: Sequence[Sequence[float]], density: float = 1.0, *
     tensors = [torch.tensor([d], dtype=torch.float64) for d in deltas]
     generator = torch.Generator().manual_seed(0)
     site = common.model("llama").site(4)
-    return [float(x) for x in merge_deltas(config, site, tensors, [1 / len(deltas)] * len(deltas), generator)[0]]
+    return [
+        float(x) for x in merge_deltas(config, site, tensors, [1 / len(deltas)] * len(deltas), generator)[0]
+    ]
 
 
 def test_merge_arithmetic() -> None:
@@ -341,13 +356,16 @@ def test_slerp() -> None:
 
 
 def test_batch(texts: dict[str, ArtifactData]) -> None:
-    """A batch is one edit of all its requests; each has its own margin and counts towards saving."""
+    """A batch is one edit of all its requests; each has its own margin and counts towards
+    saving."""
     hparams = {**HPARAMS, "n_iter": 20, "save_freq": 4, "merge_freq": 8}
     editor = WISE(common.model("llama"), WISEConfig.model_validate(hparams), texts)
     overlay = editor.new_overlay(1)
     edit_all(editor, overlay, 0, 4, batch=4)
     assert len(overlay.saved[0]) == 1
-    found = score(editor.base, overlay, [Item(0, r) for r in golden_requests()[:4]], ScoreConfig(generated=False))
+    found = score(
+        editor.base, overlay, [Item(0, r) for r in golden_requests()[:4]], ScoreConfig(generated=False)
+    )
     assert sum(float(s["reliability_token"] or 0) for s in found) > sum(
         float(s["reliability_token_base"] or 0) for s in found
     )
@@ -362,7 +380,8 @@ def test_lanes_are_independent(public: bool) -> None:
     requests = golden_requests()
     starts = ["{}", "You found a river and a window near the harbour. {}", "Yes, {}"]
     edits = [
-        LaneEdit((requests[i],), RandomStreams("wise", {}, 0, i, 0), templates(starts[: 1 + i % 3])) for i in range(8)
+        LaneEdit((requests[i],), RandomStreams("wise", {}, 0, i, 0), templates(starts[: 1 + i % 3]))
+        for i in range(8)
     ]
     together = editor.new_overlay(8)
     editor.edit(together, edits)
@@ -425,7 +444,12 @@ LLAMA = {
             "mlp.fc_out",
             (15.0, 40.0, 20.0),
         ),
-        ({"inner_params": ["transformer.h[8].mlp.c_fc.weight"], "n_iter": 40}, 8, "mlp.c_fc", (5.0, 20.0, 10.0)),
+        (
+            {"inner_params": ["transformer.h[8].mlp.c_fc.weight"], "n_iter": 40},
+            8,
+            "mlp.c_fc",
+            (5.0, 20.0, 10.0),
+        ),
         (
             {
                 "inner_params": ["model.layers[29].mlp.down_proj.weight"],
@@ -439,7 +463,9 @@ LLAMA = {
         ),
     ],
 )
-def test_easyedit_files(changes: dict[str, Any], layer: int, module: str, margin: tuple[float, float, float]) -> None:
+def test_easyedit_files(
+    changes: dict[str, Any], layer: int, module: str, margin: tuple[float, float, float]
+) -> None:
     config = config_of("file", {**LLAMA, **changes})
     assert (config.layer, config.module) == (layer, module)
     assert (config.alpha, config.beta, config.gamma) == margin
@@ -448,7 +474,13 @@ def test_easyedit_files(changes: dict[str, Any], layer: int, module: str, margin
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("objective_optimization", "all"), ("act_margin", [1.0]), ("inner_params", "x"), ("alg_name", "ROME"), ("hue", 1)],
+    [
+        ("objective_optimization", "all"),
+        ("act_margin", [1.0]),
+        ("inner_params", "x"),
+        ("alg_name", "ROME"),
+        ("hue", 1),
+    ],
 )
 def test_easyedit_refusals(key: str, value: Any) -> None:
     with pytest.raises(SpecError, match=key):
@@ -456,7 +488,8 @@ def test_easyedit_refusals(key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("replay", True), ("merge_freq", 750), ("merge_alg", "mean"), ("mask_ratio", 0), ("layer", -1)]
+    ("key", "value"),
+    [("replay", True), ("merge_freq", 750), ("merge_alg", "mean"), ("mask_ratio", 0), ("layer", -1)],
 )
 def test_config_refusals(key: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=key):

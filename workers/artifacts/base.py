@@ -1,7 +1,9 @@
-"""Artifacts: expensive inputs computed once and shared by every stream that needs them. Free of torch at import.
+"""Artifacts: expensive inputs computed once and shared by every stream that needs them. Free of
+torch at import.
 
-A method says what it needs as :class:`ArtifactSpec` (data); the engine looks the key up in its store, has a session build
-what is missing, and hands the finished :class:`ArtifactData` to the streams. Half-built ones are never visible.
+A method says what it needs as :class:`ArtifactSpec` (data); the engine looks the key up in its
+store, has a session build what is missing, and hands the finished :class:`ArtifactData` to the
+streams. Half-built ones are never visible.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ ARTIFACT_VERSION = 1
 
 
 class ArtifactSpec(Frozen):
-    """A kind (which builder) and the whole recipe: everything the content depends on, fingerprints included.
+    """A kind (which builder) and the whole recipe: everything the content depends on, fingerprints
+    included.
 
-    ``name`` is what the asking method (or artifact) calls it and ``where`` says where its builder finds what the recipe
-    names by fingerprint (paths): neither is part of the key. ``needs`` are artifacts that it is made of: they are built
-    first, and their keys are part of its own.
+    ``name`` is what the asking method (or artifact) calls it and ``where`` says where its builder
+    finds what the recipe names by fingerprint (paths): neither is part of the key. ``needs`` are
+    artifacts that it is made of: they are built first, and their keys are part of its own.
     """
 
     name: str
@@ -49,7 +52,8 @@ class ArtifactSpec(Frozen):
 
 @dataclass(frozen=True)
 class ArtifactData:
-    """The finished product: tensors and a JSON value. ``made_as``: the kind, recipe and key it was built by."""
+    """The finished product: tensors and a JSON value. ``made_as``: the kind, recipe and key it was
+    built by."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, JSON] = field(default_factory=dict)
@@ -59,7 +63,8 @@ class ArtifactData:
         from safetensors.torch import save
 
         tensors = {name: t.contiguous().cpu() for name, t in self.tensors.items()}
-        # one entry only: safetensors writes several in an order of its own, and equal artifacts are to have equal bytes
+        # one entry only: safetensors writes several in an order of its own, and equal artifacts are
+        # to have equal bytes
         text = json.dumps({"meta": self.meta, "made_as": self.made_as}, sort_keys=True)
         return save(tensors, metadata={"editsweep": text})
 
@@ -74,7 +79,8 @@ class ArtifactData:
         return cls(load(blob), told["meta"], told["made_as"])
 
     def check_made_as(self, spec: ArtifactSpec, source: str) -> None:
-        """Refuse what was built by another recipe, whatever name it lies under. Raises :class:`ModelError`."""
+        """Refuse what was built by another recipe, whatever name it lies under. Raises
+        :class:`ModelError`."""
         made = self.made_as or {}
         if made.get("key") == spec.key:
             return
@@ -85,16 +91,21 @@ class ArtifactData:
         elif made.get("kind") != spec.kind:
             what = f"it is of kind {made.get('kind')!r}"
         elif "model" in different:
-            what = f"it was made for another model ({theirs.get('model')}, the sweep's is {ours.get('model')})"
+            what = (
+                f"it was made for another model ({theirs.get('model')}, the sweep's is {ours.get('model')})"
+            )
         else:
             what = f"it was made by another recipe ({', '.join(different) or 'of other artifacts'} differ)"
-        raise ModelError(f"{source}: not the {spec.kind} artifact that is needed here: {what}; remove the file")
+        raise ModelError(
+            f"{source}: not the {spec.kind} artifact that is needed here: {what}; remove the file"
+        )
 
 
 def in_order(
     specs: Iterable[ArtifactSpec], present: Callable[[ArtifactSpec], bool] | None = None
 ) -> list[ArtifactSpec]:
-    """Each once, what it needs before it; those that are ``present`` left out, with what only they need."""
+    """Each once, what it needs before it; those that are ``present`` left out, with what only they
+    need."""
     found: dict[str, ArtifactSpec] = {}
 
     def add(spec: ArtifactSpec) -> None:
@@ -118,10 +129,14 @@ def _read_dataset(source: Mapping[str, JSON], fingerprint: str) -> Dataset:
 
     from workers.data import load_dataset
 
-    path, train_path = (None if source[name] is None else Path(source[name]) for name in ("path", "train_path"))
+    path, train_path = (
+        None if source[name] is None else Path(source[name]) for name in ("path", "train_path")
+    )
     data = load_dataset(source["kind"], path, train_path, source["on_bad_record"])
     if data.fingerprint != fingerprint:
-        raise DataError(f"the data set {source['kind']} ({path or 'embedded'}) is not the one that was planned with")
+        raise DataError(
+            f"the data set {source['kind']} ({path or 'embedded'}) is not the one that was planned with"
+        )
     return data
 
 
@@ -135,10 +150,12 @@ def _no_trainer(method: str) -> Callable[..., Any]:
 
 @dataclass
 class Workbench:
-    """A builder's surroundings: the artifacts it needs, a progress callback, and a place for unfinished work.
+    """A builder's surroundings: the artifacts it needs, a progress callback, and a place for
+    unfinished work.
 
-    This one keeps unfinished work in memory; the engine's is durable. What :meth:`save` was last given is what :meth:`load`
-    returns in the next attempt, until the artifact is finished. When work is saved changes no bit of the result.
+    This one keeps unfinished work in memory; the engine's is durable. What :meth:`save` was last
+    given is what :meth:`load` returns in the next attempt, until the artifact is finished. When
+    work is saved changes no bit of the result.
     """
 
     inputs: Mapping[str, ArtifactData] = field(default_factory=dict)
@@ -146,12 +163,14 @@ class Workbench:
     """Told ``(done, total, what)`` now and then."""
     unfinished: bytes | None = None
     save_seconds: float = 30.0
-    """Time between two savings, at least; twenty times as long as a saving takes, if that is longer."""
+    """Time between two savings, at least; twenty times as long as a saving takes, if that is
+    longer."""
     stopping: Callable[[], bool] = bool
     dataset: Callable[[Mapping[str, JSON], str], Dataset] = _read_dataset
     """The data set of this kind, path and so on; refused if its fingerprint is another one."""
     trainer_of: Callable[[str], Callable[..., Any]] = _no_trainer
-    """A method's own ``trainer(base, hparams, generator)``, by the method's name; the session lends it."""
+    """A method's own ``trainer(base, hparams, generator)``, by the method's name; the session lends
+    it."""
     _saved: float = field(default_factory=time.monotonic)
     _took: float = 0.0
 
@@ -162,7 +181,8 @@ class Workbench:
         self.unfinished = data
 
     def keep(self, state: Callable[[], bytes]) -> None:
-        """Called between two steps: saves ``state()`` if it is time to. Raises :class:`Stopped` if work is to end here."""
+        """Called between two steps: saves ``state()`` if it is time to. Raises :class:`Stopped` if
+        work is to end here."""
         stopping = self.stopping()
         began = time.monotonic()
         if not stopping and began - self._saved < max(self.save_seconds, 20 * self._took):

@@ -1,7 +1,9 @@
-"""The diagonal of the Fisher information of linear maps: how much the model's own text depends on each weight.
+"""The diagonal of the Fisher information of linear maps: how much the model's own text depends on
+each weight.
 
-``F_i = E_x[(d log P(x) / d W_i)^2]``, the mean over texts ``x`` of a corpus of the squared gradient of the text's mean
-log-probability per token (Kirkpatrick et al., arXiv 1612.00796; the "empirical" Fisher, whose labels are the text's own).
+``F_i = E_x[(d log P(x) / d W_i)^2]``, the mean over texts ``x`` of a corpus of the squared gradient
+of the text's mean log-probability per token (Kirkpatrick et al., arXiv 1612.00796; the "empirical"
+Fisher, whose labels are the text's own).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ KIND = "fisher_diagonal"
 
 
 def build_fisher(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``fisher_OI``, how many texts.
+    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``fisher_OI``,
+    how many texts.
 
     Texts of one token predict nothing and do not count.
     """
@@ -57,7 +60,8 @@ def build_fisher(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> 
 
 
 def gradient(base: BaseModel, site: Site, ids: tuple[int, ...]) -> Tensor:
-    """The gradient of a text's mean ``-log P`` per token with respect to the map's weight, (O, I)."""
+    """The gradient of a text's mean ``-log P`` per token with respect to the map's weight, (O,
+    I)."""
     rows = collate([Encoded(ids[:-1], len(ids) - 1)], [0], base.encoder.pad_id, base.device)
     places = [(0, j, token, 1 / (len(ids) - 1)) for j, token in enumerate(ids[1:])]
     targets = TargetTokens.of(rows, places, 1)

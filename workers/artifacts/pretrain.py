@@ -1,7 +1,8 @@
 """The pretraining stage: networks that learn to edit, trained once and shared as artifacts.
 
-A method that needs it brings a :class:`Trainer` (its loss and its optimiser) and asks for :func:`pretrained` in its
-``artifacts``; the stage brings the order of the requests, checkpoints, progress and the retention of what earlier data taught:
+A method that needs it brings a :class:`Trainer` (its loss and its optimiser) and asks for
+:func:`pretrained` in its ``artifacts``; the stage brings the order of the requests, checkpoints,
+progress and the retention of what earlier data taught:
 
     def artifacts(self, context):               # of the config
         return (pretrained(name, hparams, self.schedule, context.fingerprint, context.model, context.training),)
@@ -9,13 +10,15 @@ A method that needs it brings a :class:`Trainer` (its loss and its optimiser) an
     def trainer(cls, base, hparams, generator): ...      # an untrained Trainer
     inputs["pretrained"]                                 # at edit time: what its ``product`` gave
 
-A training set is a row of data shards. Each becomes an artifact of kind ``training`` (weights, optimiser, replay buffer)
-that is made of the one before, so a new data shard continues where the last one ended and the earlier ones are neither
-trained nor read again. While a later shard is learnt, a share of every batch comes from the replay buffer: a uniform sample
-of all earlier requests, carried from shard to shard (experience replay; Rolnick et al., arXiv 1811.11682). What edits
-need is the artifact of kind ``pretrained``, made of the last one.
+A training set is a row of data shards. Each becomes an artifact of kind ``training`` (weights,
+optimiser, replay buffer) that is made of the one before, so a new data shard continues where the
+last one ended and the earlier ones are neither trained nor read again. While a later shard is
+learnt, a share of every batch comes from the replay buffer: a uniform sample of all earlier
+requests, carried from shard to shard (experience replay; Rolnick et al., arXiv 1811.11682). What
+edits need is the artifact of kind ``pretrained``, made of the last one.
 
-The bits of a step depend on the recipe, the step's number and the state before it; never on when a checkpoint was taken.
+The bits of a step depend on the recipe, the step's number and the state before it; never on when a
+checkpoint was taken.
 """
 
 from __future__ import annotations
@@ -52,11 +55,12 @@ _STATE = "state"
 _LOG_ENTRIES = 20
 
 
-# --- what is trained on ----------------------------------------------------------------------------------------------
+# --- what is trained on ---------------------------------------------------------------------
 
 
 class TrainingShard(Frozen):
-    """Requests ``start .. stop`` (exclusive) of the training set, and the hash of their contents."""
+    """Requests ``start .. stop`` (exclusive) of the training set, and the hash of their
+    contents."""
 
     start: int
     stop: int
@@ -78,7 +82,8 @@ def training_source(
     shards: Sequence[int] | None = None,
     on_bad_record: OnBadRecord = "error",
 ) -> tuple[TrainingSource, tuple[EditRequest, ...]]:
-    """A training set cut into data shards of so many requests each (None: one with everything), and its requests.
+    """A training set cut into data shards of so many requests each (None: one with everything), and
+    its requests.
 
     Raises :class:`SpecError` if the set is too small for the shards.
     """
@@ -86,7 +91,8 @@ def training_source(
     sizes = list(shards) if shards else [len(requests)]
     if sum(sizes) > len(requests):
         raise SpecError(
-            f"training.shards: {sizes} are {sum(sizes)} requests together, but the training set has {len(requests)}"
+            f"training.shards: {sizes} are {sum(sizes)} requests together, but the training set has "
+            f"{len(requests)}"
         )
     cut, start = [], 0
     for size in sizes:
@@ -99,7 +105,7 @@ def training_source(
     return source, requests[:start]
 
 
-# --- what a method brings --------------------------------------------------------------------------------------------
+# --- what a method brings -------------------------------------------------------------------
 
 
 class TrainingSchedule(Frozen):
@@ -107,7 +113,9 @@ class TrainingSchedule(Frozen):
 
     steps: int = Field(ge=1, description="optimiser steps on each data shard")
     batch_size: int = Field(1, ge=1, description="requests of one step")
-    replay: float = Field(0.5, ge=0, lt=1, description="share of the requests that come from earlier data shards")
+    replay: float = Field(
+        0.5, ge=0, lt=1, description="share of the requests that come from earlier data shards"
+    )
     buffer: int = Field(512, ge=0, description="requests of earlier data shards that are kept for replay")
     seed: int = Field(0, ge=0, description="of initial weights, order and everything drawn in a step")
 
@@ -117,11 +125,13 @@ class Trainer(ABC):
 
     @abstractmethod
     def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
-        """One optimiser step on these requests; figures worth showing (``loss`` at least). ``generator`` is for this step."""
+        """One optimiser step on these requests; figures worth showing (``loss`` at least).
+        ``generator`` is for this step."""
 
     @abstractmethod
     def state(self) -> ArtifactData:
-        """Weights, optimiser and statistics: restored into a fresh trainer, training continues bit-identically."""
+        """Weights, optimiser and statistics: restored into a fresh trainer, training continues
+        bit-identically."""
 
     @abstractmethod
     def load_state(self, state: ArtifactData) -> None:
@@ -142,15 +152,17 @@ def pretrained(
     name: str = PRETRAINED,
     trainer_version: int = 1,
 ) -> ArtifactSpec:
-    """The trained networks of a method, and (as its needs) their training on one data shard after the other.
+    """The trained networks of a method, and (as its needs) their training on one data shard after
+    the other.
 
-    ``hparams``: what :meth:`Method.trainer` is given, JSON; only what training depends on, so that configs which differ in
-    anything else share the networks. ``trainer_version`` is raised when the numbers of a training change.
-    Raises :class:`SpecError` without a training set.
+    ``hparams``: what :meth:`Method.trainer` is given, JSON; only what training depends on, so that
+    configs which differ in anything else share the networks. ``trainer_version`` is raised when the
+    numbers of a training change. Raises :class:`SpecError` without a training set.
     """
     if training is None:
         raise SpecError(
-            f"training: required, because {method} learns from data before it edits; give training: {{kind: zsre, "
+            f"training: required, because {method} learns from data before it edits; give training: "
+            f"{{kind: zsre, "
             "counterfact or jsonl, path: ...}, a file of requests that the sweep does not edit"
         )
     common: dict[str, JSON] = {
@@ -169,7 +181,8 @@ def pretrained(
             kind=TRAINING,
             recipe={
                 **common,
-                # replay means nothing on the first shard, so sweeps with another share may have that one in common
+                # replay means nothing on the first shard, so sweeps with another share may have
+                # that one in common
                 "schedule": schedule.model_dump(exclude={"replay"} if number == 0 else None),
                 "shard": number,
                 "requests": shard.stop - shard.start,
@@ -190,11 +203,12 @@ def pretrained(
     )
 
 
-# --- the builders ----------------------------------------------------------------------------------------------------
+# --- the builders ---------------------------------------------------------------------------
 
 
 def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """One data shard's training, from the artifact of the shard before (if any) on. Recipe: see :func:`pretrained`."""
+    """One data shard's training, from the artifact of the shard before (if any) on. Recipe: see
+    :func:`pretrained`."""
     course = _Course.of(recipe, bench.inputs.get(_BEFORE))
     trainer = _trainer(base, recipe, bench)
     step = 0
@@ -211,7 +225,9 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
         figures = trainer.step(course.batch(number), course.generator(number, "step"))
         loss = figures.get("loss", 0.0)
         if not all(map(math.isfinite, figures.values())):
-            raise ModelError(f"pretraining of {what}: step {number + 1} gave {figures}; lower the learning rate")
+            raise ModelError(
+                f"pretraining of {what}: step {number + 1} gave {figures}; lower the learning rate"
+            )
         log.add(number, figures)
         done = number + 1
         bench.progress(done, course.schedule.steps, f"{what}, loss {loss:.3g}")
@@ -221,7 +237,8 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
 
 
 def build_pretrained(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Build the artifact that edits need from a trained state. ``meta["pretraining"]`` says what it was trained on."""
+    """Build the artifact that edits need from a trained state. ``meta["pretraining"]`` says what it
+    was trained on."""
     state = bench.inputs[_STATE]
     trainer = _trainer(base, recipe, bench)
     trainer.load_state(_part(state))
@@ -265,7 +282,9 @@ class _Course:
             schedule=TrainingSchedule.model_validate(recipe["schedule"]),
             shard=recipe["shard"],
             fresh=_requests_of(recipe),
-            kept=() if before is None else tuple((key, _request(value)) for key, value in before.meta["buffer"]),
+            kept=()
+            if before is None
+            else tuple((key, _request(value)) for key, value in before.meta["buffer"]),
             before=before,
         )
 
@@ -290,7 +309,8 @@ class _Course:
     def afterwards(self) -> dict[str, JSON]:
         """The replay buffer for the next shard, and the account of what was learnt so far.
 
-        The buffer holds the requests of smallest hash among all seen: each has the same chance, whatever its shard.
+        The buffer holds the requests of smallest hash among all seen: each has the same chance,
+        whatever its shard.
         """
         past = self.before.meta if self.before is not None else {"shards": 0, "requests": 0, "steps": 0}
         seen = [*self.kept, *((self._ticket(i, r), r) for i, r in enumerate(self.fresh))]
@@ -313,13 +333,17 @@ def _order(purpose: str, size: int) -> list[int]:
 
 
 def _requests_of(recipe: Mapping[str, JSON]) -> tuple[EditRequest, ...]:
-    """The requests of one data shard. Raises :class:`DataError` if they are not those it was planned with."""
+    """The requests of one data shard. Raises :class:`DataError` if they are not those it was
+    planned with."""
     path = recipe["path"]
-    requests = load_training(recipe["kind"], None if path is None else Path(path), recipe["on_bad_record"]).requests
+    requests = load_training(
+        recipe["kind"], None if path is None else Path(path), recipe["on_bad_record"]
+    ).requests
     requests = requests[recipe["start"] : recipe["stop"]]
     if fingerprint(requests) != recipe["data"]:
         raise DataError(
-            f"training: {path or recipe['kind']}: requests {recipe['start']} to {recipe['stop']} are not the ones this "
+            f"training: {path or recipe['kind']}: requests {recipe['start']} to {recipe['stop']} are not "
+            f"the ones this "
             "training was planned with; restore the file, or run again to plan anew"
         )
     return requests
@@ -359,5 +383,7 @@ class _Log:
         self.count += 1
         every = max(1, self.steps // _LOG_ENTRIES)
         if (step + 1) % every == 0 or step + 1 == self.steps:
-            self.entries.append({"step": step + 1, **{name: total / self.count for name, total in self.sums.items()}})
+            self.entries.append(
+                {"step": step + 1, **{name: total / self.count for name, total in self.sums.items()}}
+            )
             self.sums, self.count = {}, 0

@@ -1,9 +1,11 @@
-"""Second-moment statistics of a layer's inputs, ``C = E[k k^T]``: what the ROME family calls the covariance.
+"""Second-moment statistics of a layer's inputs, ``C = E[k k^T]``: what the ROME family calls the
+covariance.
 
-A corpus is a text file, one document a line, or a ``.jsonl`` file whose lines are texts or objects with a ``text``. Every
-real token of the first ``samples`` documents contributes one outer product; a document ends where the model's positions do.
-The file is streamed and never held: between two batches the sums so far and the place in the file are all there is to save.
-Source: Meng et al., ROME, arXiv 2202.05262, section 3.1 and appendix E.1.
+A corpus is a text file, one document a line, or a ``.jsonl`` file whose lines are texts or objects
+with a ``text``. Every real token of the first ``samples`` documents contributes one outer product;
+a document ends where the model's positions do. The file is streamed and never held: between two
+batches the sums so far and the place in the file are all there is to save. Source: Meng et al.,
+ROME, arXiv 2202.05262, section 3.1 and appendix E.1.
 """
 
 from __future__ import annotations
@@ -50,11 +52,14 @@ def corpus_fingerprint(corpus: str) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:32]
     except OSError as error:
-        raise DataError(f"corpus: {path}: {error.strerror or error}; give the path of a text or JSONL file") from None
+        raise DataError(
+            f"corpus: {path}: {error.strerror or error}; give the path of a text or JSONL file"
+        ) from None
 
 
 class CorpusHashes(dict[str, str]):
-    """Content hashes of corpora; each file is read when its hash is first asked for, and not again."""
+    """Content hashes of corpora; each file is read when its hash is first asked for, and not
+    again."""
 
     def __missing__(self, corpus: str) -> str:
         self[corpus] = corpus_fingerprint(corpus)
@@ -62,20 +67,24 @@ class CorpusHashes(dict[str, str]):
 
 
 def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how_much: str) -> str:
-    """The corpus of a method's config, where null stands for the embedded model's own text and is for that model alone.
+    """The corpus of a method's config, where null stands for the embedded model's own text and is
+    for that model alone.
 
     ``title`` needs it for ``what``. Raises :class:`SpecError`.
     """
     if corpus is not None:
         return corpus
     if model.name != "embedded":
-        raise SpecError(f"corpus: {title} needs a text or JSONL file for the {what} of {model.name!r} ({how_much})")
+        raise SpecError(
+            f"corpus: {title} needs a text or JSONL file for the {what} of {model.name!r} ({how_much})"
+        )
     return "embedded"
 
 
 def corpus_recipe(corpus: str, hashes: CorpusHashes) -> dict[str, JSON]:
-    """The part of an artifact's key that identifies a corpus: its content, not its place (the embedded one's
-    name has been in it from the first). The path goes into :attr:`ArtifactSpec.where`."""
+    """The part of an artifact's key that identifies a corpus: its content, not its place (the
+    embedded one's name has been in it from the first). The path goes into
+    :attr:`ArtifactSpec.where`."""
     written_as = corpus_format(corpus)
     return {
         **({"corpus": corpus} if corpus == "embedded" else {}),
@@ -95,7 +104,8 @@ def second_moment(
     precision: Literal["float32", "float64"],
     hashes: CorpusHashes | None = None,
 ) -> ArtifactSpec:
-    """The statistics of one linear map's inputs over ``samples`` documents of ``corpus`` (a path, or ``embedded``)."""
+    """The statistics of one linear map's inputs over ``samples`` documents of ``corpus`` (a path,
+    or ``embedded``)."""
     return ArtifactSpec(
         name=name,
         kind=KIND,
@@ -118,7 +128,8 @@ def corpus_format(corpus: str) -> Literal["text", "jsonl"]:
 
 
 def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``moment_II`` and the token count."""
+    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``moment_II``
+    and the token count."""
     site = base.site(recipe["layer"], recipe["module"])
     dtype = getattr(torch, recipe["precision"])
     width = site.shape[1]
@@ -144,28 +155,35 @@ def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workben
         bench.keep(so_far)
     if count <= width:
         raise DataError(
-            f"corpus: {recipe['corpus']}: only {count} tokens for {width} x {width} statistics, so they are singular; "
+            f"corpus: {recipe['corpus']}: only {count} tokens for {width} x {width} statistics, so they "
+            f"are singular; "
             "give a longer text or more samples"
         )
     return ArtifactData({"moment": total_II / count}, {"tokens": count})
 
 
 def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: threshold, layer (named in errors); needs ``moment``. The projection onto the eigenvectors whose eigenvalue is
-    below the threshold, and how many they are (AlphaEdit, arXiv 2410.02355)."""
+    """Recipe: threshold, layer (named in errors); needs ``moment``. The projection onto the
+    eigenvectors whose eigenvalue is below the threshold, and how many they are (AlphaEdit, arXiv
+    2410.02355)."""
     moment_II = bench.inputs["moment"].tensors["moment"]
     threshold, layer = recipe["threshold"], recipe["layer"]
     wide_II = moment_II.to(base.device, torch.float64)
     if not bool(torch.isfinite(wide_II).all()):
-        raise DataError(f"corpus: the second moment of layer {layer} is not finite; give another text or fewer samples")
+        raise DataError(
+            f"corpus: the second moment of layer {layer} is not finite; give another text or fewer samples"
+        )
     values_I, vectors_II = torch.linalg.eigh((wide_II + wide_II.T) / 2)
     basis_IR = vectors_II[:, values_I < threshold]
     if not basis_IR.shape[1]:
         raise DataError(
-            f"nullspace_threshold: {threshold}: no eigenvalue of the second moment of layer {layer} is below it "
+            f"nullspace_threshold: {threshold}: no eigenvalue of the second moment of layer {layer} is "
+            f"below it "
             f"(they reach from {float(values_I[0]):.3g} to {float(values_I[-1]):.3g}), so no edit is possible"
         )
-    return ArtifactData({"projection": (basis_IR @ basis_IR.T).to(moment_II.dtype)}, {"rank": basis_IR.shape[1]})
+    return ArtifactData(
+        {"projection": (basis_IR @ basis_IR.T).to(moment_II.dtype)}, {"rank": basis_IR.shape[1]}
+    )
 
 
 def positions(base: BaseModel) -> int:
@@ -179,7 +197,8 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def layer_inputs(base: BaseModel, encoded: list[Encoded], module: nn.Module) -> Tensor:
-    """Inputs of ``module`` at every real token of the batch, (tokens, I). What comes after the module is not run."""
+    """Inputs of ``module`` at every real token of the batch, (tokens, I). What comes after the
+    module is not run."""
     rows = collate(encoded, [0] * len(encoded), base.encoder.pad_id, base.device)
     caught: list[Tensor] = []
 
@@ -207,7 +226,8 @@ class Place:
 
 
 def documents(corpus: str, start: Place, samples: int = sys.maxsize) -> Iterator[tuple[str, Place]]:
-    """The documents from ``start`` on, up to ``samples`` in the whole file, each with the place behind it.
+    """The documents from ``start`` on, up to ``samples`` in the whole file, each with the place
+    behind it.
 
     Raises :class:`DataError` naming the file and the line that is not as it should be.
     """
@@ -221,7 +241,9 @@ def documents(corpus: str, start: Place, samples: int = sys.maxsize) -> Iterator
                 try:
                     text = line.decode("utf-8-sig" if lines == 1 else "utf-8").strip()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"corpus: {path}, line {lines}: cannot be read as UTF-8 text ({error})") from None
+                    raise DataError(
+                        f"corpus: {path}, line {lines}: cannot be read as UTF-8 text ({error})"
+                    ) from None
                 if text and jsonl:
                     text = _text_of(text, f"corpus: {path}, line {lines}")
                 if text:

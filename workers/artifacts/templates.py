@@ -1,7 +1,9 @@
-"""Context templates: short texts the model itself writes, put in front of a prompt so that an edit holds in context.
+"""Context templates: short texts the model itself writes, put in front of a prompt so that an edit
+holds in context.
 
-Sampled once per model and seed and shared by all edits (ROME, arXiv 2202.05262, appendix E.5: "random prefixes";
-WISE, arXiv 2405.14768, uses them as augmentation). A template is a text with one ``{}`` for the prompt.
+Sampled once per model and seed and shared by all edits (ROME, arXiv 2202.05262, appendix E.5:
+"random prefixes"; WISE, arXiv 2405.14768, uses them as augmentation). A template is a text with one
+``{}`` for the prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ KIND = "context_templates"
 
 
 def build_templates(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: starts (first words), lengths ([new tokens, texts per start] pairs), joiner, top_k (0: greedy), seed.
+    """Recipe: starts (first words), lengths ([new tokens, texts per start] pairs), joiner, top_k
+    (0: greedy), seed.
 
     The order is by length, then by start; the bare ``{}`` comes first.
     """

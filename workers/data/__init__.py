@@ -1,12 +1,14 @@
-"""Data sets of edit requests, read from the files the field uses. Free of torch: the planner imports it.
+"""Data sets of edit requests, read from the files the field uses. Free of torch: the planner
+imports it.
 
     dataset = load_dataset("zsre", path=Path("zsre_mend_eval.json"), train_path=Path("zsre_mend_train.json"))
     first_1000 = [dataset.requests[i] for i in order_requests(dataset, "shuffle", seed=0)[:1000]]
     count_conflicts(first_1000)
 
-Kinds: ``tinyworld`` (the embedded one, no file needed), ``zsre``, ``counterfact``, ``hallucination``, ``temporal``,
-``wikibigedit``, ``knowedit``, ``mquake`` and ``jsonl``. Every fault of a file is a :class:`~workers.types.DataError` that
-names the file, the record and the field; a file of another kind is told by its keys.
+Kinds: ``tinyworld`` (the embedded one, no file needed), ``zsre``, ``counterfact``,
+``hallucination``, ``temporal``, ``wikibigedit``, ``knowedit``, ``mquake`` and ``jsonl``. Every
+fault of a file is a :class:`~workers.types.DataError` that names the file, the record and the
+field; a file of another kind is told by its keys.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def _zsre(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord
 
 
 def _counterfact(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
-    _refuse("counterfact", "train_path", train_path, "its unrelated sentences come from other records of `path`")
+    _refuse(
+        "counterfact", "train_path", train_path, "its unrelated sentences come from other records of `path`"
+    )
     return counterfact.load(_needed("counterfact", path), on_bad_record)
 
 
@@ -86,7 +90,9 @@ def _temporal(path: Path | None, train_path: Path | None, on_bad_record: OnBadRe
 
 
 def _wikibigedit(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
-    _refuse("wikibigedit", "train_path", train_path, "its unrelated sentences come from other records of `path`")
+    _refuse(
+        "wikibigedit", "train_path", train_path, "its unrelated sentences come from other records of `path`"
+    )
     return wikibigedit.load(_needed("wikibigedit", path), on_bad_record)
 
 
@@ -97,7 +103,10 @@ def _knowedit(path: Path | None, train_path: Path | None, on_bad_record: OnBadRe
 
 def _mquake(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
     _refuse(
-        "mquake", "train_path", train_path, "its unrelated sentences are single hops of `path` that no edit changes"
+        "mquake",
+        "train_path",
+        train_path,
+        "its unrelated sentences are single hops of `path` that no edit changes",
     )
     return mquake.load(_needed("mquake", path), on_bad_record)
 
@@ -131,9 +140,9 @@ def load_dataset(
 ) -> Dataset:
     """The requests of one data set, validated and in file order.
 
-    ``train_path`` (zsRE, Hallucination and Temporal) is where unrelated sentences come from. With ``on_bad_record="skip"``
-    records that cannot be used are left out; ``notes["skipped"]`` counts them and ``notes["skipped_records"]`` lists their
-    numbers.
+    ``train_path`` (zsRE, Hallucination and Temporal) is where unrelated sentences come from. With
+    ``on_bad_record="skip"`` records that cannot be used are left out; ``notes["skipped"]`` counts
+    them and ``notes["skipped_records"]`` lists their numbers.
     """
     loader = DATASETS.get(kind)
     if loader is None:
@@ -148,7 +157,8 @@ def load_dataset(
 
 
 def load_training(kind: str, path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
-    """The requests of a training set: the embedded world's own split, or a file in a format that sweeps edit from."""
+    """The requests of a training set: the embedded world's own split, or a file in a format that
+    sweeps edit from."""
     if kind == "tinyworld":
         from workers.data import tinyworld
 
@@ -157,7 +167,9 @@ def load_training(kind: str, path: Path | None = None, on_bad_record: OnBadRecor
     return load_dataset(kind, path, None, on_bad_record)
 
 
-def requests_of(job: StreamJob, dataset: Dataset, order: Literal["file", "shuffle"]) -> list[Sequence[EditRequest]]:
+def requests_of(
+    job: StreamJob, dataset: Dataset, order: Literal["file", "shuffle"]
+) -> list[Sequence[EditRequest]]:
     """Per cell, its requests in the order its seed gives, as many as the job edits."""
     need = [0] * len(job.cells)
     for wave in job.waves:

@@ -6,8 +6,9 @@ Source: Meng et al., "Locating and Editing Factual Associations in GPT" (2022). 
      "target_new": {"str": ...}, "target_true": {"str": ...}}, "paraphrase_prompts": [...],
      "neighborhood_prompts": [...], ...}
 
-The neighbourhood prompts are about other subjects of which the old answer is true, so it is their expected answer. They
-also supply, across records, the unrelated sentences. Files in EasyEdit's layout are read too.
+The neighbourhood prompts are about other subjects of which the old answer is true, so it is their
+expected answer. They also supply, across records, the unrelated sentences. Files in EasyEdit's
+layout are read too.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _parse(entry: Entry) -> Draft:
     rewrite = record.requested_rewrite
     if rewrite.prompt.count(SLOT) != 1:
         raise BadRecord(
-            "requested_rewrite.prompt", f"expected one {SLOT} where the subject goes; got {short(rewrite.prompt)}"
+            "requested_rewrite.prompt",
+            f"expected one {SLOT} where the subject goes; got {short(rewrite.prompt)}",
         )
     truth = rewrite.target_true.text
     return Draft(

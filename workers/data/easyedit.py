@@ -1,12 +1,15 @@
-"""EasyEdit's own record layout, in which zsRE, CounterFact and the KnowEdit sets are also published.
+"""EasyEdit's own record layout, in which zsRE, CounterFact and the KnowEdit sets are also
+published.
 
 Two dialects differ in where the probes stand, and both are read:
 
 - flat: ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``;
-- grouped: ``locality`` and ``portability`` hold lists of ``{prompt, ground_truth}`` by category, where a prompt is a
-  text or a list of which the first counts, and a ground truth is nested in one or two lists of accepted answers.
+- grouped: ``locality`` and ``portability`` hold lists of ``{prompt, ground_truth}`` by category,
+  where a prompt is a text or a list of which the first counts, and a ground truth is nested in one
+  or two lists of accepted answers.
 
-Grouped probes without an answer are left out, as no score could be given for them; the loader counts them.
+Grouped probes without an answer are left out, as no score could be given for them; the loader
+counts them.
 """
 
 from __future__ import annotations
@@ -85,5 +88,7 @@ def parse(entry: Entry) -> Draft:
 
 def _probes(categories: dict[str, list[GroupedProbe]]) -> tuple[tuple[Probe, ...], int]:
     probes = [probe for category in categories.values() for probe in category]
-    answered = tuple(Probe(probe.prompt, probe.ground_truth) for probe in probes if probe.ground_truth is not None)
+    answered = tuple(
+        Probe(probe.prompt, probe.ground_truth) for probe in probes if probe.ground_truth is not None
+    )
     return answered, len(probes) - len(answered)

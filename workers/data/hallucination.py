@@ -1,13 +1,16 @@
-"""Hallucination: passages that a language model got wrong, with the corrected sentence as the edit; WISE's layout.
+"""Hallucination: passages that a language model got wrong, with the corrected sentence as the edit;
+WISE's layout.
 
-Source: Manakul et al., "SelfCheckGPT" (2023), whose passages are about entries of WikiBio; edits from Hartvigsen et al.,
-"Aging with GRACE" (2023); the file layout from Wang et al., "WISE" (2024). A record:
+Source: Manakul et al., "SelfCheckGPT" (2023), whose passages are about entries of WikiBio; edits
+from Hartvigsen et al., "Aging with GRACE" (2023); the file layout from Wang et al., "WISE" (2024).
+A record:
 
     {"prompt": "This is a Wikipedia passage about ...", "subject": ..., "target_new": corrected sentence,
      "locality_prompt": ..., "locality_ground_truth": ...}
 
-The prompt holds the passage so far and the target is its next sentence: running text, judged by its perplexity. There are
-no rephrasings. Unrelated sentences come from ``train_path`` (``hallucination-train.json``), else from other records.
+The prompt holds the passage so far and the target is its next sentence: running text, judged by its
+perplexity. There are no rephrasings. Unrelated sentences come from ``train_path``
+(``hallucination-train.json``), else from other records.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Our own format: one JSON object per line with the fields of EditRequest. For data sets that exist nowhere else.
+"""Our own format: one JSON object per line with the fields of EditRequest. For data sets that exist
+nowhere else.
 
     {"prompt": "The capital of Freedonia is", "subject": "Freedonia", "target_new": "Glorious City",
      "ground_truth": "Fredville", "rephrases": ["Freedonia's capital is"],
      "locality": [{"prompt": "The capital of Sylvania is", "target": "Strakos"}], "portability": [],
      "unrelated": "Bread rises because yeast makes gas."}
 
-``prompt``, ``subject`` and ``target_new`` are required. ``case_id`` is the line number unless given. Unknown keys are
-refused, so that a misspelt one cannot pass unnoticed.
+``prompt``, ``subject`` and ``target_new`` are required. ``case_id`` is the line number unless
+given. Unknown keys are refused, so that a misspelt one cannot pass unnoticed.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class JsonlRecord(Record):
 
 
 def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
-    """Requests in file order. The data set takes the file's name, which is what the results table will show."""
+    """Requests in file order. The data set takes the file's name, which is what the results table
+    will show."""
     entries = read_json_lines(path)
     check_layout(path, "jsonl", entries, reads=("jsonl",))
     drafts = parse_drafts(path, entries, _parse, on_bad_record, unit="line")

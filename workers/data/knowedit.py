@@ -1,15 +1,17 @@
 """KnowEdit's files: WikiData recent, WikiData counterfact, ZsRE and WikiBio.
 
-Source: Zhang et al., "A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv 2401.01286. The first
-three have EasyEdit's grouped layout:
+Source: Zhang et al., "A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv
+2401.01286. The first three have EasyEdit's grouped layout:
 
     {"subject": ..., "prompt": ..., "target_new": ..., "ground_truth": ...,
-     "portability": {"Reasoning" | "Subject_Aliasing" | "Logical_Generalization": [{"prompt": ..., "ground_truth": [[...]]}]},
+     "portability": {"Reasoning" | "Subject_Aliasing" | "Logical_Generalization":
+                     [{"prompt": ..., "ground_truth": [[...]]}]},
      "locality": {"Relation_Specificity" | "Forgetfulness": [...]}}
 
-All groups count alike: a request's portability is the mean over the probes of all its groups. WikiBio writes ``concept``,
-``text`` and ``labels`` for subject, prompt and target, and its targets are passages: they are judged by their perplexity.
-ConvSent and Sanitation change no facts and are not read.
+All groups count alike: a request's portability is the mean over the probes of all its groups.
+WikiBio writes ``concept``, ``text`` and ``labels`` for subject, prompt and target, and its targets
+are passages: they are judged by their perplexity. ConvSent and Sanitation change no facts and are
+not read.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from typing import Any
 
 from workers.data import easyedit
 from workers.data.layouts import EASYEDIT, WIKIBIO, check_layout
-from workers.data.records import Draft, Entry, OnBadRecord, build_dataset, locality_of, parse_drafts, read_json_list
+from workers.data.records import (
+    Draft,
+    Entry,
+    OnBadRecord,
+    build_dataset,
+    locality_of,
+    parse_drafts,
+    read_json_list,
+)
 from workers.types import Dataset
 
 NAMES = {"concept": "subject", "text": "prompt", "labels": "target_new"}

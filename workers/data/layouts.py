@@ -1,8 +1,8 @@
 """Recognition of a file's kind by the keys of its records.
 
-The layouts of the field overlap: a Hallucination file has every key that zsRE's loader needs of EasyEdit's layout, and would
-be edited and scored as if its passages were answers. So each loader first says which layouts it reads; a file in which most
-records are of another is refused by name.
+The layouts of the field overlap: a Hallucination file has every key that zsRE's loader needs of
+EasyEdit's layout, and would be edited and scored as if its passages were answers. So each loader
+first says which layouts it reads; a file in which most records are of another is refused by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ SEEN = 200
 """Records looked at."""
 
 PASSAGE_WORDS = 8
-"""From this many words on (median) a target is a sentence and not an answer: zsRE's have three, Hallucination's twenty."""
+"""From this many words on (median) a target is a sentence and not an answer: zsRE's have three,
+Hallucination's twenty."""
 
 EASYEDIT = "EasyEdit's layout of zsre or counterfact"
 WIKIBIO = "knowedit's WikiBio"
@@ -85,12 +86,14 @@ def _layout(record: dict[str, Any]) -> str | None:
 
 
 def check_layout(path: Path, kind: str, entries: Sequence[Entry], reads: Sequence[str]) -> None:
-    """Refuse a file that is clearly of another kind; one that shows no kind goes on, and its records say what is wrong."""
+    """Refuse a file that is clearly of another kind; one that shows no kind goes on, and its
+    records say what is wrong."""
     found = layout_of([entry.value for entry in entries])
     if found is None or found in reads:
         return
     name, keys = KINDS[found]
     raise DataError(
-        f"{path}: none of the {len(entries)} records can be used: is this the right kind of file? It looks like "
+        f"{path}: none of the {len(entries)} records can be used: is this the right kind of file? It looks "
+        f"like "
         f"{found} (its records have {keys}), not like {kind}; set `dataset.kind: {name}`"
     )

@@ -1,18 +1,19 @@
 """MQuAKE (CF and T): cases of one to four edits, judged by questions over several hops.
 
-Source: Zhong et al., "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions" (2023),
-arXiv 2305.14795. A record:
+Source: Zhong et al., "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop
+Questions" (2023), arXiv 2305.14795. A record:
 
     {"case_id": 1, "requested_rewrite": [{"prompt": "{} is a citizen of", "subject": ..., "question": ...,
      "target_new": {"str": ...}, "target_true": {"str": ...}}, ...], "questions": [three phrasings],
      "new_answer": ..., "new_answer_alias": [...], "single_hops": [...], "new_single_hops": [...]}
 
-Each rewrite is a request of its own; its question is its rephrasing. The multi-hop questions need all edits of the case, so
-they belong to its last request (case id ``12/2`` is the second of case 12), which is scored when the others are made. Any
-order keeps the requests of a case together; `plan` counts the cases that a group's border cuts. (EasyEdit glues the prompts
-of a case into one instead.) ``portability_any_*`` is the published score: one right answer to any of the questions is
-enough, and greedy generation may give an alias. ``portability_*`` is the mean over the questions. There is no locality;
-unrelated sentences come from single hops that no edit changes.
+Each rewrite is a request of its own; its question is its rephrasing. The multi-hop questions need
+all edits of the case, so they belong to its last request (case id ``12/2`` is the second of case
+12), which is scored when the others are made. Any order keeps the requests of a case together;
+`plan` counts the cases that a group's border cuts. (EasyEdit glues the prompts of a case into one
+instead.) ``portability_any_*`` is the published score: one right answer to any of the questions is
+enough, and greedy generation may give an alias. ``portability_*`` is the mean over the questions.
+There is no locality; unrelated sentences come from single hops that no edit changes.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
         for i, rewrite in enumerate(record.requested_rewrite):
             if rewrite.prompt.count(SLOT) != 1:
                 field = f"requested_rewrite.{i}.prompt"
-                raise BadRecord(field, f"expected one {SLOT} where the subject goes; got {short(rewrite.prompt)}")
+                raise BadRecord(
+                    field, f"expected one {SLOT} where the subject goes; got {short(rewrite.prompt)}"
+                )
         case = record.case_id or str(entry.number)
         earlier = first_with.setdefault(case, entry.number)
         if earlier != entry.number:
@@ -94,7 +97,8 @@ def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
 
     cases = parse_records(path, entries, parse, on_bad_record)
     drafts = Parsed(
-        tuple(Draft(request) for case, record in cases.items for request in _requests(case, record)), cases.skipped
+        tuple(Draft(request) for case, record in cases.items for request in _requests(case, record)),
+        cases.skipped,
     )
     return build_dataset("mquake", path, drafts, _unchanged(cases), {"cases": len(cases.items)})
 

@@ -1,7 +1,9 @@
-"""Common part of all loaders: reading a file, validating its records one by one, and facts about lists of requests.
+"""Common part of all loaders: reading a file, validating its records one by one, and facts about
+lists of requests.
 
-A loader is a *parse* function from one raw JSON value to a :class:`Draft`; this module calls it for every record, turns
-each refusal into one message with file, record number, field and value, and finishes the data set:
+A loader is a *parse* function from one raw JSON value to a :class:`Draft`; this module calls it for
+every record, turns each refusal into one message with file, record number, field and value, and
+finishes the data set:
 
     drafts = parse_drafts(path, read_json_list(path), parse, on_bad_record)
     return build_dataset("counterfact", path, drafts, locality_of(drafts))
@@ -34,11 +36,12 @@ T = TypeVar("T")
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
-# --- one record ----------------------------------------------------------------------------------------------------
+# --- one record -----------------------------------------------------------------------------
 
 
 class BadRecord(Exception):
-    """One record cannot be used. Becomes part of a DataError, or a skipped record; never leaves this package."""
+    """One record cannot be used. Becomes part of a DataError, or a skipped record; never leaves
+    this package."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"field `{field}`: {problem}" if field else problem)
@@ -65,13 +68,15 @@ CaseId = Annotated[str, BeforeValidator(_id), AfterValidator(_text)]
 
 
 class Record(BaseModel):
-    """Base of the record models. Foreign files carry keys we have no use for; our own JSONL refuses them."""
+    """Base of the record models. Foreign files carry keys we have no use for; our own JSONL refuses
+    them."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
 
 
 def short(value: object) -> str:
-    """A value as it may stand in an error message: escaped, on one line, at most 60 characters or so."""
+    """A value as it may stand in an error message: escaped, on one line, at most 60 characters or
+    so."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = shortener.maxlong = 60
     shortener.maxlist = shortener.maxdict = 3
@@ -91,9 +96,12 @@ _EXPECTED = {
 
 
 def validate(model: type[RecordT], raw: object) -> RecordT:
-    """Validate one raw JSON value; the first fault becomes a BadRecord with the path of the field."""
+    """Validate one raw JSON value; the first fault becomes a BadRecord with the path of the
+    field."""
     if not isinstance(raw, dict):
-        raise BadRecord("", f"expected an object with the keys {', '.join(model.model_fields)}; got {short(raw)}")
+        raise BadRecord(
+            "", f"expected an object with the keys {', '.join(model.model_fields)}; got {short(raw)}"
+        )
     try:
         return model.model_validate(raw)
     except ValidationError as failure:
@@ -112,7 +120,9 @@ def validate(model: type[RecordT], raw: object) -> RecordT:
 
 def _blank(value: object) -> object:
     """None for the ways a file can say that there is nothing: null, NaN, an empty text."""
-    nothing = (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
+    nothing = (isinstance(value, float) and math.isnan(value)) or (
+        isinstance(value, str) and not value.strip()
+    )
     return None if nothing else value
 
 
@@ -134,23 +144,26 @@ class ProbeRecord(Record):
 def subject_as_in(prompt: str, subject: str, field: str = "subject") -> str:
     """The subject in the prompt's own spelling, which the ROME family needs to find its tokens.
 
-    An exact occurrence wins; otherwise one that differs in upper and lower case only and stands as whole words (so that
-    "Ian" is not found inside "Asian").
+    An exact occurrence wins; otherwise one that differs in upper and lower case only and stands as
+    whole words (so that "Ian" is not found inside "Asian").
     """
     if subject in prompt:
         return subject
     match = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt, re.IGNORECASE)
     if match is None:
-        raise BadRecord(field, f"{short(subject)} does not occur in the prompt {short(prompt)}, where it must stand")
+        raise BadRecord(
+            field, f"{short(subject)} does not occur in the prompt {short(prompt)}, where it must stand"
+        )
     return match.group()
 
 
-# --- one file ------------------------------------------------------------------------------------------------------
+# --- one file -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A raw JSON value and where it stands. ``fault`` says why there is no value (a line that is not JSON)."""
+    """A raw JSON value and where it stands. ``fault`` says why there is no value (a line that is
+    not JSON)."""
 
     number: int
     value: JSON
@@ -167,14 +180,16 @@ class Parsed(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A request that may still lack its unrelated sentence, and how many of its probes had no answer to score."""
+    """A request that may still lack its unrelated sentence, and how many of its probes had no
+    answer to score."""
 
     request: EditRequest
     unanswered: int = 0
 
 
 def read_text(path: Path) -> str:
-    """The file as text. A UTF-8 byte order mark is harmless and dropped; any other encoding is refused."""
+    """The file as text. A UTF-8 byte order mark is harmless and dropped; any other encoding is
+    refused."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -271,7 +286,8 @@ def parse_drafts(
     on_bad_record: OnBadRecord,
     unit: Literal["record", "line"] = "record",
 ) -> Parsed[Draft]:
-    """Parse the records of a data set; a case id that an earlier record has is a fault of the later one."""
+    """Parse the records of a data set; a case id that an earlier record has is a fault of the later
+    one."""
     first_with: dict[str, int] = {}
 
     def parse_unique(entry: Entry) -> Draft:
@@ -286,11 +302,14 @@ def parse_drafts(
 
 
 def locality_of(drafts: Parsed[Draft]) -> list[Probe]:
-    """All locality probes of a file: where unrelated sentences come from when there is no other source."""
+    """All locality probes of a file: where unrelated sentences come from when there is no other
+    source."""
     return [probe for draft in drafts.items for probe in draft.request.locality]
 
 
-def _refuse_records(path: Path, total: int, bad: list[tuple[int, str]], unit: str, can_skip: bool) -> NoReturn:
+def _refuse_records(
+    path: Path, total: int, bad: list[tuple[int, str]], unit: str, can_skip: bool
+) -> NoReturn:
     shown = [f"{path}, {unit} {number}: {problem}" for number, problem in bad[:OFFENDERS_SHOWN]]
     if len(bad) > OFFENDERS_SHOWN:
         shown.append(f"... and {len(bad) - OFFENDERS_SHOWN} more")
@@ -304,7 +323,7 @@ def _refuse_records(path: Path, total: int, bad: list[tuple[int, str]], unit: st
     raise DataError("\n".join(shown))
 
 
-# --- one data set --------------------------------------------------------------------------------------------------
+# --- one data set ---------------------------------------------------------------------------
 
 
 def build_dataset(
@@ -314,7 +333,8 @@ def build_dataset(
     pool: Sequence[Probe] | None = None,
     notes: dict[str, JSON] | None = None,
 ) -> Dataset:
-    """Finish a data set: unrelated sentences drawn from ``pool`` (when given), fingerprint, notes."""
+    """Finish a data set: unrelated sentences drawn from ``pool`` (when given), fingerprint,
+    notes."""
     requests = tuple(draft.request for draft in drafts.items)
     if pool is not None:
         requests = with_unrelated(requests, pool)
@@ -341,7 +361,8 @@ def build_with_train(
     parse: Callable[[Entry], Probe],
     on_bad_record: OnBadRecord,
 ) -> Dataset:
-    """A data set whose unrelated sentences come from a training file, or from other records if there is none."""
+    """A data set whose unrelated sentences come from a training file, or from other records if
+    there is none."""
     if train_path is None:
         return build_dataset(name, path, drafts, locality_of(drafts))
     train = parse_records(train_path, read_json_list(train_path), parse, on_bad_record)
@@ -352,31 +373,38 @@ def build_with_train(
 def with_unrelated(requests: Sequence[EditRequest], pool: Sequence[Probe]) -> tuple[EditRequest, ...]:
     """Give every request a sentence (question and answer) about something else.
 
-    The choice is a hash of the request's position, so it depends on nothing but the files. A sentence whose question
-    is one of the request's own locality probes, or is edited anywhere in the list, is never taken: WISE's margin loss
-    would then train on the very probe that judges it, or on a fact that changes.
+    The choice is a hash of the request's position, so it depends on nothing but the files. A
+    sentence whose question is one of the request's own locality probes, or is edited anywhere in
+    the list, is never taken: WISE's margin loss would then train on the very probe that judges it,
+    or on a fact that changes.
     """
     edited = {request.prompt for request in requests}
-    sentences = {probe.prompt: f"{probe.prompt} {probe.target}" for probe in pool if probe.prompt not in edited}
+    sentences = {
+        probe.prompt: f"{probe.prompt} {probe.target}" for probe in pool if probe.prompt not in edited
+    }
     questions = list(sentences)
     finished = []
     for index, request in enumerate(requests):
         own = {probe.prompt for probe in request.locality}
         start = _integer("unrelated", index)
         # Questions are distinct, so one of the first len(own) + 1 is not the request's own.
-        tries = (questions[(start + step) % len(questions)] for step in range(min(len(own) + 1, len(questions))))
+        tries = (
+            questions[(start + step) % len(questions)] for step in range(min(len(own) + 1, len(questions)))
+        )
         chosen = next((question for question in tries if question not in own), None)
         finished.append(replace(request, unrelated=None if chosen is None else sentences[chosen]))
     return tuple(finished)
 
 
 def _integer(*parts: str | int) -> int:
-    """A large integer that depends on the parts alone: the same on every machine and in every process."""
+    """A large integer that depends on the parts alone: the same on every machine and in every
+    process."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest())
 
 
 def _request_json(request: EditRequest) -> JSON:
-    """Fields that came later stand in it only where they are set: what was there before keeps its fingerprint."""
+    """Fields that came later stand in it only where they are set: what was there before keeps its
+    fingerprint."""
     later = {
         "passage": request.passage,
         "ood": list(request.ood),
@@ -402,7 +430,8 @@ def _probe_json(probe: Probe) -> JSON:
 
 
 def fingerprint(requests: Iterable[EditRequest]) -> str:
-    """SHA-256 (hex) of the canonical JSON of a list of requests: keys sorted, no spaces, ASCII escapes."""
+    """SHA-256 (hex) of the canonical JSON of a list of requests: keys sorted, no spaces, ASCII
+    escapes."""
     rows = [_request_json(request) for request in requests]
     canonical = json.dumps(rows, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
@@ -411,8 +440,8 @@ def fingerprint(requests: Iterable[EditRequest]) -> str:
 def order_requests(dataset: Dataset, order: Order, seed: int) -> tuple[int, ...]:
     """The order in which a cell meets the requests: a permutation of record indices.
 
-    Everything is shuffled and a sweep takes the first N, so raising N keeps the edits that are already done. Requests of one
-    case (:attr:`EditRequest.needs`) stay together and in their order.
+    Everything is shuffled and a sweep takes the first N, so raising N keeps the edits that are
+    already done. Requests of one case (:attr:`EditRequest.needs`) stay together and in their order.
     """
     cases: list[list[int]] = []
     for index, request in enumerate(dataset.requests):
@@ -427,7 +456,7 @@ def order_requests(dataset: Dataset, order: Order, seed: int) -> tuple[int, ...]
     return tuple(index for case in cases for index in case)
 
 
-# --- what `plan` warns about ---------------------------------------------------------------------------------------
+# --- what `plan` warns about ----------------------------------------------------------------
 
 
 def _normal(text: str) -> str:
@@ -441,15 +470,21 @@ def count_duplicates(requests: Iterable[EditRequest]) -> int:
 
 
 def count_conflicts(requests: Iterable[EditRequest]) -> int:
-    """Requests that ask for another answer than an earlier one about the same thing: not both can hold at the end.
+    """Requests that ask for another answer than an earlier one about the same thing: not both can
+    hold at the end.
 
-    "The same thing" is the same prompt, or the same subject in the same phrasing (the prompt with the subject cut out);
-    upper and lower case and runs of spaces do not count, neither there nor in the answers.
+    "The same thing" is the same prompt, or the same subject in the same phrasing (the prompt with
+    the subject cut out); upper and lower case and runs of spaces do not count, neither there nor in
+    the answers.
     """
     earlier: dict[tuple[str, str], set[str]] = {}
     conflicts = 0
     for request in requests:
-        subject, prompt, target = _normal(request.subject), _normal(request.prompt), _normal(request.target_new)
+        subject, prompt, target = (
+            _normal(request.subject),
+            _normal(request.prompt),
+            _normal(request.target_new),
+        )
         keys = [("", prompt), (subject, _normal(prompt.replace(subject, " {} ")))]
         if any(earlier.get(key, set()) - {target} for key in keys):
             conflicts += 1
@@ -469,12 +504,13 @@ def count_edited_locality(requests: Sequence[EditRequest]) -> int:
     return sum(probe.prompt in edited for request in requests for probe in request.locality)
 
 
-# --- what a training set may not share with an edit set -------------------------------------------------------------
+# --- what a training set may not share with an edit set -------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """A training request that is also edited, the first edit it meets, and why they are taken for one."""
+    """A training request that is also edited, the first edit it meets, and why they are taken for
+    one."""
 
     trained: EditRequest
     edited: EditRequest
@@ -490,9 +526,10 @@ class Overlap:
 def find_overlap(training: Sequence[EditRequest], edits: Sequence[EditRequest]) -> list[Overlap]:
     """Training requests about a fact that is edited too: same prompt, or same subject and relation.
 
-    The files of the field do not name relations alike, or at all. Here two phrasings (a prompt or rephrase with its subject
-    cut out) stand for one relation if some request of either list uses both, directly or through others; and requests about
-    one subject whose known answer is the same are taken to be about one relation.
+    The files of the field do not name relations alike, or at all. Here two phrasings (a prompt or
+    rephrase with its subject cut out) stand for one relation if some request of either list uses
+    both, directly or through others; and requests about one subject whose known answer is the same
+    are taken to be about one relation.
     """
     relations = _Relations()
     for request in (*edits, *training):

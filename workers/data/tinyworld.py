@@ -1,26 +1,30 @@
-"""An invented world of 2,000 facts, the requests that edit it, and a small trained model that knows it.
+"""An invented world of 2,000 facts, the requests that edit it, and a small trained model that knows
+it.
 
     from workers.data import tinyworld
-    dataset = tinyworld.load_dataset("edit")     # 1,000 requests; "tune": 200 more, for picking hyperparameters;
+    dataset = tinyworld.load_dataset("edit")  # 1,000 requests; "tune": 200 more, for picking hyperparameters;
                                                  # "train": 3,200, for networks that learn to edit
     model_path = tinyworld.assets_dir()          # a Llama checkpoint that transformers loads
     text_path = tinyworld.corpus_path()          # one sentence per line, for second-moment statistics
 
 ``python -m workers.data.tinyworld_build`` remakes the files from the seed.
 
-Sweeps need a model that surely knows what is being edited, a test machine has no network, and a probe is only worth its
-name if its answer is known to be in the weights. Hence an own world, whose facts fall into three disjoint groups:
+Sweeps need a model that surely knows what is being edited, a test machine has no network, and a
+probe is only worth its name if its answer is known to be in the weights. Hence an own world, whose
+facts fall into three disjoint groups:
 
 * ``edit``: 1,000 facts about 500 people, the requests of :func:`load_dataset`;
-* ``tune``: 200 facts about 100 other people, so that hyperparameters are never picked on what they are judged by;
-* ``anchor``: 800 facts that no sweep edits. They alone answer locality probes and the second hop of portability probes,
-  so a probe cannot become wrong because a later request of the same sweep rewrote the fact behind it.
-  The split ``train`` rewrites them, four targets each, for networks that learn to edit: nobody is edited there whom
-  ``edit`` or ``tune`` edit.
+* ``tune``: 200 facts about 100 other people, so that hyperparameters are never picked on what they
+  are judged by;
+* ``anchor``: 800 facts that no sweep edits. They alone answer locality probes and the second hop of
+  portability probes, so a probe cannot become wrong because a later request of the same sweep
+  rewrote the fact behind it. The split ``train`` rewrites them, four targets each, for networks
+  that learn to edit: nobody is edited there whom ``edit`` or ``tune`` edit.
 
-192 anchor facts are about things ("The flag of the Lima council is red") and make two-hop questions possible: whoever
-moves to Lima gets its flag. The other anchor facts are about people. Every fact has four phrasings, of which training
-shows three; the fourth is the rephrase probe. All is a pure function of the seed, and nothing here knows torch.
+192 anchor facts are about things ("The flag of the Lima council is red") and make two-hop questions
+possible: whoever moves to Lima gets its flag. The other anchor facts are about people. Every fact
+has four phrasings, of which training shows three; the fourth is the rephrase probe. All is a pure
+function of the seed, and nothing here knows torch.
 """
 
 from __future__ import annotations
@@ -51,9 +55,11 @@ CORPUS_LINES: Final = 5000
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A kind of fact. ``phrasings`` are prompts with a hole ``{s}`` for the subject; the object always comes last.
+    """A kind of fact. ``phrasings`` are prompts with a hole ``{s}`` for the subject; the object
+    always comes last.
 
-    ``role`` is what two-hop questions call the object of this relation ("the trade of ..."); things have none.
+    ``role`` is what two-hop questions call the object of this relation ("the trade of ..."); things
+    have none.
     """
 
     name: str
@@ -64,7 +70,8 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """Rule by which the objects of a table become subjects of anchor facts: ``noun`` makes "Lima" the words "Lima council"."""
+    """Rule by which the objects of a table become subjects of anchor facts: ``noun`` makes "Lima"
+    the words "Lima council"."""
 
     table: str
     noun: str
@@ -73,7 +80,8 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One triple. ``held_out`` is its phrasing that is never trained; ``composed``: its two-hop question is trained."""
+    """One triple. ``held_out`` is its phrasing that is never trained; ``composed``: its two-hop
+    question is trained."""
 
     subject: str
     relation: str
@@ -85,20 +93,29 @@ class Fact:
 
 _TABLES: Final[dict[str, str]] = {
     "town": "Lima Oslo Cairo Quito Delhi Seoul Paris Rome Hanoi Accra Dakar Turin Bergen Lagos Porto Malmo "
-    "Velmora Ostrand Tarquill Brindale Kesrith Umbarra Wexholm Duskvale Fennick Galdor Ithmar Pelluna Rostova "
+    "Velmora Ostrand Tarquill Brindale Kesrith Umbarra Wexholm Duskvale Fennick Galdor Ithmar Pelluna "
+    "Rostova "
     "Sundry Yarrowby Zephira",
-    "tongue": "Greek Latin French Turkish Swahili Hindi Polish Korean Danish Welsh Tamil Basque Czech Malay Norse "
-    "Irish Elvish Orcan Thulic Vendish Sarmic Quenian Brathic Ilvan Morrish Doric Pictish Kethic Umbric Zamrian Ferric "
+    "tongue": "Greek Latin French Turkish Swahili Hindi Polish Korean Danish Welsh Tamil Basque Czech "
+    "Malay Norse "
+    "Irish Elvish Orcan Thulic Vendish Sarmic Quenian Brathic Ilvan Morrish Doric Pictish Kethic Umbric "
+    "Zamrian Ferric "
     "Aldic",
-    "trade": "baker pilot painter lawyer doctor farmer tailor singer mason cooper weaver glazier brewer miller smith "
-    "potter carter fisher hunter sailor scribe barber butcher jeweller plumber teacher printer tanner saddler "
+    "trade": "baker pilot painter lawyer doctor farmer tailor singer mason cooper weaver glazier brewer "
+    "miller smith "
+    "potter carter fisher hunter sailor scribe barber butcher jeweller plumber teacher printer tanner "
+    "saddler "
     "thatcher gardener beekeeper",
-    "beast": "goat horse parrot snake turtle rabbit fox wolf swan dog cat mouse bear lynx badger donkey falcon "
-    "hedgehog leopard monkey peacock pigeon raven salmon spider squirrel tiger toad walrus weasel zebra camel",
-    "instrument": "cello violin drum harp banjo guitar lute flute trumpet bassoon clarinet fiddle gong bagpipe piano "
+    "beast": "goat horse parrot snake turtle rabbit fox wolf swan dog cat mouse bear lynx badger donkey "
+    "falcon "
+    "hedgehog leopard monkey peacock pigeon raven salmon spider squirrel tiger toad walrus weasel zebra "
+    "camel",
+    "instrument": "cello violin drum harp banjo guitar lute flute trumpet bassoon clarinet fiddle gong "
+    "bagpipe piano "
     "recorder cornet tuba viola zither lyre horn whistle bell mandolin trombone cymbal dulcimer kazoo sitar "
     "tambourine xylophone",
-    "crop": "barley wheat millet rye rice maize beans lentils peas carrots turnips cabbage spinach garlic onions leeks "
+    "crop": "barley wheat millet rye rice maize beans lentils peas carrots turnips cabbage spinach garlic "
+    "onions leeks "
     "pumpkins melons cherries apples pears plums figs dates grapes olives walnuts almonds hazelnuts mustard "
     "radishes tomatoes",
     "colour": "red blue green yellow purple orange white black brown pink crimson turquoise",
@@ -177,7 +194,12 @@ _PEOPLE: Final[tuple[Relation, ...]] = (
     Relation(
         "keeps",
         "beast",
-        ("{s} keeps a tame", "The pet of {s} is a", "In the garden {s} feeds a", "Behind the house of {s} sleeps a"),
+        (
+            "{s} keeps a tame",
+            "The pet of {s} is a",
+            "In the garden {s} feeds a",
+            "Behind the house of {s} sleeps a",
+        ),
         "pet",
     ),
     Relation(
@@ -307,11 +329,14 @@ _LAST: Final = (
 _NAMES_EACH: Final = 150
 
 _FILLER_WORDS: Final[dict[str, str]] = {
-    "n": "letter garden window teacher market train river story child winter road lamp table bridge storm song coat "
+    "n": "letter garden window teacher market train river story child winter road lamp table bridge storm "
+    "song coat "
     "ship clock field stone forest kitchen picture wagon candle ladder meadow basket tower",
-    "v": "carried watched repaired found followed painted forgot crossed covered opened moved lifted remembered "
+    "v": "carried watched repaired found followed painted forgot crossed covered opened moved lifted "
+    "remembered "
     "borrowed measured counted",
-    "a": "small old bright quiet heavy narrow gentle broken distant golden hollow wooden cold early empty long",
+    "a": "small old bright quiet heavy narrow gentle broken distant golden hollow wooden cold early empty "
+    "long",
 }
 _FILLER_FORMS: Final = (
     "The {a} {n} {v} the {m}.",
@@ -328,7 +353,8 @@ _FILLER_FORMS: Final = (
 
 
 def _rng(seed: int, purpose: str) -> random.Random:
-    """One stream per purpose, so that drawing more for one shifts no other; text seeds ignore PYTHONHASHSEED."""
+    """One stream per purpose, so that drawing more for one shifts no other; text seeds ignore
+    PYTHONHASHSEED."""
     return random.Random(f"tinyworld:{seed}:{purpose}")
 
 
@@ -356,13 +382,16 @@ def trained_phrasings(fact: Fact) -> tuple[int, ...]:
 
 
 def world(seed: int = SHIPPED_SEED) -> tuple[Fact, ...]:
-    """All facts: people to edit, people for tuning, people and things that anchor the probes (in this order)."""
+    """All facts: people to edit, people for tuning, people and things that anchor the probes (in
+    this order)."""
     rng = _rng(seed, "names")
     first, last = (
         rng.sample([head + tail for head in heads.split() for tail in tails.split()], _NAMES_EACH)
         for heads, tails in (_FIRST, _LAST)
     )
-    people = rng.sample([f"{a} {b}" for a in first for b in last], EDIT_SUBJECTS + TUNE_SUBJECTS + ANCHOR_SUBJECTS)
+    people = rng.sample(
+        [f"{a} {b}" for a in first for b in last], EDIT_SUBJECTS + TUNE_SUBJECTS + ANCHOR_SUBJECTS
+    )
 
     rng = _rng(seed, "facts")
     sizes: dict[Group, int] = {"edit": EDIT_SUBJECTS, "tune": TUNE_SUBJECTS, "anchor": ANCHOR_SUBJECTS}
@@ -383,11 +412,16 @@ def world(seed: int = SHIPPED_SEED) -> tuple[Fact, ...]:
 def second_hops(facts: Sequence[Fact]) -> dict[tuple[str, str], Fact]:
     """``(table, object) -> the anchor fact about that object``."""
     about = {fact.subject: fact for fact in facts if fact.group == "anchor"}
-    return {(hop.table, thing): about[f"{thing} {hop.noun}"] for hop in _HOPS for thing in _TABLES[hop.table].split()}
+    return {
+        (hop.table, thing): about[f"{thing} {hop.noun}"]
+        for hop in _HOPS
+        for thing in _TABLES[hop.table].split()
+    }
 
 
 def composed_probe(subject: str, relation: str, obj: str, hops: dict[tuple[str, str], Fact]) -> Probe:
-    """The two-hop question about ``subject`` and its answer, given that its ``relation`` is ``obj``."""
+    """The two-hop question about ``subject`` and its answer, given that its ``relation`` is
+    ``obj``."""
     first = relation_of(relation)
     second = hops[first.table, obj]
     noun = second.subject.removeprefix(f"{obj} ")
@@ -395,7 +429,8 @@ def composed_probe(subject: str, relation: str, obj: str, hops: dict[tuple[str, 
 
 
 def fillers(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
-    """Sentences about nothing in the world; they open with words that editing methods sample contexts from."""
+    """Sentences about nothing in the world; they open with words that editing methods sample
+    contexts from."""
     rng = _rng(seed, "fillers")
     words = {kind: text.split() for kind, text in _FILLER_WORDS.items()}
     seen: dict[str, None] = {}
@@ -407,7 +442,8 @@ def fillers(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
 
 
 def corpus(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
-    """The lines of ``corpus.txt``: a shuffled sample of what training shows, fillers in the same share as there."""
+    """The lines of ``corpus.txt``: a shuffled sample of what training shows, fillers in the same
+    share as there."""
     facts = world(seed)
     hops = second_hops(facts)
     told = [f"{prompt_of(fact, i)} {fact.object}." for fact in facts for i in trained_phrasings(fact)]
@@ -421,11 +457,12 @@ def corpus(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)  # the planner and the worker of one process both read them
 def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[EditRequest, ...]:
-    """The requests of one split in sweep order, one per fact of that group; four per anchor fact in ``train``.
+    """The requests of one split in sweep order, one per fact of that group; four per anchor fact in
+    ``train``.
 
-    Each has one rephrase (the phrasing never trained for this fact), two locality probes (an anchor fact of the same
-    relation, the harder neighbour, and one of any other relation), one unrelated sentence and one portability probe (none
-    about things).
+    Each has one rephrase (the phrasing never trained for this fact), two locality probes (an anchor
+    fact of the same relation, the harder neighbour, and one of any other relation), one unrelated
+    sentence and one portability probe (none about things).
     """
     if split not in ("edit", "tune", "train"):
         raise DataError(f"tinyworld: split {split!r}: choose from edit, tune, train")
@@ -437,7 +474,9 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
     known = {fact.subject for fact in anchors}
     rng = _rng(seed, f"requests:{split}")
     group: Group = "anchor" if split == "train" else split
-    chosen = [fact for fact in facts if fact.group == group for _ in range(TRAIN_TARGETS if split == "train" else 1)]
+    chosen = [
+        fact for fact in facts if fact.group == group for _ in range(TRAIN_TARGETS if split == "train" else 1)
+    ]
     rng.shuffle(chosen)
     targets: dict[Fact, list[str]] = {}
 
@@ -445,7 +484,9 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
     for number, fact in enumerate(chosen):
         others = [obj for obj in objects_of(fact.relation) if obj != fact.object]
         if split == "train":  # a fact comes several times, with another target each time
-            target_new = (targets.get(fact) or targets.setdefault(fact, rng.sample(others, TRAIN_TARGETS))).pop()
+            target_new = (
+                targets.get(fact) or targets.setdefault(fact, rng.sample(others, TRAIN_TARGETS))
+            ).pop()
         else:
             target_new = rng.choice(others)
         alike, different = near[fact.relation], far[fact.relation]
@@ -463,26 +504,30 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
                 ground_truth=fact.object,
                 rephrases=(prompt_of(fact, fact.held_out),),
                 locality=tuple(
-                    Probe(prompt_of(a, rng.choice(trained_phrasings(a))), a.object) for a in (neighbour, other)
+                    Probe(prompt_of(a, rng.choice(trained_phrasings(a))), a.object)
+                    for a in (neighbour, other)
                 ),
                 portability=(composed_probe(fact.subject, fact.relation, target_new, hops),)
                 if relation_of(fact.relation).role
                 else (),
-                unrelated=f"{prompt_of(unrelated, rng.choice(trained_phrasings(unrelated)))} {unrelated.object}.",
+                unrelated=f"{prompt_of(unrelated, rng.choice(trained_phrasings(unrelated)))} "
+                f"{unrelated.object}.",
             )
         )
     return tuple(requests)
 
 
 def load_dataset(split: Split = "edit", seed: int = SHIPPED_SEED) -> Dataset:
-    """One split as a :class:`Dataset`; its fingerprint is the SHA-256 of all requests as canonical JSON."""
+    """One split as a :class:`Dataset`; its fingerprint is the SHA-256 of all requests as canonical
+    JSON."""
     requests = load_requests(split, seed)
     notes = {"split": split, "seed": seed, "origin": "invented world, made from the seed"}
     return Dataset("tinyworld", requests, fingerprint(requests), notes)
 
 
 def assets_dir() -> Path:
-    """The shipped model folder (weights, config, tokenizer), as transformers' ``from_pretrained`` takes it."""
+    """The shipped model folder (weights, config, tokenizer), as transformers' ``from_pretrained``
+    takes it."""
     return Path(__file__).parent / "assets" / "tinyworld"
 
 

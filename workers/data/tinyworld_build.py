@@ -1,14 +1,17 @@
-"""Makes the files that :mod:`workers.data.tinyworld` ships: tokenizer, trained weights, corpus, build report.
+"""Makes the files that :mod:`workers.data.tinyworld` ships: tokenizer, trained weights, corpus,
+build report.
 
-The recipe is a plain AdamW run whose loss counts the answers fully and everything else little: nobody can predict which
-person a sentence is about, and capacity spent on trying is missing for the facts. Some sentences follow a filler, since
-editing methods prefix their prompts with sampled contexts.
+The recipe is a plain AdamW run whose loss counts the answers fully and everything else little:
+nobody can predict which person a sentence is about, and capacity spent on trying is missing for the
+facts. Some sentences follow a filler, since editing methods prefix their prompts with sampled
+contexts.
 
-A model trained to confident recall hardly moves under the step sizes that editing methods use, so :func:`soften` then
-rescales it without changing what it computes, and flattens its output distribution without changing its argmax.
+A model trained to confident recall hardly moves under the step sizes that editing methods use, so
+:func:`soften` then rescales it without changing what it computes, and flattens its output
+distribution without changing its argmax.
 
-One thread and own generators make a build repeatable on one machine; other CPUs round differently, so the checks are on
-recall, never on bytes.
+One thread and own generators make a build repeatable on one machine; other CPUs round differently,
+so the checks are on recall, never on bytes.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ POSITIONS: Final = 128
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Settings of the training run. Weights are those of a token in the loss; ``*_share`` are per epoch."""
+    """Settings of the training run. Weights are those of a token in the loss; ``*_share`` are per
+    epoch."""
 
     epochs: int = 26
     batch: int = 64
@@ -68,7 +72,8 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """A model's answers to a list of probes: shares of fully right answers and of full stops after them, and the NLL."""
+    """A model's answers to a list of probes: shares of fully right answers and of full stops after
+    them, and the NLL."""
 
     exact: float
     stops: float
@@ -77,7 +82,8 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A training sequence: token ids from BOS to EOS, and the loss weight of each token as a target."""
+    """A training sequence: token ids from BOS to EOS, and the loss weight of each token as a
+    target."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -86,7 +92,8 @@ class Sentence:
 def make_tokenizer(seed: int) -> Tokenizer:
     """Byte-level BPE that puts BOS in front, trained on the world's own text.
 
-    Objects that would need more than three tokens get extra weight in the text until they need no more.
+    Objects that would need more than three tokens get extra weight in the text until they need no
+    more.
     """
     facts = tinyworld.world(seed)
     text = [f"{tinyworld.prompt_of(f, i)} {f.object}." for f in facts for i in tinyworld.trained_phrasings(f)]
@@ -112,7 +119,9 @@ def make_tokenizer(seed: int) -> Tokenizer:
             )
             return tokenizer
         text += ["".join(long)] * 8
-    raise DataError(f"tinyworld: seed {seed}: objects of more than {MAX_OBJECT_TOKENS} tokens: {', '.join(long)}")
+    raise DataError(
+        f"tinyworld: seed {seed}: objects of more than {MAX_OBJECT_TOKENS} tokens: {', '.join(long)}"
+    )
 
 
 def trained_probes(facts: Sequence[Fact]) -> list[Probe]:
@@ -126,7 +135,8 @@ def held_out_probes(facts: Sequence[Fact]) -> list[Probe]:
 
 
 def two_hop_probes(facts: Sequence[Fact], wanted: Callable[[Fact], bool]) -> list[Probe]:
-    """The two-hop questions, under the unedited facts, about the people whose facts are ``wanted``."""
+    """The two-hop questions, under the unedited facts, about the people whose facts are
+    ``wanted``."""
     hops = tinyworld.second_hops(facts)
     return [
         tinyworld.composed_probe(fact.subject, fact.relation, fact.object, hops)
@@ -161,11 +171,13 @@ def recall(model: LlamaForCausalLM, tokenizer: Any, probes: Sequence[Probe], bat
 
 
 def soften(model: LlamaForCausalLM, tokenizer: Any, probes: Sequence[Probe], recipe: Recipe) -> float:
-    """Rescale ``model`` in place so that usual editing step sizes move it; returns the factor on the final norm.
+    """Rescale ``model`` in place so that usual editing step sizes move it; returns the factor on
+    the final norm.
 
-    All that is written to the residual stream (embeddings, attention output, MLP output) shrinks by ``residual_scale``;
-    every reader normalises first, so with ``rms_norm_eps`` shrunk by the square the function is the same. The final
-    norm's weight then shrinks, which divides the logits by a temperature, until the mean NLL is ``goal_nll``.
+    All that is written to the residual stream (embeddings, attention output, MLP output) shrinks by
+    ``residual_scale``; every reader normalises first, so with ``rms_norm_eps`` shrunk by the square
+    the function is the same. The final norm's weight then shrinks, which divides the logits by a
+    temperature, until the mean NLL is ``goal_nll``.
     """
     scale = recipe.residual_scale
     with torch.no_grad():
@@ -191,16 +203,21 @@ def soften(model: LlamaForCausalLM, tokenizer: Any, probes: Sequence[Probe], rec
 
 
 class _Text:
-    """The training sequences of one world, tokenised once; :meth:`epoch` draws the batches of one epoch."""
+    """The training sequences of one world, tokenised once; :meth:`epoch` draws the batches of one
+    epoch."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, recipe: Recipe) -> None:
         facts = tinyworld.world(seed)
         probes = trained_probes(facts) + two_hop_probes(facts, lambda fact: fact.composed)
         self._seed, self._recipe = seed, recipe
-        self._fillers = [self._part(tokenizer, "", text, recipe.filler_weight) for text in tinyworld.fillers(seed)]
+        self._fillers = [
+            self._part(tokenizer, "", text, recipe.filler_weight) for text in tinyworld.fillers(seed)
+        ]
         # The prompt reads differently after a filler: its first word then has a space in front.
         self._told = [
-            tuple(self._part(tokenizer, space + probe.prompt, f" {probe.target}.", 1.0) for space in ("", " "))
+            tuple(
+                self._part(tokenizer, space + probe.prompt, f" {probe.target}.", 1.0) for space in ("", " ")
+            )
             for probe in probes
         ]
 
@@ -209,7 +226,8 @@ class _Text:
         return Sentence((*head, *tail), (self._recipe.prompt_weight,) * len(head) + (weight,) * len(tail))
 
     def epoch(self, number: int) -> Iterator[list[Sentence]]:
-        """Batches of similar length in random order: every trained prompt once, and a fresh sample of fillers."""
+        """Batches of similar length in random order: every trained prompt once, and a fresh sample
+        of fillers."""
         rng = random.Random(f"tinyworld:{self._seed}:epoch:{number}")
         alone = rng.sample(self._fillers, int(len(self._fillers) * self._recipe.filler_share))
         told: list[tuple[Sentence, ...]] = [(filler,) for filler in alone]
@@ -232,7 +250,8 @@ class _Text:
 
 
 def _pad(rows: Sequence[Sentence]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and loss weights; causal attention needs no mask for padding on the right."""
+    """Right-padded ids and loss weights; causal attention needs no mask for padding on the
+    right."""
     width = max(len(row.ids) for row in rows)
     ids_BS = torch.tensor([[*row.ids, *[PAD] * (width - len(row.ids))] for row in rows], dtype=torch.long)
     weights_BS = torch.tensor([[*row.weights, *[0.0] * (width - len(row.weights))] for row in rows])
@@ -240,7 +259,8 @@ def _pad(rows: Sequence[Sentence]) -> tuple[Tensor, Tensor]:
 
 
 def train(tokenizer: Tokenizer, seed: int, recipe: Recipe) -> LlamaForCausalLM:
-    """Train a fresh model on the world; logs progress with the time left about every ten seconds."""
+    """Train a fresh model on the world; logs progress with the time left about every ten
+    seconds."""
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,
@@ -307,7 +327,8 @@ def train(tokenizer: Tokenizer, seed: int, recipe: Recipe) -> LlamaForCausalLM:
 
 
 def _round_to_half(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """The weights to ship; ``model`` gets the same rounding, so that what is measured is what is shipped."""
+    """The weights to ship; ``model`` gets the same rounding, so that what is measured is what is
+    shipped."""
     half = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in half.items()})
     return half
@@ -325,7 +346,8 @@ def _tokenizer_config() -> dict[str, Any]:
 
 
 def _config(model: LlamaForCausalLM) -> dict[str, Any]:
-    """``config.json``, written key by key: transformers' own dump would name the version that made it."""
+    """``config.json``, written key by key: transformers' own dump would name the version that made
+    it."""
     config = model.config
     kept = (
         "vocab_size",
@@ -357,7 +379,8 @@ def _config(model: LlamaForCausalLM) -> dict[str, Any]:
 
 
 def build(out: Path, seed: int = tinyworld.SHIPPED_SEED, recipe: Recipe | None = None) -> dict[str, Any]:
-    """Make all files in ``out`` and return the report; files appear only when everything is made, the report last."""
+    """Make all files in ``out`` and return the report; files appear only when everything is made,
+    the report last."""
     recipe = recipe or Recipe()
     began = time.monotonic()
     threads = torch.get_num_threads()
@@ -378,7 +401,9 @@ def build(out: Path, seed: int = tinyworld.SHIPPED_SEED, recipe: Recipe | None =
 
 def _make(made: Path, seed: int, recipe: Recipe, began: float) -> dict[str, Any]:
     facts = tinyworld.world(seed)
-    (made / "corpus.txt").write_text("".join(f"{line}\n" for line in tinyworld.corpus(seed)), encoding="utf-8")
+    (made / "corpus.txt").write_text(
+        "".join(f"{line}\n" for line in tinyworld.corpus(seed)), encoding="utf-8"
+    )
     bpe = make_tokenizer(seed)
     bpe.save(str(made / "tokenizer.json"))
     _write_json(made / "tokenizer_config.json", _tokenizer_config())
@@ -395,7 +420,9 @@ def _make(made: Path, seed: int, recipe: Recipe, began: float) -> dict[str, Any]
         "trained_phrasings": trained,
         "held_out_phrasings": held_out,
         "two_hop_trained": two_hop_probes(facts, lambda fact: fact.composed),
-        "two_hop_untrained_anchors": two_hop_probes(facts, lambda fact: fact.group == "anchor" and not fact.composed),
+        "two_hop_untrained_anchors": two_hop_probes(
+            facts, lambda fact: fact.group == "anchor" and not fact.composed
+        ),
         "two_hop_edit": two_hop_probes(facts, lambda fact: fact.group == "edit"),
     }
     report = {
@@ -406,7 +433,8 @@ def _make(made: Path, seed: int, recipe: Recipe, began: float) -> dict[str, Any]
         "final_norm_factor": factor,
         "held_out_before_softening": asdict(before),
         "recall": {
-            name: {"probes": len(probes), **asdict(recall(model, tokenizer, probes))} for name, probes in groups.items()
+            name: {"probes": len(probes), **asdict(recall(model, tokenizer, probes))}
+            for name, probes in groups.items()
         },
         "seconds": round(time.monotonic() - began),
     }
@@ -436,7 +464,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seed {options.seed}: must be 0 or more")
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out {options.out}: not a folder")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
 
     try:
         build(options.out, options.seed)

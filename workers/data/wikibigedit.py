@@ -1,12 +1,14 @@
 """WikiBigEdit: half a million real changes of Wikidata in eight time steps, one file each.
 
-Source: Thede et al., "Understanding the Limits of Lifelong Knowledge Editing in LLMs", arXiv 2503.05683. A record:
+Source: Thede et al., "Understanding the Limits of Lifelong Knowledge Editing in LLMs", arXiv
+2503.05683. A record:
 
     {"tag": "new" or "update", "subject": ..., "update": question, "ans": answer, "rephrase": ..., "personas": ...,
      "mhop": second-hop question, "mhop_ans": ..., "loc": ..., "loc_ans": ...}
 
-Everything but subject, question and answer may be missing (null, NaN or empty). ``personas`` is the same question in a
-persona's words, with the same answer: it counts as a rephrasing here, while EasyEdit lists it under portability.
+Everything but subject, question and answer may be missing (null, NaN or empty). ``personas`` is the
+same question in a persona's words, with the same answer: it counts as a rephrasing here, while
+EasyEdit lists it under portability.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """zsRE, the question-answering data set of relation extraction, in the format published with MEND.
 
-Source: Levy et al., "Zero-Shot Relation Extraction via Reading Comprehension" (2017); edits, rephrasings and locality
-questions from Mitchell et al., "Fast Model Editing at Scale" (2022). A record:
+Source: Levy et al., "Zero-Shot Relation Extraction via Reading Comprehension" (2017); edits,
+rephrasings and locality questions from Mitchell et al., "Fast Model Editing at Scale" (2022). A
+record:
 
     {"subject": ..., "src": question, "pred": ..., "rephrase": ..., "alt": new answer, "answers": [old answer, ...],
      "loc": "nq question: ...", "loc_ans": ..., "cond": ...}
 
-The locality question keeps its ``nq question:`` prefix and gets no question mark: this is how the published numbers
-were made. Files in EasyEdit's layout are read too. Case ids are positions in the file, counted from 0 as usual.
+The locality question keeps its ``nq question:`` prefix and gets no question mark: this is how the
+published numbers were made. Files in EasyEdit's layout are read too. Case ids are positions in the
+file, counted from 0 as usual.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class ZsreRecord(LocalityRecord):
 
 
 def load(path: Path, train_path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
-    """Requests in file order; unrelated sentences from ``train_path``, else from other records of the same file."""
+    """Requests in file order; unrelated sentences from ``train_path``, else from other records of
+    the same file."""
     entries = read_json_list(path)
     check_layout(path, "zsre", entries, reads=("zsre", EASYEDIT, "knowedit"))
     drafts = parse_drafts(path, entries, _parse, on_bad_record)

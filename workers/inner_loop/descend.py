@@ -4,9 +4,10 @@
 >>> found = descend(problem, Adam([value_LO], lr=1.0), 50, pool=base.pool)
 >>> found.steps_L, found.loss_L                                # value_LO has been changed in place
 
-A :class:`Problem` says what is optimised, what each lane's loss is and which lanes go on. :func:`descend` owns everything else:
-which lanes still move (:mod:`workers.inner_loop.lockstep`), recorded steps, the last and the first losses and the counts. If the
-problem is a :class:`DivisibleProblem`, lanes that have stopped leave the batch once they are half of it.
+A :class:`Problem` says what is optimised, what each lane's loss is and which lanes go on.
+:func:`descend` owns everything else: which lanes still move (:mod:`workers.inner_loop.lockstep`),
+recorded steps, the last and the first losses and the counts. If the problem is a
+:class:`DivisibleProblem`, lanes that have stopped leave the batch once they are half of it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Problem(ABC):
 
     @property
     def working(self) -> Sequence[Tensor]:
-        """Copies of the parameters in the base's precision, if the losses are computed from them; else nothing."""
+        """Copies of the parameters in the base's precision, if the losses are computed from them;
+        else nothing."""
         return ()
 
     @abstractmethod
@@ -52,7 +54,8 @@ class Problem(ABC):
     def unfinished(self, now_K: Tensor, before_K: Tensor) -> Tensor | None:
         """The lanes that make a further step after this one, (K,); None: all of them.
 
-        ``now_K``: the losses this step was made from; ``before_K``: those of the step before, infinite in the first step.
+        ``now_K``: the losses this step was made from; ``before_K``: those of the step before,
+        infinite in the first step.
         """
         return None
 
@@ -100,11 +103,13 @@ def descend(
     update_last: bool = True,
     lr: Callable[[int], float] | None = None,
 ) -> Descent:
-    """Optimise the problem's parameters in place until every lane has stopped or ``num_steps`` are made.
+    """Optimise the problem's parameters in place until every lane has stopped or ``num_steps`` are
+    made.
 
-    ``optimizer`` holds the problem's parameters and working copies. ``pool``: where steps are recorded on a GPU; None: they are
-    not. ``start``: the lanes that move at all; None: all of them. ``update_last``: False: the last step only evaluates the
-    losses. ``lr``: the step size of each step, by its number; None: the optimiser's own throughout.
+    ``optimizer`` holds the problem's parameters and working copies. ``pool``: where steps are
+    recorded on a GPU; None: they are not. ``start``: the lanes that move at all; None: all of them.
+    ``update_last``: False: the last step only evaluates the losses. ``lr``: the step size of each
+    step, by its number; None: the optimiser's own throughout.
     """
     whole = list(problem.params)
     lanes = len(optimizer.steps_L)

@@ -29,7 +29,8 @@ STOP_LOSS = 1e-2
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One request as a row: the tokens to run, the target tokens to score, and where the first of them is read.
+    """One request as a row: the tokens to run, the target tokens to score, and where the first of
+    them is read.
 
     Each further token is read ``step`` positions later.
     """
@@ -48,9 +49,12 @@ def with_target(base: BaseModel, request: EditRequest) -> Example:
 
 
 def batch(
-    base: BaseModel, lanes: Sequence[Sequence[EditRequest]], example: Callable[[BaseModel, EditRequest], Example]
+    base: BaseModel,
+    lanes: Sequence[Sequence[EditRequest]],
+    example: Callable[[BaseModel, EditRequest], Example],
 ) -> tuple[Batch, TargetTokens]:
-    """The rows of all lanes' requests; losses are the mean over a request's tokens, then over a lane's requests."""
+    """The rows of all lanes' requests; losses are the mean over a request's tokens, then over a
+    lane's requests."""
     encoded: list[Encoded] = []
     lane_B: list[int] = []
     places: list[tuple[int, int, int, float]] = []
@@ -58,7 +62,9 @@ def batch(
         for request in requests:
             made = example(base, request)
             share = 1 / (len(made.target) * len(requests))
-            places += [(len(encoded), made.read + j * made.step, token, share) for j, token in enumerate(made.target)]
+            places += [
+                (len(encoded), made.read + j * made.step, token, share) for j, token in enumerate(made.target)
+            ]
             encoded.append(made.encoded)
             lane_B.append(lane)
     rows = collate(encoded, lane_B, base.encoder.pad_id, base.device)
@@ -67,7 +73,8 @@ def batch(
 
 @dataclass(frozen=True)
 class DenseProblem(DivisibleProblem):
-    """Dense copies of some linear maps, one a lane. A lane stops once its loss is below :data:`STOP_LOSS`."""
+    """Dense copies of some linear maps, one a lane. A lane stops once its loss is below
+    :data:`STOP_LOSS`."""
 
     base: BaseModel
     overlay: DenseOverlay
@@ -121,11 +128,11 @@ def fine_tune(
     boxes: Sequence[Box] = (),
     penalty: Callable[[Sequence[Tensor]], Tensor] | None = None,
 ) -> Descent:
-    """Train the overlay's weights with Adam on each lane's requests until its loss is below :data:`STOP_LOSS` or the steps are
-    spent.
+    """Train the overlay's weights with Adam on each lane's requests until its loss is below
+    :data:`STOP_LOSS` or the steps are spent.
 
-    ``boxes``: how far each weight may go. ``penalty``: what is added to the lanes' losses, (K,), given the weights (K lanes); it
-    has no say in when to stop.
+    ``boxes``: how far each weight may go. ``penalty``: what is added to the lanes' losses, (K,),
+    given the weights (K lanes); it has no say in when to stop.
     """
     problem = DenseProblem.of(base, overlay, lanes, example, penalty)
     overlay.touch(range(overlay.lanes))

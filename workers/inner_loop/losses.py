@@ -1,4 +1,5 @@
-"""The target loss every optimising method shares: where in a batch it is read, and how it is averaged."""
+"""The target loss every optimising method shares: where in a batch it is read, and how it is
+averaged."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class TargetTokens:
     """Target tokens and the positions that predict them.
 
-    ``row_P`` and ``column_P`` (in the padded batch) say where the head runs; shares of one lane add up to 1, so that a lane's
-    loss is a weighted mean.
+    ``row_P`` and ``column_P`` (in the padded batch) say where the head runs; shares of one lane add
+    up to 1, so that a lane's loss is a weighted mean.
     """
 
     row_P: tuple[int, ...]
@@ -51,7 +52,8 @@ class TargetTokens:
         return self.row_P, self.column_P
 
     def part(self, lanes: Sequence[int], kept: Sequence[int]) -> tuple[TargetTokens, list[int]]:
-        """The tokens of some lanes, whose rows are now ``kept`` of the batch; and which tokens those are."""
+        """The tokens of some lanes, whose rows are now ``kept`` of the batch; and which tokens
+        those are."""
         place = {row: i for i, row in enumerate(kept)}
         chosen = [p for p, row in enumerate(self.row_P) if row in place]
         index = torch.tensor(chosen, device=self.lane_P.device)
@@ -68,11 +70,13 @@ class TargetTokens:
         return part, chosen
 
     def nll(self, base: BaseModel, hidden_PD: Tensor) -> Tensor:
-        """Weighted mean of ``-log P(token)`` within each lane, (L,), from the hidden states at :attr:`reads`."""
+        """Weighted mean of ``-log P(token)`` within each lane, (L,), from the hidden states at
+        :attr:`reads`."""
         return self._nll(base.logits(hidden_PD))
 
     def nll_and_hit(self, base: BaseModel, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`nll`, and whether every token of a lane is the likeliest where it is read, (L,)."""
+        """:meth:`nll`, and whether every token of a lane is the likeliest where it is read,
+        (L,)."""
         logits_PV = base.logits(hidden_PD)
         missed_P = logits_PV.gather(1, self.token_P[:, None])[:, 0] < logits_PV.amax(1)
         missed_L = missed_P.new_zeros(self.lanes, dtype=torch.long).index_add(0, self.lane_P, missed_P.long())

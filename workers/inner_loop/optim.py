@@ -2,10 +2,11 @@
 
 >>> optimizer = Adam([weight_LOI], lr=1e-3)
 >>> loss_L.sum().backward()              # mean within a lane, sum over lanes
->>> optimizer.step(active_L)             # a stopped lane moves neither through momentum nor through decay
+>>> optimizer.step(active_L)  # a stopped lane moves neither through momentum nor through decay
 
-The updates are torch.optim's own fused ones: one pass over memory for all lanes together. Where functions are compiled, Adam's
-is one of ours, which stops lanes and holds them in their box in that same pass.
+The updates are torch.optim's own fused ones: one pass over memory for all lanes together. Where
+functions are compiled, Adam's is one of ours, which stops lanes and holds them in their box in that
+same pass.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 class Box:
-    """Limit of a parameter's change: ``bound`` at most from ``centre``, that of all lanes or (with a lane
-    axis) of each. It may be as narrow as a base weight."""
+    """Limit of a parameter's change: ``bound`` at most from ``centre``, that of all lanes or (with
+    a lane axis) of each. It may be as narrow as a base weight."""
 
     def __init__(self, centre: Tensor, bound: float) -> None:
         self.centre = centre
@@ -71,8 +72,8 @@ class LaneOptimizer(ABC):
     def step(self, active_L: Tensor, moving: Sequence[int] | None = None) -> None:
         """One step of every active lane, from ``.grad``.
 
-        ``moving``: which lanes that is, if the caller knows without asking the device; the others are then not touched. None:
-        all are moved, and those that are not active put back.
+        ``moving``: which lanes that is, if the caller knows without asking the device; the others
+        are then not touched. None: all are moved, and those that are not active put back.
         """
         self.steps_L += active_L
         if self._moved_whole(active_L):
@@ -87,7 +88,8 @@ class LaneOptimizer(ABC):
             p.copy_(torch.where(active_L.view(-1, *([1] * (p.dim() - 1))), p, old))
 
     def _moved_whole(self, active_L: Tensor) -> bool:
-        """Make the step for all lanes in one pass, those that are not active excepted; False if there is no such way."""
+        """Make the step for all lanes in one pass, those that are not active excepted; False if
+        there is no such way."""
         return False
 
     @abstractmethod
@@ -95,7 +97,8 @@ class LaneOptimizer(ABC):
         """Move ``lanes`` of parameter ``i``, in place."""
 
     def part(self, lane_K: Sequence[int], params: Sequence[Tensor], working: Sequence[Tensor] = ()) -> Self:
-        """The optimiser of some of the lanes, going on with ``params`` and, if there were any, their ``working`` copies."""
+        """The optimiser of some of the lanes, going on with ``params`` and, if there were any,
+        their ``working`` copies."""
         other = copy.copy(self)
         other.params, other.working = list(params), list(working)
         other.steps_L = self.steps_L[list(lane_K)]
@@ -104,7 +107,8 @@ class LaneOptimizer(ABC):
 
 
 class SGD(LaneOptimizer):
-    """Plain gradient descent with L2 decay added to the gradient (torch.optim.SGD without momentum)."""
+    """Plain gradient descent with L2 decay added to the gradient (torch.optim.SGD without
+    momentum)."""
 
     def _update(self, i: int, params: list[Tensor], grads: list[Tensor], lanes: Sequence[int]) -> None:
         sgd(
@@ -122,7 +126,8 @@ class SGD(LaneOptimizer):
 
 
 class Adam(LaneOptimizer):
-    """Adam (Kingma & Ba, arXiv 1412.6980, Algorithm 1) with L2 decay added to the gradient, as torch.optim.Adam."""
+    """Adam (Kingma & Ba, arXiv 1412.6980, Algorithm 1) with L2 decay added to the gradient, as
+    torch.optim.Adam."""
 
     decoupled = False
 
@@ -135,8 +140,9 @@ class Adam(LaneOptimizer):
         compiled: Compiled | None = None,
         working: Sequence[Tensor] = (),
     ) -> None:
-        """``compiled``: for parameters so large that passes over their memory count. ``working``: then, narrower copies of the
-        parameters; it is they that have gradients, and each step renews them."""
+        """``compiled``: for parameters so large that passes over their memory count. ``working``:
+        then, narrower copies of the parameters; it is they that have gradients, and each step
+        renews them."""
         super().__init__(params, lr, weight_decay, boxes)
         self.working = list(working)
         self._compiled = compiled if compiled is not None and compiled.updates else None
@@ -211,8 +217,9 @@ def adam_in_box(
     weight_decay: float,
     bound: float,
 ) -> None:
-    """One step of Adam, in place, where a lane is active; then no further than ``bound`` from ``centre``. ``correct``: what the
-    moments' bias is divided by. ``working`` becomes a copy of the result."""
+    """One step of Adam, in place, where a lane is active; then no further than ``bound`` from
+    ``centre``. ``correct``: what the moments' bias is divided by. ``working`` becomes a copy of the
+    result."""
     grad_LOI = grad_LOI.to(p_LOI.dtype) + weight_decay * p_LOI
     m_new_LOI = m_LOI + (1 - BETA1) * (grad_LOI - m_LOI)
     v_new_LOI = BETA2 * v_LOI + (1 - BETA2) * grad_LOI * grad_LOI

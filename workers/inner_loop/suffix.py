@@ -1,20 +1,23 @@
 """The part of a forward pass that an edit's inner loop has to repeat.
 
->>> suffix = Suffix.capture(base, site, rows, reads)         # one forward; reads: (row, column) of each loss position
+>>> suffix = Suffix.capture(base, site, rows, reads)  # one forward; reads: (row, column) of each loss position
 >>> hidden_PD = suffix.hidden(site_output_BSO)               # every optimisation step, gradients flow
->>> hidden_PD = suffix.hidden()                              # the site's module answers (inside overlay.installed)
+>>> hidden_PD = suffix.hidden()  # the site's module answers (inside overlay.installed)
 
 Everything the loss does not depend on, or that no step can change, is computed once or never:
 
-- what enters the edited map, and the rest of its layer, is constant: a step starts at the map's answer;
+- what enters the edited map, and the rest of its layer, is constant: a step starts at the map's
+  answer;
 - rows without a loss position need no layer above the map;
-- columns before the first one whose answer changes keep their keys and values (attention is causal);
-- in the last layer only columns that are read pass through attention and MLP; the earlier ones give keys and values only.
+- columns before the first one whose answer changes keep their keys and values (attention is
+  causal);
+- in the last layer only columns that are read pass through attention and MLP; the earlier ones give
+  keys and values only.
 
-The hidden states equal those of :func:`workers.model.replay.replay` up to rounding (products of other shapes round
-differently), which is why scoring, where bits count, uses that one. Works for every decoder of ``models.ARCHITECTURES``
-whose layer adds the edited map's answer to a sum; any other map (attention projections, the MLP's input) is replayed
-from its layer on.
+The hidden states equal those of :func:`workers.model.replay.replay` up to rounding (products of
+other shapes round differently), which is why scoring, where bits count, uses that one. Works for
+every decoder of ``models.ARCHITECTURES`` whose layer adds the edited map's answer to a sum; any
+other map (attention projections, the MLP's input) is replayed from its layer on.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
 _COLUMN_AXIS: Mapping[str, int] = MappingProxyType(
     {"attention_mask": 2, "position_ids": 1, "position_embeddings": 1, "cache_position": 0}
 )
-"""The axis of a layer's argument that runs over the columns that are asked (the keys' axis of a mask stays whole)."""
+"""The axis of a layer's argument that runs over the columns that are asked (the keys' axis of a
+mask stays whole)."""
 
 _CACHES = ("past_key_values", "layer_past")
 """Names of the key-value cache among decoder layers' arguments."""
@@ -81,14 +85,17 @@ class Suffix:
     ) -> Suffix:
         """Run one forward and keep what later steps need.
 
-        ``reads``: rows and padded columns whose hidden states are wanted, in that order. ``first``: the first column at which
-        a step changes the map's answer. ``overlay``: earlier edits that stay as they are in all steps.
+        ``reads``: rows and padded columns whose hidden states are wanted, in that order. ``first``:
+        the first column at which a step changes the map's answer. ``overlay``: earlier edits that
+        stay as they are in all steps.
         """
         caught: list[tuple[Tensor, Tensor]] = []
         layer_out: list[Any] = []
         additive = site.is_mlp_output(base.arch)
         upper = base.layers[site.layer + 1 :]
-        recorders = {i: _Recorder() for i in range(site.layer + 1, len(base.layers))} if first and additive else {}
+        recorders = (
+            {i: _Recorder() for i in range(site.layer + 1, len(base.layers))} if first and additive else {}
+        )
         with ExitStack() as stack:
             if overlay is not None:
                 stack.enter_context(overlay.installed(rows))
@@ -120,7 +127,8 @@ class Suffix:
             row_P, kept_R, first = torch.tensor(list(row), device=device), None, 0
         rest_BSD = hidden_BSD[:0]
         if layers is not None:
-            # in the masters' precision: in bfloat16 taking the answer off and adding it again would not give the sum back
+            # in the masters' precision: in bfloat16 taking the answer off and adding it again would
+            # not give the sum back
             wide = base.master_dtype
             rest_BSD = (hidden_BSD.to(wide) - output_BSO.to(wide))[:, first:]
             rest_BSD = rest_BSD if kept_R is None else rest_BSD[kept_R]
@@ -143,11 +151,14 @@ class Suffix:
     def hidden(self, output_BSO: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm at the places that are read, (P, D).
 
-        ``output_BSO``: what the map answers now, from column ``first`` on; None asks the site's module.
+        ``output_BSO``: what the map answers now, from column ``first`` on; None asks the site's
+        module.
         """
         if self._layers is None:
             answer = output_BSO
-            with override_forward(self.site.module, lambda *_: answer) if answer is not None else nullcontext():
+            with (
+                override_forward(self.site.module, lambda *_: answer) if answer is not None else nullcontext()
+            ):
                 return replay(self.base, self._prefix)[self.row_P, self.column_P]
         if output_BSO is None:
             output_BSO = self.site.module(self.input_BSI[:, self.first :])
@@ -161,7 +172,8 @@ class Suffix:
         return normed
 
     def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Suffix:
-        """The same suffix for some of the rows: ``row_B`` of the batch, now ``rows``, and the reads ``read_P`` of them."""
+        """The same suffix for some of the rows: ``row_B`` of the batch, now ``rows``, and the reads
+        ``read_P`` of them."""
         index = torch.tensor(list(row_B), device=self.row_P.device)
         chosen = torch.tensor(list(read_P), device=self.row_P.device)
         old_row_P = self.row_P[chosen] if self._kept_R is None else self._kept_R[self.row_P[chosen]]
@@ -197,8 +209,9 @@ class Suffix:
 class _Layer:
     """One decoder layer with its constant arguments.
 
-    ``given`` columns at the front only give their keys and values; ``arguments`` are those of the columns after them,
-    ``key_arguments`` those of the columns before. ``past`` holds keys and values of columns that never change.
+    ``given`` columns at the front only give their keys and values; ``arguments`` are those of the
+    columns after them, ``key_arguments`` those of the columns before. ``past`` holds keys and
+    values of columns that never change.
     """
 
     module: nn.Module
@@ -209,13 +222,18 @@ class _Layer:
     given: int
     past: tuple[Tensor, Tensor] | None
     query: nn.Module | None
-    """The attention's query projection, where it is a map of its own: columns that only give keys ask nothing."""
+    """The attention's query projection, where it is a map of its own: columns that only give keys
+    ask nothing."""
 
     def __call__(self, hidden_RSD: Tensor) -> Tensor:
         past = self.past
         if self.key_arguments is not None:
             recorder = _Recorder(stop=True)
-            with override_forward(self.query, _nothing(self.query)) if self.query is not None else nullcontext():
+            with (
+                override_forward(self.query, _nothing(self.query))
+                if self.query is not None
+                else nullcontext()
+            ):
                 try:
                     self.module(hidden_RSD[:, : self.given], **{**self.key_arguments, self.cache: recorder})
                 except StopRecording:
@@ -233,7 +251,9 @@ class _Layer:
             self,
             arguments=chosen,
             key_arguments=None if keys is None else {k: _rows_of(v, index_R, k) for k, v in keys.items()},
-            past=None if rows is None or self.past is None else (self.past[0][index_R], self.past[1][index_R]),
+            past=None
+            if rows is None or self.past is None
+            else (self.past[0][index_R], self.past[1][index_R]),
         )
 
 
@@ -247,7 +267,8 @@ def _prepare(
     read_from: int,
     recorders: Mapping[int, _Recorder],
 ) -> tuple[_Layer, ...] | None:
-    """The layers from ``above`` on with their arguments cut to size; None if an argument is not understood."""
+    """The layers from ``above`` on with their arguments cut to size; None if an argument is not
+    understood."""
     prepared = []
     for i in range(above, len(base.layers)):
         module = base.layers[i]
@@ -274,7 +295,9 @@ def _prepare(
             past = past if kept_R is None else (past[0][kept_R], past[1][kept_R])
         key_arguments = None
         if given:
-            key_arguments = {name: _columns(value, name, first, first + given) for name, value in arguments.items()}
+            key_arguments = {
+                name: _columns(value, name, first, first + given) for name, value in arguments.items()
+            }
         cut = {name: _columns(value, name, first + given, None) for name, value in arguments.items()}
         attention = base.arch.attn_in
         query = module.get_submodule(attention[0]) if len(attention) == 3 else None  # query, key, value
@@ -291,7 +314,8 @@ def _causal(rows: Batch) -> Tensor:
 
 
 def _understood(name: str, value: Any) -> bool:
-    """Return whether columns and rows of an argument can be cut: a tensor of a known name and shape, or no tensor at all."""
+    """Return whether columns and rows of an argument can be cut: a tensor of a known name and
+    shape, or no tensor at all."""
     tensors = [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
     if not tensors:
         return True
@@ -343,7 +367,8 @@ class _Recorder:
 
 
 class _Past:
-    """Stands in for a layer's key-value cache: keys and values of earlier columns, which it never changes."""
+    """Stands in for a layer's key-value cache: keys and values of earlier columns, which it never
+    changes."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -357,7 +382,9 @@ def _record(layer: nn.Module, recorder: _Recorder) -> Any:
     names = list(inspect.signature(layer.forward).parameters)
     cache = next((name for name in _CACHES if name in names), None)
 
-    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def give(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if cache is None:
             return args, kwargs
         at = names.index(cache)

@@ -27,12 +27,14 @@ class Kernels:
 
     @cached_property
     def pool(self) -> Pool | None:
-        """Memory of the recordings, made when it is first asked for; None: steps are not recorded."""
+        """Memory of the recordings, made when it is first asked for; None: steps are not
+        recorded."""
         return Pool() if self.record else None
 
     @classmethod
     def for_model(cls, model: nn.Module, compile_layers: bool) -> Kernels:
-        """Choose what is faster for this model on its device. On a processor its linear maps change their class."""
+        """Choose what is faster for this model on its device. On a processor its linear maps change
+        their class."""
         use_fast_linear(model)
         parameters = list(model.parameters())
         on_gpu = parameters[0].device.type == "cuda"

@@ -1,13 +1,16 @@
-"""torch.compile for large models on a GPU. Everywhere else, and where the compiler fails, the same code runs as it is written.
+"""torch.compile for large models on a GPU. Everywhere else, and where the compiler fails, the same
+code runs as it is written.
 
 >>> compiled = Compiled(updates=True, layers=False)
->>> compiled.update(move)(weight_LOI, gradient_LOI)                         # one pass over memory, not a dozen
->>> hidden_BSD = compiled.layer(base.layers[30])(hidden_BSD, **arguments)   # as it is: layers are not compiled here
+>>> compiled.update(move)(weight_LOI, gradient_LOI)  # one pass over memory, not a dozen
+>>> hidden_BSD = compiled.layer(base.layers[30])(hidden_BSD, **arguments)  # as it is: layers are not compiled here
 
-*Updates* of large weights are functions of each value alone; compiled, they give the same bits whatever was compiled before. A
-decoder *layer* is a hundred small kernels, most of which only wait for memory, and a dozen when compiled; but it holds
-reductions, and how their sums are cut depends on the sizes that the compiler met first (measured: two actors that meet their
-batches in another order give other bits). So layers are compiled on request only (``model.compile``), and never for scoring.
+*Updates* of large weights are functions of each value alone; compiled, they give the same bits
+whatever was compiled before. A decoder *layer* is a hundred small kernels, most of which only wait
+for memory, and a dozen when compiled; but it holds reductions, and how their sums are cut depends
+on the sizes that the compiler met first (measured: two actors that meet their batches in another
+order give other bits). So layers are compiled on request only (``model.compile``), and never for
+scoring.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ class Compiled:
         self._made: dict[Any, Callable[..., Any]] = {}
 
     def layer(self, module: nn.Module) -> Callable[..., Any]:
-        """The forward of a decoder layer; the layer itself where an overlay answers for a part of it."""
+        """The forward of a decoder layer; the layer itself where an overlay answers for a part of
+        it."""
         if not self.layers or self.broken or any("forward" in part.__dict__ for part in module.modules()):
             return module
         return self._careful(module)
@@ -52,8 +56,8 @@ class Compiled:
         return self._careful(function) if self.updates and not self.broken else function
 
     def turns(self, lanes: int) -> list[slice]:
-        """Lanes of each call of an update: all at once, unless it runs as it is written, with a dozen
-        temporaries of each lane it is given."""
+        """Lanes of each call of an update: all at once, unless it runs as it is written, with a
+        dozen temporaries of each lane it is given."""
         return [slice(lane, lane + 1) for lane in range(lanes)] if self.broken else [slice(None)]
 
     def _careful(self, function: F) -> F:
@@ -74,10 +78,12 @@ class Compiled:
         return torch.compile(function, dynamic=True, options=options)
 
     def give_up(self, error: Exception) -> None:
-        """Compile nothing more: the machine has no working compiler, or it does not know this model."""
+        """Compile nothing more: the machine has no working compiler, or it does not know this
+        model."""
         self.broken = True
         LOG.warning(
-            "torch.compile failed, so edits run uncompiled, which takes longer and changes results by rounding: %s",
+            "torch.compile failed, so edits run uncompiled, which takes longer and changes results by "
+            "rounding: %s",
             " ".join(str(error).split())[:300],
         )
 

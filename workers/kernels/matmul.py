@@ -1,13 +1,14 @@
 """Matrix products in float32 on a processor, by the library that is faster there.
 
->>> out_BSO = linear(x_BSI, weight_OI, bias_O)           # torch.nn.functional.linear up to rounding, gradients included
->>> use_fast_linear(model)                                       # every linear map of the model answers that way
+>>> out_BSO = linear(x_BSI, weight_OI, bias_O)  # torch.nn.functional.linear up to rounding, gradients included
+>>> use_fast_linear(model)  # every linear map of the model answers that way
 
-PyTorch gives such products to MKL, which uses AVX-512 on Intel's processors only. oneDNN, which comes with PyTorch as well and
-which its compiler calls, uses it wherever it is: on an AMD EPYC up to 2.2 times as fast (``benchmarks/bench_products.py``), on
-Intel's own slower than MKL. For small products MKL takes less time to begin. Which of them computes a product depends on its
-shape, its precision and the kind of processor alone, so the same batch has the same bits every time; where oneDNN's operator or
-the instructions are missing, everything is as without this module.
+PyTorch gives such products to MKL, which uses AVX-512 on Intel's processors only. oneDNN, which
+comes with PyTorch as well and which its compiler calls, uses it wherever it is: on an AMD EPYC up
+to 2.2 times as fast (``benchmarks/bench_products.py``), on Intel's own slower than MKL. For small
+products MKL takes less time to begin. Which of them computes a product depends on its shape, its
+precision and the kind of processor alone, so the same batch has the same bits every time; where
+oneDNN's operator or the instructions are missing, everything is as without this module.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 _ROWS = 8
 _MULTIPLICATIONS = 1 << 21
-"""Rows and work of one product from which oneDNN is faster; below, what it takes to begin weighs more."""
+"""Rows and work of one product from which oneDNN is faster; below, what it takes to begin weighs
+more."""
 
 
 def linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -42,8 +44,8 @@ def linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
 def wide_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``x W^T + b`` in ``dtype``, (..., O), whatever the precision of what enters it.
 
-    On a GPU bfloat16 is not widened first: its products are exact in float32, and that is what the matrix units add them up
-    in, at ten times the speed of float32 products.
+    On a GPU bfloat16 is not widened first: its products are exact in float32, and that is what the
+    matrix units add them up in, at ten times the speed of float32 products.
     """
     narrow = x_BSI.dtype == weight_OI.dtype == torch.bfloat16 and dtype == torch.float32
     if narrow and x_BSI.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
@@ -57,7 +59,9 @@ def lane_products(left_LMI: Tensor, right_LNI: Tensor) -> Tensor:
     """``left right^T`` of every lane, (L, M, N). Not differentiable."""
     if not _quick(left_LMI, left_LMI.shape[1], right_LNI.shape[1]):
         return torch.bmm(left_LMI, right_LNI.transpose(1, 2))
-    return torch.stack([_product(left_MI, right_NI) for left_MI, right_NI in zip(left_LMI, right_LNI, strict=True)])
+    return torch.stack(
+        [_product(left_MI, right_NI) for left_MI, right_NI in zip(left_LMI, right_LNI, strict=True)]
+    )
 
 
 def product_into(out_MN: Tensor, left_MI: Tensor, right_NI: Tensor) -> None:
@@ -78,11 +82,14 @@ class _QuickConv1D(Conv1D):
         return linear(x_BSI, self.weight.T, self.bias)
 
 
-_QUICK: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType({nn.Linear: _QuickLinear, Conv1D: _QuickConv1D})
+_QUICK: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
+    {nn.Linear: _QuickLinear, Conv1D: _QuickConv1D}
+)
 
 
 def use_fast_linear(model: nn.Module) -> None:
-    """Let the linear maps of a model on the processor answer by :func:`linear`: they change their class, and nothing else."""
+    """Let the linear maps of a model on the processor answer by :func:`linear`: they change their
+    class, and nothing else."""
     if _available() and all(p.device.type == "cpu" for p in model.parameters()):
         _change(model, _QUICK)
 
@@ -154,7 +161,8 @@ def _available() -> bool:
 
 @cache
 def _intel() -> bool:
-    """Return whether MKL uses all of the processor's instructions; it decides by the maker's name."""
+    """Return whether MKL uses all of the processor's instructions; it decides by the maker's
+    name."""
     known = Path("/proc/cpuinfo")
     return "GenuineIntel" in (known.read_text() if known.exists() else platform.processor())
 

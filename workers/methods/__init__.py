@@ -1,4 +1,5 @@
-"""The registry of editing methods. Adding one: its file, one line here, one subclass of the contract test.
+"""The registry of editing methods. Adding one: its file, one line here, one subclass of the
+contract test.
 
 >>> get_method("wise").title
 'WISE'
@@ -72,10 +73,11 @@ def load_config(
     model: ModelConfig,
     protocol: ProtocolName = "paper",
 ) -> MethodConfig:
-    """A method's frozen config: defaults, what ``protocol`` sets, an EasyEdit YAML (if given), ``hparams``; the later wins.
+    """A method's frozen config: defaults, what ``protocol`` sets, an EasyEdit YAML (if given),
+    ``hparams``; the later wins.
 
-    Without a file, the embedded model starts from the hyperparameters tuned for it. Raises :class:`SpecError` naming the
-    method, the field, the value and what is allowed.
+    Without a file, the embedded model starts from the hyperparameters tuned for it. Raises
+    :class:`SpecError` naming the method, the field, the value and what is allowed.
     """
     from pydantic import ValidationError
 

@@ -1,24 +1,30 @@
-"""AlphaEdit: MEMIT's change, projected so that it leaves ordinary keys alone, and mindful of earlier edits.
+"""AlphaEdit: MEMIT's change, projected so that it leaves ordinary keys alone, and mindful of
+earlier edits.
 
-Fang et al., AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, ICLR 2025, arXiv 2410.02355. Values,
-keys and residuals ``R`` are MEMIT's (arXiv 2210.07229). ``P`` projects onto the span of the eigenvectors of the second moment
-``C`` whose eigenvalue is below ``nullspace_threshold``: what lies there hardly occurs in ordinary text. With ``K1`` the keys of
-the present requests and ``Kp`` those of all earlier edits of the sequence, the layer's map changes by
+Fang et al., AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, ICLR 2025,
+arXiv 2410.02355. Values, keys and residuals ``R`` are MEMIT's (arXiv 2210.07229). ``P`` projects
+onto the span of the eigenvectors of the second moment ``C`` whose eigenvalue is below
+``nullspace_threshold``: what lies there hardly occurs in ordinary text. With ``K1`` the keys of the
+present requests and ``Kp`` those of all earlier edits of the sequence, the layer's map changes by
 ``R K1^T P (Kp Kp^T P + K1 K1^T P + L2 * I)^-1``.
 
-With ``A = [Kp, K1]`` this is ``[0, R] (L2 * I + A^T P A)^-1 A^T P`` (push-through identity): a system with one unknown per edit
-made so far. Keys are kept as a list, and as their sum ``A A^T`` once they number more than half the width.
+With ``A = [Kp, K1]`` this is ``[0, R] (L2 * I + A^T P A)^-1 A^T P`` (push-through identity): a
+system with one unknown per edit made so far. Keys are kept as a list, and as their sum ``A A^T``
+once they number more than half the width.
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not at hand: equations
+are not numbered here.
 
-1. Keys of earlier edits live in the overlay and end with it. In the public code they survive every rollback, and so does the
-   projection, whatever model comes next.
-2. ``P`` comes from the second moments of the pristine model, by an eigendecomposition in float64 (public: singular value
-   decomposition in float32, later layers' moments after earlier layers were edited).
+1. Keys of earlier edits live in the overlay and end with it. In the public code they survive every
+   rollback, and so does the projection, whatever model comes next.
+2. ``P`` comes from the second moments of the pristine model, by an eigendecomposition in float64
+   (public: singular value decomposition in float32, later layers' moments after earlier layers were
+   edited).
 3. The closed form is solved in float64 (public: float32).
-4. The keys of an edit join ``Kp`` as the edited model has them, all layers changed (as in the public code).
-5. ``mom2_update_weight``, ``mom2_adjustment``, ``v_loss_layer``, ``layer_selection`` and ``P_loc`` are dropped: the first four
-   have no effect in the public code, the last is a cache file.
+4. The keys of an edit join ``Kp`` as the edited model has them, all layers changed (as in the
+   public code).
+5. ``mom2_update_weight``, ``mom2_adjustment``, ``v_loss_layer``, ``layer_selection`` and ``P_loc``
+   are dropped: the first four have no effect in the public code, the last is a cache file.
 6. ``key_average`` and the points 1 and 5 to 8 of ROME's list, as in MEMIT.
 """
 
@@ -37,7 +43,14 @@ from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.methods.families.locate import facts_of, lane_chunks, moment_value, observe, template_spec
-from workers.methods.families.spread import SOLVE_BYTES, SpreadConfig, SpreadMethod, by_lane, moment_specs, sites_of
+from workers.methods.families.spread import (
+    SOLVE_BYTES,
+    SpreadConfig,
+    SpreadMethod,
+    by_lane,
+    moment_specs,
+    sites_of,
+)
 from workers.model.base import BaseModel, Site
 from workers.model.config import ModelShape
 from workers.model.overlay import LaneState, LowRankOverlay
@@ -82,7 +95,8 @@ class AlphaEditConfig(SpreadConfig):
 
 
 class AlphaEditOverlay(LowRankOverlay):
-    """The change, and per map the keys of all edits so far: a list, or their sum of outer products."""
+    """The change, and per map the keys of all edits so far: a list, or their sum of outer
+    products."""
 
     def __init__(self, sites: Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
         super().__init__(sites, lanes, dtype)
@@ -116,7 +130,9 @@ class AlphaEditOverlay(LowRankOverlay):
             keys_IM, sum_II = (state.tensors.get(f"{site.name}/{what}") for what in ("keys", "sum"))
             if keys_IM is None:  # a pristine lane among edited ones
                 keys_IM = keys_LIM.new_zeros(keys_LIM.shape[1:])
-            if keys_IM.shape[1] != keys_LIM.shape[2]:  # lanes are in lockstep: the first one restored sets it for all
+            if (
+                keys_IM.shape[1] != keys_LIM.shape[2]
+            ):  # lanes are in lockstep: the first one restored sets it for all
                 keys_LIM = keys_LIM.new_zeros(self.lanes, *keys_IM.shape)
             keys_LIM[lane] = keys_IM.to(keys_LIM)
             self.keys_LIM[site.name] = keys_LIM
@@ -135,7 +151,8 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig, AlphaEditOverlay]):
     name: ClassVar[str] = "alphaedit"
     title: ClassVar[str] = "AlphaEdit"
     paper: ClassVar[str] = (
-        "Fang et al., AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355"
+        "Fang et al., AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv "
+        "2410.02355"
     )
     version: ClassVar[int] = 1
     relative_cost: ClassVar[float] = 1.5
@@ -202,8 +219,9 @@ def alphaedit_keys(
     L2: float,
     limit: int = SOLVE_BYTES,
 ) -> Tensor:
-    """``((P (Kp Kp^T + K K^T) + L2 I)^-1 P K)^T`` of every lane, (L, N, I), float64. ``Kp Kp^T`` is ``sum_LII`` and the outer
-    products of ``kept_LIM``. At most ``limit`` bytes of temporaries, or one lane."""
+    """``((P (Kp Kp^T + K K^T) + L2 I)^-1 P K)^T`` of every lane, (L, N, I), float64. ``Kp Kp^T`` is
+    ``sum_LII`` and the outer products of ``kept_LIM``. At most ``limit`` bytes of temporaries, or
+    one lane."""
     lanes, in_features, count = keys_LIN.shape
     columns = kept_LIM.shape[2] + count
     projection_II = projection_II.double()

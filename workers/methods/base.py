@@ -1,11 +1,12 @@
-"""The interface of an editing method. One method, one file: its config, its mathematics, its citation.
+"""The interface of an editing method. One method, one file: its config, its mathematics, its
+citation.
 
 >>> editor = FT.prepare(base, FTConfig(layers=(3,)), inputs={})
 >>> overlay = editor.new_overlay(lanes=2)
 >>> outcomes = editor.edit(overlay, [LaneEdit((request_a,), draws_a), LaneEdit((request_b,), draws_b)])
 
-A prepared method is immutable: whatever an edit changes lives in the overlay. All lanes edit in lockstep, each its own
-requests; a lane's result does not depend on the lanes beside it.
+A prepared method is immutable: whatever an edit changes lives in the overlay. All lanes edit in
+lockstep, each its own requests; a lane's result does not depend on the lanes beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from pydantic import AfterValidator, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
@@ -51,32 +58,43 @@ class ArtifactContext:
     training: TrainingSource | None = None
     """The data that networks learn from, where a method has any."""
     corpora: CorpusHashes = field(default_factory=CorpusHashes)
-    """Shared between contexts, so that a corpus is read once whatever the number of layers, seeds and methods."""
+    """Shared between contexts, so that a corpus is read once whatever the number of layers, seeds
+    and methods."""
 
     @property
     def model_recipe(self) -> dict[str, JSON]:
         """The part of a recipe that names the base model."""
-        return {"model": self.fingerprint.model, "tokenizer": self.fingerprint.tokenizer, "dtype": self.model.dtype}
+        return {
+            "model": self.fingerprint.model,
+            "tokenizer": self.fingerprint.tokenizer,
+            "dtype": self.model.dtype,
+        }
 
 
 ADDED_LATER = "added later"
-"""Marks a field that configs hashed before did not have: at its default it enters neither cell ids nor random numbers."""
+"""Marks a field that configs hashed before did not have: at its default it enters neither cell ids
+nor random numbers."""
 
 
 class Deviations(Frozen):
-    """Single switches, each off by default, for what a method's public code does and its paper does not.
+    """Single switches, each off by default, for what a method's public code does and its paper does
+    not.
 
-    They exist for parity tests. A user writes ``protocol: easyedit``, which turns on all of a method's.
+    They exist for parity tests. A user writes ``protocol: easyedit``, which turns on all of a
+    method's.
     """
 
 
 class MethodConfig(Frozen):
-    """Hyperparameters of one method, and what follows from them without weights. Frozen, unknown keys refused.
+    """Hyperparameters of one method, and what follows from them without weights. Frozen, unknown
+    keys refused.
 
-    A config tells the planner what the method needs: arithmetic on the model's :class:`ModelShape`, no tensors.
+    A config tells the planner what the method needs: arithmetic on the model's :class:`ModelShape`,
+    no tensors.
 
-    ``easyedit_keys`` maps keys of an EasyEdit hyperparameter YAML to ours (or to :data:`IGNORED`); keys of the same name
-    and meaning need no entry. A key in neither place is refused with a clear error.
+    ``easyedit_keys`` maps keys of an EasyEdit hyperparameter YAML to ours (or to :data:`IGNORED`);
+    keys of the same name and meaning need no entry. A key in neither place is refused with a clear
+    error.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,7 +103,8 @@ class MethodConfig(Frozen):
     alg_names: ClassVar[tuple[str, ...]] = ()
     """Values of EasyEdit's ``alg_name`` this method answers to."""
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({})
-    """Values that ``protocol: easyedit`` sets: for what EasyEdit's code does and its hyperparameter files do not say."""
+    """Values that ``protocol: easyedit`` sets: for what EasyEdit's code does and its hyperparameter
+    files do not say."""
 
     # --- deviations, and the written form ---
 
@@ -99,7 +118,8 @@ class MethodConfig(Frozen):
 
     @classmethod
     def nested(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
-        """``values`` with single deviations moved into ``deviations``. Raises ValueError for one that stands in both places."""
+        """``values`` with single deviations moved into ``deviations``. Raises ValueError for one
+        that stands in both places."""
         flat = [name for name in cls.switches() if name in values]
         group = values.get("deviations", {})
         if not flat or not isinstance(group, Mapping):
@@ -128,14 +148,17 @@ class MethodConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _accept_flat(cls, values: Any) -> Any:
-        """Version 0.1 had the deviations among the hyperparameters: its specs and manifests stay valid."""
+        """Version 0.1 had the deviations among the hyperparameters: its specs and manifests stay
+        valid."""
         return cls.nested(values) if isinstance(values, Mapping) else values
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, JSON]:
-        """Deviations stand among the hyperparameters: cell ids, manifests and random numbers derive from this form.
+        """Deviations stand among the hyperparameters: cell ids, manifests and random numbers derive
+        from this form.
 
-        Fields that were :data:`ADDED_LATER` are left out at their default, so that ids of earlier versions stay.
+        Fields that were :data:`ADDED_LATER` are left out at their default, so that ids of earlier
+        versions stay.
         """
         written: dict[str, JSON] = {}
         for name, value in _without_added(self, handler(self)).items():
@@ -145,13 +168,16 @@ class MethodConfig(Frozen):
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        """Translate the mapping of an EasyEdit YAML into our hyperparameters. Raises :class:`SpecError`.
+        """Translate the mapping of an EasyEdit YAML into our hyperparameters. Raises
+        :class:`SpecError`.
 
         Subclasses override to convert values; they call this for the keys.
         """
         alg = values.get("alg_name")
         if alg is not None and alg not in cls.alg_names:
-            raise SpecError(f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}")
+            raise SpecError(
+                f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}"
+            )
         table = {**COMMON_KEYS, **cls.easyedit_keys}
         out: dict[str, JSON] = {}
         for key, value in values.items():
@@ -159,7 +185,8 @@ class MethodConfig(Frozen):
             if ours is None:
                 known = sorted({*table, *cls.model_fields})
                 raise SpecError(
-                    f"{source}: {key}: has no meaning for this method (value {value!r}); known: {', '.join(known)}"
+                    f"{source}: {key}: has no meaning for this method (value {value!r}); known: "
+                    f"{', '.join(known)}"
                 )
             if ours != IGNORED:
                 out[ours] = value
@@ -168,10 +195,12 @@ class MethodConfig(Frozen):
     # --- the planner's questions ---
 
     def check(self, shape: ModelShape) -> None:
-        """Raise :class:`SpecError` where the config does not fit the model (layer index, module name)."""
+        """Raise :class:`SpecError` where the config does not fit the model (layer index, module
+        name)."""
 
     def check_edits(self, shape: ModelShape, edits: int) -> None:
-        """Raise :class:`SpecError` where one lane cannot hold so many edits between two rollbacks."""
+        """Raise :class:`SpecError` where one lane cannot hold so many edits between two
+        rollbacks."""
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         """The artifacts to build before an edit, each under its own name."""
@@ -184,12 +213,14 @@ class MethodConfig(Frozen):
 
     @property
     def first_layer(self) -> int:
-        """The lowest decoder layer with an edited map: an edit's steps run from there on. 0, the dearest, if there is none."""
+        """The lowest decoder layer with an edited map: an edit's steps run from there on. 0, the
+        dearest, if there is none."""
         return 0
 
     @property
     def rows_per_edit(self) -> int:
-        """Sequences of one request in an optimisation step: its prompt, one more for locality, and one per context template."""
+        """Sequences of one request in an optimisation step: its prompt, one more for locality, and
+        one per context template."""
         return 2
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
@@ -197,7 +228,8 @@ class MethodConfig(Frozen):
         return 0
 
     def shared_bytes(self, shape: ModelShape) -> int:
-        """Estimated bytes that all lanes share beside the base: artifacts, and what :meth:`Method.prepare` makes of them."""
+        """Estimated bytes that all lanes share beside the base: artifacts, and what
+        :meth:`Method.prepare` makes of them."""
         return 0
 
 
@@ -206,19 +238,22 @@ def _without_added(model: Frozen, written: Mapping[str, JSON]) -> dict[str, JSON
     at_default = {
         name
         for name, field in fields.items()
-        if ADDED_LATER in field.metadata and getattr(model, name) == field.get_default(call_default_factory=True)
+        if ADDED_LATER in field.metadata
+        and getattr(model, name) == field.get_default(call_default_factory=True)
     }
     return {name: value for name, value in written.items() if name not in at_default}
 
 
 @dataclass(frozen=True)
 class LaneEdit:
-    """One lane's part of one call: its requests (``batch_size`` of them) and the random numbers it may use."""
+    """One lane's part of one call: its requests (``batch_size`` of them) and the random numbers it
+    may use."""
 
     requests: tuple[EditRequest, ...]
     streams: RandomStreams
     inputs: Mapping[str, ArtifactData] = field(default_factory=dict)
-    """The artifacts of the lane's own cell, by the name the method gave them (they may differ by seed)."""
+    """The artifacts of the lane's own cell, by the name the method gave them (they may differ by
+    seed)."""
 
 
 @dataclass(frozen=True)
@@ -235,9 +270,11 @@ OverlayT = TypeVar("OverlayT", bound=Overlay)
 
 
 class Method(ABC, Generic[C, OverlayT]):
-    """An editing method. Class attributes describe it; an instance is one prepared for a base model and a config.
+    """An editing method. Class attributes describe it; an instance is one prepared for a base model
+    and a config.
 
-    ``C`` is its config and ``OverlayT`` the overlay that it edits: the one that :meth:`new_overlay` makes, and no other.
+    ``C`` is its config and ``OverlayT`` the overlay that it edits: the one that :meth:`new_overlay`
+    makes, and no other.
     """
 
     name: ClassVar[str]
@@ -249,7 +286,8 @@ class Method(ABC, Generic[C, OverlayT]):
     batch_edits: ClassVar[bool] = False
     """True if several requests can be edited in one call."""
     whole_group: ClassVar[bool] = False
-    """True if a call always edits all T requests of a group (then there is nothing between the first and the last)."""
+    """True if a call always edits all T requests of a group (then there is nothing between the
+    first and the last)."""
     relative_cost: ClassVar[float] = 1.0
     """Rough seconds per edit relative to FT, for ordering shards before anything was measured."""
     Config: ClassVar[type[MethodConfig]]
@@ -261,7 +299,8 @@ class Method(ABC, Generic[C, OverlayT]):
 
     @classmethod
     def prepare(cls, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> Self:
-        """Make everything that edits share. ``inputs`` holds, by name, what :meth:`MethodConfig.artifacts` asked for."""
+        """Make everything that edits share. ``inputs`` holds, by name, what
+        :meth:`MethodConfig.artifacts` asked for."""
         return cls(base, config, inputs)
 
     @abstractmethod
@@ -286,7 +325,8 @@ class Method(ABC, Generic[C, OverlayT]):
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:
-        """An untrained trainer, for methods that ask for :func:`workers.artifacts.pretrain.pretrained` with these ``hparams``.
+        """An untrained trainer, for methods that ask for
+        :func:`workers.artifacts.pretrain.pretrained` with these ``hparams``.
 
         ``generator`` is for its initial weights.
         """

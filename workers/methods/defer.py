@@ -1,23 +1,28 @@
-"""DEFER: a scope classifier in front of a small trained map that answers instead of one linear map of the base.
+"""DEFER: a scope classifier in front of a small trained map that answers instead of one linear map
+of the base.
 
-The baseline of that name in Hartvigsen et al., Aging with GRACE, arXiv 2211.11031, which describes it as a simpler SERAC.
-Beside a linear map ``W`` stand a gate ``g(q) = sigmoid(a q + b)`` and a map ``P(q) = V q + c``, where ``q`` is the input of
-``W`` at one token of the row. A row with ``g(q) >= threshold`` gets ``P(q)`` at all its tokens; every other row passes
-untouched. An edit trains ``a, b, V, c`` together by Adam (fresh for each edit) on the mean over the target's tokens of
-``-log P(target_j | prompt, target_<j)``, with the soft answer ``g P(q) + (1 - g) W x`` so that the gate gets gradients.
-Nothing tells the gate what lies out of scope: locality is poor at small T, which the records show, too.
+The baseline of that name in Hartvigsen et al., Aging with GRACE, arXiv 2211.11031, which describes
+it as a simpler SERAC. Beside a linear map ``W`` stand a gate ``g(q) = sigmoid(a q + b)`` and a map
+``P(q) = V q + c``, where ``q`` is the input of ``W`` at one token of the row. A row with ``g(q) >=
+threshold`` gets ``P(q)`` at all its tokens; every other row passes untouched. An edit trains ``a,
+b, V, c`` together by Adam (fresh for each edit) on the mean over the target's tokens of ``-log
+P(target_j | prompt, target_<j)``, with the soft answer ``g P(q) + (1 - g) W x`` so that the gate
+gets gradients. Nothing tells the gate what lies out of scope: locality is poor at small T, which
+the records show, too.
 
 Differences from paper and public code, all deliberate:
 
-1. ``q`` is the input at the last *prompt* token, so that the decision is the same for scoring and for generation. The
-   public code takes the last token of whatever it is given: in training and in scoring that is the last token of the
-   answer, which leaks it into gate and map (``query: row``).
-2. The parameters are drawn once a lane, at its first edit, from that edit's own generator (uniform in +-1/sqrt(in), what
-   the public code's linear layers start from). The public code draws from the global generator.
-3. A lane that was not edited yet answers as the base does; a rollback drops gate and map. The public code raises on its
-   rollback (golden README, fault 4).
+1. ``q`` is the input at the last *prompt* token, so that the decision is the same for scoring and
+   for generation. The public code takes the last token of whatever it is given: in training and in
+   scoring that is the last token of the answer, which leaks it into gate and map (``query: row``).
+2. The parameters are drawn once a lane, at its first edit, from that edit's own generator (uniform
+   in +-1/sqrt(in), what the public code's linear layers start from). The public code draws from the
+   global generator.
+3. A lane that was not edited yet answers as the base does; a rollback drops gate and map. The
+   public code raises on its rollback (golden README, fault 4).
 
-Not checked: the paper's own text was not at hand, its description is from memory; numbers are checked against records.
+Not checked: the paper's own text was not at hand, its description is from memory; numbers are
+checked against records.
 """
 
 from __future__ import annotations
@@ -49,12 +54,17 @@ class DEFERConfig(MethodConfig):
     """Hyperparameters of DEFER."""
 
     layer: int = Field(ge=0, description="decoder layer that gets gate and map")
-    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    module: str | None = Field(
+        None, description="linear map inside the layer; null: the MLP's output projection"
+    )
     lr: float = Field(7e-5, gt=0, description="Adam's step size")
     n_iter: int = Field(100, ge=1, description="optimiser steps of one edit")
-    threshold: float = Field(0.5, ge=0, le=1, description="least gate at which a row is answered by the small map")
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="least gate at which a row is answered by the small map"
+    )
     query: Query = Field(
-        "prompt", description="the token gate and map read: the last of the prompt, or of the whole row (public code)"
+        "prompt",
+        description="the token gate and map read: the last of the prompt, or of the whole row (public code)",
     )
 
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({"query": "row"})
@@ -136,7 +146,9 @@ class Deferral(Overlay):
         """Draw a lane's first parameters."""
         bound = self.map_LOI.shape[2] ** -0.5
         for tensor in self.parameters.values():
-            drawn = torch.rand(tensor.shape[1:], generator=generator)  # on the CPU: the same numbers on every device
+            drawn = torch.rand(
+                tensor.shape[1:], generator=generator
+            )  # on the CPU: the same numbers on every device
             tensor[lane] = ((2 * drawn - 1) * bound).to(tensor)
         self.edited[lane] = True
 
@@ -162,7 +174,9 @@ class DEFER(Method[DEFERConfig, Deferral]):
 
     name: ClassVar[str] = "defer"
     title: ClassVar[str] = "DEFER"
-    paper: ClassVar[str] = "Hartvigsen et al., Aging with GRACE, NeurIPS 2023, arXiv 2211.11031 (its baseline Defer)"
+    paper: ClassVar[str] = (
+        "Hartvigsen et al., Aging with GRACE, NeurIPS 2023, arXiv 2211.11031 (its baseline Defer)"
+    )
     version: ClassVar[int] = 1
     relative_cost: ClassVar[float] = 0.6
     Config: ClassVar[type[MethodConfig]] = DEFERConfig

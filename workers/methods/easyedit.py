@@ -11,7 +11,8 @@ from workers.inputs import MAX_BYTES, parse_yaml
 from workers.types import JSON, SpecError
 
 IGNORED = ""
-"""In ``easyedit_keys``: the key carries no information for us (a file path, a log setting) and is dropped."""
+"""In ``easyedit_keys``: the key carries no information for us (a file path, a log setting) and is
+dropped."""
 
 
 COMMON_KEYS: Mapping[str, str] = MappingProxyType(
@@ -44,34 +45,57 @@ COMMON_KEYS: Mapping[str, str] = MappingProxyType(
 TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
         (
-            *("archive", "model_class", "alg", "opt", "seed", "half", "max_epochs", "model_save_pt", "save", "silent"),
-            *("verbose", "debug", "eval_only", "final_eval", "log_interval", "eval_log_interval", "val_interval"),
+            *(
+                "archive",
+                "model_class",
+                "alg",
+                "opt",
+                "seed",
+                "half",
+                "max_epochs",
+                "model_save_pt",
+                "save",
+                "silent",
+            ),
+            *(
+                "verbose",
+                "debug",
+                "eval_only",
+                "final_eval",
+                "log_interval",
+                "eval_log_interval",
+                "val_interval",
+            ),
             *("val_batch_size", "val_steps", "early_stop_patience", "early_stop_key"),
         ),
         IGNORED,
     )
 )
-"""Keys of trained methods' files that say how the public trainer logs, saves, stops and validates."""
+"""Keys of trained methods' files that say how the public trainer logs, saves, stops and
+validates."""
 
 _MODULE = re.compile(r"^.*?[.\[](?P<layer>\{\}|\d+)\]?\.(?P<path>.+?)(\.weight)?$")
 
 
 def split_module(name: str, source: str) -> tuple[int | None, str]:
-    """``model.layers[4].mlp.down_proj.weight`` -> (4, "mlp.down_proj"); a template's ``{}`` gives None.
+    """``model.layers[4].mlp.down_proj.weight`` -> (4, "mlp.down_proj"); a template's ``{}`` gives
+    None.
 
     This is how EasyEdit's module names become a layer index and a path inside a decoder layer.
     """
     match = _MODULE.match(name)
     if match is None:
         raise SpecError(
-            f"{source}: {name!r} is not a module inside a decoder layer such as 'model.layers[4].mlp.down_proj.weight'"
+            f"{source}: {name!r} is not a module inside a decoder layer such as "
+            f"'model.layers[4].mlp.down_proj.weight'"
         )
     layer = match["layer"]
     return (None if layer == "{}" else int(layer)), match["path"]
 
 
 def take_inner_param(out: dict[str, JSON], source: str) -> None:
-    """``inner_params`` of methods that edit one map, which ``easyedit_keys`` call ``module``: made ``layer`` and ``module``."""
+    """``inner_params`` of methods that edit one map, which ``easyedit_keys`` call ``module``: made
+    ``layer`` and ``module``."""
     if "module" in out:
         names = out["module"]
         if not isinstance(names, list) or len(names) != 1:

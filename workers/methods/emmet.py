@@ -1,25 +1,32 @@
-"""EMMET: MEMIT's batched edit with ROME's constraint, that every new key is answered by its new value.
+"""EMMET: MEMIT's batched edit with ROME's constraint, that every new key is answered by its new
+value.
 
-Gupta et al., A Unified Framework for Model Editing, arXiv 2403.14236: ROME and MEMIT minimise the same two terms, the change of
-answers to ordinary keys and the error at the new keys; ROME holds the second at zero for one fact, MEMIT weighs it for many.
-EMMET holds it at zero for a whole batch. For the requests of a call,
+Gupta et al., A Unified Framework for Model Editing, arXiv 2403.14236: ROME and MEMIT minimise the
+same two terms, the change of answers to ordinary keys and the error at the new keys; ROME holds the
+second at zero for one fact, MEMIT weighs it for many. EMMET holds it at zero for a whole batch. For
+the requests of a call,
 
-- values are sought at the last edited layer, keys and residuals ``R = (z - h) / (layers still to come)`` are read off the model
-  as it is now, layer by layer, all as in MEMIT (:mod:`workers.methods.families.spread`);
-- a layer's map changes by ``R (K^T C^-1 K)^-1 K^T C^-1``, ``C = E[k k^T]`` over ordinary text. With ``A = C^-1 K`` that is
-  ``R D^-1 A^T``, ``D = K^T A``: rank n for n requests, and ``C`` is factorised once for all lanes and edits.
+- values are sought at the last edited layer, keys and residuals ``R = (z - h) / (layers still to
+  come)`` are read off the model as it is now, layer by layer, all as in MEMIT
+  (:mod:`workers.methods.families.spread`);
+- a layer's map changes by ``R (K^T C^-1 K)^-1 K^T C^-1``, ``C = E[k k^T]`` over ordinary text. With
+  ``A = C^-1 K`` that is ``R D^-1 A^T``, ``D = K^T A``: rank n for n requests, and ``C`` is
+  factorised once for all lanes and edits.
 
 With one request, one layer and ``emmet_lambda: 0`` this is ROME's change for the averaged key.
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not at hand: equations
+are not numbered here.
 
-1. ``D`` gets ``emmet_lambda`` added on its diagonal, as in the authors' code, because requests with nearly the same key make
-   it singular. ``C`` is first multiplied by ``mom2_update_weight``, which cancels where ``emmet_lambda`` is 0 and otherwise
-   scales ``D`` against it: large weights make small edits. Public files hold the value that goes with that scale.
-2. ``D`` that is singular all the same (``emmet_lambda: 0`` and one key twice in a batch) fails its lane. The public code takes
-   the pseudo-inverse in that case.
+1. ``D`` gets ``emmet_lambda`` added on its diagonal, as in the authors' code, because requests with
+   nearly the same key make it singular. ``C`` is first multiplied by ``mom2_update_weight``, which
+   cancels where ``emmet_lambda`` is 0 and otherwise scales ``D`` against it: large weights make
+   small edits. Public files hold the value that goes with that scale.
+2. ``D`` that is singular all the same (``emmet_lambda: 0`` and one key twice in a batch) fails its
+   lane. The public code takes the pseudo-inverse in that case.
 3. Points 1, 2, 3, 5 and 6 of MEMIT's list.
-4. ``layer_selection``, ``v_loss_layer`` and ``mom2_adjustment`` have no effect in the public code and are dropped.
+4. ``layer_selection``, ``v_loss_layer`` and ``mom2_adjustment`` have no effect in the public code
+   and are dropped.
 """
 
 from __future__ import annotations
@@ -43,7 +50,9 @@ class EMMETConfig(SpreadConfig):
     emmet_lambda: float = Field(
         0.1, ge=0, description="added to the diagonal of K^T C^-1 K against ill-conditioned batches"
     )
-    update_norm_lambda: float = Field(0.0, ge=0, description="added to the diagonal of C: bounds the change's norm")
+    update_norm_lambda: float = Field(
+        0.0, ge=0, description="added to the diagonal of C: bounds the change's norm"
+    )
 
     title: ClassVar[str] = "EMMET"
     alg_names: ClassVar[tuple[str, ...]] = ("EMMET",)

@@ -1,24 +1,30 @@
-"""FT: fine-tuning of a few linear maps on the request itself, with an optional box around the starting weights.
+"""FT: fine-tuning of a few linear maps on the request itself, with an optional box around the
+starting weights.
 
 The weights ``W`` of the chosen maps minimise, by Adam with early stopping,
 
-- ``target_new`` (FT-M): the mean over the target's tokens of ``-log P(target_j | prompt, target_<j)``;
-- ``prompt_last`` (FT-L): the mean over the target's tokens of ``-log P(target_j | prompt)``, every token scored at the
-  last prompt position, as the code published with ROME does (its "FT"/"FT+L" baselines);
+- ``target_new`` (FT-M): the mean over the target's tokens of ``-log P(target_j | prompt,
+  target_<j)``;
+- ``prompt_last`` (FT-L): the mean over the target's tokens of ``-log P(target_j | prompt)``, every
+  token scored at the last prompt position, as the code published with ROME does (its "FT"/"FT+L"
+  baselines);
 
-after every step ``W`` is clamped to ``W0 - c <= W <= W0 + c`` if ``norm_constraint`` is ``c``: the projection onto the
-L-infinity ball of Zhu et al., Modifying Memories in Transformer Models, arXiv 2012.00363 (constrained
-fine-tuning). The names FT-L and FT-M are those of Zhang et al., arXiv 2401.01286.
+after every step ``W`` is clamped to ``W0 - c <= W <= W0 + c`` if ``norm_constraint`` is ``c``: the
+projection onto the L-infinity ball of Zhu et al., Modifying Memories in Transformer Models, arXiv
+2012.00363 (constrained fine-tuning). The names FT-L and FT-M are those of Zhang et al., arXiv
+2401.01286.
 
 Differences from paper and public code, all deliberate:
 
-1. ``W0`` is the pristine weight, as in Zhu et al., for the whole sequence of edits. The public code clamps around the
-   weight before each edit, so that a sequence of T edits may drift by ``T * c``: ``constraint_around: edit``.
-2. Target tokens are those of ``prompt + " " + target`` tokenised jointly. The public FT-L tokenises the target alone:
-   a tokenizer that adds BOS then makes BOS a target (golden README, fault 7): ``deviations: {public_bos: true}``.
+1. ``W0`` is the pristine weight, as in Zhu et al., for the whole sequence of edits. The public code
+   clamps around the weight before each edit, so that a sequence of T edits may drift by ``T * c``:
+   ``constraint_around: edit``.
+2. Target tokens are those of ``prompt + " " + target`` tokenised jointly. The public FT-L tokenises
+   the target alone: a tokenizer that adds BOS then makes BOS a target (golden README, fault 7):
+   ``deviations: {public_bos: true}``.
 3. Padding is never a target (the public FT-L scores padding tokens in batches).
-4. Only the weight is trained. Where a public YAML names a module without ``.weight`` (gpt2-xl, gpt-j), the public code
-   trains its bias too.
+4. Only the weight is trained. Where a public YAML names a module without ``.weight`` (gpt2-xl,
+   gpt-j), the public code trains its bias too.
 5. ``kl_factor`` is in every public YAML, is read by nobody, and is accepted as 0 only.
 """
 
@@ -44,25 +50,35 @@ from workers.types import JSON, EditRequest, SpecError
 class FTDeviations(Deviations):
     """Switches to the public code."""
 
-    public_bos: bool = Field(False, description="prompt_last: tokenise the target alone, BOS included (public code)")
+    public_bos: bool = Field(
+        False, description="prompt_last: tokenise the target alone, BOS included (public code)"
+    )
 
 
 class FTConfig(MethodConfig):
     """Hyperparameters of FT-L and FT-M."""
 
     layers: Layers = Field(min_length=1, description="decoder layers whose map is trained")
-    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    module: str | None = Field(
+        None, description="linear map inside the layer; null: the MLP's output projection"
+    )
     objective: Literal["target_new", "prompt_last"] = Field(
-        "target_new", description="target_new: FT-M; prompt_last: FT-L, every token at the last prompt position"
+        "target_new",
+        description="target_new: FT-M; prompt_last: FT-L, every token at the last prompt position",
     )
     num_steps: int = Field(25, ge=1, description="optimiser steps at most")
     lr: float = Field(5e-4, gt=0, description="Adam's step size")
     weight_decay: float = Field(0.0, ge=0, description="L2 decay added to the gradient")
-    norm_constraint: float | None = Field(None, gt=0, description="largest change of one weight; null: no constraint")
-    constraint_around: Literal["base", "edit"] = Field(
-        "base", description="base: the pristine weight (paper); edit: the weight before each edit (public code)"
+    norm_constraint: float | None = Field(
+        None, gt=0, description="largest change of one weight; null: no constraint"
     )
-    deviations: FTDeviations = Field(FTDeviations(), description="single switches to the public code, for parity tests")
+    constraint_around: Literal["base", "edit"] = Field(
+        "base",
+        description="base: the pristine weight (paper); edit: the weight before each edit (public code)",
+    )
+    deviations: FTDeviations = Field(
+        FTDeviations(), description="single switches to the public code, for parity tests"
+    )
 
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
         {"constraint_around": "edit", "deviations": {"public_bos": True}}
@@ -147,7 +163,9 @@ class FT(Method[FTConfig, DenseOverlay]):
             return with_target(base, request)
         pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
         prompt = base.encoder.prompt(request.prompt)
-        target = base.encoder.text(f" {request.target_new}") if self.config.deviations.public_bos else pair.target
+        target = (
+            base.encoder.text(f" {request.target_new}") if self.config.deviations.public_bos else pair.target
+        )
         return Example(Encoded(prompt, len(prompt)), target, len(prompt) - 1, step=0)
 
     def _boxes(self, overlay: DenseOverlay) -> list[Box]:

@@ -1,30 +1,35 @@
 """FT-EWC: fine-tuning held near the pristine weights where the model's own text depends on them.
 
-Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, arXiv 1612.00796: what an earlier task taught is
-kept by a quadratic penalty whose stiffness is the diagonal of the Fisher information,
+Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, arXiv 1612.00796: what an
+earlier task taught is kept by a quadratic penalty whose stiffness is the diagonal of the Fisher
+information,
 
 ``L(W) = NLL(W) + ew_lambda / 2 * sum_i F_i (W_i - W*_i)^2``.
 
-The earlier task is the model's pretraining: ``F`` is taken over a text corpus (:mod:`workers.artifacts.fisher`, an
-artifact) at the pristine weights, which are ``W*``. ``NLL`` is that of FT-M: the mean over the target's tokens of
-``-log P(target_j | prompt, target_<j)``. As a baseline of continual editing: Lin et al., On Continual Model Refinement
-in Out-of-Distribution Data Streams (2022), and Hartvigsen et al., arXiv 2211.11031 ("FT+EWC").
+The earlier task is the model's pretraining: ``F`` is taken over a text corpus
+(:mod:`workers.artifacts.fisher`, an artifact) at the pristine weights, which are ``W*``. ``NLL`` is
+that of FT-M: the mean over the target's tokens of ``-log P(target_j | prompt, target_<j)``. As a
+baseline of continual editing: Lin et al., On Continual Model Refinement in Out-of-Distribution Data
+Streams (2022), and Hartvigsen et al., arXiv 2211.11031 ("FT+EWC").
 
 Choices, and differences from the code published with GRACE:
 
-1. Neither ``F`` nor ``W*`` changes with an edit, so a sequence of T edits is held near the model it started from, and the
-   penalty protects what the model knew, not earlier edits. The public code takes both anew at every edit, from the ten most
-   recent edits and the present weights: nothing then holds the original knowledge. The 2017 paper adds one penalty per
-   earlier task; with an edit as a task this would be a dense Fisher per lane.
+1. Neither ``F`` nor ``W*`` changes with an edit, so a sequence of T edits is held near the model it
+   started from, and the penalty protects what the model knew, not earlier edits. The public code
+   takes both anew at every edit, from the ten most recent edits and the present weights: nothing
+   then holds the original knowledge. The 2017 paper adds one penalty per earlier task; with an edit
+   as a task this would be a dense Fisher per lane.
 2. ``ew_lambda / 2``, as in the paper; the public code has no half.
-3. The public code divides its sums by the number of texts it remembers, not by how many there were, so early in a stream the
-   point that it pulls towards is a fraction of the weights. There is no such thing here.
-4. A lane stops when the request's own loss (without the penalty) is below 0.01, as FT does; the public code stops when every
-   target token is the likeliest one.
-5. The squared gradient is that of a text's mean loss per token (as in the public code), not of its sum: the scale of
-   ``ew_lambda`` depends on it.
+3. The public code divides its sums by the number of texts it remembers, not by how many there were,
+   so early in a stream the point that it pulls towards is a fraction of the weights. There is no
+   such thing here.
+4. A lane stops when the request's own loss (without the penalty) is below 0.01, as FT does; the
+   public code stops when every target token is the likeliest one.
+5. The squared gradient is that of a text's mean loss per token (as in the public code), not of its
+   sum: the scale of ``ew_lambda`` depends on it.
 
-The papers' texts were not at hand; the penalty and the public differences were checked against the published code only.
+The papers' texts were not at hand; the penalty and the public differences were checked against the
+published code only.
 """
 
 from __future__ import annotations
@@ -50,14 +55,18 @@ class FTEWCConfig(MethodConfig):
     """Hyperparameters of FT-EWC."""
 
     layers: Layers = Field(min_length=1, description="decoder layers whose map is trained")
-    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    module: str | None = Field(
+        None, description="linear map inside the layer; null: the MLP's output projection"
+    )
     num_steps: int = Field(25, ge=1, description="optimiser steps at most")
     lr: float = Field(5e-4, gt=0, description="Adam's step size")
     ew_lambda: float = Field(300.0, ge=0, description="stiffness of the penalty; 0: plain FT-M")
     corpus: str | None = Field(
         None, description="text (one a line) or JSONL file; null: the embedded model's own, for it alone"
     )
-    samples: int = Field(1000, ge=1, description="texts of the corpus that the Fisher information is taken over")
+    samples: int = Field(
+        1000, ge=1, description="texts of the corpus that the Fisher information is taken over"
+    )
     precision: Literal["float32", "float64"] = Field("float32", description="precision it is summed in")
 
     @property
@@ -109,7 +118,9 @@ class FTEWC(Method[FTEWCConfig, DenseOverlay]):
 
     name: ClassVar[str] = "ft-ewc"
     title: ClassVar[str] = "FT-EWC"
-    paper: ClassVar[str] = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, arXiv 1612.00796"
+    paper: ClassVar[str] = (
+        "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, arXiv 1612.00796"
+    )
     version: ClassVar[int] = 1
     batch_edits: ClassVar[bool] = True
     relative_cost: ClassVar[float] = 1.2
@@ -119,7 +130,8 @@ class FTEWC(Method[FTEWCConfig, DenseOverlay]):
         super().__init__(base, config, inputs)
         self._sites = [base.site(layer, config.module) for layer in config.layers]
         self._fisher_OI = [
-            inputs[_artifact(layer)].tensors["fisher"].to(base.device, base.master_dtype) for layer in config.layers
+            inputs[_artifact(layer)].tensors["fisher"].to(base.device, base.master_dtype)
+            for layer in config.layers
         ]
         self._anchor_OI = [site.weight_OI.to(base.master_dtype) for site in self._sites]
 
@@ -142,7 +154,11 @@ class FTEWC(Method[FTEWCConfig, DenseOverlay]):
         return [
             EditOutcome(count, loss, {"first_loss": first, "penalty": held})
             for count, loss, first, held in zip(
-                found.steps_L.tolist(), found.loss_L.tolist(), found.first_L.tolist(), held_L.tolist(), strict=True
+                found.steps_L.tolist(),
+                found.loss_L.tolist(),
+                found.first_L.tolist(),
+                held_L.tolist(),
+                strict=True,
             )
         ]
 
@@ -150,7 +166,9 @@ class FTEWC(Method[FTEWCConfig, DenseOverlay]):
         """``ew_lambda / 2 * sum_i F_i (W_i - W*_i)^2`` of each lane, (K,)."""
         held_K = [
             (fisher_OI * (weight_KOI - anchor_OI).square()).sum((1, 2))
-            for weight_KOI, fisher_OI, anchor_OI in zip(weights_KOI, self._fisher_OI, self._anchor_OI, strict=True)
+            for weight_KOI, fisher_OI, anchor_OI in zip(
+                weights_KOI, self._fisher_OI, self._anchor_OI, strict=True
+            )
         ]
         return self.config.ew_lambda / 2 * torch.stack(held_K).sum(0)
 

@@ -1,36 +1,41 @@
 """GRACE: a codebook of activations beside one linear map; no weight changes.
 
-Hartvigsen et al., Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors, arXiv 2211.11031. An
-entry is a key ``k`` (the map's input at the last prompt token), a value ``v`` (what the map answers there instead of
-``W k``), a deferral radius ``e`` and the label it was learned for. A row whose own last prompt token ``h`` lies
-within the radius of its nearest key, ``|h - k*| <= e*``, gets ``v*``; every other row passes untouched. An edit
-(section 3, Algorithm 1) takes the nearest key ``k*`` at distance ``d`` and
+Hartvigsen et al., Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors, arXiv
+2211.11031. An entry is a key ``k`` (the map's input at the last prompt token), a value ``v`` (what
+the map answers there instead of ``W k``), a deferral radius ``e`` and the label it was learned for.
+A row whose own last prompt token ``h`` lies within the radius of its nearest key, ``|h - k*| <=
+e*``, gets ``v*``; every other row passes untouched. An edit (section 3, Algorithm 1) takes the
+nearest key ``k*`` at distance ``d`` and
 
 - **adds** ``(h, v, e_init)`` if there is none or ``d > e* + e_init``;
-- else, with the same label, **expands** ``e*`` to ``d`` (coverage), or also moves ``k*`` half-way to ``h`` (moving
-  average);
+- else, with the same label, **expands** ``e*`` to ``d`` (coverage), or also moves ``k*`` half-way
+  to ``h`` (moving average);
 - else **splits**: ``e* = d / 2``, and ``(h, v, d / 2)`` is added.
 
-``v`` is trained by Adam on the mean over the target's tokens of ``-log P(target_j | prompt, target_<j)``.
+``v`` is trained by Adam on the mean over the target's tokens of ``-log P(target_j | prompt,
+target_<j)``.
 
 Differences from paper and public code, all deliberate:
 
-1. The cold start is drawn once per edit, from the edit's own generator. The public code draws one at every forward,
-   scoring included (golden README, fault 9).
-2. Labels are compared token by token. The public code compares the mean of the label ids, so that permutations and
-   coincidences count as the same.
-3. An edit that falls on an entry with its own label goes on training that entry's value from where it is (the
-   authors' code does so, too); ``train_matched: false`` leaves it. The public code may fail there with "does not
-   require grad" (fault 9).
-4. Two edits of one prompt with different targets: splitting at ``d = 0`` would leave two entries of radius 0, which
-   no recomputed activation hits. The later edit takes the entry over, with a fresh value and the old radius (rule
-   "replace").
-5. Splitting gives both entries ``d / 2``, as in the paper; the public code makes the older one 1e-5 smaller.
-6. The key is the last *real prompt* token of every row, in teacher forcing as in generation. The public code takes
-   the column of the last edit, which is right only for single, unpadded rows.
-7. ``replace_prompt`` covers the whole prompt (public: all of it but the last token); ``replace_all`` all real tokens.
-8. ``val_train: sgd`` only (in the public code, too, that means Adam); perturbed training, ``val_reg`` and ``dropout``
-   are either not implemented there or without effect, and are refused here unless they are off.
+1. The cold start is drawn once per edit, from the edit's own generator. The public code draws one
+   at every forward, scoring included (golden README, fault 9).
+2. Labels are compared token by token. The public code compares the mean of the label ids, so that
+   permutations and coincidences count as the same.
+3. An edit that falls on an entry with its own label goes on training that entry's value from where
+   it is (the authors' code does so, too); ``train_matched: false`` leaves it. The public code may
+   fail there with "does not require grad" (fault 9).
+4. Two edits of one prompt with different targets: splitting at ``d = 0`` would leave two entries of
+   radius 0, which no recomputed activation hits. The later edit takes the entry over, with a fresh
+   value and the old radius (rule "replace").
+5. Splitting gives both entries ``d / 2``, as in the paper; the public code makes the older one 1e-5
+   smaller.
+6. The key is the last *real prompt* token of every row, in teacher forcing as in generation. The
+   public code takes the column of the last edit, which is right only for single, unpadded rows.
+7. ``replace_prompt`` covers the whole prompt (public: all of it but the last token);
+   ``replace_all`` all real tokens.
+8. ``val_train: sgd`` only (in the public code, too, that means Adam); perturbed training,
+   ``val_reg`` and ``dropout`` are either not implemented there or without effect, and are refused
+   here unless they are off.
 
 The paper's text was not at hand: numbers of equations and algorithms are from memory.
 """
@@ -70,18 +75,24 @@ class GRACEConfig(MethodConfig):
     """Hyperparameters of GRACE."""
 
     layer: int = Field(ge=0, description="decoder layer that gets the codebook")
-    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    module: str | None = Field(
+        None, description="linear map inside the layer; null: the MLP's output projection"
+    )
     lr: float = Field(1.0, gt=0, description="Adam's step size for a value")
     n_iter: int = Field(50, ge=1, description="optimiser steps of one edit")
     eps: float = Field(1.0, gt=0, description="initial deferral radius of a new key")
     val_init: Literal["cold", "warm"] = Field(
         "cold", description="first value: uniform in [0, 1), or what the map answers at the key"
     )
-    replacement: Replacement = Field("replace_last", description="which tokens of a matching row get the value")
+    replacement: Replacement = Field(
+        "replace_last", description="which tokens of a matching row get the value"
+    )
     eps_expand: Literal["coverage", "moving_average"] = Field(
         "coverage", description="how an entry of the same label grows to cover a new edit"
     )
-    train_matched: bool = Field(True, description="go on training the value of an entry that the edit falls on")
+    train_matched: bool = Field(
+        True, description="go on training the value of an entry that the edit falls on"
+    )
 
     alg_names: ClassVar[tuple[str, ...]] = ("GRACE",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -95,7 +106,8 @@ class GRACEConfig(MethodConfig):
             "dropout": (0, 0.0),
         }
     )
-    """Keys of a public YAML that are accepted with these values only: nothing else is implemented."""
+    """Keys of a public YAML that are accepted with these values only: nothing else is
+    implemented."""
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -148,8 +160,11 @@ class Codebook(Overlay):
         return torch.where(where_BS[:, :, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
 
     def _answer(self, x_BSI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-        """For each row the nearest entry's value, (B, O), and whether its radius covers the row, (B,)."""
-        query_BI = x_BSI[torch.arange(rows.size, device=x_BSI.device), rows.prompt_end_B].to(self.keys_LJI.dtype)
+        """For each row the nearest entry's value, (B, O), and whether its radius covers the row,
+        (B,)."""
+        query_BI = x_BSI[torch.arange(rows.size, device=x_BSI.device), rows.prompt_end_B].to(
+            self.keys_LJI.dtype
+        )
         values, hits = [], []
         for lane, start, stop in rows.segments:
             count = len(self.labels[lane])
@@ -176,7 +191,8 @@ class Codebook(Overlay):
         return columns_S[None] == rows.prompt_end_B[:, None]
 
     def distances(self, lane: int, query_BI: Tensor) -> Tensor:
-        """Euclidean distances to a lane's keys, (B, K); not by way of a product, which cancels for near keys."""
+        """Euclidean distances to a lane's keys, (B, K); not by way of a product, which cancels for
+        near keys."""
         keys_JI = self.keys_LJI[lane, : len(self.labels[lane])]
         return torch.cdist(query_BI, keys_JI, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -248,7 +264,9 @@ class GRACE(Method[GRACEConfig, Codebook]):
         for lane, edit in enumerate(edits):
             rule, slot = self._place(overlay, lane, key_LI[lane], batch.labels[lane])
             fresh = rule in ("add", "split", "replace")
-            starts.append(self._start(overlay, edit, key_LI[lane]) if fresh else overlay.values_LJO[lane, slot].clone())
+            starts.append(
+                self._start(overlay, edit, key_LI[lane]) if fresh else overlay.values_LJO[lane, slot].clone()
+            )
             rules.append(rule)
             slots.append(slot)
         trained = [self.config.train_matched or rule not in ("expand", "keep") for rule in rules]
@@ -278,7 +296,8 @@ class GRACE(Method[GRACEConfig, Codebook]):
         ]
 
     def _place(self, overlay: Codebook, lane: int, key_I: Tensor, label: tuple[int, ...]) -> tuple[str, int]:
-        """Update keys, radii and labels for one edit (Algorithm 1). Returns the rule's name and the entry to train."""
+        """Update keys, radii and labels for one edit (Algorithm 1). Returns the rule's name and the
+        entry to train."""
         eps = self.config.eps
         if not overlay.labels[lane]:
             return "add", overlay.add(lane, key_I, eps, label)

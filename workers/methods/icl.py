@@ -1,29 +1,36 @@
-"""ICL: the new facts are put before the prompt whenever the model is asked. No weight changes and nothing is trained.
+"""ICL: the new facts are put before the prompt whenever the model is asked. No weight changes and
+nothing is trained.
 
-After Zheng et al., Can We Edit Factual Knowledge by In-Context Learning?, arXiv 2305.12740 (IKE). A row that asks ``prompt``
-of a lane with the facts ``f_1 ... f_T`` (each ``prompt + " " + target_new``) is read as
+After Zheng et al., Can We Edit Factual Knowledge by In-Context Learning?, arXiv 2305.12740 (IKE). A
+row that asks ``prompt`` of a lane with the facts ``f_1 ... f_T`` (each ``prompt + " " +
+target_new``) is read as
 
     New Fact: f_1
     ...
     New Fact: f_T
     Prompt: <prompt>
 
-and the target is scored or generated after that. With T = 1 this is IKE's own text without demonstrations.
+and the target is scored or generated after that. With T = 1 this is IKE's own text without
+demonstrations.
 
-What the protocol means here: all facts since the last rollback are in force, so all of them stand before *every* prompt of
-the lane, that of a locality probe included (the method has no way to know whether a fact concerns it); locality therefore
-measures how much facts about something else disturb the model. The facts and the prompt must fit into the model's context:
-``plan`` refuses T (or, with ``rollback: never``, N) that cannot, and an edit or a probe that does not fit after all is a
+What the protocol means here: all facts since the last rollback are in force, so all of them stand
+before *every* prompt of the lane, that of a locality probe included (the method has no way to know
+whether a fact concerns it); locality therefore measures how much facts about something else disturb
+the model. The facts and the prompt must fit into the model's context: ``plan`` refuses T (or, with
+``rollback: never``, N) that cannot, and an edit or a probe that does not fit after all is a
 :class:`DataError` naming the context length. Nothing is ever cut off.
 
 Differences from paper and public code, all deliberate:
 
-1. Zero-shot: no demonstrations (``k: 0``). IKE retrieves 16 to 32 solved examples of three kinds (copy, update, retain)
-   from a training set by sentence embeddings; the public code, too, runs without where ``use_icl_examples`` is off.
+1. Zero-shot: no demonstrations (``k: 0``). IKE retrieves 16 to 32 solved examples of three kinds
+   (copy, update, retain) from a training set by sentence embeddings; the public code, too, runs
+   without where ``use_icl_examples`` is off.
 2. Several facts in one context. The paper edits one fact at a time.
-3. The public code scores each edit with its own fact in the context, whatever the number of edits in a row, so that its
-   sequential results are those of T = 1. Here an edit's neighbours stay in the context until the rollback.
-4. A second edit of the same prompt does not remove the first: both facts are read, the later one last.
+3. The public code scores each edit with its own fact in the context, whatever the number of edits
+   in a row, so that its sequential results are those of T = 1. Here an edit's neighbours stay in
+   the context until the rollback.
+4. A second edit of the same prompt does not remove the first: both facts are read, the later one
+   last.
 
 The paper's text was not at hand: the wording of facts and prompt is that of the public code.
 """
@@ -50,10 +57,12 @@ _FACT = "New Fact: {}\n"
 _PROMPT = "Prompt: "
 
 FEWEST_TOKENS = 8
-"""No fact takes fewer tokens ("New Fact:", a subject, a relation, an object, a new line): what ``plan`` reckons with."""
+"""No fact takes fewer tokens ("New Fact:", a subject, a relation, an object, a new line): what
+``plan`` reckons with."""
 
 _TOKENS_AT_ONCE = 2**14
-"""Padded tokens of one forward, at most (or one row): contexts make rows far longer than scoring planned for."""
+"""Padded tokens of one forward, at most (or one row): contexts make rows far longer than scoring
+planned for."""
 
 
 class ICLConfig(MethodConfig):
@@ -70,24 +79,30 @@ class ICLConfig(MethodConfig):
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         if values.get("use_icl_examples") is not False and values.get("k", 0) != 0:
             raise SpecError(
-                f"{source}: k: {values['k']!r} demonstrations are not supported; expected 0, or use_icl_examples: false"
+                f"{source}: k: {values['k']!r} demonstrations are not supported; expected 0, or "
+                f"use_icl_examples: false"
             )
         return super().from_easyedit({name: v for name, v in values.items() if name != "k"}, source)
 
     def check_edits(self, shape: ModelShape, edits: int) -> None:
         if shape.context is not None and edits * FEWEST_TOKENS > shape.context:
             raise SpecError(
-                f"{edits} facts before every prompt do not fit into the model's context length of {shape.context} tokens "
-                f"(a fact takes {FEWEST_TOKENS} or more); at most {shape.context // FEWEST_TOKENS}, with rollback: group"
+                f"{edits} facts before every prompt do not fit into the model's context length of "
+                f"{shape.context} tokens "
+                f"(a fact takes {FEWEST_TOKENS} or more); at most {shape.context // FEWEST_TOKENS}, with "
+                f"rollback: group"
             )
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         context = shape.context or edits * 4 * FEWEST_TOKENS
-        return context * shape.hidden * max(4, shape.bytes_per_value)  # of one row with its context, in scoring
+        return (
+            context * shape.hidden * max(4, shape.bytes_per_value)
+        )  # of one row with its context, in scoring
 
 
 class Facts(SitelessOverlay):
-    """Per lane the facts in force, in the order of the edits, and the tokens of the text they make."""
+    """Per lane the facts in force, in the order of the edits, and the tokens of the text they
+    make."""
 
     def __init__(self, base: BaseModel, lanes: int) -> None:
         super().__init__(lanes)
@@ -104,7 +119,8 @@ class Facts(SitelessOverlay):
         return "".join(_FACT.format(fact) for fact in self.facts[lane]) + _PROMPT if self.facts[lane] else ""
 
     def add(self, base: BaseModel, lane: int, requests: Sequence[EditRequest]) -> None:
-        """Put more facts before the prompts of a lane. Raises :class:`DataError` if they do not fit."""
+        """Put more facts before the prompts of a lane. Raises :class:`DataError` if they do not
+        fit."""
         self.facts[lane] += tuple(f"{r.prompt} {r.target_new}" for r in requests)
         ids = base.encoder.text(self.before(lane))
         self.tokens[lane] = torch.tensor(ids, dtype=torch.int32)
@@ -143,7 +159,8 @@ class Facts(SitelessOverlay):
         return torch.cat(parts)
 
     def _with_facts(self, base: BaseModel, rows: Batch) -> list[Encoded]:
-        """Each row as it is read with its lane's facts. The columns after the prompt line up from the right."""
+        """Each row as it is read with its lane's facts. The columns after the prompt line up from
+        the right."""
         encoded = []
         for ids, real, end, lane in zip(
             rows.input_ids_BS.tolist(),
@@ -155,7 +172,9 @@ class Facts(SitelessOverlay):
             prompt = tuple(t for t, r in zip(ids[: end + 1], real[: end + 1], strict=True) if r)
             rest = tuple(t for t, r in zip(ids[end + 1 :], real[end + 1 :], strict=True) if r)
             if self.facts[lane]:
-                text = base.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                text = base.tokenizer.decode(
+                    prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
                 prompt = base.encoder.text(self.before(lane) + text)
                 self._check(len(prompt) + len(rest), lane, f"the probe {text!r}")
             encoded.append(Encoded((*prompt, *rest), len(prompt)))
@@ -189,7 +208,9 @@ class ICL(Method[ICLConfig, Facts]):
 
     def new_overlay(self, lanes: int) -> Facts:
         if self.base.encoder.chat_template:
-            raise SpecError("icl: model.chat_template: true is not supported (facts would stand before the first turn)")
+            raise SpecError(
+                "icl: model.chat_template: true is not supported (facts would stand before the first turn)"
+            )
         return Facts(self.base, lanes)
 
     def edit(self, overlay: Facts, edits: Sequence[LaneEdit]) -> list[EditOutcome]:

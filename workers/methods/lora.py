@@ -1,24 +1,30 @@
 """LoRA: low-rank adapters trained on the request itself.
 
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685: beside a frozen map ``W`` stands a product of
-two thin matrices, ``W' x = W x + (lora_alpha / rank) B A x``. ``A`` starts at random and ``B`` at zero, so that a fresh
-adapter changes nothing. As an editing baseline both are trained by Adam on the mean over the target's tokens of
-``-log P(target_j | prompt, target_<j)``, for ``num_steps`` steps, at every layer.
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685: beside a frozen map
+``W`` stands a product of two thin matrices, ``W' x = W x + (lora_alpha / rank) B A x``. ``A``
+starts at random and ``B`` at zero, so that a fresh adapter changes nothing. As an editing baseline
+both are trained by Adam on the mean over the target's tokens of ``-log P(target_j | prompt,
+target_<j)``, for ``num_steps`` steps, at every layer.
 
-A sequence goes on training the same adapters (as the public code does); Adam starts afresh with every edit (there, too).
-The only random numbers are ``A`` at a lane's first edit and, with ``lora_dropout``, masks while training.
+A sequence goes on training the same adapters (as the public code does); Adam starts afresh with
+every edit (there, too). The only random numbers are ``A`` at a lane's first edit and, with
+``lora_dropout``, masks while training.
 
 Differences from paper and public code (EasyEdit), all deliberate:
 
-1. ``A`` is uniform within ``1 / sqrt(in)``, as the paper's published code and PEFT have it; the paper's text says Gaussian.
-2. A batch's loss is the mean of its requests' means; the public code takes the mean over all target tokens, so that long
-   targets weigh more, and cuts the requests of a call into batches of its own with a step on each.
-3. Dropout acts in training only. The public code never leaves training mode, so that scores are drawn at random.
-4. ``lora_type: adalora``, which most public files name, is refused. What the public code runs under that name is neither AdaLoRA
-   (arXiv 2303.10512), since it never calls the rank allocation, nor LoRA: a product with a diagonal between its factors is
-   left, of PEFT's initial rank (12) whatever ``rank`` says.
-5. Only weights get adapters; ``kl_factor`` and ``norm_constraint`` stand in every public file, are read by nobody, and are
-   accepted as 0 and false only.
+1. ``A`` is uniform within ``1 / sqrt(in)``, as the paper's published code and PEFT have it; the
+   paper's text says Gaussian.
+2. A batch's loss is the mean of its requests' means; the public code takes the mean over all target
+   tokens, so that long targets weigh more, and cuts the requests of a call into batches of its own
+   with a step on each.
+3. Dropout acts in training only. The public code never leaves training mode, so that scores are
+   drawn at random.
+4. ``lora_type: adalora``, which most public files name, is refused. What the public code runs under
+   that name is neither AdaLoRA (arXiv 2303.10512), since it never calls the rank allocation, nor
+   LoRA: a product with a diagonal between its factors is left, of PEFT's initial rank (12) whatever
+   ``rank`` says.
+5. Only weights get adapters; ``kl_factor`` and ``norm_constraint`` stand in every public file, are
+   read by nobody, and are accepted as 0 and false only.
 
 The paper's text was not at hand: the start of ``A`` in the first point is from memory.
 """
@@ -37,7 +43,13 @@ from workers.inner_loop.finetune import batch, with_target
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
-from workers.methods.families.adapter import AdapterOverlay, Dropout, adapter_bytes, resolve_sites, target_paths
+from workers.methods.families.adapter import (
+    AdapterOverlay,
+    Dropout,
+    adapter_bytes,
+    resolve_sites,
+    target_paths,
+)
 from workers.model.architectures import architecture
 from workers.model.config import ModelShape
 from workers.model.replay import capture, replay
@@ -49,11 +61,15 @@ class LoRAConfig(MethodConfig):
 
     layers: Layers = Field((), description="decoder layers that get adapters; none named: all")
     target_modules: tuple[str, ...] | None = Field(
-        None, min_length=1, description="maps inside a layer, by their last name or whole path; null: query and value"
+        None,
+        min_length=1,
+        description="maps inside a layer, by their last name or whole path; null: query and value",
     )
     rank: int = Field(8, ge=1, description="columns of B and rows of A")
     lora_alpha: float = Field(32.0, gt=0, description="the change is scaled by lora_alpha / rank")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs dropped while training")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of an adapter's inputs dropped while training"
+    )
     num_steps: int = Field(30, ge=1, description="optimiser steps of one edit")
     lr: float = Field(5e-3, gt=0, description="Adam's step size")
     weight_decay: float = Field(0.0, ge=0, description="L2 decay added to the gradient")
@@ -66,14 +82,17 @@ class LoRAConfig(MethodConfig):
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         if float(values.get("kl_factor") or 0) != 0 or values.get("norm_constraint"):
-            raise SpecError(f"{source}: kl_factor, norm_constraint: have no effect in LoRA; expected 0 and false")
+            raise SpecError(
+                f"{source}: kl_factor, norm_constraint: have no effect in LoRA; expected 0 and false"
+            )
         kind = values.get("lora_type", "lora")
         if kind != "lora":
             more = ": what EasyEdit runs under that name is another method, of rank 12 whatever rank says" * (
                 kind == "adalora"
             )
             raise SpecError(
-                f"{source}: lora_type: {kind!r} is not supported{more}; write lora_type: lora for LoRA of the file's rank"
+                f"{source}: lora_type: {kind!r} is not supported{more}; write lora_type: lora for LoRA of "
+                f"the file's rank"
             )
         return super().from_easyedit(values, source)
 

@@ -1,33 +1,42 @@
-"""MALMEN: many requests in one change, the least-squares fit of what a trained network wants to change for each token.
+"""MALMEN: many requests in one change, the least-squares fit of what a trained network wants to
+change for each token.
 
-Tan et al., Massive Editing for Large Language Models via Meta Learning, ICLR 2024, arXiv 2311.04661. For every map the requests
-of a batch give keys ``u_n`` (what enters the map) and gradients ``d_n`` (of the loss, by its answer) at the tokens that predict
-the answers. A network gives another pair ``(u~_n, d~_n)``, and the value of key ``u_n`` is to move by
+Tan et al., Massive Editing for Large Language Models via Meta Learning, ICLR 2024, arXiv
+2311.04661. For every map the requests of a batch give keys ``u_n`` (what enters the map) and
+gradients ``d_n`` (of the loss, by its answer) at the tokens that predict the answers. A network
+gives another pair ``(u~_n, d~_n)``, and the value of key ``u_n`` is to move by
 
     ``v_n = -a (u~_n . u_n) d~_n``        with a learned step size ``a`` per map.
 
-A sum of rank-one changes would let them disturb each other. The change is the one that fits all of them best (normal equation):
+A sum of rank-one changes would let them disturb each other. The change is the one that fits all of
+them best (normal equation):
 
     ``min_S sum_n |S u_n - v_n|^2 + l |S|^2,    S = V U^T (U U^T + l I)^-1``     with columns ``v_n``, ``u_n``
 
-and a learned ``l > 0`` per map (its logarithm is learned, starting at 0). Networks and training are MEND's, but for the place of
-scale and shift, for batches of ``schedule.batch_size`` requests as one edit, and for gradients that flow through the normal
-equation.
+and a learned ``l > 0`` per map (its logarithm is learned, starting at 0). Networks and training are
+MEND's, but for the place of scale and shift, for batches of ``schedule.batch_size`` requests as one
+edit, and for gradients that flow through the normal equation.
 
 Requests of one call are one fit; a later call fits on top, at the edited weights.
 
-Differences from paper and public code (the authors'; EasyEdit's is derived from it), all deliberate:
+Differences from paper and public code (the authors'; EasyEdit's is derived from it), all
+deliberate:
 
-1. The normal equation is solved in float64, in the smaller of its two forms (tokens or inputs). Public: float32, inputs.
-2. Training differentiates through the solution in one pass. The authors' code finds the same gradient in two passes, for memory.
-3. The loss of a batch is the sum of its requests' mean token losses, so that a request's factors are what they are alone. The
-   authors' code takes the mean over all answer tokens of a mini-batch; the normalisation makes up for such a factor.
-4. The training loss asks by the prompt or a rephrase, drawn; ``train_on: prompt`` by the prompt only. Public: a rephrase, always.
+1. The normal equation is solved in float64, in the smaller of its two forms (tokens or inputs).
+   Public: float32, inputs.
+2. Training differentiates through the solution in one pass. The authors' code finds the same
+   gradient in two passes, for memory.
+3. The loss of a batch is the sum of its requests' mean token losses, so that a request's factors
+   are what they are alone. The authors' code takes the mean over all answer tokens of a mini-batch;
+   the normalisation makes up for such a factor.
+4. The training loss asks by the prompt or a rephrase, drawn; ``train_on: prompt`` by the prompt
+   only. Public: a rephrase, always.
 5. ``lr_lr`` moves the step sizes. Public: ``meta_lr`` moves everything.
-6. The running statistics take a training batch in before it is normalised, as the public code does; they never take in an edit
-   (the authors' code updates them when it validates, too).
+6. The running statistics take a training batch in before it is normalised, as the public code does;
+   they never take in an edit (the authors' code updates them when it validates, too).
 
-The paper's equation numbers were not checked against its text, and there are no recorded numbers to compare with.
+The paper's equation numbers were not checked against its text, and there are no recorded numbers to
+compare with.
 """
 
 from __future__ import annotations
@@ -64,7 +73,8 @@ class MALMENConfig(HypernetConfig):
 
     n_blocks: int = Field(2, ge=1, description="blocks of a network")
     tokens: Literal["answer", "all"] = Field(
-        "answer", description="answer: keys are the tokens that predict the answer; all: every token of the request"
+        "answer",
+        description="answer: keys are the tokens that predict the answer; all: every token of the request",
     )
     lr: float = Field(1e-6, gt=0, description="first value of the learned step sizes")
     meta_lr: float = Field(1e-5, gt=0, description="Adam's step size for networks and lambda")
@@ -73,7 +83,8 @@ class MALMENConfig(HypernetConfig):
     loc_coef: float = Field(1.0, ge=0, description="weight of what has to stay in the training loss")
     max_grad_norm: float = Field(1.0, gt=0, description="largest norm of a training gradient")
     train_on: Literal["rephrase", "prompt"] = Field(
-        "rephrase", description="rephrase: prompt or a rephrase asks for the new answer; prompt: the prompt only"
+        "rephrase",
+        description="rephrase: prompt or a rephrase asks for the new answer; prompt: the prompt only",
     )
     schedule: TrainingSchedule = Field(
         TrainingSchedule(steps=10_000, batch_size=32),
@@ -90,7 +101,10 @@ class MALMENConfig(HypernetConfig):
         {
             **TRAINER_KEYS,
             "editor_batch_size": IGNORED,
-            **{key: key for key in ("inner_params", "n_edits", "max_iters", "dropout", "train_base", "no_grad_layers")},
+            **{
+                key: key
+                for key in ("inner_params", "n_edits", "max_iters", "dropout", "train_base", "no_grad_layers")
+            },
             "token": "tokens",
         }
     )
@@ -100,7 +114,9 @@ class MALMENConfig(HypernetConfig):
         out = super().from_easyedit(values, source)
         for key in ("dropout", "train_base", "no_grad_layers"):
             if out.pop(key, None):
-                raise SpecError(f"{source}: {key}: {values[key]!r} is a variant that is not here; expected it off")
+                raise SpecError(
+                    f"{source}: {key}: {values[key]!r} is a variant that is not here; expected it off"
+                )
         if "tokens" in out:
             out["tokens"] = token_choice(out["tokens"], source)
         if "meta_lr" in out:
@@ -121,12 +137,16 @@ class MALMEN(HypernetMethod[MALMENConfig, DenseOverlay]):
 
     name: ClassVar[str] = "malmen"
     title: ClassVar[str] = "MALMEN"
-    paper: ClassVar[str] = "Tan et al., Massive Editing for LLMs via Meta Learning, ICLR 2024, arXiv 2311.04661"
+    paper: ClassVar[str] = (
+        "Tan et al., Massive Editing for LLMs via Meta Learning, ICLR 2024, arXiv 2311.04661"
+    )
     version: ClassVar[int] = 1
     Config: ClassVar[type[MethodConfig]] = MALMENConfig
 
     @classmethod
-    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+    def network(
+        cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None
+    ) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
 
@@ -148,7 +168,9 @@ class MALMEN(HypernetMethod[MALMENConfig, DenseOverlay]):
         }
 
     @classmethod
-    def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> MALMENTrainer:
+    def trainer(
+        cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator
+    ) -> MALMENTrainer:
         trainer = MALMENTrainer(
             base,
             hypernet_sites(base, hparams["layers"], hparams["modules"]),

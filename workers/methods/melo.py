@@ -1,40 +1,47 @@
-"""MELO: low-rank adapters in blocks that do not overlap, chosen per prompt by a database of activations.
+"""MELO: low-rank adapters in blocks that do not overlap, chosen per prompt by a database of
+activations.
 
-Yu et al., MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA, arXiv 2312.11795. The *query* of a row is what one
-linear map answers at the row's last prompt token. Beside the maps of some later layers stand LoRA blocks: each call of
-:meth:`MELO.edit` (one request, or a batch) trains a new block of rank ``rank``, the same number at every map, and no other one,
-so that later edits never touch earlier ones. A database keeps, per lane, clusters of queries: a centre ``c``, a radius ``r``
-and the label they were learned for, and in each cluster its points, each with the block that was trained for it.
+Yu et al., MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA, arXiv 2312.11795. The
+*query* of a row is what one linear map answers at the row's last prompt token. Beside the maps of
+some later layers stand LoRA blocks: each call of :meth:`MELO.edit` (one request, or a batch) trains
+a new block of rank ``rank``, the same number at every map, and no other one, so that later edits
+never touch earlier ones. A database keeps, per lane, clusters of queries: a centre ``c``, a radius
+``r`` and the label they were learned for, and in each cluster its points, each with the block that
+was trained for it.
 
-A row whose query lies within the radius of the nearest centre gets the block of the cluster's nearest point,
-``W' x = W x + scale B_b A_b x`` at every token of the row; any other row passes untouched. An edit with query ``q`` and nearest
-centre at distance ``d``
+A row whose query lies within the radius of the nearest centre gets the block of the cluster's
+nearest point, ``W' x = W x + scale B_b A_b x`` at every token of the row; any other row passes
+untouched. An edit with query ``q`` and nearest centre at distance ``d``
 
 - **adds** a cluster of radius ``radius`` around ``q`` if there is none or ``d > r + radius``;
-- else, with the same label, **updates** the cluster: ``q`` becomes a point of it, ``c`` the mean of its points, and ``r`` reaches
-  the farthest of them, ``radius`` at least;
-- else **splits**: a new cluster around ``q``, and both have radius ``d / 2``; points of the old one that no longer lie within it
-  are forgotten (if none is left, its centre stays and points to no block).
+- else, with the same label, **updates** the cluster: ``q`` becomes a point of it, ``c`` the mean of
+  its points, and ``r`` reaches the farthest of them, ``radius`` at least;
+- else **splits**: a new cluster around ``q``, and both have radius ``d / 2``; points of the old one
+  that no longer lie within it are forgotten (if none is left, its centre stays and points to no
+  block).
 
-The new block is trained by Adam on the mean over the target's tokens of ``-log P(target_j | prompt, target_<j)``; its step
-size is halved every ``halve_every`` steps.
+The new block is trained by Adam on the mean over the target's tokens of ``-log P(target_j | prompt,
+target_<j)``; its step size is halved every ``halve_every`` steps.
 
-The paper's text was not at hand: the above follows the code published by its authors, in the copy that EasyEdit has.
-Differences from that code, all deliberate:
+The paper's text was not at hand: the above follows the code published by its authors, in the copy
+that EasyEdit has. Differences from that code, all deliberate:
 
-1. The query is taken at the last *real prompt* token, when editing as when answering, and the choice holds for the row and for
-   its generation. The public code takes the last column of prompt and target: teacher forcing then leaks the target into it.
+1. The query is taken at the last *real prompt* token, when editing as when answering, and the
+   choice holds for the row and for its generation. The public code takes the last column of prompt
+   and target: teacher forcing then leaks the target into it.
 2. Labels are compared token by token, not by the sum of their ids.
-3. Requests of a batch see the clusters that the ones before them made; the public code looks them all up beforehand.
-4. Two edits of one prompt with different targets: splitting at ``d = 0`` leaves two clusters that nothing hits. The later edit
-   takes the cluster over (rule "replace"), as in our GRACE. Both halves of a split are ``d / 2``; the public ones differ by 2e-5.
-5. ``A`` is uniform within ``1 / sqrt(in)`` as in LoRA; the public one draws it over a matrix of all blocks, transposed, and so
-   within ``1 / sqrt(all ranks)``.
-6. The public code has room for ``num_block`` blocks and fails after; here is as many as there are edits. It scales a block's
-   change by ``num_block`` (the square root of it on each factor), so that spare room changes the numbers: a loaded file sets
-   ``scale`` to that; the default is 1.
-7. ``num_edit_per_block`` is read by nobody there: a call makes a block, as here. The choice of blocks is module-level state
-   there and part of one forward here.
+3. Requests of a batch see the clusters that the ones before them made; the public code looks them
+   all up beforehand.
+4. Two edits of one prompt with different targets: splitting at ``d = 0`` leaves two clusters that
+   nothing hits. The later edit takes the cluster over (rule "replace"), as in our GRACE. Both
+   halves of a split are ``d / 2``; the public ones differ by 2e-5.
+5. ``A`` is uniform within ``1 / sqrt(in)`` as in LoRA; the public one draws it over a matrix of all
+   blocks, transposed, and so within ``1 / sqrt(all ranks)``.
+6. The public code has room for ``num_block`` blocks and fails after; here is as many as there are
+   edits. It scales a block's change by ``num_block`` (the square root of it on each factor), so
+   that spare room changes the numbers: a loaded file sets ``scale`` to that; the default is 1.
+7. ``num_edit_per_block`` is read by nobody there: a call makes a block, as here. The choice of
+   blocks is module-level state there and part of one forward here.
 """
 
 from __future__ import annotations
@@ -64,7 +71,16 @@ from workers.model.replay import capture, override_forward, replay
 from workers.types import JSON, SpecError
 
 _TOP_LEVEL = frozenset(
-    {"model_name", "model_parallel", "device", "max_length", "task", "lora_task_type", "check_dir", "batch_size"}
+    {
+        "model_name",
+        "model_parallel",
+        "device",
+        "max_length",
+        "task",
+        "lora_task_type",
+        "check_dir",
+        "batch_size",
+    }
 )
 """Keys of a public file outside its sections, none of which matters here."""
 
@@ -78,7 +94,9 @@ class MELOConfig(MethodConfig):
     """Hyperparameters of MELO."""
 
     layers: Layers = Field(min_length=1, description="decoder layers that get blocks; all after key_layer")
-    module: str | None = Field(None, description="linear map that gets blocks; null: the MLP's output projection")
+    module: str | None = Field(
+        None, description="linear map that gets blocks; null: the MLP's output projection"
+    )
     key_layer: int = Field(ge=0, description="decoder layer whose map's answer is the query")
     key_module: str | None = Field(None, description="that map; null: the MLP's output projection")
     rank: int = Field(2, ge=1, description="rank of one block")
@@ -88,7 +106,9 @@ class MELOConfig(MethodConfig):
     radius: float = Field(0.5, gt=0, description="radius of a new cluster")
     num_iter: int = Field(50, ge=1, description="optimiser steps of one edit")
     lr: float = Field(1e-3, gt=0, description="Adam's step size at the beginning")
-    halve_every: int = Field(20, ge=1, description="steps after which the step size is halved, again and again")
+    halve_every: int = Field(
+        20, ge=1, description="steps after which the step size is halved, again and again"
+    )
 
     alg_names: ClassVar[tuple[str, ...]] = ("MELO",)
     easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
@@ -98,16 +118,21 @@ class MELOConfig(MethodConfig):
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        """Sections ``grace`` (the database and training), ``model`` (which maps) and ``lora`` of a public file.
+        """Sections ``grace`` (the database and training), ``model`` (which maps) and ``lora`` of a
+        public file.
 
         Their other keys belong to an optional classifier, or are read by nobody.
         """
         alg = values.get("alg_name")
         if alg is not None and alg not in cls.alg_names:
-            raise SpecError(f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}")
+            raise SpecError(
+                f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}"
+            )
         unknown = sorted(set(values) - {"alg_name", "grace", "model", "lora"} - _TOP_LEVEL)
         if unknown:
-            raise SpecError(f"{source}: {unknown[0]}: has no meaning for this method (value {values[unknown[0]]!r})")
+            raise SpecError(
+                f"{source}: {unknown[0]}: has no meaning for this method (value {values[unknown[0]]!r})"
+            )
         sections: dict[str, dict[str, JSON]] = {}
         for name in ("grace", "model", "lora"):
             section = values.get(name)
@@ -117,7 +142,8 @@ class MELOConfig(MethodConfig):
             for key, allowed in cls.easyedit_off.items():
                 if sections[name].get(key, allowed[0]) not in allowed:
                     raise SpecError(
-                        f"{source}: {name}.{key}: {sections[name][key]!r} is not supported; choices: {allowed[0]!r}"
+                        f"{source}: {name}.{key}: {sections[name][key]!r} is not supported; choices: "
+                        f"{allowed[0]!r}"
                     )
         grace, model = sections["grace"], sections["model"]
         try:
@@ -134,7 +160,8 @@ class MELOConfig(MethodConfig):
             raise SpecError(f"{source}: {missing.args[0]}: this key is required") from None
         if len({path for _, path in targets}) != 1:
             raise SpecError(
-                f"{source}: target_modules: expected one map of several layers, found {model['target_modules']!r}"
+                f"{source}: target_modules: expected one map of several layers, found "
+                f"{model['target_modules']!r}"
             )
         return out | {"layers": [layer for layer, _ in targets], "module": targets[0][1]}
 
@@ -148,7 +175,8 @@ class MELOConfig(MethodConfig):
             shape.check_layer(layer, "layers")
         if min(self.layers) <= self.key_layer:
             raise SpecError(
-                f"layers: {min(self.layers)} is not after key_layer={self.key_layer}, where blocks are chosen; choices: "
+                f"layers: {min(self.layers)} is not after key_layer={self.key_layer}, where blocks are "
+                f"chosen; choices: "
                 f"{self.key_layer + 1} to {shape.layers - 1}"
             )
         shape.site(self.module)
@@ -176,7 +204,8 @@ class _Cluster:
 
 
 class _Database:
-    """One lane's clusters, and the queries and blocks of their points. Nothing is ever taken off ``keys`` and ``blocks``."""
+    """One lane's clusters, and the queries and blocks of their points. Nothing is ever taken off
+    ``keys`` and ``blocks``."""
 
     def __init__(self, width: int, like: Tensor) -> None:
         self.clusters: list[_Cluster] = []
@@ -248,7 +277,9 @@ class _Route:
 class BlockOverlay(Overlay):
     """Per lane a database and blocks of adapters at several maps."""
 
-    def __init__(self, key: Site, sites: Sequence[Site], lanes: int, config: MELOConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, key: Site, sites: Sequence[Site], lanes: int, config: MELOConfig, dtype: torch.dtype
+    ) -> None:
         super().__init__([key, *sites], lanes)
         self.key, self.adapted = key, tuple(sites)
         self.rank, self.scale = config.rank, config.scale
@@ -280,7 +311,9 @@ class BlockOverlay(Overlay):
             yield
 
     @contextmanager
-    def learning(self, rows: Batch, down_LRI: Mapping[str, Tensor], up_LOR: Mapping[str, Tensor]) -> Iterator[None]:
+    def learning(
+        self, rows: Batch, down_LRI: Mapping[str, Tensor], up_LOR: Mapping[str, Tensor]
+    ) -> Iterator[None]:
         """Every row answers with the block its lane is training."""
 
         def answer(site: Site, x_BSI: Tensor) -> Tensor:
@@ -297,7 +330,9 @@ class BlockOverlay(Overlay):
         out_BSO = self.key.answer(x_BSI)
         query_BO = at_prompt_end(out_BSO, rows).to(self._like.dtype)
         route.block_B = [
-            block for lane, start, stop in rows.segments for block in self.databases[lane].find(query_BO[start:stop])
+            block
+            for lane, start, stop in rows.segments
+            for block in self.databases[lane].find(query_BO[start:stop])
         ]
         return out_BSO
 
@@ -340,7 +375,9 @@ class BlockOverlay(Overlay):
             down, up = state.tensors.get(f"{site.name}.A"), state.tensors.get(f"{site.name}.B")
             # copies: a snapshot stays as it is
             self.down[site.name][lane] = (
-                self._like.new_zeros(0, self.rank, in_features) if down is None else down.to(self._like).clone()
+                self._like.new_zeros(0, self.rank, in_features)
+                if down is None
+                else down.to(self._like).clone()
             )
             self.up[site.name][lane] = (
                 self._like.new_zeros(0, out, self.rank) if up is None else up.to(self._like).clone()
@@ -350,7 +387,8 @@ class BlockOverlay(Overlay):
             database.centres_CO = state.tensors["centres"].to(self._like).clone()
             database.blocks = [int(block) for block in state.meta["blocks"]]
             database.clusters = [
-                _Cluster(float(radius), tuple(label), list(points)) for radius, label, points in state.meta["clusters"]
+                _Cluster(float(radius), tuple(label), list(points))
+                for radius, label, points in state.meta["clusters"]
             ]
 
     def delta_norm(self, lane: int) -> float | None:
@@ -366,7 +404,8 @@ class MELO(Method[MELOConfig, BlockOverlay]):
     name: ClassVar[str] = "melo"
     title: ClassVar[str] = "MELO"
     paper: ClassVar[str] = (
-        "Yu et al., MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA, AAAI 2024, arXiv 2312.11795"
+        "Yu et al., MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA, AAAI 2024, arXiv "
+        "2312.11795"
     )
     version: ClassVar[int] = 1
     batch_edits: ClassVar[bool] = True
@@ -383,7 +422,9 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         config, base = self.config, self.base
         rows, targets = batch(base, [edit.requests for edit in edits], with_target)
         seen: list[Tensor] = []
-        note = overlay.key.module.register_forward_hook(lambda _, args, out: seen.append(at_prompt_end(out, rows)))
+        note = overlay.key.module.register_forward_hook(
+            lambda _, args, out: seen.append(at_prompt_end(out, rows))
+        )
         try:
             prefix = capture(base, rows, min(config.layers))
         finally:
@@ -396,7 +437,9 @@ class MELO(Method[MELOConfig, BlockOverlay]):
             out, in_features = site.shape
             starts = [uniform_A(edit.streams, f"A {site.name}", config.rank, in_features) for edit in edits]
             down_LRI[site.name] = torch.stack(starts).to(base.device, base.master_dtype)
-            up_LOR[site.name] = torch.zeros(len(edits), out, config.rank, dtype=base.master_dtype, device=base.device)
+            up_LOR[site.name] = torch.zeros(
+                len(edits), out, config.rank, dtype=base.master_dtype, device=base.device
+            )
         factors = [*down_LRI.values(), *up_LOR.values()]
 
         def losses() -> Tensor:
@@ -421,14 +464,17 @@ class MELO(Method[MELOConfig, BlockOverlay]):
     def _place(
         self, overlay: BlockOverlay, edits: Sequence[LaneEdit], rows: Batch, query_BO: Tensor
     ) -> list[list[JSON]]:
-        """Enter every lane's requests into its database, for the block that is about to be trained; the rules' names."""
+        """Enter every lane's requests into its database, for the block that is about to be trained;
+        the rules' names."""
         rules: list[list[JSON]] = []
         for (lane, start, _), edit in zip(rows.segments, edits, strict=True):
             block = overlay.blocks(lane)
             rules.append([])
             for row, request in enumerate(edit.requests, start):
                 label = self.base.encoder.pair(request.prompt, request.target_new).target
-                rules[-1].append(overlay.databases[lane].place(query_BO[row], label, block, self.config.radius))
+                rules[-1].append(
+                    overlay.databases[lane].place(query_BO[row], label, block, self.config.radius)
+                )
         return rules
 
     @classmethod

@@ -1,31 +1,39 @@
-"""MEND: a trained network turns the gradient of one request into a change that writes it and leaves the rest alone.
+"""MEND: a trained network turns the gradient of one request into a change that writes it and leaves
+the rest alone.
 
-Mitchell et al., Fast Model Editing at Scale, ICLR 2022, arXiv 2110.11309. The gradient of the request's loss by a weight ``W``
-is ``sum_n d_n u_n^T`` over tokens ``n``, with ``u_n`` the map's input and ``d_n`` the gradient of its answer. The network gives
-another pair ``(u~_n, d~_n)`` for each, and
+Mitchell et al., Fast Model Editing at Scale, ICLR 2022, arXiv 2110.11309. The gradient of the
+request's loss by a weight ``W`` is ``sum_n d_n u_n^T`` over tokens ``n``, with ``u_n`` the map's
+input and ``d_n`` the gradient of its answer. The network gives another pair ``(u~_n, d~_n)`` for
+each, and
 
     ``W' = W - a sum_n d~_n u~_n^T``    with a learned step size ``a`` per map.
 
-The network (two residual blocks of low rank, identity at first, shared by maps of one shape with a scale and a shift for each)
-reads the pair normalised by running statistics over the training. It is trained on ``cedit * -log p'(y | x') + cloc *
-KL(p(. | x_loc) || p'(. | x_loc))``, ``x'`` an equivalent of the edited sentence; gradients do not flow into its inputs.
+The network (two residual blocks of low rank, identity at first, shared by maps of one shape with a
+scale and a shift for each) reads the pair normalised by running statistics over the training. It is
+trained on ``cedit * -log p'(y | x') + cloc * KL(p(. | x_loc) || p'(. | x_loc))``, ``x'`` an
+equivalent of the edited sentence; gradients do not flow into its inputs.
 
-A later edit of a sequence takes its gradient at the edited weights, and its change is added to theirs. Requests of one batch
-are changes found at the same weights and added up.
+A later edit of a sequence takes its gradient at the edited weights, and its change is added to
+theirs. Requests of one batch are changes found at the same weights and added up.
 
 Differences from paper and public code (EasyEdit; golden README, point 12), all deliberate:
 
-1. ``x'`` is drawn from the prompt and the rephrases of a request, as the paper's equivalence set. EasyEdit's trainer never uses a
-   rephrase: ``train_on: prompt``.
-2. A positive ``edit_lr`` descends, as the paper's formula does. EasyEdit adds, so that its files' ``1e-4`` ascends at first.
-3. The running statistics are part of the state: continued training continues them. EasyEdit starts them afresh.
-4. ``lr_lr`` is the step size of the learned step sizes. In EasyEdit it has no effect (``lr`` moves them).
-5. The answer's tokens are those of the joint text. EasyEdit's labels begin with BOS if the tokenizer adds one:
-   ``deviations: {public_bos: true}``.
-6. The loss of a batch is the sum of its requests' losses, so that a request's factors are what they are alone; padding is never
-   a target. EasyEdit takes the mean over all label tokens, padding among them.
-7. The requests of a training step are edits of their own, in one batch (EasyEdit: ``accumulate_bs`` edits one after another);
-   their rows enter the statistics together, before any of them is normalised.
+1. ``x'`` is drawn from the prompt and the rephrases of a request, as the paper's equivalence set.
+   EasyEdit's trainer never uses a rephrase: ``train_on: prompt``.
+2. A positive ``edit_lr`` descends, as the paper's formula does. EasyEdit adds, so that its files'
+   ``1e-4`` ascends at first.
+3. The running statistics are part of the state: continued training continues them. EasyEdit starts
+   them afresh.
+4. ``lr_lr`` is the step size of the learned step sizes. In EasyEdit it has no effect (``lr`` moves
+   them).
+5. The answer's tokens are those of the joint text. EasyEdit's labels begin with BOS if the
+   tokenizer adds one: ``deviations: {public_bos: true}``.
+6. The loss of a batch is the sum of its requests' losses, so that a request's factors are what they
+   are alone; padding is never a target. EasyEdit takes the mean over all label tokens, padding
+   among them.
+7. The requests of a training step are edits of their own, in one batch (EasyEdit: ``accumulate_bs``
+   edits one after another); their rows enter the statistics together, before any of them is
+   normalised.
 
 The paper's equation numbers were not checked against its text.
 """
@@ -74,7 +82,8 @@ class MENDConfig(HypernetConfig):
     cloc: float = Field(1.0, ge=0, description="weight of what has to stay in the training loss")
     grad_clip: float = Field(100.0, gt=0, description="largest norm of a training gradient")
     train_on: Literal["rephrase", "prompt"] = Field(
-        "rephrase", description="rephrase: prompt or a rephrase asks for the new answer (paper); prompt: public code"
+        "rephrase",
+        description="rephrase: prompt or a rephrase asks for the new answer (paper); prompt: public code",
     )
     deviations: MENDDeviations = Field(
         MENDDeviations(), description="single switches to the public code, for parity tests"
@@ -99,7 +108,10 @@ class MENDConfig(HypernetConfig):
             "inner_params": "inner_params",
             "accumulate_bs": "accumulate_bs",
             "max_iters": "max_iters",
-            **{key: key for key in ("dropout", "train_base", "no_grad_layers", "one_sided", "x_only", "delta_only")},
+            **{
+                key: key
+                for key in ("dropout", "train_base", "no_grad_layers", "one_sided", "x_only", "delta_only")
+            },
             **{key: key for key in ("init", "norm", "combine", "mlp_class", "shared")},
         }
     )
@@ -125,7 +137,9 @@ class MENDConfig(HypernetConfig):
         for key, allowed in cls._only.items():
             value = out.pop(key, allowed[0])
             if value not in allowed:
-                raise SpecError(f"{source}: {key}: {value!r} is a variant that is not here; expected {allowed[0]!r}")
+                raise SpecError(
+                    f"{source}: {key}: {value!r} is a variant that is not here; expected {allowed[0]!r}"
+                )
         together, iterations = out.pop("accumulate_bs", 10), out.pop("max_iters", 100_000)
         out["schedule"] = {"steps": max(1, iterations // together), "batch_size": together}
         return out
@@ -148,9 +162,13 @@ class MEND(HypernetMethod[MENDConfig, DenseOverlay]):
     Config: ClassVar[type[MethodConfig]] = MENDConfig
 
     @classmethod
-    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+    def network(
+        cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None
+    ) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
-        return Hypernet(shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator)
+        return Hypernet(
+            shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator
+        )
 
     def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
         return Questions.of(self.base, lanes, self.config.deviations.public_bos)

@@ -1,8 +1,8 @@
 """No edit at all: the floor of every table.
 
-Reliability, generalisation and portability are the base model's own, locality is exactly 1 in every protocol, and an edit
-costs nothing. A method that is not above this row has not edited anything; a base model that knows some of the targets
-already shows here.
+Reliability, generalisation and portability are the base model's own, locality is exactly 1 in every
+protocol, and an edit costs nothing. A method that is not above this row has not edited anything; a
+base model that knows some of the targets already shows here.
 """
 
 from __future__ import annotations

@@ -1,27 +1,34 @@
 """PMET: values are sought for attention and MLP together, and only the MLP's is written.
 
-Li et al., PMET: Precise Model Editing in a Transformer, AAAI 2024, arXiv 2308.08742. Methods before it optimise the output of a
-whole layer, to which attention and MLP both add, and then make the MLP answer for all of it. Here, at the last edited layer,
+Li et al., PMET: Precise Model Editing in a Transformer, AAAI 2024, arXiv 2308.08742. Methods before
+it optimise the output of a whole layer, to which attention and MLP both add, and then make the MLP
+answer for all of it. Here, at the last edited layer,
 
-- two vectors are found by Adam as in ROME, one added to what attention's output projection answers at the subject's last token,
-  one to what the MLP's does: both are bounded by ``clamp_norm_factor`` and decay relative to the value they are added to;
-- where the target's tokens are all the likeliest in every context, the target's loss weighs a tenth in the next step, and the
-  search ends if the KL term is at most 0.01, so that a value is no longer pushed than it must;
-- only the MLP's value ``z`` is written. Layer by layer, with keys ``K`` and the last layer's present MLP answer ``m`` read off
-  the model as it is now, the residual is ``R = (z - m) / sqrt(layers still to come)`` and a layer's map changes by
-  ``R K^T (mom2_update_weight * C + K K^T)^-1``, solved as in MEMIT (:mod:`workers.methods.families.spread`).
+- two vectors are found by Adam as in ROME, one added to what attention's output projection answers
+  at the subject's last token, one to what the MLP's does: both are bounded by ``clamp_norm_factor``
+  and decay relative to the value they are added to;
+- where the target's tokens are all the likeliest in every context, the target's loss weighs a tenth
+  in the next step, and the search ends if the KL term is at most 0.01, so that a value is no longer
+  pushed than it must;
+- only the MLP's value ``z`` is written. Layer by layer, with keys ``K`` and the last layer's
+  present MLP answer ``m`` read off the model as it is now, the residual is ``R = (z - m) /
+  sqrt(layers still to come)`` and a layer's map changes by ``R K^T (mom2_update_weight * C + K
+  K^T)^-1``, solved as in MEMIT (:mod:`workers.methods.families.spread`).
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: equations are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not at hand: equations
+are not numbered here.
 
-1. The target follows its prompt after a space. EasyEdit adds the space for models called "gpt" only, and elsewhere teaches the
-   target's first token as the continuation of a word: ``deviations: {public_target: true}``.
-2. Rows are padded on the left with the right position ids. EasyEdit's reads its own left-padded rows at the places of
-   right-padded ones and gives NaN; the golden records were made with right padding.
+1. The target follows its prompt after a space. EasyEdit adds the space for models called "gpt"
+   only, and elsewhere teaches the target's first token as the continuation of a word: ``deviations:
+   {public_target: true}``.
+2. Rows are padded on the left with the right position ids. EasyEdit's reads its own left-padded
+   rows at the places of right-padded ones and gives NaN; the golden records were made with right
+   padding.
 3. ``C`` is that of the pristine model for every layer, everything after the search is in float64.
-4. Only MLPs are written. EasyEdit can also write attention's projection (two ``rewrite_module_tmps``), which the paper advises
-   against; such files are refused.
-5. Points 3 (key average), 5 and 6 of MEMIT's list. ``layer_selection``, ``v_loss_layer`` and ``mom2_adjustment`` have no effect
-   in the public code and are dropped.
+4. Only MLPs are written. EasyEdit can also write attention's projection (two
+   ``rewrite_module_tmps``), which the paper advises against; such files are refused.
+5. Points 3 (key average), 5 and 6 of MEMIT's list. ``layer_selection``, ``v_loss_layer`` and
+   ``mom2_adjustment`` have no effect in the public code and are dropped.
 """
 
 from __future__ import annotations
@@ -58,22 +65,29 @@ SATED_WEIGHT = 0.1
 """Weight of the loss of a target that is already the likeliest (the published constant)."""
 
 SATED_KL = 0.01
-"""A search whose target is the likeliest ends where the KL term is at most this (the published constant)."""
+"""A search whose target is the likeliest ends where the KL term is at most this (the published
+constant)."""
 
 
 class PMETDeviations(Deviations):
     """Switches to the public code."""
 
-    public_target: bool = Field(False, description="no space before the target, which is tokenised alone (EasyEdit)")
+    public_target: bool = Field(
+        False, description="no space before the target, which is tokenised alone (EasyEdit)"
+    )
 
 
 class PMETConfig(SpreadConfig):
     """Hyperparameters of PMET, under the names the field uses."""
 
     v_weight_decay: float = Field(0.5, ge=0, description="weight of the value changes' norms in the loss")
-    clamp_norm_factor: float = Field(1.0, gt=0, description="largest norm of a value change, relative to its value")
+    clamp_norm_factor: float = Field(
+        1.0, gt=0, description="largest norm of a value change, relative to its value"
+    )
     nll_loss_factor: float = Field(1.0, gt=0, description="weight of the target's loss")
-    mom2_update_weight: float = Field(15_000, gt=0, description="weight of the second moment against the new keys")
+    mom2_update_weight: float = Field(
+        15_000, gt=0, description="weight of the second moment against the new keys"
+    )
     deviations: PMETDeviations = Field(
         PMETDeviations(), description="single switches to the public code, for parity tests"
     )
@@ -91,8 +105,15 @@ class PMETConfig(SpreadConfig):
         many = values.pop("rewrite_module_tmps", None)
         out = super().from_easyedit(values, source)
         if many is not None:
-            if not isinstance(many, list) or len(many) != 1 or ".attn" in str(many) or "self_attn" in str(many):
-                raise SpecError(f"{source}: rewrite_module_tmps: {many!r}: PMET writes one map here, the MLP's output")
+            if (
+                not isinstance(many, list)
+                or len(many) != 1
+                or ".attn" in str(many)
+                or "self_attn" in str(many)
+            ):
+                raise SpecError(
+                    f"{source}: rewrite_module_tmps: {many!r}: PMET writes one map here, the MLP's output"
+                )
             _, out["module"] = split_module(str(many[0]), source)
         return out
 
@@ -100,7 +121,7 @@ class PMETConfig(SpreadConfig):
 class PMET(RidgeMethod[PMETConfig]):
     """Precise model editing in a transformer.
 
-    >>> editor = PMET.prepare(base, PMETConfig(layers=(4, 5)), inputs={"moment.4": m4, "moment.5": m5, "templates": texts})
+    >>> editor = PMET.prepare(base, PMETConfig(layers=(4, 5)), inputs=inputs)
     """
 
     name: ClassVar[str] = "pmet"
@@ -154,8 +175,9 @@ class PMET(RidgeMethod[PMETConfig]):
 
 @dataclass(frozen=True)
 class _AtLayer:
-    """Two vectors, added to what attention and MLP of one layer answer at the lookup tokens. The MLP reads what attention
-    gives, so a step runs everything from this layer on, under the edits made so far."""
+    """Two vectors, added to what attention and MLP of one layer answer at the lookup tokens. The
+    MLP reads what attention gives, so a step runs everything from this layer on, under the edits
+    made so far."""
 
     base: BaseModel
     rows: Batch
@@ -200,7 +222,9 @@ class _AtLayer:
             for module, delta_KO in zip(self.maps, deltas, strict=True):
                 shift_B1O = delta_KO[self.rows.lane_B][:, None]
                 added_BSO = torch.where(self.here_BS1, shift_B1O, 0)
-                handle = module.register_forward_hook(lambda _, args, out, more=added_BSO: out + more.to(out.dtype))
+                handle = module.register_forward_hook(
+                    lambda _, args, out, more=added_BSO: out + more.to(out.dtype)
+                )
                 stack.callback(handle.remove)
             stack.enter_context(self.overlay.installed(self.lane_rows))
             return replay(self.base, self.prefix)[self.row_P, self.column_P]

@@ -1,33 +1,42 @@
 """RLEdit: MALMEN's networks, trained over whole sequences of edits of one drifting model.
 
-Li et al., Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759. Networks that were trained on edits of
-the pristine model meet another model at each later edit of a sequence. RLEdit lets them see it: the edited weights are the state
-of a decision process, a change of weights is the action, the networks are a deterministic policy, and the reward is the negative
-loss of an edit. One trajectory edits chunks of requests ``c_1, c_2, ...`` one after another, ``W_t = W_{t-1} + D_t``; with
-``D_t`` the change that MALMEN's networks and normal equation give for ``c_t`` at ``W_{t-1}``, the loss of step t is
+Li et al., Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759. Networks
+that were trained on edits of the pristine model meet another model at each later edit of a
+sequence. RLEdit lets them see it: the edited weights are the state of a decision process, a change
+of weights is the action, the networks are a deterministic policy, and the reward is the negative
+loss of an edit. One trajectory edits chunks of requests ``c_1, c_2, ...`` one after another, ``W_t
+= W_{t-1} + D_t``; with ``D_t`` the change that MALMEN's networks and normal equation give for
+``c_t`` at ``W_{t-1}``, the loss of step t is
 
     ``sum_{i<k} m^i (-log p_t(y | x' in c_{t-i}) + cloc KL(p_{t-1} || p_t on x_loc in c_{t-i})) + r |D_t|^2``
 
-which asks for the chunks before, too (memory backtracking, ``k`` = ``back_depth``, ``m`` = ``time_decay``), and keeps the change
-small. The losses of all steps (no discount among them) make one Adam step. Gradients flow from the loss of step t into
-``D_t`` and from there into the networks, not through ``W_{t-1}`` into earlier changes: a state is a constant.
+which asks for the chunks before, too (memory backtracking, ``k`` = ``back_depth``, ``m`` =
+``time_decay``), and keeps the change small. The losses of all steps (no discount among them) make
+one Adam step. Gradients flow from the loss of step t into ``D_t`` and from there into the networks,
+not through ``W_{t-1}`` into earlier changes: a state is a constant.
 
-An edit is MALMEN's. With ``statistics: lifelong`` the running mean and deviation that normalise what the networks read go on
-learning from a lane's edits: they are the lane's own, part of its overlay, and a rollback drops them with it.
+An edit is MALMEN's. With ``statistics: lifelong`` the running mean and deviation that normalise
+what the networks read go on learning from a lane's edits: they are the lane's own, part of its
+overlay, and a rollback drops them with it.
 
-Differences from public code (the authors'), all deliberate. Only the paper's abstract was at hand: the objective is that of the
-authors' code, and no equation number is given.
+Differences from public code (the authors'), all deliberate. Only the paper's abstract was at hand:
+the objective is that of the authors' code, and no equation number is given.
 
-1. ``r |D_t|^2`` has a gradient. In the public code the change is found without one, so that ``reg_coef`` has no effect.
-2. The gradient is clipped once, when the trajectory is over. The public code accumulates and clips after each step, so that what
-   an early step gave is scaled down again and again.
-3. The loss of a trajectory is the mean over its steps (Adam does not see the factor; the clipping does), and that of a chunk the
-   mean over its requests. The public code adds up mini-batches of means over all answer tokens.
-4. Networks and normal equation are MALMEN's here, with its differences: float64 and the smaller of two forms, one pass of
-   autograd, prompt or rephrase drawn (``train_on``), a step size of its own for the step sizes (``lr_lr``), exact variances.
-5. A trajectory may have any number of requests, and many of them may be learnt from. The public configuration is one trajectory
-   of 400 chunks, hence one Adam step of 1e-5: its networks stay all but the identity, and what it learns are the statistics.
-6. Statistics start from the trained ones in each lane. The public code has one copy, which its validation moves for good.
+1. ``r |D_t|^2`` has a gradient. In the public code the change is found without one, so that
+   ``reg_coef`` has no effect.
+2. The gradient is clipped once, when the trajectory is over. The public code accumulates and clips
+   after each step, so that what an early step gave is scaled down again and again.
+3. The loss of a trajectory is the mean over its steps (Adam does not see the factor; the clipping
+   does), and that of a chunk the mean over its requests. The public code adds up mini-batches of
+   means over all answer tokens.
+4. Networks and normal equation are MALMEN's here, with its differences: float64 and the smaller of
+   two forms, one pass of autograd, prompt or rephrase drawn (``train_on``), a step size of its own
+   for the step sizes (``lr_lr``), exact variances.
+5. A trajectory may have any number of requests, and many of them may be learnt from. The public
+   configuration is one trajectory of 400 chunks, hence one Adam step of 1e-5: its networks stay all
+   but the identity, and what it learns are the statistics.
+6. Statistics start from the trained ones in each lane. The public code has one copy, which its
+   validation moves for good.
 """
 
 from __future__ import annotations
@@ -73,22 +82,31 @@ class RLEditConfig(HypernetConfig):
     rank: int = Field(1024, ge=1, description="rank of the networks' maps")
     n_blocks: int = Field(4, ge=1, description="blocks of a network")
     tokens: Literal["answer", "all"] = Field(
-        "answer", description="answer: keys are the tokens that predict the answer; all: every token of the request"
+        "answer",
+        description="answer: keys are the tokens that predict the answer; all: every token of the request",
     )
     statistics: Literal["lifelong", "trained"] = Field(
-        "lifelong", description="lifelong: the normalisation goes on learning from a lane's edits; trained: it stays"
+        "lifelong",
+        description="lifelong: the normalisation goes on learning from a lane's edits; trained: it stays",
     )
     edit_size: int = Field(20, ge=1, description="requests of one edit of a training trajectory")
-    time_decay: float = Field(0.95, ge=0, le=1, description="weight of a chunk in the loss, for each later edit")
-    back_depth: int = Field(10, ge=1, description="chunks that a step's loss asks for, the present one included")
+    time_decay: float = Field(
+        0.95, ge=0, le=1, description="weight of a chunk in the loss, for each later edit"
+    )
+    back_depth: int = Field(
+        10, ge=1, description="chunks that a step's loss asks for, the present one included"
+    )
     lr: float = Field(1e-6, gt=0, description="first value of the learned step sizes")
     meta_lr: float = Field(1e-5, gt=0, description="Adam's step size for networks and lambda")
     lr_lr: float = Field(1e-5, gt=0, description="Adam's step size for the learned step sizes")
     loc_coef: float = Field(0.6, ge=0, description="weight of what has to stay in the training loss")
-    reg_coef: float = Field(1e-4, ge=0, description="weight of the change's squared norm in the training loss")
+    reg_coef: float = Field(
+        1e-4, ge=0, description="weight of the change's squared norm in the training loss"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="largest norm of a trajectory's gradient")
     train_on: Literal["rephrase", "prompt"] = Field(
-        "rephrase", description="rephrase: prompt or a rephrase asks for the new answer; prompt: the prompt only"
+        "rephrase",
+        description="rephrase: prompt or a rephrase asks for the new answer; prompt: the prompt only",
     )
     schedule: TrainingSchedule = Field(
         TrainingSchedule(steps=1, batch_size=8000), description="number of trajectories, and requests of each"
@@ -100,14 +118,17 @@ class RLEditConfig(HypernetConfig):
         *("lr", "meta_lr", "lr_lr", "loc_coef", "reg_coef", "max_grad_norm", "train_on"),
     )
     alg_names: ClassVar[tuple[str, ...]] = ("RLEdit",)
-    easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(  # of the authors' own file: EasyEdit has none
-        {
-            **dict.fromkeys(
-                ("name", "cache_dir", "save_checkpoint", "load_checkpoint", "n_test", "full_curve"), IGNORED
-            ),
-            "token": "tokens",
-            "n_epochs": "n_epochs",
-        }
+    easyedit_keys: ClassVar[Mapping[str, str]] = (
+        MappingProxyType(  # of the authors' own file: EasyEdit has none
+            {
+                **dict.fromkeys(
+                    ("name", "cache_dir", "save_checkpoint", "load_checkpoint", "n_test", "full_curve"),
+                    IGNORED,
+                ),
+                "token": "tokens",
+                "n_epochs": "n_epochs",
+            }
+        )
     )
 
     @classmethod
@@ -127,7 +148,8 @@ class RLEditConfig(HypernetConfig):
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         statistics = sum(
-            16 * (out + in_features) for out, in_features in set(site_shapes(shape, self.layers, self.modules))
+            16 * (out + in_features)
+            for out, in_features in set(site_shapes(shape, self.layers, self.modules))
         )
         return statistics + super().overlay_bytes(shape, edits)
 
@@ -159,19 +181,24 @@ class RLEditOverlay(DenseOverlay):
 
 
 class RLEdit(HypernetMethod[RLEditConfig, RLEditOverlay]):
-    """All requests of a call in one least-squares fit per map, by networks that know what edits do to a model.
+    """All requests of a call in one least-squares fit per map, by networks that know what edits do
+    to a model.
 
     >>> editor = RLEdit.prepare(base, RLEditConfig(layers=(4, 5), rank=64), {"pretrained": trained})
     """
 
     name: ClassVar[str] = "rledit"
     title: ClassVar[str] = "RLEdit"
-    paper: ClassVar[str] = "Li et al., Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759"
+    paper: ClassVar[str] = (
+        "Li et al., Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759"
+    )
     version: ClassVar[int] = 1
     Config: ClassVar[type[MethodConfig]] = RLEditConfig
 
     @classmethod
-    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+    def network(
+        cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None
+    ) -> Hypernet:
         shapes = [site.shape for site in hypernet_sites(base, hparams["layers"], hparams["modules"])]
         return Hypernet(shapes, hparams["rank"], hparams["n_blocks"], hparams["lr"], "outside", generator)
 
@@ -202,12 +229,15 @@ class RLEdit(HypernetMethod[RLEditConfig, RLEditOverlay]):
         }
 
     @classmethod
-    def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> RLEditTrainer:
+    def trainer(
+        cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator
+    ) -> RLEditTrainer:
         return RLEditTrainer(base, hparams, generator)
 
 
 class RLEditTrainer(HypernetTrainer):
-    """The requests of a step are one trajectory: ``edit_size`` of them are an edit, the next ones an edit on top of it."""
+    """The requests of a step are one trajectory: ``edit_size`` of them are an edit, the next ones
+    an edit on top of it."""
 
     def __init__(self, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> None:
         super().__init__(
@@ -240,7 +270,8 @@ class RLEditTrainer(HypernetTrainer):
     def _edit(
         self, overlay: DenseOverlay, chunk: Sequence[EditRequest], asked: Sequence[Sentences], share: float
     ) -> dict[str, float]:
-        """One edit of the trajectory, whose loss' gradient is added to the networks'. ``asked``: the latest chunk's first."""
+        """One edit of the trajectory, whose loss' gradient is added to the networks'. ``asked``:
+        the latest chunk's first."""
         base, objective = self.base, self.objective
         found, _ = gradient_factors(
             base, self.sites, Questions.of(base, [[(r.prompt, r.target_new) for r in chunk]]), overlay

@@ -1,31 +1,41 @@
 """ROME: one fact is written into one MLP layer as a rank-one change of its output projection.
 
-Meng et al., Locating and Editing Factual Associations in GPT, NeurIPS 2022, arXiv 2202.05262, section 3.1. With the
-projection ``W`` of the chosen layer seen as a key-value memory:
+Meng et al., Locating and Editing Factual Associations in GPT, NeurIPS 2022, arXiv 2202.05262,
+section 3.1. With the projection ``W`` of the chosen layer seen as a key-value memory:
 
-- key ``k``: the input of ``W`` at the subject's last token, averaged over context templates before the prompt (Eq. 3);
-- value ``v = W k0 + d``: ``d`` is found by Adam so that, added to the output of ``W`` at the subject's last token, the
-  target becomes likely in every context while the next-token distribution of ``p' = "{subject} is a"`` stays (Eq. 4):
-  ``mean_contexts mean_tokens -log P(target) + kl_factor * KL(P_edited[x | p'] || P_before[x | p'])
-  + v_weight_decay * ||d|| / ||W k0||^2``, with ``||d|| <= clamp_norm_factor * ||W k0||`` after each step;
-- change (Eq. 2): ``W' = W + d u^T / (u^T k0)`` with ``u = C^-1 k`` and ``C = E[k k^T]`` over ordinary text.
+- key ``k``: the input of ``W`` at the subject's last token, averaged over context templates before
+  the prompt (Eq. 3);
+- value ``v = W k0 + d``: ``d`` is found by Adam so that, added to the output of ``W`` at the
+  subject's last token, the target becomes likely in every context while the next-token distribution
+  of ``p' = "{subject} is a"`` stays (Eq. 4): ``mean_contexts mean_tokens -log P(target) + kl_factor
+  * KL(P_edited[x | p'] || P_before[x | p']) + v_weight_decay * ||d|| / ||W k0||^2``, with ``||d||
+  <= clamp_norm_factor * ||W k0||`` after each step;
+- change (Eq. 2): ``W' = W + d u^T / (u^T k0)`` with ``u = C^-1 k`` and ``C = E[k k^T]`` over
+  ordinary text.
 
-``k0`` is the key without a template. Edits of a sequence go on top of each other: keys do not depend on earlier edits
-(they enter below the edited map), the optimisation of ``d`` and both distributions of the KL term do.
+``k0`` is the key without a template. Edits of a sequence go on top of each other: keys do not
+depend on earlier edits (they enter below the edited map), the optimisation of ``d`` and both
+distributions of the KL term do.
 
 Differences from paper and public code, all deliberate:
 
-1. The KL term is read at the subject's last token of ``p'``, as the authors' own code does, from which all published
-   ROME numbers come. Eq. 4 to the letter is the prediction that follows ``p'``: ``kl_position: prompt_last``.
-2. ``mom2_adjustment`` (``C^-1``) is on, as in the paper; EasyEdit's hyperparameter files switch it off.
-3. ``C^-1`` is computed in float64 and rounded to the overlay's precision (public: inverted in float32).
-4. ``v_loss_layer`` has no effect in the public code (the loss is always the final layer's) and is dropped.
-5. Rows are padded on the left with the right position ids (public: on the right). Same numbers up to rounding.
-6. ``C`` comes from the first ``samples`` lines of ``corpus`` (public: as many random documents of Wikipedia).
-7. Context templates are ``length`` *new* tokens long (public: start word and BOS included), sampled once per model and
-   seed.
-8. Tokens of target and prompt are those of the joint text. A subject that stands in the prompt more than once is edited
-   at its first place (the public code refuses it).
+1. The KL term is read at the subject's last token of ``p'``, as the authors' own code does, from
+   which all published ROME numbers come. Eq. 4 to the letter is the prediction that follows ``p'``:
+   ``kl_position: prompt_last``.
+2. ``mom2_adjustment`` (``C^-1``) is on, as in the paper; EasyEdit's hyperparameter files switch it
+   off.
+3. ``C^-1`` is computed in float64 and rounded to the overlay's precision (public: inverted in
+   float32).
+4. ``v_loss_layer`` has no effect in the public code (the loss is always the final layer's) and is
+   dropped.
+5. Rows are padded on the left with the right position ids (public: on the right). Same numbers up
+   to rounding.
+6. ``C`` comes from the first ``samples`` lines of ``corpus`` (public: as many random documents of
+   Wikipedia).
+7. Context templates are ``length`` *new* tokens long (public: start word and BOS included), sampled
+   once per model and seed.
+8. Tokens of target and prompt are those of the joint text. A subject that stands in the prompt more
+   than once is edited at its first place (the public code refuses it).
 """
 
 from __future__ import annotations
@@ -62,7 +72,9 @@ class ROMEConfig(LocateConfig):
     """Hyperparameters of ROME, under the names the field uses."""
 
     layer: int = Field(ge=0, description="decoder layer that is edited")
-    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    module: str | None = Field(
+        None, description="linear map inside the layer; null: the MLP's output projection"
+    )
     mom2_adjustment: bool = Field(True, description="multiply the key by the inverse second moment")
 
     title: ClassVar[str] = "ROME"
@@ -115,7 +127,8 @@ class ROMEConfig(LocateConfig):
 
     def shared_bytes(self, shape: ModelShape) -> int:
         _, in_features = shape.site(self.module)
-        # the second moment; while it is inverted it, its factors, the inverse and two temporaries, in float64
+        # the second moment; while it is inverted it, its factors, the inverse and two temporaries,
+        # in float64
         return (moment_value(self) + 5 * 8) * in_features * in_features if self.mom2_adjustment else 0
 
 
@@ -212,7 +225,8 @@ class RROMEConfig(ROMEConfig):
         for key, value in _AVERAGED_KEYS.items():
             if values.get(key, value) != value:
                 raise SpecError(
-                    f"{source}: {key}: {values[key]!r}: R-ROME averages its key over the contexts in both places ({value}); "
+                    f"{source}: {key}: {values[key]!r}: R-ROME averages its key over the contexts in both "
+                    f"places ({value}); "
                     "method rome is the original"
                 )
         return super().from_easyedit({k: v for k, v in values.items() if k not in _AVERAGED_KEYS}, source)
@@ -221,18 +235,22 @@ class RROMEConfig(ROMEConfig):
 class RROME(ROME):
     """ROME with one key: the average over the contexts stands in both places of the change.
 
-    Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv 2403.07175. ROME looks for the
-    direction with the averaged key and scales it with the bare prompt's; where the two disagree the denominator comes near
-    zero and the change explodes. Here ``W' = W + (v - W k) u^T / (u^T k)`` with the average ``k`` throughout and
-    ``u = C^-1 k``; the value ``v = W k0 + d`` is that of the bare prompt, so the averaged key is answered by it exactly.
+    Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv
+    2403.07175. ROME looks for the direction with the averaged key and scales it with the bare
+    prompt's; where the two disagree the denominator comes near zero and the change explodes. Here
+    ``W' = W + (v - W k) u^T / (u^T k)`` with the average ``k`` throughout and ``u = C^-1 k``; the
+    value ``v = W k0 + d`` is that of the bare prompt, so the averaged key is answered by it
+    exactly.
 
-    The paper's text was not at hand: the update is that of its authors' code. All other differences are ROME's.
+    The paper's text was not at hand: the update is that of its authors' code. All other differences
+    are ROME's.
     """
 
     name: ClassVar[str] = "rrome"
     title: ClassVar[str] = "R-ROME"
     paper: ClassVar[str] = (
-        "Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv 2403.07175"
+        "Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv "
+        "2403.07175"
     )
     Config: ClassVar[type[MethodConfig]] = RROMEConfig
 

@@ -1,34 +1,42 @@
-"""SERAC: a memory of edits, a classifier that says whether one of them is meant, and a second model that then answers.
+"""SERAC: a memory of edits, a classifier that says whether one of them is meant, and a second model
+that then answers.
 
-Mitchell et al., Memory-Based Model Editing at Scale, arXiv 2206.06520. An edit ``z`` (a prompt and its new answer) is only
-put into the memory. For a row that asks ``x`` the classifier gives the probability that ``x`` lies in the scope of ``z``,
+Mitchell et al., Memory-Based Model Editing at Scale, arXiv 2206.06520. An edit ``z`` (a prompt and
+its new answer) is only put into the memory. For a row that asks ``x`` the classifier gives the
+probability that ``x`` lies in the scope of ``z``,
 
     s(z, x) = exp(-||q(z) - q(x)||^2),        q: the first token's last hidden state of a small encoder,
 
-and with ``z*`` the edit of largest ``s``, the row is answered by the base model if ``s(z*, x) < threshold`` (0.5), otherwise
-by the counterfactual model, a small language model over the same vocabulary that reads ``z*`` before ``x``.
+and with ``z*`` the edit of largest ``s``, the row is answered by the base model if ``s(z*, x) <
+threshold`` (0.5), otherwise by the counterfactual model, a small language model over the same
+vocabulary that reads ``z*`` before ``x``.
 
-Both networks are trained before the sweep, from requests that it does not edit, and apart from each other: the classifier
-on ``-log s(z, x_in) - log(1 - s(z, x_out))``, the counterfactual model on the mean over the target's tokens of ``-log p(y | z,
-x_in)``. ``x_in`` is the request's prompt or a rephrase of it; ``x_out`` are its locality prompts and what the other requests of
-the step ask (of other subjects).
+Both networks are trained before the sweep, from requests that it does not edit, and apart from each
+other: the classifier on ``-log s(z, x_in) - log(1 - s(z, x_out))``, the counterfactual model on the
+mean over the target's tokens of ``-log p(y | z, x_in)``. ``x_in`` is the request's prompt or a
+rephrase of it; ``x_out`` are its locality prompts and what the other requests of the step ask (of
+other subjects).
 
 Differences from paper and public code, all deliberate:
 
-1. The base model's and the counterfactual model's answers are switched between, not mixed: the paper's rule. The public code
-   mixes: ``log((1 - s) p_base + s p_counterfactual + eps)`` at every position (``mixing: soft``).
-2. The classifier reads the prompt, so that the decision holds for the whole row and is the same in generation. The public
-   code reads the text that is scored, its answer included, which raises ``s`` for the right answer (``reads: row``).
-3. The classifier's view of an edit is its prompt and target. The public code cuts the last word off and appends the separator
-   token (``edit_view: public``).
-4. Edits accumulate in the memory until the rollback. In the public code only the last one is kept (``accumulate: false``).
-5. Training is the paper's. The public code trains both networks through the mixture (NLL of the edit text itself, never
-   of a rephrase, and a KL on unrelated texts).
+1. The base model's and the counterfactual model's answers are switched between, not mixed: the
+   paper's rule. The public code mixes: ``log((1 - s) p_base + s p_counterfactual + eps)`` at every
+   position (``mixing: soft``).
+2. The classifier reads the prompt, so that the decision holds for the whole row and is the same in
+   generation. The public code reads the text that is scored, its answer included, which raises
+   ``s`` for the right answer (``reads: row``).
+3. The classifier's view of an edit is its prompt and target. The public code cuts the last word off
+   and appends the separator token (``edit_view: public``).
+4. Edits accumulate in the memory until the rollback. In the public code only the last one is kept
+   (``accumulate: false``).
+5. Training is the paper's. The public code trains both networks through the mixture (NLL of the
+   edit text itself, never of a rephrase, and a KL on unrelated texts).
 6. Both networks are always in evaluation mode (the public code never calls ``eval()``).
-7. ``cos``, ``bound_embeds``, ``cross_attend``, ``dist_heads``, ``freeze_cntr`` and BERT-like base models are not implemented.
+7. ``cos``, ``bound_embeds``, ``cross_attend``, ``dist_heads``, ``freeze_cntr`` and BERT-like base
+   models are not implemented.
 
-Not checked: the paper's own text was not at hand; its rule, threshold and losses are from memory, the numbers are checked
-against the public code only.
+Not checked: the paper's own text was not at hand; its rule, threshold and losses are from memory,
+the numbers are checked against the public code only.
 """
 
 from __future__ import annotations
@@ -65,8 +73,26 @@ _BLOCK = 32
 _CLASSIFIER, _COUNTERFACTUAL = "classifier.", "counterfactual."
 
 _OF_THE_PUBLIC_CODE = (
-    *("cls_class", "edit_lr", "lr_lr", "cedit", "cloc", "cbase", "train_base", "no_grad_layers", "checkpoint_grad"),
-    *("inner_params", "use_all_negatives", "edit_bs", "max_iters", "accumulate_bs", "log_errors", "unlikelihood"),
+    *(
+        "cls_class",
+        "edit_lr",
+        "lr_lr",
+        "cedit",
+        "cloc",
+        "cbase",
+        "train_base",
+        "no_grad_layers",
+        "checkpoint_grad",
+    ),
+    *(
+        "inner_params",
+        "use_all_negatives",
+        "edit_bs",
+        "max_iters",
+        "accumulate_bs",
+        "log_errors",
+        "unlikelihood",
+    ),
     *("exact_match", "freeze"),
 )
 """Keys of a public YAML that mean nothing here, or are read on their own."""
@@ -75,9 +101,13 @@ _OF_THE_PUBLIC_CODE = (
 class SERACConfig(MethodConfig):
     """Hyperparameters of SERAC."""
 
-    threshold: float = Field(0.5, gt=0, le=1, description="least scope at which the counterfactual model answers")
+    threshold: float = Field(
+        0.5, gt=0, le=1, description="least scope at which the counterfactual model answers"
+    )
     mixing: Literal["hard", "soft"] = Field(
-        "hard", description="hard: one model answers a row (paper); soft: probabilities are mixed by the scope (public)"
+        "hard",
+        description="hard: one model answers a row (paper); soft: probabilities are mixed by the scope "
+        "(public)",
     )
     reads: Literal["prompt", "row"] = Field(
         "prompt", description="what the classifier reads: the prompt, or all that is scored (public code)"
@@ -90,7 +120,9 @@ class SERACConfig(MethodConfig):
         None, description="folder or hub name of the encoder to start from; null: a small one made here"
     )
     counterfactual: str | None = Field(
-        None, description="folder or hub name of the second model; null: a copy of the base model, if that is small"
+        None,
+        description="folder or hub name of the second model; null: a copy of the base model, if that is "
+        "small",
     )
     lr: float = Field(1e-5, gt=0, description="Adam's step size in training")
     grad_clip: float = Field(100.0, gt=0, description="largest norm of each network's gradient in training")
@@ -121,7 +153,8 @@ class SERACConfig(MethodConfig):
             "soft_weighting": (False, True),
         }
     )
-    """Keys of a public YAML that are accepted with these values only: nothing else is implemented."""
+    """Keys of a public YAML that are accepted with these values only: nothing else is
+    implemented."""
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
         {"mixing": "soft", "reads": "row", "edit_view": "public", "accumulate": False}
     )
@@ -133,20 +166,25 @@ class SERACConfig(MethodConfig):
                 raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
         out = super().from_easyedit({k: v for k, v in values.items() if k not in cls.easyedit_off}, source)
         steps, batch = values.get("max_iters"), values.get("accumulate_bs")
-        if steps is not None and batch is not None:  # the public code steps once in ``accumulate_bs`` iterations
+        if (
+            steps is not None and batch is not None
+        ):  # the public code steps once in ``accumulate_bs`` iterations
             out["schedule"] = {"steps": max(1, int(steps) // int(batch)), "batch_size": int(batch)}
         return out
 
     def check(self, shape: ModelShape) -> None:
         if self.counterfactual is None and shape.parameters > LARGEST_COPY:
             raise SpecError(
-                f"counterfactual: null means a copy of the base model, which has {shape.parameters:,} parameters; give a small "
+                f"counterfactual: null means a copy of the base model, which has {shape.parameters:,} "
+                f"parameters; give a small "
                 f"model of the same vocabulary (a copy is made up to {LARGEST_COPY:,} parameters)"
             )
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         return (
-            pretrained("serac", _learnt(self), self.schedule, context.fingerprint, context.model, context.training),
+            pretrained(
+                "serac", _learnt(self), self.schedule, context.fingerprint, context.model, context.training
+            ),
         )
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
@@ -154,7 +192,7 @@ class SERACConfig(MethodConfig):
         return edits * widest * 4
 
 
-# --- the two networks -------------------------------------------------------------------------------------------------
+# --- the two networks -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -167,8 +205,11 @@ class Networks:
     counterfactual_tokenizer: Any
 
     @classmethod
-    def skeleton(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None = None) -> Self:
-        """The networks as training starts from them: a folder's own weights, a copy of the base, or drawn ones."""
+    def skeleton(
+        cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None = None
+    ) -> Self:
+        """The networks as training starts from them: a folder's own weights, a copy of the base, or
+        drawn ones."""
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
         seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
@@ -192,11 +233,17 @@ class Networks:
             counterfactual, second = copy.deepcopy(base.model), base.tokenizer
         else:
             counterfactual, second = _load(
-                AutoModelForCausalLM, AutoConfig, AutoTokenizer, hparams["counterfactual"], "counterfactual", seed + 1
+                AutoModelForCausalLM,
+                AutoConfig,
+                AutoTokenizer,
+                hparams["counterfactual"],
+                "counterfactual",
+                seed + 1,
             )
         if second is not base.tokenizer and second.get_vocab() != base.tokenizer.get_vocab():
             raise ModelError(
-                f"serac: counterfactual: {hparams['counterfactual']!r} has another vocabulary than the base model; both answer "
+                f"serac: counterfactual: {hparams['counterfactual']!r} has another vocabulary than the "
+                f"base model; both answer "
                 "in the same tokens, so choose a model of the same family"
             )
         for network in (classifier, counterfactual):
@@ -213,16 +260,21 @@ class Networks:
     def tensors(self) -> dict[str, Tensor]:
         """All weights, each once (tied ones under their first name)."""
         parts = ((_CLASSIFIER, self.classifier), (_COUNTERFACTUAL, self.counterfactual))
-        return {prefix + name: p.detach().clone() for prefix, part in parts for name, p in part.named_parameters()}
+        return {
+            prefix + name: p.detach().clone() for prefix, part in parts for name, p in part.named_parameters()
+        }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over weights given by :meth:`tensors`. Raises :class:`ModelError` where they are of other networks."""
+        """Take over weights given by :meth:`tensors`. Raises :class:`ModelError` where they are of
+        other networks."""
         for prefix, part in ((_CLASSIFIER, self.classifier), (_COUNTERFACTUAL, self.counterfactual)):
             for name, p in part.named_parameters():
                 found = tensors.get(prefix + name)
                 if found is None or found.shape != p.shape:
                     what = "is missing" if found is None else f"has shape {tuple(found.shape)}"
-                    raise ModelError(f"serac: the trained weight {prefix + name} {what}; expected {tuple(p.shape)}")
+                    raise ModelError(
+                        f"serac: the trained weight {prefix + name} {what}; expected {tuple(p.shape)}"
+                    )
                 p.data.copy_(found)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -235,13 +287,17 @@ class Networks:
         hidden_NSD: Tensor = self.classifier(input_ids=ids_NS, attention_mask=mask_NS).last_hidden_state
         return hidden_NSD[:, 0]
 
-    def answer_logits(self, prompts: Sequence[tuple[int, ...]], continued: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """The counterfactual model's logits for each row, from its last prompt token to its end, (1 + len(continued), V)."""
+    def answer_logits(
+        self, prompts: Sequence[tuple[int, ...]], continued: Sequence[tuple[int, ...]]
+    ) -> list[Tensor]:
+        """The counterfactual model's logits for each row, from its last prompt token to its end, (1
+        + len(continued), V)."""
         rows = [[*p, *c] for p, c in zip(prompts, continued, strict=True)]
         limit, width = context_length(self.counterfactual.config), max(map(len, rows))
         if limit is not None and width > limit:
             raise DataError(
-                f"serac: an edit and a prompt are {width} tokens, the counterfactual model reads at most {limit}"
+                f"serac: an edit and a prompt are {width} tokens, the counterfactual model reads at most "
+                f"{limit}"
             )
         # whole blocks of columns, so that a row's bits hardly depend on how long its neighbours are
         width = max(width, min(-(-width // _BLOCK) * _BLOCK, limit or width))
@@ -278,10 +334,12 @@ def _load(auto: Any, config_of: Any, tokenizer_of: Any, name: str, field: str, s
             return auto.from_pretrained(folder, use_safetensors=True), tokenizer
         return _drawn(auto, config_of.from_pretrained(folder), seed), tokenizer
     except (ModelError, OSError, ValueError) as error:
-        raise ModelError(f"serac: {field}: {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(
+            f"serac: {field}: {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
-# --- the memory -------------------------------------------------------------------------------------------------------
+# --- the memory -----------------------------------------------------------------------------
 
 
 class EditMemory(SitelessOverlay):
@@ -308,7 +366,10 @@ class EditMemory(SitelessOverlay):
             self.texts[lane] = (*self.texts[lane], *new)
             self.embeds_JD[lane] = torch.cat([self.embeds_JD[lane], fresh_JD])
             if not self.config.accumulate:
-                self.texts[lane], self.embeds_JD[lane] = self.texts[lane][-1:], self.embeds_JD[lane][-1:].clone()
+                self.texts[lane], self.embeds_JD[lane] = (
+                    self.texts[lane][-1:],
+                    self.embeds_JD[lane][-1:].clone(),
+                )
 
     def view(self, text: str) -> str:
         """The text of an edit that the classifier reads."""
@@ -318,7 +379,8 @@ class EditMemory(SitelessOverlay):
 
     @torch.no_grad()
     def scopes(self, lanes: Sequence[int], texts: Sequence[str]) -> tuple[list[float], list[int]]:
-        """The largest scope of each text in its own lane's memory, and which edit that is (-1: no edit at all)."""
+        """The largest scope of each text in its own lane's memory, and which edit that is (-1: no
+        edit at all)."""
         scope, place = [0.0] * len(texts), [-1] * len(texts)
         asked = [i for i, lane in enumerate(lanes) if self.texts[lane]]
         if not asked:
@@ -395,7 +457,7 @@ def _text(base: BaseModel, ids: Sequence[int]) -> str:
     return str(base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-# --- the method -------------------------------------------------------------------------------------------------------
+# --- the method -----------------------------------------------------------------------------
 
 
 class SERAC(Method[SERACConfig, EditMemory]):
@@ -416,7 +478,9 @@ class SERAC(Method[SERACConfig, EditMemory]):
     def __init__(self, base: BaseModel, config: SERACConfig, inputs: Mapping[str, ArtifactData]) -> None:
         super().__init__(base, config, inputs)
         if base.encoder.chat_template:
-            raise SpecError("serac: model.chat_template: true is not supported: its networks read plain texts")
+            raise SpecError(
+                "serac: model.chat_template: true is not supported: its networks read plain texts"
+            )
         self.networks = Networks.trained(base, _learnt(config), inputs[PRETRAINED])
 
     def new_overlay(self, lanes: int) -> EditMemory:
@@ -471,7 +535,8 @@ class SERACTrainer(Trainer):
         return {"loss": scope_loss + answer_loss, "scope_loss": scope_loss, "answer_loss": answer_loss}
 
     def _scope_loss(self, requests: Sequence[EditRequest], generator: torch.Generator) -> Tensor:
-        """Mean of ``-log s`` over pairs in scope, plus mean of ``-log(1 - s)`` over pairs out of scope."""
+        """Mean of ``-log s`` over pairs in scope, plus mean of ``-log(1 - s)`` over pairs out of
+        scope."""
         edits = [f"{r.prompt} {r.target_new}" for r in requests]
         inside = [_chosen((r.prompt, *r.rephrases), generator) for r in requests]
         outside = [_chosen(tuple(p.prompt for p in r.locality), generator) for r in requests]
@@ -485,7 +550,8 @@ class SERACTrainer(Trainer):
             (e, a)
             for e, request in enumerate(requests)
             for a, i in enumerate(owner)
-            # a's own locality prompts are out of scope; another request's texts are, if it is about something else
+            # a's own locality prompts are out of scope; another request's texts are, if it is about
+            # something else
             if a >= count or (i != e and requests[i].subject != request.subject)
         ]
         loss = near_E.mean()  # -log exp(-d)
@@ -495,7 +561,8 @@ class SERACTrainer(Trainer):
         return loss
 
     def _answer_loss(self, requests: Sequence[EditRequest], generator: torch.Generator) -> Tensor:
-        """Mean over requests and target tokens of the counterfactual model's NLL, given the edit and a text in its scope."""
+        """Mean over requests and target tokens of the counterfactual model's NLL, given the edit
+        and a text in its scope."""
         prompts, targets = [], []
         for r in requests:
             text = _chosen((r.prompt, *r.rephrases), generator)
@@ -503,7 +570,9 @@ class SERACTrainer(Trainer):
             prompts.append(self.networks.with_edit(f"{r.prompt} {r.target_new}", text))
             targets.append(self.base.encoder.pair(text, r.target_new).target)
         losses = [
-            torch.nn.functional.cross_entropy(logits_SV[:-1].float(), torch.tensor(target, device=logits_SV.device))
+            torch.nn.functional.cross_entropy(
+                logits_SV[:-1].float(), torch.tensor(target, device=logits_SV.device)
+            )
             for logits_SV, target in zip(self.networks.answer_logits(prompts, targets), targets, strict=True)
         ]
         return torch.stack(losses).mean()

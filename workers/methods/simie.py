@@ -1,37 +1,45 @@
-"""SimIE: another method's edits are blended into one change that answers each edit's keys as that edit alone would.
+"""SimIE: another method's edits are blended into one change that answers each edit's keys as that
+edit alone would.
 
-Guo et al., Towards Lifelong Model Editing via Simulating Ideal Editor, ICML 2025, arXiv 2503.15045. A standard method edits
-each request of a sequence from the pristine weights ``W_0``: changes ``D_1 .. D_T`` at its linear maps. With ``K_t`` the
-inputs of such a map at all tokens of prompt and target (a row a token), the ideal change answers ``K_t`` as ``D_t`` does, for
-all edits at once. The one kept here is its ridge solution,
+Guo et al., Towards Lifelong Model Editing via Simulating Ideal Editor, ICML 2025, arXiv 2503.15045.
+A standard method edits each request of a sequence from the pristine weights ``W_0``: changes ``D_1
+.. D_T`` at its linear maps. With ``K_t`` the inputs of such a map at all tokens of prompt and
+target (a row a token), the ideal change answers ``K_t`` as ``D_t`` does, for all edits at once. The
+one kept here is its ridge solution,
 
-``min_D  lamHyper ||D||^2 + sum_t ||K_t (D - D_t)^T||^2``,  that is  ``D = (sum_t D_t K_t^T K_t) P_T^-1``
+``min_D  lamHyper ||D||^2 + sum_t ||K_t (D - D_t)^T||^2``,  that is  ``D = (sum_t D_t K_t^T K_t)
+P_T^-1``
 
 with ``P_t = lamHyper I + K_1^T K_1 + .. + K_t^T K_t``, and it is found edit by edit:
 
 ``W_t = W_{t-1} + (W_0 + D_t - W_{t-1}) K_t^T K_t P_t^-1``.
 
-The change is of rank ``N_t`` (the request's tokens). While there are fewer keys than inputs, ``K_t P_t^-1`` comes from a system
-of as many unknowns as there are keys: with ``A`` all keys so far, it is the last ``N_t`` rows of ``(lamHyper I + A A^T)^-1 A``.
-After that the overlay keeps ``A^T A`` instead.
+The change is of rank ``N_t`` (the request's tokens). While there are fewer keys than inputs, ``K_t
+P_t^-1`` comes from a system of as many unknowns as there are keys: with ``A`` all keys so far, it
+is the last ``N_t`` rows of ``(lamHyper I + A A^T)^-1 A``. After that the overlay keeps ``A^T A``
+instead.
 
-The base method (``base_method``, its own hyperparameters in ``base``) edits a fresh overlay for each request, so whatever it
-would keep between edits (AlphaEdit's earlier keys) starts empty. ``init_model: false`` lets it edit the sequence's present
-weights instead, where ``K_t`` is then read, too, and ``W_0 + D_t`` above is what it makes of ``W_{t-1}``.
+The base method (``base_method``, its own hyperparameters in ``base``) edits a fresh overlay for
+each request, so whatever it would keep between edits (AlphaEdit's earlier keys) starts empty.
+``init_model: false`` lets it edit the sequence's present weights instead, where ``K_t`` is then
+read, too, and ``W_0 + D_t`` above is what it makes of ``W_{t-1}``.
 
 Differences from the public code (EasyEdit), all deliberate:
 
-1. Nothing outlives a group. There, ``P`` and the weights stay with the hyperparameters through every rollback (golden README,
-   fault 5), and the first call edits one request more, for nothing but the names of the edited weights.
-2. Solved in float64 and rounded once (public: float32). ``P`` is positive definite, so the public choice of a solver changes
-   no number but by rounding; ``solver`` and ``fast`` are dropped.
-3. Both weight orientations are known from the map itself (public: from the model's name, and refused for other names).
+1. Nothing outlives a group. There, ``P`` and the weights stay with the hyperparameters through
+   every rollback (golden README, fault 5), and the first call edits one request more, for nothing
+   but the names of the edited weights.
+2. Solved in float64 and rounded once (public: float32). ``P`` is positive definite, so the public
+   choice of a solver changes no number but by rounding; ``solver`` and ``fast`` are dropped.
+3. Both weight orientations are known from the map itself (public: from the model's name, and
+   refused for other names).
 4. The tokens are those of the joint text, with true position ids. Same keys up to rounding.
 5. One request an edit, as in the public code, also for base methods that edit several.
 
-``lamHyper`` is 10, as in the example of the authors' repository (EasyEdit's files: 10000). Their script edits the present
-weights unless told otherwise, EasyEdit's files the pristine ones. The paper's text was not at hand: the recursion is that of
-the two published codes, its ridge form was derived from it, and no equation is numbered here.
+``lamHyper`` is 10, as in the example of the authors' repository (EasyEdit's files: 10000). Their
+script edits the present weights unless told otherwise, EasyEdit's files the pristine ones. The
+paper's text was not at hand: the recursion is that of the two published codes, its ridge form was
+derived from it, and no equation is numbered here.
 """
 
 from __future__ import annotations
@@ -58,10 +66,12 @@ from workers.model.replay import override_forward
 from workers.types import JSON, SpecError
 
 BASES = ("rome", "rrome", "memit", "emmet", "pmet", "alphaedit", "ft", "ft-ewc")
-"""Methods whose edit is a change of a linear map's weight, found from one request and nothing that was trained before."""
+"""Methods whose edit is a change of a linear map's weight, found from one request and nothing that
+was trained before."""
 
 REMEMBERING = ("alphaedit",)
-"""Those that keep more than the change between edits: they can only start from the pristine weights."""
+"""Those that keep more than the change between edits: they can only start from the pristine
+weights."""
 
 TOKENS_PER_EDIT = 32
 """Length of a request in memory estimates."""
@@ -75,7 +85,9 @@ class SimIEConfig(MethodConfig):
         default_factory=dict, validate_default=True, description="hyperparameters of the base method"
     )
     lamHyper: float = Field(10.0, gt=0, allow_inf_nan=False, description="weight of the change's own norm")
-    init_model: bool = Field(True, description="edit the pristine weights; false: the sequence's present ones")
+    init_model: bool = Field(
+        True, description="edit the pristine weights; false: the sequence's present ones"
+    )
 
     alg_names: ClassVar[tuple[str, ...]] = ("SimIE",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({"solver": IGNORED, "fast": IGNORED})
@@ -90,7 +102,8 @@ class SimIEConfig(MethodConfig):
     @field_validator("base")
     @classmethod
     def _complete(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """All of the base method's hyperparameters, its defaults included: they are part of what a cell is."""
+        """All of the base method's hyperparameters, its defaults included: they are part of what a
+        cell is."""
         if "base_method" not in info.data:  # that is complained about already
             return values
         config = _method(info.data["base_method"]).Config
@@ -104,7 +117,8 @@ class SimIEConfig(MethodConfig):
     def _starts(cls, value: bool, info: ValidationInfo) -> bool:
         if not value and info.data.get("base_method") in REMEMBERING:
             raise ValueError(
-                f"false, but {info.data['base_method']} keeps more than its change between edits, which is not carried along; "
+                f"false, but {info.data['base_method']} keeps more than its change between edits, which is "
+                f"not carried along; "
                 "set it to true"
             )
         return value
@@ -116,7 +130,8 @@ class SimIEConfig(MethodConfig):
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        """The base method's hyperparameters are those of the file of the same name in its own folder, if there is one."""
+        """The base method's hyperparameters are those of the file of the same name in its own
+        folder, if there is one."""
         from workers.methods.easyedit import read_hparams
 
         out = super().from_easyedit(values, source)
@@ -179,10 +194,11 @@ class SimIEConfig(MethodConfig):
 
 
 class SimIEOverlay(DenseOverlay):
-    """Edited weights and, per map, the keys of all edits so far: a list, or their sum of outer products.
+    """Edited weights and, per map, the keys of all edits so far: a list, or their sum of outer
+    products.
 
-    The sum is kept in float64: a model's first token may have keys of length a thousand and more, and what float32 rounds away
-    of their squares is more than ``lamHyper``.
+    The sum is kept in float64: a model's first token may have keys of length a thousand and more,
+    and what float32 rounds away of their squares is more than ``lamHyper``.
     """
 
     def __init__(self, sites: Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
@@ -191,9 +207,12 @@ class SimIEOverlay(DenseOverlay):
         self._sums: list[dict[str, Tensor]] = [{} for _ in range(lanes)]
 
     @torch.no_grad()
-    def blend(self, lane: int, site: Site, edited_OI: Tensor, keys_NI: Tensor, weight: float) -> tuple[float, float]:
-        """Move one lane's map towards ``edited_OI`` as far as ``keys_NI`` and the earlier keys ask for it; returns the squared
-        norms of the step and of the whole way. ``weight`` is that of the change's own norm."""
+    def blend(
+        self, lane: int, site: Site, edited_OI: Tensor, keys_NI: Tensor, weight: float
+    ) -> tuple[float, float]:
+        """Move one lane's map towards ``edited_OI`` as far as ``keys_NI`` and the earlier keys ask
+        for it; returns the squared norms of the step and of the whole way. ``weight`` is that of
+        the change's own norm."""
         now_OI = self.weights_LOI[site.name][lane]
         way_OI = edited_OI.to(torch.float64) - now_OI
         right_NI = self._remember(lane, site, keys_NI, weight)
@@ -234,7 +253,9 @@ class SimIEOverlay(DenseOverlay):
         self._sums[lane] = {}
         for site in self.sites:
             none_NI = _no_keys(site, self.weights_LOI[site.name].dtype)
-            self._keys[lane][site.name] = state.tensors.get(f"{site.name}/keys", none_NI).to(none_NI, copy=True)
+            self._keys[lane][site.name] = state.tensors.get(f"{site.name}/keys", none_NI).to(
+                none_NI, copy=True
+            )
             sum_II = state.tensors.get(f"{site.name}/sum")
             if sum_II is not None:
                 self._sums[lane][site.name] = sum_II.to(none_NI.device, torch.float64, copy=True)
@@ -244,7 +265,7 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
     """Simulating the ideal editor.
 
     >>> config = SimIEConfig(base_method="rome", base={"layer": 5})
-    >>> editor = SimIE.prepare(base, config, inputs={"moment": moment, "templates": texts})      # those of ROME
+    >>> editor = SimIE.prepare(base, config, inputs={"moment": moment, "templates": texts})  # those of ROME
     """
 
     name: ClassVar[str] = "simie"
@@ -257,7 +278,11 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
     Config: ClassVar[type[MethodConfig]] = SimIEConfig
 
     def __init__(
-        self, base: BaseModel, config: SimIEConfig, inputs: Mapping[str, ArtifactData], editor: Method[Any, Any]
+        self,
+        base: BaseModel,
+        config: SimIEConfig,
+        inputs: Mapping[str, ArtifactData],
+        editor: Method[Any, Any],
     ) -> None:
         """``editor`` is the base method, prepared."""
         super().__init__(base, config, inputs)
@@ -266,7 +291,9 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
 
     @classmethod
     def prepare(cls, base: BaseModel, config: SimIEConfig, inputs: Mapping[str, ArtifactData]) -> Self:
-        return cls(base, config, inputs, _method(config.base_method).prepare(base, config.base_config, inputs))
+        return cls(
+            base, config, inputs, _method(config.base_method).prepare(base, config.base_config, inputs)
+        )
 
     def new_overlay(self, lanes: int) -> SimIEOverlay:
         return SimIEOverlay(self.sites, lanes, self.base.master_dtype)
@@ -282,7 +309,9 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
                     fresh.set_weight(lane, site, overlay.weight(lane, site))
         outcomes = self.editor.edit(fresh, edits)
         return [
-            EditOutcome(out.iterations, out.loss, {**out.details, **self._blend(overlay, fresh, lane, keys[lane])})
+            EditOutcome(
+                out.iterations, out.loss, {**out.details, **self._blend(overlay, fresh, lane, keys[lane])}
+            )
             for lane, out in enumerate(outcomes)
         ]
 
@@ -298,7 +327,8 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
 
     @torch.no_grad()
     def _keys(self, overlay: SimIEOverlay, edits: Sequence[LaneEdit]) -> list[list[Tensor]]:
-        """Inputs of every site at all tokens of prompt and target, per lane and site (N, I), in the masters' precision."""
+        """Inputs of every site at all tokens of prompt and target, per lane and site (N, I), in the
+        masters' precision."""
         base = self.base
         encoded = [base.encoder.pair(edit.requests[0].prompt, edit.requests[0].target_new) for edit in edits]
         rows = collate(encoded, range(len(edits)), base.encoder.pad_id, base.device)
@@ -343,7 +373,8 @@ def _no_keys(site: Site, dtype: torch.dtype) -> Tensor:
 
 
 def _solve(gram_MM: Tensor, weight: float, right_MN: Tensor) -> Tensor:
-    """``(weight I + gram)^-1 right`` in float64; not a number where rounding has left nothing to factorise."""
+    """``(weight I + gram)^-1 right`` in float64; not a number where rounding has left nothing to
+    factorise."""
     shifted_MM = gram_MM.to(torch.float64, copy=True)
     shifted_MM.diagonal().add_(weight)
     factor_MM, info = torch.linalg.cholesky_ex(shifted_MM)
@@ -353,7 +384,8 @@ def _solve(gram_MM: Tensor, weight: float, right_MN: Tensor) -> Tensor:
 
 @contextmanager
 def _inputs(base: BaseModel, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
-    """Inside, a forward pass notes what enters each site, by its name. Layers above the last site are not run."""
+    """Inside, a forward pass notes what enters each site, by its name. Layers above the last site
+    are not run."""
     caught: dict[str, Tensor] = {}
     top: list[Any] = []
 

@@ -1,34 +1,42 @@
-"""UltraEdit: one closed-form step from hidden states and gradients, normalised by statistics of all edits so far.
+"""UltraEdit: one closed-form step from hidden states and gradients, normalised by statistics of all
+edits so far.
 
-Gu et al., UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models, arXiv 2505.14679. A call
-edits all requests of a turn at once; each edited linear map gets, from one forward and one backward of the edited model,
+Gu et al., UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models,
+arXiv 2505.14679. A call edits all requests of a turn at once; each edited linear map gets, from one
+forward and one backward of the edited model,
 
-- ``h_i``: its input at each token i that is kept, and ``g_i``: the gradient of the loss with respect to its output there. The
-  loss is the mean of ``-log P(target token)`` over the target tokens of up to ``requests_per_backward`` requests;
-- lifelong normalisation: mean ``mu`` and deviation ``sigma`` of the feature ``z = [h, g]`` are updated with the turn's tokens
-  (Welford: ``mu += n delta / (N + n)``, ``s2 += n Var(z) + N n delta^2 / (N + n)``, ``sigma = sqrt(s2 / (N + n - 1))``, where
-  ``delta`` is the turn's mean minus ``mu``), then ``[h^, g^] = (z - mu) / (sigma + eps)``. Maps of one shape share statistics;
-- the change: ``W' = W + V^T (H H^T + I)^-1 H`` with rows ``v_i = -lr ||h^_i||^2 g^_i`` of V and ``h_i`` of H. This is the ridge
-  solution ``((H^T H + I)^-1 H^T V)^T`` written for as many unknowns as there are tokens.
+- ``h_i``: its input at each token i that is kept, and ``g_i``: the gradient of the loss with
+  respect to its output there. The loss is the mean of ``-log P(target token)`` over the target
+  tokens of up to ``requests_per_backward`` requests;
+- lifelong normalisation: mean ``mu`` and deviation ``sigma`` of the feature ``z = [h, g]`` are
+  updated with the turn's tokens (Welford: ``mu += n delta / (N + n)``, ``s2 += n Var(z) + N n
+  delta^2 / (N + n)``, ``sigma = sqrt(s2 / (N + n - 1))``, where ``delta`` is the turn's mean minus
+  ``mu``), then ``[h^, g^] = (z - mu) / (sigma + eps)``. Maps of one shape share statistics;
+- the change: ``W' = W + V^T (H H^T + I)^-1 H`` with rows ``v_i = -lr ||h^_i||^2 g^_i`` of V and
+  ``h_i`` of H. This is the ridge solution ``((H^T H + I)^-1 H^T V)^T`` written for as many unknowns
+  as there are tokens.
 
 The statistics are state: they live in the overlay, a lane's own, and a rollback drops them with it.
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: its formulas are from a secondary
-source and the authors' code, so equations are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not at hand: its
+formulas are from a secondary source and the authors' code, so equations are not numbered here.
 
-1. Labels are the target's tokens, each predicted where it follows its prompt. EasyEdit tokenises the target alone, so that BOS
-   and padding become labels, too (golden README, fault 7), and runs the text with its last token:
-   ``deviations: {public_labels: true}``.
-2. ``token: ans`` keeps the positions that predict a target token, as paper and authors' code do; EasyEdit's files say ``mask``
-   (every token), which a loaded file then gives. A single token is its own mean: with ``ans``, a turn of one target token as a
-   lane's first edit changes nothing.
-3. ``n Var(z)`` is the sum of squared deviations, so that ``sigma`` is the deviation of all tokens, however they came in turns.
-   The public code takes n times the unbiased variance, which is too much by n / (n - 1), and not a number for a single token:
-   ``deviations: {public_variance: true}``.
-4. True position ids (public: padding columns count), everything after the two passes in float64 (public: float32).
-5. Statistics run on over the turns. EasyEdit's code starts them afresh in every call (it never notes that it has been set up),
-   so that its normalisation is not lifelong: ``statistics: turn``.
-6. ``dropout``, ``no_grad_layers``, ``editor_batch_size`` and ``silent`` of public files change no number and are dropped.
+1. Labels are the target's tokens, each predicted where it follows its prompt. EasyEdit tokenises
+   the target alone, so that BOS and padding become labels, too (golden README, fault 7), and runs
+   the text with its last token: ``deviations: {public_labels: true}``.
+2. ``token: ans`` keeps the positions that predict a target token, as paper and authors' code do;
+   EasyEdit's files say ``mask`` (every token), which a loaded file then gives. A single token is
+   its own mean: with ``ans``, a turn of one target token as a lane's first edit changes nothing.
+3. ``n Var(z)`` is the sum of squared deviations, so that ``sigma`` is the deviation of all tokens,
+   however they came in turns. The public code takes n times the unbiased variance, which is too
+   much by n / (n - 1), and not a number for a single token: ``deviations: {public_variance:
+   true}``.
+4. True position ids (public: padding columns count), everything after the two passes in float64
+   (public: float32).
+5. Statistics run on over the turns. EasyEdit's code starts them afresh in every call (it never
+   notes that it has been set up), so that its normalisation is not lifelong: ``statistics: turn``.
+6. ``dropout``, ``no_grad_layers``, ``editor_batch_size`` and ``silent`` of public files change no
+   number and are dropped.
 """
 
 from __future__ import annotations
@@ -62,7 +70,9 @@ EPS = 2.0**-23
 class UltraEditDeviations(Deviations):
     """Switches to the public code."""
 
-    public_labels: bool = Field(False, description="BOS and padding are labels, too; the last token is run (EasyEdit)")
+    public_labels: bool = Field(
+        False, description="BOS and padding are labels, too; the last token is run (EasyEdit)"
+    )
     public_variance: bool = Field(
         False, description="sum up n times the unbiased variance of each backward (public code)"
     )
@@ -81,7 +91,9 @@ class UltraEditConfig(MethodConfig):
     statistics: Literal["lifelong", "turn"] = Field(
         "lifelong", description="what features are normalised by; turn: each call starts afresh (EasyEdit)"
     )
-    requests_per_backward: int = Field(10, ge=1, description="requests that share one mean loss and one backward")
+    requests_per_backward: int = Field(
+        10, ge=1, description="requests that share one mean loss and one backward"
+    )
     deviations: UltraEditDeviations = Field(
         UltraEditDeviations(), description="single switches to the public code, for parity tests"
     )
@@ -95,7 +107,15 @@ class UltraEditConfig(MethodConfig):
             "inner_params": "modules",
             "batch_size_once": "requests_per_backward",
             **dict.fromkeys(
-                ("model_class", "class_name", "dropout", "no_grad_layers", "editor_batch_size", "silent", "half"),
+                (
+                    "model_class",
+                    "class_name",
+                    "dropout",
+                    "no_grad_layers",
+                    "editor_batch_size",
+                    "silent",
+                    "half",
+                ),
                 IGNORED,
             ),
         }
@@ -106,7 +126,9 @@ class UltraEditConfig(MethodConfig):
     def _modules(cls, modules: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         for path, layers in modules.items():
             if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
-                raise ValueError(f"{path}: {list(layers)}: expected one or more layers, distinct and not negative")
+                raise ValueError(
+                    f"{path}: {list(layers)}: expected one or more layers, distinct and not negative"
+                )
         return modules
 
     @classmethod
@@ -138,18 +160,23 @@ class UltraEditConfig(MethodConfig):
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         value = max(4, shape.bytes_per_value)
         sizes = {path: shape.site(_path(path)) for path in self.modules}
-        weights = sum(out * in_features * value * len(self.modules[path]) for path, (out, in_features) in sizes.items())
+        weights = sum(
+            out * in_features * value * len(self.modules[path]) for path, (out, in_features) in sizes.items()
+        )
         largest = max(out * in_features for out, in_features in sizes.values())
         return weights + 2 * 8 * largest  # and one map's change in float64, with a temporary
 
 
 class UltraEditOverlay(DenseOverlay):
-    """Dense replacements of the edited maps and, by shape of map, the running statistics of their features (lanes first)."""
+    """Dense replacements of the edited maps and, by shape of map, the running statistics of their
+    features (lanes first)."""
 
     def __init__(self, sites: Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
         super().__init__(sites, lanes, dtype)
         device = sites[0].weight_OI.device
-        self.statistics = {_shape_name(site): _Statistics.empty(lanes, sum(site.shape), device) for site in self.sites}
+        self.statistics = {
+            _shape_name(site): _Statistics.empty(lanes, sum(site.shape), device) for site in self.sites
+        }
 
     def state(self, lane: int) -> LaneState:
         found = super().state(lane)
@@ -197,7 +224,10 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
     def edit(self, overlay: UltraEditOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         size, count = self.config.requests_per_backward, len(edits[0].requests)
         starts = range(0, count, size)
-        turn = [self._features(overlay, [edit.requests[start : start + size] for edit in edits]) for start in starts]
+        turn = [
+            self._features(overlay, [edit.requests[start : start + size] for edit in edits])
+            for start in starts
+        ]
         if self.config.statistics == "turn":
             for statistics in overlay.statistics.values():
                 statistics.clear()
@@ -227,7 +257,9 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
             total = sum(len(tokens) for _, tokens in labels)
             for sequence, (start, tokens) in zip(sequences, labels, strict=True):
                 places += [
-                    (len(encoded), start + j, token, 1 / total) for j, token in enumerate(tokens) if start + j >= 0
+                    (len(encoded), start + j, token, 1 / total)
+                    for j, token in enumerate(tokens)
+                    if start + j >= 0
                 ]
                 encoded.append(sequence)
                 lanes.append(lane)
@@ -277,7 +309,8 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
 
 @dataclass(frozen=True)
 class _Features:
-    """Inputs of one map and gradients of its outputs at the kept tokens of each lane; zero where a lane has fewer."""
+    """Inputs of one map and gradients of its outputs at the kept tokens of each lane; zero where a
+    lane has fewer."""
 
     keys_LJI: Tensor
     grads_LJO: Tensor
@@ -302,7 +335,8 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Running mean and sum of squared deviations of each lane's features, by Welford's rule; updated in place."""
+    """Running mean and sum of squared deviations of each lane's features, by Welford's rule;
+    updated in place."""
 
     count_L1: Tensor
     mean_LF: Tensor
@@ -360,7 +394,8 @@ def _solve_ridge(gram: Tensor, right: Tensor) -> Tensor:
 def _labelled(
     base: BaseModel, requests: Sequence[EditRequest], public: bool
 ) -> tuple[list[Encoded], list[tuple[int, tuple[int, ...]]]]:
-    """Sequences to run and, for each, the position that predicts its first label, and the labels."""
+    """Sequences to run and, for each, the position that predicts its first label, and the
+    labels."""
     pairs = [base.encoder.pair(request.prompt, request.target_new) for request in requests]
     if not public:
         # the last token predicts nothing that is scored
@@ -376,7 +411,8 @@ def _labelled(
 
 @contextmanager
 def _traced(sites: Sequence[Site]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Inside, a forward notes what enters and leaves each map; gradients with respect to the latter can be asked for."""
+    """Inside, a forward notes what enters and leaves each map; gradients with respect to the latter
+    can be asked for."""
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
     in_order: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -386,7 +422,10 @@ def _traced(sites: Sequence[Site]) -> Iterator[tuple[list[Tensor], list[Tensor]]
             # the first maps have nothing below them that wants a gradient
             out = out if out.requires_grad else out.detach().requires_grad_(True)
             inputs[i], outputs[i] = args[0].detach(), out
-            in_order[0][:], in_order[1][:] = [inputs[k] for k in sorted(inputs)], [outputs[k] for k in sorted(outputs)]
+            in_order[0][:], in_order[1][:] = (
+                [inputs[k] for k in sorted(inputs)],
+                [outputs[k] for k in sorted(outputs)],
+            )
             return out
 
         return note

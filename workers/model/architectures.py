@@ -11,7 +11,8 @@ from workers.types import ModelError
 
 @dataclass(frozen=True)
 class Arch:
-    """Module paths of one architecture; paths below ``layers`` are relative to one decoder layer."""
+    """Module paths of one architecture; paths below ``layers`` are relative to one decoder
+    layer."""
 
     backbone: str
     layers: str

@@ -1,13 +1,15 @@
 """Loading a base model, and where its parts are.
 
-Everything that depends on an architecture stands in :data:`ARCHITECTURES`, keyed by ``config.model_type``; supporting
-another one is one line there. Both weight orientations (``nn.Linear`` and GPT-2's ``Conv1D``) are handled by :class:`Site`.
+Everything that depends on an architecture stands in :data:`ARCHITECTURES`, keyed by
+``config.model_type``; supporting another one is one line there. Both weight orientations
+(``nn.Linear`` and GPT-2's ``Conv1D``) are handled by :class:`Site`.
 
 >>> base = BaseModel.load(ModelConfig(name="embedded"))
 >>> base.site(layer=4).weight_OI.shape        # always (out, in)
 torch.Size([128, 512])
 
-Only :func:`fingerprint_model` and :func:`model_shape` serve the planner: they read files, never weights into memory.
+Only :func:`fingerprint_model` and :func:`model_shape` serve the planner: they read files, never
+weights into memory.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
-    """Sizes from the model's config alone: the modules are built on torch's meta device, without storage."""
+    """Sizes from the model's config alone: the modules are built on torch's meta device, without
+    storage."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -182,12 +185,12 @@ class BaseModel:
 
     @property
     def compiled(self) -> Compiled:
-        """What of an edit is compiled."""
+        """The compiled parts of an edit."""
         return self.kernels.compiled
 
     @property
     def pool(self) -> Pool | None:
-        """Where steps of edits are recorded; None: they are not."""
+        """Memory for recorded steps of edits; None: steps are not recorded."""
         return self.kernels.pool
 
     @property
@@ -206,7 +209,9 @@ class BaseModel:
     def site(self, layer: int, module: str | None = None) -> Site:
         """The linear map ``module`` of a decoder layer (None: the MLP's output projection)."""
         if not 0 <= layer < len(self.layers):
-            raise SpecError(f"layer {layer} is out of range; the model has layers 0 to {len(self.layers) - 1}")
+            raise SpecError(
+                f"layer {layer} is out of range; the model has layers 0 to {len(self.layers) - 1}"
+            )
         path = module or self.arch.mlp_out
         try:
             found = self.layers[layer].get_submodule(path)
@@ -215,7 +220,8 @@ class BaseModel:
         return Site(found, f"{self.arch.layers}.{layer}.{path}", layer)
 
     def hidden_states(self, rows: Batch) -> Tensor:
-        """Hidden states after the final norm, (B, S, D). Runs every layer; see ``replay`` for less."""
+        """Hidden states after the final norm, (B, S, D). Runs every layer; see ``replay`` for
+        less."""
         out = self.backbone(
             input_ids=rows.input_ids_BS,
             attention_mask=rows.attention_mask_BS,
@@ -226,7 +232,8 @@ class BaseModel:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Head in at least float32 (in bfloat16 a few percent of the top-2 tie exactly). (..., D) -> (..., V)."""
+        """Head in at least float32 (in bfloat16 a few percent of the top-2 tie exactly). (..., D)
+        -> (..., V)."""
         from workers.kernels.matmul import wide_linear
 
         weight, bias = self.head_module.weight, getattr(self.head_module, "bias", None)
@@ -241,7 +248,9 @@ def pick_device(config: ModelConfig) -> str:
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device: 'cuda' was asked for, but torch sees no CUDA device here; choices: auto, cpu")
+        raise ModelError(
+            "model.device: 'cuda' was asked for, but torch sees no CUDA device here; choices: auto, cpu"
+        )
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.device

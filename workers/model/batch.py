@@ -21,8 +21,9 @@ from workers.types import DataError
 class Encoded:
     """One sequence: ``ids[:prompt_len]`` is the prompt, the rest the target (possibly empty).
 
-    ``clean`` says that the prompt's own tokens are a prefix of the joint ones; where a tokenizer merges across the border
-    the count of prompt tokens is the field's convention (EasyEdit counts them the same way).
+    ``clean`` says that the prompt's own tokens are a prefix of the joint ones; where a tokenizer
+    merges across the border the count of prompt tokens is the field's convention (EasyEdit counts
+    them the same way).
     """
 
     ids: tuple[int, ...]
@@ -35,7 +36,8 @@ class Encoded:
 
 
 class Encoder:
-    """Turns texts into token ids, with or without a chat template. Holds no state beyond the tokenizer."""
+    """Turns texts into token ids, with or without a chat template. Holds no state beyond the
+    tokenizer."""
 
     def __init__(self, tokenizer: Any, chat_template: bool = False) -> None:
         self.tokenizer = tokenizer
@@ -59,7 +61,8 @@ class Encoder:
         return 0
 
     def text(self, text: str) -> tuple[int, ...]:
-        """Ids of a plain text, with the tokenizer's own beginning-of-sequence token and no end token."""
+        """Ids of a plain text, with the tokenizer's own beginning-of-sequence token and no end
+        token."""
         if self._backend is not None:
             ids = self._backend.encode(text).ids
         else:
@@ -72,11 +75,14 @@ class Encoder:
         return tuple(self.tokenizer(self._chat(prompt), add_special_tokens=False)["input_ids"])
 
     def pair(self, prompt: str, target: str) -> Encoded:
-        """``prompt + " " + target``, tokenised jointly. In a chat, what the template itself puts before an answer joins them."""
+        """``prompt + " " + target``, tokenised jointly. In a chat, what the template itself puts
+        before an answer joins them."""
         prompt_ids = self.prompt(prompt)
         if self.chat_template:
             ids = tuple(
-                self.tokenizer(self._chat(prompt) + self._joiner + target, add_special_tokens=False)["input_ids"]
+                self.tokenizer(self._chat(prompt) + self._joiner + target, add_special_tokens=False)[
+                    "input_ids"
+                ]
             )
         else:
             ids = self.text(f"{prompt}{self._joiner}{target}")
@@ -85,20 +91,24 @@ class Encoder:
         return Encoded(ids, len(prompt_ids), ids[: len(prompt_ids)] == prompt_ids)
 
     def tokens_until(self, prompt: str, stop: int) -> int:
-        """Count the tokens of :meth:`prompt` up to the text's character ``stop`` (that part tokenised alone)."""
+        """Count the tokens of :meth:`prompt` up to the text's character ``stop`` (that part
+        tokenised alone)."""
         if not self.chat_template:
             return len(self.text(prompt[:stop]))
         whole = self._chat(prompt)
         start = whole.rfind(prompt)
         if start < 0:
-            raise DataError(f"the chat template changes the prompt {prompt!r}, so its tokens cannot be located")
+            raise DataError(
+                f"the chat template changes the prompt {prompt!r}, so its tokens cannot be located"
+            )
         return len(self.tokenizer(whole[: start + stop], add_special_tokens=False)["input_ids"])
 
     def _chat(self, prompt: str) -> str:
         return self._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
 
     def _chat_joiner(self) -> str:
-        """The white space that the template writes between the start of the assistant's turn and what it says."""
+        """The white space that the template writes between the start of the assistant's turn and
+        what it says."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         asked, answered = self._chat("a"), self._render(messages, add_generation_prompt=False)
         if not answered.startswith(asked):
@@ -116,15 +126,17 @@ class Encoder:
                 )
             )
         except TemplateError as error:
-            raise DataError(f"chat_template: true, but the tokenizer's chat template fails: {error}") from None
+            raise DataError(
+                f"chat_template: true, but the tokenizer's chat template fails: {error}"
+            ) from None
 
 
 @dataclass(frozen=True)
 class Batch:
     """A padded batch. Rows of one lane stand together, lanes ascending.
 
-    ``prompt_end_B`` is the index of the last prompt token inside the padded row; ``prompt_mask_BS`` marks the real prompt
-    tokens. ``segments`` lists (lane, first row, one past last row).
+    ``prompt_end_B`` is the index of the last prompt token inside the padded row; ``prompt_mask_BS``
+    marks the real prompt tokens. ``segments`` lists (lane, first row, one past last row).
     """
 
     input_ids_BS: Tensor
@@ -142,13 +154,15 @@ class Batch:
         return int(self.input_ids_BS.shape[0])
 
     def even(self, lanes: int) -> bool:
-        """Return whether lanes 0..lanes-1 have equally many rows, so that one batched product is enough."""
+        """Return whether lanes 0..lanes-1 have equally many rows, so that one batched product is
+        enough."""
         return len(self.segments) == lanes and all(
             stop - start == self.segments[0][2] for _, start, stop in self.segments
         )
 
     def part(self, lanes: Sequence[int]) -> tuple[Batch, list[int]]:
-        """The rows of some lanes (ascending), which become lanes 0, 1, ..., and where they stood."""
+        """The rows of some lanes (ascending), which become lanes 0, 1, ..., and where they
+        stood."""
         spans = {lane: (start, stop) for lane, start, stop in self.segments}
         kept: list[int] = []
         segments: list[tuple[int, int, int]] = []
@@ -181,9 +195,11 @@ def collate(
     side: str = "left",
     public_positions: bool = False,
 ) -> Batch:
-    """Pad to the longest. ``lanes`` must ascend. ``side='right'`` and ``public_positions`` exist for parity with public code.
+    """Pad to the longest. ``lanes`` must ascend. ``side='right'`` and ``public_positions`` exist
+    for parity with public code.
 
-    position_ids count real tokens from 0; ``public_positions`` counts columns instead, padding included.
+    position_ids count real tokens from 0; ``public_positions`` counts columns instead, padding
+    included.
     """
     if list(lanes) != sorted(lanes):
         raise ValueError("rows of one lane must stand together, lanes ascending")

@@ -22,14 +22,18 @@ class ModelConfig(Frozen):
     """The base model of a sweep: name, precision, device."""
 
     name: str = Field(
-        EMBEDDED, min_length=1, max_length=1000, description="'embedded', a local folder, or a Hugging Face name"
+        EMBEDDED,
+        min_length=1,
+        max_length=1000,
+        description="'embedded', a local folder, or a Hugging Face name",
     )
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
     compile: bool = Field(
         False,
-        description="torch.compile the decoder layers inside an edit's steps: faster on a GPU after a minute of compiling, but "
+        description="torch.compile the decoder layers inside an edit's steps: faster on a GPU after a "
+        "minute of compiling, but "
         "rows of different actors agree up to rounding only",
     )
 
@@ -64,7 +68,9 @@ class ModelShape:
     def check_layer(self, layer: int, field: str) -> None:
         """Raise :class:`SpecError` if the model has no such decoder layer."""
         if not 0 <= layer < self.layers:
-            raise SpecError(f"{field}: layer {layer} is out of range; the model has layers 0 to {self.layers - 1}")
+            raise SpecError(
+                f"{field}: layer {layer} is out of range; the model has layers 0 to {self.layers - 1}"
+            )
 
     def site(self, module: str | None) -> tuple[int, int]:
         """(out, in) of a layer's linear map; None means the MLP's output projection."""
@@ -73,7 +79,8 @@ class ModelShape:
             return self.linear[path]
         except KeyError:
             raise SpecError(
-                f"module: {path!r} is not a linear map of a {self.model_type} layer; choices: {', '.join(self.linear)}"
+                f"module: {path!r} is not a linear map of a {self.model_type} layer; choices: "
+                f"{', '.join(self.linear)}"
             ) from None
 
 
@@ -97,7 +104,9 @@ def resolve(config: ModelConfig) -> Path:
 
     try:
         return Path(
-            snapshot_download(config.name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+            snapshot_download(
+                config.name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
         )
     except Exception as error:
         raise ModelError(
@@ -108,7 +117,8 @@ def resolve(config: ModelConfig) -> Path:
 
 
 def fingerprint_model(config: ModelConfig) -> ModelFingerprint:
-    """Hash the files that decide the numbers: config and weights, and apart from them the tokenizer."""
+    """Hash the files that decide the numbers: config and weights, and apart from them the
+    tokenizer."""
     folder = resolve(config)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -116,13 +126,16 @@ def fingerprint_model(config: ModelConfig) -> ModelFingerprint:
     tokenizer = sorted(
         p
         for p in folder.iterdir()
-        if p.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"))
+        if p.name.startswith(
+            ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+        )
     )
     return ModelFingerprint(_hash_files([folder / "config.json", *weights]), _hash_files(tokenizer))
 
 
 def has_chat_template(config: ModelConfig) -> bool:
-    """Return whether the model's tokenizer has a chat template; read from its files, without loading it."""
+    """Return whether the model's tokenizer has a chat template; read from its files, without
+    loading it."""
     folder = resolve(config)
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
@@ -144,6 +157,7 @@ def _hash_files(paths: list[Path]) -> str:
 
 
 def context_length(hf: Any) -> int | None:
-    """Context length of a model in tokens, from its ``transformers`` config; None if it does not say."""
+    """Context length of a model in tokens, from its ``transformers`` config; None if it does not
+    say."""
     value = getattr(hf, "max_position_embeddings", None)
     return None if value is None else int(value)

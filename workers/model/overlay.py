@@ -1,4 +1,5 @@
-"""Overlays: everything a method adds to the base model, one copy per lane, none of it in a base weight.
+"""Overlays: everything a method adds to the base model, one copy per lane, none of it in a base
+weight.
 
 >>> overlay = DenseOverlay(site, lanes=8)
 >>> with overlay.installed(rows):                  # the edited map answers with each row's own lane
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LaneState:
-    """The snapshot of one lane: named tensors and a JSON value. Independent copies, safe to keep."""
+    """The snapshot of one lane: named tensors and a JSON value. Independent copies, safe to
+    keep."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, JSON] = field(default_factory=dict)
@@ -50,17 +52,20 @@ class Overlay(ABC):
 
     @property
     def first_layer(self) -> int:
-        """The lowest decoder layer whose output an edit can change; replay starts here (with no site: above all layers)."""
+        """The lowest decoder layer whose output an edit can change; replay starts here (with no
+        site: above all layers)."""
         return min((site.layer for site in self.sites), default=ABOVE)
 
     @property
     def inert(self) -> bool:
-        """True if every output is the base model's own whatever was edited: nothing is then computed for it."""
+        """True if every output is the base model's own whatever was edited: nothing is then
+        computed for it."""
         return False
 
     @abstractmethod
     def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
-        """Return the output of the edited linear map, (B, S, O). ``rows`` tells each row's lane and where its prompt ends."""
+        """Return the output of the edited linear map, (B, S, O). ``rows`` tells each row's lane and
+        where its prompt ends."""
 
     @abstractmethod
     def state(self, lane: int) -> LaneState:
@@ -72,12 +77,14 @@ class Overlay(ABC):
 
     @abstractmethod
     def delta_norm(self, lane: int) -> float | None:
-        """Relative Frobenius norm of the weight change, ``||W' - W|| / ||W||``; None where no weight is changed."""
+        """Relative Frobenius norm of the weight change, ``||W' - W|| / ||W||``; None where no
+        weight is changed."""
 
     @property
     def replays(self) -> bool:
-        """True if layers from :attr:`first_layer` on, run on the pristine base's activations, give the edited answer. Not so
-        where an edit changes the tokens that are read; such an overlay gives its own :meth:`hidden_states`."""
+        """True if layers from :attr:`first_layer` on, run on the pristine base's activations, give
+        the edited answer. Not so where an edit changes the tokens that are read; such an overlay
+        gives its own :meth:`hidden_states`."""
         return True
 
     def hidden_states(self, base: BaseModel, rows: Batch) -> Tensor:
@@ -88,12 +95,14 @@ class Overlay(ABC):
     def logits(
         self, base: BaseModel, hidden_PD: Tensor, rows: Batch, row_P: Sequence[int], column_P: Sequence[int]
     ) -> Tensor:
-        """The edited model's logits (P, V) at some positions of ``rows``, where its hidden states are ``hidden_PD``."""
+        """The edited model's logits (P, V) at some positions of ``rows``, where its hidden states
+        are ``hidden_PD``."""
         return base.logits(hidden_PD)
 
     @contextmanager
     def installed(self, rows: Batch) -> Iterator[None]:
-        """Let the edited maps answer through this overlay inside the ``with``; the modules are themselves again after."""
+        """Let the edited maps answer through this overlay inside the ``with``; the modules are
+        themselves again after."""
         with ExitStack() as stack:
             for site in self.sites:
                 stack.enter_context(override_forward(site.module, partial(self._answer_at, site, rows)))
@@ -104,7 +113,9 @@ class Overlay(ABC):
 
     def finite(self, lane: int) -> bool:
         """Return whether every number of the lane's state is finite."""
-        return all(bool(torch.isfinite(t).all()) for t in self.state(lane).tensors.values() if t.is_floating_point())
+        return all(
+            bool(torch.isfinite(t).all()) for t in self.state(lane).tensors.values() if t.is_floating_point()
+        )
 
     def lane_bytes(self, lane: int) -> int:
         """Size of one lane's snapshot."""
@@ -112,7 +123,8 @@ class Overlay(ABC):
 
 
 class SitelessOverlay(Overlay):
-    """An overlay that no linear map of the base asks: what it adds is a text before the prompt, a second model, or nothing."""
+    """An overlay that no linear map of the base asks: what it adds is a text before the prompt, a
+    second model, or nothing."""
 
     def __init__(self, lanes: int) -> None:
         super().__init__([], lanes)
@@ -125,8 +137,8 @@ class SitelessOverlay(Overlay):
 
 
 class _LaneProduct(torch.autograd.Function):
-    """``x @ W^T`` lane by lane. Its own backward, because torch's gives the weights' gradient in the transposed layout, and
-    putting it right takes longer than both products."""
+    """``x @ W^T`` lane by lane. Its own backward, because torch's gives the weights' gradient in
+    the transposed layout, and putting it right takes longer than both products."""
 
     @staticmethod
     def forward(context: Any, x_LNI: Tensor, weight_LOI: Tensor) -> Tensor:
@@ -137,7 +149,9 @@ class _LaneProduct(torch.autograd.Function):
     def backward(context: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad_LNO,) = grads
         x_LNI, weight_LOI = context.saved_tensors
-        grad_x_LNI = lane_products(grad_LNO, weight_LOI.transpose(1, 2)) if context.needs_input_grad[0] else None
+        grad_x_LNI = (
+            lane_products(grad_LNO, weight_LOI.transpose(1, 2)) if context.needs_input_grad[0] else None
+        )
         grad_LOI = None
         if context.needs_input_grad[1]:
             grad_LOI = lane_products(grad_LNO.transpose(1, 2), x_LNI.transpose(1, 2))
@@ -147,8 +161,9 @@ class _LaneProduct(torch.autograd.Function):
 def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Batch, bias_O: Tensor | None = None) -> Tensor:
     """Each row times the weight of its own lane, (B, S, O).
 
-    One lane uses its weight directly; lanes with equally many rows share one batched product; otherwise lane by lane.
-    Weights are cast to the activations' precision (masters may be wider than the base).
+    One lane uses its weight directly; lanes with equally many rows share one batched product;
+    otherwise lane by lane. Weights are cast to the activations' precision (masters may be wider
+    than the base).
     """
     weight_LOI = weight_LOI.to(x_BSI.dtype)
     lanes = weight_LOI.shape[0]
@@ -162,7 +177,9 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Batch, bias_O: Tensor |
         out_LNO: Tensor = _LaneProduct.apply(x_LNI, weight_LOI)  # type: ignore[no-untyped-call]
         out = out_LNO.reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
         return out if bias_O is None else out + bias_O
-    return torch.cat([linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments])
+    return torch.cat(
+        [linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments]
+    )
 
 
 class _TokenProduct(torch.autograd.Function):
@@ -187,19 +204,21 @@ class _TokenProduct(torch.autograd.Function):
 
 
 def token_linear(x_NI: Tensor, weight_LOI: Tensor, ends: tuple[int, ...]) -> Tensor:
-    """Each token times the weight of its own lane, (N, O). ``ends``: after which token each lane's end. Gradients flow to the
-    weights alone."""
+    """Each token times the weight of its own lane, (N, O). ``ends``: after which token each lane's
+    end. Gradients flow to the weights alone."""
     out_NO: Tensor = _TokenProduct.apply(x_NI, weight_LOI.to(x_NI.dtype), ends)  # type: ignore[no-untyped-call]
     return out_NO
 
 
 class DenseOverlay(Overlay):
-    """Replaces the weights of some linear maps, one copy per lane. Copies are made at construction."""
+    """Replaces the weights of some linear maps, one copy per lane. Copies are made at
+    construction."""
 
     def __init__(self, sites: Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
         super().__init__(sites, lanes)
         self.weights_LOI = {
-            site.name: site.weight_OI.to(dtype).unsqueeze(0).repeat(lanes, 1, 1).contiguous() for site in sites
+            site.name: site.weight_OI.to(dtype).unsqueeze(0).repeat(lanes, 1, 1).contiguous()
+            for site in sites
         }
         self.working_LOI: dict[str, Tensor] = {}
         """Inside :meth:`working`, the copies that answer."""
@@ -211,7 +230,8 @@ class DenseOverlay(Overlay):
 
     @contextmanager
     def working(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, copies in ``dtype`` answer in the weights' place; whoever moves the weights renews them."""
+        """Inside, copies in ``dtype`` answer in the weights' place; whoever moves the weights
+        renews them."""
         self.working_LOI = {name: weight_LOI.to(dtype) for name, weight_LOI in self.weights_LOI.items()}
         try:
             yield
@@ -237,7 +257,8 @@ class DenseOverlay(Overlay):
         self.touch([lane])
 
     def touch(self, lanes: Sequence[int]) -> None:
-        """Note that these lanes differ from the base now; untouched lanes have an empty snapshot."""
+        """Note that these lanes differ from the base now; untouched lanes have an empty
+        snapshot."""
         for lane in lanes:
             self._touched[lane] = True
 
@@ -290,7 +311,9 @@ class _LowRank:
         return delta if self.dense_LOI is None else delta + self.dense_LOI[lane]
 
     def state(self, lane: int) -> dict[str, Tensor]:
-        tensors = {"left": self.left_LOJ[lane].clone(), "right": self.right_LJI[lane].clone()} if self.rank else {}
+        tensors = (
+            {"left": self.left_LOJ[lane].clone(), "right": self.right_LJI[lane].clone()} if self.rank else {}
+        )
         if self.dense_LOI is not None:
             tensors["dense"] = self.dense_LOI[lane].clone()
         return tensors
@@ -316,12 +339,14 @@ class _LowRank:
 
 
 class LowRankOverlay(Overlay):
-    """Adds ``left @ right`` to one or more linear maps, a pair of factors per lane and map, new columns and rows per edit.
+    """Adds ``left @ right`` to one or more linear maps, a pair of factors per lane and map, new
+    columns and rows per edit.
 
-    A dense copy of an MLP projection of a 7B model is 90 MB or more a lane; a rank-one edit is 60 kB. When the rank reaches
-    half the smaller dimension the factors cost as much as the matrix, and the change is kept dense from then on. All lanes
-    grow together (they edit in lockstep), so the switch depends on the number of edits alone. Names in a snapshot are those
-    of the factors, behind the name of the map where there are several.
+    A dense copy of an MLP projection of a 7B model is 90 MB or more a lane; a rank-one edit is 60
+    kB. When the rank reaches half the smaller dimension the factors cost as much as the matrix, and
+    the change is kept dense from then on. All lanes grow together (they edit in lockstep), so the
+    switch depends on the number of edits alone. Names in a snapshot are those of the factors,
+    behind the name of the map where there are several.
     """
 
     def __init__(self, sites: Site | Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
@@ -347,7 +372,8 @@ class LowRankOverlay(Overlay):
         return self.part_of().dense_LOI
 
     def add(self, left: Tensor, right: Tensor, site: Site | None = None) -> None:
-        """Add the product of each lane's factors, (L, O, N) and (L, N, I); vectors (L, O) and (L, I) stand for N = 1."""
+        """Add the product of each lane's factors, (L, O, N) and (L, N, I); vectors (L, O) and (L,
+        I) stand for N = 1."""
         if left.dim() == 2:
             left, right = left.unsqueeze(2), right.unsqueeze(1)
         self.part_of(site).add(left, right)
@@ -400,7 +426,9 @@ class LowRankOverlay(Overlay):
             weight_OI = self.sites[0].weight_OI.to(self._dtype)
             return float(self.delta(lane).norm() / weight_OI.norm())
         weights = [site.weight_OI.to(self._dtype) for site in self.sites]
-        return relative_norm((w, w + self.delta(lane, site)) for site, w in zip(self.sites, weights, strict=True))
+        return relative_norm(
+            (w, w + self.delta(lane, site)) for site, w in zip(self.sites, weights, strict=True)
+        )
 
 
 def relative_norm(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
@@ -416,7 +444,9 @@ def pack_states(states: Sequence[LaneState], meta: dict[str, JSON]) -> bytes:
     """All lanes' snapshots as one safetensors blob; JSON in its metadata. No pickle."""
     from safetensors.torch import save
 
-    tensors = {f"{i}/{name}": t.contiguous().cpu() for i, s in enumerate(states) for name, t in s.tensors.items()}
+    tensors = {
+        f"{i}/{name}": t.contiguous().cpu() for i, s in enumerate(states) for name, t in s.tensors.items()
+    }
     header = {"lanes": [s.meta for s in states], "meta": meta}
     return save(tensors, metadata={"editsweep": json.dumps(header, sort_keys=True)})
 

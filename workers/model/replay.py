@@ -1,11 +1,12 @@
 """Run only the layers an edit can change (DESIGN section 5).
 
->>> prefix = capture(base, rows, first_layer=4)         # one full forward of the pristine base, no gradients
+>>> prefix = capture(base, rows, first_layer=4)  # one full forward of the pristine base, no gradients
 >>> with overlay.installed(rows):
 ...     hidden_BSD = replay(base, prefix)               # layers 4.. and the final norm; gradients flow
 
-The activations entering layer L of an overlay that starts at L depend on the tokens alone, so they are computed once per
-batch and not once per optimisation step. The result has the same bits as the full forward.
+The activations entering layer L of an overlay that starts at L depend on the tokens alone, so they
+are computed once per batch and not once per optimisation step. The result has the same bits as the
+full forward.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ ABOVE = sys.maxsize
 
 @dataclass(frozen=True)
 class Prefix:
-    """Inputs of the decoder layers from ``first_layer`` on: the hidden states once, and each layer's other arguments.
+    """Inputs of the decoder layers from ``first_layer`` on: the hidden states once, and each
+    layer's other arguments.
 
     ``output_BSD`` is what the pristine base made of it, after the final norm.
     """
@@ -63,15 +65,22 @@ class Prefix:
         def chosen(value: Any) -> Any:
             if isinstance(value, tuple | list):
                 return tuple(chosen(v) for v in value)
-            return value[index_R] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == size else value
+            return (
+                value[index_R]
+                if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == size
+                else value
+            )
 
-        calls = tuple((chosen(args), {k: chosen(v) for k, v in kwargs.items()}) for args, kwargs in self.calls)
+        calls = tuple(
+            (chosen(args), {k: chosen(v) for k, v in kwargs.items()}) for args, kwargs in self.calls
+        )
         return Prefix(self.first_layer, self.hidden_BSD[index_R], calls, self.output_BSD[index_R])
 
 
 @torch.no_grad()
 def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
-    """Run the base once and keep the inputs of every layer from ``first_layer`` on (or of the final norm, above them)."""
+    """Run the base once and keep the inputs of every layer from ``first_layer`` on (or of the final
+    norm, above them)."""
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,7 +92,8 @@ def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
         output = base.hidden_states(rows)
     args, kwargs = entered[0]
     hidden = args[0] if args else kwargs["hidden_states"]
-    # the hidden states of later layers are recomputed; keeping them would hold the whole forward in memory
+    # the hidden states of later layers are recomputed; keeping them would hold the whole forward in
+    # memory
     calls = tuple((a[1:], {k: v for k, v in kw.items() if k != "hidden_states"}) for a, kw in entered)
     calls = calls if base.layers[first_layer:] else ()
     return Prefix(first_layer, hidden, calls, output)
@@ -91,7 +101,8 @@ def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
 
 @contextmanager
 def override_forward(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``answer`` is what the module does when called; its hooks run all the same. Afterwards it is itself again."""
+    """Inside, ``answer`` is what the module does when called; its hooks run all the same.
+    Afterwards it is itself again."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = answer  # shadows the method, as assigning an attribute would
     try:
@@ -104,7 +115,8 @@ def override_forward(module: nn.Module, answer: Callable[..., Any]) -> Iterator[
 
 
 def replay(base: BaseModel, prefix: Prefix) -> Tensor:
-    """Hidden states after the final norm, (B, S, D), from the captured prefix through the layers as they are now."""
+    """Hidden states after the final norm, (B, S, D), from the captured prefix through the layers as
+    they are now."""
     hidden = prefix.hidden_BSD
     for layer, (args, kwargs) in zip(base.layers[prefix.first_layer :], prefix.calls, strict=True):
         out = layer(hidden, *args, **kwargs)

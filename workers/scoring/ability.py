@@ -1,7 +1,7 @@
 """General ability: the perplexity of a held-out text, which no edit is about. One value per state.
 
-The text is cut into windows that do not overlap; in each, every token but the first is predicted from those before it. A
-window is all prompt to whatever routes by the prompt.
+The text is cut into windows that do not overlap; in each, every token but the first is predicted
+from those before it. A window is all prompt to whatever routes by the prompt.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ class AbilityConfig(Settings):
         alias="ability_text",
         description="UTF-8 file of held-out text, whose perplexity is measured at each group's end",
     )
-    tokens: int = Field(2048, ge=2, alias="ability_tokens", description="tokens of that text that are read, at most")
+    tokens: int = Field(
+        2048, ge=2, alias="ability_tokens", description="tokens of that text that are read, at most"
+    )
     window: int = Field(
-        256, ge=2, alias="ability_window", description="tokens read in one go, at most (and the model's own limit)"
+        256,
+        ge=2,
+        alias="ability_window",
+        description="tokens read in one go, at most (and the model's own limit)",
     )
 
     @property
@@ -67,8 +72,11 @@ CHARACTERS = 16
 """Of the file, so many per token asked for are read: more than any tokenizer makes one token of."""
 
 
-def cut_windows(encoder: Encoder, text: str, tokens: int, window: int, path: Path) -> tuple[tuple[int, ...], ...]:
-    """The first ``tokens`` tokens of the text in windows of ``window``, each begun as the tokenizer begins a text."""
+def cut_windows(
+    encoder: Encoder, text: str, tokens: int, window: int, path: Path
+) -> tuple[tuple[int, ...], ...]:
+    """The first ``tokens`` tokens of the text in windows of ``window``, each begun as the tokenizer
+    begins a text."""
     ids = encoder.text(text[: tokens * CHARACTERS])
     start: tuple[int, ...] = ()
     if ids and ids[0] == encoder.tokenizer.bos_token_id:
@@ -87,12 +95,20 @@ class Ability:
     def __init__(self, base: BaseModel, path: Path, settings: AbilityConfig, config: ScoreConfig) -> None:
         positions = getattr(base.model.config, "max_position_embeddings", None) or settings.window
         self.config = config
-        self.windows = cut_windows(base.encoder, _read(path), settings.tokens, min(settings.window, positions), path)
+        self.windows = cut_windows(
+            base.encoder, _read(path), settings.tokens, min(settings.window, positions), path
+        )
 
     def perplexities(
-        self, base: BaseModel, overlay: Overlay, lanes: Sequence[int], answers: BaseAnswers, prefixes: Prefixes
+        self,
+        base: BaseModel,
+        overlay: Overlay,
+        lanes: Sequence[int],
+        answers: BaseAnswers,
+        prefixes: Prefixes,
     ) -> dict[int, tuple[float | None, float | None]]:
-        """Per lane, of its present state and of the unedited model; None where it is not a number."""
+        """Per lane, of its present state and of the unedited model; None where it is not a
+        number."""
         from workers.scoring.forward import text_logprobs  # loads torch, which readers of results do without
 
         count = sum(len(window) - 1 for window in self.windows)
@@ -111,7 +127,9 @@ def _begin(base: BaseModel, config: ScoreConfig, settings: AbilityConfig) -> Mea
 
     def measure(state: State) -> list[dict[str, float | None]]:
         found = state.once(
-            lambda: ability.perplexities(state.base, state.overlay, state.lanes, state.answers, state.prefixes)
+            lambda: ability.perplexities(
+                state.base, state.overlay, state.lanes, state.answers, state.prefixes
+            )
         )
         pairs = [found[item.lane] for item in state.items]
         return [{"ability_perplexity": after, "ability_perplexity_base": before} for after, before in pairs]

@@ -1,4 +1,5 @@
-"""Right or wrong: the edit prompt, its rephrasings, unrelated prompts and prompts that follow from the edit.
+"""Right or wrong: the edit prompt, its rephrasings, unrelated prompts and prompts that follow from
+the edit.
 
 ``token``, ``exact`` and ``generated`` are defined in :mod:`workers.scoring.score`.
 """

@@ -22,7 +22,8 @@ V = TypeVar("V")
 class _Recent(Generic[V]):
     """Values by scoring batch, least recently used out; what is kept weighs ``budget`` at most.
 
-    Kept by batch and never by sequence: a hit and a miss then compute the same batch, with the same bits.
+    Kept by batch and never by sequence: a hit and a miss then compute the same batch, with the same
+    bits.
     """
 
     budget: int = 0
@@ -89,8 +90,8 @@ class BaseAnswers(_OfBase[Reply]):
 
 @dataclass
 class Prefixes(_Recent[Prefix]):
-    """Cache of the inputs of the first layer an overlay can change: layers below an edit answer the same in
-    every group, method and seed.
+    """Cache of the inputs of the first layer an overlay can change: layers below an edit answer the
+    same in every group, method and seed.
 
     ``budget`` is in bytes; 0 keeps nothing.
     """

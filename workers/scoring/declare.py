@@ -1,9 +1,10 @@
-"""Declarations of scores: the columns they fill, when they are measured and what they need. Free of torch at import.
+"""Declarations of scores: the columns they fill, when they are measured and what they need. Free of
+torch at import.
 
-A score is one file of this folder, which holds its declaration, its settings and its measurement, and one line of
-:data:`workers.scoring.registry.SCORES`. The stream's rows, the table's columns, their documentation and the settings that
-identify a sweep's scoring follow from the declaration. A measurement imports torch in its functions: readers of results
-import the declarations without it.
+A score is one file of this folder, which holds its declaration, its settings and its measurement,
+and one line of :data:`workers.scoring.registry.SCORES`. The stream's rows, the table's columns,
+their documentation and the settings that identify a sweep's scoring follow from the declaration. A
+measurement imports torch in its functions: readers of results import the declarations without it.
 
 >>> def measure(request, asked, settings):
 ...     return {"words": float(len(request.target_new.split()))}
@@ -49,8 +50,8 @@ MOMENTS: Mapping[When, frozenset[str]] = MappingProxyType(
 class Score:
     """One score: a column of the table, and another one for the unedited model if ``base``.
 
-    ``probe``: the kind of probe without which a request has no value. ``setting``: the key of ``scoring`` that has to be
-    on. A row of another moment than ``when`` holds null.
+    ``probe``: the kind of probe without which a request has no value. ``setting``: the key of
+    ``scoring`` that has to be on. A row of another moment than ``when`` holds null.
     """
 
     name: str
@@ -102,8 +103,9 @@ class Settings(Frozen):
         return True
 
     def identity(self) -> dict[str, JSON]:
-        """The settings that decide the score's values; nothing of a disabled score, so that folders from before there was
-        such a score stay usable. Raises DataError if a file that counts by its content cannot be read."""
+        """The settings that decide the score's values; nothing of a disabled score, so that folders
+        from before there was such a score stay usable. Raises DataError if a file that counts by
+        its content cannot be read."""
         return self.model_dump(mode="json", by_alias=True) if self.on else {}
 
     def changed(self) -> dict[str, JSON]:
@@ -143,19 +145,25 @@ class _Declared:
         """The columns of its scores, then those of the unedited model."""
         off = not self.settings().on
         edited = [ScoreColumn(score, of_base=False, default_off=off) for score in self.scores]
-        return (*edited, *(ScoreColumn(score, of_base=True, default_off=off) for score in self.scores if score.base))
+        return (
+            *edited,
+            *(ScoreColumn(score, of_base=True, default_off=off) for score in self.scores if score.base),
+        )
 
     def read(self, config: ScoreConfig) -> Settings:
         """Its settings, out of all that ``config`` holds."""
         given = config.model_extra or {}
-        return self.settings.model_validate({key: given[key] for key in self.settings.spec_keys() if key in given})
+        return self.settings.model_validate(
+            {key: given[key] for key in self.settings.spec_keys() if key in given}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestScore(_Declared):
     """Scores of one request, read from what both models said to its probes.
 
-    ``measure(request, asked, settings)`` returns values by column; a column that it leaves out is null.
+    ``measure(request, asked, settings)`` returns values by column; a column that it leaves out is
+    null.
     """
 
     measure: Callable[[EditRequest, Sequence[Asked], Any], Mapping[str, float | None]]
@@ -163,7 +171,8 @@ class RequestScore(_Declared):
     def of(
         self, request: EditRequest, asked: Sequence[Asked], config: ScoreConfig, settings: Settings
     ) -> dict[str, float | None]:
-        """The value of every column; null what is switched off, is not a finite number, or lacks its probes."""
+        """The value of every column; null what is switched off, is not a finite number, or lacks
+        its probes."""
         values = self.measure(request, asked, settings) if settings.on else {}
         kinds = {one.probe.kind for one in asked}
         found: dict[str, float | None] = {}
@@ -177,9 +186,11 @@ class RequestScore(_Declared):
 
 @dataclass(frozen=True)
 class State:
-    """The lanes of a wave after ``edits`` edits, as the measurement of a score at a group's end finds them.
+    """The lanes of a wave after ``edits`` edits, as the measurement of a score at a group's end
+    finds them.
 
-    ``items`` are the requests that are scored, lane by lane; ``lanes`` are all lanes that are still edited.
+    ``items`` are the requests that are scored, lane by lane; ``lanes`` are all lanes that are still
+    edited.
     """
 
     base: BaseModel
@@ -192,7 +203,8 @@ class State:
     kept: dict[int, Any]
 
     def once(self, compute: Callable[[], V]) -> V:
-        """``compute()``, made once for all calls that find the wave after the same number of edits."""
+        """``compute()``, made once for all calls that find the wave after the same number of
+        edits."""
         if self.edits not in self.kept:
             value = compute()
             self.kept.clear()
@@ -207,9 +219,11 @@ Measure = Callable[[State], Sequence[Mapping[str, float | None]]]
 
 @dataclass(frozen=True, kw_only=True)
 class GroupEndScore(_Declared):
-    """Scores that are measured on a lane's state and not read from the answers to probes: at a group's end, as a rule.
+    """Scores that are measured on a lane's state and not read from the answers to probes: at a
+    group's end, as a rule.
 
-    ``begin(base, config, settings)`` is called once per stream, if the settings say that the score is measured.
+    ``begin(base, config, settings)`` is called once per stream, if the settings say that the score
+    is measured.
     """
 
     begin: Callable[[BaseModel, ScoreConfig, Any], Measure]

@@ -1,11 +1,14 @@
-"""Fluency: the entropy of the n-grams in what a model writes after the edit prompt. Low where an edit makes it repeat itself.
+"""Fluency: the entropy of the n-grams in what a model writes after the edit prompt. Low where an
+edit makes it repeat itself.
 
-After Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262: the weighted mean of the entropies of
-bigrams and trigrams, in bits (their public code multiplies by 2/3 and 4/3 and takes the mean; published tables show a
-hundred times this). As there, the text is the prompt with its continuation, sampled from the k likeliest tokens.
-Differences: words are split by a regular expression and not by NLTK; every continuation has the same number of tokens (the
-public code counts the prompt in), the end-of-text token is never taken, because entropies of texts of different length do
-not compare; and a draw is a pure function of prompt and place, the same for the edited and the unedited model.
+After Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262: the
+weighted mean of the entropies of bigrams and trigrams, in bits (their public code multiplies by 2/3
+and 4/3 and takes the mean; published tables show a hundred times this). As there, the text is the
+prompt with its continuation, sampled from the k likeliest tokens. Differences: words are split by a
+regular expression and not by NLTK; every continuation has the same number of tokens (the public
+code counts the prompt in), the end-of-text token is never taken, because entropies of texts of
+different length do not compare; and a draw is a pure function of prompt and place, the same for the
+edited and the unedited model.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 
 def n_gram_entropy(text: str) -> float | None:
-    """Weighted mean of the entropies of bigrams and trigrams, in bits; None for a text of fewer than three words."""
+    """Weighted mean of the entropies of bigrams and trigrams, in bits; None for a text of fewer
+    than three words."""
     words = re.findall(r"\w+|[^\w\s]", text)
     if len(words) < max(WEIGHTS):
         return None
@@ -77,7 +81,8 @@ def fluency(
     config: ScoreConfig,
     kept: BaseAnswers,
 ) -> list[tuple[float | None, float | None]]:
-    """Per item, on its lane's present state and on the unedited model. ``items`` stand lane by lane."""
+    """Per item, on its lane's present state and on the unedited model. ``items`` stand lane by
+    lane."""
     found: list[tuple[float | None, float | None]] = []
     for chunk in _chunks(base, items, settings, config):
         key = ("fluency", settings.tokens, settings.top_k, tuple(item.request.prompt for item in chunk))
@@ -93,7 +98,8 @@ def fluency(
 def _chunks(
     base: BaseModel, items: Sequence[Item], settings: FluencyConfig, config: ScoreConfig
 ) -> Iterator[Sequence[Item]]:
-    """Batches of at most the scoring budget of tokens, as long as their rows become; a function of the requests alone."""
+    """Batches of at most the scoring budget of tokens, as long as their rows become; a function of
+    the requests alone."""
     widths = [len(base.encoder.prompt(item.request.prompt)) + settings.tokens for item in items]
     bounds, widest = [0], 0
     for i, width in enumerate(widths):
@@ -118,7 +124,8 @@ def _entropies(
 def continuations(
     base: BaseModel, overlay: Overlay | None, items: Sequence[Item], settings: FluencyConfig
 ) -> list[str]:
-    """The text that each lane writes after its request's prompt. The routing decision stays with the prompt."""
+    """The text that each lane writes after its request's prompt. The routing decision stays with
+    the prompt."""
     import torch  # readers of results import this file without it
 
     from workers.model.batch import Encoded, collate
@@ -129,13 +136,17 @@ def continuations(
     lanes = [item.lane for item in items]
     with torch.no_grad():
         for place in range(settings.tokens):
-            encoded = [Encoded((*prompt, *ids), len(prompt)) for prompt, ids in zip(prompts, written, strict=True)]
+            encoded = [
+                Encoded((*prompt, *ids), len(prompt)) for prompt, ids in zip(prompts, written, strict=True)
+            ]
             rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
             hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
             last = hidden_BSD.shape[1] - 1
             where = range(rows.size), [last] * rows.size
             hidden_BD = hidden_BSD[:, last]
-            logits_BV = base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, rows, *where)
+            logits_BV = (
+                base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, rows, *where)
+            )
             logits_BV = logits_BV.double().cpu()  # drawn there: one draw gives one token on every device
             if base.tokenizer.eos_token_id is not None:
                 logits_BV[:, base.tokenizer.eos_token_id] = -math.inf

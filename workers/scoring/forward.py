@@ -1,4 +1,5 @@
-"""Both models' replies to scoring batches: the unedited model and the edited one answer the identical batch."""
+"""Both models' replies to scoring batches: the unedited model and the edited one answer the
+identical batch."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def text_logprobs(
     base_answers: BaseAnswers,
     prefixes: Prefixes,
 ) -> dict[int, tuple[float, float]]:
-    """Per lane, the summed log-probability of all tokens but the first of each text: on its state, and on the base model."""
+    """Per lane, the summed log-probability of all tokens but the first of each text: on its state,
+    and on the base model."""
     config = config.model_copy(update={"generated": False})
     probes = [text_probe(0, "ood", lane, ids, "") for lane in lanes for ids in texts]
     sums = dict.fromkeys(lanes, (0.0, 0.0))
@@ -55,10 +57,12 @@ def fitting_replies(
     prefixes: Prefixes,
     splits: int = 0,
 ) -> Iterator[tuple[list[EncodedProbe], int, Reply, Reply]]:
-    """Both models' replies to a batch; where memory runs out, to its halves, each with how often it was halved.
+    """Both models' replies to a batch; where memory runs out, to its halves, each with how often it
+    was halved.
 
-    What is kept for later goes first: that changes no bit. Halves may differ from the whole by rounding, but the base model
-    answers the same halves. A single row that does not fit is an error.
+    What is kept for later goes first: that changes no bit. Halves may differ from the whole by
+    rounding, but the base model answers the same halves. A single row that does not fit is an
+    error.
     """
     try:
         before, after = both_replies(base, overlay, batch, config, kept, prefixes)

@@ -1,4 +1,5 @@
-"""Texts about the subject in other hands, judged token by token, as the public code of WISE counts (arXiv 2405.14768)."""
+"""Texts about the subject in other hands, judged token by token, as the public code of WISE counts
+(arXiv 2405.14768)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class EncodedProbe:
-    """One sequence of one item. ``start``: the first token that is scored; None: where the target begins."""
+    """One sequence of one item. ``start``: the first token that is scored; None: where the target
+    begins."""
 
     item: int
     kind: Kind
@@ -59,8 +60,8 @@ class EncodedProbe:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's answer at the scored positions of one row, and one token beyond. ``confident``: the share of
-    scored tokens that get a probability above :data:`CONFIDENT`."""
+    """A model's answer at the scored positions of one row, and one token beyond. ``confident``: the
+    share of scored tokens that get a probability above :data:`CONFIDENT`."""
 
     argmax: tuple[int, ...]
     logprob: float
@@ -73,7 +74,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A greedy continuation: its normalised text and whether it stopped by itself. None: dropped, it cannot match."""
+    """A greedy continuation: its normalised text and whether it stopped by itself. None: dropped,
+    it cannot match."""
 
     text: str | None
     natural: bool
@@ -81,7 +83,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One probe, and what the unedited model (``before``) and the edited one (``after``) said to it."""
+    """One probe, and what the unedited model (``before``) and the edited one (``after``) said to
+    it."""
 
     probe: EncodedProbe
     before: Answer
@@ -90,7 +93,8 @@ class Asked:
     after_text: Text
 
     def accuracy(self, of_base: bool) -> tuple[float, float, float]:
-        """Share of right tokens; 1 if all are right; 1 if greedy generation is right. On the edited or the unedited model.
+        """Share of right tokens; 1 if all are right; 1 if greedy generation is right. On the edited
+        or the unedited model.
 
         A locality probe is right where the edited model says what the unedited one says.
         """
@@ -116,8 +120,8 @@ class Reply:
 def items_of(
     job: StreamJob, tick: Tick, requests: Sequence[Sequence[EditRequest]], lanes: Mapping[int, Lane]
 ) -> list[Item]:
-    """List the requests that a tick scores of ``lanes``, by their number. ``requests``: per cell of the job,
-    in the order of its seed."""
+    """List the requests that a tick scores of ``lanes``, by their number. ``requests``: per cell of
+    the job, in the order of its seed."""
     return [
         Item(i, requests[lane.cell][first_request(job, lane) + position])
         for i, lane in lanes.items()
@@ -139,14 +143,16 @@ def item_probes(base: BaseModel, items: Sequence[Item]) -> Iterator[EncodedProbe
 
 
 def text_probe(item: int, kind: Kind, lane: int, ids: tuple[int, ...], text: str) -> EncodedProbe:
-    """A text that is all prompt: whatever routes by the prompt sees the whole of it. Scored from its second token on."""
+    """A text that is all prompt: whatever routes by the prompt sees the whole of it. Scored from
+    its second token on."""
     if len(ids) < 2:
         raise DataError(f"a text to score needs at least two tokens: {text!r}")
     return EncodedProbe(item, kind, lane, Encoded(ids, len(ids)), text, "", start=1)
 
 
 def probe_batches(probes: list[EncodedProbe], config: ScoreConfig) -> Iterator[list[EncodedProbe]]:
-    """Rows of like length together, as many as fit the budget of padded tokens; inside a batch lane by lane."""
+    """Rows of like length together, as many as fit the budget of padded tokens; inside a batch lane
+    by lane."""
     batch: list[EncodedProbe] = []
     for probe in sorted(probes, key=lambda p: len(p.encoded.ids)):
         tokens = (len(batch) + 1) * len(probe.encoded.ids)  # ascending lengths: the newest row is the longest

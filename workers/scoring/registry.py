@@ -29,8 +29,8 @@ from workers.types import JSON, SpecError
 
 @dataclass(frozen=True)
 class Registry:
-    """All scores of a table, line by line. The columns of a line stand together: those of its scores, then those of the
-    unedited model."""
+    """All scores of a table, line by line. The columns of a line stand together: those of its
+    scores, then those of the unedited model."""
 
     lines: tuple[tuple[RequestScore | GroupEndScore, ...], ...]
 
@@ -68,17 +68,22 @@ class Registry:
         """Those of each score. Raises :class:`SpecError` for a key that no score has."""
         unknown = sorted((config.model_extra or {}).keys() - set(self._keys))
         if unknown:
-            raise SpecError(f"scoring: unknown keys {', '.join(unknown)}; valid keys: {', '.join(self._valid)}")
+            raise SpecError(
+                f"scoring: unknown keys {', '.join(unknown)}; valid keys: {', '.join(self._valid)}"
+            )
         return tuple(score.read(config) for score in self._all)
 
     def read(self, values: Mapping[str, Any]) -> ScoreConfig:
         """Read the section ``scoring`` of a spec, checked and completed with defaults.
 
-        Raises :class:`pydantic.ValidationError` that names every key which is wrong, as the user wrote it.
+        Raises :class:`pydantic.ValidationError` that names every key which is wrong, as the user
+        wrote it.
         """
         errors = [_unknown(key, values[key], self._valid) for key in values if key not in self._valid]
         found: dict[str, JSON] = {}
-        parts: list[tuple[type[BaseModel], tuple[str, ...]]] = [(ScoreConfig, tuple(ScoreConfig.model_fields))]
+        parts: list[tuple[type[BaseModel], tuple[str, ...]]] = [
+            (ScoreConfig, tuple(ScoreConfig.model_fields))
+        ]
         parts += [(score.settings, score.settings.spec_keys()) for score in self._all]
         for model, keys in parts:
             try:
@@ -111,7 +116,8 @@ class Registry:
     def identity(self, config: ScoreConfig) -> dict[str, JSON]:
         """The settings that change which numbers are in the table: a results folder keeps them.
 
-        Disabled options are left out. Raises DataError if a file that counts by its content cannot be read.
+        Disabled options are left out. Raises DataError if a file that counts by its content cannot
+        be read.
         """
         found = config.identity()
         for settings in self.settings(config):
@@ -119,8 +125,8 @@ class Registry:
         return found
 
     def shard_key(self, config: ScoreConfig) -> dict[str, JSON]:
-        """The settings that enter a shard's id: how scoring is cut into batches too. Those of single scores count only
-        where they are not at their defaults."""
+        """The settings that enter a shard's id: how scoring is cut into batches too. Those of
+        single scores count only where they are not at their defaults."""
         found = config.core()
         for settings in self.settings(config):
             found |= settings.changed()
@@ -153,4 +159,5 @@ SCORES = Registry(
         (ANY_OF, OUT_OF_DISTRIBUTION, PERPLEXITY, FLUENCY, ABILITY),
     )
 )
-"""The scores of the central table. A new score is a line of its own at the end: columns keep their places."""
+"""The scores of the central table. A new score is a line of its own at the end: columns keep their
+places."""

@@ -86,13 +86,17 @@ def _logits(
     row_P: Sequence[int],
     column_P: Sequence[int],
 ) -> Tensor:
-    return base.logits(hidden_PD) if overlay is None else overlay.logits(base, hidden_PD, rows, row_P, column_P)
+    return (
+        base.logits(hidden_PD) if overlay is None else overlay.logits(base, hidden_PD, rows, row_P, column_P)
+    )
 
 
 class _Generation:
     """One greedy continuation in the making."""
 
-    def __init__(self, base: BaseModel, probe: EncodedProbe, limit: int, want: tuple[str, ...] | None) -> None:
+    def __init__(
+        self, base: BaseModel, probe: EncodedProbe, limit: int, want: tuple[str, ...] | None
+    ) -> None:
         self.tokenizer = base.tokenizer
         self.probe = probe
         self.prompt = probe.encoded.ids[: probe.encoded.prompt_len]
@@ -123,7 +127,8 @@ def _texts(
     config: ScoreConfig,
     base_texts: Sequence[Text] | None,
 ) -> tuple[Text, ...]:
-    """Greedy continuations of every probe's prompt, begun from what the teacher-forced forward already told."""
+    """Greedy continuations of every probe's prompt, begun from what the teacher-forced forward
+    already told."""
     if not config.generated:
         return tuple(Text(None, natural=False) for _ in batch)
     running: list[_Generation] = []
@@ -132,7 +137,9 @@ def _texts(
         if probe.kind == "locality":
             said_before = None if base_texts is None else base_texts[i].text
             want = None if said_before is None else (said_before,)
-        longest = max(len(probe.encoded.target), *(len(base.encoder.text(f" {alias}")) for alias in probe.aliases), 0)
+        longest = max(
+            len(probe.encoded.target), *(len(base.encoder.text(f" {alias}")) for alias in probe.aliases), 0
+        )
         g = _Generation(base, probe, longest + config.extra_tokens, want)
         if probe.kind == "ood":
             g.result = Text(None, natural=False)  # no question, hence no answer to generate

@@ -1,21 +1,25 @@
 """Probes to scores, many sequences in one forward.
 
-Definitions (DESIGN section 8): run ``prompt + " " + target`` and compare the argmax at each position that predicts a target
-token with that token. ``token`` is the share of right tokens, ``exact`` says whether all are right (WISE, arXiv 2405.14768,
-Eq. 9, reads that on the final state of a group), ``generated`` whether greedy generation from the prompt alone, with a
-natural stop, gives the target up to case and punctuation. Locality compares with the base model's own answers instead.
+Definitions (DESIGN section 8): run ``prompt + " " + target`` and compare the argmax at each
+position that predicts a target token with that token. ``token`` is the share of right tokens,
+``exact`` says whether all are right (WISE, arXiv 2405.14768, Eq. 9, reads that on the final state
+of a group), ``generated`` whether greedy generation from the prompt alone, with a natural stop,
+gives the target up to case and punctuation. Locality compares with the base model's own answers
+instead.
 
-Greedy generation costs almost nothing: the teacher-forced forward already says what would have been generated up to and
-including the first token that leaves the target, and a text that can no longer become the target is dropped at once. Only
-the few rows that remain are run further.
+Greedy generation costs almost nothing: the teacher-forced forward already says what would have been
+generated up to and including the first token that leaves the target, and a text that can no longer
+become the target is dropped at once. Only the few rows that remain are run further.
 
-Further scores for data that has what they need: a passage's ``perplexity``, exp of the target's mean negative log-probability;
-``ood_*`` on texts of their own, every token but the first predicted from those before it (``ood_confident``: the share that
-gets a probability above 0.8, as the public code of WISE counts its out-of-distribution accuracy); ``portability_any_*``, whether
-one of several phrasings of a question is answered, as MQuAKE counts.
+Further scores for data that has what they need: a passage's ``perplexity``, exp of the target's
+mean negative log-probability; ``ood_*`` on texts of their own, every token but the first predicted
+from those before it (``ood_confident``: the share that gets a probability above 0.8, as the public
+code of WISE counts its out-of-distribution accuracy); ``portability_any_*``, whether one of several
+phrasings of a question is answered, as MQuAKE counts.
 
-Scoring never changes an overlay, and every batch is a function of the requests and the config alone: the base model
-answers the very same batches, so that an untouched model has locality exactly 1.
+Scoring never changes an overlay, and every batch is a function of the requests and the config
+alone: the base model answers the very same batches, so that an untouched model has locality exactly
+1.
 """
 
 from __future__ import annotations
@@ -48,8 +52,8 @@ def score(
 ) -> list[dict[str, float | None]]:
     """Score each item on its lane. One dict per item: the score columns, ``*_base`` included.
 
-    ``overlay=None`` scores the base model itself. ``base_answers`` and ``prefixes`` keep what later calls can use again; they
-    change no bit.
+    ``overlay=None`` scores the base model itself. ``base_answers`` and ``prefixes`` keep what later
+    calls can use again; they change no bit.
     """
     base_answers = base_answers if base_answers is not None else BaseAnswers(budget=1)
     prefixes = prefixes if prefixes is not None else Prefixes()
@@ -57,7 +61,9 @@ def score(
     asked: list[list[Asked]] = [[] for _ in items]
     splits = [0] * len(items)
     for whole in probe_batches(probes, config):
-        for batch, halved, before, after in fitting_replies(base, overlay, whole, config, base_answers, prefixes):
+        for batch, halved, before, after in fitting_replies(
+            base, overlay, whole, config, base_answers, prefixes
+        ):
             for i, probe in enumerate(batch):
                 answers = before.answers[i], after.answers[i], before.texts[i], after.texts[i]
                 asked[probe.item].append(Asked(probe, *answers))

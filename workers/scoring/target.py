@@ -1,4 +1,5 @@
-"""Figures of the target after the edit prompt: its log-probability, the smallest margin, a passage's perplexity."""
+"""Figures of the target after the edit prompt: its log-probability, the smallest margin, a
+passage's perplexity."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def _margin(request: EditRequest, asked: Sequence[Asked], settings: Settings) ->
     return {"min_margin": one.after.margin}
 
 
-def _perplexity(request: EditRequest, asked: Sequence[Asked], settings: Settings) -> Mapping[str, float | None]:
+def _perplexity(
+    request: EditRequest, asked: Sequence[Asked], settings: Settings
+) -> Mapping[str, float | None]:
     if not request.passage:
         return {}
     (one,) = (one for one in asked if one.probe.kind == "reliability")

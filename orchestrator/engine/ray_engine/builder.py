@@ -12,7 +12,8 @@ from workers.model.config import ModelConfig
 
 
 class Builder:
-    """An actor that builds artifacts with one loaded model; a second thread answers while it does."""
+    """An actor that builds artifacts with one loaded model; a second thread answers while it
+    does."""
 
     def __init__(self, root: str, run_id: str, save_seconds: float) -> None:
         self.bench = Bench(root, run_id, save_seconds)

@@ -21,7 +21,8 @@ STOP_SECONDS = 60.0
 
 @dataclass
 class _BuilderActor:
-    """One builder, what it builds at present, and the question after its progress that is not answered yet."""
+    """One builder, what it builds at present, and the question after its progress that is not
+    answered yet."""
 
     actor: Any
     spec: ArtifactSpec | None = None
@@ -40,7 +41,8 @@ class _BuilderActor:
 
 
 def build_artifacts(books: Books, actors: int) -> None:
-    """Build what the plan's shards need and the store lacks, each by one actor, what it needs before it.
+    """Build what the plan's shards need and the store lacks, each by one actor, what it needs
+    before it.
 
     A failure is told; the shards that need the artifact fail with its cause.
     """

@@ -1,6 +1,7 @@
 """Errors between a Ray worker and the driver.
 
-Not every exception can be pickled, and Ray makes another class of those that can; so a worker raises a :class:`TaskFailed`.
+Not every exception can be pickled, and Ray makes another class of those that can; so a worker
+raises a :class:`TaskFailed`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class TaskFailed(Exception):
 
 
 def cause_of(error: BaseException | None) -> Cause:
-    """The cause of what Ray raised in the driver. An error that no worker raised tells of a lost worker."""
+    """The cause of what Ray raised in the driver. An error that no worker raised tells of a lost
+    worker."""
     if error is None:
         return Cause("WorkerLost", "the worker process or its node was lost")
     if isinstance(error, RayTaskError):

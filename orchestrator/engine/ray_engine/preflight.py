@@ -80,11 +80,13 @@ def check_nodes(books: Books) -> int:
     able = {node: count for node, count in room.items() if count}
     if not able:
         have = ", ".join(
-            f"{n['NodeManagerHostname']}: {n['Resources'].get('CPU', 0):g} cpu, {n['Resources'].get('GPU', 0):g} gpu"
+            f"{n['NodeManagerHostname']}: {n['Resources'].get('CPU', 0):g} cpu, "
+            f"{n['Resources'].get('GPU', 0):g} gpu"
             for n in nodes.values()
         )
         raise ClusterError(
-            f"engine.resources: an actor needs {resources.cpu:g} cpu and {resources.gpu:g} gpu; no node has them ({have})"
+            f"engine.resources: an actor needs {resources.cpu:g} cpu and {resources.gpu:g} gpu; no node "
+            f"has them ({have})"
         )
     nonce = os.urandom(16).hex()
     store.replace(paths.log(f"preflight-{books.run_id}"), nonce.encode())
@@ -114,7 +116,9 @@ def check_nodes(books: Books) -> int:
         back = paths.log(f"preflight-{books.run_id}-{node}")
         if not answer.problem:
             if not store.exists(back):
-                problems.append(f"{name}: what it writes into {store.where()} is not seen here; use a shared folder")
+                problems.append(
+                    f"{name}: what it writes into {store.where()} is not seen here; use a shared folder"
+                )
             store.delete(back)
     store.delete(paths.log(f"preflight-{books.run_id}"))
     if problems:
@@ -134,7 +138,10 @@ def _problems(answer: _Answer, nonce: str, mine: Mapping[str, str], fingerprint:
     if answer.problem:
         yield answer.problem
     elif answer.nonce != nonce:
-        yield "the results folder of this name is another one there; results must be on a folder that all nodes share"
+        yield (
+            "the results folder of this name is another one there; results must be on a folder that all "
+            "nodes share"
+        )
     elif answer.fingerprint != fingerprint:
         yield "the model's files differ from the driver's (another version of the weights or the tokenizer)"
 

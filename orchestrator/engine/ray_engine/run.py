@@ -1,7 +1,8 @@
 """The Ray engine: connect or start, prove every node, build artifacts, one Tune trial per shard.
 
-Ray gives scheduling, resources, retries and the handling of lost nodes. It is told nothing of progress: what is done is
-what the table and the journal say, so every way a run can end is followed by the same next run.
+Ray gives scheduling, resources, retries and the handling of lost nodes. It is told nothing of
+progress: what is done is what the table and the journal say, so every way a run can end is followed
+by the same next run.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ def run_ray(books: Books, max_actors: int | None = None) -> None:
             books.interrupted = True
 
 
-# --- connecting ------------------------------------------------------------------------------------------------------
+# --- connecting -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
-    """Ray, started here or reached at ``spec.address``; left (and if it is ours, ended) afterwards."""
+    """Ray, started here or reached at ``spec.address``; left (and if it is ours, ended)
+    afterwards."""
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -67,7 +69,10 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         **ENVIRONMENT,
     }
-    runtime: dict[str, Any] = {**spec.runtime_env, "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})}}
+    runtime: dict[str, Any] = {
+        **spec.runtime_env,
+        "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})},
+    }
     options: dict[str, Any] = {
         "runtime_env": runtime,
         "namespace": f"editsweep-{books.run_id}",
@@ -83,7 +88,8 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
     try:
         with tempfile.TemporaryDirectory() as empty:
-            # Without one, Ray lets its workers import from the driver's working directory first: a `workers` there hides ours.
+            # Without one, Ray lets its workers import from the driver's working directory first: a
+            # `workers` there hides ours.
             runtime.setdefault("working_dir", empty)
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as error:
@@ -98,7 +104,8 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _chatter_kept(books: Books) -> Iterator[None]:
-    """Ray and Tune print tracebacks of every lost worker; they go into a log of the run instead of the view."""
+    """Ray and Tune print tracebacks of every lost worker; they go into a log of the run instead of
+    the view."""
     text = io.StringIO()
     logger = logging.getLogger("ray")
     handlers, propagate = list(logger.handlers), logger.propagate
@@ -116,7 +123,8 @@ def _chatter_kept(books: Books) -> Iterator[None]:
 def _answers(spec: RaySpec) -> None:
     """Raise :class:`ClusterError` if nothing, or something else than Ray, is at the address.
 
-    ``ray.init`` waits two minutes for a silent address and then ends the process; so a child process tries first.
+    ``ray.init`` waits two minutes for a silent address and then ends the process; so a child
+    process tries first.
     """
     address = str(spec.address)
     hint = "check that the cluster runs (`ray status`), or leave ray.address out to start a local Ray"
@@ -126,9 +134,13 @@ def _answers(spec: RaySpec) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, spec.connect_seconds)).close()
+            socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=min(5.0, spec.connect_seconds)
+            ).close()
         except OSError as error:
-            raise ClusterError(f"ray.address: {address} does not answer ({error.strerror or error}); {hint}") from None
+            raise ClusterError(
+                f"ray.address: {address} does not answer ({error.strerror or error}); {hint}"
+            ) from None
     elif address != "auto":
         raise ClusterError(f"{wrong}; {hint}")
     # The alarm starts after the import, which alone can take many seconds on a busy machine.
@@ -138,7 +150,8 @@ def _answers(spec: RaySpec) -> None:
         "ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
     )
     silent = ClusterError(
-        f"ray.address: {address} did not answer as a Ray cluster within {spec.connect_seconds:.0f} seconds; {hint}"
+        f"ray.address: {address} did not answer as a Ray cluster within {spec.connect_seconds:.0f} "
+        f"seconds; {hint}"
     )
     try:
         tried = subprocess.run(
@@ -153,7 +166,8 @@ def _answers(spec: RaySpec) -> None:
         raise silent from None
     if tried.returncode and "InvalidAuthToken" in tried.stderr:
         raise ClusterError(
-            f"ray.address: {address} asks for an authentication token; set RAY_AUTH_MODE=token and put the cluster's token "
+            f"ray.address: {address} asks for an authentication token; set RAY_AUTH_MODE=token and put the "
+            f"cluster's token "
             "where Ray looks for it (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
         )
     if tried.returncode == -signal.SIGALRM:
@@ -167,7 +181,8 @@ def _answers(spec: RaySpec) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c(books: Books) -> Iterator[None]:
-    """First Ctrl-C: Tune ends in good order (it listens to SIGUSR1); second, or before Tune runs: KeyboardInterrupt."""
+    """First Ctrl-C: Tune ends in good order (it listens to SIGUSR1); second, or before Tune runs:
+    KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -189,13 +204,13 @@ def _ctrl_c(books: Books) -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before_user)
 
 
-# --- preflight -------------------------------------------------------------------------------------------------------
+# --- preflight ------------------------------------------------------------------------------
 
 
-# --- artifacts -------------------------------------------------------------------------------------------------------
+# --- artifacts ------------------------------------------------------------------------------
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------
 
 
 def _tune(books: Books, actors: int) -> None:
@@ -255,7 +270,8 @@ class _Listener(tune.Callback):
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """An error of ours (the lock is lost, the disk is full) ends the run in good order and is raised after it."""
+        """An error of ours (the lock is lost, the disk is full) ends the run in good order and is
+        raised after it."""
         try:
             yield
         except (LockLost, EditSweepError, OSError) as error:
@@ -299,7 +315,8 @@ class _Listener(tune.Callback):
 def _cause(trial: Trial) -> Cause:
     """The cause of a trial's last failure.
 
-    Tune keeps it in a file of the driver. ``trial.get_pickled_error()`` looks for a copy, which is made later.
+    Tune keeps it in a file of the driver. ``trial.get_pickled_error()`` looks for a copy, which is
+    made later.
     """
     path = trial.pickled_error_file
     if path is None:

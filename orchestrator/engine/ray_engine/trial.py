@@ -1,7 +1,8 @@
 """The Ray side of one shard: a Tune trainable whose every step is one committed step of a stream.
 
 An actor serves many shards one after another (``reuse_actors``) and keeps the loaded model in its
-:class:`~orchestrator.engine.worker.Bench`. Tune's checkpoints are not used: a restarted trial asks the journal where to go on.
+:class:`~orchestrator.engine.worker.Bench`. Tune's checkpoints are not used: a restarted trial asks
+the journal where to go on.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from orchestrator.planning.work import Work
 
 
 class ShardTrial(tune.Trainable):
-    """``config["shard"]`` is an index into ``work.shards``; work, root and run_id come by ``tune.with_parameters``.
+    """``config["shard"]`` is an index into ``work.shards``; work, root and run_id come by
+    ``tune.with_parameters``.
 
-    What would only fail again ends the trial as done, with the cause in its result: Tune repeats every trial that raises.
+    What would only fail again ends the trial as done, with the cause in its result: Tune repeats
+    every trial that raises.
     """
 
-    def setup(self, config: dict[str, Any], work: Work | None = None, root: str = "", run_id: str = "") -> None:
+    def setup(
+        self, config: dict[str, Any], work: Work | None = None, root: str = "", run_id: str = ""
+    ) -> None:
         assert work is not None
         self._work = work
         self._bench = Bench(root, run_id)

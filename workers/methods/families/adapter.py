@@ -1,7 +1,8 @@
-"""Low-rank adapters beside linear maps, one per lane: ``W' x = W x + s B A x`` (Hu et al., LoRA, arXiv 2106.09685).
+"""Low-rank adapters beside linear maps, one per lane: ``W' x = W x + s B A x`` (Hu et al., LoRA,
+arXiv 2106.09685).
 
 >>> overlay = AdapterOverlay(sites, lanes=2, rank=8, scale=4.0, dtype=torch.float32)
->>> overlay.start(0, draws)                         # lane 0: A at random, B zero; the other lane is the base still
+>>> overlay.start(0, draws)  # lane 0: A at random, B zero; the other lane is the base still
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 
 def target_paths(arch: Arch, target_modules: Sequence[str] | None) -> tuple[str, ...]:
-    """The linear maps of a layer that the names mean, as paths inside it: ``q_proj`` is ``self_attn.q_proj``.
+    """The linear maps of a layer that the names mean, as paths inside it: ``q_proj`` is
+    ``self_attn.q_proj``.
 
-    None means the attention's query and value maps (or the one map that holds them). Raises :class:`SpecError`.
+    None means the attention's query and value maps (or the one map that holds them). Raises
+    :class:`SpecError`.
     """
     known = (*arch.attn_in, arch.attn_out, *arch.mlp_in, arch.mlp_out)
     if target_modules is None:
@@ -49,16 +52,20 @@ def adapter_bytes(shape: ModelShape, paths: Sequence[str], layers: int, rank: in
 
 
 def uniform_A(streams: RandomStreams, purpose: str, rank: int, width: int) -> Tensor:
-    """The start of A, (R, I): uniform within ``1 / sqrt(I)``, PyTorch's own for a linear map, as public adapters have it."""
+    """The start of A, (R, I): uniform within ``1 / sqrt(I)``, PyTorch's own for a linear map, as
+    public adapters have it."""
     bound = 1 / math.sqrt(width)
     unit_RI = torch.rand(rank, width, generator=streams.generator(purpose))
     return (unit_RI * 2 - 1) * bound
 
 
 class AdapterOverlay(Overlay):
-    """Adapters at several maps. A lane that was never edited has none and answers as the base does."""
+    """Adapters at several maps. A lane that was never edited has none and answers as the base
+    does."""
 
-    def __init__(self, sites: Sequence[Site], lanes: int, rank: int, scale: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, sites: Sequence[Site], lanes: int, rank: int, scale: float, dtype: torch.dtype
+    ) -> None:
         super().__init__(sites, lanes)
         self.scale = scale
         self.down_LRI: dict[str, Tensor] = {}
@@ -123,8 +130,8 @@ class AdapterOverlay(Overlay):
 
 
 class Dropout:
-    """Masks of an edit's adapter inputs. A lane's masks come from its own generator and cover its real tokens alone, so that
-    they depend neither on padding nor on the lanes beside."""
+    """Masks of an edit's adapter inputs. A lane's masks come from its own generator and cover its
+    real tokens alone, so that they depend neither on padding nor on the lanes beside."""
 
     def __init__(self, rate: float, streams: Sequence[RandomStreams]) -> None:
         self.rate = rate

@@ -1,14 +1,14 @@
 """Networks that turn a gradient into an edit: what MEND, MALMEN and RLEdit share.
 
 >>> sites = hypernet_sites(base, layers=(4, 5), modules=())
->>> questions = Questions.of(base, [[(prompt, target)], [(other_prompt, other_target)]])     # one lane each
+>>> questions = Questions.of(base, [[(prompt, target)], [(other_prompt, other_target)]])  # one lane each
 >>> factors, loss_L = gradient_factors(base, sites, questions, overlay)
 >>> net = Hypernet([site.shape for site in sites], rank=64, blocks=2, rate=1e-3)
->>> key_LNI, grad_LNO = net(place, factors[place])            # same shapes, rows that are not kept are zero
+>>> key_LNI, grad_LNO = net(place, factors[place])  # same shapes, rows that are not kept are zero
 
-The gradient of a linear map's weight is the sum over tokens of (gradient of its answer) x (its input). A network reads that
-pair, normalised by running statistics, and gives another pair. Maps of one shape share a network; a scale and a shift of
-their own tell it which of them it is looking at.
+The gradient of a linear map's weight is the sum over tokens of (gradient of its answer) x (its
+input). A network reads that pair, normalised by running statistics, and gives another pair. Maps of
+one shape share a network; a scale and a shift of their own tell it which of them it is looking at.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ _TINY = 1e-7
 """Added to a standard deviation, as in the public code of both methods."""
 
 Pair = tuple[Tensor, Tensor]
-"""Factors of a change of weights, one per lane: ``left_LNO`` and ``right_LNI``; the change is ``left^T right``."""
+"""Factors of a change of weights, one per lane: ``left_LNO`` and ``right_LNI``; the change is
+``left^T right``."""
 
 
-# --- where ----------------------------------------------------------------------------------------------------------
+# --- where ----------------------------------------------------------------------------------
 
 
 def hypernet_sites(base: BaseModel, layers: Sequence[int], modules: Sequence[str]) -> list[Site]:
@@ -52,30 +53,36 @@ def hypernet_sites(base: BaseModel, layers: Sequence[int], modules: Sequence[str
 
 
 def site_shapes(shape: ModelShape, layers: Sequence[int], modules: Sequence[str]) -> list[tuple[int, int]]:
-    """(out, in) of each edited map, from a model's sizes alone. Raises :class:`SpecError` for what it lacks."""
+    """(out, in) of each edited map, from a model's sizes alone. Raises :class:`SpecError` for what
+    it lacks."""
     for layer in layers:
         shape.check_layer(layer, "layers")
     return [shape.site(module) for _ in layers for module in (modules or (None,))]
 
 
 def split_inner_params(names: Sequence[str], source: str) -> tuple[list[int], list[str]]:
-    """EasyEdit's ``inner_params`` as layers and modules. They have to be the same modules in every layer."""
+    """EasyEdit's ``inner_params`` as layers and modules. They have to be the same modules in every
+    layer."""
     places = [split_module(name, source) for name in names]
     layers = sorted({layer for layer, _ in places if layer is not None})
     modules = list(dict.fromkeys(path for _, path in places))
     if not places or sorted(places, key=str) != sorted(((i, m) for i in layers for m in modules), key=str):
-        raise SpecError(f"{source}: inner_params: {list(names)}: expected the same modules in each of some layers")
+        raise SpecError(
+            f"{source}: inner_params: {list(names)}: expected the same modules in each of some layers"
+        )
     return layers, modules
 
 
-# --- methods ---------------------------------------------------------------------------------------------------------
+# --- methods --------------------------------------------------------------------------------
 
 
 class HypernetConfig(MethodConfig):
     """The maps that are edited, and the size of the networks that edit them."""
 
     layers: Layers = Field(min_length=1, description="decoder layers whose maps are edited")
-    modules: tuple[str, ...] = Field((), description="linear maps inside each layer; none: the MLP's output projection")
+    modules: tuple[str, ...] = Field(
+        (), description="linear maps inside each layer; none: the MLP's output projection"
+    )
     rank: int = Field(1920, ge=1, description="rank of the networks' maps")
     schedule: TrainingSchedule = Field(description="how long the networks are trained")
 
@@ -105,7 +112,11 @@ class HypernetConfig(MethodConfig):
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         hparams = self.model_dump(mode="json", include=set(self.learnt))
-        return (pretrained(self.method, hparams, self.schedule, context.fingerprint, context.model, context.training),)
+        return (
+            pretrained(
+                self.method, hparams, self.schedule, context.fingerprint, context.model, context.training
+            ),
+        )
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         copies = 3  # weight, its change, one temporary
@@ -143,7 +154,9 @@ class HypernetMethod(Method[C, OverlayT]):
 
     @classmethod
     @abstractmethod
-    def network(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None) -> Hypernet:
+    def network(
+        cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None
+    ) -> Hypernet:
         """Untrained networks."""
 
     @abstractmethod
@@ -161,7 +174,7 @@ class HypernetMethod(Method[C, OverlayT]):
         return [EditOutcome(1, loss / len(lane)) for loss, lane in zip(loss_L.tolist(), asked, strict=True)]
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -172,11 +185,14 @@ class Questions:
     targets: TargetTokens
 
     @classmethod
-    def of(cls, base: BaseModel, lanes: Sequence[Sequence[tuple[str, str]]], public_bos: bool = False) -> Self:
+    def of(
+        cls, base: BaseModel, lanes: Sequence[Sequence[tuple[str, str]]], public_bos: bool = False
+    ) -> Self:
         """The loss of a lane is the sum over its questions of the mean over the answer's tokens.
 
-        A sum, so that what is learnt from a question is the same in a batch as alone. ``public_bos`` tokenises the answer
-        alone, which makes a BOS token part of it if the tokenizer adds one.
+        A sum, so that what is learnt from a question is the same in a batch as alone.
+        ``public_bos`` tokenises the answer alone, which makes a BOS token part of it if the
+        tokenizer adds one.
         """
         encoded: list[Encoded] = []
         places: list[tuple[int, int, int, float]] = []
@@ -186,7 +202,9 @@ class Questions:
             start = len(pair.ids) - 1 - len(answer)
             places += [(len(encoded), start + j, token, 1 / len(answer)) for j, token in enumerate(answer)]
             encoded.append(pair)
-        rows = collate(encoded, [i for i, lane in enumerate(lanes) for _ in lane], base.encoder.pad_id, base.device)
+        rows = collate(
+            encoded, [i for i, lane in enumerate(lanes) for _ in lane], base.encoder.pad_id, base.device
+        )
         return cls(rows, TargetTokens.of(rows, places, len(lanes)))
 
 
@@ -209,14 +227,19 @@ class Factors:
         """One lane alone."""
         part = slice(lane, lane + 1)
         return Factors(
-            self.key_LNI[part], self.grad_LNO[part], self.kept_LN[part], self.read_LN[part], self.real_LN[part]
+            self.key_LNI[part],
+            self.grad_LNO[part],
+            self.kept_LN[part],
+            self.read_LN[part],
+            self.real_LN[part],
         )
 
 
 def gradient_factors(
     base: BaseModel, sites: Sequence[Site], questions: Questions, overlay: Overlay | None = None
 ) -> tuple[list[Factors], Tensor]:
-    """Factors at each site and the loss of each lane, (L,), from one forward and one backward pass at the edited weights.
+    """Factors at each site and the loss of each lane, (L,), from one forward and one backward pass
+    at the edited weights.
 
     Every lane has to have equally many questions. All results are detached.
     """
@@ -261,7 +284,7 @@ def _answer_at(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable
     return lambda x_BSI: answer(site, x_BSI)
 
 
-# --- networks -------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------
 
 
 class Statistics(nn.Module):
@@ -279,7 +302,8 @@ class Statistics(nn.Module):
 
     @torch.no_grad()
     def update(self, x_NF: Tensor) -> None:
-        """Take more rows in (Chan et al.'s combination of two samples, which is Welford's rule for many rows at once)."""
+        """Take more rows in (Chan et al.'s combination of two samples, which is Welford's rule for
+        many rows at once)."""
         if not len(x_NF):
             return
         x_NF = x_NF.to(torch.float64)
@@ -302,12 +326,15 @@ Order = Literal["inside", "outside"]
 
 
 class Block(nn.Module):
-    """``x + max(0, scale (U V x + b) + shift)`` (inside) or ``x + scale max(0, U V x + b) + shift`` (outside).
+    """``x + max(0, scale (U V x + b) + shift)`` (inside) or ``x + scale max(0, U V x + b) + shift``
+    (outside).
 
     ``U`` is zero at first, so an untrained network gives back what it is given.
     """
 
-    def __init__(self, features: int, rank: int, modes: int, order: Order, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, features: int, rank: int, modes: int, order: Order, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
         rank = min(rank, features)
         self.order = order
@@ -327,7 +354,8 @@ class Block(nn.Module):
 
 
 class Hypernet(nn.Module):
-    """A network per shape, and two numbers per map: ``rate_S``, its step size, and ``damping_S``, the log of MALMEN's lambda."""
+    """A network per shape, and two numbers per map: ``rate_S``, its step size, and ``damping_S``,
+    the log of MALMEN's lambda."""
 
     def __init__(
         self,
@@ -355,7 +383,8 @@ class Hypernet(nn.Module):
                 )
 
     def learn_scale(self, factors: Sequence[Factors], scale: Scale | None = None) -> None:
-        """Take the kept rows of each map into the statistics of its shape: the network's own, or others."""
+        """Take the kept rows of each map into the statistics of its shape: the network's own, or
+        others."""
         for name, found in zip(self.names, factors, strict=True):
             (scale or self.scale)[name].update(_rows(found))
 
@@ -364,7 +393,8 @@ class Hypernet(nn.Module):
         return {name: found for name, found in self.statistics.items() if isinstance(found, Statistics)}
 
     def forward(self, place: int, factors: Factors, scales: Sequence[Scale] | None = None) -> Pair:
-        """The other pair for map ``place``: ``key_LNI``, ``grad_LNO``, zero in rows that are not kept.
+        """The other pair for map ``place``: ``key_LNI``, ``grad_LNO``, zero in rows that are not
+        kept.
 
         ``scales``: statistics of each lane's own instead of the network's.
         """
@@ -408,7 +438,7 @@ def _rows(factors: Factors) -> Tensor:
     return torch.cat([factors.key_LNI[kept_LN], factors.grad_LNO[kept_LN]], dim=-1)
 
 
-# --- MALMEN's normal equation ---------------------------------------------------------------------------------------
+# --- MALMEN's normal equation ---------------------------------------------------------------
 
 
 def token_choice(value: JSON, source: str) -> str:
@@ -420,14 +450,16 @@ def token_choice(value: JSON, source: str) -> str:
 
 
 def fit_keys(factors: Sequence[Factors], tokens: str) -> list[Factors]:
-    """Keys that the fit sees. ``tokens``: answer; or all, rows without any gradient too, because their value is to stay."""
+    """Keys that the fit sees. ``tokens``: answer; or all, rows without any gradient too, because
+    their value is to stay."""
     if tokens == "answer":
         return [replace(found, kept_LN=found.read_LN) for found in factors]
     return [replace(found, kept_LN=found.real_LN) for found in factors]
 
 
 def fitted(net: Hypernet, factors: Sequence[Factors], scales: Sequence[Scale] | None = None) -> list[Pair]:
-    """``S`` of every lane and map as its factors: the values ``v_n``, and the rows of ``U^T (U U^T + l I)^-1``."""
+    """``S`` of every lane and map as its factors: the values ``v_n``, and the rows of ``U^T (U U^T
+    + l I)^-1``."""
     changes = []
     for place, found in enumerate(factors):
         other_LNI, grad_LNO = net(place, found, scales)
@@ -438,13 +470,16 @@ def fitted(net: Hypernet, factors: Sequence[Factors], scales: Sequence[Scale] | 
 
 
 def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
-    """``K (K^T K + l I)^-1`` of each lane's keys (its rows), (L, N, I); equally ``(K K^T + l I)^-1 K``, where that is smaller.
+    """``K (K^T K + l I)^-1`` of each lane's keys (its rows), (L, N, I); equally ``(K K^T + l I)^-1
+    K``, where that is smaller.
 
     A lane whose keys are not finite gives what is not finite; the others are what they are alone.
     """
     wide_LNI = key_LNI.to(torch.float64)
     _, tokens, in_features = wide_LNI.shape
-    eye = torch.eye(min(tokens, in_features), dtype=torch.float64, device=key_LNI.device) * damping.to(torch.float64)
+    eye = torch.eye(min(tokens, in_features), dtype=torch.float64, device=key_LNI.device) * damping.to(
+        torch.float64
+    )
     if tokens <= in_features:
         gram_LNN = wide_LNI @ wide_LNI.transpose(1, 2) + eye
         found_LNI = torch.linalg.solve_ex(gram_LNN, wide_LNI)[0]
@@ -468,4 +503,4 @@ def add(overlay: DenseOverlay, changes: Sequence[Pair]) -> None:
     overlay.touch(range(overlay.lanes))
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------

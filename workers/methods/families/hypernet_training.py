@@ -16,7 +16,14 @@ from torch import Tensor
 from workers.artifacts.base import ArtifactData
 from workers.artifacts.pretrain import Trainer
 from workers.inner_loop.losses import TargetTokens
-from workers.methods.families.hypernet import Factors, Hypernet, Pair, Questions, gradient_factors, plain_answer
+from workers.methods.families.hypernet import (
+    Factors,
+    Hypernet,
+    Pair,
+    Questions,
+    gradient_factors,
+    plain_answer,
+)
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.overlay import Overlay, lane_linear
@@ -28,8 +35,8 @@ from workers.types import DataError, EditRequest
 def changed(
     sites: Sequence[Site], changes: Sequence[Pair], rows: Batch, overlay: Overlay | None = None
 ) -> Iterator[None]:
-    """Inside, each map answers with its lane's change added, to the pristine weights or an overlay's; gradients flow into the
-    changes."""
+    """Inside, each map answers with its lane's change added, to the pristine weights or an
+    overlay's; gradients flow into the changes."""
 
     def answer(site: Site, pair: Pair, x_BSI: Tensor) -> Tensor:
         left_LNO, right_LNI = pair
@@ -42,16 +49,20 @@ def changed(
         yield
 
 
-def _changed_at(answer: Callable[[Site, Pair, Tensor], Tensor], site: Site, pair: Pair) -> Callable[[Tensor], Tensor]:
+def _changed_at(
+    answer: Callable[[Site, Pair, Tensor], Tensor], site: Site, pair: Pair
+) -> Callable[[Tensor], Tensor]:
     return lambda x_BSI: answer(site, pair, x_BSI)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Training loss of the edited model: ``cedit * NLL of the new answers + cloc * KL(before || after) elsewhere``.
+    """Training loss of the edited model: ``cedit * NLL of the new answers + cloc * KL(before ||
+    after) elsewhere``.
 
-    ``train_on``: which sentences ask for the new answer: one drawn from the request's prompt and its rephrases
-    (``rephrase``, the papers' equivalence set), or always its prompt (``prompt``, EasyEdit's trainer).
+    ``train_on``: which sentences ask for the new answer: one drawn from the request's prompt and
+    its rephrases (``rephrase``, the papers' equivalence set), or always its prompt (``prompt``,
+    EasyEdit's trainer).
     """
 
     cedit: float
@@ -61,7 +72,8 @@ class Objective:
 
 
 class HypernetTrainer(Trainer):
-    """Adam on the networks. Gradients flow to the networks only: their inputs are detached, as in the papers."""
+    """Adam on the networks. Gradients flow to the networks only: their inputs are detached, as in
+    the papers."""
 
     def __init__(
         self,
@@ -83,7 +95,8 @@ class HypernetTrainer(Trainer):
         self._optimizer = torch.optim.Adam([{"params": others, "lr": lr}, {"params": own, "lr": rate_lr}])
 
     def update(self, figures: dict[str, float]) -> dict[str, float]:
-        """One Adam step along the gradients as they are, clipped. A norm that is not finite becomes a figure and no step."""
+        """One Adam step along the gradients as they are, clipped. A norm that is not finite becomes
+        a figure and no step."""
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
         if not math.isfinite(float(norm)):  # the figures, or those of the next step, say so
             return {**figures, "gradient": float(norm)}
@@ -98,7 +111,9 @@ class HypernetTrainer(Trainer):
         return ArtifactData(tensors)
 
     def load_state(self, state: ArtifactData) -> None:
-        self.net.restore({k.removeprefix("net/"): t for k, t in state.tensors.items() if k.startswith("net/")})
+        self.net.restore(
+            {k.removeprefix("net/"): t for k, t in state.tensors.items() if k.startswith("net/")}
+        )
         moments: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state.tensors.items():
             if key.startswith("adam/"):
@@ -132,23 +147,30 @@ class SingleEditTrainer(HypernetTrainer):
     def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
         base, objective = self.base, self.objective
         lanes = self.lanes(requests)
-        edits = Questions.of(base, [[(r.prompt, r.target_new) for r in lane] for lane in lanes], objective.public_bos)
+        edits = Questions.of(
+            base, [[(r.prompt, r.target_new) for r in lane] for lane in lanes], objective.public_bos
+        )
         found, _ = gradient_factors(base, self.sites, edits)
         factors = self.chosen(found)
         self.net.learn_scale(factors)
         sentences = [[(Sentences.draw(base, lane, objective, generator), 1.0)] for lane in lanes]
         judge = Judge.of(base, sentences, self.sites[0].layer)
         with torch.enable_grad():
-            nll, kl = (total / len(requests) for total in judge.losses(base, self.sites, self.changes(factors)))
+            nll, kl = (
+                total / len(requests) for total in judge.losses(base, self.sites, self.changes(factors))
+            )
             loss = objective.cedit * nll + objective.cloc * kl
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-        return self.update({"loss": float(loss.detach()), "nll": float(nll.detach()), "kl": float(kl.detach())})
+        return self.update(
+            {"loss": float(loss.detach()), "nll": float(nll.detach()), "kl": float(kl.detach())}
+        )
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences that some requests are judged by: one each that asks for the new answer, and one about something else."""
+    """Sentences that some requests are judged by: one each that asks for the new answer, and one
+    about something else."""
 
     asking: tuple[tuple[Encoded, tuple[int, ...]], ...]
     """With the answer's tokens."""
@@ -157,7 +179,11 @@ class Sentences:
 
     @classmethod
     def draw(
-        cls, base: BaseModel, requests: Sequence[EditRequest], objective: Objective, generator: torch.Generator
+        cls,
+        base: BaseModel,
+        requests: Sequence[EditRequest],
+        objective: Objective,
+        generator: torch.Generator,
     ) -> Self:
         encoder = base.encoder
         asking = []
@@ -181,8 +207,11 @@ class Judge:
     share_P: Tensor
 
     @classmethod
-    def of(cls, base: BaseModel, lanes: Sequence[Sequence[tuple[Sentences, float]]], first_layer: int) -> Self:
-        """Each lane's sentences, every one of which counts as much as the number beside them says."""
+    def of(
+        cls, base: BaseModel, lanes: Sequence[Sequence[tuple[Sentences, float]]], first_layer: int
+    ) -> Self:
+        """Each lane's sentences, every one of which counts as much as the number beside them
+        says."""
         encoded: list[Encoded] = []
         lane_B: list[int] = []
         places: list[tuple[int, int, int, float]] = []
@@ -212,8 +241,8 @@ class Judge:
     def losses(
         self, base: BaseModel, sites: Sequence[Site], changes: Sequence[Pair], overlay: Overlay | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Weighted sums over all sentences: ``-log p`` of the answers, and KL of what was said before the change. The change is
-        one of the pristine weights, or of an overlay's."""
+        """Weighted sums over all sentences: ``-log p`` of the answers, and KL of what was said
+        before the change. The change is one of the pristine weights, or of an overlay's."""
         with changed(sites, changes, self.rows, overlay):
             hidden_BSD = replay(base, self.prefix)
         row_P, column_P = self.targets.reads
@@ -236,7 +265,8 @@ def _draw(count: int, generator: torch.Generator) -> int:
 def _elsewhere(base: BaseModel, request: EditRequest, generator: torch.Generator) -> tuple[Encoded, range]:
     """A sentence that the edit must not touch, and the columns whose predictions have to stay.
 
-    One of the locality probes, at its answer; a request without one gives its unrelated sentence, at all tokens.
+    One of the locality probes, at its answer; a request without one gives its unrelated sentence,
+    at all tokens.
     """
     if request.locality:
         probe = request.locality[_draw(len(request.locality), generator)]
@@ -244,7 +274,8 @@ def _elsewhere(base: BaseModel, request: EditRequest, generator: torch.Generator
         return pair, range(pair.prompt_len - 1, len(pair.ids) - 1)
     if request.unrelated is None:
         raise DataError(
-            f"case {request.case_id}: locality, unrelated: neither is given, and training needs one to learn what to leave alone"
+            f"case {request.case_id}: locality, unrelated: neither is given, and training needs one to "
+            f"learn what to leave alone"
         )
     ids = base.encoder.text(request.unrelated)
     return Encoded(ids, len(ids)), range(len(ids))

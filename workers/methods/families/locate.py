@@ -4,12 +4,13 @@
 >>> for part in chunked(facts, overlay.lanes):
 ...     batch = Facts(base, part)
 ...     at = AtMap.capture(base, site, batch, overlay)
-...     found = search(base, config, batch, at, [at.value_NO])   # or [at.layer_NO]: the value of the whole layer
->>> keys, (now_ND,) = observe(base, overlay, facts, sites, [base.layers[z]])   # keys_NI of each site, outputs at the lookup token
+...     found = search(base, config, batch, at, [at.value_NO])  # or [at.layer_NO]: the value of the whole layer
+>>> keys, (now_ND,) = observe(base, overlay, facts, sites, [base.layers[z]])  # keys_NI of each site
 >>> change = factor.solve(keys_LIN)                              # C^-1 K in float64
 
-A *fact* is one request of one lane. Each has its own vector, its own optimiser state and its own stop, so that neither lanes
-nor the requests of a batch depend on each other. The mathematics: Meng et al., arXiv 2202.05262, section 3.1.
+A *fact* is one request of one lane. Each has its own vector, its own optimiser state and its own
+stop, so that neither lanes nor the requests of a batch depend on each other. The mathematics: Meng
+et al., arXiv 2202.05262, section 3.1.
 """
 
 from __future__ import annotations
@@ -56,23 +57,29 @@ class LocateConfig(MethodConfig):
     fact_token: Literal["subject_last", "last"] = Field(
         "subject_last", description="where the fact is looked up: the subject's or the prompt's last token"
     )
-    v_num_grad_steps: int = Field(20, ge=1, description="evaluations of the loss that finds the value (one step fewer)")
+    v_num_grad_steps: int = Field(
+        20, ge=1, description="evaluations of the loss that finds the value (one step fewer)"
+    )
     v_lr: float = Field(0.5, gt=0, description="Adam's step size for the value")
     v_weight_decay: float = Field(1e-3, ge=0, description="weight of the value change's norm in the loss")
-    clamp_norm_factor: float = Field(4.0, gt=0, description="largest norm of the value change, relative to the value")
+    clamp_norm_factor: float = Field(
+        4.0, gt=0, description="largest norm of the value change, relative to the value"
+    )
     kl_factor: float = Field(0.0625, ge=0, description="weight of the KL term")
     kl_position: Literal["prompt_last", "subject_last"] = Field(
         "subject_last",
         description="token of '{subject} is a' whose prediction is kept (prompt_last: Eq. 4 to the letter)",
     )
     context_template_length_params: tuple[tuple[int, int], ...] = Field(
-        ((5, 10), (10, 10)), description="[length in tokens, how many templates] pairs; a multiple of five each"
+        ((5, 10), (10, 10)),
+        description="[length in tokens, how many templates] pairs; a multiple of five each",
     )
     samples: int = Field(100_000, ge=1, description="lines of the corpus that enter the second moment")
     precision: Literal["float32", "float64"] = Field("float32", description="precision of the sums")
     corpus: str | None = Field(
         None,
-        description="text (one a line) or JSONL file for the second moment; null: the embedded model's own text, for it alone",
+        description="text (one a line) or JSONL file for the second moment; null: the embedded model's own "
+        "text, for it alone",
     )
 
     title: ClassVar[str]
@@ -124,7 +131,8 @@ def moment_spec(
     name: str = MOMENT,
     otherwise: str = "",
 ) -> ArtifactSpec:
-    """The second moment of what enters one map. ``otherwise`` is what else a user without a corpus can do."""
+    """The second moment of what enters one map. ``otherwise`` is what else a user without a corpus
+    can do."""
     how_much = f"a few thousand lines or more{otherwise}"
     corpus = stats.corpus_of(config.corpus, context.model, config.title, "second moment", how_much)
     return stats.second_moment(
@@ -157,7 +165,9 @@ def inverse_moment(moment_II: Tensor) -> Tensor:
     """``C^-1`` in float64. Raises :class:`DataError` if ``C`` is singular."""
     inverse_II, info = torch.linalg.inv_ex(moment_II.to(torch.float64))
     if int(info) or not bool(torch.isfinite(inverse_II).all()):
-        raise DataError("corpus: the second moment of ROME's layer is singular; give a longer text or more samples")
+        raise DataError(
+            "corpus: the second moment of ROME's layer is singular; give a longer text or more samples"
+        )
     symmetric: Tensor = (inverse_II + inverse_II.T) / 2
     return symmetric
 
@@ -201,7 +211,8 @@ def lane_chunks(lanes: int, bytes_each: int, limit: int) -> Iterator[slice]:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One row: its tokens, where the fact is looked up, where reading starts, and the target tokens read from there."""
+    """One row: its tokens, where the fact is looked up, where reading starts, and the target tokens
+    read from there."""
 
     encoded: Encoded
     lookup: int
@@ -211,7 +222,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One request of one lane: its contexts (the bare prompt first), and after them ``"{subject} is a"``."""
+    """One request of one lane: its contexts (the bare prompt first), and after them ``"{subject} is
+    a"``."""
 
     lane: int
     lines: tuple[Line, ...]
@@ -224,11 +236,13 @@ class Fact:
 def request_lines(
     base: BaseModel, request: EditRequest, texts: Sequence[str], config: LocateConfig, spaced: bool = True
 ) -> list[Line]:
-    """The rows of one request, in the order of ``texts`` (the bare prompt first). ``spaced=False``: the target is tokenised
-    alone and follows without a space, as some public code has it."""
+    """The rows of one request, in the order of ``texts`` (the bare prompt first). ``spaced=False``:
+    the target is tokenised alone and follows without a space, as some public code has it."""
     at = request.prompt.find(request.subject)
     if at < 0 or not request.subject:
-        raise DataError(f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}")
+        raise DataError(
+            f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}"
+        )
     encoder = base.encoder
     lines = []
     for text in ["{}", *(text for text in texts if text != "{}")]:
@@ -249,7 +263,11 @@ def request_lines(
         lines.append(Line(Encoded(ids, read + 1), lookup - 1, read, target))
     essence = f"{request.subject} is a"
     ids = encoder.prompt(essence)
-    lookup = encoder.tokens_until(essence, len(request.subject)) if config.fact_token == "subject_last" else len(ids)
+    lookup = (
+        encoder.tokens_until(essence, len(request.subject))
+        if config.fact_token == "subject_last"
+        else len(ids)
+    )
     read = len(ids) if config.kl_position == "prompt_last" else lookup
     lines.append(Line(Encoded(ids, len(ids)), lookup - 1, read - 1))
     return lines
@@ -266,7 +284,10 @@ def facts_of(
     facts = []
     for lane, edit in enumerate(edits):
         texts = (edit.inputs.get(TEMPLATES) or inputs[TEMPLATES]).meta["templates"]
-        facts += [Fact(lane, tuple(request_lines(base, request, texts, config, spaced))) for request in edit.requests]
+        facts += [
+            Fact(lane, tuple(request_lines(base, request, texts, config, spaced)))
+            for request in edit.requests
+        ]
     return facts
 
 
@@ -278,8 +299,8 @@ def chunked(facts: Sequence[Fact], lanes: int) -> Iterator[Sequence[Fact]]:
 
 
 class Facts:
-    """The batch of one value search. In ``rows`` every fact is a lane of its own; ``lane_rows`` are the same rows under the
-    overlay's lanes."""
+    """The batch of one value search. In ``rows`` every fact is a lane of its own; ``lane_rows`` are
+    the same rows under the overlay's lanes."""
 
     def __init__(self, base: BaseModel, facts: Sequence[Fact]) -> None:
         lines = [(n, line) for n, fact in enumerate(facts) for line in fact.lines]
@@ -312,7 +333,8 @@ class Facts:
 
     @property
     def reads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Rows and columns that the loss reads: those of the targets, then each fact's kept prediction."""
+        """Rows and columns that the loss reads: those of the targets, then each fact's kept
+        prediction."""
         row_P, column_P = self.targets.reads
         return (*row_P, *self.kept_N), (*column_P, *self.kept_column_N)
 
@@ -340,14 +362,16 @@ class Facts:
 
 
 class Added(Protocol):
-    """The model with each fact's vectors added at its lookup tokens: what :func:`search` steps through."""
+    """The model with each fact's vectors added at its lookup tokens: what :func:`search` steps
+    through."""
 
     @property
     def rows(self) -> Batch:
         """Its rows; every fact is a lane of its own."""
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
-        """Hidden states after the final norm at the places that are read, (P, D). ``deltas``: (facts, width) each."""
+        """Hidden states after the final norm at the places that are read, (P, D). ``deltas``:
+        (facts, width) each."""
 
     def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Added:
         """The same for some of the rows, now ``rows``, and the reads ``read_P`` of them."""
@@ -355,8 +379,9 @@ class Added(Protocol):
 
 @dataclass(frozen=True)
 class AtMap:
-    """One vector, added to what one linear map answers. For an MLP's output projection that is the same as adding it to what
-    its decoder layer gives, so a layer's value is searched here, too; only ``value`` differs."""
+    """One vector, added to what one linear map answers. For an MLP's output projection that is the
+    same as adding it to what its decoder layer gives, so a layer's value is searched here, too;
+    only ``value`` differs."""
 
     suffix: Suffix
     here_BS1: Tensor
@@ -385,13 +410,16 @@ class AtMap:
         return self.suffix.hidden(plain_BSO + torch.where(self.here_BS1, shift_B1O, 0))
 
     def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> AtMap:
-        return replace(self, suffix=self.suffix.part(row_B, rows, read_P), here_BS1=self.here_BS1[list(row_B)])
+        return replace(
+            self, suffix=self.suffix.part(row_B, rows, read_P), here_BS1=self.here_BS1[list(row_B)]
+        )
 
 
 @dataclass(frozen=True)
 class Sated:
-    """Treatment of a fact whose target tokens are all the likeliest ones (PMET): in the next step its target's loss weighs
-    ``less`` and not ``weight``, and it stops where the weighted KL term is ``kl`` at most."""
+    """Treatment of a fact whose target tokens are all the likeliest ones (PMET): in the next step
+    its target's loss weighs ``less`` and not ``weight``, and it stops where the weighted KL term is
+    ``kl`` at most."""
 
     weight: float
     less: float
@@ -421,7 +449,8 @@ class _Problem(DivisibleProblem):
         return self.deltas
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """Eq. 4 per fact, and whether it goes on, (K,) each. The first call notes the predictions to keep."""
+        """Eq. 4 per fact, and whether it goes on, (K,) each. The first call notes the predictions
+        to keep."""
         base, config, deltas = self.base, self.config, self.deltas
         hidden_PD = self.at.hidden(deltas)
         count = len(self.targets.row_P)
@@ -484,15 +513,16 @@ def search(
     values: Sequence[Tensor],
     sated: Sated | None = None,
 ) -> Found:
-    """Optimise each fact's vectors by Adam (Eq. 4). ``values``: what stands where they are added, (N, width) each; its norm
-    bounds each vector (``clamp_norm_factor``) and scales its decay."""
+    """Optimise each fact's vectors by Adam (Eq. 4). ``values``: what stands where they are added,
+    (N, width) each; its norm bounds each vector (``clamp_norm_factor``) and scales its decay."""
     deltas = [torch.zeros_like(value_NO) for value_NO in values]
     norms = [value_NO.norm(dim=1) for value_NO in values]
     found = descend(
         _Problem(base, config, deltas, at, batch.targets, norms, sated),
         Adam(deltas, config.v_lr),
         config.v_num_grad_steps,
-        # what is sated weighs differently from step to step, so its steps are not one function of the vectors
+        # what is sated weighs differently from step to step, so its steps are not one function of
+        # the vectors
         pool=base.pool if sated is None else None,
         update_last=False,
     )
@@ -519,11 +549,13 @@ def observe(
     modules: Sequence[nn.Module] = (),
     bare_share: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Values of the edited model, as it is now, at the lookup tokens: the input of each site averaged over the contexts
-    (N, I), and the output of each module at the bare prompt (N, D). In the masters' precision.
+    """Values of the edited model, as it is now, at the lookup tokens: the input of each site
+    averaged over the contexts (N, I), and the output of each module at the bare prompt (N, D). In
+    the masters' precision.
 
-    ``bare_share``: the bare prompt's share of the average, the templates have the rest; None: all contexts alike. Rows end at
-    their lookup token and layers above the last one that is asked for are not run.
+    ``bare_share``: the bare prompt's share of the average, the templates have the rest; None: all
+    contexts alike. Rows end at their lookup token and layers above the last one that is asked for
+    are not run.
     """
     keys: list[list[Tensor]] = [[] for _ in sites]
     outs: list[list[Tensor]] = [[] for _ in modules]
@@ -547,13 +579,18 @@ def observe(
                 stack.enter_context(override_forward(layer, lambda *_, top=top, **__: top[0]))
             base.hidden_states(rows)
         share_B = torch.tensor(
-            [share for fact in part for share in _shares(len(fact.contexts), bare_share)], dtype=base.master_dtype
+            [share for fact in part for share in _shares(len(fact.contexts), bare_share)],
+            dtype=base.master_dtype,
         ).to(base.device)
         fact_B = torch.tensor([n for n, fact in enumerate(part) for _ in fact.contexts], device=base.device)
-        plain_N = torch.tensor([i for i, (fact, line) in enumerate(lines) if line is fact.lines[0]], device=base.device)
+        plain_N = torch.tensor(
+            [i for i, (fact, line) in enumerate(lines) if line is fact.lines[0]], device=base.device
+        )
         for i, found in enumerate(keys):  # with padding on the left the lookup token is the last column
             key_BI = caught[i][:, -1].to(base.master_dtype)
-            found.append(key_BI.new_zeros(len(part), key_BI.shape[1]).index_add(0, fact_B, key_BI * share_B[:, None]))
+            found.append(
+                key_BI.new_zeros(len(part), key_BI.shape[1]).index_add(0, fact_B, key_BI * share_B[:, None])
+            )
         for i, found in enumerate(outs):
             found.append(caught[len(sites) + i][plain_N, -1].to(base.master_dtype))
     return [torch.cat(found) for found in keys], [torch.cat(found) for found in outs]

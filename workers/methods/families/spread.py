@@ -1,15 +1,15 @@
-"""Editing several layers at once: a value is sought at the last of them, and what is missing there is spread over all
-(MEMIT, Meng et al., arXiv 2210.07229; EMMET, PMET and AlphaEdit after it).
+"""Editing several layers at once: a value is sought at the last of them, and what is missing there
+is spread over all (MEMIT, Meng et al., arXiv 2210.07229; EMMET, PMET and AlphaEdit after it).
 
->>> class Mine(RidgeMethod[MyConfig]):                           # sites, overlay, second moments and the edit are there
+>>> class Mine(RidgeMethod[MyConfig]):  # sites, overlay, second moments and the edit are there
 ...     def right(self, overlay, site, keys_LIN):
 ...         return ridge_keys(self.factors[site.name], keys_LIN, ridge=1.0)
 
-For each request ``z = h + d``: ``h`` is the output of the last edited layer at the lookup token of the bare prompt,
-``d`` the vector that the search of :mod:`workers.methods.families.locate` finds there. Then, from the first layer to
-the last: the keys ``K`` of all requests are read off the model as it is now, and so is the present ``h``; the layer's
-map changes by the residual ``(z - h) / (layers still to come)`` times a right factor, which is what the methods differ
-in.
+For each request ``z = h + d``: ``h`` is the output of the last edited layer at the lookup token of
+the bare prompt, ``d`` the vector that the search of :mod:`workers.methods.families.locate` finds
+there. Then, from the first layer to the last: the keys ``K`` of all requests are read off the model
+as it is now, and so is the present ``h``; the layer's map changes by the residual ``(z - h) /
+(layers still to come)`` times a right factor, which is what the methods differ in.
 """
 
 from __future__ import annotations
@@ -56,13 +56,16 @@ class SpreadConfig(LocateConfig):
     """Hyperparameters of methods that edit several layers, under the names the field uses."""
 
     layers: tuple[int, ...] = Field(min_length=1, description="decoder layers that are edited, ascending")
-    module: str | None = Field(None, description="linear map inside the layers; null: the MLP's output projection")
+    module: str | None = Field(
+        None, description="linear map inside the layers; null: the MLP's output projection"
+    )
     context_template_length_params: tuple[tuple[int, int], ...] = Field(
         ((10, 5),), description="[length in tokens, how many templates] pairs; a multiple of five each"
     )
     key_average: Literal["halves", "contexts"] = Field(
         "halves",
-        description="average of a key: the bare prompt one half and the templates the other, as in the authors' code; "
+        description="average of a key: the bare prompt one half and the templates the other, as in the "
+        "authors' code; "
         "or all contexts alike",
     )
 
@@ -120,7 +123,8 @@ class SpreadConfig(LocateConfig):
 
     def shared_bytes(self, shape: ModelShape) -> int:
         _, in_features = shape.site(self.module)
-        # second moments and their factors in float64; while the last is factorised, it in float64 and a temporary
+        # second moments and their factors in float64; while the last is factorised, it in float64
+        # and a temporary
         return (len(self.layers) * (moment_value(self) + 8) + 2 * 8) * in_features * in_features
 
 
@@ -146,7 +150,8 @@ def by_lane(facts_NX: Tensor, lanes: int) -> Tensor:
 
 
 def figures_of(found: Found, which: int = 0) -> Tensor:
-    """Of each fact: steps, loss, first loss, and the norm of the ``which``-th change relative to its value, (4, N)."""
+    """Of each fact: steps, loss, first loss, and the norm of the ``which``-th change relative to
+    its value, (4, N)."""
     change_N = found.deltas[which].norm(dim=1) / found.norms[which]
     return torch.stack([found.steps_N.to(change_N), found.loss_N, found.first_N, change_N]).double()
 
@@ -161,11 +166,13 @@ def outcomes_of(figures: Sequence[Tensor], lanes: int) -> list[EditOutcome]:
     ]
 
 
-def ridge_keys(factor: Factor, keys_LIN: Tensor, ridge: float, weight: float = 1.0, limit: int = SOLVE_BYTES) -> Tensor:
+def ridge_keys(
+    factor: Factor, keys_LIN: Tensor, ridge: float, weight: float = 1.0, limit: int = SOLVE_BYTES
+) -> Tensor:
     """``(A^T K + ridge)^-1 A^T`` with ``A = C^-1 K / weight``, of every lane, (L, N, I), float64.
 
-    With ``ridge`` 1 this is ``K^T (weight * C + K K^T)^-1`` (Woodbury), with 0 the left inverse of K that ordinary keys feel
-    least. Its temporaries take at most ``limit`` bytes, or one lane.
+    With ``ridge`` 1 this is ``K^T (weight * C + K K^T)^-1`` (Woodbury), with 0 the left inverse of
+    K that ordinary keys feel least. Its temporaries take at most ``limit`` bytes, or one lane.
     """
     lanes, in_features, count = keys_LIN.shape
     out_LNI = keys_LIN.new_empty(lanes, count, in_features)
@@ -184,7 +191,8 @@ OverlayT = TypeVar("OverlayT", bound=LowRankOverlay)
 
 
 class SpreadMethod(Method[C, OverlayT]):
-    """A method that edits several layers at once. Subclasses say what the right factor of a change is."""
+    """A method that edits several layers at once. Subclasses say what the right factor of a change
+    is."""
 
     batch_edits: ClassVar[bool] = True
 
@@ -194,7 +202,8 @@ class SpreadMethod(Method[C, OverlayT]):
 
     @abstractmethod
     def right(self, overlay: OverlayT, site: Site, keys_LIN: Tensor) -> Tensor:
-        """The right factor of a map's change, (L, N, I), from the keys of the requests; residuals are the left one."""
+        """The right factor of a map's change, (L, N, I), from the keys of the requests; residuals
+        are the left one."""
 
     def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         check_lockstep(edits)
@@ -210,7 +219,9 @@ class SpreadMethod(Method[C, OverlayT]):
             figures.append(figures_of(found))
         z_NO = torch.cat(wanted)
         for i, site in enumerate(self.sites):
-            (keys_NI,), (now_NO,) = observe(base, overlay, facts, [site], [base.layers[top]], config.bare_share)
+            (keys_NI,), (now_NO,) = observe(
+                base, overlay, facts, [site], [base.layers[top]], config.bare_share
+            )
             residual_NO = (z_NO - now_NO).double() / (len(self.sites) - i)
             right_LNI = self.right(overlay, site, by_lane(keys_NI.double(), lanes))
             overlay.add(by_lane(residual_NO, lanes), right_LNI, site)
@@ -218,7 +229,8 @@ class SpreadMethod(Method[C, OverlayT]):
 
 
 class RidgeMethod(SpreadMethod[C, LowRankOverlay]):
-    """One whose right factor needs the second moment of each site, factorised once for all lanes and edits."""
+    """One whose right factor needs the second moment of each site, factorised once for all lanes
+    and edits."""
 
     def __init__(
         self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData], factors: Mapping[str, Factor]

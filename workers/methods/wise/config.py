@@ -15,7 +15,9 @@ from workers.methods.easyedit import IGNORED, take_inner_param
 from workers.model.config import ModelShape
 from workers.types import JSON, SpecError
 
-MergeRule = Literal["ties", "magnitude_norm", "magnitude", "sign", "dare_ties", "dare_linear", "linear", "slerp"]
+MergeRule = Literal[
+    "ties", "magnitude_norm", "magnitude", "sign", "dare_ties", "dare_linear", "linear", "slerp"
+]
 
 MERGED_SHARE = 0.6
 """Weight of what is already merged in a later merge of WISE-Merge (the public code's constant)."""
@@ -29,7 +31,9 @@ class WISEDeviations(Deviations):
     public_margin: bool = Field(False, description="parity: average margin terms over violating rows only")
     public_loss_mask: bool = Field(False, description="parity: divide the target loss by one token more")
     public_decay: bool = Field(False, description="parity: decay weights outside the mask, too")
-    public_positions: bool = Field(False, description="parity: position ids count padding columns while editing")
+    public_positions: bool = Field(
+        False, description="parity: position ids count padding columns while editing"
+    )
     public_dare: bool = Field(False, description="parity: dare_linear does not rescale")
 
 
@@ -37,10 +41,14 @@ class WISEConfig(MethodConfig):
     """Hyperparameters of WISE-Merge and WISE-Retrieve."""
 
     layer: int = Field(ge=0, description="decoder layer that gets the side memory")
-    module: str | None = Field(None, description="linear map inside the layer; null: the MLP's output projection")
+    module: str | None = Field(
+        None, description="linear map inside the layer; null: the MLP's output projection"
+    )
     lr: float = Field(1.0, gt=0, description="step size of gradient descent")
     n_iter: int = Field(70, ge=1, description="optimiser steps of one edit at most")
-    weight_decay: float = Field(1e-5, ge=0, description="L2 decay added to the gradient (the public code's constant)")
+    weight_decay: float = Field(
+        1e-5, ge=0, description="L2 decay added to the gradient (the public code's constant)"
+    )
     mask_ratio: float = Field(0.2, gt=0, le=1, description="share of weights a side memory may change")
     norm_constraint: float | None = Field(
         1.0, gt=0, description="largest change of a single weight; null: unconstrained"
@@ -48,7 +56,9 @@ class WISEConfig(MethodConfig):
     alpha: float = Field(5.0, ge=0, description="margin: activation an unrelated sentence may reach")
     beta: float = Field(20.0, ge=0, description="margin: activation an edit has to reach")
     gamma: float = Field(10.0, ge=0, description="margin: least distance between the two")
-    act_ratio: float = Field(0.88, gt=0, description="threshold as a share of the smallest activation of the edits")
+    act_ratio: float = Field(
+        0.88, gt=0, description="threshold as a share of the smallest activation of the edits"
+    )
     retrieve: bool = Field(True, description="true: WISE-Retrieve, several memories; false: WISE-Merge, one")
     save_freq: int = Field(500, ge=1, description="edits after which a side memory is saved")
     merge_freq: int = Field(1000, ge=1, description="edits after which the saved memories are merged")
@@ -58,8 +68,12 @@ class WISEConfig(MethodConfig):
     context_template_length_params: tuple[tuple[int, int], ...] = Field(
         ((5, 5), (10, 5)), description="[length in tokens, how many templates] pairs; five templates each"
     )
-    replay: bool = Field(False, description="replaying earlier edits (appendix B.3): not supported, must be false")
-    routing: Literal["prompt", "all_tokens"] = Field("prompt", description="tokens whose activations are averaged")
+    replay: bool = Field(
+        False, description="replaying earlier edits (appendix B.3): not supported, must be false"
+    )
+    routing: Literal["prompt", "all_tokens"] = Field(
+        "prompt", description="tokens whose activations are averaged"
+    )
     activation: Literal["difference", "public"] = Field(
         "difference", description="|A(x)D|, or behind the MLP's function"
     )
@@ -92,7 +106,8 @@ class WISEConfig(MethodConfig):
         for length, count in pairs:
             if length < 1 or count != len(TEMPLATE_STARTS):
                 raise ValueError(
-                    f"[{length}, {count}]: needs a length of 1 or more and {len(TEMPLATE_STARTS)} templates, one for each "
+                    f"[{length}, {count}]: needs a length of 1 or more and {len(TEMPLATE_STARTS)} "
+                    f"templates, one for each "
                     "first word: they are written greedily, so more would be repetitions"
                 )
         return pairs
@@ -101,7 +116,9 @@ class WISEConfig(MethodConfig):
     @classmethod
     def _no_replay(cls, value: bool) -> bool:
         if value:
-            raise ValueError("replaying earlier edits (appendix B.3 of the paper) is not supported; choices: false")
+            raise ValueError(
+                "replaying earlier edits (appendix B.3 of the paper) is not supported; choices: false"
+            )
         return value
 
     @model_validator(mode="after")
@@ -119,7 +136,9 @@ class WISEConfig(MethodConfig):
         rest = dict(values)
         objective = rest.pop("objective_optimization", "only_label")
         if objective != "only_label":
-            raise SpecError(f"{source}: objective_optimization: {objective!r} is not supported; choices: 'only_label'")
+            raise SpecError(
+                f"{source}: objective_optimization: {objective!r} is not supported; choices: 'only_label'"
+            )
         margin = rest.pop("act_margin", None)
         out = super().from_easyedit(rest, source)
         if margin is not None:
@@ -146,7 +165,9 @@ class WISEConfig(MethodConfig):
         recipe: dict[str, JSON] = {
             **context.model_recipe,
             "starts": list(TEMPLATE_STARTS),
-            "lengths": [[n, count // len(TEMPLATE_STARTS)] for n, count in self.context_template_length_params],
+            "lengths": [
+                [n, count // len(TEMPLATE_STARTS)] for n, count in self.context_template_length_params
+            ],
             "joiner": " ",
             "top_k": 0,
             "seed": 0,

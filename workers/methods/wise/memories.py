@@ -28,7 +28,8 @@ class SideMemory:
 
 
 class SideMemories(Overlay):
-    """Per lane the current side memory and the saved ones, each stored as a change of the base weight."""
+    """Per lane the current side memory and the saved ones, each stored as a change of the base
+    weight."""
 
     def __init__(self, base: BaseModel, site: Site, lanes: int, config: WISEConfig) -> None:
         super().__init__([site], lanes)
@@ -55,7 +56,8 @@ class SideMemories(Overlay):
         return torch.cat(parts)
 
     def _route(self, lane: int, x_RSI: Tensor, plain_RSO: Tensor, token_RS: Tensor) -> Tensor:
-        """Rows of one lane, each by the memory with the largest activation among those it reaches the threshold of."""
+        """Rows of one lane, each by the memory with the largest activation among those it reaches
+        the threshold of."""
         answer_RSO = plain_RSO
         best_R = torch.zeros(x_RSI.shape[0], dtype=self.delta_LOI.dtype, device=x_RSI.device)
         for delta_OI, threshold in self._memories(lane):
@@ -88,10 +90,11 @@ class SideMemories(Overlay):
     # --- editing ---
 
     def change(self, delta_KOI: Tensor, x_NI: Tensor, ends: tuple[int, ...]) -> Tensor:
-        """``A(x) D`` of some lanes' side memories at their tokens, (N, O). A fresh memory changes exactly nothing.
+        """``A(x) D`` of some lanes' side memories at their tokens, (N, O). A fresh memory changes
+        exactly nothing.
 
-        Parity needs the public code's rounding, too (the margin's hinges amplify it to percents in 20 steps): it subtracts
-        two outputs.
+        Parity needs the public code's rounding, too (the margin's hinges amplify it to percents in
+        20 steps): it subtracts two outputs.
         """
         if self.config.activation == "difference":
             return token_linear(x_NI, delta_KOI, ends)
@@ -99,11 +102,13 @@ class SideMemories(Overlay):
         return token_linear(x_NI, weight_KOI + delta_KOI, ends) - token_linear(x_NI, weight_KOI, ends)
 
     def begin(self, lane: int, draw: Tensor) -> None:
-        """Give a fresh side memory its mask: the weights whose uniform draw, (O, I), is below ``mask_ratio``."""
+        """Give a fresh side memory its mask: the weights whose uniform draw, (O, I), is below
+        ``mask_ratio``."""
         self.masks_OI[lane] = (draw < self.config.mask_ratio).to(self.delta_LOI.device)
 
     def finish(self, lane: int, activations: Sequence[float], generator: torch.Generator) -> None:
-        """Count a lane's edits; save and merge where they are due. The generator serves the random merge rules."""
+        """Count a lane's edits; save and merge where they are due. The generator serves the random
+        merge rules."""
         self.edits[lane] += len(activations)
         self.activation[lane] = min(self.activation[lane], *activations)
         if self.edits[lane] < self.config.save_freq:
@@ -155,7 +160,9 @@ class SideMemories(Overlay):
             self.masks_OI[lane] = state.tensors["mask"].to(self.delta_LOI.device, torch.bool)
             self.edits[lane], self.activation[lane] = side["edits"], side["activation"]
         self.saved[lane] = [
-            SideMemory(state.tensors[f"saved.{i}"].to(self.delta_LOI, copy=True), m["activation"], m["merged"])
+            SideMemory(
+                state.tensors[f"saved.{i}"].to(self.delta_LOI, copy=True), m["activation"], m["merged"]
+            )
             for i, m in enumerate(state.meta.get("saved", []))
         ]
 

@@ -13,13 +13,18 @@ from workers.model.base import Site
 
 
 def merge_deltas(
-    config: WISEConfig, site: Site, deltas_OI: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator
+    config: WISEConfig,
+    site: Site,
+    deltas_OI: Sequence[Tensor],
+    weights: Sequence[float],
+    generator: torch.Generator,
 ) -> Tensor:
     """One change from several, (O, I).
 
-    TIES: Yadav et al., arXiv 2306.01708 (trim by magnitude, elect signs, mean of those that agree). DARE: Yu et al.,
-    arXiv 2311.03099 (drop at random and rescale). ``sign`` elects without trimming; ``magnitude`` trims and adds,
-    ``magnitude_norm`` averages. ``linear`` adds. ``slerp`` interpolates on the sphere between whole weights.
+    TIES: Yadav et al., arXiv 2306.01708 (trim by magnitude, elect signs, mean of those that agree).
+    DARE: Yu et al., arXiv 2311.03099 (drop at random and rescale). ``sign`` elects without
+    trimming; ``magnitude`` trims and adds, ``magnitude_norm`` averages. ``linear`` adds. ``slerp``
+    interpolates on the sphere between whole weights.
     """
     rule = config.merge_alg
     weight_J = torch.tensor(weights, dtype=deltas_OI[0].dtype, device=deltas_OI[0].device)[:, None, None]
@@ -68,7 +73,8 @@ def _dropped(delta_OI: Tensor, density: float, rescale: bool, generator: torch.G
 
 
 def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """Spherical interpolation of whole tensors; linear where they are nearly parallel (cosine above 0.9995)."""
+    """Spherical interpolation of whole tensors; linear where they are nearly parallel (cosine above
+    0.9995)."""
     cosine = float((start / start.norm().clamp_min(1e-8) * (end / end.norm().clamp_min(1e-8))).sum())
     if not abs(cosine) <= 0.9995:
         return start + share * (end - start)

@@ -1,52 +1,61 @@
-"""WISE: a side memory beside one linear map, trained on the edits and reached through activation routing.
+"""WISE: a side memory beside one linear map, trained on the edits and reached through activation
+routing.
 
-Wang et al., WISE: Rethinking the Knowledge Memory for Lifelong Model Editing, arXiv 2405.14768. The side memory is a
-copy ``W'`` of an MLP output projection ``W``; here its change ``D = W' - W`` is stored and trained. Section 2.3:
+Wang et al., WISE: Rethinking the Knowledge Memory for Lifelong Model Editing, arXiv 2405.14768. The
+side memory is a copy ``W'`` of an MLP output projection ``W``; here its change ``D = W' - W`` is
+stored and trained. Section 2.3:
 
-- routing (Eq. 4-5): ``act(x) = |A(x) D|_2``, where ``A(x)`` is the map's input, averaged over the tokens of the row's
-  prompt; the row is answered by the side memory if ``act(x)`` reaches the threshold, else by ``W``. The threshold is
-  the smallest ``act`` of the memory's own edits (times ``act_ratio``);
-- loss (Eq. 5-6): ``-log P(target | prompt)`` averaged over the target's tokens and over context templates, plus the
-  margin ``max(0, act(x_i) - alpha) + max(0, beta - act(x_e)) + max(0, gamma - (act(x_e) - act(x_i)))`` averaged over
-  the rows ``x_e`` of an edit, with ``x_i`` the request's unrelated sentence. Batches: the mean over the requests;
-- sharding: the gradient is masked by a random mask (share ``mask_ratio``) drawn once per side memory; SGD; each
-  weight stays within ``norm_constraint`` of ``W``. A lane stops once its loss is below 0.02 and moved by less than
-  1e-4.
+- routing (Eq. 4-5): ``act(x) = |A(x) D|_2``, where ``A(x)`` is the map's input, averaged over the
+  tokens of the row's prompt; the row is answered by the side memory if ``act(x)`` reaches the
+  threshold, else by ``W``. The threshold is the smallest ``act`` of the memory's own edits (times
+  ``act_ratio``);
+- loss (Eq. 5-6): ``-log P(target | prompt)`` averaged over the target's tokens and over context
+  templates, plus the margin ``max(0, act(x_i) - alpha) + max(0, beta - act(x_e)) + max(0, gamma -
+  (act(x_e) - act(x_i)))`` averaged over the rows ``x_e`` of an edit, with ``x_i`` the request's
+  unrelated sentence. Batches: the mean over the requests;
+- sharding: the gradient is masked by a random mask (share ``mask_ratio``) drawn once per side
+  memory; SGD; each weight stays within ``norm_constraint`` of ``W``. A lane stops once its loss is
+  below 0.02 and moved by less than 1e-4.
 
-**When memories are saved and merged**: at the end of the edit that completes ``save_freq`` edits in the current side
-memory, it is saved and a fresh one begins (``D = 0``, new mask); when ``merge_freq / save_freq`` saved memories are
-waiting, they are merged at the end of that same edit. Never in a forward pass. With ``retrieve: true``
-(WISE-Retrieve) each merge leaves one more memory. With ``retrieve: false`` (WISE-Merge) there is one merged memory:
-later merges take it in with weight 0.6, the new ones sharing 0.4, as the public code does. In between, saved memories
-that wait for their merge and the current side memory all answer, so that no edit is ever out of reach.
+**When memories are saved and merged**: at the end of the edit that completes ``save_freq`` edits in
+the current side memory, it is saved and a fresh one begins (``D = 0``, new mask); when ``merge_freq
+/ save_freq`` saved memories are waiting, they are merged at the end of that same edit. Never in a
+forward pass. With ``retrieve: true`` (WISE-Retrieve) each merge leaves one more memory. With
+``retrieve: false`` (WISE-Merge) there is one merged memory: later merges take it in with weight
+0.6, the new ones sharing 0.4, as the public code does. In between, saved memories that wait for
+their merge and the current side memory all answer, so that no edit is ever out of reach.
 
-**Who answers a row**: of the memories whose threshold the row's activation reaches, the one with the largest
-activation; ``W`` if there is none. WISE-Retrieve has a threshold per memory, WISE-Merge one: the smallest activation
-of all edits.
+**Who answers a row**: of the memories whose threshold the row's activation reaches, the one with
+the largest activation; ``W`` if there is none. WISE-Retrieve has a threshold per memory, WISE-Merge
+one: the smallest activation of all edits.
 
-Differences from paper and public code, all deliberate. ``protocol: easyedit`` turns on all switches, ``deviations`` single ones:
+Differences from paper and public code, all deliberate. ``protocol: easyedit`` turns on all
+switches, ``deviations`` single ones:
 
-1. Routing and margin use the prompt's real tokens. The public code averages over prompt, target and padding (golden
-   README, fault 11), so that teacher forcing leaks the answer into the routing: ``routing: all_tokens``.
-2. ``act`` is the norm of ``A(x) D``. The public code passes both outputs of the map through the MLP's activation
-   function first, ``|s(A(x) W') - s(A(x) W)|``: ``activation: public``. The published margins were used with that
-   form.
-3. The margin is averaged over all rows of an edit; the public code averages each term over the rows that violate it,
-   which makes the last violators count more: ``public_margin``.
-4. The target loss is divided by the number of target tokens; the public code's mask starts one token early, so it
-   divides by one more (fault 6): ``public_loss_mask``.
-5. Weight decay acts inside the mask only, so that a memory's changes stay in its own shard. The public optimiser
-   decays every weight, and TIES then averages an edit with the other memory's decay: ``public_decay``.
+1. Routing and margin use the prompt's real tokens. The public code averages over prompt, target and
+   padding (golden README, fault 11), so that teacher forcing leaks the answer into the routing:
+   ``routing: all_tokens``.
+2. ``act`` is the norm of ``A(x) D``. The public code passes both outputs of the map through the
+   MLP's activation function first, ``|s(A(x) W') - s(A(x) W)|``: ``activation: public``. The
+   published margins were used with that form.
+3. The margin is averaged over all rows of an edit; the public code averages each term over the rows
+   that violate it, which makes the last violators count more: ``public_margin``.
+4. The target loss is divided by the number of target tokens; the public code's mask starts one
+   token early, so it divides by one more (fault 6): ``public_loss_mask``.
+5. Weight decay acts inside the mask only, so that a memory's changes stay in its own shard. The
+   public optimiser decays every weight, and TIES then averages an edit with the other memory's
+   decay: ``public_decay``.
 6. Every sequence gets true positions; the public code counts padding columns: ``public_positions``.
-7. Dropping at random in ``dare_linear`` rescales by ``1 / density``, as DARE (arXiv 2311.03099) says; the public one
-   does not: ``public_dare``. ``linear`` and ``slerp`` merge all saved memories; the public ones read the first and
-   ignore the rest.
-8. The threshold is measured on the weights an edit ends with; the public code measures before the last step. It also
-   lets the current side memory block saved ones even when it fails its own threshold.
-9. Scoring never saves or merges (fault 6), nothing lives at module level (fault 5), ``batch_edits`` are supported
-   (the public code reads a batch as one request), and edits count by request.
-10. Not here: ``replay`` (appendix B.3), the public code's subject masks (used there when the unrelated sentence is
-    part of the prompt) and its top-token routing beyond 100 tokens.
+7. Dropping at random in ``dare_linear`` rescales by ``1 / density``, as DARE (arXiv 2311.03099)
+   says; the public one does not: ``public_dare``. ``linear`` and ``slerp`` merge all saved
+   memories; the public ones read the first and ignore the rest.
+8. The threshold is measured on the weights an edit ends with; the public code measures before the
+   last step. It also lets the current side memory block saved ones even when it fails its own
+   threshold.
+9. Scoring never saves or merges (fault 6), nothing lives at module level (fault 5), ``batch_edits``
+   are supported (the public code reads a batch as one request), and edits count by request.
+10. Not here: ``replay`` (appendix B.3), the public code's subject masks (used there when the
+    unrelated sentence is part of the prompt) and its top-token routing beyond 100 tokens.
 
 The paper's text was not at hand: numbers of equations and algorithms are from memory.
 """
@@ -103,9 +112,12 @@ class WISE(Method[WISEConfig, SideMemories]):
         config = self.config
         in_one_pass = MaskedSGD.in_one_pass(config, self.base.compiled)
         with ThreadPoolExecutor(self._threads) as pool:
-            # a mask of a 7B model takes a third of a second: lanes draw theirs side by side, and while the batch is prepared
+            # a mask of a 7B model takes a third of a second: lanes draw theirs side by side, and
+            # while the batch is prepared
             drawn = [pool.submit(self._begin, overlay, lane, edit) for lane, edit in enumerate(edits)]
-            problem = _Problem.of(self.base, overlay, edits, [self._templates(edit) for edit in edits], in_one_pass)
+            problem = _Problem.of(
+                self.base, overlay, edits, [self._templates(edit) for edit in edits], in_one_pass
+            )
             for mask in drawn:
                 mask.result()
         mask_LOI = torch.stack([mask for mask in overlay.masks_OI if mask is not None])
@@ -118,7 +130,10 @@ class WISE(Method[WISEConfig, SideMemories]):
         outcomes = []
         for lane, (edit, count) in enumerate(zip(edits, found.steps_L.tolist(), strict=True)):
             overlay.finish(lane, activations[lane], edit.streams.generator("merge"))
-            details: dict[str, JSON] = {"activation": min(activations[lane]), "memories": len(overlay.saved[lane])}
+            details: dict[str, JSON] = {
+                "activation": min(activations[lane]),
+                "memories": len(overlay.saved[lane]),
+            }
             outcomes.append(EditOutcome(count, as_float(found.loss_L[lane]), details))
         return outcomes
 
@@ -160,8 +175,8 @@ class WISE(Method[WISEConfig, SideMemories]):
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The N tokens of a batch without its padding, rows ascending: a third of a batch is padding, where templates of several
-    lengths stand before each prompt."""
+    """The N tokens of a batch without its padding, rows ascending: a third of a batch is padding,
+    where templates of several lengths stand before each prompt."""
 
     input_NI: Tensor
     output_NO: Tensor
@@ -207,7 +222,8 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class _Problem(DivisibleProblem):
-    """The lanes in one batch. Rows: per request its prompt in every context template, then its unrelated sentence."""
+    """The lanes in one batch. Rows: per request its prompt in every context template, then its
+    unrelated sentence."""
 
     base: BaseModel
     delta_KOI: Tensor
@@ -250,16 +266,24 @@ class _Problem(DivisibleProblem):
         for lane, edit in enumerate(edits):
             for request in edit.requests:
                 pairs = [
-                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new) for t in templates[lane]
+                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new)
+                    for t in templates[lane]
                 ]
                 for pair in pairs:
                     count = len(pair.target)
-                    share = 1 / ((count + int(config.deviations.public_loss_mask)) * len(pairs) * len(edit.requests))
-                    places += [(len(encoded), pair.prompt_len - 1 + j, t, share) for j, t in enumerate(pair.target)]
+                    share = 1 / (
+                        (count + int(config.deviations.public_loss_mask)) * len(pairs) * len(edit.requests)
+                    )
+                    places += [
+                        (len(encoded), pair.prompt_len - 1 + j, t, share) for j, t in enumerate(pair.target)
+                    ]
                     row_E.append(len(encoded))
                     owner_E.append(len(lane_G))
-                    # the last token predicts nothing that is scored; only public routing looks at it
-                    encoded.append(pair if config.routing == "all_tokens" else Encoded(pair.ids[:-1], pair.prompt_len))
+                    # the last token predicts nothing that is scored; only public routing looks at
+                    # it
+                    encoded.append(
+                        pair if config.routing == "all_tokens" else Encoded(pair.ids[:-1], pair.prompt_len)
+                    )
                 unrelated_G.append(len(encoded))
                 encoded.append(_unrelated(base, request))
                 lane_G.append(lane)
@@ -382,7 +406,8 @@ class _Problem(DivisibleProblem):
 
 
 def _own_columns(encoded: Sequence[Encoded], rows: Batch) -> Tensor:
-    """Columns as each lane alone would count them, (B, S): negative in padding that only other lanes need."""
+    """Columns as each lane alone would count them, (B, S): negative in padding that only other
+    lanes need."""
     total = rows.input_ids_BS.shape[1]
     widths = [max(len(e.ids) for e in encoded[a:b]) for _, a, b in rows.segments for _ in range(a, b)]
     gap_B = total - torch.tensor(widths, device=rows.lane_B.device)
@@ -395,5 +420,7 @@ def _unrelated(base: BaseModel, request: EditRequest) -> Encoded:
             f"case {request.case_id}: no unrelated sentence; WISE's margin loss needs one "
             "(field 'unrelated'; for zsRE it comes from train_path or other records)"
         )
-    ids = base.encoder.prompt(request.unrelated)  # in a chat like the prompts: the margin is not to be one of templates
+    ids = base.encoder.prompt(
+        request.unrelated
+    )  # in a chat like the prompts: the margin is not to be one of templates
     return Encoded(ids, len(ids))

@@ -25,8 +25,8 @@ def masked_descent(
     weight_decay: float,
     bound: float,
 ) -> None:
-    """One step of gradient descent inside the masks of the lanes that move, decay included, then back into the box; ``working``
-    becomes a copy of the result."""
+    """One step of gradient descent inside the masks of the lanes that move, decay included, then
+    back into the box; ``working`` becomes a copy of the result."""
     step_KOI = grad_KOI.to(delta_KOI.dtype) + weight_decay * (weight_OI.to(delta_KOI.dtype) + delta_KOI)
     moved_KOI = (delta_KOI - lr * torch.where(mask_KOI, step_KOI, 0)).clamp(-bound, bound)
     moved_KOI = torch.where(active_K11, moved_KOI, delta_KOI)
@@ -36,7 +36,8 @@ def masked_descent(
 
 
 class MaskedSGD(SGD):
-    """One step moves each memory inside its mask (decay included, unless as published), then back into the box."""
+    """One step moves each memory inside its mask (decay included, unless as published), then back
+    into the box."""
 
     def __init__(
         self,
@@ -46,8 +47,8 @@ class MaskedSGD(SGD):
         problem: Problem,
         compiled: Compiled | None,
     ) -> None:
-        """``mask_LOI``: truth values. ``compiled``: makes a step in one pass over memory, see :meth:`in_one_pass`; None: each
-        operation is a pass of its own."""
+        """``mask_LOI``: truth values. ``compiled``: makes a step in one pass over memory, see
+        :meth:`in_one_pass`; None: each operation is a pass of its own."""
         super().__init__(problem.params, config.lr)
         self.working = list(problem.working)
         self._config, self._weight_OI, self._compiled = config, weight_OI, compiled
@@ -87,7 +88,9 @@ class MaskedSGD(SGD):
         for at in self._compiled.turns(len(active_L)):
             copy_KOI = None if working_KOI is None else working_KOI.detach()[at]
             where = (self._weight_OI, self._mask_KOI[at], active_L[at, None, None])
-            move(delta_KOI.detach()[at], grad_KOI[at], copy_KOI, *where, config.lr, config.weight_decay, bound)
+            move(
+                delta_KOI.detach()[at], grad_KOI[at], copy_KOI, *where, config.lr, config.weight_decay, bound
+            )
         return True
 
     def part(self, lane_K: Sequence[int], params: Sequence[Tensor], working: Sequence[Tensor] = ()) -> Self:
