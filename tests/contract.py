@@ -199,7 +199,6 @@ class MethodContract:
             assert [timeless(r.rows) for r in rest] == [timeless(r.rows) for r in whole[at + 1 :]]
             assert rest and any(r.rows for r in rest)
 
-    @pytest.mark.numeric
     def test_scoring_leaves_the_state_alone_and_the_order_of_probes_does_not_matter(self, arch: str) -> None:
         base = self.model(arch, torch.float64)
         method, inputs = self.prepared(base)
@@ -226,7 +225,6 @@ class MethodContract:
             states.append(unpack_states(result.state)[0][0])
         assert bool(states[0].tensors) is (self.effect != "none") and same(*states)
 
-    @pytest.mark.numeric
     def test_lanes_do_not_depend_on_each_other(self, arch: str) -> None:
         base = self.model(arch, torch.float64)
         method, inputs = self.prepared(base)
