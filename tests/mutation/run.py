@@ -94,28 +94,27 @@ def planted(code: str, line: int, before: str, after: str) -> str | None:
 
 
 def noticed(tree: Path, tests: Sequence[str], select: str = "") -> str:
-    """Which test failed first, in files named one after another, or that none did."""
-    for name in tests:
-        told = tree.parent / "told"
-        child = os.fork()
-        if child == 0:
-            _test(tree, name, select, told)
-        ends = time.monotonic() + SECONDS
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
-            if time.monotonic() > ends:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return f"killed: {name} did not end in {SECONDS} s"
-            time.sleep(0.1)
-        if failed := told.read_text() if told.exists() else "ended the process":
-            return f"killed: {name.removeprefix('tests/')}: {failed}"
+    """Which test failed first, or that none did."""
+    told = tree.parent / "told"
+    told.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        _test(tree, tests, select, told)
+    ends = time.monotonic() + SECONDS
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > ends:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return f"killed: the tests did not end in {SECONDS} s"
+        time.sleep(0.1)
+    if failed := told.read_text() if told.exists() else "the process ended":
+        return f"killed: {failed}"
     return "survived " + " ".join(tests)
 
 
-def _test(tree: Path, name: str, select: str, told: Path) -> None:
+def _test(tree: Path, tests: Sequence[str], select: str, told: Path) -> None:
     """In the child: never returns."""
     os.setpgid(0, 0)
-    told.unlink(missing_ok=True)
     os.chdir(tree)
     sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(ROOT)))]
     for module in [
@@ -133,10 +132,10 @@ def _test(tree: Path, name: str, select: str, told: Path) -> None:
 
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.failed and not self.nodeid:
-                self.nodeid = report.nodeid.partition("::")[2]
+                self.nodeid = report.nodeid.removeprefix("tests/")
 
     first = First()
-    words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not gpu", name]
+    words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not gpu", *tests]
     code = pytest.main([*words, "-k", select] if select else words, plugins=[first])
     told.write_text("" if code in (0, 5) else first.nodeid or f"pytest ended with {code!s}")
     os._exit(0)
