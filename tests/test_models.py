@@ -116,7 +116,8 @@ def test_a_forward_that_raises_leaves_the_modules_as_they_were() -> None:
 
 def test_an_unknown_type_says_what_to_add() -> None:
     with pytest.raises(
-        ModelError, match=r"'mamba' is not known; known: gemma.*ARCHITECTURES of workers/model/base.py"
+        ModelError,
+        match=r"'mamba' is not known; known: gemma.*ARCHITECTURES of workers/model/architectures.py",
     ):
         architecture("mamba")
 

@@ -42,10 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 class DatasetSpec(Frozen):
     """The requests that are edited. Relative paths are relative to the spec file."""
 
-    kind: str = Field(
-        description="tinyworld, zsre, counterfact, hallucination, temporal, wikibigedit, knowedit, mquake "
-        "or jsonl"
-    )
+    kind: str = Field(description=f"one of {', '.join(DATASETS)}")
     edits: int = Field(ge=1, description="N: how many edits each cell makes in total")
     order: Literal["file", "shuffle"] = "shuffle"
     path: Path | None = None

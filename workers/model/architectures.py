@@ -95,5 +95,5 @@ def architecture(model_type: str) -> Arch:
         raise ModelError(
             f"model type {model_type!r} is not known; known: {', '.join(sorted(ARCHITECTURES))}. "
             "To add it, give the paths of its decoder layers, projections, final norm and head "
-            "in ARCHITECTURES of workers/model/base.py (one entry)."
+            "in ARCHITECTURES of workers/model/architectures.py (one entry)."
         ) from None

@@ -1,15 +1,13 @@
-"""Loading a base model, and where its parts are.
+"""Loading a base model, and access to its parts.
 
-Everything that depends on an architecture stands in :data:`ARCHITECTURES`, keyed by
-``config.model_type``; supporting another one is one line there. Both weight orientations
-(``nn.Linear`` and GPT-2's ``Conv1D``) are handled by :class:`Site`.
+The places of the parts stand in :mod:`workers.model.architectures`, keyed by ``config.model_type``.
+Both weight orientations (``nn.Linear`` and GPT-2's ``Conv1D``) are handled by :class:`Site`.
 
 >>> base = BaseModel.load(ModelConfig(name="embedded"))
 >>> base.site(layer=4).weight_OI.shape        # always (out, in)
 torch.Size([128, 512])
 
-Only :func:`fingerprint_model` and :func:`model_shape` serve the planner: they read files, never
-weights into memory.
+Only :func:`model_shape` serves the planner: it reads the model's config, never its weights.
 """
 
 from __future__ import annotations
