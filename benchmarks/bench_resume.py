@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def command(spec: Path, folder: Path, engine: str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "orchestrator.cli.app",
+        "orchestrator.cli",
         "run",
         str(spec),
         "--results",
@@ -98,12 +99,17 @@ def driver(spec: Path, folder: Path, engine: str) -> Iterator[subprocess.Popen[b
                 other.kill()
 
 
+class TooSoon(RuntimeError):
+    """A run ended before it could be killed."""
+
+
 def wait_for(process: subprocess.Popen[bytes], done: Callable[[], bool], every: float) -> float:
     """Wait until ``done()``; seconds that took. Raises if the process ends before."""
     began = time.perf_counter()
     while not done():
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended with exit code {process.returncode} before it could be killed")
+            kind = RuntimeError if process.returncode else TooSoon
+            raise kind(f"the run ended with exit code {process.returncode} before it could be killed")
         if time.perf_counter() - began > PATIENCE:
             raise RuntimeError(f"nothing happened within {PATIENCE:.0f} s")
         time.sleep(every)
@@ -114,6 +120,10 @@ def finished(folder: Path) -> int:
     """Shards that are in the table, or whose last part is there."""
     store = LocalStore(folder)
     return len(CentralTable(store).shards()) + len(Journal(store).finished())
+
+
+def _have(folder: Path, shards: int) -> bool:
+    return finished(folder) >= shards
 
 
 def first_edit(spec: Path, folder: Path, engine: str) -> float:
@@ -144,12 +154,22 @@ def first_edit(spec: Path, folder: Path, engine: str) -> float:
 def resuming(report: Report, work: Path, shards: int, rounds: dict[str, int]) -> None:
     """Kill a run with ``shards`` finished, and compare going on with starting."""
     spec = work / "spec.yaml"
-    # so many more that the run cannot be done before it is killed, and that every later one has
+    # so many more that the run is not done before it is killed, and that every later one has
     # something left
-    spec.write_text(yaml.safe_dump(spec_of(2 * shards + 60).model_dump(mode="json")), encoding="utf-8")
-    killed = work / "killed"
-    with driver(spec, killed, "local") as process:
-        seconds = wait_for(process, lambda: finished(killed) >= shards, 0.2)
+    for more in (60, 600, 6000):
+        killed = work / f"killed-{more}"
+        spec.write_text(yaml.safe_dump(spec_of(2 * shards + more).model_dump(mode="json")), encoding="utf-8")
+        try:
+            with driver(spec, killed, "local") as process:
+                seconds = wait_for(process, partial(_have, killed, shards), 0.05)
+            break
+        except TooSoon:
+            LOG.info(
+                "resume: the run ended before this process, on a busy machine, had its turn; once more "
+                "with more shards"
+            )
+    else:
+        raise RuntimeError("every run ended before it could be killed")
     there = finished(killed)
     waiting = len(Journal(LocalStore(killed)).finished())
     LOG.info(

@@ -123,7 +123,7 @@ def ours(base: BaseModel, name: str) -> Callable[[], object]:
         overlay = method.new_overlay(LANES)
         held.append(overlay)
         for lane, edit in enumerate(edits(LANES)):
-            edit.draws.generator("edit")
+            edit.streams.generator("edit")
             if name == "wise":
                 overlay.begin(lane, method.draw_mask(edit))  # type: ignore[attr-defined]
         return time.perf_counter() - began

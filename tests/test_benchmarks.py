@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import finished
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 pytestmark = pytest.mark.slow
@@ -20,15 +22,17 @@ pytestmark = pytest.mark.slow
 JUDGED = {"engine": 2, "memory": 3, "plan": 3, "resume": 4, "rollback": 4, "table": 2}
 """How many targets each judges."""
 
+LONG = {"engine", "memory", "resume"}
+
 
 def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home)}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return finished([sys.executable, *arguments], env=environment, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", sorted(JUDGED))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in sorted(JUDGED)]
+)
 def test_a_benchmark_runs_and_judges_its_targets(name: str, tmp_path: Path) -> None:
     out = tmp_path / "targets.jsonl"
     done = python(str(BENCHMARKS / f"bench_{name}.py"), "--smoke", "--out", str(out), home=tmp_path)
@@ -41,9 +45,19 @@ def test_a_benchmark_runs_and_judges_its_targets(name: str, tmp_path: Path) -> N
         assert line["verdict"] == ("PASS" if met else "SHORT")
 
 
-@pytest.mark.parametrize("name", ["layers", "products"])
-def test_a_benchmark_without_targets_tells_its_ratios(name: str, tmp_path: Path) -> None:
-    done = python(str(BENCHMARKS / f"bench_{name}.py"), "--smoke", home=tmp_path)
+def test_all_can_be_imported(tmp_path: Path) -> None:
+    """A name that has moved is noticed here, for those that run in `make test-long` only."""
+    names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+    code = (
+        f"import importlib, sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        f"for n in {names}: importlib.import_module(n)"
+    )
+    done = python("-c", code, home=tmp_path)
+    assert len(names) > 10 and done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_benchmark_without_targets_tells_its_ratios(tmp_path: Path) -> None:
+    done = python(str(BENCHMARKS / "bench_products.py"), "--smoke", home=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"\(\d+\.\d\dx\)$", done.stdout, re.MULTILINE)
 
