@@ -125,14 +125,15 @@ def said_of(path: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> tup
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [500, pytest.param(SPECS, marks=pytest.mark.long)])
 def test_mutated_specs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["editsweep", "plan"])
     rng = random.Random(0)
     refused = 0
     path = tmp_path / "f.yaml"
-    for i in range(SPECS):
+    for i in range(count):
         raw, place, word = mutated(FULL, rng)
         path.write_text(yaml.safe_dump(raw, allow_unicode=True), encoding="utf-8")
         code, text = said_of(path, capsys, tmp_path)
@@ -144,7 +145,7 @@ def test_mutated_specs(
             squeezed = "".join(text.split())  # a terminal wraps long lines
             assert "".join(word.split())[:40] in squeezed or str(place[0]) in squeezed, context
             assert not (tmp_path / "none").exists(), context
-    assert refused > SPECS / 3
+    assert refused > count / 3
 
 
 @pytest.mark.slow
