@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.engine import RAW, TWELVE, placeless, rows, run, run_in_pieces
-from tests.small import build_inputs, golden_model, golden_requests, session, timeless
+from tests.small import build_inputs, golden_requests, random_model, session, timeless
 from tests.test_many_T import CONFIGS
 from workers.artifacts.base import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
@@ -52,7 +52,7 @@ def job_of(
 
 
 def stream_of(work: StreamJob, inputs: dict[str, ArtifactData]) -> Stream:
-    return Stream(session(golden_model("tiny-llama")), work, [REQUESTS] * len(work.cells), inputs)
+    return Stream(session(random_model("llama")), work, [REQUESTS] * len(work.cells), inputs)
 
 
 def results_of(work: StreamJob, inputs: dict[str, ArtifactData], step: int = 1) -> list[StepResult]:
@@ -70,7 +70,7 @@ def sorted_rows(results: list[StepResult]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", sorted(CONFIGS))
 def test_rows_are_those_of_lanes_of_their_own(method: str) -> None:
     config = get_method(method).Config.model_validate(CONFIGS[method])
-    inputs = build_inputs(golden_model("tiny-llama"), method, config)
+    inputs = build_inputs(random_model("llama"), method, config)
     work = job_of(method, inputs, (lane_of(0, 4, 2, 1),), (lane_of(1, 2, 1),), (lane_of(2, 1, 4),))
     whole = results_of(work, inputs)
     shared = sorted_rows(whole)
