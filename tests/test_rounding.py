@@ -109,3 +109,6 @@ def test_seeds() -> None:
     check_seeds([0.1, 0.2, 0.3], 0.5, "wide")  # 4.3 times a standard error of 0.115
     with pytest.raises(AssertionError, match="narrow"):
         check_seeds([0.2, 0.2, 0.21], 0.5, "narrow")
+    check_seeds([0.2, 0.2, 0.21], 0.5, "known to be wide", scatter=0.11)  # 2.6 times 0.127
+    with pytest.raises(AssertionError, match="still too far"):
+        check_seeds([0.2, 0.2, 0.21], 0.5, "still too far", scatter=0.09)

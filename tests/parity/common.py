@@ -122,6 +122,9 @@ STUDENT = MappingProxyType({1: 0.0, 3: 4.3, 4: 3.2, FEW: 2.8, 8: 2.4, COPIES: 2.
 """The standard errors that one run more lies from the mean of so many runs at most, 19 times of 20
 (Student's t)."""
 
+NORMAL = 2.6
+"""The same where the standard deviation is known, 99 times of 100."""
+
 
 MEMIT_RECORDED: Mapping[str, Any] = {
     "layers": [0, 1],
@@ -270,11 +273,14 @@ def check_scores(runs: Scores | Sequence[Scores], expected: Mapping[str, Any]) -
     assert not misfit, misfit
 
 
-def check_seeds(values: Sequence[float], recorded: float, name: str) -> None:
-    """Assert that a recorded mean of a method with randomness is one that one seed more might give,
-    or within 0.05 of it."""
-    error = statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
-    bound = max(0.05, STUDENT[len(values)] * error) + 1e-6
+def check_seeds(values: Sequence[float], recorded: float, name: str, scatter: float = 0.018) -> None:
+    """Assert that a recorded mean of a method with randomness is one that one seed more might give.
+
+    ``scatter``: the standard deviation that many seeds have at least. A few may happen to be more
+    alike, and which ones are depends on the processor.
+    """
+    error = max(STUDENT[len(values)] * statistics.stdev(values), NORMAL * scatter)
+    bound = error * math.sqrt(1 + 1 / len(values)) + 1e-6
     assert abs(statistics.mean(values) - recorded) <= bound, (name, values, recorded)
 
 

@@ -249,7 +249,7 @@ def test_scores_with_our_masks(short: str, T: int, seeds: int) -> None:
     for _, name, column in common.PAIRS:
         values = [sum(float(s[column] or 0) for s in found[i : i + n]) / n for i in range(0, len(found), n)]
         assert len(values) == seeds
-        common.check_seeds(values, record[name], name)
+        common.check_seeds(values, record[name], name, scatter=0.04 if seeds == 5 else 0.018)
 
 
 # --- when memories are saved and merged ---
