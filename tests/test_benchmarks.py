@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 JUDGED = {"engine": 2, "memory": 3, "plan": 3, "resume": 4, "rollback": 4, "table": 2}
 """How many targets each judges."""
 
-LONG = {"engine", "memory", "resume"}
+LONG = {"engine", "memory", "plan", "resume", "table"}
 
 
 def python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:

@@ -581,6 +581,8 @@ def test_a_full_disk(
         assert rows(disk / "r") == reference
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert rows(disk / "r") == reference  # reading needs no writing
+        if engine == "ray":
+            return  # a driver that cannot take the lock never comes to its engine
         process = start()
         text = output_of(process)
         assert process.returncode == 2, text
@@ -645,15 +647,6 @@ def committed(folder: Path) -> int:
     return len(list(folder.glob("parts/*/*/*.parquet")))
 
 
-def run_ids(folder: Path) -> set[str]:
-    """Runs that have claimed a shard which is not in the table yet."""
-    found = set()
-    for path in folder.glob("parts/*/*/attempt.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found.add(json.loads(path.read_text())["value"]["run_id"])
-    return found
-
-
 @pytest.mark.slow
 def test_ray_equals_local_at_one_and_two_actors(
     tmp_path: Path, home: dict[str, str], reference: list[dict[str, Any]]
@@ -668,35 +661,24 @@ def test_ray_equals_local_at_one_and_two_actors(
 
 
 @pytest.mark.slow
-def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
+def test_ray_survives_a_killed_worker_and_ctrl_c(
     tmp_path: Path, home: dict[str, str], larger: list[dict[str, Any]]
 ) -> None:
+    """A killed driver is one of the faults of tests/chaos."""
     spec, folder = spec_file(tmp_path, **LARGER), tmp_path / "r"
-    # a worker is killed, then the driver itself
     process = launch(spec, folder, home, "--max-actors", "2")
     wait_for(lambda: committed(folder) >= 2, process)
     os.kill(wait_for(lambda: shard_pids(folder), process)[0], signal.SIGKILL)
     before = committed(folder)
     wait_for(lambda: committed(folder) > before + 1, process)
-    process.kill()
-    text = output_of(process)
-    assert "launching it again (try 2)" in text
-    assert "Traceback" not in text
-    wait_for(lambda: not shard_pids(folder))  # Ray's processes follow their driver
-    partial = len(rows(folder)) if (folder / "sweep.json").exists() else 0
-    assert 0 < partial < len(larger)
-    # the second run takes the lock over, and is interrupted
-    old = run_ids(folder)
-    process = launch(spec, folder, home)
-    wait_for(lambda: run_ids(folder) - old, process)
-    before = committed(folder)
-    wait_for(lambda: committed(folder) > before, process)
     process.send_signal(signal.SIGINT)
     text = output_of(process)
     assert process.returncode == 130, text
-    assert "taking over" in text
+    assert "launching it again (try 2)" in text
     assert "continue with:" in text
-    # the third finishes
+    assert "Traceback" not in text
+    assert 0 < len(rows(folder)) < len(larger)
+    # the second run finishes
     process = launch(spec, folder, home)
     text = output_of(process)
     assert process.returncode == 0, text
@@ -705,7 +687,7 @@ def test_ray_survives_killed_workers_ctrl_c_and_a_killed_driver(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("presses", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str, str], presses: int) -> None:
     """After the first Ctrl-C it waits some seconds, after the second not at all: here the step
     would never end."""
@@ -836,7 +818,7 @@ assert Told.causes == [full, full], Told.causes
 def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> None:
     spec = spec_file(
         tmp_path,
-        methods=["ft", {"method": "rome", "hparams": {"v_num_grad_steps": 2}}],
+        methods=["ft", {"method": "rome", "hparams": {"v_num_grad_steps": 2, "samples": 100}}],
         grid={"T": [6], "seeds": [0]},
     )
     process = launch(spec, tmp_path / "r", home)

@@ -437,7 +437,9 @@ def success(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", list(CONFIGS))
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.long) if m == "rledit" else m for m in CONFIGS]
+)
 def test_training_raises_the_success_of_edits(method: str) -> None:
     base = embedded()
     config = load_config(method, {}, None, base.config)

@@ -96,7 +96,7 @@ def test_a_change_leaves_ordinary_keys_alone() -> None:
         assert float((delta_OI @ outside_II).norm() / delta_OI.norm()) <= 5e-3
 
 
-@pytest.mark.parametrize("T", [1, 10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("T", [1, 10, pytest.param(100, marks=pytest.mark.long)])
 def test_scores(T: int) -> None:
     """Edited one after another; the keys of one group are unknown to the next."""
     expected = record("llama", "AlphaEdit", T)

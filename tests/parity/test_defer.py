@@ -57,7 +57,6 @@ def test_three_edits_in_a_row() -> None:
     [
         (1, 8),
         pytest.param(10, 8, marks=pytest.mark.slow),
-        pytest.param(100, 4, marks=pytest.mark.slow),
         pytest.param(100, 8, marks=pytest.mark.long),
     ],
 )

@@ -66,7 +66,7 @@ RECORDS = [
     ("llama", "FT-L", 10),
     ("llama", "FT-M", 1),
     ("llama", "FT-M", 10),
-    pytest.param("llama", "FT-M", 100, marks=pytest.mark.slow),
+    pytest.param("llama", "FT-M", 100, marks=pytest.mark.long),
     ("gpt2", "FT-L", 1),
     ("gpt2", "FT-L", 10),
     ("gpt2", "FT-M", 1),

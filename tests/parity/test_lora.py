@@ -44,7 +44,6 @@ def prepared(short: str = "llama", **changes: Any) -> LoRA:
     ("T", "seeds"),
     [
         pytest.param(1, 8, marks=pytest.mark.slow),
-        pytest.param(10, 3, marks=pytest.mark.slow),
         pytest.param(10, 8, marks=pytest.mark.long),
     ],
 )

@@ -81,7 +81,6 @@ def test_second_moments_are_the_pristine_models() -> None:
     [
         ("llama", 1, 1),
         ("llama", 10, 1),
-        pytest.param("llama", 100, 1, marks=pytest.mark.slow),
         pytest.param("llama", 100, FEW, marks=pytest.mark.long),
         pytest.param("gpt2", 1, 1, marks=pytest.mark.slow),
         pytest.param("gpt2", 1, COPIES, marks=pytest.mark.long),

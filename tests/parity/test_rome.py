@@ -12,7 +12,6 @@ import torch
 from tests.parity.common import (
     COPIES,
     ELSEWHERE,
-    FEW,
     check_record,
     core,
     lane_edits,
@@ -82,7 +81,6 @@ def test_vectors_and_losses_of_one_edit(short: str) -> None:
         ("llama", 1, 1),
         ("llama", 10, 1),
         ("gpt2", 1, 1),
-        pytest.param("gpt2", 10, FEW, marks=pytest.mark.slow),
         pytest.param("gpt2", 10, COPIES, marks=pytest.mark.long),
     ],
 )

@@ -181,7 +181,7 @@ class RecordedStep(WISE):
 
 @pytest.mark.parametrize(
     ("short", "T"),
-    [("llama", 1), ("gpt2", 1), ("llama", 10), pytest.param("llama", 100, marks=pytest.mark.slow)],
+    [("llama", 1), ("gpt2", 1), ("llama", 10), pytest.param("llama", 100, marks=pytest.mark.long)],
 )
 def test_scores_with_the_recorded_masks(short: str, T: int) -> None:
     """With every draw replayed, the tolerances of methods without randomness apply.
