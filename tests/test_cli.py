@@ -427,6 +427,8 @@ def test_methods_help_and_version(call: Any) -> None:
     out = call("methods")[1]
     for word in ("wise", "grace", "rome", "ft", "needs pretraining", "batch edits", "arXiv"):
         assert word in out
+    (line,) = (line for line in out.splitlines() if line.startswith(" ft "))
+    assert line.rstrip().endswith("constraint_around, public_bos")  # what `protocol: easyedit` changes
     assert "editsweep" in call("--version")[1]
     code, out, _ = call("--help")
     assert code == 0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.results import table as table_module
 from orchestrator.results.journal import Journal, _compress, _Step
 from orchestrator.results.parquet import reading
 from orchestrator.results.table import CentralTable, TableShard
@@ -26,13 +27,29 @@ from workers.model.overlay import LaneState, LowRankOverlay, pack_states
 from workers.scoring.ability import cut_windows
 from workers.scoring.fluency import FluencyConfig, _chunks, continuations
 from workers.scoring.probes import Answer, Asked, EncodedProbe, Item, Text
-from workers.timeline import cut_steps
+from workers.timeline import cut_steps, expected_rows
 from workers.types import DataError
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "results")
+
+
+# -- table
+
+
+def test_a_table_file_ends_with_the_shard_that_fills_it(
+    tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = [make_manifest(f"s{i}", T=2, groups=2, cell=f"c{i}") for i in range(3)]
+    journal, table = Journal(store), CentralTable(store)
+    finish(journal, *manifests)
+    one = expected_rows(manifests[0].job)
+    monkeypatch.setattr(table_module, "_FILE_ROWS", one + 1)  # two shards reach it
+    assert table.gather(journal).files == (1, 2)
+    assert [shard.file for shard in table.shards().values()] == [1, 1, 2]
+    assert comparable(table.scan()) == undisturbed(tmp_path / "clean", *manifests)
 
 
 # -- store

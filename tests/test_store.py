@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from orchestrator.results.artifact_store import ArtifactStore
 from orchestrator.storage.base import Damaged, Missing, StoreError, put_aside
 from orchestrator.storage.local import LocalStore
+from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json, unseal_line
 from tests.processes import fork, forks
 from tests.shards import publish_beyond_limit, publish_keys, publish_unprivileged
 from tests.waiting import output_of
-from workers.types import Frozen
+from workers.types import EditSweepError, Frozen
 
 
 @pytest.fixture
@@ -228,3 +229,10 @@ def test_what_a_builder_left_beside_a_finished_artifact_is_not_under_way(store: 
     assert [found["key"] for found in artifacts.unfinished()] == ["0a1b"]
     artifacts.put(Spec(), b"whole")
     assert artifacts.unfinished() == []
+
+
+@pytest.mark.parametrize("text", ["gs://lab/r", "S3://lab/r", "file:///tmp/r"])
+def test_other_schemes_are_refused(text: str) -> None:
+    """They are no folders, either: ``gs:`` would be made beside the spec."""
+    with pytest.raises(EditSweepError, match=rf"^{text}: no storage is known for .*give a folder, or s3://$"):
+        open_store(text)

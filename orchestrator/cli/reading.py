@@ -204,17 +204,30 @@ def report(
 
 @commands.command()
 def methods() -> None:
-    """The editing methods: name, paper, whether they need pretraining and whether they edit in
-    batches."""
+    """The editing methods: name, paper, whether they need pretraining, whether they edit in
+    batches, and the hyperparameters that `protocol: easyedit` changes."""
     from workers.methods import get_method, method_names
 
     rows = []
     for name in method_names():
         method = get_method(name)
+        changed = {**method.Config.easyedit_values}
+        changed.update(changed.pop("deviations", {}))  # type: ignore[arg-type]
         rows.append(
-            (name, method.title, method.paper, _yes(method.needs_pretraining), _yes(method.batch_edits))
+            (
+                name,
+                method.title,
+                method.paper,
+                _yes(method.needs_pretraining),
+                _yes(method.batch_edits),
+                ", ".join(changed),
+            )
         )
-    Output().table("", ("name", "title", "paper", "needs pretraining", "batch edits"), rows)
+    Output().table(
+        "",
+        ("name", "title", "paper", "needs pretraining", "batch edits", "protocol: easyedit changes"),
+        rows,
+    )
 
 
 def _yes(value: bool) -> str:

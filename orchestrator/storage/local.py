@@ -87,7 +87,7 @@ class LocalStore(Store):
             yield temporary
         finally:
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                temporary.unlink()
 
     def _make_folder(self, folder: Path) -> None:
         """Creates the missing folders and makes each entry durable: a file in a folder that is lost

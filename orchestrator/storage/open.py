@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from orchestrator.storage.base import Store
 from orchestrator.storage.local import LocalStore
+from workers.types import EditSweepError
 
 SCHEMES: Mapping[str, str] = MappingProxyType(
     {
@@ -20,10 +21,16 @@ address is opened, because it may need packages that other users have not instal
 
 
 def open_store(where: str | os.PathLike[str]) -> Store:
-    """The store at a path, or at an address such as ``s3://bucket/prefix``. Touches nothing."""
+    """The store at a path, or at an address such as ``s3://bucket/prefix``. Touches nothing.
+
+    Raises EditSweepError for an address with another scheme.
+    """
     scheme, separator, _ = where.partition("://") if isinstance(where, str) else ("", "", "")
-    if not separator or scheme not in SCHEMES:
+    if not separator:
         return LocalStore(where)
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise EditSweepError(f"{where}: no storage is known for {scheme}://; give a folder, or {known}")
     module, attribute = SCHEMES[scheme].split(":")
     store: Store = getattr(import_module(module), attribute)(where)
     return store
