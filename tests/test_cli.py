@@ -161,9 +161,10 @@ def test_a_changed_hyperparameter_makes_new_cells_and_the_summary_shows_those(
     assert code == 0
     assert "all 1 cells finished" in out
     count = "SELECT count(DISTINCT cell_id) AS n, count(DISTINCT hparams_id) AS h FROM edits"
-    assert json.loads(call("query", folder, count, "--format", "json")[1]) == {"n": 2, "h": 2}
+    assert json.loads(call("query", folder, count, "--format", "json")[1]) == {"n": 1, "h": 1}
+    assert json.loads(call("query", folder, f"{count}_all", "--format", "json")[1]) == {"n": 2, "h": 2}
     (line,) = [line.split() for line in call("report", folder)[1].splitlines() if "ft-3" in line]
-    assert line[1:4] == ["4", "1", "4"]  # T, cells, edits
+    assert line[1:4] == ["4", "1", "4/4"]  # T, cells, done / asked
 
 
 def test_the_summary_can_be_drawn(call: Any, results: Path, tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_failed_cell_is_named(
     monkeypatch.undo()
     again = ("run", spec, "--engine", "local", "--results", tmp_path / "r")
     fails(call(*again), 1, ["2 of 2 cells are not finished"])
-    assert "groups failed before" in call("plan", spec, "--results", tmp_path / "r")[2]
+    assert "groups failed before" in call("plan", spec, "--results", tmp_path / "r")[1]
     assert call(*again, "--retry-failed", "--only", "T=4")[0] == 0
     assert call(*again, "--retry-failed")[0] == 0
 

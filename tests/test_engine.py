@@ -237,9 +237,9 @@ def test_forgotten_cells_are_gone_and_come_back_when_asked_for(
     said: list[str] = []
     removed = forget(results, found, said.append)
     after = rows(tmp_path / "r")
-    assert after == [row for row in before if row["cell_id"] not in found.cells]
+    assert after == [row for row in before if row["cell_id"] not in found.limits]
     assert removed == found.rows <= len(before) - len(after)
-    assert not found.cells & results.central.done().keys()
+    assert not found.limits.keys() & results.central.done().keys()
     assert forget(results, look_up(results, ["method=grace,T=1"]), said.append) == 0
     assert run(tmp_path / "r", engine=ONE_LANE).exit_code == 0
     assert placeless(rows(tmp_path / "r")) == placeless(one_lane)

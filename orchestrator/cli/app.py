@@ -8,6 +8,7 @@ and Ray.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ import typer
 from orchestrator.cli.console import Output
 
 if TYPE_CHECKING:
-    from orchestrator.results.query import Results
+    from orchestrator.results.query import Results, Union
 
 app = typer.Typer(
     name="editsweep",
@@ -31,6 +32,14 @@ app = typer.Typer(
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
 Folder = Annotated[
     str, typer.Argument(metavar="DIR", help="a results folder, or s3://bucket/prefix", show_default=False)
+]
+Folders = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DIR...",
+        help="results folders, or s3://bucket/prefix; several are one table",
+        show_default=False,
+    ),
 ]
 Only = Annotated[
     list[str] | None,
@@ -76,6 +85,12 @@ def open_existing(folder: str) -> Results:
     from orchestrator.results.query import open_results
 
     return open_results(folder)
+
+
+def open_together(folders: Sequence[str]) -> Results | Union:
+    from orchestrator.results.query import open_results
+
+    return open_results(*folders)
 
 
 class Bug(Exception):

@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +30,8 @@ PLAIN_SECONDS = 5.0
 
 _WIDTH = 160
 """Columns where there is no terminal to ask."""
+
+_UNLIMITED = 1_000_000
 
 
 class Output:
@@ -58,15 +61,37 @@ class Output:
     def table(
         self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
     ) -> None:
-        """A table; ``right`` lists the columns aligned to the right."""
-        table = Table(
-            title=plain(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        for i, name in enumerate(header):
-            table.add_column(plain(name), justify="right" if i in right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(plain(cell) for cell in row))
-        self.answers.print(table)
+        """A table; ``right`` lists the columns aligned to the right. Where it does not fit without
+        breaking words, each row is a block of lines, one line per column."""
+        rows = list(rows)
+        table = _table(title, header, rows, right)
+        if self._needs(table, "minimum") <= self.answers.width or not rows:
+            self.answers.print(table)
+            return
+        if title:
+            self.say(title)
+        wide = max(map(len, header))
+        for number, row in enumerate(rows, 1):
+            self.answers.rule(f"{number} of {len(rows)}", align="left", characters="-", style="")
+            for name, cell in zip(header, row, strict=True):
+                self.answers.print(plain(f"{name:{wide}}  {cell}"), soft_wrap=True)
+
+    def fits(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+        """Return whether a table fits with no line of a cell broken."""
+        return self._needs(_table("", header, rows, ()), "maximum") <= self.answers.width
+
+    def _needs(self, table: Table, bound: Literal["minimum", "maximum"]) -> int:
+        """The columns of the terminal that a table takes at least, or unbroken."""
+        options = self.answers.options.update(width=_UNLIMITED)
+        columns = [
+            max(getattr(Measurement.get(self.answers, options, cell), bound) for cell in column.cells)
+            if column._cells
+            else 0
+            for column in table.columns
+        ]
+        heads = [Measurement.get(self.answers, options, column.header).minimum for column in table.columns]
+        gaps = 2 * len(columns)
+        return sum(max(pair) for pair in zip(columns, heads, strict=True)) + gaps
 
     def raw(self) -> BinaryIO:
         """Standard output for bytes that must not be wrapped or coloured."""
@@ -75,6 +100,17 @@ class Output:
 
     def view(self) -> RunView:
         return LiveView(self.asides) if self.asides.is_terminal else RunView(self.asides)
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> Table:
+    table = Table(
+        title=plain(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for i, name in enumerate(header):
+        table.add_column(plain(name), justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(plain(cell) for cell in row))
+    return table
 
 
 def plain(text: str) -> Text:
@@ -271,15 +307,25 @@ def _bar(done: int, total: int, width: int = 24) -> Text:
 
 
 def begin_line(plan: Plan) -> str:
-    done = sum(plan.done_groups.values())
-    groups = sum(cell.groups for cell in plan.cells)
+    """The opening line of `plan` and `run`: what is left, what is done, what failed."""
+    cells = plan.asked
+    groups = sum(cell.groups for cell in cells)
+    done = sum(min(plan.done_groups[cell.cell_id], cell.groups) for cell in cells)
+    failed = sum(plan.failed_groups.get(cell.cell_id, 0) for cell in cells)
+    lost = (
+        f"; {failed} groups failed before and are left alone (--retry-failed runs them again)"
+        if failed
+        else ""
+    )
     if not plan.shards:
-        return f"{len(plan.cells)} cells: all done"
+        if done == groups:
+            return f"{len(cells)} cells: all done"
+        return f"{len(cells)} cells, nothing to run: {done} of {groups} groups done{lost}"
     been = f", {done} of {groups} groups done before" if done else ""
     again = sum(shard.begun for shard in plan.shards)
     resumed = f" ({again} to be continued)" if again else ""
     return (
-        f"{len(plan.cells)} cells, {len(plan.shards)} shards{resumed}, {plan.edits_left} edits to make{been}"
+        f"{len(cells)} cells, {len(plan.shards)} shards{resumed}, {plan.edits_left} edits to make{been}{lost}"
     )
 
 

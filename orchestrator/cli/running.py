@@ -114,9 +114,6 @@ def plan(
         show_makespan(out, made, actors)
     for note in made.notes:
         out.say(f"data set: {note}")
-    failed = sum(len(progress.given_up.get(cell.cell_id, ())) for cell in made.asked)
-    if failed:
-        out.warn(f"{failed} groups failed before and are left alone; --retry-failed runs them again")
     for warning in made.warnings:
         out.warn(warning)
     from orchestrator.results.artifact_store import ArtifactStore

@@ -83,6 +83,8 @@ class Plan:
     cells: tuple[Cell, ...]
     shards: tuple[Shard, ...]
     done_groups: Mapping[str, int]
+    failed_groups: Mapping[str, int]
+    """Groups that failed in an earlier run and are left alone, of cells that have any."""
     artifacts: Mapping[str, ArtifactSpec]
     cell_artifacts: Mapping[tuple[int, int], tuple[tuple[str, str], ...]]
     """For each variant and seed, what the method calls an artifact and the artifact's key."""
@@ -291,6 +293,11 @@ class Planner:
                 if c.cell_id in progress.done
                 else 0
                 for c in cells
+            },
+            failed_groups={
+                c.cell_id: count
+                for c in cells
+                if (count := sum(group < c.groups for group in progress.given_up.get(c.cell_id, ())))
             },
             artifacts=needed,
             cell_artifacts=grid.keys,

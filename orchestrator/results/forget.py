@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.results.query import Results
@@ -25,14 +25,16 @@ from workers.types import JSON
 
 @dataclass(frozen=True)
 class Found:
-    """The things that :func:`forget` would remove: ``rows`` of the table; ``shards`` under way,
-    ``others`` they serve besides."""
+    """The things that :func:`forget` would remove: the groups of each cell from its limit on;
+    ``rows`` of the table; ``shards`` under way, ``others`` they serve besides."""
 
-    cells: frozenset[str]
+    limits: Mapping[str, int]
     titles: tuple[str, ...]
     rows: int
     shards: tuple[str, ...]
     others: tuple[str, ...]
+    kept: bool = False
+    """Other shards under way that serve the cells are left alone."""
 
 
 def look_up(results: Results, texts: Sequence[str]) -> Found:
@@ -47,12 +49,50 @@ def look_up(results: Results, texts: Sequence[str]) -> Found:
         if cells & manifest.columns.keys():
             shards.append(shard_id)
             others |= manifest.columns.keys() - cells
+    limits = dict.fromkeys(sorted(cells), 0)
     return Found(
-        cells=cells,
+        limits=limits,
         titles=tuple(_title(cell_id, planned[cell_id]) for cell_id in planned if cell_id in cells),
-        rows=results.central.count(cells),
+        rows=results.central.count(limits),
         shards=tuple(shards),
         others=tuple(_title(cell_id, planned.get(cell_id, {})) for cell_id in sorted(others)),
+    )
+
+
+def look_up_superseded(results: Results) -> Found:
+    """All rows that the last plan no longer asks for. A shard under way is among them if it serves
+    no group that the plan asks for."""
+    planned, _ = results.plan()
+    live = results.live()
+    ends: dict[str, int] = {}
+    for shard in results.central.shards().values():
+        for cell_id, groups in (*shard.cells.items(), *shard.failed.items()):
+            ends[cell_id] = max(ends.get(cell_id, 0), max(groups, default=-1) + 1)
+    shards = []
+    for shard_id, manifest in results.journal.begun().items():
+        shares = {
+            (manifest.job.cells[share.cell].cell_id, share.group)
+            for wave in manifest.job.waves
+            for lane in wave
+            for share in lane.shares
+        }
+        if not any(live.counts(*share) for share in shares):
+            shards.append(shard_id)
+            for cell_id, group in shares:
+                ends[cell_id] = max(ends.get(cell_id, 0), group + 1)
+    if live.groups is not None:
+        ends |= {cell_id: max(1, ends.get(cell_id, 0)) for cell_id in planned if cell_id not in live.groups}
+    limits = {cell_id: int(live.limit(cell_id)) for cell_id, end in ends.items() if end > live.limit(cell_id)}
+    return Found(
+        limits=limits,
+        titles=tuple(
+            _title(cell_id, planned.get(cell_id, {})) + (f" from group {limit} on" if limit else "")
+            for cell_id, limit in limits.items()
+        ),
+        rows=results.central.count(limits),
+        shards=tuple(shards),
+        others=(),
+        kept=True,
     )
 
 
@@ -66,11 +106,16 @@ def forget(results: Results, found: Found, say: Callable[[str], None]) -> int:
     run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     with locking.acquire(results.store, run_id, say) as lock:
         results.central.gather(results.journal)
+        whole = frozenset(cell_id for cell_id, limit in found.limits.items() if not limit)
         begun = results.journal.begun()
-        shards = [shard_id for shard_id, manifest in begun.items() if found.cells & manifest.columns.keys()]
+        shards = [
+            shard_id
+            for shard_id, manifest in begun.items()
+            if shard_id in found.shards or (not found.kept and whole & manifest.columns.keys())
+        ]
         lock.check()
-        removed = results.central.forget(found.cells, shards, results.journal)
-        _forget_definitions(results, found.cells)
+        removed = results.central.forget(found.limits, shards, results.journal)
+        _forget_definitions(results, whole)
     return removed
 
 

@@ -2,7 +2,8 @@
 
 Queries come from users, scripts and shared notebooks, and column values from data sets; nothing in
 a query may reach files, the network or this process. Hence an in-memory database that sees the
-table as the view ``edits`` and nothing else, takes one SELECT at a time, and can be stopped. Knows
+table as the views ``edits`` (the rows that count, :mod:`orchestrator.results.live`) and
+``edits_all`` (all of them) and nothing else, takes one SELECT at a time, and can be stopped. Knows
 nothing of torch or Ray.
 """
 
@@ -13,12 +14,15 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
-from orchestrator.results.columns import COLUMNS, schema
+from orchestrator.results.columns import COLUMNS, check_columns, schema
 from orchestrator.results.journal import Journal
+from orchestrator.results.live import NEEDED, Live
 from orchestrator.results.parquet import reading
 from orchestrator.results.table import CentralTable, TableFile
 from orchestrator.storage.base import Missing, Store
@@ -53,40 +57,30 @@ class QueryError(EditSweepError):
     columns."""
 
 
-class Results:
-    """A results folder, finished or still being written. Made by :func:`open_results`.
+class Reader:
+    """Questions to one results folder or to several: :class:`Results` and :class:`Union`.
 
-    >>> results = open_results("results/demo")                        # doctest: +SKIP
-    >>> results.sql("select method, T, avg(locality_exact) from edits group by all")    # doctest: +SKIP
-    >>> results.to_pandas()                                           # doctest: +SKIP
+    Everything is asked of the rows that count, unless the superseded ones are asked for too: in
+    SQL by the view ``edits_all``, in Python by ``superseded=True``. Both have a column
+    ``superseded``.
     """
 
-    def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
-        self.store = store
-        self.paths = paths or ResultsPaths()
-        self.journal = Journal(store, self.paths)
-        self.central = CentralTable(store, self.paths)
-
-    def plan(self) -> tuple[dict[str, JSON], list[str]]:
-        """Definitions of all cells this folder ever planned, by id, and the ids of those the last
-        run asked for."""
-        try:
-            found = unseal_json(self.store.read(self.paths.plan), self.store.where(self.paths.plan))
-        except Missing:
-            return {}, []
-        return found["cells"], found["current"]
-
-    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
         """Every row exactly once, of running shards too; all columns, or those asked for."""
-        return self.central.scan(self.journal, columns)
+        raise NotImplementedError
 
-    def to_pandas(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """The same as a pandas data frame."""
-        frame: pd.DataFrame = self.table(columns).to_pandas()
+    def register(self, connection: duckdb.DuckDBPyConnection, suffix: str = "") -> None:
+        """Make the views ``edits`` and ``edits_all``, their names followed by ``suffix``."""
+        raise NotImplementedError
+
+    def to_pandas(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pd.DataFrame:
+        """The same as :meth:`table`, as a pandas data frame."""
+        frame: pd.DataFrame = self.table(columns, superseded).to_pandas()
         return frame
 
     def sql(self, query: str, time_limit: float | None = 300.0) -> pa.Table:
-        """Answers one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) over the view ``edits``.
+        """Answers one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) over the views ``edits`` and
+        ``edits_all``.
 
         ``time_limit`` in seconds; None waits forever. Raises :class:`QueryError`.
         """
@@ -127,25 +121,111 @@ class Results:
             },
         )
         try:
-            self._register(connection)
+            self.register(connection)
             connection.execute("SET lock_configuration = true")
             yield connection
         finally:
             connection.close()
 
-    def _register(self, connection: duckdb.DuckDBPyConnection) -> None:
+
+class Results(Reader):
+    """A results folder, finished or still being written. Made by :func:`open_results`.
+
+    >>> results = open_results("results/demo")                        # doctest: +SKIP
+    >>> results.sql("select method, T, avg(locality_exact) from edits group by all")    # doctest: +SKIP
+    >>> results.to_pandas()                                           # doctest: +SKIP
+    """
+
+    def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
+        self.store = store
+        self.paths = paths or ResultsPaths()
+        self.journal = Journal(store, self.paths)
+        self.central = CentralTable(store, self.paths)
+
+    def plan(self) -> tuple[dict[str, JSON], list[str]]:
+        """Definitions of all cells this folder ever planned, by id, and the ids of those the last
+        run asked for."""
+        try:
+            found = unseal_json(self.store.read(self.paths.plan), self.store.where(self.paths.plan))
+        except Missing:
+            return {}, []
+        return found["cells"], found["current"]
+
+    def live(self) -> Live:
+        """The rows of this folder that count."""
+        return Live.of_plan(*self.plan())
+
+    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
+        live = self.live()
+        read = columns if columns is None else list(dict.fromkeys((*columns, *NEEDED)))
+        check_columns(columns)
+        rows = self.central.scan(self.journal, read)
+        if superseded:
+            rows = rows.append_column("superseded", live.superseded(rows))
+        else:
+            rows = live.rows(rows)
+        return rows if columns is None else rows.select([*columns, *(["superseded"] if superseded else [])])
+
+    def register(self, connection: duckdb.DuckDBPyConnection, suffix: str = "") -> None:
         import pyarrow as pa
 
+        live = self.live()
+        name = f"_rows{suffix}"
         if sum(entry.size for entry in self.store.list(self.paths.table)) < _IN_MEMORY_BYTES:
             files, parts = self.central.snapshot(self.journal)
-            pieces = [self.central.read_file(file) for file in files]
-            connection.register("edits", pa.concat_tables([*pieces, parts]))
+            pieces = [*(self.central.read_file(file) for file in files), parts]
+            connection.register(name, pa.concat_tables(pieces))
+            source = f"FROM {name}"
+        else:
+            table = _ScannedTable(self.store, self.paths)
+            files, parts = table.snapshot(self.journal)
+            connection.register(f"{name}_table", table.dataset(files))
+            connection.register(f"{name}_parts", parts)
+            source = f"FROM (SELECT * FROM {name}_table UNION ALL SELECT * FROM {name}_parts)"
+        begun = {*zip(*(parts[column].to_pylist() for column in NEEDED), strict=True)}
+        if live.cover(chain((end for file in files for end in file.ends), ((c, g + 1) for c, g in begun))):
+            connection.execute(f"CREATE VIEW edits{suffix} AS SELECT * {source}")
+            connection.execute(f"CREATE VIEW edits_all{suffix} AS SELECT *, false AS superseded {source}")
             return
-        table = _ScannedTable(self.store, self.paths)
-        files, parts = table.snapshot(self.journal)
-        connection.register("_table", table.dataset(files))
-        connection.register("_parts", parts)
-        connection.execute("CREATE VIEW edits AS SELECT * FROM _table UNION ALL SELECT * FROM _parts")
+        # not by way of Arrow, which imports pandas to make an array of a list
+        values = ", ".join(f"({_quoted(cell_id)}, {groups})" for cell_id, groups in live.limits())
+        connection.execute(f"CREATE TABLE _live{suffix} AS FROM (VALUES {values}) v(cell_id, groups)")
+        join = f'{source} e LEFT JOIN _live{suffix} l ON e.cell_id = l.cell_id AND e."group" < l.groups'
+        connection.execute(f"CREATE VIEW edits{suffix} AS SELECT e.* {join} WHERE l.cell_id IS NOT NULL")
+        connection.execute(
+            f"CREATE VIEW edits_all{suffix} AS SELECT e.*, l.cell_id IS NULL AS superseded {join}"
+        )
+
+
+class Union(Reader):
+    """Several results folders as one table, with a first column ``results``: the folder as it was
+    named. Made by :func:`open_results`."""
+
+    def __init__(self, folders: Mapping[str, Results]) -> None:
+        self.folders = folders
+
+    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
+        import pyarrow as pa
+
+        pieces = []
+        for name, folder in self.folders.items():
+            rows = folder.table(columns, superseded)
+            pieces.append(rows.add_column(0, "results", pa.repeat(name, rows.num_rows)))
+        return pa.concat_tables(pieces)
+
+    def register(self, connection: duckdb.DuckDBPyConnection, suffix: str = "") -> None:
+        for i, folder in enumerate(self.folders.values()):
+            folder.register(connection, f"_{i}")
+        for view in ("edits", "edits_all"):
+            pieces = [
+                f"SELECT {_quoted(name)} AS results, * FROM {view}_{i}" for i, name in enumerate(self.folders)
+            ]
+            connection.execute(f"CREATE VIEW {view}{suffix} AS {' UNION ALL '.join(pieces)}")
+
+
+def _quoted(text: str) -> str:
+    """The text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 class _ScannedTable(CentralTable):
@@ -185,9 +265,28 @@ class _ScannedTable(CentralTable):
         return ds.FileSystemDataset(fragments, self._schema, self._format, self._filesystem)
 
 
-def open_results(folder: str | os.PathLike[str]) -> Results:
-    """Opens a results folder for reading. Raises :class:`~workers.types.EditSweepError` if it is
-    none."""
+@overload
+def open_results(folder: str | os.PathLike[str], /) -> Results: ...
+
+
+@overload
+def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str]) -> Results | Union: ...
+
+
+def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str]) -> Results | Union:
+    """Open a results folder for reading, or several as one table. Raises
+    :class:`~workers.types.EditSweepError` if one is none, or is given twice."""
+    if not more:
+        return _open(folder)
+    names = [os.fspath(one) for one in (folder, *more)]
+    opened = {name: _open(name) for name in names}
+    places = Counter(results.store.where() for results in opened.values())
+    if len(opened) < len(names) or len(places) < len(opened):
+        raise EditSweepError(f"the same results folder is given twice: {', '.join(names)}")
+    return Union(opened)
+
+
+def _open(folder: str | os.PathLike[str]) -> Results:
     paths = ResultsPaths()
     store = open_store(folder)
     if isinstance(store, LocalStore) and not store.root.is_dir():
@@ -229,7 +328,7 @@ def _answer(
         if isinstance(error, duckdb.BinderException) and "column" in str(error):
             message += f"\nColumns of edits: {', '.join(c.name for c in COLUMNS)}"
         elif isinstance(error, duckdb.CatalogException) and "Table" in str(error):
-            message += "\nThe only table is called edits."
+            message += "\nThe tables are edits (the rows that count) and edits_all (with superseded ones)."
         raise QueryError(message) from error
     finally:
         if timer is not None:

@@ -94,15 +94,25 @@ class TableShard:
         """A shard that ended without rows."""
         return cls(shard_id, file, {}, {}, (), 0, 0, 0, 0.0, 0.0, 0.0, {})
 
-    def without(self, cells: AbstractSet[str], rows: int) -> TableShard:
-        """The same shard with nothing of ``cells``; ``rows`` are left."""
+    def without(self, limits: Mapping[str, int], rows: int) -> TableShard:
+        """The same shard with nothing of each cell's groups from its limit on; ``rows`` are
+        left."""
         return replace(
             self,
-            cells={cell: groups for cell, groups in self.cells.items() if cell not in cells},
-            failed={cell: groups for cell, groups in self.failed.items() if cell not in cells},
-            failures=tuple(failure for failure in self.failures if failure["cell_id"] not in cells),
+            cells=_below(self.cells, limits),
+            failed=_below(self.failed, limits),
+            failures=tuple(
+                failure
+                for failure in self.failures
+                if int(failure["group"]) < limits.get(str(failure["cell_id"]), int(failure["group"]) + 1)
+            ),
             rows=rows,
         )
+
+    def reaches(self, limits: Mapping[str, int]) -> bool:
+        """Return whether the shard has any group from its cell's limit on."""
+        both = chain(self.cells.items(), self.failed.items())
+        return any(cell in limits and max(groups, default=-1) >= limits[cell] for cell, groups in both)
 
     @classmethod
     def from_json(cls, value: Mapping[str, JSON], file: int) -> TableShard:
@@ -110,6 +120,14 @@ class TableShard:
         return cls(
             **{**value, "cells": cells, "failed": failed, "failures": tuple(value["failures"]), "file": file}
         )
+
+
+def _below(groups_of: Mapping[str, tuple[int, ...]], limits: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    kept = {
+        cell: groups if cell not in limits else tuple(group for group in groups if group < limits[cell])
+        for cell, groups in groups_of.items()
+    }
+    return {cell: groups for cell, groups in kept.items() if groups}
 
 
 def _groups(ranges: Mapping[str, Iterable[Sequence[int]]]) -> dict[str, tuple[int, ...]]:
@@ -162,6 +180,15 @@ class TableFile:
     @cached_property
     def ids(self) -> frozenset[str]:
         return frozenset(shard["shard_id"] for shard in unseal_json(self.sealed, self.key)["shards"])
+
+    @cached_property
+    def ends(self) -> tuple[tuple[str, int], ...]:
+        """The cells of each shard, and the first group beyond those whose rows are in the file."""
+        return tuple(
+            (cell_id, spans[-1][1])
+            for shard in unseal_json(self.sealed, self.key)["shards"]
+            for cell_id, spans in shard["cells"].items()
+        )
 
     @cached_property
     def shards(self) -> tuple[TableShard, ...]:
@@ -422,27 +449,30 @@ class CentralTable:
 
     # -- forgetting
 
-    def count(self, cells: AbstractSet[str]) -> int:
-        """Rows of ``cells`` in the table."""
-        files = [file for file in self._files() if any(cells & shard.cells.keys() for shard in file.shards)]
-        return sum(_rows_of(self.read_file(file, ["cell_id"]), cells) for file in files)
+    def count(self, limits: Mapping[str, int]) -> int:
+        """Rows in the table of each cell's groups from its limit on."""
+        files = [file for file in self._files() if any(shard.reaches(limits) for shard in file.shards)]
+        return sum(
+            pc.sum(_from_limits(self.read_file(file, ["cell_id", "group"]), limits)).as_py() or 0
+            for file in files
+        )
 
-    def forget(self, cells: AbstractSet[str], shard_ids: Sequence[str], journal: Journal) -> int:
-        """Removes the rows and failures of ``cells``, and the unfinished shards ``shard_ids``; how
-        many rows went.
+    def forget(self, limits: Mapping[str, int], shard_ids: Sequence[str], journal: Journal) -> int:
+        """Removes the rows and failures of each cell's groups from its limit on, and the unfinished
+        shards ``shard_ids``; how many rows went.
 
-        Call only as the folder's owner. A shard keeps its place in the list, without the cells: its
-        id is not used again and what a worker believed dead may still write for it is dropped by
-        the next gatherer.
+        Call only as the folder's owner. A shard keeps its place in the list, without the groups:
+        its id is not used again and what a worker believed dead may still write for it is dropped
+        by the next gatherer.
         """
         removed = 0
         for file in self._listing()[0]:
-            if not any(cells & (shard.cells.keys() | shard.failed.keys()) for shard in file.shards):
+            if not any(shard.reaches(limits) for shard in file.shards):
                 continue
             table = self.read_file(file)
-            kept = table.filter(pc.invert(pc.is_in(table["cell_id"], pa.array(sorted(cells), pa.string()))))
+            kept = table.filter(pc.invert(_from_limits(table, limits)))
             counts = Counter(kept.column("shard_id").to_pylist())
-            shards = [shard.without(cells, counts[shard.shard_id]) for shard in file.shards]
+            shards = [shard.without(limits, counts[shard.shard_id]) for shard in file.shards]
             self.store.replace(file.key, encode(kept, table_meta(file.number, shards, kept.num_rows)))
             self._footers.clear()  # the new file could be of the old one's size
             removed += table.num_rows - kept.num_rows
@@ -518,9 +548,11 @@ class CentralTable:
         return rows
 
 
-def _rows_of(table: pa.Table, cells: AbstractSet[str]) -> int:
-    found: int = pc.sum(pc.is_in(table["cell_id"], pa.array(sorted(cells), pa.string()))).as_py() or 0
-    return found
+def _from_limits(table: pa.Table, limits: Mapping[str, int]) -> pa.ChunkedArray:
+    """A mask of the rows of each cell's groups from its limit on."""
+    at = pc.index_in(table["cell_id"], pa.array(list(limits), pa.string()))
+    limit = pc.take(pa.array([*limits.values(), None], pa.int64()), pc.fill_null(at, len(limits)))
+    return pc.fill_null(pc.greater_equal(table["group"], limit), False)
 
 
 def _ids(files: Iterable[TableFile]) -> set[str]:
