@@ -1,5 +1,4 @@
-"""Reading what people write: YAML of bounded size, and a validation's complaints as one message
-that can be acted on."""
+"""User input: parsing of YAML of bounded size, and validation errors as one readable message."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ MAX_BYTES = 1 << 20
 """A file larger than this is refused before it is parsed."""
 
 MAX_NODES = 50_000
-"""YAML nodes a file may have once its aliases are written out (a nest of aliases can stand for
+"""Maximum number of YAML nodes after aliases are expanded (nested aliases can expand to
 billions)."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses repeated keys and reads ``1e-4`` as the number it looks like."""
+    """Safe YAML loader that rejects repeated keys and reads ``1e-4`` as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
@@ -45,7 +44,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> JSON:
-    """Safely loaded YAML of bounded size."""
+    """Parse YAML of bounded size, safely. Raises :class:`SpecError`, which names ``source``."""
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
     loader = None
@@ -70,8 +69,8 @@ def parse_yaml(text: str, source: str) -> JSON:
 
 
 def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Nodes below and including ``node`` with every alias written out; an alias to its own parent
-    raises."""
+    """Number of nodes at and below ``node``, aliases expanded. Raises ValueError for an alias to
+    its own parent."""
     if depth > 50:
         raise ValueError("nested more than 50 levels deep")
     if id(node) in known:
@@ -89,7 +88,7 @@ def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """All problems of one validation, a line each."""
+    """All errors of one validation, one line each."""
     lines = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 ABOVE = sys.maxsize
-"""As a first layer: no layer at all is run again, the final norm only."""
+"""Value of ``first_layer``: no layer is run again, only the final norm."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Prefix:
     """Inputs of the decoder layers from ``first_layer`` on: the hidden states once, and each
     layer's other arguments.
 
-    ``output_BSD`` is what the pristine base made of it, after the final norm.
+    ``output_BSD`` is the pristine base's output, after the final norm.
     """
 
     first_layer: int
@@ -43,7 +43,7 @@ class Prefix:
     output_BSD: Tensor
 
     def bytes(self) -> int:
-        """Memory held, in bytes; what several layers share counts once."""
+        """Memory held, in bytes; a tensor that several layers share counts once."""
         found: dict[int, int] = {}
 
         def add(value: Any) -> None:
@@ -79,8 +79,8 @@ class Prefix:
 
 @torch.no_grad()
 def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
-    """Run the base once and keep the inputs of every layer from ``first_layer`` on (or of the final
-    norm, above them)."""
+    """Run the base once and keep the inputs of every layer from ``first_layer`` on (of the final
+    norm, if there is no such layer)."""
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,8 +101,8 @@ def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
 
 @contextmanager
 def override_forward(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``answer`` is what the module does when called; its hooks run all the same.
-    Afterwards it is itself again."""
+    """Inside, calling the module runs ``answer``; its hooks still run. Afterwards its own forward
+    is restored."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = answer  # shadows the method, as assigning an attribute would
     try:
