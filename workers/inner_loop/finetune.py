@@ -1,4 +1,4 @@
-"""Training dense copies of linear maps on requests, lane by lane: what FT and its relatives share.
+"""Training of dense copies of linear maps on requests, lane by lane; shared by FT and its variants.
 
 >>> found = fine_tune(base, overlay, requests, with_target, num_steps=25, lr=1e-3)
 """
@@ -29,10 +29,10 @@ STOP_LOSS = 1e-2
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One request as a row: the tokens to run, the target tokens to score, and where the first of
-    them is read.
+    """One request as a row: its tokens and its target tokens.
 
-    Each further token is read ``step`` positions later.
+    ``read`` is the position whose logits predict the first target token; each further one is
+    predicted ``step`` positions later.
     """
 
     encoded: Encoded
@@ -43,7 +43,7 @@ class Example:
 
 def with_target(base: BaseModel, request: EditRequest) -> Example:
     """Every target token, given the prompt and the target tokens before it."""
-    pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
+    pair = base.encoder.pair(request.prompt, request.target_new)  # raises if the target adds no token
     # the last token predicts nothing that is scored
     return Example(Encoded(pair.ids[:-1], pair.prompt_len), pair.target, pair.prompt_len - 1)
 
@@ -53,8 +53,8 @@ def batch(
     lanes: Sequence[Sequence[EditRequest]],
     example: Callable[[BaseModel, EditRequest], Example],
 ) -> tuple[Batch, TargetTokens]:
-    """The rows of all lanes' requests; losses are the mean over a request's tokens, then over a
-    lane's requests."""
+    """The batch of all lanes' requests and its target tokens. A lane's loss is the mean over a
+    request's tokens, then over the lane's requests."""
     encoded: list[Encoded] = []
     lane_B: list[int] = []
     places: list[tuple[int, int, int, float]] = []
@@ -73,7 +73,7 @@ def batch(
 
 @dataclass(frozen=True)
 class DenseProblem(DivisibleProblem):
-    """Dense copies of some linear maps, one a lane. A lane stops once its loss is below
+    """Dense copies of some linear maps, one per lane. A lane stops once its loss is below
     :data:`STOP_LOSS`."""
 
     base: BaseModel
@@ -128,15 +128,16 @@ def fine_tune(
     boxes: Sequence[Box] = (),
     penalty: Callable[[Sequence[Tensor]], Tensor] | None = None,
 ) -> Descent:
-    """Train the overlay's weights with Adam on each lane's requests until its loss is below
-    :data:`STOP_LOSS` or the steps are spent.
+    """Train the overlay's weights with Adam on each lane's requests until the lane's loss is below
+    :data:`STOP_LOSS`, at most ``num_steps`` steps.
 
-    ``boxes``: how far each weight may go. ``penalty``: what is added to the lanes' losses, (K,),
-    given the weights (K lanes); it has no say in when to stop.
+    ``boxes``: the range of each weight. ``penalty``: a function of the weights (K lanes) that is
+    added to the lanes' losses, (K,); the stopping rule ignores it.
     """
     problem = DenseProblem.of(base, overlay, lanes, example, penalty)
     overlay.touch(range(overlay.lanes))
-    # where one pass moves the masters and renews narrower copies, no other pass only casts
+    # a compiled update writes weights and their narrower copies in one pass over memory, so the
+    # forward needs no extra pass to cast them
     copies = base.compiled.updates and base.dtype != base.master_dtype and penalty is None
     with overlay.working(base.dtype) if copies else nullcontext():
         optimizer = Adam(problem.params, lr, weight_decay, boxes, base.compiled, problem.working)

@@ -2,22 +2,22 @@
 
 >>> suffix = Suffix.capture(base, site, rows, reads)  # one forward; reads: (row, column) of each loss position
 >>> hidden_PD = suffix.hidden(site_output_BSO)               # every optimisation step, gradients flow
->>> hidden_PD = suffix.hidden()  # the site's module answers (inside overlay.installed)
+>>> hidden_PD = suffix.hidden()  # output of the site's module (inside overlay.installed)
 
-Everything the loss does not depend on, or that no step can change, is computed once or never:
+What no step changes is computed once; what the loss does not depend on is not computed:
 
-- what enters the edited map, and the rest of its layer, is constant: a step starts at the map's
-  answer;
+- the input of the edited map and the rest of its layer are constant: a step starts at the map's
+  output;
 - rows without a loss position need no layer above the map;
-- columns before the first one whose answer changes keep their keys and values (attention is
+- columns before the first one whose output changes keep their keys and values (attention is
   causal);
-- in the last layer only columns that are read pass through attention and MLP; the earlier ones give
-  keys and values only.
+- in the last layer, columns before the first one that is read give only keys and values.
 
 The hidden states equal those of :func:`workers.model.replay.replay` up to rounding (products of
-other shapes round differently), which is why scoring, where bits count, uses that one. Works for
-every decoder of ``models.ARCHITECTURES`` whose layer adds the edited map's answer to a sum; any
-other map (attention projections, the MLP's input) is replayed from its layer on.
+other shapes round differently). Scoring therefore uses ``replay``, which gives equal bits. This
+works for every decoder of ``ARCHITECTURES`` (:mod:`workers.model.architectures`) whose layer adds
+the edited map's output to a sum; for any other map (attention projections, the MLP's input) the
+layers are replayed from the map's layer on.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 _COLUMN_AXIS: Mapping[str, int] = MappingProxyType(
     {"attention_mask": 2, "position_ids": 1, "position_embeddings": 1, "cache_position": 0}
 )
-"""The axis of a layer's argument that runs over the columns that are asked (the keys' axis of a
-mask stays whole)."""
+"""The axis of a layer's argument that runs over the query columns (the keys' axis of a mask is not
+cut)."""
 
 _CACHES = ("past_key_values", "layer_past")
 """Names of the key-value cache among decoder layers' arguments."""
@@ -52,7 +52,7 @@ _CACHES = ("past_key_values", "layer_past")
 
 @dataclass(frozen=True)
 class Suffix:
-    """The captured constants of one batch, and how to run what is left. Made by :meth:`capture`."""
+    """The captured constants of one batch; runs the remaining layers. Made by :meth:`capture`."""
 
     base: BaseModel
     site: Site
@@ -62,11 +62,12 @@ class Suffix:
     output_BSO: Tensor
     """Output of the map at capture."""
     layer_BSD: Tensor
-    """Output of its whole layer."""
+    """Output of the map's whole layer."""
     row_P: Tensor
     column_P: Tensor
     first: int
-    """Columns before this one never change; ``hidden`` is given the map's answer from here on."""
+    """Columns before this one never change; ``hidden`` takes the map's output from this column
+    on."""
     _layers: tuple[_Layer, ...] | None
     _rest_BSD: Tensor
     _kept_R: Tensor | None
@@ -85,9 +86,9 @@ class Suffix:
     ) -> Suffix:
         """Run one forward and keep what later steps need.
 
-        ``reads``: rows and padded columns whose hidden states are wanted, in that order. ``first``:
-        the first column at which a step changes the map's answer. ``overlay``: earlier edits that
-        stay as they are in all steps.
+        ``reads``: rows and padded columns whose hidden states are read, in that order. ``first``:
+        the first column at which a step changes the map's output. ``overlay``: earlier edits,
+        constant in all steps.
         """
         caught: list[tuple[Tensor, Tensor]] = []
         layer_out: list[Any] = []
@@ -106,7 +107,7 @@ class Suffix:
             for i, recorder in recorders.items():
                 stack.callback(_record(base.layers[i], recorder))
             if additive and not recorders:
-                for layer in upper:  # only their other arguments are wanted
+                for layer in upper:  # only their other arguments are needed
                     stack.enter_context(override_forward(layer, lambda *_, **__: layer_out[0]))
             prefix = capture(base, rows, site.layer)
         (entered_BSI, output_BSO), hidden_BSD = caught[0], _hidden(layer_out[0])
@@ -122,13 +123,13 @@ class Suffix:
         if additive:
             layers = _prepare(base, rows, prefix, site.layer + 1, kept_R, first, min(column), recorders)
         if layers is None:
-            if additive and not recorders:  # the upper layers were skipped in vain
+            if additive and not recorders:  # the upper layers must run after all
                 prefix = capture(base, rows, site.layer)
             row_P, kept_R, first = torch.tensor(list(row), device=device), None, 0
         rest_BSD = hidden_BSD[:0]
         if layers is not None:
-            # in the masters' precision: in bfloat16 taking the answer off and adding it again would
-            # not give the sum back
+            # in the masters' precision: in bfloat16, subtracting the output and adding it again
+            # would not restore the sum
             wide = base.master_dtype
             rest_BSD = (hidden_BSD.to(wide) - output_BSO.to(wide))[:, first:]
             rest_BSD = rest_BSD if kept_R is None else rest_BSD[kept_R]
@@ -149,10 +150,10 @@ class Suffix:
         )
 
     def hidden(self, output_BSO: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm at the places that are read, (P, D).
+        """Hidden states after the final norm at the positions that are read, (P, D).
 
-        ``output_BSO``: what the map answers now, from column ``first`` on; None asks the site's
-        module.
+        ``output_BSO``: the map's current output from column ``first`` on; None: the site's module
+        computes it.
         """
         if self._layers is None:
             answer = output_BSO
@@ -172,8 +173,8 @@ class Suffix:
         return normed
 
     def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Suffix:
-        """The same suffix for some of the rows: ``row_B`` of the batch, now ``rows``, and the reads
-        ``read_P`` of them."""
+        """The same suffix for rows ``row_B`` of the batch and reads ``read_P``. ``batch``: the new
+        batch of these rows."""
         index = torch.tensor(list(row_B), device=self.row_P.device)
         chosen = torch.tensor(list(read_P), device=self.row_P.device)
         old_row_P = self.row_P[chosen] if self._kept_R is None else self._kept_R[self.row_P[chosen]]
@@ -209,9 +210,9 @@ class Suffix:
 class _Layer:
     """One decoder layer with its constant arguments.
 
-    ``given`` columns at the front only give their keys and values; ``arguments`` are those of the
-    columns after them, ``key_arguments`` those of the columns before. ``past`` holds keys and
-    values of columns that never change.
+    The first ``given`` columns give only keys and values. ``arguments`` belong to the columns after
+    them, ``key_arguments`` to these first ones. ``past`` holds keys and values of columns that
+    never change.
     """
 
     module: nn.Module
@@ -222,8 +223,8 @@ class _Layer:
     given: int
     past: tuple[Tensor, Tensor] | None
     query: nn.Module | None
-    """The attention's query projection, where it is a map of its own: columns that only give keys
-    ask nothing."""
+    """The attention's query projection, if it is a separate map: skipped for columns that give only
+    keys and values."""
 
     def __call__(self, hidden_RSD: Tensor) -> Tensor:
         past = self.past
@@ -267,8 +268,8 @@ def _prepare(
     read_from: int,
     recorders: Mapping[int, _Recorder],
 ) -> tuple[_Layer, ...] | None:
-    """The layers from ``above`` on with their arguments cut to size; None if an argument is not
-    understood."""
+    """The layers from ``above`` on with their arguments cut to the needed rows and columns; None if
+    an argument is unknown."""
     prepared = []
     for i in range(above, len(base.layers)):
         module = base.layers[i]
@@ -306,7 +307,7 @@ def _prepare(
 
 
 def _causal(rows: Batch) -> Tensor:
-    """The causal mask that a missing mask stands for, (B, 1, S, S)."""
+    """The causal mask that applies where a layer gets no mask, (B, 1, S, S)."""
     real_BS = rows.attention_mask_BS.bool()
     size = real_BS.shape[1]
     triangle_SS = torch.ones(size, size, dtype=torch.bool, device=real_BS.device).tril()
@@ -314,8 +315,8 @@ def _causal(rows: Batch) -> Tensor:
 
 
 def _understood(name: str, value: Any) -> bool:
-    """Return whether columns and rows of an argument can be cut: a tensor of a known name and
-    shape, or no tensor at all."""
+    """Return whether rows and columns of an argument can be cut: a tensor of known name and shape,
+    or no tensor."""
     tensors = [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
     if not tensors:
         return True
@@ -334,7 +335,7 @@ def _columns(value: Any, name: str, start: int, stop: int | None) -> Any:
 
 
 def _rows_of(value: Any, index_R: Tensor, name: str, size: int | None = None) -> Any:
-    """Some rows of an argument; one that all rows share stays."""
+    """Some rows of an argument; an argument that all rows share is returned unchanged."""
     if isinstance(value, tuple | list):
         return tuple(_rows_of(v, index_R, name, size) for v in value)
     shared = not isinstance(value, Tensor) or name == "cache_position" or value.shape[0] == 1 != size
@@ -342,11 +343,11 @@ def _rows_of(value: Any, index_R: Tensor, name: str, size: int | None = None) ->
 
 
 class StopRecording(Exception):
-    """Keys and values are known; the rest of the layer is not wanted."""
+    """Raised when keys and values are known, to skip the rest of the layer."""
 
 
 class _Recorder:
-    """Stands in for a layer's key-value cache: notes what it is given."""
+    """Takes the place of a layer's key-value cache and stores the keys and values it is given."""
 
     def __init__(self, stop: bool = False) -> None:
         self.stop = stop
@@ -367,8 +368,7 @@ class _Recorder:
 
 
 class _Past:
-    """Stands in for a layer's key-value cache: keys and values of earlier columns, which it never
-    changes."""
+    """Takes the place of a layer's key-value cache: constant keys and values of earlier columns."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -378,7 +378,8 @@ class _Past:
 
 
 def _record(layer: nn.Module, recorder: _Recorder) -> Any:
-    """Let a layer's next forwards note their keys and values; returns what undoes it."""
+    """Record keys and values of a layer's next forwards; return a function that ends the
+    recording."""
     names = list(inspect.signature(layer.forward).parameters)
     cache = next((name for name in _CACHES if name in names), None)
 
@@ -396,7 +397,7 @@ def _record(layer: nn.Module, recorder: _Recorder) -> Any:
 
 
 def _nothing(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Answers with zeros of the module's shape, which take no memory."""
+    """A forward that returns zeros of the module's output shape, which take no memory."""
     width = int(module.get_parameter("weight").shape[0])
     return lambda x_BSD: x_BSD.new_zeros(()).expand(*x_BSD.shape[:-1], width)
 
