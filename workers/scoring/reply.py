@@ -40,7 +40,7 @@ def read_reply(
 def _answers(
     base: BaseModel, overlay: Overlay | None, hidden_BSD: Tensor, rows: Batch, batch: list[EncodedProbe]
 ) -> tuple[Answer, ...]:
-    """Argmax, log-probability and margin at the target positions; the head runs nowhere else."""
+    """Argmax, log-probability and margin at the target positions; the head runs only there."""
     row_P: list[int] = []
     column_P: list[int] = []
     target_P: list[int] = []
@@ -51,7 +51,7 @@ def _answers(
         counts.append(count + 1)
         row_P += [i] * (count + 1)
         column_P += range(offset + probe.first - 1, offset + len(e.ids))
-        target_P += [*probe.scored, e.ids[-1]]  # the last one only fills the slot beyond the target
+        target_P += [*probe.scored, e.ids[-1]]  # the last one only fills the position after the target
     picked_PD = hidden_BSD[row_P, column_P]
     chunk = max(1, _HEAD_VALUES // base.vocab)
     argmax_P, logprob_P, margin_P = [], [], []
@@ -92,7 +92,7 @@ def _logits(
 
 
 class _Generation:
-    """One greedy continuation in the making."""
+    """One unfinished greedy continuation. ``want``: the texts that it may become; None: any."""
 
     def __init__(
         self, base: BaseModel, probe: EncodedProbe, limit: int, want: tuple[str, ...] | None
@@ -106,7 +106,7 @@ class _Generation:
         self.result: Text | None = None
 
     def absorb(self, token: int) -> None:
-        """Append one token and see whether that ends it."""
+        """Append one token and check whether the text has ended."""
         text = self.tokenizer.decode(self.ids)
         natural = token == self.tokenizer.eos_token_id
         if not natural:
@@ -127,8 +127,8 @@ def _texts(
     config: ScoreConfig,
     base_texts: Sequence[Text] | None,
 ) -> tuple[Text, ...]:
-    """Greedy continuations of every probe's prompt, begun from what the teacher-forced forward
-    already told."""
+    """Greedy continuations of every probe's prompt. Their first tokens come from the teacher-forced
+    forward."""
     if not config.generated:
         return tuple(Text(None, natural=False) for _ in batch)
     running: list[_Generation] = []
@@ -151,7 +151,7 @@ def _texts(
                 if g.result is not None or said != given:
                     break
         else:
-            g.prompt = base.encoder.prompt(probe.prompt)  # its tokens merge across the border with the target
+            g.prompt = base.encoder.prompt(probe.prompt)  # tokens merge across the border
         running.append(g)
     while alive := [g for g in running if g.result is None]:
         for start in range(0, len(alive), config.rows_per_batch):
@@ -160,7 +160,8 @@ def _texts(
 
 
 def _advance(base: BaseModel, overlay: Overlay | None, alive: list[_Generation]) -> None:
-    """One more greedy token for each; the routing decision stays with the prompt."""
+    """Append one greedy token to each. For methods that route by the prompt, ``prompt_len`` stays
+    the same."""
     encoded = [Encoded((*g.prompt, *g.ids), len(g.prompt)) for g in alive]
     rows = collate(encoded, [g.probe.lane for g in alive], base.encoder.pad_id, base.device)
     hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
@@ -171,7 +172,8 @@ def _advance(base: BaseModel, overlay: Overlay | None, alive: list[_Generation])
 
 
 def _ends(text: str, targets: Sequence[str]) -> bool:
-    """A line or a sentence has ended; a full stop inside a target itself does not end it."""
+    """Return whether a line or a sentence has ended. A full stop inside a target does not end
+    it."""
     if "\n" in text.lstrip("\n"):
         return True
     body = text.strip()
