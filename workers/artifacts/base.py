@@ -150,7 +150,8 @@ def _no_trainer(method: str) -> Callable[..., Any]:
 
 @dataclass
 class Workbench:
-    """The environment of a builder: the artifacts it needs, a progress callback, storage for unfinished work.
+    """The environment of a builder: needed artifacts, progress callback, storage for unfinished
+    work.
 
     This class keeps unfinished work in memory; the engine's subclass is durable. :meth:`load`
     returns the last saved data in the next attempt, until the artifact is finished. The times of

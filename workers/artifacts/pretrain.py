@@ -152,7 +152,8 @@ def pretrained(
     name: str = PRETRAINED,
     trainer_version: int = 1,
 ) -> ArtifactSpec:
-    """The trained networks of a method. Their ``needs`` are the trainings on the data shards, in order.
+    """The trained networks of a method. Their ``needs``: the trainings on the data shards, in
+    order.
 
     ``hparams``: the JSON argument of :meth:`Method.trainer`. It holds only what training depends
     on, so that configs which differ in other fields share the networks. ``trainer_version``

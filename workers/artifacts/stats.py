@@ -224,7 +224,8 @@ class Place:
 
 
 def documents(corpus: str, start: Place, samples: int = sys.maxsize) -> Iterator[tuple[str, Place]]:
-    """The documents from ``start`` on, up to ``samples`` in the whole file, each with the place after it.
+    """Documents from ``start`` on, up to ``samples`` in the whole file, each with the place after
+    it.
 
     Raises :class:`DataError` that names the file and the malformed line.
     """

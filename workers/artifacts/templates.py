@@ -24,7 +24,7 @@ KIND = "context_templates"
 
 
 def build_templates(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Build the list of templates. The bare ``{}`` comes first; the others are sorted by length, then by start.
+    """Build the list of templates: the bare ``{}``, then the others by length and by start.
 
     Recipe: starts (first words), lengths ([new tokens, texts per start] pairs), joiner, top_k (0:
     greedy), seed.

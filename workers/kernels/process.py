@@ -23,7 +23,7 @@ _MOST_KEPT = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for reuse: blocks of up to 256 MiB, up to 1 GiB at the end of the heap.
+    """Make the C library keep freed memory: blocks up to 256 MiB, and 1 GiB at the end of the heap.
 
     By default it returns every block of more than a few hundred kilobytes to the system, which then
     clears new pages for the next tensor of the same size. That took 20 to 25% of the time of

@@ -73,7 +73,7 @@ def load_config(
     model: ModelConfig,
     protocol: ProtocolName = "paper",
 ) -> MethodConfig:
-    """A method's config from defaults, ``protocol``, EasyEdit YAML (if given) and ``hparams``; later ones win.
+    """A method's config from defaults, ``protocol``, EasyEdit YAML and ``hparams``; later ones win.
 
     Without a file, the embedded model starts from the hyperparameters tuned for it. Raises
     :class:`SpecError` that names the method, the field, the value and the valid choices.

@@ -149,7 +149,8 @@ class MethodConfig(Frozen):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, JSON]:
-        """Write deviations among the hyperparameters: cell ids, manifests and random numbers derive from this form.
+        """Write deviations among the hyperparameters: the form for cell ids, manifests and random
+        numbers.
 
         Fields that are :data:`ADDED_LATER` are left out at their default, so that ids of earlier
         versions stay valid.
@@ -319,7 +320,8 @@ class Method(ABC, Generic[C, OverlayT]):
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:
-        """An untrained trainer, for methods whose artifacts include :func:`workers.artifacts.pretrain.pretrained`.
+        """An untrained trainer, for methods with pretrained networks
+        (:mod:`workers.artifacts.pretrain`).
 
         ``generator``: for the initial weights.
         """

@@ -1,10 +1,10 @@
-"""GRACE: a codebook of activations beside one linear map; no weight changes.
+"""GRACE: a codebook of activations at one linear map; no weight changes.
 
 Hartvigsen et al., Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors, arXiv
-2211.11031. An entry is a key ``k`` (the map's input at the last prompt token), a value ``v`` (what
-the map answers there instead of ``W k``), a deferral radius ``e`` and the label it was learned for.
-A row whose own last prompt token ``h`` lies within the radius of its nearest key, ``|h - k*| <=
-e*``, gets ``v*``; every other row passes untouched. An edit (section 3, Algorithm 1) takes the
+2211.11031. An entry is a key ``k`` (the map's input at the last prompt token), a value ``v`` (the
+map's output there instead of ``W k``), a deferral radius ``e`` and the label it was trained for. A
+row whose activation ``h`` at the last prompt token is within the radius of the nearest key, ``|h -
+k*| <= e*``, gets ``v*``; every other row is unchanged. An edit (section 3, Algorithm 1) takes the
 nearest key ``k*`` at distance ``d`` and
 
 - **adds** ``(h, v, e_init)`` if there is none or ``d > e* + e_init``;
@@ -20,24 +20,24 @@ Differences from paper and public code, all deliberate:
 1. The cold start is drawn once per edit, from the edit's own generator. The public code draws one
    at every forward, scoring included (golden README, fault 9).
 2. Labels are compared token by token. The public code compares the mean of the label ids, so that
-   permutations and coincidences count as the same.
-3. An edit that falls on an entry with its own label goes on training that entry's value from where
-   it is (the authors' code does so, too); ``train_matched: false`` leaves it. The public code may
-   fail there with "does not require grad" (fault 9).
+   permutations and chance matches count as equal.
+3. An edit that matches an entry with the same label continues training that entry's value (as in
+   the authors' code); ``train_matched: false`` keeps the value. The public code may fail there with
+   "does not require grad" (fault 9).
 4. Two edits of one prompt with different targets: splitting at ``d = 0`` would leave two entries of
-   radius 0, which no recomputed activation hits. The later edit takes the entry over, with a fresh
+   radius 0, which no recomputed activation matches. The later edit replaces the entry, with a new
    value and the old radius (rule "replace").
 5. Splitting gives both entries ``d / 2``, as in the paper; the public code makes the older one 1e-5
    smaller.
 6. The key is the last *real prompt* token of every row, in teacher forcing as in generation. The
-   public code takes the column of the last edit, which is right only for single, unpadded rows.
+   public code takes the column of the last edit, which is correct only for single, unpadded rows.
 7. ``replace_prompt`` covers the whole prompt (public: all of it but the last token);
    ``replace_all`` all real tokens.
 8. ``val_train: sgd`` only (in the public code, too, that means Adam); perturbed training,
-   ``val_reg`` and ``dropout`` are either not implemented there or without effect, and are refused
-   here unless they are off.
+   ``val_reg`` and ``dropout`` are not implemented there or have no effect; they are rejected here
+   unless they are off.
 
-The paper's text was not at hand: numbers of equations and algorithms are from memory.
+The paper's text was not available: numbers of equations and algorithms are from memory.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from workers.types import JSON, SpecError
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 
 SAME_KEY = 1e-3
-"""Below this share of the initial radius two activations are the same up to rounding."""
+"""Two activations nearer than this share of the initial radius count as equal up to rounding."""
 
 _BLOCK = 64
 
@@ -106,7 +106,7 @@ class GRACEConfig(MethodConfig):
             "dropout": (0, 0.0),
         }
     )
-    """Keys of a public YAML that are accepted with these values only: nothing else is
+    """Keys of a public YAML that are accepted only with these values: others are not
     implemented."""
 
     @classmethod
@@ -116,7 +116,7 @@ class GRACEConfig(MethodConfig):
                 raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
         out = super().from_easyedit({k: v for k, v in values.items() if k not in cls.easyedit_off}, source)
         take_inner_param(out, source)
-        if out.get("eps_expand") == "moving_avg":  # what the comments in the public files call it
+        if out.get("eps_expand") == "moving_avg":  # the name in the comments of the public files
             out["eps_expand"] = "moving_average"
         return out
 
@@ -134,12 +134,12 @@ class GRACEConfig(MethodConfig):
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         out, in_features = shape.site(self.module)
-        slots = max(_BLOCK, edits + edits // 2)  # room grows by half
+        slots = max(_BLOCK, edits + edits // 2)  # capacity grows by half
         return (slots * (in_features + out + 1) + 4 * out) * max(4, shape.bytes_per_value)
 
 
 class Codebook(Overlay):
-    """Per lane a list of entries, held in padded tensors; unused slots have a negative radius."""
+    """Per lane a list of entries, stored in padded tensors; unused slots have a negative radius."""
 
     def __init__(self, site: Site, lanes: int, dtype: torch.dtype, replacement: Replacement) -> None:
         super().__init__([site], lanes)
@@ -160,7 +160,7 @@ class Codebook(Overlay):
         return torch.where(where_BS[:, :, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
 
     def _answer(self, x_BSI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-        """For each row the nearest entry's value, (B, O), and whether its radius covers the row,
+        """The nearest entry's value of each row, (B, O), and whether its radius covers the row,
         (B,)."""
         query_BI = x_BSI[torch.arange(rows.size, device=x_BSI.device), rows.prompt_end_B].to(
             self.keys_LJI.dtype
@@ -178,7 +178,7 @@ class Codebook(Overlay):
         return torch.cat(values), torch.cat(hits)
 
     def first_change(self, rows: Batch) -> int:
-        """The first column at which a value can stand."""
+        """The first column that can get a value."""
         return int(rows.prompt_end_B.min()) if self.replacement == "replace_last" else 0
 
     def replaced(self, rows: Batch) -> Tensor:
@@ -191,13 +191,13 @@ class Codebook(Overlay):
         return columns_S[None] == rows.prompt_end_B[:, None]
 
     def distances(self, lane: int, query_BI: Tensor) -> Tensor:
-        """Euclidean distances to a lane's keys, (B, K); not by way of a product, which cancels for
-        near keys."""
+        """Euclidean distances to a lane's keys, (B, J); not by a matrix product, which loses
+        precision for near keys."""
         keys_JI = self.keys_LJI[lane, : len(self.labels[lane])]
         return torch.cdist(query_BI, keys_JI, compute_mode="donot_use_mm_for_euclid_dist")
 
     def add(self, lane: int, key_I: Tensor, radius: float | Tensor, label: tuple[int, ...]) -> int:
-        """A new entry, its value still zero. Returns its slot."""
+        """Add an entry with value zero; return its slot."""
         slot = len(self.labels[lane])
         if slot == self.radii_LJ.shape[1]:
             self._resize(slot + max(_BLOCK, slot // 2))
@@ -309,7 +309,7 @@ class GRACE(Method[GRACEConfig, Codebook]):
         if overlay.labels[lane][near] == label:
             if not distance > radius:
                 return "keep", near
-            overlay.radii_LJ[lane, near] = found  # unrounded, so that the new edit itself is covered
+            overlay.radii_LJ[lane, near] = found  # unrounded, so that the radius covers the new edit
             if self.config.eps_expand == "moving_average":
                 overlay.keys_LJI[lane, near] = (overlay.keys_LJI[lane, near] + key_I) / 2
             return "expand", near
@@ -333,12 +333,12 @@ class GRACE(Method[GRACEConfig, Codebook]):
 
 
 class _Batch:
-    """One row per lane, its label, and where its loss is read."""
+    """One row per lane, with its label and the positions of its loss."""
 
     def __init__(self, base: BaseModel, edits: Sequence[LaneEdit]) -> None:
         pairs = []
         for edit in edits:
-            (request,) = edit.requests  # the method edits one at a time (batch_edits is False)
+            (request,) = edit.requests  # one request per edit (batch_edits is False)
             pairs.append(base.encoder.pair(request.prompt, request.target_new))
         self.labels = [pair.target for pair in pairs]
         # the last token predicts nothing that is scored

@@ -1,32 +1,31 @@
-"""PMET: values are sought for attention and MLP together, and only the MLP's is written.
+"""PMET: values are optimised for attention and MLP together, and only the MLP's is written.
 
-Li et al., PMET: Precise Model Editing in a Transformer, AAAI 2024, arXiv 2308.08742. Methods before
-it optimise the output of a whole layer, to which attention and MLP both add, and then make the MLP
-answer for all of it. Here, at the last edited layer,
+Li et al., PMET: Precise Model Editing in a Transformer, AAAI 2024, arXiv 2308.08742. Earlier
+methods optimise the output of a whole layer, to which attention and MLP both add, and then write
+all of it into the MLP. Here, at the last edited layer,
 
-- two vectors are found by Adam as in ROME, one added to what attention's output projection answers
-  at the subject's last token, one to what the MLP's does: both are bounded by ``clamp_norm_factor``
-  and decay relative to the value they are added to;
-- where the target's tokens are all the likeliest in every context, the target's loss weighs a tenth
-  in the next step, and the search ends if the KL term is at most 0.01, so that a value is no longer
-  pushed than it must;
+- two vectors are found by Adam as in ROME, one added to the output of attention's output projection
+  at the subject's last token, one to that of the MLP's. Both are bounded by ``clamp_norm_factor``
+  and have a decay relative to the value they are added to;
+- if all target tokens have the largest logits in every context, the target's loss has a tenth of
+  its weight in the next step, and the search ends if the KL term is at most 0.01, so that values
+  are not optimised longer than needed;
 - only the MLP's value ``z`` is written. Layer by layer, with keys ``K`` and the last layer's
-  present MLP answer ``m`` read off the model as it is now, the residual is ``R = (z - m) /
-  sqrt(layers still to come)`` and a layer's map changes by ``R K^T (mom2_update_weight * C + K
+  current MLP output ``m`` read from the model as edited so far, the residual is ``R = (z - m) /
+  sqrt(number of layers left)`` and a layer's map changes by ``R K^T (mom2_update_weight * C + K
   K^T)^-1``, solved as in MEMIT (:mod:`workers.methods.families.spread`).
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: equations
-are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not available, so
+equations are not numbered here.
 
-1. The target follows its prompt after a space. EasyEdit adds the space for models called "gpt"
-   only, and elsewhere teaches the target's first token as the continuation of a word: ``deviations:
-   {public_target: true}``.
-2. Rows are padded on the left with the right position ids. EasyEdit's reads its own left-padded
-   rows at the places of right-padded ones and gives NaN; the golden records were made with right
-   padding.
+1. The target follows its prompt after a space. EasyEdit adds the space only for models called
+   "gpt"; for others the target's first token continues a word: ``deviations: {public_target:
+   true}``.
+2. Rows are padded on the left with the right position ids. EasyEdit reads its left-padded rows at
+   the positions of right-padded ones and gets NaN; the golden records were made with right padding.
 3. ``C`` is that of the pristine model for every layer, everything after the search is in float64.
 4. Only MLPs are written. EasyEdit can also write attention's projection (two
-   ``rewrite_module_tmps``), which the paper advises against; such files are refused.
+   ``rewrite_module_tmps``), which the paper advises against; such files are rejected.
 5. Points 3 (key average), 5 and 6 of MEMIT's list. ``layer_selection``, ``v_loss_layer`` and
    ``mom2_adjustment`` have no effect in the public code and are dropped.
 """
@@ -62,11 +61,11 @@ from workers.model.replay import Prefix, capture, replay
 from workers.types import JSON, SpecError
 
 SATED_WEIGHT = 0.1
-"""Weight of the loss of a target that is already the likeliest (the published constant)."""
+"""Weight of the target loss once all target tokens have the largest logits (the published
+constant)."""
 
 SATED_KL = 0.01
-"""A search whose target is the likeliest ends where the KL term is at most this (the published
-constant)."""
+"""Largest KL term at which such a search ends (the published constant)."""
 
 
 class PMETDeviations(Deviations):
@@ -78,7 +77,7 @@ class PMETDeviations(Deviations):
 
 
 class PMETConfig(SpreadConfig):
-    """Hyperparameters of PMET, under the names the field uses."""
+    """Hyperparameters of PMET, under their usual names."""
 
     v_weight_decay: float = Field(0.5, ge=0, description="weight of the value changes' norms in the loss")
     clamp_norm_factor: float = Field(
@@ -161,7 +160,7 @@ class PMET(RidgeMethod[PMETConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {
-            # this small model reads a person's fact at the prompt's last token, not at the name
+            # this small model recalls a person's fact at the prompt's last token, not at the name
             "layers": [3, 4],
             "fact_token": "last",
             "v_num_grad_steps": 20,
@@ -175,9 +174,9 @@ class PMET(RidgeMethod[PMETConfig]):
 
 @dataclass(frozen=True)
 class _AtLayer:
-    """Two vectors, added to what attention and MLP of one layer answer at the lookup tokens. The
-    MLP reads what attention gives, so a step runs everything from this layer on, under the edits
-    made so far."""
+    """Two vectors, added to the outputs of attention and MLP of one layer at the lookup tokens. The
+    MLP's input depends on attention's output, so a step runs all layers from this one on, with the
+    edits made so far."""
 
     base: BaseModel
     rows: Batch
@@ -246,7 +245,8 @@ class _AtLayer:
 
 
 def _under_lanes(rows: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
-    """Some rows of a batch, now ``rows``, under the lanes that they have in the whole."""
+    """``batch``, which holds rows ``row_B`` of ``whole``, with the lanes that the rows have in
+    ``whole``."""
     lane_of = {row: lane for lane, start, stop in whole.segments for row in range(start, stop)}
     lanes = [lane_of[row] for row in row_B]
     segments: list[tuple[int, int, int]] = []

@@ -56,7 +56,7 @@ def fitting_replies(
     prefixes: Prefixes,
     splits: int = 0,
 ) -> Iterator[tuple[list[EncodedProbe], int, Reply, Reply]]:
-    """Both models' replies to a batch. If memory runs out, the batch is halved, repeatedly if needed.
+    """Both models' replies to a batch. If memory runs out, the batch is halved, again and again.
 
     Yields (probes, number of halvings, base reply, edited reply). Before the first halving the
     caches are emptied, which changes no bit. Halves may differ from the whole by rounding, but the

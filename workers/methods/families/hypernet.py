@@ -394,7 +394,7 @@ class Hypernet(nn.Module):
         return {name: found for name, found in self.statistics.items() if isinstance(found, Statistics)}
 
     def forward(self, place: int, factors: Factors, scales: Sequence[Scale] | None = None) -> Pair:
-        """The new pair for map ``place``, (L, N, I) and (L, N, O), zero at tokens that are not kept.
+        """The new pair of map ``place``, (L, N, I) and (L, N, O); zero at tokens that are not kept.
 
         ``scales``: statistics per lane, used instead of the network's.
         """
@@ -471,8 +471,8 @@ def fitted(net: Hypernet, factors: Sequence[Factors], scales: Sequence[Scale] | 
 
 
 def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
-    """``K (K^T K + l I)^-1`` of each lane's keys (rows of K), (L, N, I), or the equal ``(K K^T + l I)^-1
-    K`` if that system is smaller.
+    """``K (K^T K + l I)^-1`` of each lane's keys (rows of K), (L, N, I); computed as the equal ``(K
+    K^T + l I)^-1 K`` if that system is smaller.
 
     A lane with non-finite keys gets non-finite results; the other lanes are not affected.
     """

@@ -551,7 +551,7 @@ def observe(
     modules: Sequence[nn.Module] = (),
     bare_share: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Activations of the currently edited model at the lookup tokens: the input of each site averaged over
+    """Activations of the edited model at the lookup tokens: the input of each site averaged over
     the contexts, (N, I), and the output of each module at the bare prompt, (N, D). In the masters'
     precision.
 
