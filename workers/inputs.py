@@ -53,7 +53,7 @@ def parse_yaml(text: str, source: str) -> JSON:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _written_out(node, {}, 0) > MAX_NODES:
+        if _expanded_size(node, {}, 0) > MAX_NODES:
             raise SpecError(f"{source}: more than {MAX_NODES} values once its aliases are written out")
         return loader.construct_document(node)
     except yaml.YAMLError as e:
@@ -68,7 +68,7 @@ def parse_yaml(text: str, source: str) -> JSON:
             loader.dispose()
 
 
-def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     """Number of nodes at and below ``node``, aliases expanded. Raises ValueError for an alias to
     its own parent."""
     if depth > 50:
@@ -80,9 +80,9 @@ def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     known[id(node)] = 0
     total = 1
     if isinstance(node, yaml.SequenceNode):
-        total += sum(_written_out(child, known, depth + 1) for child in node.value)
+        total += sum(_expanded_size(child, known, depth + 1) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
-        total += sum(_written_out(child, known, depth + 1) for pair in node.value for child in pair)
+        total += sum(_expanded_size(child, known, depth + 1) for pair in node.value for child in pair)
     known[id(node)] = total
     return total
 

@@ -182,7 +182,7 @@ class Stream:
                     except Exception as error:
                         if may_pass(error):
                             raise
-                        wave, found = self._without_culprits(wave, index, error)
+                        wave, found = self._without_failing_lanes(wave, index, error)
                         failures += found
                 rows += done.rows
                 failures += done.failures
@@ -247,8 +247,8 @@ class Stream:
         """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its
         group)."""
         job = self.job
-        told = {i: asked(job, tick, wave.lanes[i]) for i in wave.alive()}
-        alive = [i for i in told if told[i]]
+        reported = {i: asked(job, tick, wave.lanes[i]) for i in wave.alive()}
+        alive = [i for i in reported if reported[i]]
         if not alive:
             return []
         clock = self._now()
@@ -257,8 +257,8 @@ class Stream:
         found = score(
             self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes, self.scores
         )
-        at_the_end = self._at_the_end(
-            wave, tick, items, {i: {scored for _, scored in told[i]} for i in alive}
+        group_end = self._group_end_scores(
+            wave, tick, items, {i: {scored for _, scored in reported[i]} for i in alive}
         )
         seconds = (self._now() - clock) / len(items)
         norms = {i: wave.overlay.delta_norm(i) for i in alive}
@@ -279,7 +279,7 @@ class Stream:
                 "overlay_bytes": sizes[i],
                 "delta_norm": norms[i],
             }
-            for share, scored in told[i]:
+            for share, scored in reported[i]:
                 T = job.T_of(share)
                 place: dict[str, JSON] = {
                     "cell_id": job.cells[share.cell].cell_id,
@@ -288,21 +288,23 @@ class Stream:
                     "scored": scored,
                 }
                 measured = {
-                    column.name: at_the_end[k].get(column.name) if column.held_by(scored) else None
+                    column.name: group_end[k].get(column.name) if column.held_by(scored) else None
                     for column in self._group_end_columns
                 }
                 rows.append({**place, **row, **measured})
         return rows
 
-    def _at_the_end(
-        self, wave: _Wave, tick: Tick, items: Sequence[Item], told: Mapping[int, set[str]]
+    def _group_end_scores(
+        self, wave: _Wave, tick: Tick, items: Sequence[Item], reported: Mapping[int, set[str]]
     ) -> list[dict[str, float | None]]:
         """Per item, the group-end scores of its lane's state. ``told``: the moments of each lane's
         rows."""
         session = self.session
         out: list[dict[str, float | None]] = [{} for _ in items]
         for place, (kind, measure) in enumerate(self._measures):
-            lanes = {i for i, moments in told.items() if any(kind.wanted_at(scored) for scored in moments)}
+            lanes = {
+                i for i, moments in reported.items() if any(kind.wanted_at(scored) for scored in moments)
+            }
             chosen = [k for k, item in enumerate(items) if item.lane in lanes]
             if not chosen:
                 continue
@@ -334,7 +336,7 @@ class Stream:
             for group in range(max(share.group, reached), share.stop_group):
                 yield GroupFailure(cell, group, tick.start, kind, message, trace)
 
-    def _without_culprits(
+    def _without_failing_lanes(
         self, wave: _Wave, index: int, error: Exception
     ) -> tuple[_Wave, list[GroupFailure]]:
         """The wave before tick ``index``, which raised ``error``, without the lanes that caused it.
@@ -347,10 +349,10 @@ class Stream:
         again = self._begin(tick)
         for i in range(index):
             if self.ticks[i].wave == tick.wave:
-                self._bury(again, wave, i)
+                self._mark_raised(again, wave, i)
                 if self.ticks[i].kind == "edit":
                     self._edit(again, self.ticks[i], [])
-        self._bury(again, wave, index)
+        self._mark_raised(again, wave, index)
         causes: dict[int, Exception] = {}
         for i, lane in enumerate(again.lanes):
             if i in again.raised:
@@ -371,7 +373,7 @@ class Stream:
                 failures += self._fail(again, i, tick, type(why).__name__, str(why)[:1000], trace)
         return again, failures
 
-    def _bury(self, again: _Wave, wave: _Wave, index: int) -> None:
+    def _mark_raised(self, again: _Wave, wave: _Wave, index: int) -> None:
         """Take the lanes of ``wave`` that raised at tick ``index`` out of ``again``, too."""
         for i in (i for i, at in wave.raised.items() if at == index):
             again.raised[i] = index

@@ -74,10 +74,10 @@ def _wave_ticks(job: StreamJob, w: int) -> Iterator[Tick]:
         stop = start + job.batch_size
         # groups that are not reported are edited too, because later edits build on them; their rows
         # are in the table already, or another shard writes them
-        told = tuple(dict.fromkeys(job.T_of(share) for share in shares if _reports(job, share, start)))
-        yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop, sizes=told)
+        reported = tuple(dict.fromkeys(job.T_of(share) for share in shares if _reports(job, share, start)))
+        yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop, sizes=reported)
         spans: dict[tuple[Literal["final", "checkpoint"], int, int], list[int]] = {}
-        for T in told:
+        for T in reported:
             ends_group = stop % T == 0
             if ends_group and T > job.batch_size:  # otherwise the edit tick's own scores are the final ones
                 for low, high in _pieces(job, stop - T, stop):

@@ -73,10 +73,10 @@ class ArtifactData:
         from safetensors.torch import load
 
         length = int.from_bytes(blob[:8], "little")
-        told = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["editsweep"])
-        if told.keys() != {"meta", "made_as"}:  # an early file, without made_as
-            return cls(load(blob), told)
-        return cls(load(blob), told["meta"], told["made_as"])
+        header = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["editsweep"])
+        if header.keys() != {"meta", "made_as"}:  # an early file, without made_as
+            return cls(load(blob), header)
+        return cls(load(blob), header["meta"], header["made_as"])
 
     def check_made_as(self, spec: ArtifactSpec, source: str) -> None:
         """Raise :class:`ModelError` if the artifact was built from another recipe than ``spec``.
@@ -119,7 +119,7 @@ def in_order(
     return list(found.values())
 
 
-def _nothing(done: int, total: int, what: str) -> None:
+def _no_progress(done: int, total: int, what: str) -> None:
     """No-op progress callback."""
 
 
@@ -159,7 +159,7 @@ class Workbench:
     """
 
     inputs: Mapping[str, ArtifactData] = field(default_factory=dict)
-    progress: Callable[[int, int, str], None] = _nothing
+    progress: Callable[[int, int, str], None] = _no_progress
     """Called from time to time with ``(done, total, what)``."""
     unfinished: bytes | None = None
     save_seconds: float = 30.0

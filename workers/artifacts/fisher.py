@@ -62,9 +62,9 @@ def build_fisher(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> 
 def gradient(base: BaseModel, site: Site, ids: tuple[int, ...]) -> Tensor:
     """The gradient of a text's mean ``-log P`` per token with respect to the map's weight, (O,
     I)."""
-    rows = collate([Encoded(ids[:-1], len(ids) - 1)], [0], base.encoder.pad_id, base.device)
+    batch = collate([Encoded(ids[:-1], len(ids) - 1)], [0], base.encoder.pad_id, base.device)
     places = [(0, j, token, 1 / (len(ids) - 1)) for j, token in enumerate(ids[1:])]
-    targets = TargetTokens.of(rows, places, 1)
+    targets = TargetTokens.of(batch, places, 1)
     caught: list[tuple[Tensor, Tensor]] = []
 
     def probe(_: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def gradient(base: BaseModel, site: Site, ids: tuple[int, ...]) -> Tensor:
     handle = site.module.register_forward_hook(probe)
     try:
         with torch.enable_grad():
-            loss = targets.nll(base, base.hidden_states(rows)[targets.reads]).sum()
+            loss = targets.nll(base, base.hidden_states(batch)[targets.reads]).sum()
     finally:
         handle.remove()
     ((input_BSI, shift_BSO),) = caught

@@ -210,7 +210,7 @@ def pretrained(
 def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
     """Train on one data shard, starting from the artifact of the shard before (if any). Recipe: see
     :func:`pretrained`."""
-    course = _Course.of(recipe, bench.inputs.get(_BEFORE))
+    course = _ShardRequests.of(recipe, bench.inputs.get(_BEFORE))
     trainer = _trainer(base, recipe, bench)
     step = 0
     log = _Log(course.schedule.steps)
@@ -218,9 +218,9 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
     if unfinished is not None:
         state = ArtifactData.from_bytes(unfinished)
         step, log = state.meta["step"], _Log.of(course.schedule.steps, state.meta["log"])
-        trainer.load_state(_part(state))
+        trainer.load_state(_trainer_state(state))
     elif course.before is not None:
-        trainer.load_state(_part(course.before))
+        trainer.load_state(_trainer_state(course.before))
     what = f"{recipe['method']}, data shard {recipe['shard'] + 1}"
     for number in range(step, course.schedule.steps):
         figures = trainer.step(course.batch(number), course.generator(number, "step"))
@@ -233,8 +233,8 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
         done = number + 1
         bench.progress(done, course.schedule.steps, f"{what}, loss {loss:.3g}")
         if done < course.schedule.steps:
-            bench.keep(lambda done=done: _whole(trainer, {"step": done, "log": log.state()}).to_bytes())  # type: ignore[misc]
-    return _whole(trainer, {"log": log.entries, **course.afterwards()})
+            bench.keep(lambda done=done: _pack(trainer, {"step": done, "log": log.state()}).to_bytes())  # type: ignore[misc]
+    return _pack(trainer, {"log": log.entries, **course.afterwards()})
 
 
 def build_pretrained(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
@@ -242,10 +242,10 @@ def build_pretrained(base: BaseModel, recipe: dict[str, JSON], bench: Workbench)
     training data and the log."""
     state = bench.inputs[_STATE]
     trainer = _trainer(base, recipe, bench)
-    trainer.load_state(_part(state))
+    trainer.load_state(_trainer_state(state))
     product = trainer.product()
-    told = {key: state.meta[key] for key in ("shards", "requests", "steps", "log")}
-    return replace(product, meta={**product.meta, "pretraining": told})
+    history = {key: state.meta[key] for key in ("shards", "requests", "steps", "log")}
+    return replace(product, meta={**product.meta, "pretraining": history})
 
 
 def _trainer(base: BaseModel, recipe: Mapping[str, JSON], bench: Workbench) -> Trainer:
@@ -255,18 +255,18 @@ def _trainer(base: BaseModel, recipe: Mapping[str, JSON], bench: Workbench) -> T
     return trainer
 
 
-def _whole(trainer: Trainer, meta: dict[str, JSON]) -> ArtifactData:
+def _pack(trainer: Trainer, meta: dict[str, JSON]) -> ArtifactData:
     state = trainer.state()
     return ArtifactData(state.tensors, {**meta, "trainer": state.meta})
 
 
-def _part(state: ArtifactData) -> ArtifactData:
+def _trainer_state(state: ArtifactData) -> ArtifactData:
     """The trainer's part of a result of :func:`_whole`."""
     return ArtifactData(state.tensors, state.meta["trainer"])
 
 
 @dataclass(frozen=True)
-class _Course:
+class _ShardRequests:
     """The requests that each training step of one data shard learns from."""
 
     identity: tuple[JSON, ...]
@@ -277,7 +277,7 @@ class _Course:
     before: ArtifactData | None
 
     @classmethod
-    def of(cls, recipe: Mapping[str, JSON], before: ArtifactData | None) -> _Course:
+    def of(cls, recipe: Mapping[str, JSON], before: ArtifactData | None) -> _ShardRequests:
         return cls(
             identity=("pretraining", recipe["method"], recipe["hparams"], recipe["seed"], recipe["shard"]),
             schedule=TrainingSchedule.model_validate(recipe["schedule"]),
@@ -314,7 +314,7 @@ class _Course:
         probability, whatever its shard.
         """
         past = self.before.meta if self.before is not None else {"shards": 0, "requests": 0, "steps": 0}
-        seen = [*self.kept, *((self._ticket(i, r), r) for i, r in enumerate(self.fresh))]
+        seen = [*self.kept, *((self._hash(i, r), r) for i, r in enumerate(self.fresh))]
         chosen = sorted(seen, key=lambda pair: pair[0])[: self.schedule.buffer]
         return {
             "buffer": [[ticket, asdict(request)] for ticket, request in chosen],
@@ -323,7 +323,7 @@ class _Course:
             "steps": past["steps"] + self.schedule.steps,
         }
 
-    def _ticket(self, place: int, request: EditRequest) -> str:
+    def _hash(self, place: int, request: EditRequest) -> str:
         text = canonical([*self.identity, "buffer", place, fingerprint([request])])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -197,7 +197,7 @@ class _Enough(Exception):
 def layer_inputs(base: BaseModel, encoded: list[Encoded], module: nn.Module) -> Tensor:
     """Inputs of ``module`` at every real token of the batch, (N, I). Layers after the module are
     not run."""
-    rows = collate(encoded, [0] * len(encoded), base.encoder.pad_id, base.device)
+    batch = collate(encoded, [0] * len(encoded), base.encoder.pad_id, base.device)
     caught: list[Tensor] = []
 
     def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -206,12 +206,12 @@ def layer_inputs(base: BaseModel, encoded: list[Encoded], module: nn.Module) -> 
 
     handle = module.register_forward_pre_hook(catch)
     try:
-        base.hidden_states(rows)
+        base.hidden_states(batch)
     except _Enough:
         pass
     finally:
         handle.remove()
-    return caught[0][rows.attention_mask_BS.bool()]
+    return caught[0][batch.attention_mask_BS.bool()]
 
 
 @dataclass(frozen=True)

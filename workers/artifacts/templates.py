@@ -51,8 +51,8 @@ def sample_texts(
     done = [False] * len(texts)
     for _ in range(new_tokens):
         encoded = [Encoded(tuple(ids), len(ids)) for ids in texts]
-        rows = collate(encoded, [0] * len(texts), base.encoder.pad_id, base.device)
-        logits_BV = base.logits(base.hidden_states(rows)[:, -1]).double().cpu()
+        batch = collate(encoded, [0] * len(texts), base.encoder.pad_id, base.device)
+        logits_BV = base.logits(base.hidden_states(batch)[:, -1]).double().cpu()
         if top_k:
             values_BJ, ids_BJ = logits_BV.topk(top_k, dim=-1)
             pick_B = torch.multinomial(values_BJ.softmax(-1), 1, generator=generator)

@@ -48,7 +48,7 @@ def with_target(base: BaseModel, request: EditRequest) -> Example:
     return Example(Encoded(pair.ids[:-1], pair.prompt_len), pair.target, pair.prompt_len - 1)
 
 
-def batch(
+def collate_requests(
     base: BaseModel,
     lanes: Sequence[Sequence[EditRequest]],
     example: Callable[[BaseModel, EditRequest], Example],
@@ -67,8 +67,8 @@ def batch(
             ]
             encoded.append(made.encoded)
             lane_B.append(lane)
-    rows = collate(encoded, lane_B, base.encoder.pad_id, base.device)
-    return rows, TargetTokens.of(rows, places, len(lanes))
+    batch = collate(encoded, lane_B, base.encoder.pad_id, base.device)
+    return batch, TargetTokens.of(batch, places, len(lanes))
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class DenseProblem(DivisibleProblem):
         example: Callable[[BaseModel, EditRequest], Example],
         penalty: Callable[[Sequence[Tensor]], Tensor] | None = None,
     ) -> Self:
-        rows, targets = batch(base, lanes, example)
+        batch, targets = collate_requests(base, lanes, example)
         lowest = min(overlay.sites, key=lambda site: site.layer)
-        return cls(base, overlay, Suffix.capture(base, lowest, rows, targets.reads), targets, penalty)
+        return cls(base, overlay, Suffix.capture(base, lowest, batch, targets.reads), targets, penalty)
 
     @property
     def params(self) -> list[Tensor]:
@@ -104,15 +104,15 @@ class DenseProblem(DivisibleProblem):
         return list(self.overlay.working_LOI.values())
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        with self.overlay.installed(self.suffix.rows):
+        with self.overlay.installed(self.suffix.batch):
             loss_K = self.targets.nll(self.base, self.suffix.hidden())
         goes_on_K = loss_K.detach() >= STOP_LOSS
         return (loss_K if self.penalty is None else loss_K + self.penalty(self.params)), goes_on_K
 
     def part(self, kept: Sequence[int]) -> Self:
-        rows, row_B = self.suffix.rows.part(kept)
+        batch, row_B = self.suffix.batch.part(kept)
         targets, read_P = self.targets.part(kept, row_B)
-        suffix = self.suffix.part(row_B, rows, read_P)
+        suffix = self.suffix.part(row_B, batch, read_P)
         return replace(self, overlay=self.overlay.part(kept), suffix=suffix, targets=targets)
 
 

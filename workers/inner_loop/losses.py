@@ -32,14 +32,14 @@ class TargetTokens:
     lanes: int
 
     @classmethod
-    def of(cls, rows: Batch, places: Sequence[tuple[int, int, int, float]], lanes: int) -> TargetTokens:
+    def of(cls, batch: Batch, places: Sequence[tuple[int, int, int, float]], lanes: int) -> TargetTokens:
         """``places``: (row, position in the row's own tokens, target token, share)."""
         row, position, token, share = zip(*places, strict=True)
-        device = rows.input_ids_BS.device
-        lane_B = [lane for lane, start, stop in rows.segments for _ in range(start, stop)]
+        device = batch.input_ids_BS.device
+        lane_B = [lane for lane, start, stop in batch.segments for _ in range(start, stop)]
         return cls(
             tuple(row),
-            tuple(rows.offsets[r] + p for r, p in zip(row, position, strict=True)),
+            tuple(batch.offsets[r] + p for r, p in zip(row, position, strict=True)),
             torch.tensor(token, device=device),
             torch.tensor(share, dtype=torch.float64, device=device),
             torch.tensor([lane_B[r] for r in row], device=device),

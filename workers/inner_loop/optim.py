@@ -77,7 +77,7 @@ class LaneOptimizer(ABC):
         restored.
         """
         self.steps_L += active_L
-        if self._moved_whole(active_L):
+        if self._step_in_one_pass(active_L):
             return
         before = [p.clone() for p in self.params] if moving is None else []
         lanes = range(len(self.steps_L)) if moving is None else moving
@@ -88,7 +88,7 @@ class LaneOptimizer(ABC):
         for p, old in zip(self.params, before, strict=False):
             p.copy_(torch.where(active_L.view(-1, *([1] * (p.dim() - 1))), p, old))
 
-    def _moved_whole(self, active_L: Tensor) -> bool:
+    def _step_in_one_pass(self, active_L: Tensor) -> bool:
         """Update all active lanes in one pass over memory; return False if this optimiser has no
         such update."""
         return False
@@ -170,7 +170,7 @@ class Adam(LaneOptimizer):
             maximize=False,
         )
 
-    def _moved_whole(self, active_L: Tensor) -> bool:
+    def _step_in_one_pass(self, active_L: Tensor) -> bool:
         if self._compiled is None or self.decoupled:
             return False
         update = self._compiled.update(adam_in_box)

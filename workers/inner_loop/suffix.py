@@ -1,6 +1,6 @@
 """The part of a forward pass that an edit's inner loop has to repeat.
 
->>> suffix = Suffix.capture(base, site, rows, reads)  # one forward; reads: (row, column) of each loss position
+>>> suffix = Suffix.capture(base, site, batch, reads)  # one forward; reads: (row, column) of each loss position
 >>> hidden_PD = suffix.hidden(site_output_BSO)               # every optimisation step, gradients flow
 >>> hidden_PD = suffix.hidden()  # output of the site's module (inside overlay.installed)
 
@@ -56,7 +56,7 @@ class Suffix:
 
     base: BaseModel
     site: Site
-    rows: Batch
+    batch: Batch
     input_BSI: Tensor
     """Input of the edited map."""
     output_BSO: Tensor
@@ -79,7 +79,7 @@ class Suffix:
         cls,
         base: BaseModel,
         site: Site,
-        rows: Batch,
+        batch: Batch,
         reads: tuple[Sequence[int], Sequence[int]],
         first: int = 0,
         overlay: Overlay | None = None,
@@ -99,7 +99,7 @@ class Suffix:
         )
         with ExitStack() as stack:
             if overlay is not None:
-                stack.enter_context(overlay.installed(rows))
+                stack.enter_context(overlay.installed(batch))
             note = site.module.register_forward_hook(lambda _, args, out: caught.append((args[0], out)))
             stack.callback(note.remove)
             last = base.layers[site.layer].register_forward_hook(lambda _, args, out: layer_out.append(out))
@@ -109,22 +109,22 @@ class Suffix:
             if additive and not recorders:
                 for layer in upper:  # only their other arguments are needed
                     stack.enter_context(override_forward(layer, lambda *_, **__: layer_out[0]))
-            prefix = capture(base, rows, site.layer)
+            prefix = capture(base, batch, site.layer)
         (entered_BSI, output_BSO), hidden_BSD = caught[0], _hidden(layer_out[0])
         row, column = reads
-        device = rows.input_ids_BS.device
+        device = batch.input_ids_BS.device
         kept = sorted(set(row))
-        all_rows = len(kept) == rows.size
+        all_rows = len(kept) == batch.size
         kept_R = None if all_rows else torch.tensor(kept, device=device)
         place = {r: i for i, r in enumerate(kept)}
         row_P = torch.tensor([place[r] for r in row], device=device)
         column_P = torch.tensor(list(column), device=device)
         layers = None
         if additive:
-            layers = _prepare(base, rows, prefix, site.layer + 1, kept_R, first, min(column), recorders)
+            layers = _prepare(base, batch, prefix, site.layer + 1, kept_R, first, min(column), recorders)
         if layers is None:
             if additive and not recorders:  # the upper layers must run after all
-                prefix = capture(base, rows, site.layer)
+                prefix = capture(base, batch, site.layer)
             row_P, kept_R, first = torch.tensor(list(row), device=device), None, 0
         rest_BSD = hidden_BSD[:0]
         if layers is not None:
@@ -136,7 +136,7 @@ class Suffix:
         return cls(
             base,
             site,
-            rows,
+            batch,
             entered_BSI,
             output_BSO,
             hidden_BSD,
@@ -172,18 +172,18 @@ class Suffix:
         normed: Tensor = self.base.norm(hidden_RSD[self.row_P, self.column_P - start])
         return normed
 
-    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Suffix:
+    def part(self, row_B: Sequence[int], batch: Batch, read_P: Sequence[int]) -> Suffix:
         """The same suffix for rows ``row_B`` of the batch and reads ``read_P``. ``batch``: the new
         batch of these rows."""
         index = torch.tensor(list(row_B), device=self.row_P.device)
         chosen = torch.tensor(list(read_P), device=self.row_P.device)
         old_row_P = self.row_P[chosen] if self._kept_R is None else self._kept_R[self.row_P[chosen]]
-        place = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
+        place = torch.full((self.batch.size,), -1, dtype=torch.long, device=index.device)
         place[index] = torch.arange(len(row_B), device=index.device)
         row_P = place[old_row_P]
         kept_R, inner = None, index
         if self._kept_R is not None:
-            inside = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
+            inside = torch.full((self.batch.size,), -1, dtype=torch.long, device=index.device)
             inside[self._kept_R] = torch.arange(len(self._kept_R), device=index.device)
             inner = inside[index]
             kept_R = torch.nonzero(inner >= 0)[:, 0]
@@ -193,7 +193,7 @@ class Suffix:
             row_P = among[row_P]
         return replace(
             self,
-            rows=rows,
+            batch=batch,
             input_BSI=self.input_BSI[index],
             output_BSO=self.output_BSO[index],
             layer_BSD=self.layer_BSD[index],
@@ -231,7 +231,7 @@ class _Layer:
         if self.key_arguments is not None:
             recorder = _Recorder(stop=True)
             with (
-                override_forward(self.query, _nothing(self.query))
+                override_forward(self.query, _zeros_forward(self.query))
                 if self.query is not None
                 else nullcontext()
             ):
@@ -260,7 +260,7 @@ class _Layer:
 
 def _prepare(
     base: BaseModel,
-    rows: Batch,
+    batch: Batch,
     prefix: Prefix,
     above: int,
     kept_R: Tensor | None,
@@ -283,11 +283,11 @@ def _prepare(
         if "attention_mask" not in arguments:
             if base.model.config._attn_implementation != "sdpa":
                 return None
-            arguments["attention_mask"] = _causal(rows)
-        if not all(_understood(name, value) for name, value in arguments.items()):
+            arguments["attention_mask"] = _causal(batch)
+        if not all(_can_cut(name, value) for name, value in arguments.items()):
             return None
         if kept_R is not None:
-            arguments = {name: _rows_of(value, kept_R, name, rows.size) for name, value in arguments.items()}
+            arguments = {name: _rows_of(value, kept_R, name, batch.size) for name, value in arguments.items()}
         given = read_from - first if i == len(base.layers) - 1 else 0
         past = None
         if first:
@@ -306,15 +306,15 @@ def _prepare(
     return tuple(prepared)
 
 
-def _causal(rows: Batch) -> Tensor:
+def _causal(batch: Batch) -> Tensor:
     """The causal mask that applies where a layer gets no mask, (B, 1, S, S)."""
-    real_BS = rows.attention_mask_BS.bool()
+    real_BS = batch.attention_mask_BS.bool()
     size = real_BS.shape[1]
     triangle_SS = torch.ones(size, size, dtype=torch.bool, device=real_BS.device).tril()
     return triangle_SS[None, None] & real_BS[:, None, None]
 
 
-def _understood(name: str, value: Any) -> bool:
+def _can_cut(name: str, value: Any) -> bool:
     """Return whether rows and columns of an argument can be cut: a tensor of known name and shape,
     or no tensor."""
     tensors = [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
@@ -396,7 +396,7 @@ def _record(layer: nn.Module, recorder: _Recorder) -> Any:
     return layer.register_forward_pre_hook(give, with_kwargs=True).remove
 
 
-def _nothing(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _zeros_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """A forward that returns zeros of the module's output shape, which take no memory."""
     width = int(module.get_parameter("weight").shape[0])
     return lambda x_BSD: x_BSD.new_zeros(()).expand(*x_BSD.shape[:-1], width)

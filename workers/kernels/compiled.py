@@ -49,21 +49,21 @@ class Compiled:
         part of it."""
         if not self.layers or self.broken or any("forward" in part.__dict__ for part in module.modules()):
             return module
-        return self._careful(module)
+        return self._wrap(module)
 
     def update(self, function: F) -> F:
         """Compile a function that changes large tensors in place, element by element."""
-        return self._careful(function) if self.updates and not self.broken else function
+        return self._wrap(function) if self.updates and not self.broken else function
 
     def turns(self, lanes: int) -> list[slice]:
         """The lanes of each call of an update: all at once, or one by one if it runs uncompiled,
         because it then needs about a dozen temporaries per lane."""
         return [slice(lane, lane + 1) for lane in range(lanes)] if self.broken else [slice(None)]
 
-    def _careful(self, function: F) -> F:
+    def _wrap(self, function: F) -> F:
         made = self._made.get(function)
         if made is None:
-            made = self._made[function] = _Careful(self, function)
+            made = self._made[function] = _CompiledOrEager(self, function)
         return made  # type: ignore[return-value]
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +88,7 @@ class Compiled:
         )
 
 
-class _Careful:
+class _CompiledOrEager:
     """Calls the compiled function, or the original one after a compiler failure."""
 
     def __init__(self, owner: Compiled, function: Callable[..., Any]) -> None:

@@ -33,7 +33,7 @@ larger than the gain."""
 
 def linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``x W^T + b``, (..., O). Differentiable once."""
-    if not _quick(x_BSI, x_BSI.shape[:-1].numel(), weight_OI.shape[0]):
+    if not _use_onednn(x_BSI, x_BSI.shape[:-1].numel(), weight_OI.shape[0]):
         return F.linear(x_BSI, weight_OI, bias_O)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_BSI, weight_OI, bias_O)):
         out: Tensor = _Linear.apply(x_BSI, weight_OI, bias_O)  # type: ignore[no-untyped-call]
@@ -57,7 +57,7 @@ def wide_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: 
 
 def lane_products(left_LMI: Tensor, right_LNI: Tensor) -> Tensor:
     """``left right^T`` of every lane, (L, M, N). Not differentiable."""
-    if not _quick(left_LMI, left_LMI.shape[1], right_LNI.shape[1]):
+    if not _use_onednn(left_LMI, left_LMI.shape[1], right_LNI.shape[1]):
         return torch.bmm(left_LMI, right_LNI.transpose(1, 2))
     return torch.stack(
         [_product(left_MI, right_NI) for left_MI, right_NI in zip(left_LMI, right_LNI, strict=True)]
@@ -66,7 +66,7 @@ def lane_products(left_LMI: Tensor, right_LNI: Tensor) -> Tensor:
 
 def product_into(out_MN: Tensor, left_MI: Tensor, right_NI: Tensor) -> None:
     """``left right^T``, written to ``out``. Not differentiable."""
-    if _quick(left_MI, left_MI.shape[0], right_NI.shape[0]):
+    if _use_onednn(left_MI, left_MI.shape[0], right_NI.shape[0]):
         out_MN.copy_(_product(left_MI, right_NI))
     else:
         torch.mm(left_MI, right_NI.T, out=out_MN)
@@ -141,7 +141,7 @@ class _WideProduct(torch.autograd.Function):
         return (parts[0] + parts[1]).to(weight_OI.dtype), None
 
 
-def _quick(left: Tensor, rows: int, columns: int) -> bool:
+def _use_onednn(left: Tensor, rows: int, columns: int) -> bool:
     """Return whether oneDNN computes ``rows x columns`` sums over the last axis of ``left``."""
     return (
         rows >= _ROWS

@@ -119,28 +119,28 @@ class Deferral(Overlay):
             "map_bias": self.map_bias_LO,
         }
 
-    def query_of(self, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def query_of(self, x_BSI: Tensor, batch: Batch) -> Tensor:
         """Input of gate and map for each row, (B, I)."""
         row_B = torch.arange(x_BSI.shape[0], device=x_BSI.device)
         if self.query == "prompt":
-            return x_BSI[row_B, rows.prompt_end_B]
+            return x_BSI[row_B, batch.prompt_end_B]
         columns_S = torch.arange(x_BSI.shape[1], device=x_BSI.device)
-        return x_BSI[row_B, (columns_S * rows.attention_mask_BS).argmax(1)]
+        return x_BSI[row_B, (columns_S * batch.attention_mask_BS).argmax(1)]
 
-    def answer(self, query_BI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+    def answer(self, query_BI: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The gate, (B,), and the map's output, (B, O), for each row's query."""
         query_B1I = query_BI.to(self.map_LOI.dtype)[:, None]
-        gate_B = lane_linear(query_B1I, self.gate_L1I, rows)[:, 0, 0] + self.gate_bias_L1[rows.lane_B, 0]
-        value_BO = lane_linear(query_B1I, self.map_LOI, rows)[:, 0] + self.map_bias_LO[rows.lane_B]
+        gate_B = lane_linear(query_B1I, self.gate_L1I, batch)[:, 0, 0] + self.gate_bias_L1[batch.lane_B, 0]
+        value_BO = lane_linear(query_B1I, self.map_LOI, batch)[:, 0] + self.map_bias_LO[batch.lane_B]
         return torch.sigmoid(gate_B), value_BO
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
-        if not any(self.edited[lane] for lane, _, _ in rows.segments):
+        if not any(self.edited[lane] for lane, _, _ in batch.segments):
             return out_BSO
-        gate_B, value_BO = self.answer(self.query_of(x_BSI, rows), rows)
+        gate_B, value_BO = self.answer(self.query_of(x_BSI, batch), batch)
         edited_L = torch.tensor(self.edited, device=gate_B.device)
-        deferred_B = (gate_B >= self.threshold) & edited_L[rows.lane_B]
+        deferred_B = (gate_B >= self.threshold) & edited_L[batch.lane_B]
         return torch.where(deferred_B[:, None, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
 
     def start(self, lane: int, generator: torch.Generator) -> None:
@@ -187,23 +187,23 @@ class DEFER(Method[DEFERConfig, Deferral]):
         return Deferral(site, lanes, self.base.master_dtype, self.config)
 
     def edit(self, overlay: Deferral, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        rows, targets = self._batch(edits)
-        suffix = Suffix.capture(self.base, overlay.sites[0], rows, targets.reads)
+        batch, targets = self._batch(edits)
+        suffix = Suffix.capture(self.base, overlay.sites[0], batch, targets.reads)
         for lane, edit in enumerate(edits):
             if not overlay.edited[lane]:
                 overlay.start(lane, edit.streams.generator("start"))
-        query_BI = overlay.query_of(suffix.input_BSI, rows)
+        query_BI = overlay.query_of(suffix.input_BSI, batch)
         parameters = list(overlay.parameters.values())
 
         def losses() -> Tensor:
-            gate_B, value_BO = overlay.answer(query_BI, rows)
+            gate_B, value_BO = overlay.answer(query_BI, batch)
             gate_B11 = gate_B[:, None, None]
             mixed_BSO = gate_B11 * value_BO[:, None] + (1 - gate_B11) * suffix.output_BSO
             return targets.nll(self.base, suffix.hidden(mixed_BSO.to(suffix.output_BSO.dtype)))
 
         found = descend(WholeBatch(parameters, losses), Adam(parameters, self.config.lr), self.config.n_iter)
         with torch.no_grad():
-            gates = overlay.answer(query_BI, rows)[0].tolist()
+            gates = overlay.answer(query_BI, batch)[0].tolist()
         return [
             EditOutcome(count, loss, {"first_loss": first, "gate": gate})
             for count, loss, first, gate in zip(
@@ -219,13 +219,13 @@ class DEFER(Method[DEFERConfig, Deferral]):
             pairs.append(self.base.encoder.pair(request.prompt, request.target_new))
         cut = None if self.config.query == "row" else -1  # the last token predicts nothing that is scored
         encoded = [Encoded(pair.ids[:cut], pair.prompt_len) for pair in pairs]
-        rows = collate(encoded, range(len(pairs)), self.base.encoder.pad_id, self.base.device)
+        batch = collate(encoded, range(len(pairs)), self.base.encoder.pad_id, self.base.device)
         places = [
             (lane, pair.prompt_len - 1 + j, token, 1 / len(pair.target))
             for lane, pair in enumerate(pairs)
             for j, token in enumerate(pair.target)
         ]
-        return rows, TargetTokens.of(rows, places, len(pairs))
+        return batch, TargetTokens.of(batch, places, len(pairs))
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:

@@ -151,22 +151,22 @@ class Codebook(Overlay):
         self.radii_LJ = torch.zeros(lanes, 0, dtype=dtype, device=device)
         self.labels: list[list[tuple[int, ...]]] = [[] for _ in range(lanes)]
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
-        if not any(self.labels[lane] for lane, _, _ in rows.segments):
+        if not any(self.labels[lane] for lane, _, _ in batch.segments):
             return out_BSO
-        value_BO, hit_B = self._answer(x_BSI, rows)
-        where_BS = self.replaced(rows) & hit_B[:, None]
+        value_BO, hit_B = self._answer(x_BSI, batch)
+        where_BS = self.replaced(batch) & hit_B[:, None]
         return torch.where(where_BS[:, :, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
 
-    def _answer(self, x_BSI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+    def _answer(self, x_BSI: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The nearest entry's value of each row, (B, O), and whether its radius covers the row,
         (B,)."""
-        query_BI = x_BSI[torch.arange(rows.size, device=x_BSI.device), rows.prompt_end_B].to(
+        query_BI = x_BSI[torch.arange(batch.size, device=x_BSI.device), batch.prompt_end_B].to(
             self.keys_LJI.dtype
         )
         values, hits = [], []
-        for lane, start, stop in rows.segments:
+        for lane, start, stop in batch.segments:
             count = len(self.labels[lane])
             if count:
                 distance, nearest = self.distances(lane, query_BI[start:stop]).min(1)
@@ -177,18 +177,18 @@ class Codebook(Overlay):
                 hits.append(torch.zeros(stop - start, dtype=torch.bool, device=x_BSI.device))
         return torch.cat(values), torch.cat(hits)
 
-    def first_change(self, rows: Batch) -> int:
+    def first_change(self, batch: Batch) -> int:
         """The first column that can get a value."""
-        return int(rows.prompt_end_B.min()) if self.replacement == "replace_last" else 0
+        return int(batch.prompt_end_B.min()) if self.replacement == "replace_last" else 0
 
-    def replaced(self, rows: Batch) -> Tensor:
+    def replaced(self, batch: Batch) -> Tensor:
         """The positions that get a value if their row matches, (B, S)."""
         if self.replacement == "replace_all":
-            return rows.attention_mask_BS.bool()
+            return batch.attention_mask_BS.bool()
         if self.replacement == "replace_prompt":
-            return rows.prompt_mask_BS
-        columns_S = torch.arange(rows.prompt_mask_BS.shape[1], device=rows.prompt_end_B.device)
-        return columns_S[None] == rows.prompt_end_B[:, None]
+            return batch.prompt_mask_BS
+        columns_S = torch.arange(batch.prompt_mask_BS.shape[1], device=batch.prompt_end_B.device)
+        return columns_S[None] == batch.prompt_end_B[:, None]
 
     def distances(self, lane: int, query_BI: Tensor) -> Tensor:
         """Euclidean distances to a lane's keys, (B, J); not by a matrix product, which loses
@@ -255,14 +255,14 @@ class GRACE(Method[GRACEConfig, Codebook]):
         return Codebook(site, lanes, self.base.master_dtype, self.config.replacement)
 
     def edit(self, overlay: Codebook, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        batch = _Batch(self.base, edits)
-        rows, site = batch.rows, overlay.sites[0]
-        row_B = torch.arange(rows.size, device=self.base.device)
-        suffix = Suffix.capture(self.base, site, rows, batch.targets.reads, overlay.first_change(rows))
-        key_LI = suffix.input_BSI[row_B, rows.prompt_end_B].to(overlay.keys_LJI.dtype)
+        requests = _Requests(self.base, edits)
+        batch, site = requests.batch, overlay.sites[0]
+        row_B = torch.arange(batch.size, device=self.base.device)
+        suffix = Suffix.capture(self.base, site, batch, requests.targets.reads, overlay.first_change(batch))
+        key_LI = suffix.input_BSI[row_B, batch.prompt_end_B].to(overlay.keys_LJI.dtype)
         rules, slots, starts = [], [], []
         for lane, edit in enumerate(edits):
-            rule, slot = self._place(overlay, lane, key_LI[lane], batch.labels[lane])
+            rule, slot = self._place(overlay, lane, key_LI[lane], requests.labels[lane])
             fresh = rule in ("add", "split", "replace")
             starts.append(
                 self._start(overlay, edit, key_LI[lane]) if fresh else overlay.values_LJO[lane, slot].clone()
@@ -273,11 +273,11 @@ class GRACE(Method[GRACEConfig, Codebook]):
 
         value_LO = torch.stack(starts)
         plain_BSO = suffix.output_BSO[:, suffix.first :]
-        where_BS1 = overlay.replaced(rows)[:, suffix.first :, None]
+        where_BS1 = overlay.replaced(batch)[:, suffix.first :, None]
 
         def losses() -> Tensor:
             output_BSO = torch.where(where_BS1, value_LO.to(plain_BSO.dtype)[:, None], plain_BSO)
-            return batch.targets.nll(self.base, suffix.hidden(output_BSO))
+            return requests.targets.nll(self.base, suffix.hidden(output_BSO))
 
         found = descend(
             WholeBatch([value_LO], losses),
@@ -332,7 +332,7 @@ class GRACE(Method[GRACEConfig, Codebook]):
         return {"layer": 4, "lr": 1.0, "n_iter": 25, "eps": 2.0}
 
 
-class _Batch:
+class _Requests:
     """One row per lane, with its label and the positions of its loss."""
 
     def __init__(self, base: BaseModel, edits: Sequence[LaneEdit]) -> None:
@@ -343,10 +343,10 @@ class _Batch:
         self.labels = [pair.target for pair in pairs]
         # the last token predicts nothing that is scored
         encoded = [Encoded(pair.ids[:-1], pair.prompt_len) for pair in pairs]
-        self.rows = collate(encoded, range(len(pairs)), base.encoder.pad_id, base.device)
+        self.batch = collate(encoded, range(len(pairs)), base.encoder.pad_id, base.device)
         places = [
             (lane, pair.prompt_len - 1 + j, token, 1 / len(pair.target))
             for lane, pair in enumerate(pairs)
             for j, token in enumerate(pair.target)
         ]
-        self.targets = TargetTokens.of(self.rows, places, len(pairs))
+        self.targets = TargetTokens.of(self.batch, places, len(pairs))

@@ -129,13 +129,13 @@ class Facts(SitelessOverlay):
                 f"but the model's context length is {self._context}; choose a smaller T"
             )
 
-    def hidden_states(self, base: BaseModel, rows: Batch) -> Tensor:
-        asked = {lane for lane, _, _ in rows.segments}
+    def hidden_states(self, base: BaseModel, batch: Batch) -> Tensor:
+        asked = {lane for lane, _, _ in batch.segments}
         if not any(self.facts[lane] for lane in asked):
-            return base.hidden_states(rows)
-        width = rows.input_ids_BS.shape[1]
-        encoded = self._with_facts(base, rows)
-        lane_B = rows.lane_B.tolist()
+            return base.hidden_states(batch)
+        width = batch.input_ids_BS.shape[1]
+        encoded = self._with_facts(base, batch)
+        lane_B = batch.lane_B.tolist()
         parts: list[Tensor] = []
         start = 0
         while start < len(encoded):
@@ -152,15 +152,15 @@ class Facts(SitelessOverlay):
             start = stop
         return torch.cat(parts)
 
-    def _with_facts(self, base: BaseModel, rows: Batch) -> list[Encoded]:
+    def _with_facts(self, base: BaseModel, batch: Batch) -> list[Encoded]:
         """Each row with its lane's facts before the prompt. Columns after the prompt are aligned at
         the right."""
         encoded = []
         for ids, real, end, lane in zip(
-            rows.input_ids_BS.tolist(),
-            rows.attention_mask_BS.bool().tolist(),
-            rows.prompt_end_B.tolist(),
-            rows.lane_B.tolist(),
+            batch.input_ids_BS.tolist(),
+            batch.attention_mask_BS.bool().tolist(),
+            batch.prompt_end_B.tolist(),
+            batch.lane_B.tolist(),
             strict=True,
         ):
             prompt = tuple(t for t, r in zip(ids[: end + 1], real[: end + 1], strict=True) if r)

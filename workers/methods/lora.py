@@ -39,7 +39,7 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.inner_loop.descend import WholeBatch, descend
-from workers.inner_loop.finetune import batch, with_target
+from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
@@ -140,12 +140,12 @@ class LoRA(Method[LoRAConfig, AdapterOverlay]):
         config, base = self.config, self.base
         for lane, edit in enumerate(edits):
             overlay.start(lane, edit.streams)
-        rows, targets = batch(base, [edit.requests for edit in edits], with_target)
-        prefix = capture(base, rows, overlay.first_layer)
+        batch, targets = collate_requests(base, [edit.requests for edit in edits], with_target)
+        prefix = capture(base, batch, overlay.first_layer)
         factors = overlay.factors
 
         def losses() -> Tensor:
-            with overlay.installed(rows):
+            with overlay.installed(batch):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
         if config.lora_dropout:

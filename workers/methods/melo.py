@@ -55,7 +55,7 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.inner_loop.descend import WholeBatch, descend
-from workers.inner_loop.finetune import batch, with_target
+from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import split_module
@@ -295,50 +295,50 @@ class BlockOverlay(Overlay):
         """Number of blocks of a lane."""
         return int(self.down[self.adapted[0].name][lane].shape[0])
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         raise TypeError("which block answers is known within a forward only; use installed()")
 
     @contextmanager
-    def installed(self, rows: Batch) -> Iterator[None]:
+    def installed(self, batch: Batch) -> Iterator[None]:
         """Inside, the key map selects each row's block, and the later maps apply it."""
         route = _Route()
         with ExitStack() as stack:
-            stack.enter_context(override_forward(self.key.module, partial(self._look_up, rows, route)))
+            stack.enter_context(override_forward(self.key.module, partial(self._look_up, batch, route)))
             for site in self.adapted:
-                stack.enter_context(override_forward(site.module, partial(self._answer, site, rows, route)))
+                stack.enter_context(override_forward(site.module, partial(self._answer, site, batch, route)))
             yield
 
     @contextmanager
     def learning(
-        self, rows: Batch, down_LRI: Mapping[str, Tensor], up_LOR: Mapping[str, Tensor]
+        self, batch: Batch, down_LRI: Mapping[str, Tensor], up_LOR: Mapping[str, Tensor]
     ) -> Iterator[None]:
         """Inside, every row uses the block that its lane is training."""
 
         def answer(site: Site, x_BSI: Tensor) -> Tensor:
-            inner_BSR = lane_linear(x_BSI, down_LRI[site.name], rows)
+            inner_BSR = lane_linear(x_BSI, down_LRI[site.name], batch)
             plain_BSO = site.answer(x_BSI)
-            return plain_BSO + lane_linear(inner_BSR, up_LOR[site.name], rows) * self.scale
+            return plain_BSO + lane_linear(inner_BSR, up_LOR[site.name], batch) * self.scale
 
         with ExitStack() as stack:
             for site in self.adapted:
                 stack.enter_context(override_forward(site.module, partial(answer, site)))
             yield
 
-    def _look_up(self, rows: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
+    def _look_up(self, batch: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
         out_BSO = self.key.answer(x_BSI)
-        query_BO = at_prompt_end(out_BSO, rows).to(self._like.dtype)
+        query_BO = at_prompt_end(out_BSO, batch).to(self._like.dtype)
         route.block_B = [
             block
-            for lane, start, stop in rows.segments
+            for lane, start, stop in batch.segments
             for block in self.databases[lane].find(query_BO[start:stop])
         ]
         return out_BSO
 
-    def _answer(self, site: Site, rows: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
+    def _answer(self, site: Site, batch: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
         out_BSO = site.answer(x_BSI)
         if route.block_B is None:
             raise RuntimeError("a map with blocks was run before the map that chooses them")
-        lane_B = [lane for lane, start, stop in rows.segments for _ in range(start, stop)]
+        lane_B = [lane for lane, start, stop in batch.segments for _ in range(start, stop)]
         hit = [row for row, block in enumerate(route.block_B) if block != NO_BLOCK]
         if not hit:
             return out_BSO
@@ -418,16 +418,16 @@ class MELO(Method[MELOConfig, BlockOverlay]):
 
     def edit(self, overlay: BlockOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config, base = self.config, self.base
-        rows, targets = batch(base, [edit.requests for edit in edits], with_target)
+        batch, targets = collate_requests(base, [edit.requests for edit in edits], with_target)
         seen: list[Tensor] = []
         note = overlay.key.module.register_forward_hook(
-            lambda _, args, out: seen.append(at_prompt_end(out, rows))
+            lambda _, args, out: seen.append(at_prompt_end(out, batch))
         )
         try:
-            prefix = capture(base, rows, min(config.layers))
+            prefix = capture(base, batch, min(config.layers))
         finally:
             note.remove()
-        rules = self._place(overlay, edits, rows, seen[0].detach().to(base.master_dtype))
+        rules = self._place(overlay, edits, batch, seen[0].detach().to(base.master_dtype))
 
         down_LRI: dict[str, Tensor] = {}
         up_LOR: dict[str, Tensor] = {}
@@ -441,7 +441,7 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         factors = [*down_LRI.values(), *up_LOR.values()]
 
         def losses() -> Tensor:
-            with overlay.learning(rows, down_LRI, up_LOR):
+            with overlay.learning(batch, down_LRI, up_LOR):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
         found = descend(
@@ -460,12 +460,12 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         ]
 
     def _place(
-        self, overlay: BlockOverlay, edits: Sequence[LaneEdit], rows: Batch, query_BO: Tensor
+        self, overlay: BlockOverlay, edits: Sequence[LaneEdit], batch: Batch, query_BO: Tensor
     ) -> list[list[JSON]]:
         """Insert every lane's requests into its database, for the block that will be trained;
         return the rules' names."""
         rules: list[list[JSON]] = []
-        for (lane, start, _), edit in zip(rows.segments, edits, strict=True):
+        for (lane, start, _), edit in zip(batch.segments, edits, strict=True):
             block = overlay.blocks(lane)
             rules.append([])
             for row, request in enumerate(edit.requests, start):
@@ -480,9 +480,9 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         return {"key_layer": 3, "layers": [4, 5], "rank": 2, "radius": 1.0, "lr": 1e-2, "num_iter": 50}
 
 
-def at_prompt_end(out_BSO: Tensor, rows: Batch) -> Tensor:
+def at_prompt_end(out_BSO: Tensor, batch: Batch) -> Tensor:
     """Output of a map at each row's last prompt token, (B, O)."""
-    return out_BSO[torch.arange(rows.size, device=out_BSO.device), rows.prompt_end_B]
+    return out_BSO[torch.arange(batch.size, device=out_BSO.device), batch.prompt_end_B]
 
 
 def _distances(a_AO: Tensor, b_BO: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from workers.methods.base import Deviations, EditOutcome, LaneEdit, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
-from workers.methods.families.locate import Facts, Sated, chunked, facts_of, observe, search
+from workers.methods.families.locate import Facts, HitRule, chunked, facts_of, observe, search
 from workers.methods.families.spread import (
     RidgeMethod,
     SpreadConfig,
@@ -60,11 +60,11 @@ from workers.model.overlay import LowRankOverlay, Overlay
 from workers.model.replay import Prefix, capture, replay
 from workers.types import JSON, SpecError
 
-SATED_WEIGHT = 0.1
+HIT_WEIGHT = 0.1
 """Weight of the target loss once all target tokens have the largest logits (the published
 constant)."""
 
-SATED_KL = 0.01
+HIT_KL = 0.01
 """Largest KL term at which such a search ends (the published constant)."""
 
 
@@ -141,12 +141,12 @@ class PMET(RidgeMethod[PMETConfig]):
         check_lockstep(edits)
         base, config, lanes = self.base, self.config, overlay.lanes
         facts = facts_of(base, edits, config, self.inputs, spaced=not config.deviations.public_target)
-        sated = Sated(config.nll_loss_factor, SATED_WEIGHT * config.nll_loss_factor, SATED_KL)
+        hit_rule = HitRule(config.nll_loss_factor, HIT_WEIGHT * config.nll_loss_factor, HIT_KL)
         wanted, figures = [], []
-        for part in chunked(facts, lanes):
-            batch = Facts(base, part)
-            at = _AtLayer.capture(base, self.sites[-1], batch, overlay)
-            found = search(base, config, batch, at, at.values, sated)
+        for chunk in chunked(facts, lanes):
+            part = Facts(base, chunk)
+            at = _AtLayer.capture(base, self.sites[-1], part, overlay)
+            found = search(base, config, part, at, at.values, hit_rule)
             wanted.append(at.values[1] + found.deltas[1])
             figures.append(figures_of(found, which=1))
         z_NO, top = torch.cat(wanted), self.sites[-1].module
@@ -179,8 +179,8 @@ class _AtLayer:
     edits made so far."""
 
     base: BaseModel
-    rows: Batch
-    lane_rows: Batch
+    batch: Batch
+    lane_batch: Batch
     overlay: Overlay
     maps: tuple[nn.Module, nn.Module]
     here_BS1: Tensor
@@ -191,52 +191,52 @@ class _AtLayer:
     """Outputs of the two maps at the bare prompt's lookup token, (N, O) each."""
 
     @classmethod
-    def capture(cls, base: BaseModel, site: Site, batch: Facts, overlay: Overlay) -> Self:
+    def capture(cls, base: BaseModel, site: Site, facts: Facts, overlay: Overlay) -> Self:
         attention = base.site(site.layer, base.arch.attn_out)
         maps = (attention.module, site.module)
         caught: dict[int, Tensor] = {}
         with ExitStack() as stack:
-            stack.enter_context(overlay.installed(batch.lane_rows))
+            stack.enter_context(overlay.installed(facts.lane_batch))
             for i, module in enumerate(maps):
                 note = module.register_forward_hook(lambda _, args, out, i=i: caught.update({i: out}))
                 stack.callback(note.remove)
-            prefix = capture(base, batch.lane_rows, site.layer)
-        row, column = batch.reads
+            prefix = capture(base, facts.lane_batch, site.layer)
+        row, column = facts.reads
         device = base.device
         return cls(
             base,
-            batch.rows,
-            batch.lane_rows,
+            facts.batch,
+            facts.lane_batch,
             overlay,
             maps,
-            batch.lookup_mask(0),
+            facts.lookup_mask(0),
             prefix,
             torch.tensor(row, device=device),
             torch.tensor(column, device=device),
-            [batch.plain(caught[i]).to(base.master_dtype) for i in range(2)],
+            [facts.plain(caught[i]).to(base.master_dtype) for i in range(2)],
         )
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
         with ExitStack() as stack:
             for module, delta_KO in zip(self.maps, deltas, strict=True):
-                shift_B1O = delta_KO[self.rows.lane_B][:, None]
+                shift_B1O = delta_KO[self.batch.lane_B][:, None]
                 added_BSO = torch.where(self.here_BS1, shift_B1O, 0)
                 handle = module.register_forward_hook(
                     lambda _, args, out, more=added_BSO: out + more.to(out.dtype)
                 )
                 stack.callback(handle.remove)
-            stack.enter_context(self.overlay.installed(self.lane_rows))
+            stack.enter_context(self.overlay.installed(self.lane_batch))
             return replay(self.base, self.prefix)[self.row_P, self.column_P]
 
-    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> _AtLayer:
+    def part(self, row_B: Sequence[int], batch: Batch, read_P: Sequence[int]) -> _AtLayer:
         index = torch.tensor(list(row_B), device=self.row_P.device)
-        place = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
+        place = torch.full((self.batch.size,), -1, dtype=torch.long, device=index.device)
         place[index] = torch.arange(len(row_B), device=index.device)
         chosen = torch.tensor(list(read_P), device=index.device)
         return replace(
             self,
-            rows=rows,
-            lane_rows=_under_lanes(rows, self.lane_rows, row_B),
+            batch=batch,
+            lane_batch=_under_lanes(batch, self.lane_batch, row_B),
             here_BS1=self.here_BS1[index],
             prefix=self.prefix.part(index),
             row_P=place[self.row_P[chosen]],
@@ -244,7 +244,7 @@ class _AtLayer:
         )
 
 
-def _under_lanes(rows: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
+def _under_lanes(batch: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
     """``batch``, which holds rows ``row_B`` of ``whole``, with the lanes that the rows have in
     ``whole``."""
     lane_of = {row: lane for lane, start, stop in whole.segments for row in range(start, stop)}
@@ -255,4 +255,4 @@ def _under_lanes(rows: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
             segments[-1] = (lane, segments[-1][1], i + 1)
         else:
             segments.append((lane, i, i + 1))
-    return replace(rows, lane_B=torch.tensor(lanes, device=rows.lane_B.device), segments=tuple(segments))
+    return replace(batch, lane_B=torch.tensor(lanes, device=batch.lane_B.device), segments=tuple(segments))

@@ -169,12 +169,12 @@ class ROME(Method[ROMEConfig, LowRankOverlay]):
     def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if any(len(edit.requests) != 1 for edit in edits):
             raise ValueError("ROME edits one request at a time")
-        batch = Facts(self.base, facts_of(self.base, edits, self.config, self.inputs))
-        at = AtMap.capture(self.base, self.site, batch, overlay)
-        keys_BI = batch.at_lookup(at.suffix.input_BSI).to(self.base.master_dtype)
-        found = search(self.base, self.config, batch, at, [at.value_NO])
+        facts = Facts(self.base, facts_of(self.base, edits, self.config, self.inputs))
+        at = AtMap.capture(self.base, self.site, facts, overlay)
+        keys_BI = facts.at_lookup(at.suffix.input_BSI).to(self.base.master_dtype)
+        found = search(self.base, self.config, facts, at, [at.value_NO])
         (delta_LO,), (value_norm_L,) = found.deltas, found.norms
-        left_LO, right_LI = self._update(batch, at, keys_BI, delta_LO)
+        left_LO, right_LI = self._update(facts, at, keys_BI, delta_LO)
         overlay.add(left_LO, right_LI)
         columns = (found.steps_N, found.loss_N, found.first_N, delta_LO.norm(dim=1) / value_norm_L)
         return [
@@ -188,10 +188,10 @@ class ROME(Method[ROMEConfig, LowRankOverlay]):
         direction_LI: Tensor = key_LI / key_LI.norm(dim=1, keepdim=True)
         return direction_LI
 
-    def _update(self, batch: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(self, facts: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
         """The change's two factors (Eq. 2); ``keys_BI`` is each row's key."""
-        right_LI = self._direction(batch.mean(keys_BI))
-        scale_L1 = (keys_BI[batch.plain_N] * right_LI).sum(1, keepdim=True)
+        right_LI = self._direction(facts.mean(keys_BI))
+        scale_L1 = (keys_BI[facts.plain_N] * right_LI).sum(1, keepdim=True)
         return delta_LO / scale_L1, right_LI
 
     @classmethod
@@ -253,8 +253,8 @@ class RROME(ROME):
     )
     Config: ClassVar[type[MethodConfig]] = RROMEConfig
 
-    def _update(self, batch: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
-        key_LI = batch.mean(keys_BI)
+    def _update(self, facts: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
+        key_LI = facts.mean(keys_BI)
         right_LI = self._direction(key_LI)
-        now_LO = batch.mean(batch.at_lookup(at.suffix.output_BSO).to(delta_LO))
+        now_LO = facts.mean(facts.at_lookup(at.suffix.output_BSO).to(delta_LO))
         return (at.value_NO + delta_LO - now_LO) / (key_LI * right_LI).sum(1, keepdim=True), right_LI

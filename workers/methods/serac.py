@@ -394,15 +394,15 @@ class EditMemory(SitelessOverlay):
 
     @torch.no_grad()
     def logits(
-        self, base: BaseModel, hidden_PD: Tensor, rows: Batch, row_P: Sequence[int], column_P: Sequence[int]
+        self, base: BaseModel, hidden_PD: Tensor, batch: Batch, row_P: Sequence[int], column_P: Sequence[int]
     ) -> Tensor:
         logits_PV = base.logits(hidden_PD)
-        ends = rows.prompt_end_B.tolist()
-        asked = sorted({r for r in row_P if self.texts[int(rows.lane_B[r])]})
+        ends = batch.prompt_end_B.tolist()
+        asked = sorted({r for r in row_P if self.texts[int(batch.lane_B[r])]})
         if not asked:
             return logits_PV
-        lanes = rows.lane_B[asked].tolist()
-        tokens = [_split(rows, r, ends[r]) for r in asked]
+        lanes = batch.lane_B[asked].tolist()
+        tokens = [_split(batch, r, ends[r]) for r in asked]
         prompts = [_text(base, prompt) for prompt, _ in tokens]
         read = prompts if self.config.reads == "prompt" else [_text(base, (*p, *c)) for p, c in tokens]
         scope, place = self.scopes(lanes, read)
@@ -444,11 +444,11 @@ def mixed(base_V: Tensor, counterfactual_V: Tensor, scope: float) -> Tensor:
     return ((1 - scope) * base_V.softmax(-1) + scope * counterfactual_V.softmax(-1) + eps).log()
 
 
-def _split(rows: Batch, row: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _split(batch: Batch, row: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The real tokens of a row's prompt, and those after it."""
-    start = rows.offsets[row]
-    ids = rows.input_ids_BS[row].tolist()
-    stop = start + int(rows.attention_mask_BS[row].sum())
+    start = batch.offsets[row]
+    ids = batch.input_ids_BS[row].tolist()
+    stop = start + int(batch.attention_mask_BS[row].sum())
     return tuple(ids[start : end + 1]), tuple(ids[end + 1 : stop])
 
 

@@ -330,14 +330,14 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
         masters' precision."""
         base = self.base
         encoded = [base.encoder.pair(edit.requests[0].prompt, edit.requests[0].target_new) for edit in edits]
-        rows = collate(encoded, range(len(edits)), base.encoder.pad_id, base.device)
+        batch = collate(encoded, range(len(edits)), base.encoder.pad_id, base.device)
         with ExitStack() as stack:
             if not self.config.init_model:
-                stack.enter_context(overlay.installed(rows))
+                stack.enter_context(overlay.installed(batch))
             caught = stack.enter_context(_inputs(base, self.sites))
-            base.hidden_states(rows)
+            base.hidden_states(batch)
         return [
-            [caught[site.name][lane, rows.offsets[lane] :].to(base.master_dtype) for site in self.sites]
+            [caught[site.name][lane, batch.offsets[lane] :].to(base.master_dtype) for site in self.sites]
             for lane in range(len(edits))
         ]
 

@@ -263,19 +263,19 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
                 ]
                 encoded.append(sequence)
                 lanes.append(lane)
-        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
-        targets = TargetTokens.of(rows, places, len(requests))
+        batch = collate(encoded, lanes, base.encoder.pad_id, base.device)
+        targets = TargetTokens.of(batch, places, len(requests))
         kept: list[list[int]] = [[] for _ in requests]
-        width = rows.input_ids_BS.shape[1]
+        width = batch.input_ids_BS.shape[1]
         if config.token == "ans":
             for row, column in dict.fromkeys(zip(*targets.reads, strict=True)):
                 kept[lanes[row]].append(row * width + column)
         else:
             for row, sequence in enumerate(encoded):
-                first = row * width + rows.offsets[row]
+                first = row * width + batch.offsets[row]
                 kept[lanes[row]] += range(first, first + len(sequence.ids))
-        with _traced(overlay.sites) as (inputs, outputs), overlay.installed(rows), torch.enable_grad():
-            hidden_BSD = base.hidden_states(rows)
+        with _traced(overlay.sites) as (inputs, outputs), overlay.installed(batch), torch.enable_grad():
+            hidden_BSD = base.hidden_states(batch)
             loss_L = targets.nll(base, hidden_BSD[targets.row_P, targets.column_P])
             grads = torch.autograd.grad(loss_L.sum(), outputs)
         most = max(len(places) for places in kept)

@@ -217,13 +217,13 @@ class BaseModel:
             raise SpecError(f"module: decoder layer {layer} has no {path!r}") from None
         return Site(found, f"{self.arch.layers}.{layer}.{path}", layer)
 
-    def hidden_states(self, rows: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, (B, S, D). Runs every layer; ``replay`` runs only the
         last ones."""
         out = self.backbone(
-            input_ids=rows.input_ids_BS,
-            attention_mask=rows.attention_mask_BS,
-            position_ids=rows.position_ids_BS,
+            input_ids=batch.input_ids_BS,
+            attention_mask=batch.attention_mask_BS,
+            position_ids=batch.position_ids_BS,
             use_cache=False,
         )
         hidden: Tensor = out.last_hidden_state

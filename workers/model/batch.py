@@ -1,8 +1,8 @@
 """Batches of token sequences, with the data that a forward pass needs about each row.
 
 >>> encoder = Encoder(tokenizer)
->>> rows = collate([encoder.pair("The capital of France is", "Paris")], lanes=[0], pad_id=0)
->>> rows.prompt_end_B          # position of the last prompt token: GRACE's key, where ROME's loss starts
+>>> batch = collate([encoder.pair("The capital of France is", "Paris")], lanes=[0], pad_id=0)
+>>> batch.prompt_end_B          # position of the last prompt token: GRACE's key, where ROME's loss starts
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 change.
 
 >>> overlay = DenseOverlay(site, lanes=8)
->>> with overlay.installed(rows):                  # the edited map uses the lane of each row
-...     hidden = base.hidden_states(rows)
+>>> with overlay.installed(batch):                  # the edited map uses the lane of each row
+...     hidden = base.hidden_states(batch)
 >>> saved = overlay.state(3)                       # snapshot of lane 3: only what edits touched
 >>> overlay = DenseOverlay(site, lanes=8)          # rollback: a new overlay; nothing to undo
 
@@ -63,7 +63,7 @@ class Overlay(ABC):
         return False
 
     @abstractmethod
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         """Return the output of the edited linear map, (B, S, O). ``batch`` gives each row's lane
         and the end of its prompt."""
 
@@ -87,30 +87,30 @@ class Overlay(ABC):
         :meth:`hidden_states`."""
         return True
 
-    def hidden_states(self, base: BaseModel, rows: Batch) -> Tensor:
+    def hidden_states(self, base: BaseModel, batch: Batch) -> Tensor:
         """The edited model's hidden states after the final norm, (B, S, D), for the columns of
         ``batch``."""
-        with self.installed(rows):
-            return base.hidden_states(rows)
+        with self.installed(batch):
+            return base.hidden_states(batch)
 
     def logits(
-        self, base: BaseModel, hidden_PD: Tensor, rows: Batch, row_P: Sequence[int], column_P: Sequence[int]
+        self, base: BaseModel, hidden_PD: Tensor, batch: Batch, row_P: Sequence[int], column_P: Sequence[int]
     ) -> Tensor:
         """The edited model's logits (P, V) at some positions of ``batch``, from its hidden states
         there."""
         return base.logits(hidden_PD)
 
     @contextmanager
-    def installed(self, rows: Batch) -> Iterator[None]:
+    def installed(self, batch: Batch) -> Iterator[None]:
         """Inside the ``with``, the edited maps compute this overlay's :meth:`forward`; afterwards
         the modules are restored."""
         with ExitStack() as stack:
             for site in self.sites:
-                stack.enter_context(override_forward(site.module, partial(self._answer_at, site, rows)))
+                stack.enter_context(override_forward(site.module, partial(self._forward_at, site, batch)))
             yield
 
-    def _answer_at(self, site: Site, rows: Batch, x_BSI: Tensor) -> Tensor:
-        return self.forward(site, x_BSI, rows)
+    def _forward_at(self, site: Site, batch: Batch, x_BSI: Tensor) -> Tensor:
+        return self.forward(site, x_BSI, batch)
 
     def finite(self, lane: int) -> bool:
         """Return whether every number of the lane's state is finite."""
@@ -130,7 +130,7 @@ class SitelessOverlay(Overlay):
     def __init__(self, lanes: int) -> None:
         super().__init__([], lanes)
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no edited map, {site.name} least of all")
 
     def delta_norm(self, lane: int) -> float | None:
@@ -159,7 +159,7 @@ class _LaneProduct(torch.autograd.Function):
         return grad_x_LNI, grad_LOI
 
 
-def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Batch, bias_O: Tensor | None = None) -> Tensor:
+def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, batch: Batch, bias_O: Tensor | None = None) -> Tensor:
     """Each row times the weight of its own lane, (B, S, O).
 
     One lane uses its weight directly; lanes with equally many rows share one batched product;
@@ -171,15 +171,15 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Batch, bias_O: Tensor |
     whole = (
         lanes == 1 and x_BSI.device.type == "cuda"
     )  # on CUDA the gradient of one lane's view copies the whole weight
-    if len(rows.segments) == 1 and not whole:
-        return linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
-    if rows.even(lanes):
+    if len(batch.segments) == 1 and not whole:
+        return linear(x_BSI, weight_LOI[batch.segments[0][0]], bias_O)
+    if batch.even(lanes):
         x_LNI = x_BSI.reshape(lanes, -1, x_BSI.shape[-1])
         out_LNO: Tensor = _LaneProduct.apply(x_LNI, weight_LOI)  # type: ignore[no-untyped-call]
         out = out_LNO.reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
         return out if bias_O is None else out + bias_O
     return torch.cat(
-        [linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments]
+        [linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in batch.segments]
     )
 
 
@@ -225,9 +225,9 @@ class DenseOverlay(Overlay):
         """Inside :meth:`working`: the copies that the forward uses."""
         self._touched = [False] * lanes
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         weight_LOI = self.working_LOI.get(site.name, self.weights_LOI[site.name])
-        return lane_linear(x_BSI, weight_LOI, rows, site.bias_O)
+        return lane_linear(x_BSI, weight_LOI, batch, site.bias_O)
 
     @contextmanager
     def working(self, dtype: torch.dtype) -> Iterator[None]:
@@ -379,13 +379,13 @@ class LowRankOverlay(Overlay):
             left, right = left.unsqueeze(2), right.unsqueeze(1)
         self.part_of(site).add(left, right)
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         part = self._parts[site.name]
         out = site.answer(x_BSI)
         if part.dense_LOI is not None:
-            out = out + lane_linear(x_BSI, part.dense_LOI, rows)
+            out = out + lane_linear(x_BSI, part.dense_LOI, batch)
         if part.rank:
-            out = out + lane_linear(lane_linear(x_BSI, part.right_LJI, rows), part.left_LOJ, rows)
+            out = out + lane_linear(lane_linear(x_BSI, part.right_LJI, batch), part.left_LOJ, batch)
         return out
 
     def delta(self, lane: int, site: Site | None = None) -> Tensor:

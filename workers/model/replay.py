@@ -1,7 +1,7 @@
 """Run only the layers an edit can change (DESIGN section 5).
 
->>> prefix = capture(base, rows, first_layer=4)  # one full forward of the pristine base, no gradients
->>> with overlay.installed(rows):
+>>> prefix = capture(base, batch, first_layer=4)  # one full forward of the pristine base, no gradients
+>>> with overlay.installed(batch):
 ...     hidden_BSD = replay(base, prefix)               # layers 4.. and the final norm; gradients flow
 
 The activations entering layer L of an overlay that starts at L depend on the tokens alone, so they
@@ -78,7 +78,7 @@ class Prefix:
 
 
 @torch.no_grad()
-def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
+def capture(base: BaseModel, batch: Batch, first_layer: int) -> Prefix:
     """Run the base once and keep the inputs of every layer from ``first_layer`` on (of the final
     norm, if there is no such layer)."""
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -89,7 +89,7 @@ def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
     with ExitStack() as stack:
         for layer in base.layers[first_layer:] or [base.norm]:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        output = base.hidden_states(rows)
+        output = base.hidden_states(batch)
     args, kwargs = entered[0]
     hidden = args[0] if args else kwargs["hidden_states"]
     # the hidden states of later layers are recomputed; keeping them would hold the whole forward in

@@ -113,10 +113,13 @@ class Ability:
 
         count = sum(len(window) - 1 for window in self.windows)
         found = text_logprobs(base, overlay, lanes, self.windows, self.config, answers, prefixes)
-        return {lane: (_of(after / count), _of(before / count)) for lane, (after, before) in found.items()}
+        return {
+            lane: (_perplexity(after / count), _perplexity(before / count))
+            for lane, (after, before) in found.items()
+        }
 
 
-def _of(mean_logprob: float) -> float | None:
+def _perplexity(mean_logprob: float) -> float | None:
     value = exp(-mean_logprob)
     return value if math.isfinite(value) else None
 

@@ -19,7 +19,7 @@ V = TypeVar("V")
 
 
 @dataclass
-class _Recent(Generic[V]):
+class _LRUCache(Generic[V]):
     """A least-recently-used cache: one value per scoring batch, total weight at most ``budget``.
 
     The key is a whole batch and never a single sequence, so that after a hit and after a miss the
@@ -68,7 +68,7 @@ class _Recent(Generic[V]):
 
 
 @dataclass
-class _OfBase(_Recent[V]):
+class _BaseCache(_LRUCache[V]):
     """Results of the base model. ``budget`` counts batches."""
 
     budget: int = 1024
@@ -77,19 +77,19 @@ class _OfBase(_Recent[V]):
         self._keep(key, value, 1)
 
 
-class BaseNumbers(_OfBase[Numbers]):
+class BaseNumbers(_BaseCache[Numbers]):
     """Numbers of the base model on a batch that are not replies to probes, one per row."""
 
 
 @dataclass
-class BaseAnswers(_OfBase[Reply]):
+class BaseAnswers(_BaseCache[Reply]):
     """The base model's replies to scoring batches, kept by the session."""
 
     numbers: BaseNumbers = field(default_factory=BaseNumbers)
 
 
 @dataclass
-class Prefixes(_Recent[Prefix]):
+class Prefixes(_LRUCache[Prefix]):
     """Cache of the inputs of the first layer an overlay can change: layers below an edit compute
     the same in every group, method and seed.
 

@@ -139,13 +139,13 @@ def continuations(
             encoded = [
                 Encoded((*prompt, *ids), len(prompt)) for prompt, ids in zip(prompts, written, strict=True)
             ]
-            rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
-            hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
+            batch = collate(encoded, lanes, base.encoder.pad_id, base.device)
+            hidden_BSD = base.hidden_states(batch) if overlay is None else overlay.hidden_states(base, batch)
             last = hidden_BSD.shape[1] - 1
-            where = range(rows.size), [last] * rows.size
+            where = range(batch.size), [last] * batch.size
             hidden_BD = hidden_BSD[:, last]
             logits_BV = (
-                base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, rows, *where)
+                base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, batch, *where)
             )
             logits_BV = logits_BV.double().cpu()  # sampled on the CPU: same token on every device
             if base.tokenizer.eos_token_id is not None:

@@ -83,41 +83,41 @@ def fitting_replies(
 def both_replies(
     base: BaseModel,
     overlay: Overlay | None,
-    batch: list[EncodedProbe],
+    probes: list[EncodedProbe],
     config: ScoreConfig,
     kept: BaseAnswers,
     prefixes: Prefixes,
 ) -> tuple[Reply, Reply]:
     """The replies of the base model and of the edited model to the identical batch."""
-    rows = collate([p.encoded for p in batch], [p.lane for p in batch], base.encoder.pad_id, base.device)
-    texts = tuple(p.encoded for p in batch)
-    key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target, p.aliases) for p in batch))
+    batch = collate([p.encoded for p in probes], [p.lane for p in probes], base.encoder.pad_id, base.device)
+    texts = tuple(p.encoded for p in probes)
+    key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target, p.aliases) for p in probes))
     before = kept.get(key)
     if overlay is None or overlay.inert:
         if before is None:
-            before = read_reply(base, None, base.hidden_states(rows), rows, batch, config, None)
+            before = read_reply(base, None, base.hidden_states(batch), batch, probes, config, None)
             kept.put(key, before)
         return before, before
     if not overlay.replays:
         if before is None:
-            before = read_reply(base, None, base.hidden_states(rows), rows, batch, config, None)
+            before = read_reply(base, None, base.hidden_states(batch), batch, probes, config, None)
             kept.put(key, before)
-        hidden_BSD = overlay.hidden_states(base, rows)
-        return before, read_reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
+        hidden_BSD = overlay.hidden_states(base, batch)
+        return before, read_reply(base, overlay, hidden_BSD, batch, probes, config, before.texts)
     place = (overlay.first_layer, texts)
     prefix = prefixes.get(place)
     if before is None:
-        pristine = capture(base, rows, overlay.first_layer)
-        before = read_reply(base, None, pristine.output_BSD, rows, batch, config, None)
+        pristine = capture(base, batch, overlay.first_layer)
+        before = read_reply(base, None, pristine.output_BSD, batch, probes, config, None)
         kept.put(key, before)
         if prefix is None:
             prefix = pristine
             prefixes.put(place, prefix)
-    with overlay.installed(rows):
+    with overlay.installed(batch):
         if prefix is not None:
             hidden_BSD = replay(base, prefix)
         else:  # the layers below an edit compute the same with it
-            prefix = capture(base, rows, overlay.first_layer)
+            prefix = capture(base, batch, overlay.first_layer)
             hidden_BSD = prefix.output_BSD
             prefixes.put(place, prefix)
-    return before, read_reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
+    return before, read_reply(base, overlay, hidden_BSD, batch, probes, config, before.texts)

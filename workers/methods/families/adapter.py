@@ -92,14 +92,14 @@ class AdapterOverlay(Overlay):
         for name, down_LRI in self.down_LRI.items():
             down_LRI[lane] = uniform_A(streams, f"A {name}", down_LRI.shape[1], down_LRI.shape[2])
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
-        if not any(self._started[lane] for lane, _, _ in rows.segments):
+        if not any(self._started[lane] for lane, _, _ in batch.segments):
             return out_BSO
         if self.dropout is not None:
-            x_BSI = self.dropout(x_BSI, rows)
-        inner_BSR = lane_linear(x_BSI, self.down_LRI[site.name], rows)
-        return out_BSO + lane_linear(inner_BSR, self.up_LOR[site.name], rows) * self.scale
+            x_BSI = self.dropout(x_BSI, batch)
+        inner_BSR = lane_linear(x_BSI, self.down_LRI[site.name], batch)
+        return out_BSO + lane_linear(inner_BSR, self.up_LOR[site.name], batch) * self.scale
 
     def state(self, lane: int) -> LaneState:
         if not self._started[lane]:
@@ -137,10 +137,10 @@ class Dropout:
         self.rate = rate
         self._generators = [d.generator("dropout") for d in streams]
 
-    def __call__(self, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def __call__(self, x_BSI: Tensor, batch: Batch) -> Tensor:
         keep_BSI = torch.zeros(x_BSI.shape, dtype=torch.bool)
-        real_BS = rows.attention_mask_BS.bool().cpu()
-        for lane, start, stop in rows.segments:
+        real_BS = batch.attention_mask_BS.bool().cpu()
+        for lane, start, stop in batch.segments:
             for row in range(start, stop):
                 size = (int(real_BS[row].sum()), x_BSI.shape[2])
                 keep_BSI[row, real_BS[row]] = torch.rand(size, generator=self._generators[lane]) >= self.rate

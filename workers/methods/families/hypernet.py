@@ -181,7 +181,7 @@ class HypernetMethod(Method[C, OverlayT]):
 class Questions:
     """Prompts with their new answers, several per lane, as one batch."""
 
-    rows: Batch
+    batch: Batch
     targets: TargetTokens
 
     @classmethod
@@ -202,10 +202,10 @@ class Questions:
             start = len(pair.ids) - 1 - len(answer)
             places += [(len(encoded), start + j, token, 1 / len(answer)) for j, token in enumerate(answer)]
             encoded.append(pair)
-        rows = collate(
+        batch = collate(
             encoded, [i for i, lane in enumerate(lanes) for _ in lane], base.encoder.pad_id, base.device
         )
-        return cls(rows, TargetTokens.of(rows, places, len(lanes)))
+        return cls(batch, TargetTokens.of(batch, places, len(lanes)))
 
 
 @dataclass(frozen=True)
@@ -243,12 +243,12 @@ def gradient_factors(
 
     Every lane must have the same number of questions. All results are detached.
     """
-    rows, targets = questions.rows, questions.targets
+    batch, targets = questions.batch, questions.targets
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
     def answer(site: Site, x_BSI: Tensor) -> Tensor:
-        plain = plain_answer(site, x_BSI, rows, overlay)
+        plain = plain_answer(site, x_BSI, batch, overlay)
         # no tensor below the lowest sites requires a gradient, so the graph must start here
         out_BSO = plain if plain.requires_grad else plain.detach().requires_grad_(True)
         inputs[site.name], outputs[site.name] = x_BSI.detach(), out_BSO
@@ -256,17 +256,17 @@ def gradient_factors(
 
     with torch.enable_grad(), ExitStack() as stack:
         if overlay is not None:
-            stack.enter_context(overlay.installed(rows))
+            stack.enter_context(overlay.installed(batch))
         for site in sites:
-            stack.enter_context(override_forward(site.module, _answer_at(answer, site)))
+            stack.enter_context(override_forward(site.module, _bind(answer, site)))
         row_P, column_P = targets.reads
-        hidden_PD = base.hidden_states(rows)[list(row_P), list(column_P)]
+        hidden_PD = base.hidden_states(batch)[list(row_P), list(column_P)]
         loss_L = targets.nll(base, hidden_PD)
         grads = torch.autograd.grad(loss_L.sum(), [outputs[site.name] for site in sites])
     lanes = targets.lanes
-    read_BS = torch.zeros_like(rows.attention_mask_BS, dtype=torch.bool)
+    read_BS = torch.zeros_like(batch.attention_mask_BS, dtype=torch.bool)
     read_BS[list(row_P), list(column_P)] = True
-    real_LN = rows.attention_mask_BS.bool().reshape(lanes, -1)
+    real_LN = batch.attention_mask_BS.bool().reshape(lanes, -1)
     found = []
     for site, grad_BSO in zip(sites, grads, strict=True):
         key_LNI = inputs[site.name].to(base.master_dtype).reshape(lanes, -1, site.shape[1])
@@ -276,11 +276,11 @@ def gradient_factors(
     return found, loss_L.detach()
 
 
-def plain_answer(site: Site, x_BSI: Tensor, rows: Batch, overlay: Overlay | None) -> Tensor:
-    return site.answer(x_BSI) if overlay is None else overlay.forward(site, x_BSI, rows)
+def plain_answer(site: Site, x_BSI: Tensor, batch: Batch, overlay: Overlay | None) -> Tensor:
+    return site.answer(x_BSI) if overlay is None else overlay.forward(site, x_BSI, batch)
 
 
-def _answer_at(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
+def _bind(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
     return lambda x_BSI: answer(site, x_BSI)
 
 

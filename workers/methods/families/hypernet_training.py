@@ -33,15 +33,17 @@ from workers.types import DataError, EditRequest
 
 @contextmanager
 def changed(
-    sites: Sequence[Site], changes: Sequence[Pair], rows: Batch, overlay: Overlay | None = None
+    sites: Sequence[Site], changes: Sequence[Pair], batch: Batch, overlay: Overlay | None = None
 ) -> Iterator[None]:
     """Inside, each map has its lane's change added to the pristine weights or to an overlay's.
     Gradients flow to the changes."""
 
     def answer(site: Site, pair: Pair, x_BSI: Tensor) -> Tensor:
         left_LNO, right_LNI = pair
-        low_BSN = lane_linear(x_BSI, right_LNI, rows)
-        return plain_answer(site, x_BSI, rows, overlay) + lane_linear(low_BSN, left_LNO.transpose(1, 2), rows)
+        low_BSN = lane_linear(x_BSI, right_LNI, batch)
+        return plain_answer(site, x_BSI, batch, overlay) + lane_linear(
+            low_BSN, left_LNO.transpose(1, 2), batch
+        )
 
     with ExitStack() as stack:
         for site, pair in zip(sites, changes, strict=True):
@@ -199,7 +201,7 @@ class Sentences:
 class Judge:
     """A batch of sentences with its prefix in the pristine model and the sentences' weights."""
 
-    rows: Batch
+    batch: Batch
     prefix: Prefix
     targets: TargetTokens
     other_row_P: list[int]
@@ -226,14 +228,14 @@ class Judge:
                     others += [(len(encoded), column, weight / len(read)) for column in read]
                     encoded.append(kept)
                 lane_B += [i] * (len(sentences.asking) + len(sentences.others))
-        rows = collate(encoded, lane_B, base.encoder.pad_id, base.device)
+        batch = collate(encoded, lane_B, base.encoder.pad_id, base.device)
         row, column, share_P = zip(*others, strict=True)
         return cls(
-            rows,
-            capture(base, rows, first_layer),
-            TargetTokens.of(rows, places, len(lanes)),
+            batch,
+            capture(base, batch, first_layer),
+            TargetTokens.of(batch, places, len(lanes)),
             list(row),
-            [rows.offsets[r] + c for r, c in zip(row, column, strict=True)],
+            [batch.offsets[r] + c for r, c in zip(row, column, strict=True)],
             torch.tensor(share_P, dtype=base.master_dtype, device=base.device),
         )
 
@@ -243,14 +245,14 @@ class Judge:
         """Weighted sums over all sentences: ``-log p`` of the answers, and KL of the predictions
         before and after the change. The change is added to the pristine weights or to an
         overlay's."""
-        with changed(sites, changes, self.rows, overlay):
+        with changed(sites, changes, self.batch, overlay):
             hidden_BSD = replay(base, self.prefix)
         row_P, column_P = self.targets.reads
         nll = self.targets.nll(base, hidden_BSD[list(row_P), list(column_P)]).sum()
         with torch.no_grad():
             before_BSD = self.prefix.output_BSD
             if overlay is not None:
-                with overlay.installed(self.rows):
+                with overlay.installed(self.batch):
                     before_BSD = replay(base, self.prefix)
             before_PV = base.logits(before_BSD[self.other_row_P, self.other_column_P]).log_softmax(-1)
         after_PV = base.logits(hidden_BSD[self.other_row_P, self.other_column_P]).log_softmax(-1)

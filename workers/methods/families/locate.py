@@ -1,10 +1,10 @@
 """Common part of the locate-then-edit family (ROME, R-ROME, MEMIT, EMMET, PMET, AlphaEdit).
 
 >>> facts = facts_of(base, edits, config, inputs)               # a lane may have several requests
->>> for part in chunked(facts, overlay.lanes):
-...     batch = Facts(base, part)
-...     at = AtMap.capture(base, site, batch, overlay)
-...     found = search(base, config, batch, at, [at.value_NO])  # or [at.layer_NO]: the value of the whole layer
+>>> for chunk in chunked(facts, overlay.lanes):
+...     part = Facts(base, chunk)
+...     at = AtMap.capture(base, site, part, overlay)
+...     found = search(base, config, part, at, [at.value_NO])  # or [at.layer_NO]: the value of the whole layer
 >>> keys, (now_ND,) = observe(base, overlay, facts, sites, [base.layers[z]])  # keys_NI of each site
 >>> change = factor.solve(keys_LIN)                              # C^-1 K in float64
 
@@ -309,19 +309,19 @@ class Facts:
         device = base.device
         self.count = len(facts)
         encoded, pad = [line.encoded for _, line in lines], base.encoder.pad_id
-        self.rows: Batch = collate(encoded, [n for n, _ in lines], pad, device)
-        self.lane_rows = self.rows
+        self.batch: Batch = collate(encoded, [n for n, _ in lines], pad, device)
+        self.lane_batch = self.batch
         if [fact.lane for fact in facts] != list(range(len(facts))):
-            self.lane_rows = collate(encoded, [facts[n].lane for n, _ in lines], pad, device)
-        offsets = self.rows.offsets
+            self.lane_batch = collate(encoded, [facts[n].lane for n, _ in lines], pad, device)
+        offsets = self.batch.offsets
         lookup = [offset + line.lookup for offset, (_, line) in zip(offsets, lines, strict=True)]
         self.lookup_B = torch.tensor(lookup, device=device)
         self.first = min(lookup)
         """Columns before this one never change."""
         self.edited_B = torch.tensor([bool(line.target) for _, line in lines], device=device)
         self.contexts_N = torch.tensor([len(fact.contexts) for fact in facts], device=device)
-        starts = [start for _, start, _ in self.rows.segments]
-        stops = [stop for _, _, stop in self.rows.segments]
+        starts = [start for _, start, _ in self.batch.segments]
+        stops = [stop for _, _, stop in self.batch.segments]
         self.plain_N = torch.tensor(starts, device=device)
         """The row of each fact's bare prompt."""
         self.kept_N = tuple(stop - 1 for stop in stops)
@@ -331,7 +331,7 @@ class Facts:
             for i, (n, line) in enumerate(lines)
             for j, token in enumerate(line.target)
         ]
-        self.targets = TargetTokens.of(self.rows, places, self.count)
+        self.targets = TargetTokens.of(self.batch, places, self.count)
 
     @property
     def reads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -342,7 +342,7 @@ class Facts:
 
     def at_lookup(self, tensor_BSX: Tensor) -> Tensor:
         """Values of a captured tensor at each row's lookup token, (B, X)."""
-        return tensor_BSX[torch.arange(self.rows.size, device=self.lookup_B.device), self.lookup_B]
+        return tensor_BSX[torch.arange(self.batch.size, device=self.lookup_B.device), self.lookup_B]
 
     def plain(self, tensor_BSX: Tensor) -> Tensor:
         """Values of a captured tensor at the lookup token of each fact's bare prompt, (N, X)."""
@@ -351,12 +351,12 @@ class Facts:
     def mean(self, rows_BX: Tensor) -> Tensor:
         """Mean over each fact's contexts, (N, X)."""
         kept_BX = torch.where(self.edited_B[:, None], rows_BX, 0)
-        sum_NX = rows_BX.new_zeros(self.count, rows_BX.shape[1]).index_add(0, self.rows.lane_B, kept_BX)
+        sum_NX = rows_BX.new_zeros(self.count, rows_BX.shape[1]).index_add(0, self.batch.lane_B, kept_BX)
         return sum_NX / self.contexts_N[:, None]
 
     def lookup_mask(self, first: int) -> Tensor:
         """Mask of each row's lookup token, for the columns from ``first`` on, (B, S, 1)."""
-        here_BS = F.one_hot(self.lookup_B, self.rows.input_ids_BS.shape[1]).bool()
+        here_BS = F.one_hot(self.lookup_B, self.batch.input_ids_BS.shape[1]).bool()
         return here_BS[:, first:, None]
 
 
@@ -367,14 +367,14 @@ class Added(Protocol):
     """The model with each fact's vectors added at its lookup tokens, as :func:`search` runs it."""
 
     @property
-    def rows(self) -> Batch:
+    def batch(self) -> Batch:
         """Its batch; every fact is a lane of its own."""
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
         """Hidden states after the final norm at the positions that are read, (P, D). ``deltas``:
         (K, width) each."""
 
-    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Added:
+    def part(self, row_B: Sequence[int], batch: Batch, read_P: Sequence[int]) -> Added:
         """The same for rows ``row_B`` and reads ``read_P``. ``batch``: the new batch of these
         rows."""
 
@@ -393,32 +393,32 @@ class AtMap:
     """Output of the whole layer there."""
 
     @classmethod
-    def capture(cls, base: BaseModel, site: Site, batch: Facts, overlay: Overlay) -> Self:
+    def capture(cls, base: BaseModel, site: Site, facts: Facts, overlay: Overlay) -> Self:
         """Run one forward with the edits made so far."""
-        suffix = Suffix.capture(base, site, batch.lane_rows, batch.reads, batch.first, overlay)
-        suffix = replace(suffix, rows=batch.rows)
+        suffix = Suffix.capture(base, site, facts.lane_batch, facts.reads, facts.first, overlay)
+        suffix = replace(suffix, batch=facts.batch)
         wide = base.master_dtype
-        value_NO, layer_NO = batch.plain(suffix.output_BSO).to(wide), batch.plain(suffix.layer_BSD).to(wide)
-        return cls(suffix, batch.lookup_mask(suffix.first), value_NO, layer_NO)
+        value_NO, layer_NO = facts.plain(suffix.output_BSO).to(wide), facts.plain(suffix.layer_BSD).to(wide)
+        return cls(suffix, facts.lookup_mask(suffix.first), value_NO, layer_NO)
 
     @property
-    def rows(self) -> Batch:
-        return self.suffix.rows
+    def batch(self) -> Batch:
+        return self.suffix.batch
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
         (delta_KO,) = deltas
         plain_BSO = self.suffix.output_BSO[:, self.suffix.first :]
-        shift_B1O = delta_KO[self.rows.lane_B].to(plain_BSO.dtype)[:, None]
+        shift_B1O = delta_KO[self.batch.lane_B].to(plain_BSO.dtype)[:, None]
         return self.suffix.hidden(plain_BSO + torch.where(self.here_BS1, shift_B1O, 0))
 
-    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> AtMap:
+    def part(self, row_B: Sequence[int], batch: Batch, read_P: Sequence[int]) -> AtMap:
         return replace(
-            self, suffix=self.suffix.part(row_B, rows, read_P), here_BS1=self.here_BS1[list(row_B)]
+            self, suffix=self.suffix.part(row_B, batch, read_P), here_BS1=self.here_BS1[list(row_B)]
         )
 
 
 @dataclass(frozen=True)
-class Sated:
+class HitRule:
     """Rule for a fact whose target tokens all have the largest logits (PMET): in the next step the
     weight of its target loss is ``less`` instead of ``weight``, and it stops if the weighted KL
     term is at most ``kl``."""
@@ -440,7 +440,7 @@ class _Problem(DivisibleProblem):
     targets: TargetTokens
     norms: list[Tensor]
     """Norm of each vector's current value, (K,)."""
-    sated: Sated | None = None
+    hit_rule: HitRule | None = None
     before_KV: Tensor | None = None
     """Log-probabilities of the prediction in the KL term, before anything is added."""
     weight_K: Tensor | None = None
@@ -457,7 +457,7 @@ class _Problem(DivisibleProblem):
         hidden_PD = self.at.hidden(deltas)
         count = len(self.targets.row_P)
         hit_K: Tensor | None = None
-        if self.sated is None:
+        if self.hit_rule is None:
             nll_K = self.targets.nll(base, hidden_PD[:count])
         else:
             nll_K, hit_K = self.targets.nll_and_hit(base, hidden_PD[:count])
@@ -468,13 +468,13 @@ class _Problem(DivisibleProblem):
         decay_K = deltas[0].norm(dim=1) / self.norms[0].square()
         for delta_KO, norm_K in zip(deltas[1:], self.norms[1:], strict=True):
             decay_K = decay_K + delta_KO.norm(dim=1) / norm_K.square()
-        if self.sated is not None:
-            nll_K = nll_K * (self.sated.weight if self.weight_K is None else self.weight_K)
+        if self.hit_rule is not None:
+            nll_K = nll_K * (self.hit_rule.weight if self.weight_K is None else self.weight_K)
         loss_K: Tensor = nll_K + config.kl_factor * kl_K + config.v_weight_decay * decay_K
         goes_on_K = loss_K.detach() >= STOP_LOSS
-        if self.sated is not None and hit_K is not None:
-            self.weight_K = torch.where(hit_K, self.sated.less, self.sated.weight).to(loss_K)
-            goes_on_K = goes_on_K & ~(hit_K & (config.kl_factor * kl_K.detach() <= self.sated.kl))
+        if self.hit_rule is not None and hit_K is not None:
+            self.weight_K = torch.where(hit_K, self.hit_rule.less, self.hit_rule.weight).to(loss_K)
+            goes_on_K = goes_on_K & ~(hit_K & (config.kl_factor * kl_K.detach() <= self.hit_rule.kl))
         return loss_K, goes_on_K
 
     def project(self) -> None:
@@ -482,13 +482,13 @@ class _Problem(DivisibleProblem):
             into_ball(delta_KO, self.config.clamp_norm_factor * norm_K)
 
     def part(self, kept: Sequence[int]) -> Self:
-        rows, row_B = self.at.rows.part(kept)
+        batch, row_B = self.at.batch.part(kept)
         targets, read_P = self.targets.part(kept, row_B)
         read_P += [len(self.targets.row_P) + n for n in kept]
         return replace(
             self,
             deltas=[delta_KO[list(kept)] for delta_KO in self.deltas],
-            at=self.at.part(row_B, rows, read_P),
+            at=self.at.part(row_B, batch, read_P),
             targets=targets,
             norms=[norm_K[list(kept)] for norm_K in self.norms],
             before_KV=None if self.before_KV is None else self.before_KV[list(kept)],
@@ -510,21 +510,21 @@ class Found:
 def search(
     base: BaseModel,
     config: LocateConfig,
-    batch: Facts,
+    facts: Facts,
     at: Added,
     values: Sequence[Tensor],
-    sated: Sated | None = None,
+    hit_rule: HitRule | None = None,
 ) -> Found:
     """Optimise each fact's vectors by Adam (Eq. 4). ``values``: the values they are added to, (N,
     width) each; their norms bound each vector (``clamp_norm_factor``) and scale its decay."""
     deltas = [torch.zeros_like(value_NO) for value_NO in values]
     norms = [value_NO.norm(dim=1) for value_NO in values]
     found = descend(
-        _Problem(base, config, deltas, at, batch.targets, norms, sated),
+        _Problem(base, config, deltas, at, facts.targets, norms, hit_rule),
         Adam(deltas, config.v_lr),
         config.v_num_grad_steps,
         # with this rule the loss weights change between steps, so a recorded step would be wrong
-        pool=base.pool if sated is None else None,
+        pool=base.pool if hit_rule is None else None,
         update_last=False,
     )
     return Found(deltas, norms, found.steps_L, found.loss_L, found.first_L)
@@ -565,10 +565,10 @@ def observe(
     for part in chunked(facts, overlay.lanes):
         lines = [(fact, line) for fact in part for line in fact.contexts]
         cut = [Encoded(line.encoded.ids[: line.lookup + 1], line.lookup + 1) for _, line in lines]
-        rows = collate(cut, [fact.lane for fact, _ in lines], base.encoder.pad_id, base.device)
+        batch = collate(cut, [fact.lane for fact, _ in lines], base.encoder.pad_id, base.device)
         caught: dict[int, Tensor] = {}
         with ExitStack() as stack:
-            stack.enter_context(overlay.installed(rows))
+            stack.enter_context(overlay.installed(batch))
             for i, site in enumerate(sites):
                 stack.callback(site.module.register_forward_pre_hook(_note_input(caught, i)).remove)
             for i, module in enumerate(modules):
@@ -579,7 +579,7 @@ def observe(
             )
             for layer in base.layers[last + 1 :]:
                 stack.enter_context(override_forward(layer, lambda *_, top=top, **__: top[0]))
-            base.hidden_states(rows)
+            base.hidden_states(batch)
         share_B = torch.tensor(
             [share for fact in part for share in _shares(len(fact.contexts), bare_share)],
             dtype=base.master_dtype,

@@ -213,10 +213,10 @@ class SpreadMethod(Method[C, OverlayT]):
         facts = facts_of(base, edits, config, self.inputs)
         value_site = base.site(top)  # adding to the MLP's output equals adding to the layer's
         wanted, figures = [], []
-        for part in chunked(facts, lanes):
-            batch = Facts(base, part)
-            at = AtMap.capture(base, value_site, batch, overlay)
-            found = search(base, config, batch, at, [at.layer_NO])
+        for chunk in chunked(facts, lanes):
+            part = Facts(base, chunk)
+            at = AtMap.capture(base, value_site, part, overlay)
+            found = search(base, config, part, at, [at.layer_NO])
             wanted.append(at.layer_NO + found.deltas[0])
             figures.append(figures_of(found))
         z_NO = torch.cat(wanted)

@@ -46,13 +46,15 @@ class SideMemories(Overlay):
 
     # --- forward ---
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
             plain_BSO = site.answer(x_BSI)
-        if not any(self._memories(lane) for lane, _, _ in rows.segments):
+        if not any(self._memories(lane) for lane, _, _ in batch.segments):
             return plain_BSO
-        token_BS = rows.prompt_mask_BS if self.config.routing == "prompt" else rows.attention_mask_BS.bool()
-        parts = [self._route(lane, x_BSI[a:b], plain_BSO[a:b], token_BS[a:b]) for lane, a, b in rows.segments]
+        token_BS = batch.prompt_mask_BS if self.config.routing == "prompt" else batch.attention_mask_BS.bool()
+        parts = [
+            self._route(lane, x_BSI[a:b], plain_BSO[a:b], token_BS[a:b]) for lane, a, b in batch.segments
+        ]
         return torch.cat(parts)
 
     def _route(self, lane: int, x_RSI: Tensor, plain_RSO: Tensor, token_RS: Tensor) -> Tensor:

@@ -192,8 +192,8 @@ class _Tokens:
 
     @classmethod
     def of(cls, suffix: Suffix, averaged_BS: Tensor) -> Self:
-        rows = suffix.rows
-        used_BS = averaged_BS | rows.attention_mask_BS.bool()
+        batch = suffix.batch
+        used_BS = averaged_BS | batch.attention_mask_BS.bool()
         place_N = torch.nonzero(used_BS.flatten())[:, 0]
         row_N = place_N // used_BS.shape[1]
         count_B = used_BS.sum(1).cumsum(0).tolist()
@@ -201,7 +201,7 @@ class _Tokens:
         return cls(
             suffix.input_BSI.flatten(0, 1)[place_N],
             suffix.output_BSO.flatten(0, 1)[place_N],
-            tuple(count_B[stop - 1] for _, _, stop in rows.segments),
+            tuple(count_B[stop - 1] for _, _, stop in batch.segments),
             averaged_BS,
             place_N,
             row_N,
@@ -286,18 +286,18 @@ class _Problem(DivisibleProblem):
                 encoded.append(_unrelated(base, request))
                 lane_G.append(lane)
                 lanes += [lane] * (len(pairs) + 1)
-        rows = collate(encoded, lanes, base.encoder.pad_id, device)
-        token_BS = rows.prompt_mask_BS
+        batch = collate(encoded, lanes, base.encoder.pad_id, device)
+        token_BS = batch.prompt_mask_BS
         if config.deviations.public_positions or config.routing == "all_tokens":
-            column_BS = _own_columns(encoded, rows)
+            column_BS = _own_columns(encoded, batch)
             if config.deviations.public_positions:
-                rows = replace(rows, position_ids_BS=column_BS.clamp_min(0))
+                batch = replace(batch, position_ids_BS=column_BS.clamp_min(0))
             if config.routing == "all_tokens":
                 token_BS = column_BS >= 0
-        targets = TargetTokens.of(rows, places, len(edits))
+        targets = TargetTokens.of(batch, places, len(edits))
         sizes = tuple(len(edit.requests) for edit in edits)
         share_G = torch.tensor([1 / sizes[lane] for lane in lane_G], dtype=base.master_dtype, device=device)
-        suffix = Suffix.capture(base, overlay.sites[0], rows, targets.reads)
+        suffix = Suffix.capture(base, overlay.sites[0], batch, targets.reads)
         delta_LOI = overlay.delta_LOI
         return cls(
             base,
@@ -373,11 +373,11 @@ class _Problem(DivisibleProblem):
 
     def part(self, kept: Sequence[int]) -> Self:
         lanes = list(kept)
-        rows, row_B = self.suffix.rows.part(lanes)
+        batch, row_B = self.suffix.batch.part(lanes)
         targets, read_P = self.targets.part(lanes, row_B)
         device = self.row_E.device
         index_B = torch.tensor(row_B, device=device)
-        place_B = torch.zeros(self.suffix.rows.size, dtype=torch.long, device=device)
+        place_B = torch.zeros(self.suffix.batch.size, dtype=torch.long, device=device)
         place_B[index_B] = torch.arange(len(row_B), device=device)
         lane_L = torch.full((len(self.sizes),), -1, dtype=torch.long, device=device)
         lane_L[lanes] = torch.arange(len(lanes), device=device)
@@ -385,7 +385,7 @@ class _Problem(DivisibleProblem):
         request_G = torch.full((len(self.lane_G),), -1, dtype=torch.long, device=device)
         request_G[keep_G] = torch.arange(len(keep_G), device=device)
         keep_E = torch.nonzero(request_G[self.owner_E] >= 0)[:, 0]
-        suffix = self.suffix.part(row_B, rows, read_P)
+        suffix = self.suffix.part(row_B, batch, read_P)
         return type(self)(
             self.base,
             self.delta_KOI[lanes],
@@ -403,13 +403,13 @@ class _Problem(DivisibleProblem):
         )
 
 
-def _own_columns(encoded: Sequence[Encoded], rows: Batch) -> Tensor:
+def _own_columns(encoded: Sequence[Encoded], batch: Batch) -> Tensor:
     """Column indices as in a batch of the lane alone, (B, S): negative in padding that only other
     lanes need."""
-    total = rows.input_ids_BS.shape[1]
-    widths = [max(len(e.ids) for e in encoded[a:b]) for _, a, b in rows.segments for _ in range(a, b)]
-    gap_B = total - torch.tensor(widths, device=rows.lane_B.device)
-    return torch.arange(total, device=rows.lane_B.device)[None] - gap_B[:, None]
+    total = batch.input_ids_BS.shape[1]
+    widths = [max(len(e.ids) for e in encoded[a:b]) for _, a, b in batch.segments for _ in range(a, b)]
+    gap_B = total - torch.tensor(widths, device=batch.lane_B.device)
+    return torch.arange(total, device=batch.lane_B.device)[None] - gap_B[:, None]
 
 
 def _unrelated(base: BaseModel, request: EditRequest) -> Encoded:

@@ -77,7 +77,7 @@ class MaskedSGD(SGD):
         if config.norm_constraint is not None:
             delta_KOI.clamp_(-config.norm_constraint, config.norm_constraint)
 
-    def _moved_whole(self, active_L: Tensor) -> bool:
+    def _step_in_one_pass(self, active_L: Tensor) -> bool:
         if self._compiled is None:
             return False
         config, delta_KOI = self._config, self.params[0]
