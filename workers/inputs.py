@@ -14,7 +14,7 @@ from yaml.constructor import ConstructorError
 from workers.types import JSON, SpecError
 
 MAX_BYTES = 1 << 20
-"""A file larger than this is refused before it is parsed."""
+"""Maximum size of a file; checked before parsing."""
 
 MAX_NODES = 50_000
 """Maximum number of YAML nodes after aliases are expanded (nested aliases can expand to

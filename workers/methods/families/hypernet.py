@@ -4,7 +4,7 @@
 >>> questions = Questions.of(base, [[(prompt, target)], [(other_prompt, other_target)]])  # one lane each
 >>> factors, loss_L = gradient_factors(base, sites, questions, overlay)
 >>> net = Hypernet([site.shape for site in sites], rank=64, blocks=2, rate=1e-3)
->>> key_LNI, grad_LNO = net(place, factors[place])  # same shapes, rows that are not kept are zero
+>>> key_LNI, grad_LNO = net(place, factors[place])  # same shapes, zero at tokens that are not kept
 
 The gradient of a linear map's weight is the sum over tokens of (gradient of its output) x (its
 input). A network takes this pair, normalised by running statistics, and returns another pair. Maps
