@@ -8,7 +8,7 @@ progress and experience replay:
         return (pretrained(name, hparams, self.schedule, context.fingerprint, context.model, context.training),)
 
     def trainer(cls, base, hparams, generator): ...      # an untrained Trainer
-    inputs["pretrained"] # at edit time: the trainer's ``product``
+    inputs["pretrained"]                                 # at edit time: the trainer's ``product``
 
 A training set is a sequence of data shards. Each gives an artifact of kind ``training`` (weights,
 optimiser, replay buffer) that is built from the one before. So a new data shard continues from the

@@ -14,10 +14,11 @@ they run without a network. Hence an invented world, whose facts form three disj
 
 * ``edit``: 1,000 facts about 500 people, the requests of :func:`load_dataset`;
 * ``tune``: 200 facts about 100 other people, so that hyperparameters are never chosen on the scored
-facts; * ``anchor``: 800 facts that no sweep edits. Locality probes and the second hop of
-portability probes use only these, so no later request of a sweep can change a probe's answer. The
-split ``train`` rewrites them, four targets each, for networks that learn to edit; none of its
-subjects is edited by ``edit`` or ``tune``.
+  facts;
+* ``anchor``: 800 facts that no sweep edits. Locality probes and the second hop of portability
+  probes use only these, so no later request of a sweep can change a probe's answer. The split
+  ``train`` rewrites them, four targets each, for networks that learn to edit; none of its subjects
+  is edited by ``edit`` or ``tune``.
 
 192 anchor facts are about things ("The flag of the Lima council is red"). They are the second hop
 of two-hop questions: for a person who lives in Lima, the flag of the council there. The other

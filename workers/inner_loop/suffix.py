@@ -14,10 +14,10 @@ What no step changes is computed once; what the loss does not depend on is not c
 - in the last layer, columns before the first one that is read give only keys and values.
 
 The hidden states equal those of :func:`workers.model.replay.replay` up to rounding (products of
-other shapes round differently). Scoring therefore uses ``replay``, which gives equal bits. This
-works for every decoder of ``ARCHITECTURES`` (:mod:`workers.model.architectures`) whose layer adds
-the edited map's output to a sum; for any other map (attention projections, the MLP's input) the
-layers are replayed from the map's layer on.
+other shapes round differently). Scoring therefore uses ``replay``, which has the bits of the full
+forward. This works for every decoder of ``ARCHITECTURES`` (:mod:`workers.model.architectures`)
+whose layer adds the edited map's output to a sum; for any other map (attention projections, the
+MLP's input) the layers are replayed from the map's layer on.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ edited together:
   "{subject} is a"`` unchanged, ``||d|| <= clamp_norm_factor * ||h||``);
 - then layer by layer, from the first to the last: keys ``K`` (one column per request, averaged over
   contexts) and the current ``h`` are read from the model as edited so far, the residual is ``R = (z
-  - h) / (number of layers left)``, and the layer's map changes by ``R K^T (mom2_update_weight * C +
-  K K^T)^-1`` with ``C = E[k k^T]`` over ordinary text.
+  - h) / n_left`` with ``n_left`` layers left, and the layer's map changes by ``R K^T
+  (mom2_update_weight * C + K K^T)^-1`` with ``C = E[k k^T]`` over ordinary text.
 
 ``C`` is factorised once for all lanes and edits. With ``A = C^-1 K / mom2_update_weight`` the
 change is ``R (I + K^T A)^-1 A^T`` (Woodbury): rank ``n``, a system of ``n`` unknowns, no matrix of
