@@ -7,8 +7,8 @@ edited together:
   ``d`` is found by Adam as in ROME (target likely in every context, prediction for ``p' =
   "{subject} is a"`` unchanged, ``||d|| <= clamp_norm_factor * ||h||``);
 - then layer by layer, from the first to the last: keys ``K`` (one column per request, averaged over
-  contexts) and the current ``h`` are read from the model as edited so far, the residual is ``R = (z
-  - h) / n_left`` with ``n_left`` layers left, and the layer's map changes by ``R K^T
+  contexts) and the current ``h`` are read from the model as edited so far, the residual is ``z -
+  h`` divided by the number of layers left, called ``R``, and the layer's map changes by ``R K^T
   (mom2_update_weight * C + K K^T)^-1`` with ``C = E[k k^T]`` over ordinary text.
 
 ``C`` is factorised once for all lanes and edits. With ``A = C^-1 K / mom2_update_weight`` the
