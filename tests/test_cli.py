@@ -200,7 +200,12 @@ def test_a_failed_cell_is_named(
         "run", spec, "--engine", "local", "--results", tmp_path / "r", "--set", "engine.max_failures=1"
     )
     assert code == 1
-    for word in ("2 of 2 cells", "ft-3 T=4 seed=0", "edit 0: FloatingPointError: [bold]out of luck[/bold]"):
+    for word in (
+        "2 of 2 cells",
+        "first: ft-3 T=",
+        "group 0, edit 0",
+        " 5 x FloatingPointError: [bold]out of luck[/bold]",  # four groups of T=1, one of T=4
+    ):
         assert word in err
     assert err.rstrip().endswith("--retry-failed")
     status = json.loads(call("status", tmp_path / "r", "--json")[1])
@@ -210,7 +215,9 @@ def test_a_failed_cell_is_named(
         for failure in cell["failures"]:
             assert (failure["kind"], failure["message"]) == ("FloatingPointError", "[bold]out of luck[/bold]")
             assert "out of luck" in Path(failure["log"]).read_text()
-            assert failure["log"].rpartition("/")[2] in shown.replace("\n", "").replace(" ", "")
+    first = status["failed_cells"][0]["failures"][0]["log"]
+    assert first.rpartition("/")[2] in shown.replace("\n", "").replace(" ", "")
+    assert [line for line in shown.splitlines() if line.split()[:2] == ["5", "FloatingPointError:"]]
     assert "FloatingPointError: [bold]out of luck[/bold]" in " ".join(shown.split())
     monkeypatch.undo()
     again = ("run", spec, "--engine", "local", "--results", tmp_path / "r")

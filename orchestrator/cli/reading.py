@@ -14,7 +14,7 @@ import typer
 
 from orchestrator.cli.app import Folder, Folders, open_existing, open_together
 from orchestrator.cli.console import Output, percent
-from orchestrator.cli.summary import show_summary
+from orchestrator.cli.summary import by_cause, show_summary
 from orchestrator.results.status import read_status
 from workers.types import JSON, EditSweepError
 
@@ -73,35 +73,33 @@ def status(
             shard["shard_id"],
             ", ".join(shard["methods"]),
             str(shard["T"]),
-            f"{shard['committed']}/{shard['ticks']}",
+            percent(shard["committed"], shard["ticks"]),
             str(shard["attempts"]),
             shard["error"] or "",
         )
         for shard in found["shards"]
     ]
     if shards:
-        columns = ("shard", "method", "T", "ticks", "attempts", "last error")
+        columns = ("shard", "method", "T", "saved", "attempts", "last error")
         out.table("shards begun", columns, shards[:_ROWS], right=(2, 3, 4))
         _say_more(out, shards, "shards begun")
-    failed = [
+    causes = by_cause(
         (
-            f"{cell['method']} T={cell['T']} seed={cell['seed']}",
-            str(failure["attempts"]),
-            failure["step"],
-            f"{failure['kind']}: {_shortened(str(failure['message']), 300)}",
+            f"{cell['method']} T={cell['T']} seed={cell['seed']}, {failure['step']}",
+            f"{failure['kind']}: {failure['message']}",
+            failure["attempts"],
             failure["log"] or "-",
         )
         for cell in found["failed_cells"]
-        for failure in cell["failures"][:_LISTED]
-    ]
-    if failed:
-        out.table(
-            "failed cells", ("cell", "attempts", "last step", "exception", "log"), failed[:_ROWS], right=(1,)
-        )
-        _say_more(out, failed, "failures")
-        more = sum(max(0, len(cell["failures"]) - _LISTED) for cell in found["failed_cells"])
-        if more:
-            out.say(f"{more} further failures: --json lists all")
+        for failure in cell["failures"]
+    )
+    if causes:
+        lines = [
+            (str(len(of_cause)), _shortened(cause, 300), of_cause[0][0], str(of_cause[0][2]), of_cause[0][3])
+            for cause, of_cause in causes.items()
+        ]
+        out.table("failures", ("times", "cause", "first", "attempts", "log"), lines[:_ROWS], right=(0, 3))
+        _say_more(out, lines, "causes")
         out.say("run them again with: editsweep run SPEC --retry-failed")
 
 

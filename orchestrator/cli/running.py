@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,10 +21,11 @@ from orchestrator.cli.app import (
     silence_libraries,
 )
 from orchestrator.cli.console import Output, duration, size
-from orchestrator.cli.summary import show_summary
+from orchestrator.cli.summary import by_cause, show_summary
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
+    from orchestrator.cli.summary import Failure
     from orchestrator.engine.books import Outcome
     from orchestrator.engine.sweep import ArtifactState
     from orchestrator.planning.plan import Plan
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 
 commands = typer.Typer()
+
+_CAUSES = 10
+"""Causes of failures, and cells, that are listed at the end of a run."""
 
 
 @commands.command()
@@ -294,32 +298,47 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
         for cell in cells
     }
     out.error(left)
-    by_cell = _failures_by_cell(outcome)
-    for cell_id in outcome.unfinished:
-        for line in by_cell.get(cell_id) or ["not run to its end"]:
-            out.note(f"  {titles[cell_id]} ({cell_id}): {line}")
+    causes = by_cause(_failures(outcome, titles))
+    for cause, of_cause in list(causes.items())[:_CAUSES]:
+        where, _, attempts, log = of_cause[0]
+        tries = f" in {attempts} attempts" if attempts > 1 else ""
+        out.note(f"  {len(of_cause)} x {cause[:300]}")
+        out.note(f"      first: {where}{tries}{f'; see {log}' if log else ''}")
+    if len(causes) > _CAUSES:
+        out.note(f"  and {len(causes) - _CAUSES} more causes")
+    known = {
+        cell_id
+        for shard in outcome.plan.shards
+        if shard.shard_id in outcome.errors
+        for cell_id in outcome.plan.cell_ids(shard)
+    }
+    known |= {str(failure["cell_id"]) for failure in outcome.failed_groups}
+    others = [titles[cell_id] for cell_id in outcome.unfinished if cell_id not in known]
+    if others:
+        shown = ", ".join(others[:_CAUSES]) + (
+            f" and {len(others) - _CAUSES} more" if len(others) > _CAUSES else ""
+        )
+        out.note(f"  not run to their end: {shown}")
     if outcome.failed_groups and "--retry-failed" not in sys.argv:
         again += " --retry-failed"  # what failed is otherwise left alone
     out.note(f"details:  editsweep status {quote(folder)}")
     out.note(f"try again with:  {again}")
 
 
-def _failures_by_cell(outcome: Outcome) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _failures(outcome: Outcome, titles: Mapping[str, str]) -> Iterator[Failure]:
+    """What went wrong in this run, and groups that had failed before."""
     for shard in outcome.plan.shards:
         error = outcome.errors.get(shard.shard_id)
-        if error is None:
-            continue
-        lines = error.message.splitlines() or [""]
-        text = f"{error.kind}: {lines[0][:300]} ({error.attempts} attempts; see {error.log})"
-        for cell_id in outcome.plan.cell_ids(shard):
-            found.setdefault(cell_id, []).append(text)
+        if error is not None:
+            cell_ids = outcome.plan.cell_ids(shard)
+            more = f" and {len(cell_ids) - 1} more cells" if len(cell_ids) > 1 else ""
+            where = f"{titles[cell_ids[0]]} ({cell_ids[0]}){more}"
+            first = (error.message.splitlines() or [""])[0]
+            yield where, f"{error.kind}: {first}", error.attempts, error.log
     for failure in outcome.failed_groups:
-        found.setdefault(str(failure["cell_id"]), []).append(
-            f"group {failure['group']} failed at its edit {failure['position']}: {failure['kind']}: "
-            f"{failure['message']}"
-        )
-    return found
+        cell_id = str(failure["cell_id"])
+        where = f"{titles[cell_id]} ({cell_id}), group {failure['group']}, edit {failure['position']}"
+        yield where, f"{failure['kind']}: {failure['message']}", 1, ""
 
 
 def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: bool) -> SweepSpec:

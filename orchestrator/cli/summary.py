@@ -1,7 +1,8 @@
-"""Print the summary table of a results folder."""
+"""What several commands print: the summary of a results folder, and failures by cause."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from orchestrator.cli.console import Output
@@ -9,6 +10,9 @@ from orchestrator.cli.console import Output
 if TYPE_CHECKING:
     from orchestrator.results.query import Results, Union
     from orchestrator.results.report import Layout, Row
+
+Failure = tuple[str, str, int, str]
+"""Where, why, in how many attempts, and the log."""
 
 LAYOUTS: tuple[Layout, ...] = ("wide", "medium", "narrow")
 
@@ -28,3 +32,11 @@ def show_summary(out: Output, results: Results | Union, partial: str | None = No
     for line in footnotes(rows):
         out.say(line)
     return rows
+
+
+def by_cause(failures: Iterable[Failure]) -> dict[str, list[Failure]]:
+    """Failures by the first line of their message, the most frequent cause first."""
+    found: dict[str, list[Failure]] = {}
+    for failure in failures:
+        found.setdefault(failure[1].splitlines()[0], []).append(failure)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
