@@ -415,7 +415,7 @@ def test_an_owner_elsewhere_is_watched_by_its_heartbeat(
         first._thread.join()
         with locking.acquire(store, "r3", said.append, silent_seconds=0.3) as second:
             first._stop.clear()  # and wakes up
-            waker = threading.Thread(target=first._keep)
+            waker = threading.Thread(target=first._run_heartbeat)
             waker.start()
             waker.join(PATIENCE_SECONDS)
             assert first.lost
