@@ -270,7 +270,7 @@ class CentralTable:
 
     @staticmethod
     def _skip_damaged(_: int, error: Damaged) -> None:
-        log.warning("%s; its rows are left out until `editsweep run` mends it", error)
+        log.warning("%s; its rows are left out until `editsweep run` repairs it", error)
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
         """A file's footer. Raises :class:`~orchestrator.storage.base.Damaged`, naming it
