@@ -21,13 +21,13 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.storage.sealed import seal_json, unseal_json
 from tests.shards import comparable, finish, make_manifest, undisturbed
 from tests.small import golden_requests, job, random_model
-from workers.job import ScoreConfig
+from workers.job import Lane, ScoreConfig, Share, StreamJob
 from workers.methods.ft import FTConfig
 from workers.model.overlay import LaneState, LowRankOverlay, pack_states
 from workers.scoring.ability import cut_windows
 from workers.scoring.fluency import FluencyConfig, _chunks, continuations
 from workers.scoring.probes import Answer, Asked, EncodedProbe, Item, Text
-from workers.timeline import cut_steps, expected_rows
+from workers.timeline import cut_steps, expected_rows, timeline
 from workers.types import DataError
 
 
@@ -231,6 +231,21 @@ def test_an_unfinished_shard_is_not_loaded(store: LocalStore) -> None:
 def test_steps_are_cut_by_work(step_edits: int, immediate: bool, bounds: tuple[int, ...]) -> None:
     work = job("ft", FTConfig(layers=(1,)), 4, [[0]], immediate=immediate)
     assert cut_steps(work, step_edits) == bounds
+
+
+def test_a_tick_tells_the_groups_of_every_lane_of_its_wave() -> None:
+    """The first lane serves one T, the second a smaller one, too."""
+    one = job("ft", FTConfig(layers=(1,)), 4, [[0]], immediate=False)
+    cells = (one.cells[0], one.cells[0].model_copy(update={"cell_id": "smaller", "T": 2}))
+    lanes = (
+        Lane(group=0, stop_group=1),
+        Lane(group=1, stop_group=2, also=(Share(cell=1, group=2, stop_group=3),)),
+    )
+    ticks = timeline(StreamJob(**{**dict(one), "cells": cells, "waves": (lanes,)}))
+    assert [(tick.kind, tick.edits_applied, tick.sizes) for tick in ticks if tick.kind == "final"] == [
+        ("final", 2, (2,)),
+        ("final", 4, (4,)),
+    ]
 
 
 # -- scoring

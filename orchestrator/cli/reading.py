@@ -211,7 +211,7 @@ def methods() -> None:
     for name in method_names():
         method = get_method(name)
         changed = {**method.Config.easyedit_values}
-        changed.update(changed.pop("deviations", {}))  # type: ignore[arg-type]
+        changed.update(changed.pop("deviations", {}))
         rows.append(
             (
                 name,

@@ -31,7 +31,7 @@ TESTS = {
     "store": ("store", "journal"),
     "timeline": ("stream", "many_T", "plan"),
     "scoring": ("scoring", "more_scores", "stream"),
-    "overlay": ("overlay", "stream", "scoring"),
+    "overlay": ("overlay", "products", "stream", "scoring"),
 }
 SECONDS = 240
 _ROW = re.compile(r"\| (\d+) \| (\w+) \| (\S+):(\d+) \| \w+ \| (.+?) \| (.+?) \| ?(.*?) ?\|$")
