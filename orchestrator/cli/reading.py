@@ -45,7 +45,7 @@ def status(
         out.raw().write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
         return
     running = found["running"]
-    state = f"a run is at work ({running})" if running else "no run is at work"
+    state = f"a run is active ({running})" if running else "no run is active"
     out.say(f"sweep {found['sweep']}: {found['finished']} of {len(found['cells'])} cells finished; {state}")
     rows = [
         (

@@ -1,5 +1,5 @@
-"""The in-process engine: runs the shards one after another in this process, so that a debugger works.
-Same interface as the Ray engine.
+"""The in-process engine: runs the shards one after another in this process, so that a debugger
+works. Same interface as the Ray engine.
 
 After one Ctrl-C the run ends when the current step is committed, or after ten seconds. After a
 second Ctrl-C it ends at once. A step that was not committed is run again by the next run.

@@ -86,7 +86,7 @@ def run_sweep(
         table = CentralTable(store, paths)
         journal = Journal(store, paths)
         for number in table.verify():
-            view.warn(f"table file {number} is damaged and was put aside; its shards run again")
+            view.warn(f"table file {number} is damaged and was moved to table/bad; its shards run again")
         table.gather(journal)
         plan = planner.plan(read_progress(table, journal, retry_failed), chosen)
         lock.check()

@@ -5,8 +5,8 @@ torch and Ray.
     seconds = clock.seconds(variant=0, T=10, work=480.0)          # 240: measured
     simulate([seconds, 30.0, 30.0], actors=64).ratio              # makespan / lower bound
 
-*Work* is the unit of an estimate: one FT edit in a single lane is 1. It depends only on the spec and
-the methods, so shards may be cut by it. Seconds are work times a rate that was measured in this
+*Work* is the unit of an estimate: one FT edit in a single lane is 1. It depends only on the spec
+and the methods, so shards may be cut by it. Seconds are work times a rate that was measured in this
 results folder. They determine the order of launch and the output of `plan`, never which lanes share
 a wave.
 """

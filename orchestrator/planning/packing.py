@@ -26,8 +26,8 @@ starts at the same request as each of these groups."""
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """All groups that are left of the cells ``cells``, which share waves, as ascending spans. A wave
-    may contain groups of several spans. Without rollback there is one span.
+    """All groups that are left of the cells ``cells``, which share waves, as ascending spans. A
+    wave may contain groups of several spans. Without rollback there is one span.
 
     ``riders``: T -> cells whose groups are served by the same lanes, with the seeds in the same
     order. ``also``: see :class:`~orchestrator.planning.work.GroupRange`.

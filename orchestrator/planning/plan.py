@@ -13,8 +13,8 @@ cut into new shards. So the composition of a shard that has begun never changes,
 does.
 
 Which lanes share a wave affects the rounding of results; which waves share a shard does not. Waves
-therefore depend only on the spec and on the groups that are left, and finishing whole waves does not
-change the other waves. Shards consist of whole waves; their size depends on the spec and on
+therefore depend only on the spec and on the groups that are left, and finishing whole waves does
+not change the other waves. Shards consist of whole waves; their size depends on the spec and on
 estimated work, never on measured time or the size of a cluster. Measured times determine the order
 of launch.
 """

@@ -89,8 +89,8 @@ class Task(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One point of the grid (variant, T, seed). Its groups are 0 .. ``groups`` - 1. ``variant`` is an
-    index into the plan's variants."""
+    """One point of the grid (variant, T, seed). Its groups are 0 .. ``groups`` - 1. ``variant`` is
+    an index into the plan's variants."""
 
     cell_id: str
     variant: int
@@ -187,10 +187,10 @@ class Shard:
     """A unit of scheduling. ``runs`` is empty for a shard that has begun: its manifest is in the
     journal.
 
-    ``T``: the largest T of its cells that the spec contains. ``width``: largest number of lanes that
-    a wave may have. ``lanes``: number of lanes of its widest wave. ``edits``: edits of all lanes.
-    ``cost``: estimated seconds of the whole shard. ``committed``: the fraction of its edits that is
-    durable already. ``retry``: how often a shard of the same composition ran before.
+    ``T``: the largest T of its cells that the spec contains. ``width``: largest number of lanes
+    that a wave may have. ``lanes``: number of lanes of its widest wave. ``edits``: edits of all
+    lanes. ``cost``: estimated seconds of the whole shard. ``committed``: the fraction of its edits
+    that is durable already. ``retry``: how often a shard of the same composition ran before.
     """
 
     shard_id: str

@@ -77,7 +77,7 @@ class ArtifactStore:
                 raise Damaged(f"{self.store.where(key)}: checksum does not match its contents")
         except Damaged as error:
             aside = self.paths.artifact_aside(spec.kind, spec.key, sha256_of(data))
-            log.warning("%s; put aside as %s, it will be computed again", error, self.store.where(aside))
+            log.warning("%s; moved to %s, it will be computed again", error, self.store.where(aside))
             self.store.delete(info_key)
             put_aside(self.store, key, aside)
             return None

@@ -4,8 +4,9 @@
 >>> forget(results, found, say=print)  # takes the folder's lock  # doctest: +SKIP
 
 Table files are replaced one by one, each atomically. If this is interrupted, calling it again
-finishes it. An unfinished shard that serves a removed cell is listed in the table as a shard without
-rows, so that rows are ignored which a worker may still write for it. Independent of torch and Ray.
+finishes it. An unfinished shard that serves a removed cell is listed in the table as a shard
+without rows, so that rows are ignored which a worker may still write for it. Independent of torch
+and Ray.
 """
 
 from __future__ import annotations

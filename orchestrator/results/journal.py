@@ -4,9 +4,9 @@ alone.
 Every launch of a shard creates a new *attempt* and writes only into the attempt's folder. A step is
 committed when its part appears (a sealed Parquet file with the step's rows). The edit state after
 the step is written before the part, which contains the state's hash. The attempt's own file lists
-the parts of earlier attempts that it continues; together they are the shard's *chain*. A worker that
-was wrongly considered dead may go on writing parts, but they are not in the newest attempt's chain
-and are ignored. States are bytes: this module is independent of torch and Ray.
+the parts of earlier attempts that it continues; together they are the shard's *chain*. A worker
+that was wrongly considered dead may go on writing parts, but they are not in the newest attempt's
+chain and are ignored. States are bytes: this module is independent of torch and Ray.
 """
 
 from __future__ import annotations
@@ -452,7 +452,7 @@ class Journal:
 
     def _move_aside(self, shard_id: str, key: str, error: Damaged) -> None:
         aside = self.paths.shard_bad(shard_id, key)
-        log.warning("%s; put aside as %s", error, self.store.where(aside))
+        log.warning("%s; moved to %s", error, self.store.where(aside))
         put_aside(self.store, key, aside)
 
     def _drop_checkpoints(self, shard_id: str, attempts: Sequence[int], kept: Sequence[_Step]) -> None:
@@ -525,8 +525,8 @@ class Attempt:
 
         ``rows``: rows of the stream; the columns of cell and attempt are added here. ``failures``:
         dicts with cell_id, group, position, kind, message. ``state``: the edit state after the
-        step, None if the lanes have no edits. ``stats``: edits, edit_seconds, score_seconds. After a
-        :class:`~orchestrator.storage.base.StoreError` the same commit may be repeated. Raises
+        step, None if the lanes have no edits. ``stats``: edits, edit_seconds, score_seconds. After
+        a :class:`~orchestrator.storage.base.StoreError` the same commit may be repeated. Raises
         :class:`Superseded`, and :class:`JournalError` for a step that does not follow the last one.
         """
         began = time.perf_counter()

@@ -17,8 +17,8 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Write the plot to ``path``. Solid lines: scores on a group's final state. Dashed lines, in the
-    first panel: scores right after each edit.
+    """Write the plot to ``path``. Solid lines: scores on a group's final state. Dashed lines, in
+    the first panel: scores right after each edit.
 
     Raises :class:`EditSweepError` if matplotlib is missing or the format is unknown.
     """

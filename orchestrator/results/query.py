@@ -44,9 +44,9 @@ _IN_MEMORY_BYTES = 64 << 20
 (0.3 s)."""
 
 _FEW_VALUES = frozenset({"sweep", "model", "dataset", "method", "algorithm", "rollback", "scored", "device"})
-"""Columns with few distinct texts, read as Arrow dictionaries: this halves the reading time. Ids are
-not among them: Arrow skips files by a column's smallest and largest text, but does not do so for
-dictionary columns."""
+"""Columns with few distinct texts, read as Arrow dictionaries: this halves the reading time. Ids
+are not among them: Arrow skips files by a column's smallest and largest text, but does not do so
+for dictionary columns."""
 
 
 class QueryError(EditSweepError):

@@ -1,4 +1,5 @@
-"""The summary of a sweep: mean scores per method and T, read with SQL. Independent of torch and Ray.
+"""The summary of a sweep: mean scores per method and T, read with SQL. Independent of torch and
+Ray.
 
 rows = summary(open_results("results/demo"))
 markdown(rows)

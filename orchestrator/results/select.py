@@ -2,8 +2,8 @@
 
 >>> chosen = select(["method=wise,T=1000", "seed=3"], cells)      # of either kind      # doctest: +SKIP
 
-Within one text all keys must match; a key given twice matches either value. Of several texts, a cell
-must match at least one. Independent of torch and Ray.
+Within one text all keys must match; a key given twice matches either value. Of several texts, a
+cell must match at least one. Independent of torch and Ray.
 """
 
 from __future__ import annotations

@@ -316,7 +316,7 @@ class CentralTable:
         """
         key = self.paths.table_file(number)
         aside = self.paths.table_aside(number)
-        log.warning("%s; put aside as %s, its shards will run again", error, self.store.where(aside))
+        log.warning("%s; moved to %s, its shards will run again", error, self.store.where(aside))
         put_aside(self.store, key, aside, instead=encode(no_rows(), table_meta(number, [], 0)))
 
     def gather(self, journal: Journal, shard_ids: Iterable[str] | None = None) -> Gathered:
@@ -517,7 +517,7 @@ class CentralTable:
             rows = conform(parquet.read(columns=wanted), name, columns)
         if rows.num_rows != file.rows:
             raise Damaged(
-                f"{name}: has {rows.num_rows} rows where {file.rows} were listed; was it put aside meanwhile?"
+                f"{name}: has {rows.num_rows} rows where {file.rows} were listed; was it replaced meanwhile?"
             )
         return rows
 

@@ -58,8 +58,8 @@ class LocalStore(Store):
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                # Over NFS the reply to a successful link can be lost. The client repeats the request,
-                # which then fails because the name exists.
+                # Over NFS the reply to a successful link can be lost. The client repeats the
+                # request, which then fails because the name exists.
                 if os.stat(temporary).st_nlink != 2:
                     return False
             _sync_folder(path.parent)

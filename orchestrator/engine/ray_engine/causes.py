@@ -1,7 +1,7 @@
 """Transport of errors from a Ray worker to the driver.
 
-Some exceptions cannot be pickled, and Ray changes the class of the others. A worker therefore raises
-:class:`TaskFailed`, which holds the cause as plain data.
+Some exceptions cannot be pickled, and Ray changes the class of the others. A worker therefore
+raises :class:`TaskFailed`, which holds the cause as plain data.
 """
 
 from __future__ import annotations
