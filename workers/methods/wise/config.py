@@ -20,7 +20,8 @@ MergeRule = Literal[
 ]
 
 MERGED_SHARE = 0.6
-"""Weight of what is already merged in a later merge of WISE-Merge (the public code's constant)."""
+"""Weight of the already merged memory in a later merge of WISE-Merge (the public code's
+constant)."""
 
 TEMPLATE_STARTS = ("I", "You", "Because", "Yes", "Q: ")
 
@@ -96,7 +97,7 @@ class WISEConfig(MethodConfig):
             "weights": "merge_weight",
             "densities": "density",
             "hidden_act": IGNORED,  # read from the model
-            "sequential_edit": IGNORED,  # the sweep's grid says it
+            "sequential_edit": IGNORED,  # set by the sweep's grid
         }
     )
 
@@ -161,7 +162,7 @@ class WISEConfig(MethodConfig):
         shape.site(self.module)
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
-        """The context templates. Written greedily, so every seed shares them."""
+        """The context templates. They are generated greedily, so all seeds share them."""
         recipe: dict[str, JSON] = {
             **context.model_recipe,
             "starts": list(TEMPLATE_STARTS),
