@@ -21,6 +21,8 @@ from orchestrator.cli.main import main
 from orchestrator.cli.summary import show_summary
 from orchestrator.results import diff as comparing
 from orchestrator.results import report
+from orchestrator.results.cells import CELL_VIEW
+from orchestrator.results.cells import docs as cell_docs
 from orchestrator.results.forget import forget, look_up_superseded
 from orchestrator.results.live import Live
 from orchestrator.results.query import QueryError, Results, open_results
@@ -310,6 +312,64 @@ def test_groups_vary_and_requests_of_a_group_do_not(tmp_path: Path) -> None:
     assert rows[1]["locality_token_low"] is not None  # twelve groups of one
     assert rows[6]["locality_token_low"] is None and rows[6]["locality_token_sd"] is not None
     assert "[n/a]" in report.cells([rows[6]])[0][-1]
+
+
+# --- the cells ------------------------------------------------------------------------------
+
+
+def test_a_folder_explains_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.methods.ft import FT as method
+
+    edit = method.edit
+
+    def last(self: Any, overlay: Any, lanes: Any) -> Any:
+        if self.config.num_steps == 2 and len(lanes[0].requests[0].prompt) % 2:
+            raise FloatingPointError("it's 'no' luck")
+        return edit(self, overlay, lanes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "edit", last)
+        run(tmp_path / "r", **SMALL)
+        run(tmp_path / "r", **{**OTHER, "grid": {"T": [1], "seeds": [0]}})
+    results = open_results(tmp_path / "r")
+    cells = results.sql(
+        "SELECT *, hparams->>'num_steps' AS steps FROM cells ORDER BY superseded, T, seed"
+    ).to_pylist()
+    assert [(c["steps"], c["T"], c["seed"], c["superseded"]) for c in cells] == [
+        ("2", 1, 0, False),
+        *(("3", T, seed, True) for T in (1, 3) for seed in (0, 1)),
+    ]
+    now, *old = cells
+    assert now["asked"] == 6 == now["done"] + now["failed"] and now["failed"] > 0
+    assert now["cause"] == "FloatingPointError: it's 'no' luck"
+    assert all(
+        (c["asked"], c["failed"], c["cause"]) == (0, 0, None) and c["done"] == 6 // c["T"] for c in old
+    )
+    joined = results.sql(
+        "SELECT count(*) AS n FROM edits JOIN cells USING (cell_id) WHERE scored = 'final' AND NOT superseded"
+    )
+    assert joined["n"].to_pylist() == [now["done"]]
+    described = {row["column_name"]: row["column_type"] for row in results.sql("DESCRIBE cells").to_pylist()}
+    assert described == {c.name: c.type for c in CELL_VIEW}
+    both = open_results(tmp_path / "r", tmp_path / "r2") if run(tmp_path / "r2", **SMALL) else None
+    assert both is not None
+    assert both.sql("SELECT results, count(*) AS n FROM cells GROUP BY ALL ORDER BY ALL")[
+        "n"
+    ].to_pylist() == [5, 4]
+
+
+def test_a_folder_without_cells_has_none(tmp_path: Path) -> None:
+    from orchestrator.storage.local import LocalStore
+    from orchestrator.storage.paths import ResultsPaths
+
+    LocalStore(tmp_path).publish_new(ResultsPaths().sweep, b"{}")
+    assert open_results(tmp_path).sql("SELECT * FROM cells").column_names == [c.name for c in CELL_VIEW]
+    assert open_results(tmp_path).sql("SELECT count(*) AS n FROM cells")["n"].to_pylist() == [0]
+
+
+def test_the_page_lists_the_columns_of_cells() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "querying.md").read_text()
+    assert cell_docs() in page, "docs/querying.md: write orchestrator.results.cells.docs() into it again"
 
 
 # --- several folders ------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import contextlib
 import json
 import math
 import os
+import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 Answer = TypeVar("Answer")
+
+VIEWS: tuple[str, ...] = ("edits", "edits_all", "cells")
+"""The tables of a query: the rows that count, all rows, and the cells."""
 
 FORMATS: tuple[str, ...] = ("csv", "json", "parquet")
 _BATCH_ROWS = 65_536
@@ -70,8 +74,11 @@ class Reader:
         """Every row exactly once, of running shards too; all columns, or those asked for."""
         raise NotImplementedError
 
-    def register(self, connection: duckdb.DuckDBPyConnection, suffix: str = "") -> None:
-        """Make the views ``edits`` and ``edits_all``, their names followed by ``suffix``."""
+    def register(
+        self, connection: duckdb.DuckDBPyConnection, names: Collection[str], suffix: str = ""
+    ) -> None:
+        """Make those of the :data:`VIEWS` that are among ``names``, their own names followed by
+        ``suffix``."""
         raise NotImplementedError
 
     def to_pandas(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pd.DataFrame:
@@ -85,7 +92,7 @@ class Reader:
 
         ``time_limit`` in seconds; None means no limit. Raises :class:`QueryError`.
         """
-        with self._restricted_connection() as connection:
+        with self._restricted_connection(query) as connection:
             return _run_query(connection, query, time_limit, lambda found: found.to_arrow_table())
 
     def first_rows(self, query: str, limit: int, time_limit: float | None = 300.0) -> tuple[pa.Table, int]:
@@ -103,11 +110,11 @@ class Reader:
                 total += batch.num_rows
             return pa.Table.from_batches(kept, schema=reader.schema), total
 
-        with self._restricted_connection() as connection:
+        with self._restricted_connection(query) as connection:
             return _run_query(connection, query, time_limit, read)
 
     @contextlib.contextmanager
-    def _restricted_connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def _restricted_connection(self, query: str) -> Iterator[duckdb.DuckDBPyConnection]:
         import duckdb
 
         connection = duckdb.connect(
@@ -122,7 +129,9 @@ class Reader:
             },
         )
         try:
-            self.register(connection)
+            # only what the query can mean is made: a large folder's rows need not be opened for its cells
+            text = query.lower() if isinstance(query, str) else ""
+            self.register(connection, [view for view in VIEWS if re.search(rf"\b{view}\b", text)] or VIEWS)
             connection.execute("SET lock_configuration = true")
             yield connection
         finally:
@@ -167,7 +176,17 @@ class Results(Reader):
             rows = live.rows(rows)
         return rows if columns is None else rows.select([*columns, *(["superseded"] if superseded else [])])
 
-    def register(self, connection: duckdb.DuckDBPyConnection, suffix: str = "") -> None:
+    def register(
+        self, connection: duckdb.DuckDBPyConnection, names: Collection[str], suffix: str = ""
+    ) -> None:
+        if "cells" in names:
+            from orchestrator.results.cells import as_values
+
+            connection.execute(f"CREATE TABLE cells{suffix} AS {as_values(self)}")
+        if "edits" in names or "edits_all" in names:
+            self._register_rows(connection, suffix)
+
+    def _register_rows(self, connection: duckdb.DuckDBPyConnection, suffix: str) -> None:
         import pyarrow as pa
 
         live = self.live()
@@ -214,10 +233,15 @@ class Union(Reader):
             pieces.append(rows.add_column(0, "results", pa.repeat(name, rows.num_rows)))
         return pa.concat_tables(pieces)
 
-    def register(self, connection: duckdb.DuckDBPyConnection, suffix: str = "") -> None:
+    def register(
+        self, connection: duckdb.DuckDBPyConnection, names: Collection[str], suffix: str = ""
+    ) -> None:
         for i, folder in enumerate(self.folders.values()):
-            folder.register(connection, f"_{i}")
-        for view in ("edits", "edits_all"):
+            folder.register(connection, names, f"_{i}")
+        made = [view for view in VIEWS if view in names]
+        if "edits" in made or "edits_all" in made:
+            made = list(dict.fromkeys((*made, "edits", "edits_all")))
+        for view in made:
             pieces = [
                 f"SELECT {_quoted(name)} AS results, * FROM {view}_{i}" for i, name in enumerate(self.folders)
             ]
@@ -329,7 +353,9 @@ def _run_query(
         if isinstance(error, duckdb.BinderException) and "column" in str(error):
             message += f"\nColumns of edits: {', '.join(c.name for c in COLUMNS)}"
         elif isinstance(error, duckdb.CatalogException) and "Table" in str(error):
-            message += "\nThe tables are edits (the rows that count) and edits_all (with superseded ones)."
+            message += (
+                "\nThe tables are edits (the rows that count), edits_all (with superseded ones) and cells."
+            )
         raise QueryError(message) from error
     finally:
         if timer is not None:
