@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator.results.table import count_done
+from orchestrator.results.live import Live
+from orchestrator.results.table import CentralTable, count_done
 from workers.types import JSON
-
-if TYPE_CHECKING:
-    from orchestrator.results.query import Results
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +50,15 @@ CELL_VIEW: tuple[CellColumn, ...] = (
 )
 
 
-def cells(results: Results) -> Iterator[dict[str, JSON]]:
+def cells(
+    definitions: Mapping[str, Mapping[str, JSON]], live: Live, table: CentralTable
+) -> Iterator[dict[str, JSON]]:
     """Every cell that the folder has ever planned, with the columns :data:`CELL_VIEW`, in the order
     in which they were first planned."""
-    definitions, _ = results.plan()
-    live = results.live()
-    shards = results.central.shards()
-    done = results.central.done(shards)
+    shards = table.shards()
+    done = table.done(shards)
     causes: dict[str, Counter[str]] = {}
-    for failure in results.central.failed(shards):
+    for failure in table.failed(shards):
         text = f"{failure['kind']}: {failure['message']}".splitlines()[0]
         causes.setdefault(str(failure["cell_id"]), Counter())[text] += 1
     for cell_id, cell in definitions.items():
@@ -88,11 +86,11 @@ def docs() -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_values(results: Results) -> str:
-    """The cells as a SQL query. (Arrow imports pandas to make an array of a list.)"""
+def as_query(found: Iterable[Mapping[str, JSON]]) -> str:
+    """Cells as a SQL query. (Arrow imports pandas to make an array of a list.)"""
     casts = ", ".join(f'CAST("{c.name}" AS {c.type}) AS "{c.name}"' for c in CELL_VIEW)
     names = ", ".join(f'"{c.name}"' for c in CELL_VIEW)
-    rows = [f"({', '.join(map(_literal, cell.values()))})" for cell in cells(results)]
+    rows = [f"({', '.join(map(_literal, cell.values()))})" for cell in found]
     none = "" if rows else " WHERE false"
     values = ", ".join(rows or [f"({', '.join(['NULL'] * len(CELL_VIEW))})"])
     return f"SELECT {casts} FROM (VALUES {values}) v({names}){none}"
