@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from orchestrator.planning.hparams_files import FileFindings, compare
 from orchestrator.planning.memory import TEMPLATE_TOKENS
 from orchestrator.planning.spec import DatasetSpec, SweepSpec
 from workers.data import (
@@ -69,6 +70,8 @@ class MethodInputs:
     artifacts: Mapping[int, tuple[ArtifactSpec, ...]]
     """The artifacts that are built before its edits, for each seed that is an experiment of its
     own."""
+    file: FileFindings | None = None
+    """Comparison of its ``hparams_file`` with the sweep; None without a file."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     # Importing these brings torch, which a worker that reads a data set's file has not always
     # loaded yet.
     from workers.artifacts.stats import CorpusHashes
-    from workers.methods import get_method, load_config
+    from workers.methods import get_method, load_method
     from workers.methods.base import ArtifactContext
     from workers.model.base import model_shape
 
@@ -116,16 +119,19 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     training: tuple[TrainingSource, tuple[EditRequest, ...]] | None = None
     corpora = CorpusHashes()
     methods = []
-    for method in spec.methods:
+    for number, method in enumerate(spec.methods):
+        file = None
         try:
             kind = get_method(method.method)
-            config = load_config(
+            config, remarks = load_method(
                 method.method,
                 method.hparams,
                 method.hparams_file,
                 spec.model,
                 method.protocol or spec.protocol,
             )
+            if remarks is not None:
+                file = compare(spec, number, remarks, shape, kind.whole_group)
             config.check(shape)
         except SpecError as e:
             raise SpecError(f"methods: {method.label}: {e}") from None
@@ -137,7 +143,7 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
             for seed in distinct_seeds(spec, config.uses_seed)
         }
         artifacts = {seed: config.artifacts(context) for seed, context in contexts.items()}
-        methods.append(MethodInputs(config, artifacts))
+        methods.append(MethodInputs(config, artifacts, file))
     return Inputs(spec, data, fingerprint, shape, tuple(methods), None if training is None else training[1])
 
 

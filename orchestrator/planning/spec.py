@@ -99,7 +99,9 @@ class GridSpec(Frozen):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     rollback: Rollback = "group"
     batch_size: int = Field(
-        1, ge=1, description="requests edited in one call, for methods that can; divides every T"
+        1,
+        ge=1,
+        description="requests edited in one call, where a variant says nothing else; divides every T",
     )
 
     @field_validator("T", "seeds", mode="before")
@@ -142,6 +144,9 @@ class MethodSpec(Frozen):
     protocol: ProtocolName | None = Field(None, description="null: what the sweep says")
     T: tuple[int, ...] = Field(
         (), description="which of the grid's T this variant is run at; empty: all of them"
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="requests edited in one call, for this variant; null: what the grid says"
     )
 
     @field_validator("T", mode="before")
@@ -254,23 +259,26 @@ class SweepSpec(Frozen):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        n, size = self.dataset.edits, self.grid.batch_size
+        n = self.dataset.edits
         for t in self.grid.T:
             if n % t:
                 raise ValueError(_not_a_divisor(t, n))
-            if t % size:
-                near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
-                raise ValueError(
-                    f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}"
-                )
-        for mark in self.scoring.score_at:
-            if mark % size:
-                near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
-                raise ValueError(
-                    f"scoring.score_at: {mark} lies within a batch of grid.batch_size={size} edits; the "
-                    f"nearest valid values "
-                    f"are {near}"
-                )
+        for i in range(len(self.methods)):
+            size, name = self.batch_size(i)
+            for t in self.sizes(i):
+                if t % size:
+                    near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
+                    raise ValueError(
+                        f"{name}: {size} does not divide T={t}; the nearest valid values are {near}"
+                    )
+            for mark in self.scoring.score_at:
+                if mark % size:
+                    near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
+                    raise ValueError(
+                        f"scoring.score_at: {mark} lies within a batch of {name}={size} edits; the "
+                        f"nearest valid values "
+                        f"are {near}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -283,6 +291,14 @@ class SweepSpec(Frozen):
                     f"{', '.join(map(str, self.grid.T))}"
                 )
         return self
+
+    def batch_size(self, variant: int) -> tuple[int, str]:
+        """Requests of one call that are asked of a variant (by its number), and the field that says
+        so."""
+        own = self.methods[variant].batch_size
+        if own is not None and own != self.grid.batch_size:
+            return own, f"methods.{variant}.batch_size"
+        return self.grid.batch_size, "grid.batch_size"
 
     def sizes(self, variant: int) -> tuple[int, ...]:
         """The values of T that a variant (by its number) is run at, in the grid's order."""

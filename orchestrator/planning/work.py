@@ -37,9 +37,13 @@ class Variant(Frozen):
         False, description="one call edits all requests of a group, whatever the grid says"
     )
 
+    own_batch_size: int | None = Field(
+        None, description="requests of one call where the spec says it of this variant alone"
+    )
+
     def batch_size(self, T: int, asked: int) -> int:
         """Requests of one call at this T, where the grid asks for ``asked``."""
-        return T if self.whole_group else asked
+        return T if self.whole_group else self.own_batch_size or asked
 
 
 class Common(Frozen):
