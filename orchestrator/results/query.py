@@ -26,6 +26,7 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import unseal_json
+from workers.optional import optional
 from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Results:
 
     def to_pandas(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The same as a pandas data frame."""
+        optional("pandas", "pandas", "to_pandas()")
         frame: pd.DataFrame = self.table(columns).to_pandas()
         return frame
 
