@@ -34,7 +34,7 @@ class Grid:
         self.memory: dict[tuple[int, int], MemoryEstimate] = {}
         self.artifacts: dict[str, ArtifactSpec] = {}
         self.keys: dict[tuple[int, int], tuple[tuple[str, str], ...]] = {}
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(spec.remarks)
         self._seeds: list[tuple[int, ...]] = []
         self._digests: dict[tuple[int, int], str] = {}
         shared = {

@@ -26,7 +26,7 @@ from workers.data import (
 from workers.job import ScoreConfig
 from workers.model.config import EMBEDDED, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template
 from workers.scoring.registry import SCORES
-from workers.types import Dataset, EditRequest, SpecError
+from workers.types import Dataset, EditRequest, ModelError, SpecError
 
 if TYPE_CHECKING:
     from workers.artifacts.base import ArtifactSpec
@@ -108,7 +108,11 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
             f"dataset.edits: {spec.dataset.edits} edits asked for, but the data set {data.name!r} has "
             f"{len(data.requests)}; the largest valid value is {len(data.requests)}"
         )
-    fingerprint = fingerprint_model(spec.model)
+    try:
+        fingerprint = fingerprint_model(spec.model)
+    except ModelError as e:
+        places = f"; looked at: {', '.join(spec.looked_at)}" if spec.looked_at else ""
+        raise ModelError(f"{e}{places}") from e
     if spec.chat_template and not has_chat_template(spec.model):
         raise SpecError(
             f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "

@@ -22,6 +22,7 @@ import yaml
 from pydantic import (
     BaseModel,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -29,10 +30,11 @@ from pydantic import (
     model_validator,
 )
 
+from orchestrator.planning.places import FoundModel, find_model, is_bare
 from workers.data import DATASETS
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
-from workers.model.config import ModelConfig
+from workers.model.config import EMBEDDED, ModelConfig
 from workers.scoring.registry import SCORES
 from workers.types import DataError, Frozen, ModelError, ProtocolName, SpecError
 
@@ -252,6 +254,19 @@ class SweepSpec(Frozen):
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
 
+    _found_model: FoundModel | None = PrivateAttr(None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the reader of the spec's file chose where it could be read in several ways."""
+        found = self._found_model
+        return () if found is None or found.remark is None else (found.remark,)
+
+    @property
+    def looked_at(self) -> tuple[str, ...]:
+        """The places where the spec's reader found no model of a bare name."""
+        return () if self._found_model is None else self._found_model.looked_at
+
     @field_validator("name")
     @classmethod
     def _plain(cls, value: str) -> str:
@@ -357,10 +372,12 @@ def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()
     for override in overrides:
         _override(raw, override)
     origin = source if not overrides else f"{source} (with --set)"
+    raw, found = _with_model(_with_paths(raw, base), base)
     try:
-        spec = SweepSpec.model_validate(_with_paths(raw, base))
+        spec = SweepSpec.model_validate(raw)
     except ValidationError as e:
         raise SpecError(f"{origin}: {explain(e, SweepSpec)}") from None
+    spec._found_model = found
     return spec
 
 
@@ -450,11 +467,7 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     model = raw.get("model")
     if isinstance(model, str):
         raw["model"] = model = {"name": model}
-    if (
-        isinstance(model, dict)
-        and isinstance(model.get("name"), str)
-        and model["name"].startswith((".", "~", "/"))
-    ):
+    if isinstance(model, dict) and isinstance(model.get("name"), str) and not is_bare(model["name"]):
         raw["model"] = {**model, "name": absolute(model["name"])}
     methods = raw.get("methods")
     if isinstance(methods, (str, dict)):
@@ -467,6 +480,16 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
             for m in methods
         ]
     return raw
+
+
+def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], FoundModel | None]:
+    """A copy whose model's bare name stands for the place where it was found."""
+    model = raw.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if not isinstance(name, str) or not name or name == EMBEDDED or not is_bare(name):
+        return raw, None
+    found = find_model(name, base)
+    return {**raw, "model": {**raw["model"], "name": found.name}}, found
 
 
 # --- messages -------------------------------------------------------------------------------
