@@ -104,7 +104,7 @@ class MENDConfig(HypernetConfig):
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             **TRAINER_KEYS,
-            **dict.fromkeys(("cbase", "hidden_dim", "max_output_length", "act"), IGNORED),
+            **dict.fromkeys(("cbase", "hidden_dim", "max_output_length"), IGNORED),
             "inner_params": "inner_params",
             "accumulate_bs": "accumulate_bs",
             "max_iters": "max_iters",
@@ -116,7 +116,7 @@ class MENDConfig(HypernetConfig):
         }
     )
     easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
-        {**TRAINER_OFF, "lr_scale": (1, 1.0)}
+        {**TRAINER_OFF, "lr_scale": (1, 1.0), "act": ("relu",)}
     )
     easyedit_lost: ClassVar[Mapping[str, str]] = TRAINER_LOST
     _only: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
