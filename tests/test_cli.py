@@ -324,7 +324,7 @@ def _as_anyone(*arguments: str) -> None:
 def test_status(call: Any, results: Path) -> None:
     code, out, _ = call("status", results)
     assert code == 0
-    assert "2 of 2 cells finished; no run is at work" in out
+    assert "2 of 2 cells finished; no run is active" in out
     found = json.loads(call("status", results, "--json")[1])
     assert [cell["T"] for cell in found["cells"]] == [1, 4]
     assert all(cell["done"] == cell["groups"] for cell in found["cells"])

@@ -1,5 +1,4 @@
-"""Reading what people write: YAML of bounded size, and a validation's complaints as one message
-that can be acted on."""
+"""User input: parsing of YAML of bounded size, and validation errors as one readable message."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from yaml.constructor import ConstructorError
 from workers.types import JSON, SpecError
 
 MAX_BYTES = 1 << 20
-"""A file larger than this is refused before it is parsed."""
+"""Maximum size of a file; checked before parsing."""
 
 MAX_NODES = 50_000
-"""YAML nodes a file may have once its aliases are written out (a nest of aliases can stand for
+"""Maximum number of YAML nodes after aliases are expanded (nested aliases can expand to
 billions)."""
 
 
@@ -62,7 +61,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> JSON:
-    """Safely loaded YAML of bounded size."""
+    """Parse YAML of bounded size, safely. Raises :class:`SpecError`, which names ``source``."""
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
     loader = None
@@ -71,7 +70,7 @@ def parse_yaml(text: str, source: str) -> JSON:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _written_out(node, {}, 0) > MAX_NODES:
+        if _expanded_size(node, {}, 0) > MAX_NODES:
             raise SpecError(f"{source}: more than {MAX_NODES} values once its aliases are written out")
         return loader.construct_document(node)
     except yaml.YAMLError as e:
@@ -86,9 +85,9 @@ def parse_yaml(text: str, source: str) -> JSON:
             loader.dispose()
 
 
-def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Nodes below and including ``node`` with every alias written out; an alias to its own parent
-    raises."""
+def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Number of nodes at and below ``node``, aliases expanded. Raises ValueError for an alias to
+    its own parent."""
     if depth > 50:
         raise ValueError("nested more than 50 levels deep")
     if id(node) in known:
@@ -98,15 +97,15 @@ def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     known[id(node)] = 0
     total = 1
     if isinstance(node, yaml.SequenceNode):
-        total += sum(_written_out(child, known, depth + 1) for child in node.value)
+        total += sum(_expanded_size(child, known, depth + 1) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
-        total += sum(_written_out(child, known, depth + 1) for pair in node.value for child in pair)
+        total += sum(_expanded_size(child, known, depth + 1) for pair in node.value for child in pair)
     known[id(node)] = total
     return total
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """All problems of one validation, a line each."""
+    """All errors of one validation, one line each."""
     lines = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])

@@ -1,8 +1,7 @@
-"""The command line. Exit codes: 0 everything finished, 1 something failed or is a bug, 2 bad input,
-130 Ctrl-C.
+"""The command line application and the options that several commands share.
 
-Every command imports what it needs when it runs: `status`, `query` and `report` start without torch
-and Ray.
+Exit codes: 0 everything finished, 1 a failure or a bug, 2 invalid input, 130 Ctrl-C. The imports
+are inside the commands, so that `status`, `query` and `report` start without torch and Ray.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Bug(Exception):
 
 
 def silence_libraries(verbose: bool) -> None:
-    """Libraries keep their progress bars and advice to themselves unless asked."""
+    """Hide the libraries' progress bars and log messages below ERROR unless ``verbose``."""
     import logging
 
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")

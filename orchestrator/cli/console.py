@@ -1,7 +1,7 @@
-"""Everything the command line shows. The only module that prints.
+"""Output of the command line. The only module that prints.
 
-Text from specs and data sets is never read as markup. On a terminal the view of a run is live;
-otherwise it is a plain line every few seconds.
+Text from specs and data sets is never interpreted as markup. On a terminal the progress of a run is
+a live display; otherwise it is one plain line every few seconds.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PLAIN_SECONDS = 5.0
 """Seconds between two plain progress lines."""
 
 _WIDTH = 160
-"""Columns where there is no terminal to ask."""
+"""Width in characters if the output is not a terminal."""
 
 
 class Output:
-    """The two streams. Answers go to standard output, everything about how it goes to standard
-    error.
+    """The two output streams: results go to standard output; progress, notes and errors go to
+    standard error.
 
     >>> out = Output()                                          # doctest: +SKIP
     >>> out.table("cells", ("method", "T"), [("rome", "10")])   # doctest: +SKIP
@@ -69,7 +69,7 @@ class Output:
         self.answers.print(table)
 
     def raw(self) -> BinaryIO:
-        """Standard output for bytes that must not be wrapped or coloured."""
+        """Standard output for bytes, neither wrapped nor coloured."""
         self.answers.file.flush()
         return sys.stdout.buffer
 
@@ -78,8 +78,8 @@ class Output:
 
 
 def plain(text: str) -> Text:
-    """Text as it is: no markup, and no control characters, with which a data set could steer the
-    terminal."""
+    """Text without markup. Control characters are escaped, because text from a data set must not
+    control the terminal."""
     return Text(
         "".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else repr(c)[1:-1] for c in text)
     )
@@ -93,8 +93,8 @@ def _console(stderr: bool) -> Console:
 
 
 @dataclass
-class _Flight:
-    """A shard being run."""
+class _RunningShard:
+    """Progress of a shard that is running."""
 
     shard: Shard
     title: str
@@ -107,12 +107,12 @@ class _Flight:
 
 @dataclass
 class RunView:
-    """Progress in plain lines, and the bookkeeping both kinds of view share
-    (:class:`orchestrator.engine.books.View`)."""
+    """Progress in plain lines (an :class:`orchestrator.engine.books.View`), and the counters that
+    both views share."""
 
     console: Console
     plan: Plan | None = None
-    flights: dict[str, _Flight] = field(default_factory=dict)
+    flights: dict[str, _RunningShard] = field(default_factory=dict)
     done_shards: int = 0
     failed_shards: int = 0
     failed_groups: int = 0
@@ -124,8 +124,8 @@ class RunView:
     began: float = 0.0
     building: dict[str, tuple[int, int, str]] = field(default_factory=dict)
     _last: float = 0.0
-    _reached: dict[str, int] = field(default_factory=dict)
-    """Per shard the furthest tick seen: one that is launched again is not counted twice."""
+    _furthest: dict[str, int] = field(default_factory=dict)
+    """Shard id -> the highest tick reported, so that steps of a restarted shard count once."""
 
     def begin(self, plan: Plan) -> None:
         self.plan = plan
@@ -147,16 +147,16 @@ class RunView:
 
     def shard_started(self, shard: Shard, title: str) -> None:
         if not self.flights and not self.edits:
-            self.began = time.monotonic()  # the clock of edits/s and ETA starts with the first shard
-        self.flights[shard.shard_id] = _Flight(shard, title)
+            self.began = time.monotonic()  # edits/s and ETA count from the first shard's start
+        self.flights[shard.shard_id] = _RunningShard(shard, title)
         self.show()
 
     def shard_step(self, step: StepReport) -> None:
         flight = self.flights.get(step.shard_id)
         if flight is None:
             return
-        before = self._reached.get(step.shard_id, 0)
-        self._reached[step.shard_id] = max(before, step.tick)
+        before = self._furthest.get(step.shard_id, 0)
+        self._furthest[step.shard_id] = max(before, step.tick)
         share = max(0, step.tick - before) / max(1, step.ticks) * flight.shard.cost
         if step.edits or step.seconds:
             self.cost_done += share
@@ -179,9 +179,9 @@ class RunView:
 
     def end(self) -> None:
         self.show(force=True)
-        self._say_kept()
+        self._note_cache_hits()
 
-    def _say_kept(self) -> None:
+    def _note_cache_hits(self) -> None:
         if self.batches:
             share = percent(self.kept, self.batches)
             self.note(
@@ -227,7 +227,7 @@ class RunView:
 
 @dataclass
 class LiveView(RunView):
-    """Progress that redraws itself: one line per shard in flight."""
+    """Live progress display: one line per running shard."""
 
     _live: Live | None = None
 
@@ -239,14 +239,14 @@ class LiveView(RunView):
         self._live.start()
 
     def show(self, force: bool = False) -> None:
-        """The live display draws by itself."""
+        """No-op: the live display refreshes itself."""
 
     def end(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
         RunView.show(self, force=True)
-        self._say_kept()
+        self._note_cache_hits()
 
     def _render(self) -> Group:
         if self.plan is None:
@@ -284,7 +284,7 @@ def begin_line(plan: Plan) -> str:
 
 
 def safety_line(safety: Safety) -> str:
-    """The cost of keeping the results safe, in one line."""
+    """Time spent on writing the results durably, in one line."""
     return (
         f"safety: journal {safety.journal_seconds:.1f} s of {safety.actor_seconds:.0f} actor-seconds, "
         f"gather {safety.gather_seconds:.1f} s of {safety.wall_seconds:.0f} s: {100 * safety.share:.1f}%"
@@ -296,7 +296,7 @@ def percent(done: float, total: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds with a readable unit, as in "12 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
@@ -305,7 +305,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person says them."""
+    """Bytes with a readable unit, as in "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

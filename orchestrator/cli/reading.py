@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,36 +17,35 @@ from orchestrator.cli.summary import show_summary
 from orchestrator.results.status import read_status
 from workers.types import JSON
 
-if TYPE_CHECKING:
-    pass
-
 commands = typer.Typer()
 
 _LISTED = 10
-"""Cells, or failures of a cell, that are listed one by one."""
+"""At most so many cells, or failures of a cell, are listed individually."""
 
 _ROWS = 100
-"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large
-sweep, and no reader wants them all."""
+"""At most so many rows of a table of `status` are shown: to print the ten thousand cells of a large
+sweep takes seconds."""
 
 _FORCE_SECONDS = 5.0
+"""Time between the interruption of a query and the forced end of the process."""
+
 _CELL_CHARACTERS = 1000
-"""Characters of one value that are shown in a terminal."""
+"""At most so many characters of a value are shown."""
 
 
 @commands.command()
 def status(
     folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False
 ) -> None:
-    """Show the progress of a sweep: finished cells, shards under way, failures, and its running
-    driver."""
+    """Show the progress of a sweep: finished cells, unfinished shards, failures, and the driver
+    that runs it."""
     found = read_status(folder)
     out = Output()
     if as_json:
         out.raw().write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
         return
     running = found["running"]
-    state = f"a run is at work ({running})" if running else "no run is at work"
+    state = f"a run is active ({running})" if running else "no run is active"
     out.say(f"sweep {found['sweep']}: {found['finished']} of {len(found['cells'])} cells finished; {state}")
     rows = [
         (
@@ -113,7 +112,7 @@ def _say_more(out: Output, rows: Sequence[object], what: str) -> None:
 def query(
     folder: Folder,
     sql: Annotated[
-        str, typer.Argument(metavar="SQL", help="a question; the table is called edits", show_default=False)
+        str, typer.Argument(metavar="SQL", help="a query; the table is called edits", show_default=False)
     ],
     output: Annotated[
         Literal["table", "csv", "json", "parquet"], typer.Option("--format", help="how to answer")
@@ -123,17 +122,17 @@ def query(
         float, typer.Option(min=0.1, help="seconds after which the query is stopped")
     ] = 300.0,
 ) -> None:
-    """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included."""
+    """Query the table in SQL (DuckDB). Rows of unfinished shards are included."""
     from orchestrator.results.query import write
 
     results = open_existing(folder)
     out = Output()
     if output != "table":
-        with _ended_by_force(time_limit + _FORCE_SECONDS, out):
+        with _hard_time_limit(time_limit + _FORCE_SECONDS, out):
             table = results.sql(sql, time_limit)
         write(table, output, out.raw())
         return
-    with _ended_by_force(time_limit + _FORCE_SECONDS, out):
+    with _hard_time_limit(time_limit + _FORCE_SECONDS, out):
         shown, total = results.first_rows(sql, limit, time_limit)
     numbers = [
         i
@@ -153,13 +152,13 @@ def _cell(value: JSON) -> str:
 
 
 @contextlib.contextmanager
-def _ended_by_force(seconds: float, out: Output) -> Iterator[None]:
-    """End the process if the block takes longer: a query is interrupted between two pieces of work,
-    and one can be endless."""
+def _hard_time_limit(seconds: float, out: Output) -> Iterator[None]:
+    """End the process if the block takes longer than ``seconds``. DuckDB interrupts a query only
+    between two work units, and one of them may not end."""
     import threading
 
     def end() -> None:
-        out.error(f"the query did not stop when told to; ended by force after {seconds:.0f} s")
+        out.error(f"the query did not stop when interrupted; ended by force after {seconds:.0f} s")
         os._exit(2)
 
     timer = threading.Timer(seconds, end)
@@ -212,7 +211,7 @@ def methods() -> None:
     for name in method_names():
         method = get_method(name)
         changed = {**method.Config.easyedit_values}
-        changed.update(changed.pop("deviations", {}))  # type: ignore[arg-type]
+        changed.update(changed.pop("deviations", {}))
         rows.append(
             (
                 name,
@@ -248,8 +247,8 @@ def forget(
     ],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
-    """Remove cells from the results, after asking. If the spec still has them, the next run makes
-    them again."""
+    """Remove cells from the results, after a confirmation. If the spec still contains them, the
+    next run runs them again."""
     from orchestrator.results import forget as forgetting
 
     results = open_existing(folder)
@@ -267,7 +266,7 @@ def forget(
         out.say(f"{len(found.shards)} shards under way lose their progress")
     if found.others:
         out.warn(
-            f"that progress is also of {len(found.others)} other cells: {', '.join(found.others[:_LISTED])}"
+            f"these shards also serve {len(found.others)} other cells: {', '.join(found.others[:_LISTED])}"
         )
     if not yes and not typer.confirm("Remove them for good?", err=True):
         out.note("nothing was removed")

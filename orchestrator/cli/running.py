@@ -133,8 +133,8 @@ def plan(
 
 
 def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
-    """Print how long the rest may take: resources reserved, and the makespan on a number of
-    actors."""
+    """Print the estimated time of the remaining shards: GPU-hours or CPU-hours, and the makespan on
+    ``actors`` actors."""
     reserved = made.spec.engine.resources
     seconds = sum(shard.seconds_left for shard in made.shards)
     kind, share = ("GPU", reserved.gpu) if reserved.gpu else ("CPU", reserved.cpu)
@@ -170,7 +170,7 @@ def run(
         bool, typer.Option("--verbose", help="show the libraries' own log messages too")
     ] = False,
 ) -> None:
-    """Run what is not done yet. Run it again after any interruption: it continues."""
+    """Run the unfinished part of a sweep. After an interruption, the same command continues it."""
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
@@ -200,7 +200,7 @@ def run(
         raise typer.Exit(130) from None
     except Exception as error:
         raise Bug(folder) from error
-    _conclude(out, spec_file, folder, outcome, time.monotonic() - began)
+    _print_outcome(out, spec_file, folder, outcome, time.monotonic() - began)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -220,8 +220,8 @@ def artifacts(
         bool, typer.Option("--verbose", help="show the libraries' own log messages too")
     ] = False,
 ) -> None:
-    """Build what the sweep's shards share (statistics, trained networks) and nothing else; run
-    again, it continues."""
+    """Build only the artifacts that the sweep's shards share (statistics, trained networks). After
+    an interruption, the same command continues it."""
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
@@ -257,15 +257,15 @@ def artifacts(
 
 
 def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str, str]]:
-    """A line for each."""
+    """One row per artifact: kind, key, size, state."""
     return [
         (found.spec.kind, found.spec.key, "" if found.bytes is None else size(found.bytes), found.state)
         for found in states
     ]
 
 
-def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
-    """The summary, what failed and how to go on."""
+def _print_outcome(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
+    """Print the summary, the failures, and the command that continues the sweep."""
     from orchestrator.cli.console import safety_line
     from orchestrator.results.query import open_results
 
@@ -302,7 +302,7 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
         for line in by_cell.get(cell_id) or ["not run to its end"]:
             out.note(f"  {titles[cell_id]} ({cell_id}): {line}")
     if outcome.failed_groups and "--retry-failed" not in sys.argv:
-        again += " --retry-failed"  # what failed is otherwise left alone
+        again += " --retry-failed"  # failed groups are not run again without it
     out.note(f"details:  editsweep status {quote(folder)}")
     out.note(f"try again with:  {again}")
 

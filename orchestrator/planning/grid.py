@@ -16,12 +16,13 @@ from workers.model.config import ModelShape
 from workers.types import JSON, SpecError
 
 SCHEMA = 1
-"""Version of what enters a cell id. Raising it makes every result stale."""
+"""Version of the content of a cell id. To raise it changes all cell ids, so that every earlier
+result must be run again."""
 
 
 class Grid:
-    """Enumerates the cells of the spec's methods, whose settings are resolved; collects artifacts,
-    sizes and warnings."""
+    """Resolves the spec's methods and enumerates their cells. Also collects artifacts, memory
+    estimates, numbers of lanes, and warnings."""
 
     def __init__(
         self, spec: SweepSpec, common: Common, methods: Sequence[MethodInputs], shape: ModelShape, tokens: int
@@ -55,8 +56,8 @@ class Grid:
     def _resolve(
         self, method: MethodSpec, found: MethodInputs, shared: Mapping[str, JSON], shape: ModelShape
     ) -> None:
-        # Importing the methods brings torch, which parsing a spec or reading a manifest does not
-        # need.
+        # Importing the methods imports torch, which is not needed to parse a spec or to read a
+        # manifest.
         from workers.methods import get_method
 
         kind, config = get_method(method.method), found.config
@@ -115,12 +116,12 @@ class Grid:
             "config": resolved,
         }
         if kind.whole_group:
-            body["batch_size"] = None  # it is T, which every cell id has; what the grid says changes nothing
+            body["batch_size"] = None  # it is T, which is in the cell id; the grid's value is not used
         for seed, specs in found.artifacts.items():
             keys = tuple((artifact.name, artifact.key) for artifact in specs)
             self.artifacts.update({key: artifact for (_, key), artifact in zip(keys, specs, strict=True)})
             self.keys[number, seed] = keys
-        # Hashed once per set of artifacts: ten thousand seeds of one method share it.
+        # One digest per set of artifacts, because thousands of seeds may have the same set.
         digests: dict[tuple[tuple[str, str], ...], str] = {}
         for seed in self._seeds[number]:
             keys = self.keys[number, seed]
@@ -129,8 +130,8 @@ class Grid:
             self._digests[number, seed] = digests[keys]
 
     def _check_batches(self) -> None:
-        """Refuse a batch size that a method of the sweep cannot edit, naming all of them and those
-        that can."""
+        """Raise :class:`SpecError` if a method of the sweep does not support the batch size. The
+        message names all such methods, and the methods that support it."""
         from workers.methods import get_method, method_names
 
         def able(name: str) -> bool:
@@ -150,7 +151,7 @@ class Grid:
             )
 
     def _lanes(self, label: str, T: int, need: MemoryEstimate) -> int:
-        """The spec's number of lanes, or as many as the declared memory holds."""
+        """The spec's number of lanes; for ``auto`` as many as fit into the declared memory."""
         engine = self.spec.engine
         if engine.lanes != "auto":
             return engine.lanes

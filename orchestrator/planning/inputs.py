@@ -1,5 +1,4 @@
-"""Everything that planning reads from disk, read once; and facts about it that the planner asks
-for.
+"""Read everything that planning needs from disk, once; and derive counts and notes from it.
 
 inputs = read_inputs(spec)         # data set, model files, hyperparameter files, corpora, training data
 plan = Planner(inputs).plan(...)   # reads nothing
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 
 OFFENDERS_SHOWN = 20
-"""Requests, both trained on and edited, that one error message lists."""
+"""An error message lists at most so many requests that are both trained on and edited."""
 
 EMBEDDED_WORLD = "tinyworld"
 
@@ -45,19 +44,18 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
 
 
 def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
-    """Read the training data of networks; None if the spec names none and the data set brings
-    none."""
+    """Read the data that networks are trained on: the spec's, or else the data set's own. None if
+    neither has any."""
     from workers.artifacts.pretrain import training_source
 
-    told, dataset = spec.training, spec.dataset
-    shards = told.shards or None
-    if told.kind is not None:
-        return training_source(told.kind, told.path, shards, told.on_bad_record)
+    training, dataset = spec.training, spec.dataset
+    shards = training.shards or None
+    if training.kind is not None:
+        return training_source(training.kind, training.path, shards, training.on_bad_record)
     if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
         return training_source(EMBEDDED_WORLD, None, shards)
-    if (
-        dataset.kind == "zsre" and dataset.train_path is not None
-    ):  # other kinds take mere sentences from there
+    # Other kinds use train_path only for unrelated sentences.
+    if dataset.kind == "zsre" and dataset.train_path is not None:
         return training_source(dataset.kind, dataset.train_path, shards, dataset.on_bad_record)
     return None
 
@@ -68,15 +66,15 @@ class MethodInputs:
 
     config: MethodConfig
     artifacts: Mapping[int, tuple[ArtifactSpec, ...]]
-    """The artifacts that are built before its edits, for each seed that is an experiment of its
-    own."""
+    """Seed -> artifacts that the edits need. Only for seeds that give different results (see
+    :func:`distinct_seeds`)."""
     file: FileFindings | None = None
     """Comparison of its ``hparams_file`` with the sweep; None without a file."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a plan depends on beside a results folder's contents."""
+    """Everything a plan depends on, except the contents of the results folder."""
 
     spec: SweepSpec
     dataset: Dataset
@@ -85,18 +83,17 @@ class Inputs:
     methods: tuple[MethodInputs, ...]
     """In the order of ``spec.methods``."""
     trained_on: tuple[EditRequest, ...] | None = None
-    """The requests that networks learn from; None if no method trains any."""
+    """The requests that networks are trained on; None if no method trains a network."""
 
 
 def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
-    """Read what a sweep names: each file once, and no weights into memory. ``dataset``: the spec's,
-    where it was read before.
+    """Read all files that a sweep names, each once. The model's weights are not loaded.
+    ``dataset``: the spec's data set, if the caller has read it already.
 
     Raises :class:`SpecError`, ``DataError`` or ``ModelError`` if something is missing, unusable or
     smaller than asked for.
     """
-    # Importing these brings torch, which a worker that reads a data set's file has not always
-    # loaded yet.
+    # These imports load torch, which a worker that only reads the data set does not need.
     from workers.artifacts.stats import CorpusHashes
     from workers.methods import get_method, load_method
     from workers.methods.base import ArtifactContext
@@ -152,15 +149,17 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
 
 
 def distinct_seeds(spec: SweepSpec, uses_seed: bool) -> tuple[int, ...]:
-    """The grid's seeds; the first alone where nothing is drawn at random, neither by the method nor
-    in the requests' order."""
+    """The grid's seeds; only the first one if neither the method nor the order of requests is
+    random."""
     several = uses_seed or spec.dataset.order == "shuffle"
     return spec.grid.seeds if several else spec.grid.seeds[:1]
 
 
 def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:
-    """Count the requests that are both trained on and edited under any seed. Raises
-    :class:`SpecError` listing them."""
+    """Count the training requests that the sweep edits under any seed.
+
+    Raises :class:`SpecError` with a list of them, unless the spec allows the overlap.
+    """
     edited: set[int] = set()
     for seed in spec.grid.seeds:
         edited.update(order_requests(data, spec.dataset.order, seed)[: spec.dataset.edits])
@@ -171,18 +170,18 @@ def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest
         shown = "\n".join(f"  {offender}" for offender in found[:OFFENDERS_SHOWN])
         more = f"\n  ... and {len(found) - OFFENDERS_SHOWN} more" if len(found) > OFFENDERS_SHOWN else ""
         raise SpecError(
-            f"training: {len(found)} of its {len(training)} requests are edited by the sweep, which would "
-            f"be judged on what "
-            f"it has seen:\n{shown}{more}\nremove them from the training data, or set "
+            f"training: {len(found)} of its {len(training)} requests are edited by the sweep, so that "
+            f"methods would be evaluated on "
+            f"their training data:\n{shown}{more}\nremove them from the training data, or set "
             f"training.allow_overlap: true, which "
-            "every row will say"
+            "every row then records"
         )
     return len(found)
 
 
 def longest_tokens(data: Dataset, score: ScoreConfig) -> int:
-    """A bound on a sequence's tokens: three characters make at least one, and templates may stand
-    before a prompt."""
+    """Estimated upper bound of a sequence's length in tokens: one token per three characters, plus
+    the template before the prompt."""
     longest = 0
     for request in data.requests:
         longest = max([longest, *map(len, request.ood)])

@@ -1,11 +1,12 @@
-"""Removing cells from a results folder, deliberately: the one way a result is ever lost.
+"""Remove cells from a results folder. Nothing else ever deletes a result.
 
->>> found = look_up(results, ["method=wise,T=1000"])  # says what would go  # doctest: +SKIP
+>>> found = look_up(results, ["method=wise,T=1000"])  # what would be removed  # doctest: +SKIP
 >>> forget(results, found, say=print)  # takes the folder's lock  # doctest: +SKIP
 
-Table files are replaced one by one, each whole: interrupted, it is finished by doing it again. A
-shard under way that serves a forgotten cell ends as a shard without rows: whatever a worker
-believed dead still writes for it counts nothing. Knows nothing of torch or Ray.
+Table files are replaced one by one, each atomically. If this is interrupted, calling it again
+finishes it. An unfinished shard that serves a removed cell is listed in the table as a shard
+without rows, so that rows are ignored which a worker may still write for it. Independent of torch
+and Ray.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from workers.types import JSON
 
 @dataclass(frozen=True)
 class Found:
-    """The things that :func:`forget` would remove: ``rows`` of the table; ``shards`` under way,
-    ``others`` they serve besides."""
+    """Everything that :func:`forget` would remove: ``cells``, their ``rows`` of the table, and
+    unfinished ``shards``. ``others``: further cells that these shards serve."""
 
     cells: frozenset[str]
     titles: tuple[str, ...]
@@ -36,8 +37,8 @@ class Found:
 
 
 def look_up(results: Results, texts: Sequence[str]) -> Found:
-    """The cells that ``texts`` fit (see :mod:`orchestrator.results.select`) among all this folder
-    ever planned."""
+    """Find the cells that match ``texts`` (see :mod:`orchestrator.results.select`) among all cells
+    ever planned in this folder."""
     planned, _ = results.plan()
     described: list[dict[str, JSON]] = [{"cell_id": cell_id, **cell} for cell_id, cell in planned.items()]
     cells = select(texts, described, "--cells")
@@ -57,11 +58,11 @@ def look_up(results: Results, texts: Sequence[str]) -> Found:
 
 
 def forget(results: Results, found: Found, say: Callable[[str], None]) -> int:
-    """Remove the cells' rows and failures, and the progress of shards that serve them; how many
-    rows went.
+    """Remove the cells' rows and failures, and the progress of unfinished shards that serve them.
+    Return the number of rows removed.
 
-    Finished shards are gathered first, so that the other cells they serve lose nothing. Raises
-    :class:`~orchestrator.storage.lock.Locked` while a run is at work in the folder.
+    Finished shards are gathered first, so that their other cells lose nothing. Raises
+    :class:`~orchestrator.storage.lock.Locked` if a run uses the folder.
     """
     run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     with locking.acquire(results.store, run_id, say) as lock:
@@ -75,8 +76,8 @@ def forget(results: Results, found: Found, say: Callable[[str], None]) -> int:
 
 
 def _forget_definitions(results: Results, cells: frozenset[str]) -> None:
-    """From plan.json go the cells that the last run did not ask for; the others are as if they had
-    never been run."""
+    """Remove from plan.json those of ``cells`` that the last run did not ask for. The others stay
+    planned, as cells that have not run."""
     store, paths = results.store, results.paths
     try:
         value = unseal_json(store.read(paths.plan), store.where(paths.plan))

@@ -1,4 +1,4 @@
-"""The summary as a picture: scores over T, one line a method. Needs the ``plots`` extra
+"""Plot of the summary: scores over T, one line per method. Needs the ``plots`` extra
 (matplotlib)."""
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Write ``path``. Solid: final state of a group; dashed, in the first panel: right after each
-    edit.
+    """Write the plot to ``path``. Solid lines: scores on a group's final state. Dashed lines, in
+    the first panel: scores right after each edit.
 
     Raises :class:`EditSweepError` if matplotlib is missing or the format is unknown.
     """

@@ -1,9 +1,9 @@
-"""Questions to the table: Arrow, pandas, or SQL in a locked-down DuckDB.
+"""Read the table with Arrow, pandas, or SQL in a restricted DuckDB.
 
-Queries come from users, scripts and shared notebooks, and column values from data sets; nothing in
-a query may reach files, the network or this process. Hence an in-memory database that sees the
-table as the view ``edits`` and nothing else, takes one SELECT at a time, and can be stopped. Knows
-nothing of torch or Ray.
+Queries come from users, scripts and shared notebooks, and column values come from data sets. No
+query may access files, the network or this process. The database is therefore in memory, contains
+only the view ``edits``, accepts one SELECT at a time, and can be interrupted. Independent of torch
+and Ray.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ Answer = TypeVar("Answer")
 
 FORMATS: tuple[str, ...] = ("csv", "json", "parquet")
 _BATCH_ROWS = 65_536
-_IN_MEMORY_BYTES = (
-    64 << 20
-)  # of Parquet files: below, reading all is faster than importing pyarrow.dataset (0.3 s)
+_IN_MEMORY_BYTES = 64 << 20
+"""Parquet files of less than this in total are read whole: faster than to import pyarrow.dataset
+(0.3 s)."""
+
 _FEW_VALUES = frozenset({"sweep", "model", "dataset", "method", "algorithm", "rollback", "scored", "device"})
-"""Columns of a few texts repeated in every row: kept as the dictionaries they lie in, they are read
-in half the time. Not ids: Arrow passes over files by the least and greatest text of a column, but
-not where it is a dictionary."""
+"""Columns with few distinct texts, read as Arrow dictionaries: this halves the reading time. Ids
+are not among them: Arrow skips files by a column's smallest and largest text, but does not do so
+for dictionary columns."""
 
 
 class QueryError(EditSweepError):
-    """A query is wrong, not allowed, or took too long. The message holds DuckDB's own and the valid
-    columns."""
+    """A query is invalid, not allowed, or took too long. The message contains DuckDB's message and
+    the valid columns."""
 
 
 class Results:
@@ -69,8 +70,8 @@ class Results:
         self.central = CentralTable(store, self.paths)
 
     def plan(self) -> tuple[dict[str, JSON], list[str]]:
-        """Definitions of all cells this folder ever planned, by id, and the ids of those the last
-        run asked for."""
+        """Cell id -> definition of every cell ever planned in this folder, and the ids of the cells
+        that the last run asked for."""
         try:
             found = unseal_json(self.store.read(self.paths.plan), self.store.where(self.paths.plan))
         except Missing:
@@ -78,26 +79,27 @@ class Results:
         return found["cells"], found["current"]
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Every row exactly once, of running shards too; all columns, or those asked for."""
+        """All rows, including those of running shards, each exactly once; with all columns, or with
+        ``columns``."""
         return self.central.scan(self.journal, columns)
 
     def to_pandas(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """The same as a pandas data frame."""
+        """:meth:`table` as a pandas data frame."""
         optional("pandas", "pandas", "to_pandas()")
         frame: pd.DataFrame = self.table(columns).to_pandas()
         return frame
 
     def sql(self, query: str, time_limit: float | None = 300.0) -> pa.Table:
-        """Answers one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) over the view ``edits``.
+        """Run one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) on the view ``edits``.
 
-        ``time_limit`` in seconds; None waits forever. Raises :class:`QueryError`.
+        ``time_limit`` in seconds; None means no limit. Raises :class:`QueryError`.
         """
-        with self._locked_down() as connection:
-            return _answer(connection, query, time_limit, lambda found: found.to_arrow_table())
+        with self._restricted_connection() as connection:
+            return _run_query(connection, query, time_limit, lambda found: found.to_arrow_table())
 
     def first_rows(self, query: str, limit: int, time_limit: float | None = 300.0) -> tuple[pa.Table, int]:
-        """The first ``limit`` rows of an answer, and how many it has. The rest is counted as it
-        comes and never held."""
+        """The first ``limit`` rows of an answer, and its total number of rows. The other rows are
+        counted but not kept in memory."""
         import pyarrow as pa
 
         def read(found: duckdb.DuckDBPyRelation) -> tuple[pa.Table, int]:
@@ -110,11 +112,11 @@ class Results:
                 total += batch.num_rows
             return pa.Table.from_batches(kept, schema=reader.schema), total
 
-        with self._locked_down() as connection:
-            return _answer(connection, query, time_limit, read)
+        with self._restricted_connection() as connection:
+            return _run_query(connection, query, time_limit, read)
 
     @contextlib.contextmanager
-    def _locked_down(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def _restricted_connection(self) -> Iterator[duckdb.DuckDBPyConnection]:
         import duckdb
 
         connection = duckdb.connect(
@@ -151,8 +153,8 @@ class Results:
 
 
 class _ScannedTable(CentralTable):
-    """A table too large to be loaded: Arrow scans it, with the footers that its listing has
-    read."""
+    """A table too large to be loaded into memory. Arrow scans its files and reuses the footers that
+    were read when the files were listed."""
 
     def __init__(self, store: Store, paths: ResultsPaths) -> None:
         import pyarrow as pa
@@ -168,8 +170,8 @@ class _ScannedTable(CentralTable):
         self._schema = schema()
         for name in _FEW_VALUES:
             at = self._schema.get_field_index(name)
-            kept = self._schema.field(at).with_type(pa.dictionary(pa.int32(), pa.string()))
-            self._schema = self._schema.set(at, kept)
+            encoded = self._schema.field(at).with_type(pa.dictionary(pa.int32(), pa.string()))
+            self._schema = self._schema.set(at, encoded)
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
         with reading(name):
@@ -180,7 +182,7 @@ class _ScannedTable(CentralTable):
             return fragment.metadata
 
     def dataset(self, files: Sequence[TableFile]) -> ds.Dataset:
-        """The rows of ``files``, which this object has listed."""
+        """Arrow data set of ``files``, which must come from this object's listing."""
         import pyarrow.dataset as ds
 
         fragments = [self._fragments[file.key] for file in files]
@@ -188,8 +190,8 @@ class _ScannedTable(CentralTable):
 
 
 def open_results(folder: str | os.PathLike[str]) -> Results:
-    """Opens a results folder for reading. Raises :class:`~workers.types.EditSweepError` if it is
-    none."""
+    """Open a results folder for reading. Raises :class:`~workers.types.EditSweepError` if
+    ``folder`` is not a results folder."""
     paths = ResultsPaths()
     store = open_store(folder)
     if isinstance(store, LocalStore) and not store.root.is_dir():
@@ -202,7 +204,7 @@ def open_results(folder: str | os.PathLike[str]) -> Results:
     return Results(store, paths)
 
 
-def _answer(
+def _run_query(
     connection: duckdb.DuckDBPyConnection,
     query: str,
     time_limit: float | None,
@@ -219,12 +221,12 @@ def _answer(
 
     timer = threading.Timer(time_limit, stop) if time_limit is not None else None
     try:
-        _allow(connection, query)
+        _check_statement(connection, query)
         if timer is not None:
             timer.daemon = True
             timer.start()
         return read(connection.sql(query))
-    except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow's where the rows are being fetched
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow raises while rows are fetched
         if stopped.is_set():
             raise QueryError(f"the query took longer than {time_limit:g} s and was stopped") from error
         message = f"SQL: {error}"
@@ -238,9 +240,9 @@ def _answer(
             timer.cancel()
 
 
-def _allow(connection: duckdb.DuckDBPyConnection, query: str) -> None:
-    """One statement that only reads. The locked configuration stands behind this; this gives the
-    clearer message."""
+def _check_statement(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Refuse everything but one reading statement. The locked configuration would refuse it too,
+    with a less clear message."""
     import duckdb
 
     statements = connection.extract_statements(query)
@@ -252,15 +254,15 @@ def _allow(connection: duckdb.DuckDBPyConnection, query: str) -> None:
 
 
 def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
-    """Writes a query's answer as ``csv``, ``json`` (one object per line) or ``parquet`` to a binary
-    stream.
+    """Write a query's answer to a binary stream as ``csv``, ``json`` (one object per line) or
+    ``parquet``.
 
     Raises :class:`QueryError` for another format.
     """
     if file_format == "csv":
         from pyarrow import csv
 
-        csv.write_csv(_plain(table), stream)
+        csv.write_csv(_nested_to_json(table), stream)
     elif file_format == "json":
         _write_json(table, stream)
     elif file_format == "parquet":
@@ -271,8 +273,8 @@ def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
         raise QueryError(f"unknown format {file_format!r}; valid are: {', '.join(FORMATS)}")
 
 
-def _plain(table: pa.Table) -> pa.Table:
-    """Lists, structs and the like as JSON text: CSV has no notation for them."""
+def _nested_to_json(table: pa.Table) -> pa.Table:
+    """Convert nested columns (lists, structs) to JSON text, because CSV cannot represent them."""
     import pyarrow as pa
 
     for i, field in enumerate(table.schema):
@@ -289,22 +291,23 @@ def _write_json(table: pa.Table, stream: BinaryIO) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(_finite(value), default=_number_or_text, ensure_ascii=False)
+    return json.dumps(_replace_nan(value), default=_number_or_text, ensure_ascii=False)
 
 
-def _finite(value: Any) -> Any:
-    """Null for what is not a number, which has no JSON notation."""
+def _replace_nan(value: Any) -> Any:
+    """Replace NaN and infinities by None, because JSON cannot represent them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _replace_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [_replace_nan(item) for item in value]
     return value
 
 
 def _number_or_text(value: Any) -> JSON:
-    """DuckDB sums integers and writes 0.5 as decimals; times, dates and bytes become text."""
+    """Convert a value that JSON does not support: decimals, which DuckDB returns for sums of
+    integers and for literals such as 0.5, to numbers; times, dates and bytes to text."""
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return str(value)

@@ -1,5 +1,5 @@
-"""The summary of a sweep: methods x T with mean scores. Reads the table through SQL; knows nothing
-of torch or Ray.
+"""The summary of a sweep: mean scores per method and T, read with SQL. Independent of torch and
+Ray.
 
 rows = summary(open_results("results/demo"))
 markdown(rows)
@@ -26,8 +26,8 @@ def summary(results: Results) -> list[Row]:
     right after the edit.
 
     ``*_exact`` and ``*_token`` as in the table; a score that no request has is None. Cells of
-    earlier definitions (a hyperparameter has changed since) stay in the table but are left out
-    here: a mean over both would be of neither.
+    earlier definitions (for example with another value of a hyperparameter) stay in the table but
+    are left out here, because a mean over different definitions has no meaning.
     """
     _, current = results.plan()
     if not current:
@@ -54,7 +54,7 @@ HEADER = ("method", "T", "cells", "edits", *SCORES, "right after the edit")
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The summary as text, exact / token."""
+    """The summary as text; each score as "exact / token"."""
     return [
         (
             str(row["method"]),

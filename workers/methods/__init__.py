@@ -1,5 +1,5 @@
-"""The registry of editing methods. Adding one: its file, one line here, one subclass of the
-contract test.
+"""The registry of editing methods. A new method needs its file, one line here and one subclass of
+the contract test.
 
 >>> get_method("wise").title
 'WISE'
@@ -88,7 +88,7 @@ def load_method(
     ``hparams``; the later wins. And the keys of the file that are no hyperparameters.
 
     Without a file, the embedded model starts from the hyperparameters tuned for it. Raises
-    :class:`SpecError` naming the method, the field, the value and what is allowed.
+    :class:`SpecError` that names the method, the field, the value and the valid choices.
     """
     from pydantic import ValidationError
 

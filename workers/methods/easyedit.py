@@ -1,4 +1,4 @@
-"""Read the public EasyEdit hyperparameter files."""
+"""Reading of the public EasyEdit hyperparameter files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ COMMON_KEYS: Mapping[str, str] = MappingProxyType(
             "max_length",  # EasyEdit's text methods never read it, and nothing is truncated here
             "tokenizer_class",
             "tokenizer_name",
-            "layer_module_tmp",  # where a model's parts are is known from its type
+            "layer_module_tmp",  # module paths follow from the model type
             "mlp_module_tmp",
             "attn_module_tmp",
             "ln_f_module",
@@ -109,8 +109,8 @@ TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
         IGNORED,
     )
 )
-"""Keys of trained methods' files that say how the public trainer logs, saves, stops and
-validates."""
+"""Keys of trained methods' files for logging, saving, stopping and validation of the public
+trainer."""
 
 _MODULE = re.compile(r"^.*?[.\[](?P<layer>\{\}|\d+)\]?\.(?P<path>.+?)(\.weight)?$")
 
@@ -119,7 +119,8 @@ def split_module(name: str, source: str) -> tuple[int | None, str]:
     """``model.layers[4].mlp.down_proj.weight`` -> (4, "mlp.down_proj"); a template's ``{}`` gives
     None.
 
-    This is how EasyEdit's module names become a layer index and a path inside a decoder layer.
+    Converts EasyEdit's module names into a layer index and a path inside a decoder layer. Raises
+    :class:`SpecError`.
     """
     match = _MODULE.match(name)
     if match is None:
@@ -132,8 +133,8 @@ def split_module(name: str, source: str) -> tuple[int | None, str]:
 
 
 def take_inner_param(out: dict[str, JSON], source: str) -> None:
-    """``inner_params`` of methods that edit one map, which ``easyedit_keys`` call ``module``: made
-    ``layer`` and ``module``."""
+    """Split ``inner_params`` (renamed to ``module`` by ``easyedit_keys``) of a method that edits
+    one map into ``layer`` and ``module``, in place."""
     if "module" in out:
         names = out["module"]
         if not isinstance(names, list) or len(names) != 1:

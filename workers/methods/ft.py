@@ -6,7 +6,7 @@ The weights ``W`` of the chosen maps minimise, by Adam with early stopping,
 - ``target_new`` (FT-M): the mean over the target's tokens of ``-log P(target_j | prompt,
   target_<j)``;
 - ``prompt_last`` (FT-L): the mean over the target's tokens of ``-log P(target_j | prompt)``, every
-  token scored at the last prompt position, as the code published with ROME does (its "FT"/"FT+L"
+  token scored at the last prompt position, as in the code published with ROME (its "FT"/"FT+L"
   baselines);
 
 after every step ``W`` is clamped to ``W0 - c <= W <= W0 + c`` if ``norm_constraint`` is ``c``: the
@@ -25,7 +25,7 @@ Differences from paper and public code, all deliberate:
 3. Padding is never a target (the public FT-L scores padding tokens in batches).
 4. Only the weight is trained. Where a public YAML names a module without ``.weight`` (gpt2-xl,
    gpt-j), the public code trains its bias too.
-5. ``kl_factor`` is in every public YAML, is read by nobody, and is accepted as 0 only.
+5. ``kl_factor`` is in every public YAML, but no code reads it; only 0 is accepted.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class FT(Method[FTConfig, DenseOverlay]):
         """The sequence to run and the target tokens to score."""
         if self.config.objective == "target_new":
             return with_target(base, request)
-        pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
+        pair = base.encoder.pair(request.prompt, request.target_new)  # raises if the target adds no token
         prompt = base.encoder.prompt(request.prompt)
         target = (
             base.encoder.text(f" {request.target_new}") if self.config.deviations.public_bos else pair.target
