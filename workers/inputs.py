@@ -22,20 +22,37 @@ billions)."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML loader that rejects repeated keys and reads ``1e-4`` as a number."""
+    """Safe YAML that refuses a key with two values and reads ``1e-4`` as the number it looks like."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
+        seen: dict[object, object] = {}
+        for key_node, value_node in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool, type(None))):
                 raise ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
-            if key in seen:
-                raise ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
-            seen.add(key)
+            value = self.construct_object(value_node, deep=True)
+            if key in seen and not _same(seen[key], value):
+                raise ConstructorError(
+                    None,
+                    None,
+                    f"the key {key!r} appears twice, as {short(seen[key])} and as {short(value)}",
+                    key_node.start_mark,
+                )
+            seen[key] = value
         return super().construct_mapping(node, deep=deep)
+
+
+def _same(one: object, other: object) -> bool:
+    """True for equal values of one type: ``1``, ``1.0`` and ``true`` are three values."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
 
 
 _Loader.add_implicit_resolver(

@@ -93,6 +93,8 @@ def run_sweep(
         write_plan(plan, store, paths)
         write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
+        for warning in plan.warnings:
+            view.warn(warning)
         view.begin(plan)
         try:
             if plan.shards:

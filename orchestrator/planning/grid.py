@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+from orchestrator.planning.hparams_files import warnings_of_files
 from orchestrator.planning.inputs import MethodInputs
 from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, USABLE, MemoryEstimate, estimate, lane_edits
 from orchestrator.planning.spec import MethodSpec, SweepSpec
@@ -34,7 +35,7 @@ class Grid:
         self.memory: dict[tuple[int, int], MemoryEstimate] = {}
         self.artifacts: dict[str, ArtifactSpec] = {}
         self.keys: dict[tuple[int, int], tuple[tuple[str, str], ...]] = {}
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(spec.remarks)
         self._seeds: list[tuple[int, ...]] = []
         self._digests: dict[tuple[int, int], str] = {}
         shared = {
@@ -45,11 +46,11 @@ class Grid:
             "order": common.dataset.order,
             "dtype": common.model.dtype,
             "chat_template": common.chat_template,
-            "batch_size": common.batch_size,
             "rollback": common.rollback,
         }
         for method, found in zip(spec.methods, methods, strict=True):
             self._resolve(method, found, shared, shape)
+        self.warnings += warnings_of_files(spec, [found.file for found in methods])
         self._check_batches()
 
     def _resolve(
@@ -63,8 +64,10 @@ class Grid:
         resolved = config.model_dump(mode="json")
         hparams_id = digest([method.method, kind.version, resolved])[:8]
         number = len(self.variants)
-        for other in self.variants:
-            if (other.algorithm, other.hparams_id) == (method.method, hparams_id):
+        size, _ = self.spec.batch_size(number)
+        for i, other in enumerate(self.variants):
+            batches_alike = kind.whole_group or self.spec.batch_size(i)[0] == size
+            if (other.algorithm, other.hparams_id) == (method.method, hparams_id) and batches_alike:
                 raise SpecError(
                     f"methods: {other.label!r} and {method.label!r} have the same settings; remove one"
                 )
@@ -75,6 +78,7 @@ class Grid:
             config=resolved,
             hparams_id=hparams_id,
             whole_group=kind.whole_group,
+            own_batch_size=None if size == self.spec.grid.batch_size else size,
         )
         self.variants.append(variant)
         self.costs.append(float(kind.relative_cost))
@@ -104,7 +108,13 @@ class Grid:
                 f"{', '.join(map(str, self.spec.grid.seeds))} are the same experiment; it runs once, as "
                 f"seed {seeds[0]}"
             )
-        body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
+        body = {
+            **shared,
+            "batch_size": size,
+            "method": method.method,
+            "version": kind.version,
+            "config": resolved,
+        }
         if kind.whole_group:
             body["batch_size"] = None  # it is T, which is in the cell id; the grid's value is not used
         for seed, specs in found.artifacts.items():
@@ -128,15 +138,15 @@ class Grid:
             kind = get_method(name)
             return kind.batch_edits or kind.whole_group
 
-        size = self.spec.grid.batch_size
-        unable = [v for v in self.variants if not able(v.algorithm)]
-        if size > 1 and unable:
-            named = ", ".join(
-                v.label if v.label == v.algorithm else f"{v.label} ({v.algorithm})" for v in unable
-            )
+        unable: dict[tuple[int, str], list[str]] = {}
+        for i, v in enumerate(self.variants):
+            if self.spec.batch_size(i)[0] > 1 and not able(v.algorithm):
+                label = v.label if v.label == v.algorithm else f"{v.label} ({v.algorithm})"
+                unable.setdefault(self.spec.batch_size(i), []).append(label)
+        for (size, name), labels in unable.items():
             raise SpecError(
-                f"grid.batch_size: {size}, but {named} can edit only one request at a time; set it to 1, "
-                f"or keep to methods that "
+                f"{name}: {size}, but {', '.join(labels)} can edit only one request at a time; set it to 1, "
+                f"give each variant its own `batch_size`, or keep to methods that "
                 f"edit several in one call: {', '.join(filter(able, method_names()))}"
             )
 

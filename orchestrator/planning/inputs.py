@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from orchestrator.planning.hparams_files import FileFindings, compare
 from orchestrator.planning.memory import TEMPLATE_TOKENS
 from orchestrator.planning.spec import DatasetSpec, SweepSpec
 from workers.data import (
@@ -24,7 +25,7 @@ from workers.data import (
 from workers.job import ScoreConfig
 from workers.model.config import EMBEDDED, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template
 from workers.scoring.registry import SCORES
-from workers.types import Dataset, EditRequest, SpecError
+from workers.types import Dataset, EditRequest, ModelError, SpecError
 
 if TYPE_CHECKING:
     from workers.artifacts.base import ArtifactSpec
@@ -67,6 +68,8 @@ class MethodInputs:
     artifacts: Mapping[int, tuple[ArtifactSpec, ...]]
     """Seed -> artifacts that the edits need. Only for seeds that give different results (see
     :func:`distinct_seeds`)."""
+    file: FileFindings | None = None
+    """Comparison of its ``hparams_file`` with the sweep; None without a file."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     """
     # These imports load torch, which a worker that only reads the data set does not need.
     from workers.artifacts.stats import CorpusHashes
-    from workers.methods import get_method, load_config
+    from workers.methods import get_method, load_method
     from workers.methods.base import ArtifactContext
     from workers.model.base import model_shape
 
@@ -102,7 +105,11 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
             f"dataset.edits: {spec.dataset.edits} edits asked for, but the data set {data.name!r} has "
             f"{len(data.requests)}; the largest valid value is {len(data.requests)}"
         )
-    fingerprint = fingerprint_model(spec.model)
+    try:
+        fingerprint = fingerprint_model(spec.model)
+    except ModelError as e:
+        places = f"; looked at: {', '.join(spec.looked_at)}" if spec.looked_at else ""
+        raise ModelError(f"{e}{places}") from e
     if spec.chat_template and not has_chat_template(spec.model):
         raise SpecError(
             f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
@@ -113,16 +120,19 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     training: tuple[TrainingSource, tuple[EditRequest, ...]] | None = None
     corpora = CorpusHashes()
     methods = []
-    for method in spec.methods:
+    for number, method in enumerate(spec.methods):
+        file = None
         try:
             kind = get_method(method.method)
-            config = load_config(
+            config, remarks = load_method(
                 method.method,
                 method.hparams,
                 method.hparams_file,
                 spec.model,
                 method.protocol or spec.protocol,
             )
+            if remarks is not None:
+                file = compare(spec, number, remarks, shape, kind.whole_group)
             config.check(shape)
         except SpecError as e:
             raise SpecError(f"methods: {method.label}: {e}") from None
@@ -134,7 +144,7 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
             for seed in distinct_seeds(spec, config.uses_seed)
         }
         artifacts = {seed: config.artifacts(context) for seed, context in contexts.items()}
-        methods.append(MethodInputs(config, artifacts))
+        methods.append(MethodInputs(config, artifacts, file))
     return Inputs(spec, data, fingerprint, shape, tuple(methods), None if training is None else training[1])
 
 

@@ -22,6 +22,7 @@ import yaml
 from pydantic import (
     BaseModel,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -29,10 +30,11 @@ from pydantic import (
     model_validator,
 )
 
+from orchestrator.planning.places import FoundModel, find_model, is_bare
 from workers.data import DATASETS
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
-from workers.model.config import ModelConfig
+from workers.model.config import EMBEDDED, ModelConfig
 from workers.scoring.registry import SCORES
 from workers.types import DataError, Frozen, ModelError, ProtocolName, SpecError
 
@@ -99,7 +101,9 @@ class GridSpec(Frozen):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     rollback: Rollback = "group"
     batch_size: int = Field(
-        1, ge=1, description="requests edited in one call, by methods that support it; divides every T"
+        1,
+        ge=1,
+        description="requests edited in one call, unless a variant has its own number; divides every T",
     )
 
     @field_validator("T", "seeds", mode="before")
@@ -142,6 +146,9 @@ class MethodSpec(Frozen):
     protocol: ProtocolName | None = Field(None, description="null: the sweep's protocol")
     T: tuple[int, ...] = Field(
         (), description="which of the grid's T this variant is run at; empty: all of them"
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="requests edited in one call, for this variant; null: what the grid says"
     )
 
     @field_validator("T", mode="before")
@@ -248,6 +255,19 @@ class SweepSpec(Frozen):
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
 
+    _found_model: FoundModel | None = PrivateAttr(None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the reader of the spec's file chose where it could be read in several ways."""
+        found = self._found_model
+        return () if found is None or found.remark is None else (found.remark,)
+
+    @property
+    def looked_at(self) -> tuple[str, ...]:
+        """The places where the spec's reader found no model of a bare name."""
+        return () if self._found_model is None else self._found_model.looked_at
+
     @field_validator("name")
     @classmethod
     def _plain(cls, value: str) -> str:
@@ -255,23 +275,26 @@ class SweepSpec(Frozen):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        n, size = self.dataset.edits, self.grid.batch_size
+        n = self.dataset.edits
         for t in self.grid.T:
             if n % t:
                 raise ValueError(_not_a_divisor(t, n))
-            if t % size:
-                near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
-                raise ValueError(
-                    f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}"
-                )
-        for mark in self.scoring.score_at:
-            if mark % size:
-                near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
-                raise ValueError(
-                    f"scoring.score_at: {mark} lies within a batch of grid.batch_size={size} edits; the "
-                    f"nearest valid values "
-                    f"are {near}"
-                )
+        for i in range(len(self.methods)):
+            size, name = self.batch_size(i)
+            for t in self.sizes(i):
+                if t % size:
+                    near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
+                    raise ValueError(
+                        f"{name}: {size} does not divide T={t}; the nearest valid values are {near}"
+                    )
+            for mark in self.scoring.score_at:
+                if mark % size:
+                    near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
+                    raise ValueError(
+                        f"scoring.score_at: {mark} lies within a batch of {name}={size} edits; the "
+                        f"nearest valid values "
+                        f"are {near}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -284,6 +307,14 @@ class SweepSpec(Frozen):
                     f"{', '.join(map(str, self.grid.T))}"
                 )
         return self
+
+    def batch_size(self, variant: int) -> tuple[int, str]:
+        """Requests of one call that are asked of a variant (by its number), and the field that says
+        so."""
+        own = self.methods[variant].batch_size
+        if own is not None and own != self.grid.batch_size:
+            return own, f"methods.{variant}.batch_size"
+        return self.grid.batch_size, "grid.batch_size"
 
     def sizes(self, variant: int) -> tuple[int, ...]:
         """The values of T that a variant (by its number) is run at, in the grid's order."""
@@ -343,10 +374,12 @@ def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()
     for override in overrides:
         _override(raw, override)
     origin = source if not overrides else f"{source} (with --set)"
+    raw, found = _with_model(_with_paths(raw, base), base)
     try:
-        spec = SweepSpec.model_validate(_with_paths(raw, base))
+        spec = SweepSpec.model_validate(raw)
     except ValidationError as e:
         raise SpecError(f"{origin}: {explain(e, SweepSpec)}") from None
+    spec._found_model = found
     return spec
 
 
@@ -435,11 +468,7 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     model = raw.get("model")
     if isinstance(model, str):
         raw["model"] = model = {"name": model}
-    if (
-        isinstance(model, dict)
-        and isinstance(model.get("name"), str)
-        and model["name"].startswith((".", "~", "/"))
-    ):
+    if isinstance(model, dict) and isinstance(model.get("name"), str) and not is_bare(model["name"]):
         raw["model"] = {**model, "name": absolute(model["name"])}
     methods = raw.get("methods")
     if isinstance(methods, (str, dict)):
@@ -452,6 +481,16 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
             for m in methods
         ]
     return raw
+
+
+def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], FoundModel | None]:
+    """A copy whose model's bare name stands for the place where it was found."""
+    model = raw.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if not isinstance(name, str) or not name or name == EMBEDDED or not is_bare(name):
+        return raw, None
+    found = find_model(name, base)
+    return {**raw, "model": {**raw["model"], "name": found.name}}, found
 
 
 # --- messages -------------------------------------------------------------------------------

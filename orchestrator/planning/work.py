@@ -37,9 +37,13 @@ class Variant(Frozen):
         False, description="one call edits all requests of a group; grid.batch_size is not used"
     )
 
+    own_batch_size: int | None = Field(
+        None, description="the variant's own ``batch_size``, where it is not the grid's"
+    )
+
     def batch_size(self, T: int, asked: int) -> int:
         """Number of requests edited in one call at this T. ``asked``: the grid's ``batch_size``."""
-        return T if self.whole_group else asked
+        return T if self.whole_group else self.own_batch_size or asked
 
 
 class Common(Frozen):

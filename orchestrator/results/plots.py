@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workers.optional import optional
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
@@ -26,11 +27,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         raise EditSweepError(f"--plot {path}: unknown format {path.suffix!r}; choices: {', '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise EditSweepError(f"--plot {path}: there is no folder {path.parent}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EditSweepError("--plot needs matplotlib: pip install 'editsweep[plots]'") from None
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = optional("matplotlib.figure", "plots", "--plot").Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
     for axis, score in zip(axes, PANELS, strict=True):

@@ -32,6 +32,7 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import unseal_json
+from workers.optional import optional
 from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Reader:
 
     def to_pandas(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pd.DataFrame:
         """The same as :meth:`table`, as a pandas data frame."""
+        optional("pandas", "pandas", "to_pandas()")
         frame: pd.DataFrame = self.table(columns, superseded).to_pandas()
         return frame
 

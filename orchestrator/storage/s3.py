@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from orchestrator.storage.base import Entry, Missing, Store, StoreError
+from workers.optional import optional
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
@@ -59,14 +60,8 @@ class S3Store(Store):
 
     @cached_property
     def _client(self) -> Any:
-        try:
-            import boto3
-            from botocore.config import Config
-        except ImportError as error:
-            raise EditSweepError(
-                f"{self.where()}: results in a bucket need boto3: pip install 'editsweep[s3]' ({error})"
-            ) from None
-        config = Config(
+        boto3 = optional("boto3", "s3", self.where())
+        config = optional("botocore.config", "s3", self.where()).Config(
             connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 6}
         )
         with self._store_errors("reach", ""):
@@ -231,12 +226,11 @@ class S3Store(Store):
     @contextlib.contextmanager
     def _store_errors(self, action: str, key: str) -> Iterator[None]:
         """Convert the SDK's errors into :class:`StoreError`."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
+        sdk = optional("botocore.exceptions", "s3", self.where())
         name = self.where(key)
         try:
             yield
-        except ClientError as error:
+        except sdk.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             if code in _EXISTS_CODES + _CONFLICT_CODES:
                 retried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
@@ -246,7 +240,7 @@ class S3Store(Store):
             raise StoreError(action, name, _CAUSES.get(code) or str(error)) from error
         except FileNotFoundError as error:
             raise Missing(action, name, "no such object") from error
-        except (BotoCoreError, OSError) as error:
+        except (sdk.BotoCoreError, OSError) as error:
             raise StoreError(action, name, str(error)) from error
 
 

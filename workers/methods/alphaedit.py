@@ -23,8 +23,9 @@ equations are not numbered here.
 3. The closed form is solved in float64 (public: float32).
 4. The keys of an edit are added to ``Kp`` as computed by the edited model, after all layers changed
    (as in the public code).
-5. ``mom2_update_weight``, ``mom2_adjustment``, ``v_loss_layer``, ``layer_selection`` and ``P_loc``
-   are dropped: the first four have no effect in the public code, the last is a cache file.
+5. ``mom2_update_weight``, ``mom2_adjustment``, ``layer_selection`` and ``P_loc`` are dropped: the
+   first three have no effect in the public code, the last is a cache file. ``v_loss_layer`` as in
+   MEMIT (its point 4).
 6. ``key_average`` and the points 1 and 5 to 8 of ROME's list, as in MEMIT.
 """
 

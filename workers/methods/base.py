@@ -30,7 +30,7 @@ from torch import Tensor
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import Trainer, TrainingSource
 from workers.artifacts.stats import CorpusHashes
-from workers.methods.easyedit import COMMON_KEYS, IGNORED
+from workers.methods.easyedit import COMMON_KEYS, COMMON_LOST, IGNORED, SWEEP_KEYS, FileRemarks
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import Overlay
@@ -90,12 +90,19 @@ class MethodConfig(Frozen):
     The methods for the planner are arithmetic on the model's :class:`ModelShape`, without tensors.
 
     ``easyedit_keys`` maps keys of an EasyEdit hyperparameter YAML to ours (or to :data:`IGNORED`);
-    keys of the same name and meaning need no entry. Any other key is an error.
+    keys of the same name and meaning need no entry. ``easyedit_off`` holds keys that are accepted
+    with some values only, ``easyedit_lost`` those whose value changes numbers there and not here,
+    with the reason. A key in no such place is refused with a clear error.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType({})
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    easyedit_required: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType({})
+    """Hyperparameters that a file has to give, since layouts of files differ where it is silent:
+    the key there, and how to choose."""
     alg_names: ClassVar[tuple[str, ...]] = ()
     """Values of EasyEdit's ``alg_name`` for this method."""
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({})
@@ -168,12 +175,11 @@ class MethodConfig(Frozen):
 
         Subclasses override it to convert values, and call this one for the keys.
         """
-        alg = values.get("alg_name")
-        if alg is not None and alg not in cls.alg_names:
-            raise SpecError(
-                f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}"
-            )
-        table = {**COMMON_KEYS, **cls.easyedit_keys}
+        cls.check_alg(values, source)
+        for key, allowed in cls.easyedit_off.items():
+            if key in values and values[key] not in allowed:
+                raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
+        table = cls._easyedit_table()
         out: dict[str, JSON] = {}
         for key, value in values.items():
             ours = table.get(key, key if key in (*cls.model_fields, *cls.switches()) else None)
@@ -186,6 +192,57 @@ class MethodConfig(Frozen):
             if ours != IGNORED:
                 out[ours] = value
         return out
+
+    @classmethod
+    def check_alg(cls, values: Mapping[str, JSON], source: str) -> None:
+        """Raise :class:`SpecError` where a file says that it is for another method."""
+        for key in ("alg_name", "alg"):
+            alg = values.get(key)
+            if alg is not None and alg not in cls.alg_names:
+                expected = (
+                    f"expected {' or '.join(cls.alg_names)}" if cls.alg_names else "this one has no files"
+                )
+                raise SpecError(f"{source}: {key}: {alg!r} is another method; {expected}")
+
+    @classmethod
+    def check_complete(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON], source: str) -> None:
+        """Raise :class:`SpecError` where neither a file (its translated ``values``) nor ``hparams``
+        say what layouts of files do not agree on."""
+        for ours, (theirs, how) in cls.easyedit_required.items():
+            if ours not in values and ours not in hparams:
+                raise SpecError(f"{source}: {theirs}: the file does not say it; {how}")
+
+    @classmethod
+    def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
+        """The keys of an EasyEdit file (which :meth:`from_easyedit` has accepted) that did not become
+        hyperparameters."""
+        lost = {**COMMON_LOST, **cls.easyedit_lost}
+        if "alg" in values and "alg_name" not in values and values.get("batch_size") != 1:
+            lost["batch_size"] = "requests of one forward in EasyEdit's trainer"
+        own = (*lost, *cls.easyedit_keys)  # of another meaning in this method's files
+        sweep = {key: value for key, value in values.items() if key in SWEEP_KEYS and key not in own}
+        if "v_loss_layer" in lost and "v_loss_layer" in values:
+            sweep["v_loss_layer"] = values["v_loss_layer"]
+        return FileRemarks(
+            {key: value for key, value in sweep.items() if value is not None},
+            {
+                key: (value, lost[key])
+                for key, value in values.items()
+                if key in lost and key != "v_loss_layer" and value is not None and value is not False
+            },
+            tuple(
+                key
+                for key in values
+                if key not in sweep and key not in lost and cls._easyedit_table().get(key) == IGNORED
+                if key not in ("alg_name", "alg") and key not in cls.easyedit_off
+            ),
+        )
+
+    @classmethod
+    def _easyedit_table(cls) -> dict[str, str]:
+        """All keys of a file: what each is here."""
+        aside = dict.fromkeys((*COMMON_LOST, *cls.easyedit_lost, *cls.easyedit_off), IGNORED)
+        return {**COMMON_KEYS, **aside, **cls.easyedit_keys}
 
     # --- for the planner ---
 

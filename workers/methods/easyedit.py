@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,22 +12,49 @@ from workers.inputs import MAX_BYTES, parse_yaml
 from workers.types import JSON, SpecError
 
 IGNORED = ""
-"""In ``easyedit_keys``: the key has no effect here (a file path, a log setting) and is dropped."""
+"""In ``easyedit_keys``: no number depends on the key (a path, a log setting, what nobody reads); it
+is left aside and named among those that are."""
+
+SWEEP_KEYS = ("batch_size", "use_chat_template", "fp16", "half", "model_parallel")
+"""Keys for what a sweep says outside ``hparams``: the planner compares both."""
+
+
+@dataclass(frozen=True)
+class FileRemarks:
+    """The keys of an EasyEdit file that do not become hyperparameters."""
+
+    sweep: Mapping[str, JSON] = field(default_factory=dict)
+    """Those that have to agree with the sweep, and ``v_loss_layer``, with its model."""
+    lost: Mapping[str, tuple[JSON, str]] = field(default_factory=dict)
+    """Those that change numbers there and not here, each with its value and the reason."""
+    neutral: tuple[str, ...] = ()
+    """Those that no number depends on."""
+
+    def within(self, name: str) -> FileRemarks:
+        """The same of a file that another one names; ``name`` says where it lies."""
+        return FileRemarks(
+            self.sweep, {f"{name}: {key}": value for key, value in self.lost.items()}, self.neutral
+        )
+
+    def __or__(self, other: FileRemarks) -> FileRemarks:
+        return FileRemarks(
+            {**self.sweep, **other.sweep},
+            {**self.lost, **other.lost},
+            tuple(dict.fromkeys(self.neutral + other.neutral)),
+        )
 
 
 COMMON_KEYS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
         (
-            "alg_name",
+            "alg_name",  # compared with the method
+            "alg",  # the same in files for EasyEdit's trainer
+            *SWEEP_KEYS,
             "model_name",
             "device",
-            "model_parallel",
             "stats_dir",
             "results_dir",
-            "batch_size",  # set by the sweep's grid
-            "max_length",  # nothing is truncated here
-            "use_chat_template",  # set by the sweep's model section
-            "fp16",
+            "max_length",  # EasyEdit's text methods never read it, and nothing is truncated here
             "tokenizer_class",
             "tokenizer_name",
             "layer_module_tmp",  # module paths follow from the model type
@@ -35,23 +63,34 @@ COMMON_KEYS: Mapping[str, str] = MappingProxyType(
             "ln_f_module",
             "lm_head_module",
             "save_path",
-            "load_path",
         ),
         IGNORED,
     )
 )
 
+COMMON_LOST: Mapping[str, str] = MappingProxyType(
+    {"load_path": "edits of an earlier run are not loaded: every group starts from the pristine model"}
+)
+"""Keys of any method's file that change numbers there and are not followed here, and why."""
+
+TRAINER_LOST: Mapping[str, str] = MappingProxyType(
+    {
+        "archive": "no trained network is loaded: it is trained here, from the sweep's training data",
+        "seed": "training draws from its own recipe",
+        "max_epochs": "the length of the training is max_iters",
+        "early_stop_patience": "training is never stopped early",
+    }
+)
+"""Such keys of trained methods' files."""
+
+TRAINER_OFF: Mapping[str, tuple[JSON, ...]] = MappingProxyType({"opt": ("Adam",)})
+"""Keys of trained methods' files that are accepted with these values only."""
+
 TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
         (
             *(
-                "archive",
                 "model_class",
-                "alg",
-                "opt",
-                "seed",
-                "half",
-                "max_epochs",
                 "model_save_pt",
                 "save",
                 "silent",
@@ -65,7 +104,7 @@ TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
                 "eval_log_interval",
                 "val_interval",
             ),
-            *("val_batch_size", "val_steps", "early_stop_patience", "early_stop_key"),
+            *("val_batch_size", "val_steps", "early_stop_key"),
         ),
         IGNORED,
     )

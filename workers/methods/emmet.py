@@ -25,8 +25,8 @@ equations are not numbered here.
 2. If ``D`` is still singular (``emmet_lambda: 0`` and one key twice in a batch), its lane fails.
    The public code takes the pseudo-inverse in that case.
 3. Points 1, 2, 3, 5 and 6 of MEMIT's list.
-4. ``layer_selection``, ``v_loss_layer`` and ``mom2_adjustment`` have no effect in the public code
-   and are dropped.
+4. ``layer_selection`` and ``mom2_adjustment`` have no effect in the public code and are dropped;
+   ``v_loss_layer`` as in MEMIT (its point 4).
 """
 
 from __future__ import annotations

@@ -46,6 +46,12 @@ from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay
 from workers.types import JSON, EditRequest, SpecError
 
+_CHOOSE_OBJECTIVE = (
+    "EasyEdit's files do, and the code for which files without it were written (ROME's and AlphaEdit's "
+    "repositories) is FT-L; give `objective` under hparams, or `objective_optimization` in the file: "
+    "'prompt_last' (FT-L) or 'target_new' (FT-M)"
+)
+
 
 class FTDeviations(Deviations):
     """Switches to the public code."""
@@ -86,6 +92,14 @@ class FTConfig(MethodConfig):
     alg_names: ClassVar[tuple[str, ...]] = ("FT",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"objective_optimization": "objective", "rewrite_module_tmp": "module", "kl_factor": IGNORED}
+    )
+    easyedit_required: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType(
+        {
+            "objective": (
+                "objective_optimization",
+                _CHOOSE_OBJECTIVE,
+            )
+        }
     )
 
     @field_validator("norm_constraint", mode="before")

@@ -61,7 +61,7 @@ from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelShape
 from workers.model.overlay import LaneState, Overlay
-from workers.types import JSON, SpecError
+from workers.types import JSON
 
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 
@@ -106,15 +106,10 @@ class GRACEConfig(MethodConfig):
             "dropout": (0, 0.0),
         }
     )
-    """Keys of a public YAML that are accepted only with these values: others are not
-    implemented."""
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        for key, allowed in cls.easyedit_off.items():
-            if key in values and values[key] not in allowed:
-                raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
-        out = super().from_easyedit({k: v for k, v in values.items() if k not in cls.easyedit_off}, source)
+        out = super().from_easyedit(values, source)
         take_inner_param(out, source)
         if out.get("eps_expand") == "moving_avg":  # the name in the comments of the public files
             out["eps_expand"] = "moving_average"

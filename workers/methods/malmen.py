@@ -50,7 +50,7 @@ from pydantic import Field
 
 from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
 from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
@@ -108,6 +108,8 @@ class MALMENConfig(HypernetConfig):
             "token": "tokens",
         }
     )
+    easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = TRAINER_OFF
+    easyedit_lost: ClassVar[Mapping[str, str]] = TRAINER_LOST
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:

@@ -58,7 +58,7 @@ from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
-from workers.methods.easyedit import split_module
+from workers.methods.easyedit import COMMON_LOST, SWEEP_KEYS, FileRemarks, split_module
 from workers.methods.families.adapter import uniform_A
 from workers.model.base import Site
 from workers.model.batch import Batch
@@ -70,16 +70,44 @@ from workers.types import JSON, SpecError
 _TOP_LEVEL = frozenset(
     {
         "model_name",
-        "model_parallel",
         "device",
         "max_length",
         "task",
         "lora_task_type",
         "check_dir",
-        "batch_size",
     }
 )
-"""Keys of a public file outside its sections; they have no effect here."""
+"""Keys of a public file outside its sections that no number depends on."""
+
+_IN_SECTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "grace": frozenset(
+            {
+                *("name", "val_init", "val_train", "val_reg", "reg", "replacement", "num_pert"),
+                *("num_edit_per_block", "metric_period"),
+            }
+        ),
+        "model": frozenset(
+            {"name", "class_name", "tokenizer_class", "tokenizer_name", "fan_in_fan_out", "pt"}
+        ),
+        "lora": frozenset(
+            {
+                *("cls_name", "cls_class", "supervised", "cos", "freeze", "square", "bound_embeds"),
+                *("use_all_negatives", "freeze_lora", "dist_heads", "cross_attend", "soft_weighting"),
+                *("checkpoint_grad", "lora_r", "lora_alpha"),
+            }
+        ),
+    }
+)
+"""Keys of its sections that belong to an optional classifier, or are read by nobody."""
+
+_USED: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "grace": frozenset({"num_iter", "edit_lr", "init_radius", "num_rank_per_block", "num_block"}),
+        "model": frozenset({"target_modules", "grace_layer"}),
+        "lora": frozenset(),
+    }
+)
 
 NO_BLOCK = -1
 
@@ -111,7 +139,6 @@ class MELOConfig(MethodConfig):
     easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
         {"dist_fn": ("euc",), "expand_mode": ("moving_avg",), "key_id": (-1,), "lora_dropout": (0, 0.0)}
     )
-    """Keys that are accepted only with these values: others are not implemented."""
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -120,12 +147,10 @@ class MELOConfig(MethodConfig):
 
         Their other keys belong to an optional classifier, or have no effect.
         """
-        alg = values.get("alg_name")
-        if alg is not None and alg not in cls.alg_names:
-            raise SpecError(
-                f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}"
-            )
-        unknown = sorted(set(values) - {"alg_name", "grace", "model", "lora"} - _TOP_LEVEL)
+        cls.check_alg(values, source)
+        unknown = sorted(
+            set(values) - {"alg_name", "alg", *_IN_SECTIONS, *SWEEP_KEYS, *COMMON_LOST} - _TOP_LEVEL
+        )
         if unknown:
             raise SpecError(
                 f"{source}: {unknown[0]}: has no meaning for this method (value {values[unknown[0]]!r})"
@@ -136,6 +161,12 @@ class MELOConfig(MethodConfig):
             if not isinstance(section, dict):
                 raise SpecError(f"{source}: {name}: expected a section of its own, found {section!r}")
             sections[name] = section
+            strange = sorted(set(section) - _IN_SECTIONS[name] - _USED[name] - set(cls.easyedit_off))
+            if strange:
+                raise SpecError(
+                    f"{source}: {name}.{strange[0]}: has no meaning for this method (value "
+                    f"{section[strange[0]]!r})"
+                )
             for key, allowed in cls.easyedit_off.items():
                 if sections[name].get(key, allowed[0]) not in allowed:
                     raise SpecError(
@@ -161,6 +192,14 @@ class MELOConfig(MethodConfig):
                 f"{model['target_modules']!r}"
             )
         return out | {"layers": [layer for layer, _ in targets], "module": targets[0][1]}
+
+    @classmethod
+    def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
+        inside = tuple(
+            f"{name}.{key}" for name, keys in _IN_SECTIONS.items() for key in values[name] if key in keys
+        )
+        outside = {key: value for key, value in values.items() if key not in _IN_SECTIONS}
+        return super().easyedit_remarks(outside, source) | FileRemarks(neutral=inside)
 
     @property
     def first_layer(self) -> int:

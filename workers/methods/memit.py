@@ -29,8 +29,9 @@ equations are not numbered here.
 3. A key is the average of the bare prompt (one half) and the templates (the other half), as in the
    authors' code, which produced all published numbers. ``key_average: contexts`` gives all contexts
    the same weight.
-4. ``v_loss_layer``, ``layer_selection`` and ``mom2_adjustment`` have no effect in the public code
-   and are dropped.
+4. ``layer_selection`` and ``mom2_adjustment`` have no effect in the public code and are dropped.
+   There, the loss of the value search is that of layer ``v_loss_layer``; here it is the model's
+   own, which is the same for the last layer. A file that names another layer gets a warning.
 5. The points 1 and 5 to 8 of ROME's list (where the KL term is read, padding, corpus, templates,
    tokens).
 6. A value is optimised with the sequence's earlier edits applied, but not with those of its own

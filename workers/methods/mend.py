@@ -49,7 +49,7 @@ from pydantic import Field
 
 from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import Deviations, MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
 from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
@@ -104,7 +104,7 @@ class MENDConfig(HypernetConfig):
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             **TRAINER_KEYS,
-            **dict.fromkeys(("lr_scale", "cbase", "hidden_dim", "max_output_length", "act"), IGNORED),
+            **dict.fromkeys(("cbase", "hidden_dim", "max_output_length"), IGNORED),
             "inner_params": "inner_params",
             "accumulate_bs": "accumulate_bs",
             "max_iters": "max_iters",
@@ -115,6 +115,10 @@ class MENDConfig(HypernetConfig):
             **{key: key for key in ("init", "norm", "combine", "mlp_class", "shared")},
         }
     )
+    easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
+        {**TRAINER_OFF, "lr_scale": (1, 1.0), "act": ("relu",)}
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = TRAINER_LOST
     _only: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
         {
             "dropout": (0, 0.0),

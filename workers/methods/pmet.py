@@ -26,8 +26,7 @@ equations are not numbered here.
 3. ``C`` is that of the pristine model for every layer, everything after the search is in float64.
 4. Only MLPs are written. EasyEdit can also write attention's projection (two
    ``rewrite_module_tmps``), which the paper advises against; such files are rejected.
-5. Points 3 (key average), 5 and 6 of MEMIT's list. ``layer_selection``, ``v_loss_layer`` and
-   ``mom2_adjustment`` have no effect in the public code and are dropped.
+5. Points 3 (key average) and 4 to 6 of MEMIT's list.
 """
 
 from __future__ import annotations

@@ -125,6 +125,7 @@ class RLEditConfig(HypernetConfig):
                     ("name", "cache_dir", "save_checkpoint", "load_checkpoint", "n_test", "full_curve"),
                     IGNORED,
                 ),
+                "batch_size": IGNORED,  # requests of one forward
                 "token": "tokens",
                 "n_epochs": "n_epochs",
             }

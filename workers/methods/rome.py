@@ -49,7 +49,7 @@ from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.methods.easyedit import IGNORED, split_module
+from workers.methods.easyedit import IGNORED, FileRemarks, split_module
 from workers.methods.families.locate import (
     MOMENT,
     AtMap,
@@ -83,11 +83,13 @@ class ROMEConfig(LocateConfig):
         {
             "layers": "layer",
             "rewrite_module_tmp": "module",
-            "v_loss_layer": IGNORED,
-            "mom2_dataset": IGNORED,  # ours is a text file: ``corpus``
+            "v_loss_layer": IGNORED,  # read there, and used for nothing
             "mom2_n_samples": "samples",
             "mom2_dtype": "precision",
         }
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"mom2_dataset": "the text of the second moment is `corpus`"}
     )
 
     @classmethod
@@ -101,6 +103,12 @@ class ROMEConfig(LocateConfig):
         if "module" in out:
             _, out["module"] = split_module(out["module"], source)
         return out
+
+    @classmethod
+    def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
+        if values.get("mom2_adjustment") is False:  # then there is no second moment
+            values = {key: value for key, value in values.items() if key != "mom2_dataset"}
+        return super().easyedit_remarks(values, source)
 
     @property
     def first_layer(self) -> int:

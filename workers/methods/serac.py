@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
 from workers.model.base import BaseModel
 from workers.model.batch import Batch
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
@@ -75,23 +75,17 @@ _OF_THE_PUBLIC_CODE = (
         "cls_class",
         "edit_lr",
         "lr_lr",
-        "cedit",
-        "cloc",
         "cbase",
-        "train_base",
-        "no_grad_layers",
         "checkpoint_grad",
     ),
     *(
         "inner_params",
-        "use_all_negatives",
         "edit_bs",
         "max_iters",
         "accumulate_bs",
         "log_errors",
-        "unlikelihood",
     ),
-    *("exact_match", "freeze"),
+    "exact_match",
 )
 """Keys of a public YAML that have no effect here, or are read separately."""
 
@@ -145,24 +139,31 @@ class SERACConfig(MethodConfig):
             "bound_embeds": (False,),
             "freeze_cntr": (False,),
             "dist_heads": (1,),
+            "train_base": (False,),
+            "no_grad_layers": (None,),
+            **TRAINER_OFF,
             "lora": (None,),
             "dropout": (0, 0.0),
             "supervised": (False, True),
             "soft_weighting": (False, True),
         }
     )
-    """Keys of a public YAML that are accepted only with these values: others are not
-    implemented."""
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **TRAINER_LOST,
+            **dict.fromkeys(
+                ("cedit", "cloc", "unlikelihood", "use_all_negatives", "freeze"),
+                "both networks are trained on the paper's losses",
+            ),
+        }
+    )
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
         {"mixing": "soft", "reads": "row", "edit_view": "public", "accumulate": False}
     )
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        for key, allowed in cls.easyedit_off.items():
-            if key in values and values[key] not in allowed:
-                raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
-        out = super().from_easyedit({k: v for k, v in values.items() if k not in cls.easyedit_off}, source)
+        out = super().from_easyedit(values, source)
         steps, batch = values.get("max_iters"), values.get("accumulate_bs")
         if (
             steps is not None and batch is not None

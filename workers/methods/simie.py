@@ -56,7 +56,7 @@ from torch import Tensor, nn
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.inputs import explain
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.methods.easyedit import IGNORED
+from workers.methods.easyedit import IGNORED, FileRemarks, read_hparams
 from workers.model.base import BaseModel, Site
 from workers.model.batch import collate
 from workers.model.config import ModelShape
@@ -131,17 +131,33 @@ class SimIEConfig(MethodConfig):
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         """Translate the file; the base method's hyperparameters come from the file of the same name
         in its folder, if it exists."""
-        from workers.methods.easyedit import read_hparams
-
         out = super().from_easyedit(values, source)
         if "base_method" in out:
             public = str(out["base_method"])
             name = _named(public, source)
             out["base_method"] = name
-            path = Path(source).parent.parent / public / Path(source).name
-            if path.is_file():
+            path = _base_file(public, source)
+            if path is not None:
                 out["base"] = _method(name).Config.from_easyedit(read_hparams(path), str(path))
         return out
+
+    @classmethod
+    def check_complete(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON], source: str) -> None:
+        super().check_complete(values, hparams, source)
+        name = values.get("base_method")
+        if name in BASES and "base" in values and "base" not in hparams:
+            _method(name).Config.check_complete(values["base"], {}, f"{source} (base: {name})")
+
+    @classmethod
+    def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
+        """Those of the file, and of the base method's."""
+        found = super().easyedit_remarks(values, source)
+        public = str(values.get("base_method"))
+        path = _base_file(public, source)
+        if path is None:
+            return found
+        base = _method(_named(public, source)).Config
+        return base.easyedit_remarks(read_hparams(path), str(path)).within(public) | found
 
     @classmethod
     def like_easyedit(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
@@ -357,6 +373,12 @@ def _method(name: str) -> type[Method[Any, Any]]:
     from workers.methods import get_method
 
     return get_method(name)
+
+
+def _base_file(public: str, source: str) -> Path | None:
+    """The base method's file of the same name as ``source``, where there is one."""
+    path = Path(source).parent.parent / public / Path(source).name
+    return path if path.is_file() else None
 
 
 def _named(public: str, source: str) -> str:

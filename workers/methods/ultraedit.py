@@ -110,15 +110,15 @@ class UltraEditConfig(MethodConfig):
                 (
                     "model_class",
                     "class_name",
-                    "dropout",
-                    "no_grad_layers",
                     "editor_batch_size",
                     "silent",
-                    "half",
                 ),
                 IGNORED,
             ),
         }
+    )
+    easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
+        {"dropout": (0, 0.0), "no_grad_layers": (None,)}
     )
 
     @field_validator("modules")

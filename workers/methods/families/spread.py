@@ -74,11 +74,15 @@ class SpreadConfig(LocateConfig):
         {
             "rewrite_module_tmp": "module",
             "layer_selection": IGNORED,  # nothing reads it
-            "v_loss_layer": IGNORED,
             "mom2_adjustment": IGNORED,  # nothing reads it
-            "mom2_dataset": IGNORED,  # ours is a text file: ``corpus``
             "mom2_n_samples": "samples",
             "mom2_dtype": "precision",
+        }
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "mom2_dataset": "the text of the second moment is `corpus`",
+            "v_loss_layer": "the loss is the model's",
         }
     )
 

@@ -97,8 +97,10 @@ class WISEConfig(MethodConfig):
             "weights": "merge_weight",
             "densities": "density",
             "hidden_act": IGNORED,  # read from the model
-            "sequential_edit": IGNORED,  # set by the sweep's grid
         }
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"sequential_edit": "how many edits follow one another is the grid's T"}
     )
 
     @field_validator("context_template_length_params")
