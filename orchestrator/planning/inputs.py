@@ -6,8 +6,10 @@ plan = Planner(inputs).plan(...)   # reads nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.planning.hparams_files import FileFindings, compare
@@ -25,7 +27,7 @@ from workers.data import (
 from workers.job import ScoreConfig
 from workers.model.config import EMBEDDED, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template
 from workers.scoring.registry import SCORES
-from workers.types import Dataset, EditRequest, ModelError, SpecError
+from workers.types import DataError, Dataset, EditRequest, ModelError, SpecError
 
 if TYPE_CHECKING:
     from workers.artifacts.base import ArtifactSpec
@@ -40,7 +42,22 @@ EMBEDDED_WORLD = "tinyworld"
 
 
 def load_spec_dataset(spec: DatasetSpec) -> Dataset:
-    return load_dataset(spec.kind, spec.path, spec.train_path, spec.on_bad_record)
+    with naming_field("dataset", {"path": spec.path, "train_path": spec.train_path}):
+        return load_dataset(spec.kind, spec.path, spec.train_path, spec.on_bad_record)
+
+
+@contextmanager
+def naming_field(section: str, files: Mapping[str, Path | None]) -> Iterator[None]:
+    """Prefix the field of the spec to the messages of faults in data files. ``files``: key under
+    ``section`` -> its file."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        named = [key for key, path in files.items() if message.startswith((f"{path}:", f"{path},"))]
+        missing = [key for key in files if f"`{key}` is missing" in message]
+        field = ".".join((section, *(named or missing)[:1]))
+        raise DataError(f"{field}: {message}") from None
 
 
 def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
@@ -51,12 +68,14 @@ def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, .
     training, dataset = spec.training, spec.dataset
     shards = training.shards or None
     if training.kind is not None:
-        return training_source(training.kind, training.path, shards, training.on_bad_record)
+        with naming_field("training", {"path": training.path}):
+            return training_source(training.kind, training.path, shards, training.on_bad_record)
     if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
         return training_source(EMBEDDED_WORLD, None, shards)
     # Other kinds use train_path only for unrelated sentences.
     if dataset.kind == "zsre" and dataset.train_path is not None:
-        return training_source(dataset.kind, dataset.train_path, shards, dataset.on_bad_record)
+        with naming_field("dataset", {"train_path": dataset.train_path}):
+            return training_source(dataset.kind, dataset.train_path, shards, dataset.on_bad_record)
     return None
 
 

@@ -38,7 +38,7 @@ from pydantic import Field
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.data import OnBadRecord, fingerprint, load_training
 from workers.rng import canonical, derive_generator
-from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError
+from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError, Written
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
@@ -108,7 +108,7 @@ def training_source(
 # --- interface of a method ------------------------------------------------------------------
 
 
-class TrainingSchedule(Frozen):
+class TrainingSchedule(Written):
     """Length of a training, its batches, and the share of earlier data in them."""
 
     steps: int = Field(ge=1, description="optimiser steps on each data shard")
