@@ -259,6 +259,25 @@ def test_a_mark_that_no_group_reaches_is_a_warning(spec: Path) -> None:
     assert "3 is never reached: no state has more than 1 edits" in warnings(*part)
 
 
+def test_values_of_a_condition_are_listed_in_order(told: Told, spec: Path, results: Path) -> None:
+    grid = ("--set", "dataset.edits=100", "--set", "grid.T=[100,20,5]", "--set", "grid.seeds=[10,9]")
+    assert "there are T: 5, 20, 100; seed: 9, 10" in told("plan", spec, *grid, "--only", "T=7,seed=1")
+    assert "there are T: 1, 2" in told("forget", results, "--cells", "T=5", "--yes")
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "forget"])
+def test_help_says_what_a_repeated_key_means(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "a key given twice fits either value" in " ".join(capfd.readouterr().out.split())
+
+
+def test_an_empty_hyperparameter_file(told: Told, spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "h.yaml").write_text("# nothing\n")
+    said = told("plan", spec, "--set", "methods.0.hparams_file=h.yaml")
+    assert f"hparams_file: {tmp_path}/h.yaml: expected a mapping, found nothing" in said
+
+
 def test_one_thing_is_singular(spec: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for arguments, says in (
         (["plan", str(spec), "--set", "grid.T=[2]"], "1 cell, 1 shard, 2 edits to make"),
