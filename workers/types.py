@@ -36,7 +36,7 @@ class ModelError(EditSweepError):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A prompt and the answer expected after it (joined with one space when scored).
+    """A prompt and the answer expected after it.
 
     ``aliases`` are other ways to write the answer: greedy generation may give any of them.
     """
@@ -58,6 +58,8 @@ class EditRequest:
     subject in other hands, judged token by token. ``any_of``: the portability probes are phrasings
     of one question, of which one right answer is enough. ``needs``: so many requests directly
     before this one in file order belong to the same case; its portability asks about all.
+    ``joiner``: the text between every prompt of the request and its answer; None: as the prompt's
+    writing has it (:func:`workers.data.scripts.joiner_after`).
     """
 
     case_id: str
@@ -73,6 +75,7 @@ class EditRequest:
     ood: tuple[str, ...] = ()
     any_of: bool = False
     needs: int = 0
+    joiner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

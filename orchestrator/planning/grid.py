@@ -47,6 +47,10 @@ class Grid:
             "batch_size": common.batch_size,
             "rollback": common.rollback,
         }
+        # what came later stands in an id only where it changes a number
+        later = {"template": common.template, "joiner": common.joiner_mark}
+        shared |= {name: value for name, value in later.items() if value}
+        self._subjects = {"subject": common.subject_mark} if common.subject_mark else {}
         for method, found in zip(spec.methods, methods, strict=True):
             self._resolve(method, found, shared, shape)
         self._check_batches()
@@ -104,6 +108,8 @@ class Grid:
                 f"seed {seeds[0]}"
             )
         body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
+        if config.reads_subject:
+            body |= self._subjects
         if kind.whole_group:
             body["batch_size"] = None  # it is T, which every cell id has; what the grid says changes nothing
         for seed, specs in found.artifacts.items():

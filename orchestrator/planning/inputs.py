@@ -22,6 +22,7 @@ from workers.data import (
     load_dataset,
     order_requests,
 )
+from workers.data.scripts import count_repeated_subjects, count_subjects_inside_words, joiner_of
 from workers.job import ScoreConfig
 from workers.model.config import EMBEDDED, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template
 from workers.scoring.registry import SCORES
@@ -40,7 +41,7 @@ EMBEDDED_WORLD = "tinyworld"
 
 
 def load_spec_dataset(spec: DatasetSpec) -> Dataset:
-    return load_dataset(spec.kind, spec.path, spec.train_path, spec.on_bad_record)
+    return load_dataset(spec.kind, spec.path, spec.train_path, spec.on_bad_record, spec.joiner)
 
 
 def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
@@ -51,13 +52,15 @@ def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, .
     told, dataset = spec.training, spec.dataset
     shards = told.shards or None
     if told.kind is not None:
-        return training_source(told.kind, told.path, shards, told.on_bad_record)
+        return training_source(told.kind, told.path, shards, told.on_bad_record, dataset.joiner)
     if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
-        return training_source(EMBEDDED_WORLD, None, shards)
+        return training_source(EMBEDDED_WORLD, None, shards, joiner=dataset.joiner)
     if (
         dataset.kind == "zsre" and dataset.train_path is not None
     ):  # other kinds take mere sentences from there
-        return training_source(dataset.kind, dataset.train_path, shards, dataset.on_bad_record)
+        return training_source(
+            dataset.kind, dataset.train_path, shards, dataset.on_bad_record, dataset.joiner
+        )
     return None
 
 
@@ -97,7 +100,7 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     from workers.artifacts.stats import CorpusHashes
     from workers.methods import get_method, load_config
     from workers.methods.base import ArtifactContext
-    from workers.model.base import model_shape
+    from workers.model.base import check_chat_template, model_shape
 
     data = dataset or load_spec_dataset(spec.dataset)
     if spec.dataset.edits > len(data.requests):
@@ -111,6 +114,8 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
             f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
             "set chat_template: false, or give an instruct model"
         )
+    if spec.chat_template:
+        check_chat_template(spec.model, spec.template)
     SCORES.check(spec.scoring)
     shape = model_shape(spec.model)
     training: tuple[TrainingSource, tuple[EditRequest, ...]] | None = None
@@ -194,6 +199,15 @@ def dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
         (count_duplicates(chosen), "requests repeat the prompt of an earlier one"),
         (count_conflicts(chosen), "requests contradict another one (same prompt, or subject and relation)"),
         (count_edited_locality(chosen), "locality probes are themselves edited"),
+        (
+            count_repeated_subjects(chosen),
+            "prompts hold their subject more than once: where tokens of the subject are read, the last one's",
+        ),
+        (count_subjects_inside_words(chosen), "prompts hold their subject only as a part of a longer word"),
+        (
+            sum(joiner_of(request, request.prompt) == "" for request in chosen),
+            "prompts are followed by their answer without a space (dataset.joiner)",
+        ),
     )
     notes = [
         f"{spec.dataset.edits} of {len(data.requests)} requests of {data.name}, order: {spec.dataset.order}"

@@ -42,6 +42,7 @@ from orchestrator.planning.spec import SweepSpec
 from orchestrator.planning.work import Cell, Common, GroupRange, Shard, Task, Variant, Work, members
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts.base import ArtifactSpec
+from workers.data.scripts import joiner_mark, subject_mark
 from workers.scoring.registry import SCORES
 from workers.types import JSON, Dataset
 
@@ -227,10 +228,13 @@ class Planner:
             dataset=spec.dataset,
             dataset_name=data.name,
             dataset_fingerprint=data.fingerprint,
+            joiner_mark=joiner_mark(data.requests),
+            subject_mark=subject_mark(data.requests),
             rollback=spec.grid.rollback,
             batch_size=spec.grid.batch_size,
             score=spec.scoring,
             chat_template=spec.chat_template,
+            template=spec.template,
             threads=spec.engine.threads,
             cache_bytes=spec.engine.cache_bytes,
             step_edits=spec.engine.step_edits,

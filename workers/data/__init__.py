@@ -14,6 +14,7 @@ field; a file of another kind is told by its keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -137,34 +138,45 @@ def load_dataset(
     path: Path | None = None,
     train_path: Path | None = None,
     on_bad_record: OnBadRecord = "error",
+    joiner: str | None = None,
 ) -> Dataset:
     """The requests of one data set, validated and in file order.
 
     ``train_path`` (zsRE, Hallucination and Temporal) is where unrelated sentences come from. With
     ``on_bad_record="skip"`` records that cannot be used are left out; ``notes["skipped"]`` counts
-    them and ``notes["skipped_records"]`` lists their numbers.
+    them and ``notes["skipped_records"]`` lists their numbers. ``joiner``: the text between every
+    prompt and its answer; None: as each prompt's writing has it.
     """
     loader = DATASETS.get(kind)
     if loader is None:
         raise DataError(f"unknown data set {kind!r}; valid kinds: {', '.join(sorted(DATASETS))}")
     if on_bad_record not in ("error", "skip"):
         raise DataError(f"on_bad_record: {on_bad_record!r} is not valid; choose error or skip")
-    return loader(
+    dataset = loader(
         None if path is None else Path(path),
         None if train_path is None else Path(train_path),
         on_bad_record,
     )
+    return _joined(dataset, joiner)
 
 
-def load_training(kind: str, path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
+def _joined(dataset: Dataset, joiner: str | None) -> Dataset:
+    if joiner is None:
+        return dataset
+    return replace(dataset, requests=tuple(replace(r, joiner=joiner) for r in dataset.requests))
+
+
+def load_training(
+    kind: str, path: Path | None = None, on_bad_record: OnBadRecord = "error", joiner: str | None = None
+) -> Dataset:
     """The requests of a training set: the embedded world's own split, or a file in a format that
     sweeps edit from."""
     if kind == "tinyworld":
         from workers.data import tinyworld
 
         _refuse("tinyworld", "training.path", path, "it ships with the package")
-        return tinyworld.load_dataset(split="train")
-    return load_dataset(kind, path, None, on_bad_record)
+        return _joined(tinyworld.load_dataset(split="train"), joiner)
+    return load_dataset(kind, path, None, on_bad_record, joiner)
 
 
 def requests_of(

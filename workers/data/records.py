@@ -411,17 +411,22 @@ def _request_json(request: EditRequest) -> JSON:
         "any_of": request.any_of,
         "needs": request.needs,
     }
-    return {name: value for name, value in later.items() if value} | {
-        "case_id": request.case_id,
-        "prompt": request.prompt,
-        "subject": request.subject,
-        "target_new": request.target_new,
-        "ground_truth": request.ground_truth,
-        "rephrases": list(request.rephrases),
-        "locality": [_probe_json(probe) for probe in request.locality],
-        "portability": [_probe_json(probe) for probe in request.portability],
-        "unrelated": request.unrelated,
-    }
+    said = {} if request.joiner is None else {"joiner": request.joiner}
+    return (
+        {name: value for name, value in later.items() if value}
+        | said
+        | {
+            "case_id": request.case_id,
+            "prompt": request.prompt,
+            "subject": request.subject,
+            "target_new": request.target_new,
+            "ground_truth": request.ground_truth,
+            "rephrases": list(request.rephrases),
+            "locality": [_probe_json(probe) for probe in request.locality],
+            "portability": [_probe_json(probe) for probe in request.portability],
+            "unrelated": request.unrelated,
+        }
+    )
 
 
 def _probe_json(probe: Probe) -> JSON:

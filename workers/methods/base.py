@@ -212,6 +212,11 @@ class MethodConfig(Frozen):
         return False
 
     @property
+    def reads_subject(self) -> bool:
+        """True if the place of the subject's tokens in the prompt changes the edit."""
+        return False
+
+    @property
     def first_layer(self) -> int:
         """The lowest decoder layer with an edited map: an edit's steps run from there on. 0, the
         dearest, if there is none."""

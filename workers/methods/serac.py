@@ -53,6 +53,7 @@ from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
+from workers.data.scripts import joiner_of, statement
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS
 from workers.model.base import BaseModel
@@ -357,7 +358,7 @@ class EditMemory(SitelessOverlay):
     @torch.no_grad()
     def add(self, requests: Sequence[Sequence[EditRequest]]) -> None:
         """Remember each lane's requests; one pass of the classifier for all of them."""
-        texts = [[f"{r.prompt} {r.target_new}" for r in lane] for lane in requests]
+        texts = [list(map(statement, lane)) for lane in requests]
         embeds_ND = self.networks.embed([self.view(text) for lane in texts for text in lane])
         start = 0
         for lane, new in enumerate(texts):
@@ -537,7 +538,7 @@ class SERACTrainer(Trainer):
     def _scope_loss(self, requests: Sequence[EditRequest], generator: torch.Generator) -> Tensor:
         """Mean of ``-log s`` over pairs in scope, plus mean of ``-log(1 - s)`` over pairs out of
         scope."""
-        edits = [f"{r.prompt} {r.target_new}" for r in requests]
+        edits = list(map(statement, requests))
         inside = [_chosen((r.prompt, *r.rephrases), generator) for r in requests]
         outside = [_chosen(tuple(p.prompt for p in r.locality), generator) for r in requests]
         asked = inside + [text for text in outside if text is not None]
@@ -567,8 +568,8 @@ class SERACTrainer(Trainer):
         for r in requests:
             text = _chosen((r.prompt, *r.rephrases), generator)
             assert text is not None
-            prompts.append(self.networks.with_edit(f"{r.prompt} {r.target_new}", text))
-            targets.append(self.base.encoder.pair(text, r.target_new).target)
+            prompts.append(self.networks.with_edit(statement(r), text))
+            targets.append(self.base.encoder.pair(text, r.target_new, joiner_of(r, text)).target)
         losses = [
             torch.nn.functional.cross_entropy(
                 logits_SV[:-1].float(), torch.tensor(target, device=logits_SV.device)

@@ -55,6 +55,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.data.scripts import joiner_of
 from workers.inputs import explain
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
@@ -330,7 +331,8 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
         """Inputs of every site at all tokens of prompt and target, per lane and site (N, I), in the
         masters' precision."""
         base = self.base
-        encoded = [base.encoder.pair(edit.requests[0].prompt, edit.requests[0].target_new) for edit in edits]
+        firsts = [edit.requests[0] for edit in edits]
+        encoded = [base.encoder.pair(r.prompt, r.target_new, joiner_of(r, r.prompt)) for r in firsts]
         rows = collate(encoded, range(len(edits)), base.encoder.pad_id, base.device)
         with ExitStack() as stack:
             if not self.config.init_model:

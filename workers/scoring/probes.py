@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from workers.data.scripts import joiner_of
 from workers.job import Lane, ScoreConfig, StreamJob, first_request
 from workers.model.batch import Encoded
 from workers.timeline import Tick
@@ -137,7 +138,8 @@ def item_probes(base: BaseModel, items: Sequence[Item]) -> Iterator[EncodedProbe
         pairs += [("locality", p.prompt, p.target, ()) for p in r.locality]
         pairs += [("portability", p.prompt, p.target, p.aliases) for p in r.portability]
         for kind, prompt, target, aliases in pairs:
-            yield EncodedProbe(i, kind, item.lane, base.encoder.pair(prompt, target), prompt, target, aliases)
+            pair = base.encoder.pair(prompt, target, joiner_of(r, prompt))
+            yield EncodedProbe(i, kind, item.lane, pair, prompt, target, aliases)
         for text in r.ood:
             yield text_probe(i, "ood", item.lane, base.encoder.text(text), text)
 
@@ -164,6 +166,10 @@ def probe_batches(probes: list[EncodedProbe], config: ScoreConfig) -> Iterator[l
         yield sorted(batch, key=lambda p: p.lane)
 
 
+_MARKS = " .,;:!?\"'\u3002\uff0c\uff1b\uff1a\uff01\uff1f\u3001"
+"""Punctuation around an answer, the full-width marks included."""
+
+
 def normalise(text: str) -> str:
     """Case, runs of white space and surrounding punctuation do not count."""
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+    return " ".join(text.casefold().split()).strip(_MARKS)

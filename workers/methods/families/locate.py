@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from workers.artifacts import stats, templates
 from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.data.scripts import joiner_of, subject_position
 from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
@@ -94,6 +95,10 @@ class LocateConfig(MethodConfig):
                     f"[{length}, {count}]: needs a length of 1 or more, a multiple of {len(STARTS)} templates"
                 )
         return pairs
+
+    @property
+    def reads_subject(self) -> bool:
+        return self.fact_token == "subject_last"
 
     @property
     def uses_seed(self) -> bool:
@@ -238,8 +243,8 @@ def request_lines(
 ) -> list[Line]:
     """The rows of one request, in the order of ``texts`` (the bare prompt first). ``spaced=False``:
     the target is tokenised alone and follows without a space, as some public code has it."""
-    at = request.prompt.find(request.subject)
-    if at < 0 or not request.subject:
+    at = subject_position(request.prompt, request.subject)
+    if at < 0:
         raise DataError(
             f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}"
         )
@@ -248,7 +253,7 @@ def request_lines(
     for text in ["{}", *(text for text in texts if text != "{}")]:
         slot = text.index("{}")
         prompt = text[:slot] + request.prompt + text[slot + 2 :]
-        pair = encoder.pair(prompt, request.target_new)
+        pair = encoder.pair(prompt, request.target_new, joiner_of(request, request.prompt))
         lookup = pair.prompt_len
         if config.fact_token == "subject_last":
             lookup = encoder.tokens_until(prompt, slot + at + len(request.subject))

@@ -71,6 +71,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.suffix import Suffix
@@ -265,8 +266,9 @@ class _Problem(DivisibleProblem):
         places: list[tuple[int, int, int, float]] = []
         for lane, edit in enumerate(edits):
             for request in edit.requests:
+                joiner = joiner_of(request, request.prompt)
                 pairs = [
-                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new)
+                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new, joiner)
                     for t in templates[lane]
                 ]
                 for pair in pairs:
