@@ -94,7 +94,7 @@ def metaspace() -> Any:
 def _trained(tokenizer: Any, alphabet: list[str]) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=700,
-        special_tokens=["<unk>", "<s>", "</s>"],
+        special_tokens=["<unk>", "<s>", "</s>", "<sep>"],
         initial_alphabet=alphabet,
         show_progress=False,
     )
@@ -246,6 +246,31 @@ def test_scores_agree_for_a_model_that_knows_the_answer() -> None:
             1,
             1,
         )
+
+
+# --- tokens that a tokenizer adds ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "added", ["$A", "<s> $A", "$A </s>", "<s> $A <sep>", "$A <sep> </s>", "<s> <sep> $A <sep>"]
+)
+@pytest.mark.parametrize("record", [*INSIDE, *CHINESE], ids=["Marble", "Low Pell", "question", "statement"])
+def test_whatever_a_tokenizer_adds_is_no_part_of_a_text(added: str, record: dict[str, str]) -> None:
+    bare, tokenizer = byte_level(cut_letters=False), byte_level(cut_letters=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=added, special_tokens=[("<s>", 1), ("</s>", 2), ("<sep>", 3)]
+    )
+    plain, encoder = Encoder(bare), Encoder(tokenizer)
+    start = {"<s>": (1,), "<s> <sep>": (1, 3)}.get(added.split(" $A", maxsplit=1)[0], ())
+    prompt, target = record["prompt"], record["target_new"]
+    joiner = joiner_after(prompt)
+    assert encoder.prompt(prompt) == (*start, *plain.prompt(prompt))
+    pair, expected = encoder.pair(prompt, target, joiner), plain.pair(prompt, target, joiner)
+    assert pair.ids == (*start, *expected.ids)
+    assert pair.target == expected.target
+    assert bare.decode(pair.target).strip() == target
+    stop = subject_position(prompt, record["subject"]) + len(record["subject"])
+    assert encoder.tokens_until(prompt, stop) == len(start) + plain.tokens_until(prompt, stop)
 
 
 # --- where a subject stands -------------------------------------------------------------------

@@ -44,6 +44,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -57,7 +58,7 @@ from workers.data.scripts import joiner_of, statement
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS
 from workers.model.base import BaseModel
-from workers.model.batch import Batch
+from workers.model.batch import Batch, Encoder
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
 from workers.model.overlay import LaneState, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
@@ -316,7 +317,11 @@ class Networks:
 
     def with_edit(self, edit: str, prompt: str) -> tuple[int, ...]:
         """Tokens of an edit and the prompt that is asked about it."""
-        return tuple(self.counterfactual_tokenizer(f"{edit} {prompt}")["input_ids"])
+        return self._encoder.text(f"{edit} {prompt}")
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.counterfactual_tokenizer)
 
 
 def _drawn(auto: Any, config: Any, seed: int) -> Any:

@@ -42,6 +42,19 @@ _ASKED, _SAID = "kwqz", "zqxj"
 """Words that stand for a question and an answer in a chat: no template holds them."""
 
 
+def _appended(tokenizer: Any, probe: Sequence[int]) -> int:
+    """Count the tokens that a tokenizer adds after a text, whatever they are. ``probe``: its ids of
+    "a"."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = [i for i in range(len(probe) - len(bare) + 1) if list(probe[i : i + len(bare)]) == list(bare)]
+    if not bare or not starts:
+        raise DataError(
+            "the model's tokenizer writes a text otherwise with its special tokens than without them "
+            f"('a' becomes {list(probe)} and {list(bare)}), so that texts cannot be joined"
+        )
+    return len(probe) - starts[0] - len(bare)
+
+
 class Encoder:
     """Turns texts into token ids, with or without a chat template. Holds no state beyond the
     tokenizer.
@@ -63,7 +76,7 @@ class Encoder:
         # transformers wraps the tokenizer of a fast one in four times its own work for each text
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if backend is not None and backend.encode("a").ids == probe else None
-        self._tail = 1 if probe and probe[-1] == tokenizer.eos_token_id and len(probe) > 1 else 0
+        self._tail = _appended(tokenizer, probe)
         self._joiner = self._chat_joiner() if chat_template else " "
 
     @property
