@@ -39,11 +39,14 @@ class Probe:
     """A prompt and the answer expected after it.
 
     ``aliases`` are other ways to write the answer: greedy generation may give any of them.
+    ``group``: the name that the data set gives this kind of probe; a label, which makes no other
+    probe of it.
     """
 
     prompt: str
     target: str
     aliases: tuple[str, ...] = ()
+    group: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

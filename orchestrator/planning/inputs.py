@@ -41,7 +41,9 @@ EMBEDDED_WORLD = "tinyworld"
 
 
 def load_spec_dataset(spec: DatasetSpec) -> Dataset:
-    return load_dataset(spec.kind, spec.path, spec.train_path, spec.on_bad_record, spec.joiner)
+    return load_dataset(
+        spec.kind, spec.path, spec.train_path, spec.on_bad_record, spec.joiner, spec.target_field
+    )
 
 
 def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
@@ -52,14 +54,21 @@ def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, .
     told, dataset = spec.training, spec.dataset
     shards = told.shards or None
     if told.kind is not None:
-        return training_source(told.kind, told.path, shards, told.on_bad_record, dataset.joiner)
+        return training_source(
+            told.kind, told.path, shards, told.on_bad_record, dataset.joiner, told.target_field
+        )
     if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
         return training_source(EMBEDDED_WORLD, None, shards, joiner=dataset.joiner)
     if (
         dataset.kind == "zsre" and dataset.train_path is not None
     ):  # other kinds take mere sentences from there
         return training_source(
-            dataset.kind, dataset.train_path, shards, dataset.on_bad_record, dataset.joiner
+            dataset.kind,
+            dataset.train_path,
+            shards,
+            dataset.on_bad_record,
+            dataset.joiner,
+            dataset.target_field,
         )
     return None
 

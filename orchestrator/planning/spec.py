@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from workers.data import DATASETS
+from workers.data import DATASETS, TargetField
 from workers.inputs import MAX_BYTES, explain, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import ModelConfig
@@ -53,6 +53,9 @@ class DatasetSpec(Frozen):
     path: Path | None = None
     train_path: Path | None = None
     on_bad_record: Literal["error", "skip"] = "error"
+    target_field: TargetField | None = Field(
+        None, description="field of the target, for records that have both `ans` and `alt`"
+    )
     joiner: str | None = Field(
         None,
         max_length=100,
@@ -84,6 +87,7 @@ class TrainingSpec(Frozen):
         "empty: one shard with everything",
     )
     on_bad_record: Literal["error", "skip"] = "error"
+    target_field: TargetField | None = Field(None, description="as dataset.target_field")
     allow_overlap: bool = Field(
         False, description="true: train also on requests that the sweep edits; recorded in every row"
     )

@@ -36,7 +36,7 @@ import torch
 from pydantic import Field
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
-from workers.data import OnBadRecord, fingerprint, load_training
+from workers.data import OnBadRecord, TargetField, fingerprint, load_training
 from workers.data.scripts import joiner_mark
 from workers.rng import canonical, derive_generator
 from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError
@@ -75,6 +75,7 @@ class TrainingSource(Frozen):
     path: str | None = None
     on_bad_record: OnBadRecord = "error"
     joiner: str | None = None
+    target_field: TargetField | None = None
     shards: tuple[TrainingShard, ...]
 
 
@@ -84,13 +85,14 @@ def training_source(
     shards: Sequence[int] | None = None,
     on_bad_record: OnBadRecord = "error",
     joiner: str | None = None,
+    target_field: TargetField | None = None,
 ) -> tuple[TrainingSource, tuple[EditRequest, ...]]:
     """A training set cut into data shards of so many requests each (None: one with everything), and
     its requests.
 
     Raises :class:`SpecError` if the set is too small for the shards.
     """
-    requests = load_training(kind, path, on_bad_record, joiner).requests
+    requests = load_training(kind, path, on_bad_record, joiner, target_field).requests
     sizes = list(shards) if shards else [len(requests)]
     if sum(sizes) > len(requests):
         raise SpecError(
@@ -107,6 +109,7 @@ def training_source(
         path=None if path is None else str(path),
         on_bad_record=on_bad_record,
         joiner=joiner,
+        target_field=target_field,
         shards=tuple(cut),
     )
     return source, requests[:start]
@@ -208,7 +211,7 @@ def pretrained(
                 "on_bad_record": training.on_bad_record,
                 "start": shard.start,
                 "stop": shard.stop,
-                **({} if training.joiner is None else {"joiner": training.joiner}),
+                **training.model_dump(include={"joiner", "target_field"}, exclude_none=True),
             },
             needs=needs,
         )
@@ -352,7 +355,11 @@ def _requests_of(recipe: Mapping[str, JSON]) -> tuple[EditRequest, ...]:
     planned with."""
     path = recipe["path"]
     requests = load_training(
-        recipe["kind"], None if path is None else Path(path), recipe["on_bad_record"], recipe.get("joiner")
+        recipe["kind"],
+        None if path is None else Path(path),
+        recipe["on_bad_record"],
+        recipe.get("joiner"),
+        recipe.get("target_field"),
     ).requests
     requests = requests[recipe["start"] : recipe["stop"]]
     if _hash_of(requests) != recipe["data"]:
