@@ -12,9 +12,9 @@
 >>> results.sql("SELECT T, count(*) AS edits FROM edits WHERE scored = 'final' GROUP BY T ORDER BY T").to_pylist()
 [{'T': 1, 'edits': 4}, {'T': 4, 'edits': 4}]
 
-Each function does what the command of the same name does; a mistake in the spec raises an
-:class:`EditSweepError`. Importing this package imports nothing else: torch, Ray and Arrow come with
-the first call that needs them.
+Each function does what the command of the same name does. An error in the spec raises an
+:class:`EditSweepError`. Importing this package does not import torch, Ray or Arrow: the functions
+import them when they are called.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EditSweepError", "Outcome", "Plan", "Results", "SweepSpec", "View", "open_results", "plan", "run"]
 
-_HOMES = {
+_MODULE_OF = {
     "EditSweepError": "workers.types",
     "Outcome": "orchestrator.engine.books",
     "Plan": "orchestrator.planning.plan",
@@ -42,7 +42,7 @@ _HOMES = {
     "SweepSpec": "orchestrator.planning.spec",
     "View": "orchestrator.engine.books",
 }
-"""The module of each class that is imported when it is first asked for."""
+"""Public class -> the module it is imported from, when it is first used."""
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
     retry_failed: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Plan what is left of a sweep. Runs nothing and writes nothing.
+    """Plan the unfinished part of a sweep. Runs nothing and writes nothing.
 
     Args: spec: The sweep's YAML file, or a spec that was read before. results: The folder whose
         finished work is subtracted (default: ``results/<name of the sweep>``). overrides: Fields to
@@ -85,19 +85,19 @@ def run(
     trust_remote_code: bool = False,
     view: View | None = None,
 ) -> Outcome:
-    """Run what is not done yet of a sweep. Called again after any interruption, it continues.
+    """Run the unfinished part of a sweep. After an interruption, the same call continues it.
 
     Args: spec: The sweep's YAML file, or a spec that was read before. results: The results folder,
         or ``s3://bucket/prefix`` (default: ``results/<name of the sweep>``). engine: ``ray`` for
-        many processes and machines, ``local`` for this process. max_actors: Shards in flight at
-        most (default: the spec's ``engine.max_actors``). overrides: Fields to override, as in
-        ``["grid.T=[1,10]"]``. only: Cells to run, as in ``["method=wise,T=1000"]``; none means all.
-        retry_failed: Run the groups that failed in an earlier run as well. trust_remote_code: Allow
-        the model's own code to run; the spec must ask for it too. view: Receives the progress
-        (default: notes and warnings go to the logger ``editsweep``).
+        many processes and machines, ``local`` for this process. max_actors: Largest number of
+        shards that run at once (default: the spec's ``engine.max_actors``). overrides: Fields to
+        override, as in ``["grid.T=[1,10]"]``. only: Cells to run, as in ``["method=wise,T=1000"]``;
+        none means all. retry_failed: Run the groups that failed in an earlier run as well.
+        trust_remote_code: Allow the model's own code to run; the spec must ask for it too. view:
+        Receives the progress (default: notes and warnings go to the logger ``editsweep``).
 
     Returns: How the run ended: ``unfinished`` cells, ``errors`` by shard, and the ``folder`` for
-        :func:`open_results`. A cell that fails raises nothing.
+        :func:`open_results`. A failed cell raises no exception; it is among ``unfinished``.
     """
     from editsweep.view import LogView
     from orchestrator.engine.sweep import engine_named, run_sweep
@@ -119,8 +119,8 @@ def run(
 
 
 def open_results(folder: str | os.PathLike[str]) -> Results:
-    """Open a results folder, or ``s3://bucket/prefix``, for reading; a sweep may be writing to it
-    meanwhile."""
+    """Open a results folder, or ``s3://bucket/prefix``, for reading. A sweep may write to it at the
+    same time."""
     from orchestrator.results import query
 
     return query.open_results(folder)
@@ -141,6 +141,6 @@ def _read(
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -345,7 +345,7 @@ class MethodContract:
         encoded = [base.encoder.pair(item.request.prompt, item.request.target_new) for item in ordered]
         rows = collate(encoded, [item.lane for item in ordered], base.encoder.pad_id)
         logits_BSV = self.all_logits(base, overlay, rows)
-        assert len({len(e.ids) for e in encoded}) > 10
+        assert len({len(e.ids) for e in encoded}) > min(10, len(items) // 2)
         for i, item in enumerate(ordered):
             alone = collate([encoded[i]], [item.lane], base.encoder.pad_id)
             logits_SV = self.all_logits(base, overlay, alone)[0]

@@ -237,9 +237,9 @@ def test_forgotten_cells_are_gone_and_come_back_when_asked_for(
     said: list[str] = []
     removed = forget(results, found, said.append)
     after = rows(tmp_path / "r")
-    assert after == [row for row in before if row["cell_id"] not in found.cells]
+    assert after == [row for row in before if row["cell_id"] not in found.limits]
     assert removed == found.rows <= len(before) - len(after)
-    assert not found.cells & results.central.done().keys()
+    assert not found.limits.keys() & results.central.done().keys()
     assert forget(results, look_up(results, ["method=grace,T=1"]), said.append) == 0
     assert run(tmp_path / "r", engine=ONE_LANE).exit_code == 0
     assert placeless(rows(tmp_path / "r")) == placeless(one_lane)
@@ -415,7 +415,7 @@ def test_an_owner_elsewhere_is_watched_by_its_heartbeat(
         first._thread.join()
         with locking.acquire(store, "r3", said.append, silent_seconds=0.3) as second:
             first._stop.clear()  # and wakes up
-            waker = threading.Thread(target=first._keep)
+            waker = threading.Thread(target=first._run_heartbeat)
             waker.start()
             waker.join(PATIENCE_SECONDS)
             assert first.lost
@@ -570,7 +570,7 @@ def test_a_full_disk(
         process = start()
         text = output_of(process)
         assert process.returncode == 2, text
-        assert "the disk is full; mend it and run the same command again" in text
+        assert "the disk is full; repair it and run the same command again" in text
         assert "Traceback" not in text
         kept = len(rows(disk / "r"))
         assert kept < len(reference)
@@ -834,10 +834,10 @@ def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> Non
 )
 def test_ray_addresses_of_no_use(address: str, words: str) -> None:
     from orchestrator.engine.ray_engine.preflight import ClusterError
-    from orchestrator.engine.ray_engine.run import _answers
+    from orchestrator.engine.ray_engine.run import _check_reachable
 
     with pytest.raises(ClusterError, match=words):
-        _answers(RaySpec(address=address))
+        _check_reachable(RaySpec(address=address))
 
 
 @pytest.mark.slow

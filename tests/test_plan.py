@@ -853,7 +853,9 @@ def everything_from_files(folder: Path) -> SweepSpec:
             {**record, "subject": s, "src": f"Who taught {s}?", "rephrase": f"{s}'s teacher?"} for s in people
         ]
         (folder / name).write_text(json.dumps(rows))
-    (folder / "ft.yaml").write_text("alg_name: FT\nlayers: [3]\nlr: 0.001\nnum_steps: 3\n")
+    (folder / "ft.yaml").write_text(
+        "alg_name: FT\nlayers: [3]\nlr: 0.001\nnum_steps: 3\nobjective_optimization: target_new\n"
+    )
     for name in ("corpus.txt", "held_out.txt"):
         (folder / name).write_text("Once there was a text. It had sentences.\n" * 20)
     networks = {"method": "mend", "hparams": {"layers": [3], "lr_lr": 0.001}}

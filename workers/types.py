@@ -1,5 +1,5 @@
-"""Plain data that streams exchange. Knows nothing of torch: the planner and the readers import it
-freely."""
+"""Plain data that streams exchange. Does not import torch, so that the planner and the readers can
+import it."""
 
 from __future__ import annotations
 
@@ -58,11 +58,12 @@ class EditRequest:
     trailing white space.
 
     ``passage``: the target is running text, judged by its perplexity. ``ood``: texts about the
-    subject in other hands, judged token by token. ``any_of``: the portability probes are phrasings
-    of one question, of which one right answer is enough. ``needs``: so many requests directly
-    before this one in file order belong to the same case; its portability asks about all.
-    ``joiner``: the text between every prompt of the request and its answer; None: as the prompt's
-    writing has it (:func:`workers.data.scripts.joiner_after`).
+    subject from other sources, scored token by token. ``any_of``: the portability probes are
+    phrasings of one question, and one right answer is enough. ``needs``: the number of requests
+    directly before this one (in file order) that belong to the same case; the portability probes
+    ask about all of them.
+    ``joiner``: the text between every prompt of the request and its answer; None: by the script of
+    each prompt (:func:`workers.data.scripts.joiner_after`).
     """
 
     case_id: str
@@ -92,6 +93,7 @@ class Dataset:
 
 
 class Frozen(BaseModel):
-    """Immutable, refuses unknown keys, survives a round trip through JSON."""
+    """Base of config objects: immutable, rejects unknown keys, unchanged by a round trip through
+    JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

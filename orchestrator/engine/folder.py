@@ -1,4 +1,4 @@
-"""Enter a results folder: check it, write the plan and the record of each run, read progress."""
+"""Use a results folder: check it, write the plan and the record of each run, read progress."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from workers.types import JSON, EditSweepError
 
 
 class ResultsError(EditSweepError):
-    """The results folder is not this sweep's, or not a results folder at all."""
+    """The folder belongs to another sweep, or is not a results folder."""
 
 
 def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = False) -> Progress:
-    """Read the contents of the results folder for the planner. ``retry_failed``: failed groups
-    count as not run."""
+    """Read the progress of a results folder for the planner. ``retry_failed``: failed groups count
+    as not run."""
     listed = table.shards()
     begun = tuple(manifest for shard_id, manifest in journal.begun().items() if shard_id not in listed)
     spent = [
@@ -39,15 +39,17 @@ def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = Fa
         try:
             progress = journal.progress(manifest.shard_id)
         except (Missing, EditSweepError):
-            continue  # gathered meanwhile, or damaged: it only lacks in the estimates
+            continue  # gathered meanwhile, or damaged: only the time estimates lack it
         spent.append(Spent(manifest.shard_id, tuple(manifest.columns), progress.edits, _seconds(progress)))
     given_up = {} if retry_failed else table.given_up()
     return Progress(done=table.done(), given_up=given_up, begun=begun, used=frozenset(listed), spent=spent)
 
 
 def read_folder(spec: SweepSpec, store: Store, retry_failed: bool = False) -> Progress:
-    """Progress of a sweep in a results folder, which need not exist yet. Refuses that of another
-    sweep; writes nothing."""
+    """Progress of a sweep in a results folder, which need not exist yet. Writes nothing.
+
+    Raises :class:`ResultsError` for the folder of another sweep.
+    """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
     if not store.exists(paths.sweep):
@@ -60,15 +62,16 @@ def _seconds(shard: TableShard | ShardProgress) -> float:
 
 
 def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
-    """Refuse a results folder that is not this sweep's. Writes nothing."""
+    """Raise :class:`ResultsError` if the folder belongs to another sweep, or holds files but is not
+    a results folder. Writes nothing."""
     try:
         found = unseal_json(store.read(paths.sweep), store.where(paths.sweep))
     except Missing:
-        strangers = [e.name for e in store.list("") if e.name != paths.lock]
-        if strangers:
+        foreign = [e.name for e in store.list("") if e.name != paths.lock]
+        if foreign:
             raise ResultsError(
                 f"{store.where()} is not a results folder: it has no {paths.sweep} but holds "
-                f"{', '.join(strangers[:5])}; "
+                f"{', '.join(foreign[:5])}; "
                 "give an empty or a new folder with --results"
             ) from None
         return
@@ -98,14 +101,15 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
 
 
 def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
+    """Make the folder this sweep's results folder, or check that it is."""
     identity = {"name": spec.name, "scoring": SCORES.identity(spec.scoring)}
     if not store.publish_new(paths.sweep, seal_json(identity)):
         check_folder(spec, store, paths)
 
 
 def write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
-    """plan.json: the definition of every cell there ever was, and which of them the last plan asked
-    for."""
+    """Write plan.json: the definitions of all cells ever planned here, and the ids of the cells in
+    this plan."""
     try:
         known = dict(unseal_json(store.read(paths.plan), store.where(paths.plan))["cells"])
     except (Missing, EditSweepError, KeyError, TypeError):

@@ -1,13 +1,13 @@
-"""From a spec to an outcome: lock, plan, engine, gather. Common to both engines.
+"""Run a sweep: lock the folder, plan, run the engine, gather. Common to both engines.
 
     bench = Bench(root="/data/results/demo", run_id="r1")  # in a worker process; keeps the loaded model
     for step in bench.run(manifest):                           # each step is durable when it is yielded
         ...
 
-    outcome = run_sweep(spec, store, local_engine, view)  # in the driver: lock, plan, engine, gather
+    outcome = run_sweep(spec, store, local_engine, view)  # in the driver
 
-Progress lives in the journal alone: a shard that is run again, for whatever reason, continues after
-its last commit. Knows nothing of Ray.
+Progress is stored only in the journal. A shard that is run again continues after its last commit.
+Independent of Ray.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from workers.artifacts.base import ArtifactSpec, in_order
 
 
 def engine_named(name: Literal["ray", "local"]) -> Engine:
-    """The engine of that name. Imported when it is chosen: the local one needs no Ray."""
+    """The engine of that name. It is imported here, because the local engine does not need Ray."""
     if name == "local":
         from orchestrator.engine.local import run_local
 
@@ -68,17 +68,17 @@ def run_sweep(
     only: Sequence[str] = (),
     retry_failed: bool = False,
 ) -> Outcome:
-    """The whole of ``editsweep run``: plan, subtract what is done, run the rest, gather.
+    """Run a sweep (the command ``editsweep run``): plan, leave out finished work, run the rest,
+    gather.
 
-    ``only``: run the cells that these fit (:mod:`orchestrator.results.select`). ``retry_failed``:
-    also the groups that failed in an earlier run, which are otherwise left alone: what diverged or
-    raised would do so again.
+    ``only``: conditions on the cells to run (:mod:`orchestrator.results.select`).
+    ``retry_failed``: also run groups that failed in an earlier run. By default they are left out,
+    because the same edits would fail again.
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
-    planner = Planner(
-        read_inputs(spec)
-    )  # everything that is wrong with the spec is said before anything is written
+    # Before the folder is written to: raises all errors of the spec.
+    planner = Planner(read_inputs(spec))
     chosen = select(only, planner.described(), "--only") if only else None
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
@@ -86,13 +86,15 @@ def run_sweep(
         table = CentralTable(store, paths)
         journal = Journal(store, paths)
         for number in table.verify():
-            view.warn(f"table file {number} is damaged and was put aside; its shards run again")
+            view.warn(f"table file {number} is damaged and was moved to table/bad; its shards run again")
         table.gather(journal)
         plan = planner.plan(read_progress(table, journal, retry_failed), chosen)
         lock.check()
         write_plan(plan, store, paths)
         write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
+        for warning in plan.warnings:
+            view.warn(warning)
         view.begin(plan)
         try:
             if plan.shards:
@@ -100,9 +102,8 @@ def run_sweep(
         except BaseException:
             view.end()
             if not lock.lost:
-                with contextlib.suppress(
-                    StoreError
-                ):  # the storage may be what ended the run: that is the better message
+                # If the storage has ended the run, its first error is the one to show.
+                with contextlib.suppress(StoreError):
                     books.gather()
             raise
         view.end()
@@ -116,8 +117,8 @@ def run_sweep(
 
 @dataclass(frozen=True, slots=True)
 class ArtifactState:
-    """One artifact of a sweep after :func:`build_artifacts`. ``bytes`` is None if it does not
-    exist."""
+    """One artifact of a sweep after :func:`build_artifacts`. ``bytes``: its size, None if it does
+    not exist. ``state``: a text for the user."""
 
     spec: ArtifactSpec
     bytes: int | None
@@ -127,10 +128,9 @@ class ArtifactState:
 def build_artifacts(
     spec: SweepSpec, store: Store, engine: Engine, view: View, max_actors: int | None = None
 ) -> tuple[tuple[ArtifactState, ...], bool]:
-    """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing
-    else.
+    """Build the artifacts that the sweep's cells need (the command ``editsweep artifacts``).
 
-    Also returns whether the user interrupted it.
+    Returns the state of each artifact, and True if the user interrupted the construction.
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
@@ -165,7 +165,7 @@ def _artifact_states(books: Books, missing: Collection[str]) -> tuple[ArtifactSt
         elif (failure := books.artifacts.failure(spec, books.run_id)) is not None:
             state = f"failed: {failure.splitlines()[0][:200]}"
         elif spec.key not in missing:
-            state = "not needed"  # it went into one that is present
+            state = "not needed"  # only an artifact that is present needs it
         elif (progress := saved.get(spec.key)) and progress["total"]:
             state = f"unfinished, {100 * progress['done'] // progress['total']}%"
         else:
@@ -179,7 +179,8 @@ def new_run_id() -> str:
 
 
 def _outcome(books: Books) -> Outcome:
-    """Compare the table with the plan: an engine's own account of how it ended is never trusted."""
+    """The outcome, by comparing the table with the plan. What the engine reported does not decide
+    which cells are finished."""
     done = books.table.done()
     unfinished = [
         cell.cell_id

@@ -1,5 +1,4 @@
-"""Everything that planning reads from disk, read once; and facts about it that the planner asks
-for.
+"""Read everything that planning needs from disk, once; and derive counts and notes from it.
 
 inputs = read_inputs(spec)         # data set, model files, hyperparameter files, corpora, training data
 plan = Planner(inputs).plan(...)   # reads nothing
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from orchestrator.planning.hparams_files import FileFindings, compare
 from orchestrator.planning.memory import TEMPLATE_TOKENS
 from orchestrator.planning.spec import DatasetSpec, SweepSpec
 from workers.data import (
@@ -26,7 +26,7 @@ from workers.data.scripts import count_repeated_subjects, count_subjects_inside_
 from workers.job import ScoreConfig
 from workers.model.config import EMBEDDED, ModelFingerprint, ModelShape, fingerprint_model, has_chat_template
 from workers.scoring.registry import SCORES
-from workers.types import Dataset, EditRequest, SpecError
+from workers.types import Dataset, EditRequest, ModelError, SpecError
 
 if TYPE_CHECKING:
     from workers.artifacts.base import ArtifactSpec
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 OFFENDERS_SHOWN = 20
-"""Requests, both trained on and edited, that one error message lists."""
+"""An error message lists at most so many requests that are both trained on and edited."""
 
 EMBEDDED_WORLD = "tinyworld"
 
@@ -47,21 +47,25 @@ def load_spec_dataset(spec: DatasetSpec) -> Dataset:
 
 
 def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
-    """Read the training data of networks; None if the spec names none and the data set brings
-    none."""
+    """Read the data that networks are trained on: the spec's, or else the data set's own. None if
+    neither has any."""
     from workers.artifacts.pretrain import training_source
 
-    told, dataset = spec.training, spec.dataset
-    shards = told.shards or None
-    if told.kind is not None:
+    training, dataset = spec.training, spec.dataset
+    shards = training.shards or None
+    if training.kind is not None:
         return training_source(
-            told.kind, told.path, shards, told.on_bad_record, dataset.joiner, told.target_field
+            training.kind,
+            training.path,
+            shards,
+            training.on_bad_record,
+            dataset.joiner,
+            training.target_field,
         )
     if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
         return training_source(EMBEDDED_WORLD, None, shards, joiner=dataset.joiner)
-    if (
-        dataset.kind == "zsre" and dataset.train_path is not None
-    ):  # other kinds take mere sentences from there
+    # Other kinds use train_path only for unrelated sentences.
+    if dataset.kind == "zsre" and dataset.train_path is not None:
         return training_source(
             dataset.kind,
             dataset.train_path,
@@ -79,13 +83,15 @@ class MethodInputs:
 
     config: MethodConfig
     artifacts: Mapping[int, tuple[ArtifactSpec, ...]]
-    """The artifacts that are built before its edits, for each seed that is an experiment of its
-    own."""
+    """Seed -> artifacts that the edits need. Only for seeds that give different results (see
+    :func:`distinct_seeds`)."""
+    file: FileFindings | None = None
+    """Comparison of its ``hparams_file`` with the sweep; None without a file."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a plan depends on beside a results folder's contents."""
+    """Everything a plan depends on, except the contents of the results folder."""
 
     spec: SweepSpec
     dataset: Dataset
@@ -94,20 +100,19 @@ class Inputs:
     methods: tuple[MethodInputs, ...]
     """In the order of ``spec.methods``."""
     trained_on: tuple[EditRequest, ...] | None = None
-    """The requests that networks learn from; None if no method trains any."""
+    """The requests that networks are trained on; None if no method trains a network."""
 
 
 def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
-    """Read what a sweep names: each file once, and no weights into memory. ``dataset``: the spec's,
-    where it was read before.
+    """Read all files that a sweep names, each once. The model's weights are not loaded.
+    ``dataset``: the spec's data set, if the caller has read it already.
 
     Raises :class:`SpecError`, ``DataError`` or ``ModelError`` if something is missing, unusable or
     smaller than asked for.
     """
-    # Importing these brings torch, which a worker that reads a data set's file has not always
-    # loaded yet.
+    # These imports load torch, which a worker that only reads the data set does not need.
     from workers.artifacts.stats import CorpusHashes
-    from workers.methods import get_method, load_config
+    from workers.methods import get_method, load_method
     from workers.methods.base import ArtifactContext
     from workers.model.base import check_chat_template, model_shape
 
@@ -117,7 +122,11 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
             f"dataset.edits: {spec.dataset.edits} edits asked for, but the data set {data.name!r} has "
             f"{len(data.requests)}; the largest valid value is {len(data.requests)}"
         )
-    fingerprint = fingerprint_model(spec.model)
+    try:
+        fingerprint = fingerprint_model(spec.model)
+    except ModelError as e:
+        places = f"; looked at: {', '.join(spec.looked_at)}" if spec.looked_at else ""
+        raise ModelError(f"{e}{places}") from e
     if spec.chat_template and not has_chat_template(spec.model):
         raise SpecError(
             f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
@@ -130,16 +139,19 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     training: tuple[TrainingSource, tuple[EditRequest, ...]] | None = None
     corpora = CorpusHashes()
     methods = []
-    for method in spec.methods:
+    for number, method in enumerate(spec.methods):
+        file = None
         try:
             kind = get_method(method.method)
-            config = load_config(
+            config, remarks = load_method(
                 method.method,
                 method.hparams,
                 method.hparams_file,
                 spec.model,
                 method.protocol or spec.protocol,
             )
+            if remarks is not None:
+                file = compare(spec, number, remarks, shape, kind.whole_group)
             config.check(shape)
         except SpecError as e:
             raise SpecError(f"methods: {method.label}: {e}") from None
@@ -151,20 +163,22 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
             for seed in distinct_seeds(spec, config.uses_seed)
         }
         artifacts = {seed: config.artifacts(context) for seed, context in contexts.items()}
-        methods.append(MethodInputs(config, artifacts))
+        methods.append(MethodInputs(config, artifacts, file))
     return Inputs(spec, data, fingerprint, shape, tuple(methods), None if training is None else training[1])
 
 
 def distinct_seeds(spec: SweepSpec, uses_seed: bool) -> tuple[int, ...]:
-    """The grid's seeds; the first alone where nothing is drawn at random, neither by the method nor
-    in the requests' order."""
+    """The grid's seeds; only the first one if neither the method nor the order of requests is
+    random."""
     several = uses_seed or spec.dataset.order == "shuffle"
     return spec.grid.seeds if several else spec.grid.seeds[:1]
 
 
 def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest]) -> int:
-    """Count the requests that are both trained on and edited under any seed. Raises
-    :class:`SpecError` listing them."""
+    """Count the training requests that the sweep edits under any seed.
+
+    Raises :class:`SpecError` with a list of them, unless the spec allows the overlap.
+    """
     edited: set[int] = set()
     for seed in spec.grid.seeds:
         edited.update(order_requests(data, spec.dataset.order, seed)[: spec.dataset.edits])
@@ -175,18 +189,18 @@ def count_overlap(spec: SweepSpec, data: Dataset, training: Sequence[EditRequest
         shown = "\n".join(f"  {offender}" for offender in found[:OFFENDERS_SHOWN])
         more = f"\n  ... and {len(found) - OFFENDERS_SHOWN} more" if len(found) > OFFENDERS_SHOWN else ""
         raise SpecError(
-            f"training: {len(found)} of its {len(training)} requests are edited by the sweep, which would "
-            f"be judged on what "
-            f"it has seen:\n{shown}{more}\nremove them from the training data, or set "
+            f"training: {len(found)} of its {len(training)} requests are edited by the sweep, so that "
+            f"methods would be evaluated on "
+            f"their training data:\n{shown}{more}\nremove them from the training data, or set "
             f"training.allow_overlap: true, which "
-            "every row will say"
+            "every row then records"
         )
     return len(found)
 
 
 def longest_tokens(data: Dataset, score: ScoreConfig) -> int:
-    """A bound on a sequence's tokens: three characters make at least one, and templates may stand
-    before a prompt."""
+    """Estimated upper bound of a sequence's length in tokens: one token per three characters, plus
+    the template before the prompt."""
     longest = 0
     for request in data.requests:
         longest = max([longest, *map(len, request.ood)])

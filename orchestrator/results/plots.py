@@ -1,4 +1,4 @@
-"""The summary as a picture: scores over T, one line a method. Needs the ``plots`` extra
+"""Plot of the summary: scores over T, one line per method. Needs the ``plots`` extra
 (matplotlib)."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workers.optional import optional
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Write ``path``. Solid: final state of a group; dashed, in the first panel: right after each
-    edit.
+    """Write the plot to ``path``. Solid lines: scores on a group's final state. Dashed lines, in
+    the first panel: scores right after each edit.
 
     Raises :class:`EditSweepError` if matplotlib is missing or the format is unknown.
     """
@@ -26,11 +27,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         raise EditSweepError(f"--plot {path}: unknown format {path.suffix!r}; choices: {', '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise EditSweepError(f"--plot {path}: there is no folder {path.parent}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EditSweepError("--plot needs matplotlib: pip install 'editsweep[plots]'") from None
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = optional("matplotlib.figure", "plots", "--plot").Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
     for axis, score in zip(axes, PANELS, strict=True):

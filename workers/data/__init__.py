@@ -1,5 +1,5 @@
-"""Data sets of edit requests, read from the files the field uses. Free of torch: the planner
-imports it.
+"""Data sets of edit requests, read from the public files. Does not import torch, because the
+planner imports it.
 
     dataset = load_dataset("zsre", path=Path("zsre_mend_eval.json"), train_path=Path("zsre_mend_train.json"))
     first_1000 = [dataset.requests[i] for i in order_requests(dataset, "shuffle", seed=0)[:1000]]
@@ -7,8 +7,8 @@ imports it.
 
 Kinds: ``tinyworld`` (the embedded one, no file needed), ``zsre``, ``counterfact``,
 ``hallucination``, ``temporal``, ``wikibigedit``, ``knowedit``, ``mquake``, ``ultraeditbench`` and
-``jsonl``. Every fault of a file is a :class:`~workers.types.DataError` that names the file, the record and the
-field; a file of another kind is told by its keys.
+``jsonl``. Every fault of a file raises :class:`~workers.types.DataError` with the file, the record
+and the field; a file of another kind is recognised by its keys.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _refuse(kind: str, field: str, path: Path | None, why: str) -> None:
 
 
 def _tinyworld(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
-    # Imported here: making the world takes a moment, and the kinds that read files need none of it.
+    # start-up time: building the world is slow, and the other kinds do not need it
     from workers.data import tinyworld
 
     _refuse("tinyworld", "path", path, "it ships with the package")
@@ -171,7 +171,8 @@ DATASETS: Mapping[str, Loader] = MappingProxyType(
         "jsonl": _jsonl,
     }
 )
-"""Every kind of data set a spec can name. A new one is a module with a ``load`` and a line here."""
+"""Every kind of data set a spec can name. A new kind is a module with a ``load``, and a line
+here."""
 
 TARGET_FIELDS: Mapping[str, FieldLoader] = MappingProxyType(
     {"zsre": _zsre, "wikibigedit": _wikibigedit, "ultraeditbench": _ultraeditbench}
@@ -189,10 +190,10 @@ def load_dataset(
 ) -> Dataset:
     """The requests of one data set, validated and in file order.
 
-    ``train_path`` (zsRE, Hallucination and Temporal) is where unrelated sentences come from. With
-    ``on_bad_record="skip"`` records that cannot be used are left out; ``notes["skipped"]`` counts
+    ``train_path`` (zsRE, Hallucination and Temporal): the source of unrelated sentences. With
+    ``on_bad_record="skip"``, records that cannot be used are left out; ``notes["skipped"]`` counts
     them and ``notes["skipped_records"]`` lists their numbers. ``joiner``: the text between every
-    prompt and its answer; None: as each prompt's writing has it. ``target_field``: the field that holds
+    prompt and its answer; None: by the script of each prompt. ``target_field``: the field that holds
     the target, for kinds whose records may have two.
     """
     loader = DATASETS.get(kind)
@@ -252,8 +253,8 @@ def load_training(
     joiner: str | None = None,
     target_field: TargetField | None = None,
 ) -> Dataset:
-    """The requests of a training set: the embedded world's own split, or a file in a format that
-    sweeps edit from."""
+    """The requests of a training set: the embedded world's ``train`` split, or a file of any kind
+    of :data:`DATASETS`."""
     if kind == "tinyworld":
         from workers.data import tinyworld
 
@@ -265,7 +266,7 @@ def load_training(
 def requests_of(
     job: StreamJob, dataset: Dataset, order: Literal["file", "shuffle"]
 ) -> list[Sequence[EditRequest]]:
-    """Per cell, its requests in the order its seed gives, as many as the job edits."""
+    """Per cell, the requests that the job edits, in the order of the cell's seed."""
     need = [0] * len(job.cells)
     for wave in job.waves:
         for lane in wave:

@@ -1,15 +1,15 @@
 """EasyEdit's own record layout, in which zsRE, CounterFact and the KnowEdit sets are also
 published.
 
-Two dialects differ in where the probes stand, and both are read:
+Two variants with different fields for the probes are read:
 
 - flat: ``rephrase_prompt`` (or ``rephrase``), ``locality_prompt``, ``locality_ground_truth``;
 - grouped: ``locality`` and ``portability`` hold lists of ``{prompt, ground_truth}`` by category,
-  where a prompt is a text or a list of which the first counts, and a ground truth is nested in one
-  or two lists of accepted answers.
+  where a prompt is a text or a list (its
+  first entry is used), and a ground truth is nested in one or two lists of accepted answers.
 
-A probe keeps its category's name. Grouped probes without an answer are left out, as no score could
-be given for them; the loader counts them.
+A probe keeps its category's name. Grouped probes without an answer are left out and counted, because
+they cannot be scored.
 """
 
 from __future__ import annotations

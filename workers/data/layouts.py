@@ -1,8 +1,8 @@
 """Recognition of a file's kind by the keys of its records.
 
-The layouts of the field overlap: a Hallucination file has every key that zsRE's loader needs of
-EasyEdit's layout, and would be edited and scored as if its passages were answers. So each loader
-first says which layouts it reads; a file in which most records are of another is refused by name.
+Public layouts overlap: a Hallucination file has every key that zsRE's loader needs of EasyEdit's
+layout, and its passages would be edited and scored as answers. So each loader first states the
+layouts it reads; a file with most records in another layout is rejected.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from workers.data.records import Entry, WrongKind
 
 SEEN = 200
-"""Records looked at."""
+"""Number of records that are checked."""
 
 PASSAGE_WORDS = 8
-"""From this many words on (median) a target is a sentence and not an answer: zsRE's have three,
-Hallucination's twenty."""
+"""Targets of at least this many words (median) are sentences, not answers: zsRE has 3,
+Hallucination 20."""
 
 EASYEDIT = "EasyEdit's layout of zsre or counterfact"
 WIKIBIO = "knowedit's WikiBio"
@@ -38,11 +38,11 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "ultraeditbench": ("ultraeditbench", "prompt and ans"),
     "jsonl": ("jsonl", "the fields of our own format"),
 }
-"""Layout -> (the kind to name in a spec, the keys it is known by)."""
+"""Layout -> (the kind to name in a spec, the keys that identify it)."""
 
 
 def layout_of(values: Sequence[Any]) -> str | None:
-    """The layout of most of the records; None where nothing is typical enough to tell."""
+    """The layout of most of the records; None if it is not clear."""
     records = [value for value in values[:SEEN] if isinstance(value, dict)]
     counts = Counter(found for record in records if (found := _layout(record)) is not None)
     if not counts:
@@ -86,8 +86,8 @@ def _layout(record: dict[str, Any]) -> str | None:
 
 
 def check_layout(path: Path, kind: str, entries: Sequence[Entry], reads: Sequence[str]) -> None:
-    """Refuse a file that is clearly of another kind; one that shows no kind goes on, and its
-    records say what is wrong."""
+    """Raise DataError for a file that is clearly of another kind. A file of unclear kind passes;
+    its records are validated later."""
     found = layout_of([entry.value for entry in entries])
     if found is None or found in reads:
         return

@@ -7,8 +7,8 @@ Source: Thede et al., "Understanding the Limits of Lifelong Knowledge Editing in
      "mhop": second-hop question, "mhop_ans": ..., "loc": ..., "loc_ans": ...}
 
 Everything but subject, question and answer may be missing (null, NaN or empty). ``personas`` is the
-same question in a persona's words, with the same answer: it counts as a rephrasing here, while
-EasyEdit lists it under portability.
+same question in a persona's words, with the same answer: a rephrasing here, while EasyEdit lists it
+under portability.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _parse(entry: Entry, target_field: TargetField | None) -> Draft:
 
 
 def _probe(prompt: str | None, answer: str | None) -> tuple[tuple[Probe, ...], int]:
-    """The probe, if there is one, and how many were left out for want of an answer."""
+    """The probe, if there is one, and the number of probes left out for lack of an answer."""
     if prompt is None:
         return (), 0
     return ((Probe(prompt, answer),), 0) if answer is not None else ((), 1)

@@ -7,9 +7,9 @@ record:
     {"subject": ..., "src": question, "pred": ..., "rephrase": ..., "alt": new answer, "answers": [old answer, ...],
      "loc": "nq question: ...", "loc_ans": ..., "cond": ...}
 
-The locality question keeps its ``nq question:`` prefix and gets no question mark: this is how the
-published numbers were made. Files in EasyEdit's layout are read too. Case ids are positions in the
-file, counted from 0 as usual.
+The locality question keeps its ``nq question:`` prefix and gets no question mark, as for the
+published numbers. Files in EasyEdit's layout are read too. Case ids are positions in the file,
+counted from 0.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from workers.types import Dataset, EditRequest, Probe
 
 
 class LocalityRecord(Record):
-    """All that is needed of a record of the training file."""
+    """The fields of a training record that are used."""
 
     loc: Text
     loc_ans: Text

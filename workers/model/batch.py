@@ -1,8 +1,8 @@
-"""Batches of token sequences, and what a forward pass must be told about each row.
+"""Batches of token sequences, with the data that a forward pass needs about each row.
 
 >>> encoder = Encoder(tokenizer)
->>> rows = collate([encoder.pair("The capital of France is", "Paris")], lanes=[0], pad_id=0)
->>> rows.prompt_end_B          # position of the last prompt token: GRACE's key, where ROME's loss starts
+>>> batch = collate([encoder.pair("The capital of France is", "Paris")], lanes=[0], pad_id=0)
+>>> batch.prompt_end_B          # position of the last prompt token: GRACE's key, where ROME's loss starts
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Encoder:
         if chat_template and not getattr(tokenizer, "chat_template", None):
             raise DataError("chat_template: true, but the model's tokenizer has no chat template")
         probe = tokenizer("a")["input_ids"]
-        # transformers wraps the tokenizer of a fast one in four times its own work for each text
+        # calling the backend of a fast tokenizer takes a fifth of the time of the transformers
+        # wrapper
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if backend is not None and backend.encode("a").ids == probe else None
         self._tail = _appended(tokenizer, probe)
@@ -81,7 +82,8 @@ class Encoder:
 
     @property
     def pad_id(self) -> int:
-        """Padding is masked everywhere, so any id does where a tokenizer names none."""
+        """Id of the padding token. Padding is masked everywhere, so any id is fine if the tokenizer
+        defines none."""
         for name in ("pad_token_id", "eos_token_id"):
             value = getattr(self.tokenizer, name, None)
             if value is not None:
@@ -263,7 +265,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch. Rows of one lane stand together, lanes ascending.
+    """A padded batch. Rows of one lane are adjacent, lanes ascending.
 
     ``prompt_end_B`` is the index of the last prompt token inside the padded row; ``prompt_mask_BS``
     marks the real prompt tokens. ``segments`` lists (lane, first row, one past last row).
@@ -291,8 +293,8 @@ class Batch:
         )
 
     def part(self, lanes: Sequence[int]) -> tuple[Batch, list[int]]:
-        """The rows of some lanes (ascending), which become lanes 0, 1, ..., and where they
-        stood."""
+        """The rows of some lanes (ascending), renumbered 0, 1, ..., and the rows' indices in this
+        batch."""
         spans = {lane: (start, stop) for lane, start, stop in self.segments}
         kept: list[int] = []
         segments: list[tuple[int, int, int]] = []

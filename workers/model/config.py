@@ -93,8 +93,8 @@ def resolve(config: ModelConfig) -> Path:
         from workers.data.tinyworld import assets_dir
 
         return assets_dir()
-    path = Path(os.path.expanduser(config.name))  # the function leaves an unknown user's name as it stands
-    if os.path.exists(path):  # and this one says no to what no path can be
+    path = Path(os.path.expanduser(config.name))  # leaves "~name" unchanged if there is no such user
+    if os.path.exists(path):  # False, without raising, for a name that cannot be a path
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name: {config.name!r} is a folder without config.json")
         return path.resolve()
@@ -117,8 +117,8 @@ def resolve(config: ModelConfig) -> Path:
 
 
 def fingerprint_model(config: ModelConfig) -> ModelFingerprint:
-    """Hash the files that decide the numbers: config and weights, and apart from them the
-    tokenizer."""
+    """Hash the files that determine results: config and weights together, the tokenizer
+    separately."""
     folder = resolve(config)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:

@@ -20,7 +20,8 @@ MergeRule = Literal[
 ]
 
 MERGED_SHARE = 0.6
-"""Weight of what is already merged in a later merge of WISE-Merge (the public code's constant)."""
+"""Weight of the already merged memory in a later merge of WISE-Merge (the public code's
+constant)."""
 
 TEMPLATE_STARTS = ("I", "You", "Because", "Yes", "Q: ")
 
@@ -96,8 +97,10 @@ class WISEConfig(MethodConfig):
             "weights": "merge_weight",
             "densities": "density",
             "hidden_act": IGNORED,  # read from the model
-            "sequential_edit": IGNORED,  # the sweep's grid says it
         }
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"sequential_edit": "how many edits follow one another is the grid's T"}
     )
 
     @field_validator("context_template_length_params")
@@ -161,7 +164,7 @@ class WISEConfig(MethodConfig):
         shape.site(self.module)
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
-        """The context templates. Written greedily, so every seed shares them."""
+        """The context templates. They are generated greedily, so all seeds share them."""
         recipe: dict[str, JSON] = {
             **context.model_recipe,
             "starts": list(TEMPLATE_STARTS),
