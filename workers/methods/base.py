@@ -205,11 +205,16 @@ class MethodConfig(Frozen):
                 raise SpecError(f"{source}: {key}: {alg!r} is another method; {expected}")
 
     @classmethod
-    def check_complete(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON], source: str) -> None:
-        """Raise :class:`SpecError` where neither a file (its translated ``values``) nor ``hparams``
-        say what layouts of files do not agree on."""
+    def merged_with_file(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The translated ``values`` of a file, and ``hparams`` where they differ."""
+        return cls.merged(values, hparams)
+
+    @classmethod
+    def check_complete(cls, values: Mapping[str, JSON], source: str) -> None:
+        """Raise :class:`SpecError` if ``values`` lack a hyperparameter that a file has to give
+        because layouts of files disagree on it."""
         for ours, (theirs, how) in cls.easyedit_required.items():
-            if ours not in values and ours not in hparams:
+            if ours not in values:
                 raise SpecError(f"{source}: {theirs}: the file does not say it; {how}")
 
     @classmethod

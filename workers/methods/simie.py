@@ -143,11 +143,23 @@ class SimIEConfig(MethodConfig):
         return out
 
     @classmethod
-    def check_complete(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON], source: str) -> None:
-        super().check_complete(values, hparams, source)
-        name = values.get("base_method")
-        if name in BASES and "base" in values and "base" not in hparams:
-            _method(name).Config.check_complete(values["base"], {}, f"{source} (base: {name})")
+    def merged_with_file(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The same for the base method, whose file gives what ``base`` leaves open."""
+        out = super().merged_with_file(values, hparams)
+        name, below, above = values.get("base_method"), values.get("base"), hparams.get("base")
+        same = name in BASES and out.get("base_method") == name
+        if same and isinstance(below, Mapping) and isinstance(above, Mapping):
+            out["base"] = _method(str(name)).Config.merged(below, above)
+        elif not same and above is None:
+            out.pop("base", None)  # the file's is of another base method
+        return out
+
+    @classmethod
+    def check_complete(cls, values: Mapping[str, JSON], source: str) -> None:
+        super().check_complete(values, source)
+        name, base = values.get("base_method"), values.get("base")
+        if name in BASES and isinstance(base, Mapping):
+            _method(str(name)).Config.check_complete(base, f"{source} (base: {name})")
 
     @classmethod
     def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
