@@ -469,6 +469,8 @@ def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         folder
     )  # its defaults are LLaMA-2-7B's sizes
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    for file in (ROOT / "tests/golden/models/tiny-llama").glob("*token*"):
+        shutil.copy(file, folder)
     records = [
         {
             "subject": f"Person {i}",

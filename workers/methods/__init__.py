@@ -112,6 +112,13 @@ def load_method(
             given = cls.Config.like_easyedit(given)
         return cls.Config.model_validate(given), remarks
     except ValidationError as error:
-        raise SpecError(f"{source}: {explain(error, cls.Config)}") from None
+        problem = explain(error, cls.Config)
+        if cls.Config.reads_corpus(given) and given.get("corpus") is None and model.name != EMBEDDED:
+            lines = [line.strip() for line in problem.splitlines() if line.strip()]
+            lines.append(
+                f"corpus: {cls.title} needs a text or JSONL file for its statistics of {model.name!r}"
+            )
+            problem = "\n  " + "\n  ".join(lines)
+        raise SpecError(f"{source}: {problem}") from None
     except ValueError as error:
         raise SpecError(f"{source}: {error}") from None

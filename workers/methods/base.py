@@ -30,6 +30,7 @@ from torch import Tensor
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import Trainer, TrainingSource
 from workers.artifacts.stats import CorpusHashes
+from workers.data.needs import Need
 from workers.methods.easyedit import COMMON_KEYS, COMMON_LOST, IGNORED, SWEEP_KEYS, FileRemarks
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
@@ -262,6 +263,26 @@ class MethodConfig(Frozen):
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         """The artifacts to build before an edit, each under its own name."""
         return ()
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """The parts of a request that an edit cannot do without."""
+        return ()
+
+    @property
+    def training_needs(self) -> tuple[Need, ...]:
+        """The same, of a request that networks are trained on."""
+        return ()
+
+    @property
+    def networks(self) -> Mapping[str, str]:
+        """The further models that the method reads: hyperparameter -> folder or hub name."""
+        return {}
+
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        """Return whether artifacts are made from ``corpus``, with these hyperparameters."""
+        return False
 
     @property
     def uses_seed(self) -> bool:

@@ -181,6 +181,11 @@ class SERACConfig(MethodConfig):
                 f"model of the same vocabulary (a copy is made up to {LARGEST_COPY:,} parameters)"
             )
 
+    @property
+    def networks(self) -> Mapping[str, str]:
+        given = {"classifier": self.classifier, "counterfactual": self.counterfactual}
+        return {field: name for field, name in given.items() if name is not None}
+
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         return (
             pretrained(

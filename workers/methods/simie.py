@@ -54,6 +54,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.data.needs import Need
 from workers.data.scripts import joiner_of
 from workers.inputs import explain
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
@@ -196,6 +197,10 @@ class SimIEConfig(MethodConfig):
     @property
     def uses_seed(self) -> bool:
         return self.base_config.uses_seed
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return self.base_config.needs
 
     @property
     def first_layer(self) -> int:

@@ -59,6 +59,17 @@ def model_shape(config: ModelConfig) -> ModelShape:
     )
 
 
+def load_encoder(config: ModelConfig, chat_template: bool) -> Encoder:
+    """The model's tokenizer as an encoder, without the model."""
+    from transformers import AutoTokenizer
+
+    from workers.model.batch import Encoder
+
+    folder, remote = resolve(config), config.trust_remote_code
+    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
+    return Encoder(tokenizer, chat_template)
+
+
 def _read(load: Any, config: ModelConfig) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 

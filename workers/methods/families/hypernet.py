@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, TrainingSchedule, pretrained
+from workers.data.needs import ELSEWHERE, Need
 from workers.data.scripts import SPACE, joiner_of
 from workers.inner_loop.losses import TargetTokens
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Layers, Method, MethodConfig
@@ -110,6 +111,10 @@ class HypernetConfig(MethodConfig):
 
     def check(self, shape: ModelShape) -> None:
         site_shapes(shape, self.layers, self.modules)
+
+    @property
+    def training_needs(self) -> tuple[Need, ...]:
+        return (ELSEWHERE,)
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         hparams = self.model_dump(mode="json", include=set(self.learnt))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from workers.artifacts import stats, templates
 from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.data.needs import SUBJECT, Need
 from workers.data.scripts import joiner_of, subject_position
 from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
@@ -108,6 +109,14 @@ class LocateConfig(MethodConfig):
     @property
     def rows_per_edit(self) -> int:
         return 2 + sum(count for _, count in self.context_template_length_params)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (SUBJECT,)
+
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        return True
 
 
 # --- artifacts ---
