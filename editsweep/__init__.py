@@ -23,13 +23,13 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from orchestrator.engine.books import Outcome, View
     from orchestrator.planning.plan import Plan
     from orchestrator.planning.spec import SweepSpec
-    from orchestrator.results.query import Results
+    from orchestrator.results.query import Results, Union
     from workers.types import EditSweepError
 
 __all__ = ["EditSweepError", "Outcome", "Plan", "Results", "SweepSpec", "View", "open_results", "plan", "run"]
@@ -68,6 +68,7 @@ def plan(
     from orchestrator.storage.open import open_store
 
     read, source = _read(spec, overrides, trust_remote_code)
+    _check_texts("only", only, "method=wise,T=1000")
     store = open_store(default_results(read) if results is None else results)
     with naming(source):
         return plan_sweep(read, store, only=only, retry_failed=retry_failed)
@@ -103,14 +104,18 @@ def run(
     from orchestrator.engine.sweep import engine_named, run_sweep
     from orchestrator.planning.spec import default_results, naming
     from orchestrator.storage.open import open_store
+    from workers.types import EditSweepError
 
     read, source = _read(spec, overrides, trust_remote_code)
+    _check_texts("only", only, "method=wise,T=1000")
+    if max_actors is not None and (type(max_actors) is not int or max_actors < 1):
+        raise EditSweepError(f"max_actors: expected a whole number of at least 1, found {max_actors!r}")
     store = open_store(default_results(read) if results is None else results)
     with naming(source):
         return run_sweep(
             read,
             store,
-            engine_named(engine),
+            engine_named(engine, read),
             view or LogView(),
             max_actors,
             only=only,
@@ -118,12 +123,20 @@ def run(
         )
 
 
-def open_results(folder: str | os.PathLike[str]) -> Results:
-    """Open a results folder, or ``s3://bucket/prefix``, for reading. A sweep may write to it at the
-    same time."""
+@overload
+def open_results(folder: str | os.PathLike[str], /) -> Results: ...
+
+
+@overload
+def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str]) -> Results | Union: ...
+
+
+def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str]) -> Results | Union:
+    """Open a results folder, or ``s3://bucket/prefix``, for reading; several are one table. A sweep
+    may write to it at the same time."""
     from orchestrator.results import query
 
-    return query.open_results(folder)
+    return query.open_results(folder, *more)
 
 
 def _read(
@@ -131,13 +144,26 @@ def _read(
 ) -> tuple[SweepSpec, str]:
     """The spec with its overrides, and its name in error messages."""
     from orchestrator.planning.spec import SweepSpec, check_trust, load_spec, override_spec
+    from workers.types import EditSweepError
 
+    _check_texts("overrides", overrides, "grid.T=[1,10]")
+    if not isinstance(spec, (SweepSpec, str, os.PathLike)):
+        raise EditSweepError(f"spec: expected the path of a YAML file or a SweepSpec, found {spec!r}")
     if isinstance(spec, SweepSpec):
         read, source = override_spec(spec, overrides), f"the sweep {spec.name!r}"
     else:
         read, source = load_spec(Path(spec), overrides), str(spec)
     check_trust(read, source, trust_remote_code, "trust_remote_code=True")
     return read, source
+
+
+def _check_texts(name: str, value: Sequence[str], example: str) -> None:
+    """Refuses a single text: a text is a sequence, too, of its characters."""
+    from workers.types import EditSweepError
+
+    texts = isinstance(value, Sequence) and not isinstance(value, str)
+    if not texts or not all(isinstance(one, str) for one in value):
+        raise EditSweepError(f"{name}: expected a list of texts, as in [{example!r}], found {value!r}")
 
 
 def __getattr__(name: str) -> Any:

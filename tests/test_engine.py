@@ -27,7 +27,6 @@ from orchestrator.engine.folder import ResultsError
 from orchestrator.engine.local import run_local
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.engine.worker import StepReport
-from orchestrator.planning.spec import RaySpec
 from orchestrator.results.forget import forget, look_up
 from orchestrator.results.journal import Journal, Superseded
 from orchestrator.results.query import open_results
@@ -826,18 +825,6 @@ def test_ray_builds_artifacts_first(tmp_path: Path, home: dict[str, str]) -> Non
     assert process.returncode == 0, text
     assert "artifact 1/" in text
     assert list((tmp_path / "r" / "artifacts").glob("*/*.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("address", "words"),
-    [("ray://h:10001", "Ray Client is not supported"), ("somewhere", "not host:port or auto")],
-)
-def test_ray_addresses_of_no_use(address: str, words: str) -> None:
-    from orchestrator.engine.ray_engine.preflight import ClusterError
-    from orchestrator.engine.ray_engine.run import _check_reachable
-
-    with pytest.raises(ClusterError, match=words):
-        _check_reachable(RaySpec(address=address))
 
 
 @pytest.mark.slow

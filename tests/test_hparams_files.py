@@ -397,6 +397,9 @@ def test_run_says_what_plan_says(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert len(expected) == 2
     with caplog.at_level(logging.WARNING, logger="editsweep"):
         assert (
-            run_sweep(spec, LocalStore(tmp_path / "results"), engine_named("local"), LogView()).exit_code == 0
+            run_sweep(
+                spec, LocalStore(tmp_path / "results"), engine_named("local", spec), LogView()
+            ).exit_code
+            == 0
         )
     assert [record.message for record in caplog.records if record.name == "editsweep"] == expected

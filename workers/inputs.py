@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, get_args
 
 import yaml
@@ -107,7 +108,12 @@ def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """All errors of one validation, one line each."""
     lines = []
-    for problem in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        if problem["type"] == "too_short" and any(
+            _inside(other["loc"], problem["loc"]) for other in problems
+        ):
+            continue  # pydantic leaves invalid entries out before it counts them
         field = ".".join(str(part) for part in problem["loc"])
         kind = problem["type"]
         if kind == "extra_forbidden":
@@ -125,9 +131,45 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             choices = problem.get("ctx", {}).get("expected", "")
             lines.append(f"{field}: {short(problem['input'])} is not valid; choose {choices}")
         else:
-            message = problem["msg"][:1].lower() + problem["msg"][1:]
-            lines.append(f"{field}: {message}, found {short(problem['input'])}")
+            told = problem["msg"][:1].lower() + problem["msg"][1:]
+            message = _expected(root, problem["loc"], kind) or told
+            lines.append(f"{field}: {message}, found {found(problem['input'])}")
     return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+_EXPECTED: Mapping[str, str] = MappingProxyType(
+    {
+        "int_type": "a whole number",
+        "int_parsing": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "string_type": "a text",
+        "path_type": "a path",
+        "tuple_type": "a list",
+        "list_type": "a list",
+        "dict_type": "a mapping",
+        "mapping_type": "a mapping",
+    }
+)
+"""Pydantic's name of an error -> what the field expects, in the words of a user of YAML."""
+
+
+def _expected(root: type[BaseModel], loc: Sequence[int | str], kind: str) -> str | None:
+    """The text of an error of another type than the field's; None for other errors."""
+    if kind in ("model_type", "model_attributes_type", "dataclass_type"):
+        fields = _fields_at(root, loc)
+        return "expected a mapping" + (f" with the fields {', '.join(fields)}" if fields else "")
+    if kind == "too_short":
+        return "expected at least one entry"
+    return f"expected {_EXPECTED[kind]}" if kind in _EXPECTED else None
+
+
+def _inside(loc: Sequence[int | str], parent: Sequence[int | str]) -> bool:
+    return len(loc) > len(parent) and tuple(loc[: len(parent)]) == tuple(parent)
 
 
 def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
@@ -139,6 +181,16 @@ def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
         elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
             here = here.model_fields[part].annotation
     return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+
+
+def found(value: object) -> str:
+    """A value as messages show it: ``nothing`` for an empty one of YAML."""
+    return "nothing" if value is None else short(value)
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 cell``, ``2 cells``."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def short(value: object) -> str:

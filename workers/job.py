@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from workers.types import JSON, Frozen
+from workers.types import JSON, Frozen, Written
 
 Rollback = Literal["group", "never"]
 
@@ -21,7 +21,7 @@ BATCHING = "batching"
 and its numbers only by rounding."""
 
 
-class ScoreConfig(Frozen):
+class ScoreConfig(Written):
     """The moments that are scored, and the sizes of the frozen scoring batches.
 
     Further keys are settings of single scores. Each score declares its own

@@ -4,9 +4,10 @@ import it."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 JSON = Any
 """A value that survives ``json.dumps`` and ``json.loads`` unchanged."""
@@ -94,6 +95,50 @@ class Dataset:
 
 class Frozen(BaseModel):
     """Base of config objects: immutable, rejects unknown keys, unchanged by a round trip through
-    JSON."""
+    JSON. No number is infinite or NaN, which JSON cannot represent."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Written(Frozen):
+    """Base of settings that people write. Pydantic alone would read ``true`` as 1 and the text
+    ``"2"`` as 2; here a number is written as a number."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
+        scalars, entries = _types_of(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, (list, tuple)):
+            for entry in value:
+                _check_number(entry, entries)
+        else:
+            _check_number(value, scalars)
+        return value
+
+
+def _types_of(annotation: object) -> tuple[set[object], set[object]]:
+    """The types of a field's values, and those of the entries where a value is a list."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _types_of(arguments[0])
+    if origin in (Union, UnionType):
+        found = [_types_of(one) for one in arguments]
+        return set().union(*(scalars for scalars, _ in found)), set().union(*(each for _, each in found))
+    if origin in (tuple, list):
+        return set(), set().union(*(_types_of(one)[0] for one in arguments if one is not ...))
+    return {annotation}, set()
+
+
+def _check_number(value: object, types: set[object]) -> None:
+    """Raise ValueError for a bool, or a text that reads as a number, where only numbers are
+    valid."""
+    numbers = types - {NoneType}
+    if not numbers or not numbers <= {int, float} or not isinstance(value, (bool, str)):
+        return
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return  # pydantic refuses it, and names the entry
+    what = "a number" if float in numbers else "a whole number"
+    raise ValueError(f"expected {what}, found {value!r}")

@@ -28,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+MOST_SECONDS = 366 * 86400.0
+
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
 Folder = Annotated[
     str, typer.Argument(metavar="DIR", help="a results folder, or s3://bucket/prefix", show_default=False)
@@ -45,7 +47,8 @@ Only = Annotated[
     typer.Option(
         "--only",
         metavar="CELLS",
-        help="only these cells, e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
+        help="only these cells, e.g. method=wise,T=1000 (method, algorithm, T, seed, cell; a key given twice fits "
+        "either value); repeatable",
     ),
 ]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="also what failed in an earlier run")]
@@ -59,6 +62,13 @@ RemoteCode = Annotated[
         "--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)"
     ),
 ]
+
+
+def finite_seconds(value: float) -> float:
+    """Refuses a time that no timer can wait for."""
+    if not value < MOST_SECONDS:
+        raise typer.BadParameter(f"{value} is not a finite, positive number of seconds (at most a year)")
+    return value
 
 
 @app.callback(invoke_without_command=True)

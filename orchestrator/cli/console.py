@@ -19,6 +19,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from workers.inputs import counted
+
 if TYPE_CHECKING:
     from orchestrator.engine.books import Safety
     from orchestrator.engine.worker import StepReport
@@ -319,13 +321,14 @@ def begin_line(plan: Plan) -> str:
     )
     if not plan.shards:
         if done == groups:
-            return f"{len(cells)} cells: all done"
-        return f"{len(cells)} cells, nothing to run: {done} of {groups} groups done{lost}"
+            return f"{counted(len(cells), 'cell')}: all done"
+        return f"{counted(len(cells), 'cell')}, nothing to run: {done} of {groups} groups done{lost}"
     been = f", {done} of {groups} groups done before" if done else ""
     again = sum(shard.begun for shard in plan.shards)
     resumed = f" ({again} to be continued)" if again else ""
     return (
-        f"{len(cells)} cells, {len(plan.shards)} shards{resumed}, {plan.edits_left} edits to make{been}{lost}"
+        f"{counted(len(cells), 'cell')}, {counted(len(plan.shards), 'shard')}{resumed}, "
+        f"{counted(plan.edits_left, 'edit')} to make{been}{lost}"
     )
 
 

@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from orchestrator.cli.app import Folder, Folders, open_existing, open_together
+from orchestrator.cli.app import Folder, Folders, finite_seconds, open_existing, open_together
 from orchestrator.cli.console import Output, percent
 from orchestrator.cli.summary import by_cause, show_summary
 from orchestrator.results.status import read_status
+from workers.inputs import counted
 from workers.types import JSON, EditSweepError
 
 commands = typer.Typer()
@@ -123,7 +124,8 @@ def query(
     ] = "table",
     limit: Annotated[int, typer.Option(min=1, help="rows shown by --format table")] = 200,
     time_limit: Annotated[
-        float, typer.Option(min=0.1, help="seconds after which the query is stopped")
+        float,
+        typer.Option(min=0.1, callback=finite_seconds, help="seconds after which the query is stopped"),
     ] = 300.0,
 ) -> None:
     """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included; of several
@@ -321,7 +323,8 @@ def forget(
         typer.Option(
             "--cells",
             metavar="CELLS",
-            help="cell ids, or e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
+            help="cell ids, or e.g. method=wise,T=1000 (method, algorithm, T, seed, cell; a key given twice fits "
+            "either value); repeatable",
             show_default=False,
         ),
     ] = None,
@@ -344,7 +347,7 @@ def forget(
     if len(found.titles) > _LISTED:
         out.say(f"  and {len(found.titles) - _LISTED} more")
     out.say(
-        f"{len(found.limits)} cells with {found.rows} rows of the table would be removed from "
+        f"{counted(len(found.limits), 'cell')} with {counted(found.rows, 'row')} of the table would be removed from "
         f"{results.store.where()}"
     )
     if found.shards:
@@ -360,4 +363,4 @@ def forget(
         out.note("nothing was removed")
         raise typer.Exit(1)
     removed = forgetting.forget(results, found, out.note)
-    out.say(f"removed: {len(found.limits)} cells, {removed} rows")
+    out.say(f"removed: {counted(len(found.limits), 'cell')}, {counted(removed, 'row')}")

@@ -22,6 +22,7 @@ from orchestrator.cli.app import (
 )
 from orchestrator.cli.console import Output, duration, size
 from orchestrator.cli.summary import by_cause, show_summary
+from workers.inputs import counted
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def plan(
 
     out = Output()
     spec = _load(spec_file, overrides, trust_remote_code)
-    folder = results or default_results(spec)
+    folder = default_results(spec) if results is None else results
     store = open_store(folder)
-    progress = read_folder(spec, store, retry_failed)
     there = store.exists(ResultsPaths().sweep)
     with naming(spec_file):
+        progress = read_folder(spec, store, retry_failed)
         planner = Planner(read_inputs(spec))
         made = planner.plan(progress, select(only, planner.described(), "--only") if only else None)
     out.say(f"sweep {spec.name}: {begin_line(made)}")
@@ -129,7 +130,12 @@ def plan(
         missing = in_order(needed.values(), artifact_store.has if there else None)
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
         present = sum(key not in {spec.key for spec in missing} for key in needed)
-        out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built")
+        first = len(missing) - (len(needed) - present)
+        why = f", {first} of them because others are built from {'it' if first == 1 else 'them'}"
+        out.say(
+            f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built"
+            f"{why if first else ''}"
+        )
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
 
 
@@ -177,7 +183,7 @@ def run(
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
-    folder = results or default_results(spec)
+    folder = default_results(spec) if results is None else results
 
     from orchestrator.engine.sweep import engine_named, run_sweep
     from orchestrator.storage.open import open_store
@@ -188,7 +194,7 @@ def run(
             outcome = run_sweep(
                 spec,
                 open_store(folder),
-                engine_named(engine),
+                engine_named(engine, spec),
                 out.view(),
                 max_actors,
                 only=only or (),
@@ -228,7 +234,7 @@ def artifacts(
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
-    folder = results or default_results(spec)
+    folder = default_results(spec) if results is None else results
 
     from orchestrator.engine.sweep import build_artifacts, engine_named
     from orchestrator.storage.open import open_store
@@ -236,7 +242,7 @@ def artifacts(
     try:
         with naming(spec_file):
             states, interrupted = build_artifacts(
-                spec, open_store(folder), engine_named(engine), out.view(), max_actors
+                spec, open_store(folder), engine_named(engine, spec), out.view(), max_actors
             )
     except EditSweepError:
         raise
@@ -275,7 +281,8 @@ def _print_outcome(out: Output, spec_file: Path, folder: str, outcome: Outcome, 
         out.note(safety_line(outcome.safety))
     cells = outcome.plan.asked
     if not outcome.unfinished:
-        out.say(f"all {len(cells)} cells finished in {duration(seconds)}")
+        all_cells = f"all {len(cells)} cells" if len(cells) > 1 else "the cell"
+        out.say(f"{all_cells} finished in {duration(seconds)}")
         out.say("next:")
         out.say(f"  editsweep status {folder}")
         out.say(
@@ -288,7 +295,8 @@ def _print_outcome(out: Output, spec_file: Path, folder: str, outcome: Outcome, 
         if sys.argv[1:2] == ["run"]
         else "editsweep run"
     )
-    left = f"{len(outcome.unfinished)} of {len(cells)} cells are not finished"
+    count = len(outcome.unfinished)
+    left = f"{count} of {counted(len(cells), 'cell')} {'is' if count == 1 else 'are'} not finished"
     if outcome.interrupted:
         out.say(f"interrupted: {left}; everything committed so far is kept")
         out.say(f"continue with:  {again}")
@@ -331,7 +339,7 @@ def _failures(outcome: Outcome, titles: Mapping[str, str]) -> Iterator[Failure]:
         error = outcome.errors.get(shard.shard_id)
         if error is not None:
             cell_ids = outcome.plan.cell_ids(shard)
-            more = f" and {len(cell_ids) - 1} more cells" if len(cell_ids) > 1 else ""
+            more = f" and {counted(len(cell_ids) - 1, 'more cell')}" if len(cell_ids) > 1 else ""
             where = f"{titles[cell_ids[0]]} ({cell_ids[0]}){more}"
             first = (error.message.splitlines() or [""])[0]
             yield where, f"{error.kind}: {first}", error.attempts, error.log

@@ -18,11 +18,15 @@ from orchestrator.storage.base import Missing, Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json
 from workers.scoring.registry import SCORES
-from workers.types import JSON, EditSweepError
+from workers.types import JSON, EditSweepError, SpecError
 
 
 class ResultsError(EditSweepError):
     """The folder belongs to another sweep, or is not a results folder."""
+
+
+class ScoringError(ResultsError, SpecError):
+    """The folder's cells were scored with other settings than the spec's."""
 
 
 def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = False) -> Progress:
@@ -94,7 +98,7 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
         if theirs.get(key) != mine.get(key)
     ]
     if changed:
-        raise ResultsError(
+        raise ScoringError(
             f"scoring: the cells in {store.where()} were scored with other settings ({'; '.join(changed)}); "
             "use the same settings, or a new folder with --results"
         )

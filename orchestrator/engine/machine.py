@@ -47,6 +47,17 @@ def code_digest() -> str:
     return sha256_of("\n".join(text).encode())[:12]
 
 
+def check_device(model: ModelConfig, where: str) -> None:
+    """Raise :class:`ModelError` if the model is asked to be on a GPU and torch finds none. ``where``:
+    the machine's name in the message."""
+    if model.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModelError(f"{where}: model.device is cuda, but torch finds no GPU there")
+
+
 def check_memory(model: ModelConfig, weight_bytes: int, gpu: float, memory_gb: float, where: str) -> None:
     """Raise :class:`ModelError`, with the sizes, if the model does not fit into this machine's
     memory. ``where``: the machine's name in the message."""

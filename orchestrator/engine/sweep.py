@@ -29,6 +29,7 @@ from orchestrator.engine.folder import (
     write_plan,
     write_run,
 )
+from orchestrator.engine.machine import check_device
 from orchestrator.planning.inputs import read_inputs
 from orchestrator.planning.plan import Plan, Planner
 from orchestrator.planning.spec import SweepSpec
@@ -39,10 +40,21 @@ from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from workers.artifacts.base import ArtifactSpec, in_order
+from workers.types import EditSweepError
+
+ENGINES = ("ray", "local")
 
 
-def engine_named(name: Literal["ray", "local"]) -> Engine:
-    """The engine of that name. It is imported here, because the local engine does not need Ray."""
+def engine_named(name: Literal["ray", "local"], spec: SweepSpec) -> Engine:
+    """The engine of that name. It is imported here, because the local engine does not need Ray.
+
+    Raises :class:`EditSweepError` for another name, and :class:`ModelError` if the sweep asks for a
+    GPU, its actors can run on this machine only, and there is none.
+    """
+    if name not in ENGINES:
+        raise EditSweepError(f"engine: {name!r} is not valid; choose {' or '.join(ENGINES)}")
+    if name == "local" or spec.ray.address is None:
+        check_device(spec.model, "this machine")
     if name == "local":
         from orchestrator.engine.local import run_local
 

@@ -20,6 +20,20 @@ SCHEMA = 1
 result must be run again."""
 
 
+def _unreached_marks(spec: SweepSpec) -> list[str]:
+    """A warning if groups end before some of the marks of ``scoring.score_at``."""
+    sizes = [T for variant in range(len(spec.methods)) for T in spec.sizes(variant)]
+    most, field = (
+        (spec.dataset.edits, "dataset.edits") if spec.grid.rollback == "never" else (max(sizes), "grid.T")
+    )
+    marks = [str(mark) for mark in spec.scoring.score_at if mark > most]
+    if not marks:
+        return []
+    return [
+        f"scoring.score_at: {', '.join(marks)} is never reached: no state has more than {most} edits ({field})"
+    ]
+
+
 class Grid:
     """Resolves the spec's methods and enumerates their cells. Also collects artifacts, memory
     estimates, numbers of lanes, and warnings."""
@@ -54,6 +68,7 @@ class Grid:
         self._subjects = {"subject": common.subject_mark} if common.subject_mark else {}
         for method, found in zip(spec.methods, methods, strict=True):
             self._resolve(method, found, shared, shape)
+        self.warnings += _unreached_marks(spec)
         self.warnings += warnings_of_files(spec, [found.file for found in methods])
         self._check_batches()
 

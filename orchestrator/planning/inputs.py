@@ -6,8 +6,10 @@ plan = Planner(inputs).plan(...)   # reads nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.planning.checks import (
@@ -46,7 +48,7 @@ from workers.model.config import (
 )
 from workers.scoring.lengths import count_tokens, request_texts
 from workers.scoring.registry import SCORES
-from workers.types import Dataset, EditRequest, ModelError, SpecError
+from workers.types import DataError, Dataset, EditRequest, ModelError, SpecError
 
 if TYPE_CHECKING:
     from workers.artifacts.base import ArtifactSpec
@@ -61,9 +63,24 @@ EMBEDDED_WORLD = "tinyworld"
 
 
 def load_spec_dataset(spec: DatasetSpec) -> Dataset:
-    return load_dataset(
-        spec.kind, spec.path, spec.train_path, spec.on_bad_record, spec.joiner, spec.target_field
-    )
+    with naming_field("dataset", {"path": spec.path, "train_path": spec.train_path}):
+        return load_dataset(
+            spec.kind, spec.path, spec.train_path, spec.on_bad_record, spec.joiner, spec.target_field
+        )
+
+
+@contextmanager
+def naming_field(section: str, files: Mapping[str, Path | None]) -> Iterator[None]:
+    """Prefix the field of the spec to the messages of faults in data files. ``files``: key under
+    ``section`` -> its file."""
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        named = [key for key, path in files.items() if message.startswith((f"{path}:", f"{path},"))]
+        missing = [key for key in files if f"`{key}` is missing" in message]
+        field = ".".join((section, *(named or missing)[:1]))
+        raise DataError(f"{field}: {message}") from None
 
 
 def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, ...]] | None:
@@ -74,26 +91,28 @@ def read_training(spec: SweepSpec) -> tuple[TrainingSource, tuple[EditRequest, .
     training, dataset = spec.training, spec.dataset
     shards = training.shards or None
     if training.kind is not None:
-        return training_source(
-            training.kind,
-            training.path,
-            shards,
-            training.on_bad_record,
-            dataset.joiner,
-            training.target_field,
-        )
+        with naming_field("training", {"path": training.path}):
+            return training_source(
+                training.kind,
+                training.path,
+                shards,
+                training.on_bad_record,
+                dataset.joiner,
+                training.target_field,
+            )
     if dataset.kind == EMBEDDED_WORLD or spec.model.name == EMBEDDED:
         return training_source(EMBEDDED_WORLD, None, shards, joiner=dataset.joiner)
     # Other kinds use train_path only for unrelated sentences.
     if dataset.kind == "zsre" and dataset.train_path is not None:
-        return training_source(
-            dataset.kind,
-            dataset.train_path,
-            shards,
-            dataset.on_bad_record,
-            dataset.joiner,
-            dataset.target_field,
-        )
+        with naming_field("dataset", {"train_path": dataset.train_path}):
+            return training_source(
+                dataset.kind,
+                dataset.train_path,
+                shards,
+                dataset.on_bad_record,
+                dataset.joiner,
+                dataset.target_field,
+            )
     return None
 
 

@@ -32,11 +32,11 @@ from pydantic import (
 
 from orchestrator.planning.places import FoundModel, find_model, is_bare
 from workers.data import DATASETS, TargetField
-from workers.inputs import MAX_BYTES, explain, parse_yaml, short
+from workers.inputs import MAX_BYTES, explain, found, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import EMBEDDED, ModelConfig
 from workers.scoring.registry import SCORES
-from workers.types import DataError, Frozen, ModelError, ProtocolName, SpecError
+from workers.types import DataError, ModelError, ProtocolName, SpecError, Written
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _TEMPLATE_TAKEN = frozenset(
@@ -46,7 +46,7 @@ _TEMPLATE_TAKEN = frozenset(
 )
 
 
-class DatasetSpec(Frozen):
+class DatasetSpec(Written):
     """Data set of the requests that are edited. Relative paths start at the spec file's folder."""
 
     kind: str = Field(description=f"one of {', '.join(DATASETS)}")
@@ -68,12 +68,10 @@ class DatasetSpec(Frozen):
     @field_validator("kind")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"{short(value)} is not valid; choose {', '.join(DATASETS)}")
-        return value
+        return _known_kind(value)
 
 
-class TrainingSpec(Frozen):
+class TrainingSpec(Written):
     """Training data of methods that train a network before they edit (MEND, SERAC, MALMEN). It must
     not contain requests that the sweep edits, unless ``allow_overlap``."""
 
@@ -94,6 +92,11 @@ class TrainingSpec(Frozen):
         False, description="true: train also on requests that the sweep edits; recorded in every row"
     )
 
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return None if value is None else _known_kind(value)
+
     @field_validator("shards")
     @classmethod
     def _positive(cls, values: tuple[int, ...]) -> tuple[int, ...]:
@@ -109,7 +112,7 @@ class TrainingSpec(Frozen):
         return self
 
 
-class GridSpec(Frozen):
+class GridSpec(Written):
     """The axes of the grid, which every method is run on."""
 
     T: tuple[int, ...] = Field(min_length=1, description="edits between two rollbacks; each divides N")
@@ -124,7 +127,7 @@ class GridSpec(Frozen):
     @field_validator("T", "seeds", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+        return _as_list(value)
 
     @field_validator("T", "seeds")
     @classmethod
@@ -151,7 +154,7 @@ class GridSpec(Frozen):
         return values
 
 
-class MethodSpec(Frozen):
+class MethodSpec(Written):
     """One variant of a method. In the YAML, ``name`` alone means ``{method: name}``."""
 
     method: str
@@ -169,7 +172,7 @@ class MethodSpec(Frozen):
     @field_validator("T", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+        return _as_list(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -186,7 +189,7 @@ class MethodSpec(Frozen):
         return _plain_name(value)
 
 
-class Resources(Frozen):
+class Resources(Written):
     """Resources that one actor reserves. Fractions of a GPU are allowed."""
 
     cpu: float = Field(1, gt=0)
@@ -194,7 +197,7 @@ class Resources(Frozen):
     memory_gb: float = Field(0, ge=0, description="memory an actor needs (0: twice the model's weights)")
 
 
-class EngineSpec(Frozen):
+class EngineSpec(Written):
     """Settings of how the work is divided and run. They affect speed and memory, never the set of
     cells."""
 
@@ -232,12 +235,29 @@ class EngineSpec(Frozen):
         raise ValueError(f"{short(value)} is not valid; give a whole number of at least 1, or auto")
 
 
-class RaySpec(Frozen):
+class RaySpec(Written):
     """The Ray cluster. Without an address, a local Ray is started and shut down at the end."""
 
-    address: str | None = None
+    address: str | None = Field(None, description="host:port, or auto")
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     connect_seconds: float = Field(15, gt=0)
+
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is None or value == "auto":
+            return value
+        if value.startswith("ray://"):
+            raise ValueError(
+                f"{short(value)} is not host:port or auto: Ray Client is not supported; run editsweep on a "
+                "node of the cluster"
+            )
+        host, _, port = value.rpartition(":")
+        if not host or "/" in host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise ValueError(
+                f"{short(value)} is not host:port or auto; leave it out to start a local Ray on this machine"
+            )
+        return value
 
 
 def _read_scoring(value: object, handler: ValidatorFunctionWrapHandler) -> ScoreConfig:
@@ -245,12 +265,12 @@ def _read_scoring(value: object, handler: ValidatorFunctionWrapHandler) -> Score
     if isinstance(value, ScoreConfig):
         value = value.model_dump()
     if not isinstance(value, dict):
-        found: ScoreConfig = handler(value)  # raises pydantic's error message
-        return found
+        read: ScoreConfig = handler(value)  # raises pydantic's error message
+        return read
     return SCORES.read(value)
 
 
-class SweepSpec(Frozen):
+class SweepSpec(Written):
     """A whole sweep, as written by the user and completed with defaults."""
 
     name: str
@@ -278,8 +298,8 @@ class SweepSpec(Frozen):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the reader of the spec's file chose where it could be read in several ways."""
-        found = self._found_model
-        return () if found is None or found.remark is None else (found.remark,)
+        place = self._found_model
+        return () if place is None or place.remark is None else (place.remark,)
 
     @property
     def looked_at(self) -> tuple[str, ...]:
@@ -394,6 +414,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path}: no such spec file") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path}: is a folder, expected a spec file") from None
     except (OSError, UnicodeDecodeError) as e:
         raise SpecError(f"{path}: cannot be read: {e}") from None
     return parse_spec(text, source=str(path), base=path.resolve().parent, overrides=overrides)
@@ -404,16 +426,16 @@ def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()
     relative paths start."""
     raw = parse_yaml(text, source)
     if not isinstance(raw, dict):
-        raise SpecError(f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {short(raw)}")
+        raise SpecError(f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {found(raw)}")
     for override in overrides:
         _override(raw, override)
     origin = source if not overrides else f"{source} (with --set)"
-    raw, found = _with_model(_with_paths(raw, base), base)
+    raw, found_model = _with_model(_with_paths(raw, base), base)
     try:
         spec = SweepSpec.model_validate(raw)
     except ValidationError as e:
         raise SpecError(f"{origin}: {explain(e, SweepSpec)}") from None
-    spec._found_model = found
+    spec._found_model = found_model
     return spec
 
 
@@ -523,8 +545,8 @@ def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], FoundM
     name = model.get("name") if isinstance(model, dict) else None
     if not isinstance(name, str) or not name or name == EMBEDDED or not is_bare(name):
         return raw, None
-    found = find_model(name, base)
-    return {**raw, "model": {**raw["model"], "name": found.name}}, found
+    place = find_model(name, base)
+    return {**raw, "model": {**raw["model"], "name": place.name}}, place
 
 
 # --- messages -------------------------------------------------------------------------------
@@ -532,6 +554,21 @@ def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], FoundM
 
 def _keys(model: type[BaseModel]) -> str:
     return ", ".join(model.model_fields)
+
+
+def _known_kind(value: str) -> str:
+    if value not in DATASETS:
+        raise ValueError(f"{short(value)} is not valid; choose {', '.join(DATASETS)}")
+    return value
+
+
+def _as_list(value: object) -> object:
+    """A list as it is, and a number as a list of one."""
+    if isinstance(value, (list, tuple)):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (value,)
+    raise ValueError(f"expected a number or a list of numbers, found {found(value)}")
 
 
 def _plain_name(value: str) -> str:

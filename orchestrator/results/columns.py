@@ -206,6 +206,8 @@ def has_duplicates(ordered: pa.Table) -> bool:
 
 def check_columns(columns: Sequence[str] | None) -> None:
     """Raises :class:`TableError` with the valid names for an unknown column."""
+    if isinstance(columns, str):
+        raise TableError(f"columns: expected a list of names, as in [{columns!r}], found {columns!r}")
     names = [c.name for c in COLUMNS]
     unknown = [c for c in columns or () if c not in names]
     if unknown:

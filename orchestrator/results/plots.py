@@ -47,7 +47,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes[0].set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("exact match (dashed: right after the edit)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path, dpi=130)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise EditSweepError(f"--plot {path}: cannot write: {error.strerror or error}") from None
 
 
 def _title(row: Row) -> str:

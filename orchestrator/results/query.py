@@ -120,6 +120,8 @@ class Reader:
     def _restricted_connection(self, query: str) -> Iterator[duckdb.DuckDBPyConnection]:
         import duckdb
 
+        if not isinstance(query, str):
+            raise QueryError(f"SQL: expected a text, found {query!r}")
         connection = duckdb.connect(
             ":memory:",
             config={
@@ -133,7 +135,7 @@ class Reader:
         )
         try:
             # only what the query can mean is made: a large folder's rows need not be opened for its cells
-            text = query.lower() if isinstance(query, str) else ""
+            text = query.lower()
             self.register(connection, [view for view in VIEWS if re.search(rf"\b{view}\b", text)] or VIEWS)
             connection.execute("SET lock_configuration = true")
             yield connection
@@ -341,6 +343,8 @@ def _run_query(
         stopped.set()
         connection.interrupt()
 
+    if time_limit is not None and not 0 < time_limit <= threading.TIMEOUT_MAX:
+        raise QueryError(f"time_limit: expected a positive, finite number of seconds, found {time_limit}")
     timer = threading.Timer(time_limit, stop) if time_limit is not None else None
     try:
         _check_statement(connection, query)

@@ -68,7 +68,8 @@ def _existing_values(cells: Sequence[Mapping[str, JSON]], wanted: Mapping[str, s
         return "there are no cells"
     parts = []
     for key in wanted:
-        values = list(dict.fromkeys(str(cell["cell_id" if key == "cell" else key]) for cell in cells))
+        found = {cell["cell_id" if key == "cell" else key] for cell in cells}
+        values = [str(value) for value in sorted(found)]  # numbers by size
         more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
         parts.append(f"{key}: {', '.join(values[:_SHOWN])}{more}")
     return f"there are {'; '.join(parts)}"

@@ -39,7 +39,7 @@ from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.data import OnBadRecord, TargetField, fingerprint, load_training
 from workers.data.scripts import joiner_mark
 from workers.rng import canonical, derive_generator
-from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError
+from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError, Written
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
@@ -125,7 +125,7 @@ def _hash_of(requests: Sequence[EditRequest]) -> str:
 # --- interface of a method ------------------------------------------------------------------
 
 
-class TrainingSchedule(Frozen):
+class TrainingSchedule(Written):
     """Length of a training, its batches, and the share of earlier data in them."""
 
     steps: int = Field(ge=1, description="optimiser steps on each data shard")

@@ -36,7 +36,7 @@ from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import Overlay
 from workers.rng import RandomStreams
-from workers.types import JSON, EditRequest, Frozen, SpecError
+from workers.types import JSON, EditRequest, Frozen, SpecError, Written
 
 
 def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ ADDED_LATER = "added later"
 random numbers."""
 
 
-class Deviations(Frozen):
+class Deviations(Written):
     """Switches, off by default, for single deviations of a method's public code from its paper.
 
     They exist for parity tests. Users write ``protocol: easyedit``, which turns on all switches of
@@ -84,7 +84,7 @@ class Deviations(Frozen):
     """
 
 
-class MethodConfig(Frozen):
+class MethodConfig(Written):
     """Hyperparameters of one method, and what the planner needs to know about them. Frozen, rejects
     unknown keys.
 

@@ -149,7 +149,13 @@ def read_hparams(path: Path) -> dict[str, JSON]:
         if path.stat().st_size > MAX_BYTES:
             raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise SpecError(f"{source}: no such file") from None
+    except IsADirectoryError:
+        raise SpecError(f"{source}: is a folder, expected a file") from None
+    except OSError as error:
+        raise SpecError(f"{source}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise SpecError(f"{source}: cannot be read: {error}") from None
     loaded = parse_yaml(text, source)
     if not isinstance(loaded, dict):

@@ -13,12 +13,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from workers.model.architectures import architecture
-from workers.types import Frozen, ModelError, SpecError
+from workers.types import ModelError, SpecError, Written
 
 EMBEDDED = "embedded"
 
 
-class ModelConfig(Frozen):
+class ModelConfig(Written):
     """The base model of a sweep: name, precision, device."""
 
     name: str = Field(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict
 
-from workers.types import JSON, EditRequest, Frozen
+from workers.types import JSON, EditRequest, Written
 
 if TYPE_CHECKING:
     from workers.job import ScoreConfig
@@ -92,7 +92,7 @@ class ScoreColumn:
         return scored in MOMENTS[self.score.when]
 
 
-class Settings(Frozen):
+class Settings(Written):
     """The settings of one score. The alias of a field is its key in the spec, under ``scoring``."""
 
     model_config = ConfigDict(populate_by_name=True)
