@@ -194,6 +194,19 @@ def test_an_ft_file_without_objective_below_simie(tmp_path: Path) -> None:
         load_config("simie", {}, path, ModelConfig())
 
 
+def test_simies_base_takes_what_hparams_leave_open_from_its_file(tmp_path: Path) -> None:
+    for name, text in (("SimIE", "base_method: FT\n"), ("FT", ROMES_LAYOUT)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.yaml").write_text(text)
+    path = tmp_path / "SimIE" / "m.yaml"
+    given = {"base": {"objective": "prompt_last", "num_steps": 7}}
+    base = load_config("simie", given, path, ModelConfig()).model_dump()["base"]
+    assert (base["objective"], base["num_steps"], base["layers"]) == ("prompt_last", 7, [3])
+    other = {"base_method": "rome", "base": {"layer": 2}}
+    config = load_config("simie", other, path, ModelConfig()).model_dump()
+    assert (config["base_method"], config["base"]["layer"]) == ("rome", 2)
+
+
 # --- what is not followed ---
 
 

@@ -114,6 +114,7 @@ class StreamJob(Frozen):
     waves: tuple[tuple[Lane, ...], ...]
     score: ScoreConfig = ScoreConfig()
     chat_template: bool = False
+    template: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
 
     def T_of(self, share: Share) -> int:
         """Edits per group of the cell of ``share``."""

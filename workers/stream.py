@@ -133,7 +133,7 @@ class Stream:
         self.ticks = timeline(job)
         base = session.base
         if job.chat_template:
-            base = base.with_encoder(Encoder(base.tokenizer, chat_template=True))
+            base = base.with_encoder(Encoder(base.tokenizer, chat_template=True, template=job.template))
         self.base = base
         method = get_method(job.method)
         self.config = method.Config.model_validate(job.config)

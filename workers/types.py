@@ -37,14 +37,17 @@ class ModelError(EditSweepError):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A prompt and the answer expected after it (joined with one space when scored).
+    """A prompt and the answer expected after it.
 
     ``aliases`` are other ways to write the answer: greedy generation may give any of them.
+    ``group``: the name that the data set gives this kind of probe; a label, which makes no other
+    probe of it.
     """
 
     prompt: str
     target: str
     aliases: tuple[str, ...] = ()
+    group: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class EditRequest:
     phrasings of one question, and one right answer is enough. ``needs``: the number of requests
     directly before this one (in file order) that belong to the same case; the portability probes
     ask about all of them.
+    ``joiner``: the text between every prompt of the request and its answer; None: by the script of
+    each prompt (:func:`workers.data.scripts.joiner_after`).
     """
 
     case_id: str
@@ -75,6 +80,7 @@ class EditRequest:
     ood: tuple[str, ...] = ()
     any_of: bool = False
     needs: int = 0
+    joiner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ def run_sweep(
     # Before the folder is written to: raises all errors of the spec.
     planner = Planner(read_inputs(spec))
     chosen = select(only, planner.described(), "--only") if only else None
+    planner.check(chosen)
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
         enter_folder(spec, store, paths)

@@ -62,6 +62,10 @@ class Grid:
             "chat_template": common.chat_template,
             "rollback": common.rollback,
         }
+        # what came later stands in an id only where it changes a number
+        later = {"template": common.template, "joiner": common.joiner_mark}
+        shared |= {name: value for name, value in later.items() if value}
+        self._subjects = {"subject": common.subject_mark} if common.subject_mark else {}
         for method, found in zip(spec.methods, methods, strict=True):
             self._resolve(method, found, shared, shape)
         self.warnings += _unreached_marks(spec)
@@ -130,6 +134,8 @@ class Grid:
             "version": kind.version,
             "config": resolved,
         }
+        if config.reads_subject:
+            body |= self._subjects
         if kind.whole_group:
             body["batch_size"] = None  # it is T, which is in the cell id; the grid's value is not used
         for seed, specs in found.artifacts.items():

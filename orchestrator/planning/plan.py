@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from orchestrator.planning.checks import all_at_once, impossible_cells, shortfall_warnings
 from orchestrator.planning.grid import Grid, digest
 from orchestrator.planning.inputs import Inputs, count_overlap, dataset_notes, longest_tokens, read_inputs
 from orchestrator.planning.makespan import Clock, Simulation, Timing, calibrate, simulate
@@ -43,6 +44,7 @@ from orchestrator.planning.spec import SweepSpec
 from orchestrator.planning.work import Cell, Common, GroupRange, Shard, Task, Variant, Work, members
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts.base import ArtifactSpec
+from workers.data.scripts import joiner_mark, subject_mark
 from workers.scoring.registry import SCORES
 from workers.types import JSON, Dataset
 
@@ -228,14 +230,19 @@ class Planner:
             dataset=spec.dataset,
             dataset_name=data.name,
             dataset_fingerprint=data.fingerprint,
+            joiner_mark=joiner_mark(data.requests),
+            subject_mark=subject_mark(data.requests),
             rollback=spec.grid.rollback,
             batch_size=spec.grid.batch_size,
             score=spec.scoring,
             chat_template=spec.chat_template,
+            template=spec.template,
             threads=spec.engine.threads,
             cache_bytes=spec.engine.cache_bytes,
             step_edits=spec.engine.step_edits,
         )
+        self.inputs_warnings = inputs.warnings
+        self.shortfalls = inputs.shortfalls
         self.notes = dataset_notes(spec, data)
         self.grid = Grid(spec, self.common, inputs.methods, self.shape, longest_tokens(data, spec.scoring))
         self.cells = self.grid.cells()
@@ -259,6 +266,17 @@ class Planner:
             }
             for cell in self.cells
         ]
+
+    def check(self, only: Collection[str] | None = None) -> tuple[str, ...]:
+        """Warnings about groups of the cells ``only`` (ids; None: all cells) that will fail for what
+        their requests lack. Raises :class:`SpecError` for cells of which no group can be edited."""
+        if not self.shortfalls:
+            return ()
+        asked = {(c.variant, c.T, c.seed) for c in self.cells if only is None or c.cell_id in only}
+        found = [short for short in self.shortfalls if (short.variant, short.T, short.seed) in asked]
+        if problems := impossible_cells(found):
+            raise all_at_once(problems)
+        return shortfall_warnings(found)
 
     @_garbage_collection_off()
     def plan(self, progress: Progress, only: Collection[str] | None = None) -> Plan:
@@ -306,7 +324,7 @@ class Planner:
             weight_bytes=self.shape.weight_bytes,
             clock=clock,
             notes=self.notes,
-            warnings=tuple(grid.warnings),
+            warnings=(*grid.warnings, *self.inputs_warnings, *self.check(only)),
             begun={m.shard_id: m for m in progress.begun},
             left_out=left_out,
         )

@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from orchestrator.planning.places import FoundModel, find_model, is_bare
-from workers.data import DATASETS
+from workers.data import DATASETS, TargetField
 from workers.inputs import MAX_BYTES, explain, found, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import EMBEDDED, ModelConfig
@@ -39,6 +39,11 @@ from workers.scoring.registry import SCORES
 from workers.types import DataError, ModelError, ProtocolName, SpecError, Written
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_TEMPLATE_TAKEN = frozenset(
+    {"messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "tools"}
+    | {"documents", "chat_template", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
 
 
 class DatasetSpec(Written):
@@ -50,6 +55,15 @@ class DatasetSpec(Written):
     path: Path | None = None
     train_path: Path | None = None
     on_bad_record: Literal["error", "skip"] = "error"
+    target_field: TargetField | None = Field(
+        None, description="field of the target, for records that have both `ans` and `alt`"
+    )
+    joiner: str | None = Field(
+        None,
+        max_length=100,
+        description="text between every prompt and its answer; null: one space, and nothing after a prompt that "
+        "is written without spaces (Chinese, Japanese, Thai)",
+    )
 
     @field_validator("kind")
     @classmethod
@@ -73,6 +87,7 @@ class TrainingSpec(Written):
         "empty: one shard with all requests",
     )
     on_bad_record: Literal["error", "skip"] = "error"
+    target_field: TargetField | None = Field(None, description="as dataset.target_field")
     allow_overlap: bool = Field(
         False, description="true: train also on requests that the sweep edits; recorded in every row"
     )
@@ -272,6 +287,9 @@ class SweepSpec(Written):
         default_factory=lambda: SCORES.read({})
     )
     chat_template: bool = False
+    template: dict[str, bool | int | float | str | None] = Field(
+        default_factory=dict, description="variables of the chat template, such as enable_thinking: false"
+    )
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
 
@@ -315,6 +333,22 @@ class SweepSpec(Written):
                         f"nearest valid values "
                         f"are {near}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _chats(self) -> Self:
+        taken = sorted(self.template.keys() & _TEMPLATE_TAKEN)
+        if taken:
+            raise ValueError(
+                f"template.{taken[0]}: is set by the sweep; give other variables of the template"
+            )
+        if self.template and not self.chat_template:
+            raise ValueError("template: has no effect without chat_template: true")
+        if self.chat_template and self.dataset.joiner is not None:
+            raise ValueError(
+                "dataset.joiner: has no effect with chat_template: true, where the template itself stands "
+                "between prompt and answer; remove one of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -56,10 +56,18 @@ class Common(Frozen):
     dataset: DatasetSpec
     dataset_name: str
     dataset_fingerprint: str
+    joiner_mark: str = Field(
+        "",
+        description="hash of what joins prompts and answers; empty: one space, in texts written with spaces",
+    )
+    subject_mark: str = Field(
+        "", description="hash of the subjects' places; empty: each is the first and only whole word"
+    )
     rollback: Rollback
     batch_size: int = Field(description="grid.batch_size; a variant that edits whole groups uses T instead")
     score: ScoreConfig
     chat_template: bool
+    template: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
     threads: int
     cache_bytes: int = 0
     step_edits: int
@@ -320,6 +328,7 @@ def _expand(
         waves=waves,
         score=common.score,
         chat_template=common.chat_template,
+        template=common.template,
     )
     task = Task(
         common=common,

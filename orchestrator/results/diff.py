@@ -10,6 +10,7 @@ nothing of torch or Ray.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -135,10 +136,13 @@ def _means(first: Results, second: Results) -> dict[tuple[str, int, str], tuple[
     for results in (first, second):
         rows = results.sql(question).to_pylist()
         sides.append({(row["method"], row["T"], name): row[name] for row in rows for name in _SCORES})
-    keys = dict.fromkeys((*sides[0], *sides[1]))
-    return {
-        key: (sides[0].get(key), sides[1].get(key)) for key in keys if sides[0].get(key) != sides[1].get(key)
-    }
+    pairs = {key: (sides[0].get(key), sides[1].get(key)) for key in (*sides[0], *sides[1])}
+    return {key: pair for key, pair in pairs.items() if not _same_mean(*pair)}
+
+
+def _same_mean(one: float | None, two: float | None) -> bool:
+    """Return whether two means are equal but for the order in which their rows were summed."""
+    return one == two or (one is not None and two is not None and math.isclose(one, two, rel_tol=1e-12))
 
 
 def to_json(found: Difference) -> dict[str, JSON]:

@@ -29,10 +29,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         raise EditSweepError(f"--plot {path}: there is no folder {path.parent}")
     figure = optional("matplotlib.figure", "plots", "--plot").Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
-    methods = list(dict.fromkeys(str(row["method"]) for row in rows))
+    methods = list(dict.fromkeys(_title(row) for row in rows))
     for axis, score in zip(axes, PANELS, strict=True):
         for i, method in enumerate(methods):
-            of_method = [row for row in rows if row["method"] == method]
+            of_method = [row for row in rows if _title(row) == method]
             Ts = [row["T"] for row in of_method]
             colour = f"C{i}"
             axis.plot(Ts, [row[f"{score}_exact"] for row in of_method], "o-", color=colour, label=method)
@@ -51,3 +51,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         figure.savefig(path, dpi=130)
     except OSError as error:
         raise EditSweepError(f"--plot {path}: cannot write: {error.strerror or error}") from None
+
+
+def _title(row: Row) -> str:
+    return f"{row['results']}: {row['method']}" if "results" in row else str(row["method"])

@@ -36,7 +36,8 @@ import torch
 from pydantic import Field
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
-from workers.data import OnBadRecord, fingerprint, load_training
+from workers.data import OnBadRecord, TargetField, fingerprint, load_training
+from workers.data.scripts import joiner_mark
 from workers.rng import canonical, derive_generator
 from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError, Written
 
@@ -73,6 +74,8 @@ class TrainingSource(Frozen):
     kind: str
     path: str | None = None
     on_bad_record: OnBadRecord = "error"
+    joiner: str | None = None
+    target_field: TargetField | None = None
     shards: tuple[TrainingShard, ...]
 
 
@@ -81,13 +84,15 @@ def training_source(
     path: Path | None = None,
     shards: Sequence[int] | None = None,
     on_bad_record: OnBadRecord = "error",
+    joiner: str | None = None,
+    target_field: TargetField | None = None,
 ) -> tuple[TrainingSource, tuple[EditRequest, ...]]:
     """A training set and its requests. ``shards``: requests per data shard; None: one shard with
     all.
 
     Raises :class:`SpecError` if the set is too small for the shards.
     """
-    requests = load_training(kind, path, on_bad_record).requests
+    requests = load_training(kind, path, on_bad_record, joiner, target_field).requests
     sizes = list(shards) if shards else [len(requests)]
     if sum(sizes) > len(requests):
         raise SpecError(
@@ -97,12 +102,24 @@ def training_source(
     cut, start = [], 0
     for size in sizes:
         part = requests[start : start + size]
-        cut.append(TrainingShard(start=start, stop=start + size, fingerprint=fingerprint(part)))
+        cut.append(TrainingShard(start=start, stop=start + size, fingerprint=_hash_of(part)))
         start += size
     source = TrainingSource(
-        kind=kind, path=None if path is None else str(path), on_bad_record=on_bad_record, shards=tuple(cut)
+        kind=kind,
+        path=None if path is None else str(path),
+        on_bad_record=on_bad_record,
+        joiner=joiner,
+        target_field=target_field,
+        shards=tuple(cut),
     )
     return source, requests[:start]
+
+
+def _hash_of(requests: Sequence[EditRequest]) -> str:
+    """The hash of requests and of what joins their prompts and answers, where that is not a space
+    everywhere."""
+    mark = joiner_mark(requests)
+    return fingerprint(requests) + (f"+{mark}" if mark else "")
 
 
 # --- interface of a method ------------------------------------------------------------------
@@ -195,6 +212,7 @@ def pretrained(
                 "on_bad_record": training.on_bad_record,
                 "start": shard.start,
                 "stop": shard.stop,
+                **training.model_dump(include={"joiner", "target_field"}, exclude_none=True),
             },
             needs=needs,
         )
@@ -337,10 +355,14 @@ def _requests_of(recipe: Mapping[str, JSON]) -> tuple[EditRequest, ...]:
     """The requests of one data shard. Raises :class:`DataError` if they changed after planning."""
     path = recipe["path"]
     requests = load_training(
-        recipe["kind"], None if path is None else Path(path), recipe["on_bad_record"]
+        recipe["kind"],
+        None if path is None else Path(path),
+        recipe["on_bad_record"],
+        recipe.get("joiner"),
+        recipe.get("target_field"),
     ).requests
     requests = requests[recipe["start"] : recipe["stop"]]
-    if fingerprint(requests) != recipe["data"]:
+    if _hash_of(requests) != recipe["data"]:
         raise DataError(
             f"training: {path or recipe['kind']}: requests {recipe['start']} to {recipe['stop']} are not "
             f"the ones this "

@@ -8,10 +8,11 @@ Source: Zhang et al., "A Comprehensive Study of Knowledge Editing for Large Lang
                      [{"prompt": ..., "ground_truth": [[...]]}]},
      "locality": {"Relation_Specificity" | "Forgetfulness": [...]}}
 
-All groups have the same weight per probe: a request's portability is the mean over the probes of
-all its groups. WikiBio writes ``concept``, ``text`` and ``labels`` for subject, prompt and target,
-and its targets are passages, scored by their perplexity. ConvSent and Sanitation change no facts
-and are not read.
+A request's portability is the mean over the probes of all its groups; its
+``portability_group_mean`` is the mean of its groups' means, as published
+(:mod:`workers.scoring.group_means`). WikiBio writes ``concept``, ``text`` and ``labels`` for
+subject, prompt and target, and its targets are passages, scored by their perplexity. ConvSent and
+Sanitation change no facts and are not read.
 """
 
 from __future__ import annotations

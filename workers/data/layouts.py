@@ -13,8 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from workers.data.records import Entry
-from workers.types import DataError
+from workers.data.records import Entry, WrongKind
 
 SEEN = 200
 """Number of records that are checked."""
@@ -36,6 +35,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "knowedit": ("knowedit", "grouped locality or portability"),
     WIKIBIO: ("knowedit", "text and labels"),
     EASYEDIT: ("zsre or counterfact", "prompt, target_new and rephrase_prompt"),
+    "ultraeditbench": ("ultraeditbench", "prompt and ans"),
     "jsonl": ("jsonl", "the fields of our own format"),
 }
 """Layout -> (the kind to name in a spec, the keys that identify it)."""
@@ -73,11 +73,11 @@ def _layout(record: dict[str, Any]) -> str | None:
     if {"text", "labels"} <= keys:
         return WIKIBIO
     if not {"prompt", "target_new"} <= keys:
-        return None
+        return "ultraeditbench" if {"prompt", "subject"} <= keys and {"ans", "alt"} & keys else None
     if grouped:
         return "knowedit"
     if {"rephrases", "unrelated"} & keys or any(
-        isinstance(record.get(key), list) for key in ("locality", "portability")
+        isinstance(record.get(key), list) and record[key] for key in ("locality", "portability")
     ):
         return "jsonl"
     if "rephrase_prompt" in keys:
@@ -92,8 +92,9 @@ def check_layout(path: Path, kind: str, entries: Sequence[Entry], reads: Sequenc
     if found is None or found in reads:
         return
     name, keys = KINDS[found]
-    raise DataError(
+    raise WrongKind(
         f"{path}: none of the {len(entries)} records can be used: is this the right kind of file? It looks "
         f"like "
-        f"{found} (its records have {keys}), not like {kind}; set `dataset.kind: {name}`"
+        f"{found} (its records have {keys}), not like {kind}",
+        name.split(" or "),
     )

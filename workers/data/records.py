@@ -20,13 +20,15 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from workers.types import JSON, DataError, Dataset, EditRequest, Probe
 
 OnBadRecord = Literal["error", "skip"]
+TargetField = Literal["ans", "alt"]
+"""The fields by which the field's files call a new answer."""
 Order = Literal["file", "shuffle"]
 
 OFFENDERS_SHOWN = 3
@@ -45,6 +47,20 @@ class BadRecord(Exception):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"field `{field}`: {problem}" if field else problem)
+
+
+class AmbiguousTarget(BadRecord):
+    """A record that can be read in two ways. The file is refused, whatever is done with bad
+    records: the choice is the spec's."""
+
+
+class WrongKind(DataError):
+    """No record of a file can be used, so that it may be of another kind. ``looks_like``: the kinds
+    that its keys suggest."""
+
+    def __init__(self, message: str, looks_like: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.looks_like = tuple(looks_like)
 
 
 def _text(value: str) -> str:
@@ -125,6 +141,31 @@ def _blank(value: object) -> object:
 
 
 TextOrNone = Annotated[Text | None, BeforeValidator(_blank)]
+
+
+def with_target(raw: JSON, own: TargetField, chosen: TargetField | None) -> JSON:
+    """The raw record with its target under the name ``own``, by which the reader knows it.
+
+    ``chosen``: the field that `dataset.target_field` names. A record that has both and is not told
+    which one is refused: nothing in it says which of them is the new answer.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    given = [name for name in get_args(TargetField) if _blank(raw.get(name)) is not None]
+    if chosen is None:
+        if len(given) > 1:
+            raise AmbiguousTarget(
+                " and ".join(given),
+                f"either may be the target (got {short(raw[given[0]])} and {short(raw[given[1]])}); say which "
+                f"with `dataset.target_field: {given[0]}` or `dataset.target_field: {given[1]}`",
+            )
+        return raw
+    if chosen not in raw:
+        raise BadRecord(
+            chosen,
+            f"is missing, and dataset.target_field names it (the record has {short(sorted(map(str, raw)))})",
+        )
+    return {**raw, own: raw[chosen]}
 
 
 class ProbeRecord(Record):
@@ -222,8 +263,9 @@ def read_json_list(path: Path) -> list[Entry]:
     try:
         value = _parse_json(text)
     except ValueError as failure:
-        hint = "; one JSON object per line is what kind jsonl reads" if "Extra data" in str(failure) else ""
-        raise DataError(f"{path}: not valid JSON: {failure}{hint}") from None
+        if "Extra data" in str(failure):  # as in a file of one JSON object per line
+            raise WrongKind(f"{path}: not valid JSON: {failure}", ("jsonl",)) from None
+        raise DataError(f"{path}: not valid JSON: {failure}") from None
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON list of records, got {short(value)}")
     if not value:
@@ -265,13 +307,19 @@ def parse_records(
     """Parse every entry. Bad ones raise DataError, or are skipped and listed."""
     items: list[T] = []
     bad: list[tuple[int, str]] = []
+    ambiguous: list[str] = []
     for entry in entries:
         try:
             if entry.fault is not None:
                 raise BadRecord("", entry.fault)
             items.append(parse(entry))
+        except AmbiguousTarget as failure:
+            ambiguous.append(f"{path}, {unit} {entry.number}: {failure}")
         except BadRecord as failure:
             bad.append((entry.number, str(failure)))
+    if ambiguous:
+        more = f" ({len(ambiguous)} of {len(entries)} {unit}s have both)" if len(ambiguous) > 1 else ""
+        raise DataError(f"{ambiguous[0]}{more}")
     if bad and (on_bad_record == "error" or not items):
         _refuse_records(path, len(entries), bad, unit, can_skip=bool(items))
     return Parsed(tuple(items), tuple(number for number, _ in bad))
@@ -316,6 +364,7 @@ def _refuse_records(
         )
     else:
         shown.append(f"none of the {total} {unit}s can be used: is this the right kind of file?")
+        raise WrongKind("\n".join(shown))
     raise DataError("\n".join(shown))
 
 
@@ -405,17 +454,22 @@ def _request_json(request: EditRequest) -> JSON:
         "any_of": request.any_of,
         "needs": request.needs,
     }
-    return {name: value for name, value in later.items() if value} | {
-        "case_id": request.case_id,
-        "prompt": request.prompt,
-        "subject": request.subject,
-        "target_new": request.target_new,
-        "ground_truth": request.ground_truth,
-        "rephrases": list(request.rephrases),
-        "locality": [_probe_json(probe) for probe in request.locality],
-        "portability": [_probe_json(probe) for probe in request.portability],
-        "unrelated": request.unrelated,
-    }
+    said = {} if request.joiner is None else {"joiner": request.joiner}
+    return (
+        {name: value for name, value in later.items() if value}
+        | said
+        | {
+            "case_id": request.case_id,
+            "prompt": request.prompt,
+            "subject": request.subject,
+            "target_new": request.target_new,
+            "ground_truth": request.ground_truth,
+            "rephrases": list(request.rephrases),
+            "locality": [_probe_json(probe) for probe in request.locality],
+            "portability": [_probe_json(probe) for probe in request.portability],
+            "unrelated": request.unrelated,
+        }
+    )
 
 
 def _probe_json(probe: Probe) -> JSON:

@@ -21,6 +21,7 @@ from workers.data.records import (
     Entry,
     OnBadRecord,
     Record,
+    TargetField,
     Text,
     TextOrNone,
     build_dataset,
@@ -29,6 +30,7 @@ from workers.data.records import (
     read_json_list,
     subject_as_in,
     validate,
+    with_target,
 )
 from workers.types import Dataset, EditRequest, Probe
 
@@ -45,16 +47,18 @@ class WikiBigEditRecord(Record):
     loc_ans: TextOrNone = None
 
 
-def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
+def load(
+    path: Path, on_bad_record: OnBadRecord = "error", target_field: TargetField | None = None
+) -> Dataset:
     """Requests in file order; unrelated sentences from the locality questions of other records."""
     entries = read_json_list(path)
     check_layout(path, "wikibigedit", entries, reads=("wikibigedit",))
-    drafts = parse_drafts(path, entries, _parse, on_bad_record)
+    drafts = parse_drafts(path, entries, lambda entry: _parse(entry, target_field), on_bad_record)
     return build_dataset("wikibigedit", path, drafts, locality_of(drafts))
 
 
-def _parse(entry: Entry) -> Draft:
-    record = validate(WikiBigEditRecord, entry.value)
+def _parse(entry: Entry, target_field: TargetField | None) -> Draft:
+    record = validate(WikiBigEditRecord, with_target(entry.value, "ans", target_field))
     locality, unanswered = _probe(record.loc, record.loc_ans)
     portability, no_hop = _probe(record.mhop, record.mhop_ans)
     return Draft(

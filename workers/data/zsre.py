@@ -26,12 +26,14 @@ from workers.data.records import (
     Entry,
     OnBadRecord,
     Record,
+    TargetField,
     Text,
     build_with_train,
     parse_drafts,
     read_json_list,
     subject_as_in,
     validate,
+    with_target,
 )
 from workers.types import Dataset, EditRequest, Probe
 
@@ -59,19 +61,24 @@ class ZsreRecord(LocalityRecord):
     portability: PortabilityRecord | None = None
 
 
-def load(path: Path, train_path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
+def load(
+    path: Path,
+    train_path: Path | None = None,
+    on_bad_record: OnBadRecord = "error",
+    target_field: TargetField | None = None,
+) -> Dataset:
     """Requests in file order; unrelated sentences from ``train_path``, else from other records of
     the same file."""
     entries = read_json_list(path)
     check_layout(path, "zsre", entries, reads=("zsre", EASYEDIT, "knowedit"))
-    drafts = parse_drafts(path, entries, _parse, on_bad_record)
+    drafts = parse_drafts(path, entries, lambda entry: _parse(entry, target_field), on_bad_record)
     return build_with_train("zsre", path, drafts, train_path, _parse_locality, on_bad_record)
 
 
-def _parse(entry: Entry) -> Draft:
+def _parse(entry: Entry, target_field: TargetField | None) -> Draft:
     if easyedit.is_easyedit(entry.value):
         return easyedit.parse(entry)
-    record = validate(ZsreRecord, entry.value)
+    record = validate(ZsreRecord, with_target(entry.value, "alt", target_field))
     hop = record.portability
     return Draft(
         EditRequest(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import Descent, DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam, Box
@@ -43,7 +44,9 @@ class Example:
 
 def with_target(base: BaseModel, request: EditRequest) -> Example:
     """Every target token, given the prompt and the target tokens before it."""
-    pair = base.encoder.pair(request.prompt, request.target_new)  # raises if the target adds no token
+    joiner = joiner_of(request, request.prompt)
+    # raises if the target adds no token
+    pair = base.encoder.pair(request.prompt, request.target_new, joiner)
     # the last token predicts nothing that is scored
     return Example(Encoded(pair.ids[:-1], pair.prompt_len), pair.target, pair.prompt_len - 1)
 

@@ -98,17 +98,27 @@ def load_method(
     if hparams_file is not None:
         loaded = read_hparams(hparams_file)
         values = cls.Config.from_easyedit(loaded, str(hparams_file))
-        cls.Config.check_complete(values, hparams, str(hparams_file))
         remarks = cls.Config.easyedit_remarks(loaded, str(hparams_file))
     elif model.name == EMBEDDED:
         values = cls.embedded_for(hparams)
     source = f"method {method}" if hparams_file is None else f"{hparams_file} (method {method})"
     try:
-        given = cls.Config.merged(values, hparams)
+        if hparams_file is None:
+            given = cls.Config.merged(values, hparams)
+        else:
+            given = cls.Config.merged_with_file(values, hparams)
+            cls.Config.check_complete(given, str(hparams_file))
         if protocol == "easyedit":
             given = cls.Config.like_easyedit(given)
         return cls.Config.model_validate(given), remarks
     except ValidationError as error:
-        raise SpecError(f"{source}: {explain(error, cls.Config)}") from None
+        problem = explain(error, cls.Config)
+        if cls.Config.reads_corpus(given) and given.get("corpus") is None and model.name != EMBEDDED:
+            lines = [line.strip() for line in problem.splitlines() if line.strip()]
+            lines.append(
+                f"corpus: {cls.title} needs a text or JSONL file for its statistics of {model.name!r}"
+            )
+            problem = "\n  " + "\n  ".join(lines)
+        raise SpecError(f"{source}: {problem}") from None
     except ValueError as error:
         raise SpecError(f"{source}: {error}") from None

@@ -30,6 +30,7 @@ from torch import Tensor
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import Trainer, TrainingSource
 from workers.artifacts.stats import CorpusHashes
+from workers.data.needs import Need
 from workers.methods.easyedit import COMMON_KEYS, COMMON_LOST, IGNORED, SWEEP_KEYS, FileRemarks
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
@@ -205,11 +206,16 @@ class MethodConfig(Written):
                 raise SpecError(f"{source}: {key}: {alg!r} is another method; {expected}")
 
     @classmethod
-    def check_complete(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON], source: str) -> None:
-        """Raise :class:`SpecError` where neither a file (its translated ``values``) nor ``hparams``
-        say what layouts of files do not agree on."""
+    def merged_with_file(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The translated ``values`` of a file, and ``hparams`` where they differ."""
+        return cls.merged(values, hparams)
+
+    @classmethod
+    def check_complete(cls, values: Mapping[str, JSON], source: str) -> None:
+        """Raise :class:`SpecError` if ``values`` lack a hyperparameter that a file has to give
+        because layouts of files disagree on it."""
         for ours, (theirs, how) in cls.easyedit_required.items():
-            if ours not in values and ours not in hparams:
+            if ours not in values:
                 raise SpecError(f"{source}: {theirs}: the file does not say it; {how}")
 
     @classmethod
@@ -259,8 +265,33 @@ class MethodConfig(Written):
         return ()
 
     @property
+    def needs(self) -> tuple[Need, ...]:
+        """The parts of a request that an edit cannot do without."""
+        return ()
+
+    @property
+    def training_needs(self) -> tuple[Need, ...]:
+        """The same, of a request that networks are trained on."""
+        return ()
+
+    @property
+    def networks(self) -> Mapping[str, str]:
+        """The further models that the method reads: hyperparameter -> folder or hub name."""
+        return {}
+
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        """Return whether artifacts are made from ``corpus``, with these hyperparameters."""
+        return False
+
+    @property
     def uses_seed(self) -> bool:
         """False if two seeds differ only in the order of the requests."""
+        return False
+
+    @property
+    def reads_subject(self) -> bool:
+        """True if the place of the subject's tokens in the prompt changes the edit."""
         return False
 
     @property

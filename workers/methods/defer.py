@@ -36,6 +36,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
@@ -216,7 +217,8 @@ class DEFER(Method[DEFERConfig, Deferral]):
         pairs = []
         for edit in edits:
             (request,) = edit.requests  # one request per edit (batch_edits is False)
-            pairs.append(self.base.encoder.pair(request.prompt, request.target_new))
+            joiner = joiner_of(request, request.prompt)
+            pairs.append(self.base.encoder.pair(request.prompt, request.target_new, joiner))
         cut = None if self.config.query == "row" else -1  # the last token predicts nothing that is scored
         encoded = [Encoded(pair.ids[:cut], pair.prompt_len) for pair in pairs]
         batch = collate(encoded, range(len(pairs)), self.base.encoder.pad_id, self.base.device)

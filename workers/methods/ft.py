@@ -36,6 +36,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.finetune import Example, fine_tune, with_target
 from workers.inner_loop.optim import Box
 from workers.methods.base import Deviations, EditOutcome, LaneEdit, Layers, Method, MethodConfig
@@ -175,11 +176,12 @@ class FT(Method[FTConfig, DenseOverlay]):
         """The sequence to run and the target tokens to score."""
         if self.config.objective == "target_new":
             return with_target(base, request)
-        pair = base.encoder.pair(request.prompt, request.target_new)  # raises if the target adds no token
+        joiner = joiner_of(request, request.prompt)
+        # raises if the target adds no token
+        pair = base.encoder.pair(request.prompt, request.target_new, joiner)
         prompt = base.encoder.prompt(request.prompt)
-        target = (
-            base.encoder.text(f" {request.target_new}") if self.config.deviations.public_bos else pair.target
-        )
+        alone = f"{joiner}{request.target_new}"
+        target = base.encoder.text(alone) if self.config.deviations.public_bos else pair.target
         return Example(Encoded(prompt, len(prompt)), target, len(prompt) - 1, step=0)
 
     def _boxes(self, overlay: DenseOverlay) -> list[Box]:

@@ -77,6 +77,10 @@ class FTEWCConfig(MethodConfig):
             shape.check_layer(layer, "layers")
         shape.site(self.module)
 
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        return True
+
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         how_much = f"about {self.samples} lines, see samples"
         corpus = stats.corpus_of(self.corpus, context.model, "FT-EWC", "Fisher information", how_much)

@@ -51,6 +51,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
@@ -334,7 +335,8 @@ class _Requests:
         pairs = []
         for edit in edits:
             (request,) = edit.requests  # one request per edit (batch_edits is False)
-            pairs.append(base.encoder.pair(request.prompt, request.target_new))
+            joiner = joiner_of(request, request.prompt)
+            pairs.append(base.encoder.pair(request.prompt, request.target_new, joiner))
         self.labels = [pair.target for pair in pairs]
         # the last token predicts nothing that is scored
         encoded = [Encoded(pair.ids[:-1], pair.prompt_len) for pair in pairs]

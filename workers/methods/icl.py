@@ -43,6 +43,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.data.scripts import joiner_of, statement
 from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel
@@ -115,11 +116,12 @@ class Facts(SitelessOverlay):
 
     def add(self, base: BaseModel, lane: int, requests: Sequence[EditRequest]) -> None:
         """Add facts to a lane. Raises :class:`DataError` if they do not fit into the context."""
-        self.facts[lane] += tuple(f"{r.prompt} {r.target_new}" for r in requests)
+        self.facts[lane] += tuple(statement(r) for r in requests)
         ids = base.encoder.text(self.before(lane))
         self.tokens[lane] = torch.tensor(ids, dtype=torch.int32)
         for request in requests:
-            pair = base.encoder.pair(request.prompt, request.target_new)
+            joiner = joiner_of(request, request.prompt)
+            pair = base.encoder.pair(request.prompt, request.target_new, joiner)
             self._check(len(ids) + len(pair.ids), lane, f"request {request.case_id}")
 
     def _check(self, length: int, lane: int, what: str) -> None:

@@ -54,6 +54,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
@@ -508,7 +509,8 @@ class MELO(Method[MELOConfig, BlockOverlay]):
             block = overlay.blocks(lane)
             rules.append([])
             for row, request in enumerate(edit.requests, start):
-                label = self.base.encoder.pair(request.prompt, request.target_new).target
+                joiner = joiner_of(request, request.prompt)
+                label = self.base.encoder.pair(request.prompt, request.target_new, joiner).target
                 rules[-1].append(
                     overlay.databases[lane].place(query_BO[row], label, block, self.config.radius)
                 )

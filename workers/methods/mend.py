@@ -56,6 +56,7 @@ from workers.methods.families.hypernet import (
     HypernetConfig,
     HypernetMethod,
     Pair,
+    Question,
     Questions,
     hypernet_sites,
 )
@@ -174,7 +175,7 @@ class MEND(HypernetMethod[MENDConfig, DenseOverlay]):
             shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator
         )
 
-    def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
+    def questions(self, lanes: Sequence[Sequence[Question]]) -> Questions:
         return Questions.of(self.base, lanes, self.config.deviations.public_bos)
 
     def new_overlay(self, lanes: int) -> DenseOverlay:

@@ -65,6 +65,7 @@ from workers.methods.families.hypernet import (
     fitted,
     gradient_factors,
     hypernet_sites,
+    question_of,
     site_shapes,
     squared_norm,
     token_choice,
@@ -275,7 +276,7 @@ class RLEditTrainer(HypernetTrainer):
         sentences of the latest chunks, newest first."""
         base, objective = self.base, self.objective
         found, _ = gradient_factors(
-            base, self.sites, Questions.of(base, [[(r.prompt, r.target_new) for r in chunk]]), overlay
+            base, self.sites, Questions.of(base, [list(map(question_of, chunk))]), overlay
         )
         factors = fit_keys(found, self.tokens)
         self.net.learn_scale(factors)

@@ -118,6 +118,10 @@ class ROMEConfig(LocateConfig):
         shape.check_layer(self.layer, "layer")
         shape.site(self.module)
 
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        return bool(hparams.get("mom2_adjustment", cls.model_fields["mom2_adjustment"].default))
+
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         texts = template_spec(self, context)
         if not self.mom2_adjustment:

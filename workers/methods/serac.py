@@ -42,6 +42,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -51,10 +52,11 @@ from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
+from workers.data.scripts import joiner_of, statement
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
 from workers.model.base import BaseModel
-from workers.model.batch import Batch
+from workers.model.batch import Batch, Encoder
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
 from workers.model.overlay import LaneState, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
@@ -178,6 +180,11 @@ class SERACConfig(MethodConfig):
                 f"parameters; give a small "
                 f"model of the same vocabulary (a copy is made up to {LARGEST_COPY:,} parameters)"
             )
+
+    @property
+    def networks(self) -> Mapping[str, str]:
+        given = {"classifier": self.classifier, "counterfactual": self.counterfactual}
+        return {field: name for field, name in given.items() if name is not None}
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         return (
@@ -314,7 +321,11 @@ class Networks:
 
     def with_edit(self, edit: str, prompt: str) -> tuple[int, ...]:
         """Tokens of an edit followed by a prompt."""
-        return tuple(self.counterfactual_tokenizer(f"{edit} {prompt}")["input_ids"])
+        return self._encoder.text(f"{edit} {prompt}")
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.counterfactual_tokenizer)
 
 
 def _drawn(auto: Any, config: Any, seed: int) -> Any:
@@ -357,7 +368,7 @@ class EditMemory(SitelessOverlay):
     @torch.no_grad()
     def add(self, requests: Sequence[Sequence[EditRequest]]) -> None:
         """Store each lane's requests, with one pass of the classifier for all of them."""
-        texts = [[f"{r.prompt} {r.target_new}" for r in lane] for lane in requests]
+        texts = [list(map(statement, lane)) for lane in requests]
         embeds_ND = self.networks.embed([self.view(text) for lane in texts for text in lane])
         start = 0
         for lane, new in enumerate(texts):
@@ -537,7 +548,7 @@ class SERACTrainer(Trainer):
     def _scope_loss(self, requests: Sequence[EditRequest], generator: torch.Generator) -> Tensor:
         """Mean of ``-log s`` over pairs in scope, plus mean of ``-log(1 - s)`` over pairs out of
         scope."""
-        edits = [f"{r.prompt} {r.target_new}" for r in requests]
+        edits = list(map(statement, requests))
         inside = [_chosen((r.prompt, *r.rephrases), generator) for r in requests]
         outside = [_chosen(tuple(p.prompt for p in r.locality), generator) for r in requests]
         asked = inside + [text for text in outside if text is not None]
@@ -566,8 +577,8 @@ class SERACTrainer(Trainer):
         for r in requests:
             text = _chosen((r.prompt, *r.rephrases), generator)
             assert text is not None
-            prompts.append(self.networks.with_edit(f"{r.prompt} {r.target_new}", text))
-            targets.append(self.base.encoder.pair(text, r.target_new).target)
+            prompts.append(self.networks.with_edit(statement(r), text))
+            targets.append(self.base.encoder.pair(text, r.target_new, joiner_of(r, text)).target)
         losses = [
             torch.nn.functional.cross_entropy(
                 logits_SV[:-1].float(), torch.tensor(target, device=logits_SV.device)

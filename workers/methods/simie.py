@@ -54,6 +54,8 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.data.needs import Need
+from workers.data.scripts import joiner_of
 from workers.inputs import explain
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, FileRemarks, read_hparams
@@ -142,11 +144,23 @@ class SimIEConfig(MethodConfig):
         return out
 
     @classmethod
-    def check_complete(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON], source: str) -> None:
-        super().check_complete(values, hparams, source)
-        name = values.get("base_method")
-        if name in BASES and "base" in values and "base" not in hparams:
-            _method(name).Config.check_complete(values["base"], {}, f"{source} (base: {name})")
+    def merged_with_file(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The same for the base method, whose file gives what ``base`` leaves open."""
+        out = super().merged_with_file(values, hparams)
+        name, below, above = values.get("base_method"), values.get("base"), hparams.get("base")
+        same = name in BASES and out.get("base_method") == name
+        if same and isinstance(below, Mapping) and isinstance(above, Mapping):
+            out["base"] = _method(str(name)).Config.merged(below, above)
+        elif not same and above is None:
+            out.pop("base", None)  # the file's is of another base method
+        return out
+
+    @classmethod
+    def check_complete(cls, values: Mapping[str, JSON], source: str) -> None:
+        super().check_complete(values, source)
+        name, base = values.get("base_method"), values.get("base")
+        if name in BASES and isinstance(base, Mapping):
+            _method(str(name)).Config.check_complete(base, f"{source} (base: {name})")
 
     @classmethod
     def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
@@ -183,6 +197,10 @@ class SimIEConfig(MethodConfig):
     @property
     def uses_seed(self) -> bool:
         return self.base_config.uses_seed
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return self.base_config.needs
 
     @property
     def first_layer(self) -> int:
@@ -345,7 +363,8 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
         """Inputs of every site at all tokens of prompt and target, per lane and site (N, I), in the
         masters' precision."""
         base = self.base
-        encoded = [base.encoder.pair(edit.requests[0].prompt, edit.requests[0].target_new) for edit in edits]
+        firsts = [edit.requests[0] for edit in edits]
+        encoded = [base.encoder.pair(r.prompt, r.target_new, joiner_of(r, r.prompt)) for r in firsts]
         batch = collate(encoded, range(len(edits)), base.encoder.pad_id, base.device)
         with ExitStack() as stack:
             if not self.config.init_model:

@@ -51,6 +51,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.losses import TargetTokens
 from workers.methods.base import Deviations, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
@@ -396,12 +397,12 @@ def _labelled(
 ) -> tuple[list[Encoded], list[tuple[int, tuple[int, ...]]]]:
     """Sequences to run and, for each, the position that predicts its first label, and the
     labels."""
-    pairs = [base.encoder.pair(request.prompt, request.target_new) for request in requests]
+    pairs = [base.encoder.pair(r.prompt, r.target_new, joiner_of(r, r.prompt)) for r in requests]
     if not public:
         # the last token predicts nothing that is scored
         sequences = [Encoded(pair.ids[:-1], pair.prompt_len) for pair in pairs]
         return sequences, [(pair.prompt_len - 1, pair.target) for pair in pairs]
-    alone = [base.encoder.text(f" {request.target_new}") for request in requests]
+    alone = [base.encoder.text(f"{joiner_of(r, r.prompt)}{r.target_new}") for r in requests]
     width = max(len(tokens) for tokens in alone)
     end = int(base.tokenizer.eos_token_id)  # what the public code pads with
     padded = [(end,) * (width - len(tokens)) + tokens for tokens in alone]

@@ -12,6 +12,7 @@ The planner calls only :func:`model_shape`, which reads the model's config and n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,17 @@ def model_shape(config: ModelConfig) -> ModelShape:
         linear=MappingProxyType(linear),
         context=context_length(hf),
     )
+
+
+def load_encoder(config: ModelConfig, chat_template: bool) -> Encoder:
+    """The model's tokenizer as an encoder, without the model."""
+    from transformers import AutoTokenizer
+
+    from workers.model.batch import Encoder
+
+    folder, remote = resolve(config), config.trust_remote_code
+    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
+    return Encoder(tokenizer, chat_template)
 
 
 def _read(load: Any, config: ModelConfig) -> Any:
@@ -239,6 +251,18 @@ class BaseModel:
         if self._softcap is not None:
             out = (out / self._softcap).tanh() * self._softcap
         return out
+
+
+def check_chat_template(config: ModelConfig, template: Mapping[str, Any]) -> None:
+    """Raise :class:`DataError` if the model's chat template does not put an answer where it asks for
+    one, with these variables."""
+    from transformers import AutoTokenizer
+
+    from workers.model.batch import Encoder
+
+    folder, remote = resolve(config), config.trust_remote_code
+    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
+    Encoder(tokenizer, chat_template=True, template=template)
 
 
 def pick_device(config: ModelConfig) -> str:

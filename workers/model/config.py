@@ -116,6 +116,27 @@ def resolve(config: ModelConfig) -> Path:
         ) from error
 
 
+def require_model(name: str, field: str) -> None:
+    """Raise :class:`ModelError` that names ``field``, if :func:`resolve` would find no model under
+    this name. Of a model on the hub, only its config.json is fetched."""
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{field}: {name!r} is a folder without config.json")
+        return
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ModelError(f"{field}: {name!r} does not exist")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json")
+    except Exception as error:
+        raise ModelError(
+            f"{field}: {name!r} is neither a folder nor a model that could be fetched from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from error
+
+
 def fingerprint_model(config: ModelConfig) -> ModelFingerprint:
     """Hash the files that determine results: config and weights together, the tokenizer
     separately."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from workers.data.scripts import joiner_of
 from workers.job import Lane, ScoreConfig, StreamJob, first_request
 from workers.model.batch import Encoded
 from workers.timeline import Tick
-from workers.types import DataError, EditRequest
+from workers.types import DataError, EditRequest, Probe
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
@@ -42,6 +43,7 @@ class EncodedProbe:
     target: str
     aliases: tuple[str, ...] = ()
     start: int | None = None
+    group: str = ""
 
     @property
     def first(self) -> int:
@@ -133,12 +135,13 @@ def items_of(
 def item_probes(base: BaseModel, items: Sequence[Item]) -> Iterator[EncodedProbe]:
     for i, item in enumerate(items):
         r = item.request
-        pairs: list[tuple[Kind, str, str, tuple[str, ...]]] = [("reliability", r.prompt, r.target_new, ())]
-        pairs += [("generalization", text, r.target_new, ()) for text in r.rephrases]
-        pairs += [("locality", p.prompt, p.target, ()) for p in r.locality]
-        pairs += [("portability", p.prompt, p.target, p.aliases) for p in r.portability]
-        for kind, prompt, target, aliases in pairs:
-            yield EncodedProbe(i, kind, item.lane, base.encoder.pair(prompt, target), prompt, target, aliases)
+        asked: list[tuple[Kind, Probe]] = [("reliability", Probe(r.prompt, r.target_new))]
+        asked += [("generalization", Probe(text, r.target_new)) for text in r.rephrases]
+        asked += [("locality", replace(p, aliases=())) for p in r.locality]
+        asked += [("portability", p) for p in r.portability]
+        for kind, p in asked:
+            pair = base.encoder.pair(p.prompt, p.target, joiner_of(r, p.prompt))
+            yield EncodedProbe(i, kind, item.lane, pair, p.prompt, p.target, p.aliases, group=p.group)
         for text in r.ood:
             yield text_probe(i, "ood", item.lane, base.encoder.text(text), text)
 
@@ -165,6 +168,10 @@ def probe_batches(probes: list[EncodedProbe], config: ScoreConfig) -> Iterator[l
         yield sorted(batch, key=lambda p: p.lane)
 
 
+_MARKS = " .,;:!?\"'\u3002\uff0c\uff1b\uff1a\uff01\uff1f\u3001"
+"""Punctuation around an answer, the full-width marks included."""
+
+
 def normalise(text: str) -> str:
     """Fold case, collapse white space and strip surrounding punctuation."""
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+    return " ".join(text.casefold().split()).strip(_MARKS)

@@ -23,6 +23,7 @@ from workers.scoring.accuracy import ACCURACY
 from workers.scoring.any_of import ANY_OF
 from workers.scoring.declare import GroupEndScore, RequestScore, ScoreColumn, Settings
 from workers.scoring.fluency import FLUENCY
+from workers.scoring.group_means import GROUP_MEANS
 from workers.scoring.out_of_distribution import OUT_OF_DISTRIBUTION
 from workers.scoring.target import LOGPROB, MARGIN, PERPLEXITY
 from workers.types import JSON, SpecError
@@ -159,6 +160,7 @@ SCORES = Registry(
         (LOGPROB,),
         (MARGIN,),
         (ANY_OF, OUT_OF_DISTRIBUTION, PERPLEXITY, FLUENCY, ABILITY),
+        (GROUP_MEANS,),
     )
 )
 """The scores of the central table. A new score gets a line of its own at the end, so that columns

@@ -115,7 +115,9 @@ class _Generation:
             natural = _ends(text, (self.probe.target, *self.probe.aliases))
         if natural or len(self.ids) >= self.limit:
             self.result = Text(normalise(text), natural)
-        elif self.want is not None and not any(want.startswith(normalise(text)) for want in self.want):
+        # a character that is cut between two tokens may still become the right one
+        said = normalise(text.rstrip("\ufffd"))
+        if self.result is None and self.want is not None and not any(w.startswith(said) for w in self.want):
             self.result = Text(None, natural=False)
 
 
@@ -177,4 +179,6 @@ def _ends(text: str, targets: Sequence[str]) -> bool:
     if "\n" in text.lstrip("\n"):
         return True
     body = text.strip()
-    return body.endswith(".") and not any(target.casefold().startswith(body.casefold()) for target in targets)
+    return body.endswith((".", "。")) and not any(
+        target.casefold().startswith(body.casefold()) for target in targets
+    )

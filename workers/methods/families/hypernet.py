@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, TrainingSchedule, pretrained
+from workers.data.needs import ELSEWHERE, Need
+from workers.data.scripts import SPACE, joiner_of
 from workers.inner_loop.losses import TargetTokens
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import split_module
@@ -34,7 +36,7 @@ from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, Overlay
 from workers.model.replay import override_forward
-from workers.types import JSON, SpecError
+from workers.types import JSON, EditRequest, SpecError
 
 _TINY = 1e-7
 """Added to a standard deviation, as in the public code of both methods."""
@@ -110,6 +112,10 @@ class HypernetConfig(MethodConfig):
     def check(self, shape: ModelShape) -> None:
         site_shapes(shape, self.layers, self.modules)
 
+    @property
+    def training_needs(self) -> tuple[Need, ...]:
+        return (ELSEWHERE,)
+
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         hparams = self.model_dump(mode="json", include=set(self.learnt))
         return (
@@ -163,11 +169,11 @@ class HypernetMethod(Method[C, OverlayT]):
     def changes(self, factors: Sequence[Factors], overlay: OverlayT) -> list[Pair]:
         """The change of each map."""
 
-    def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
+    def questions(self, lanes: Sequence[Sequence[Question]]) -> Questions:
         return Questions.of(self.base, lanes)
 
     def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
+        asked = [list(map(question_of, edit.requests)) for edit in edits]
         factors, loss_L = gradient_factors(self.base, self.sites, self.questions(asked), overlay)
         with torch.no_grad():
             add(overlay, self.changes(factors, overlay))
@@ -175,6 +181,14 @@ class HypernetMethod(Method[C, OverlayT]):
 
 
 # --- gradients ------------------------------------------------------------------------------
+
+
+Question = tuple[str, str] | tuple[str, str, str]
+"""A prompt, its answer, and the text between them: one space unless it is given."""
+
+
+def question_of(request: EditRequest) -> Question:
+    return request.prompt, request.target_new, joiner_of(request, request.prompt)
 
 
 @dataclass(frozen=True)
@@ -185,9 +199,7 @@ class Questions:
     targets: TargetTokens
 
     @classmethod
-    def of(
-        cls, base: BaseModel, lanes: Sequence[Sequence[tuple[str, str]]], public_bos: bool = False
-    ) -> Self:
+    def of(cls, base: BaseModel, lanes: Sequence[Sequence[Question]], public_bos: bool = False) -> Self:
         """The loss of a lane is the sum over its questions of the mean over the answer's tokens.
 
         It is a sum, so that a question has the same gradient in a batch as alone.
@@ -196,9 +208,10 @@ class Questions:
         """
         encoded: list[Encoded] = []
         places: list[tuple[int, int, int, float]] = []
-        for prompt, target in (question for lane in lanes for question in lane):
-            pair = base.encoder.pair(prompt, target)
-            answer = base.encoder.text(f" {target}") if public_bos else pair.target
+        for question in (question for lane in lanes for question in lane):
+            prompt, target, joiner = question if len(question) == 3 else (*question, SPACE)
+            pair = base.encoder.pair(prompt, target, joiner)
+            answer = base.encoder.text(f"{joiner}{target}") if public_bos else pair.target
             start = len(pair.ids) - 1 - len(answer)
             places += [(len(encoded), start + j, token, 1 / len(answer)) for j, token in enumerate(answer)]
             encoded.append(pair)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workers.artifacts.base import ArtifactData
 from workers.artifacts.pretrain import Trainer
+from workers.data.scripts import joiner_of
 from workers.inner_loop.losses import TargetTokens
 from workers.methods.families.hypernet import (
     Factors,
@@ -23,6 +24,7 @@ from workers.methods.families.hypernet import (
     Questions,
     gradient_factors,
     plain_answer,
+    question_of,
 )
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
@@ -149,9 +151,7 @@ class SingleEditTrainer(HypernetTrainer):
     def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
         base, objective = self.base, self.objective
         lanes = self.lanes(requests)
-        edits = Questions.of(
-            base, [[(r.prompt, r.target_new) for r in lane] for lane in lanes], objective.public_bos
-        )
+        edits = Questions.of(base, [list(map(question_of, lane)) for lane in lanes], objective.public_bos)
         found, _ = gradient_factors(base, self.sites, edits)
         factors = self.chosen(found)
         self.net.learn_scale(factors)
@@ -191,8 +191,11 @@ class Sentences:
         asking = []
         for request in requests:
             ways = (request.prompt, *(request.rephrases if objective.train_on == "rephrase" else ()))
-            pair = encoder.pair(ways[_draw(len(ways), generator)], request.target_new)
-            answer = encoder.text(f" {request.target_new}") if objective.public_bos else pair.target
+            prompt = ways[_draw(len(ways), generator)]
+            joiner = joiner_of(request, prompt)
+            pair = encoder.pair(prompt, request.target_new, joiner)
+            alone = f"{joiner}{request.target_new}"
+            answer = encoder.text(alone) if objective.public_bos else pair.target
             asking.append((pair, tuple(answer)))
         return cls(tuple(asking), tuple(_elsewhere(base, request, generator) for request in requests))
 
@@ -272,7 +275,7 @@ def _elsewhere(base: BaseModel, request: EditRequest, generator: torch.Generator
     """
     if request.locality:
         probe = request.locality[_draw(len(request.locality), generator)]
-        pair = base.encoder.pair(probe.prompt, probe.target)
+        pair = base.encoder.pair(probe.prompt, probe.target, joiner_of(request, probe.prompt))
         return pair, range(pair.prompt_len - 1, len(pair.ids) - 1)
     if request.unrelated is None:
         raise DataError(

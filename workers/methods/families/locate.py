@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from workers.artifacts import stats, templates
 from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.data.needs import SUBJECT, Need
+from workers.data.scripts import joiner_of, subject_position
 from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
@@ -97,12 +99,24 @@ class LocateConfig(MethodConfig):
         return pairs
 
     @property
+    def reads_subject(self) -> bool:
+        return self.fact_token == "subject_last"
+
+    @property
     def uses_seed(self) -> bool:
         return bool(self.context_template_length_params)
 
     @property
     def rows_per_edit(self) -> int:
         return 2 + sum(count for _, count in self.context_template_length_params)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (SUBJECT,)
+
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        return True
 
 
 # --- artifacts ---
@@ -240,8 +254,8 @@ def request_lines(
     """The rows of one request, in the order of ``texts`` (the bare prompt first). ``spaced=False``:
     the target is tokenised alone and follows without a space, as in some public code. Raises
     :class:`DataError` if the prompt lacks its subject."""
-    at = request.prompt.find(request.subject)
-    if at < 0 or not request.subject:
+    at = subject_position(request.prompt, request.subject)
+    if at < 0:
         raise DataError(
             f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}"
         )
@@ -250,7 +264,7 @@ def request_lines(
     for text in ["{}", *(text for text in texts if text != "{}")]:
         slot = text.index("{}")
         prompt = text[:slot] + request.prompt + text[slot + 2 :]
-        pair = encoder.pair(prompt, request.target_new)
+        pair = encoder.pair(prompt, request.target_new, joiner_of(request, request.prompt))
         lookup = pair.prompt_len
         if config.fact_token == "subject_last":
             lookup = encoder.tokens_until(prompt, slot + at + len(request.subject))

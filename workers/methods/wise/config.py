@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from workers.artifacts.base import ArtifactSpec
 from workers.artifacts.templates import KIND as TEMPLATES
+from workers.data.needs import UNRELATED, Need
 from workers.methods.base import ArtifactContext, Deviations, MethodConfig
 from workers.methods.easyedit import IGNORED, take_inner_param
 from workers.model.config import ModelShape
@@ -176,6 +177,10 @@ class WISEConfig(MethodConfig):
             "seed": 0,
         }
         return (ArtifactSpec(name="templates", kind=TEMPLATES, recipe=recipe),)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (UNRELATED,)
 
     @property
     def uses_seed(self) -> bool:

@@ -70,6 +70,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from workers.data.needs import UNRELATED
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.suffix import Suffix
@@ -79,7 +81,7 @@ from workers.methods.wise.memories import SideMemories
 from workers.methods.wise.optim import MaskedSGD
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
-from workers.types import JSON, DataError, EditRequest
+from workers.types import JSON, EditRequest
 
 STOP_LOSS, STOP_CHANGE = 0.02, 1e-4
 """Early stopping, as in the public code."""
@@ -264,8 +266,9 @@ class _Problem(DivisibleProblem):
         places: list[tuple[int, int, int, float]] = []
         for lane, edit in enumerate(edits):
             for request in edit.requests:
+                joiner = joiner_of(request, request.prompt)
                 pairs = [
-                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new)
+                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new, joiner)
                     for t in templates[lane]
                 ]
                 for pair in pairs:
@@ -413,10 +416,7 @@ def _own_columns(encoded: Sequence[Encoded], batch: Batch) -> Tensor:
 
 
 def _unrelated(base: BaseModel, request: EditRequest) -> Encoded:
-    if request.unrelated is None:
-        raise DataError(
-            f"case {request.case_id}: no unrelated sentence; WISE's margin loss needs one "
-            "(field 'unrelated'; for zsRE it comes from train_path or other records)"
-        )
+    UNRELATED.check(request)
+    assert request.unrelated is not None
     ids = base.encoder.prompt(request.unrelated)  # with the chat template, if the prompts have it
     return Encoded(ids, len(ids))
