@@ -82,6 +82,7 @@ def run(
     overrides: Sequence[str] = (),
     only: Sequence[str] = (),
     retry_failed: bool = False,
+    redo_outdated: bool = False,
     trust_remote_code: bool = False,
     view: View | None = None,
 ) -> Outcome:
@@ -92,7 +93,8 @@ def run(
         many processes and machines, ``local`` for this process. max_actors: Shards in flight at
         most (default: the spec's ``engine.max_actors``). overrides: Fields to override, as in
         ``["grid.T=[1,10]"]``. only: Cells to run, as in ``["method=wise,T=1000"]``; none means all.
-        retry_failed: Run the groups that failed in an earlier run as well. trust_remote_code: Allow
+        retry_failed: Run the groups that failed in an earlier run as well. redo_outdated: Remove the
+        rows of cells that other code has made, and run these cells again. trust_remote_code: Allow
         the model's own code to run; the spec must ask for it too. view: Receives the progress
         (default: notes and warnings go to the logger ``editsweep``).
 
@@ -115,6 +117,7 @@ def run(
             max_actors,
             only=only,
             retry_failed=retry_failed,
+            redo_outdated=redo_outdated,
         )
 
 

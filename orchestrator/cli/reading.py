@@ -48,6 +48,10 @@ def status(
     running = found["running"]
     state = f"a run is at work ({running})" if running else "no run is at work"
     out.say(f"sweep {found['sweep']}: {found['finished']} of {len(found['cells'])} cells finished; {state}")
+    if found["code"]["outdated"]:
+        out.say(f"{found['code']['outdated']}; editsweep run SPEC --redo-outdated runs them again")
+    if found["code"]["unknown"]:
+        out.say(found["code"]["unknown"])
     rows = [
         (
             str(cell["method"]),

@@ -12,11 +12,13 @@ from orchestrator.engine.books import Outcome
 from orchestrator.engine.machine import this_process, versions
 from orchestrator.planning.plan import Plan, Progress, Spent
 from orchestrator.planning.spec import SweepSpec
+from orchestrator.results.code import CellCode, CodeBook, held_groups
 from orchestrator.results.journal import Journal, ShardProgress
 from orchestrator.results.table import CentralTable, TableShard
 from orchestrator.storage.base import Missing, Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json
+from workers.methods import get_method
 from workers.scoring.registry import SCORES
 from workers.types import JSON, EditSweepError
 
@@ -40,7 +42,8 @@ def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = Fa
             progress = journal.progress(manifest.shard_id)
         except (Missing, EditSweepError):
             continue  # gathered meanwhile, or damaged: it only lacks in the estimates
-        spent.append(Spent(manifest.shard_id, tuple(manifest.columns), progress.edits, _seconds(progress)))
+        cells = tuple(manifest.columns)
+        spent.append(Spent(manifest.shard_id, cells, progress.edits, _seconds(progress), progress.committed))
     given_up = {} if retry_failed else table.given_up()
     return Progress(done=table.done(), given_up=given_up, begun=begun, used=frozenset(listed), spent=spent)
 
@@ -103,13 +106,43 @@ def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
         check_folder(spec, store, paths)
 
 
-def write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
-    """plan.json: the definition of every cell there ever was, and which of them the last plan asked
-    for."""
+def held_by(progress: Progress) -> dict[str, set[int]]:
+    """The groups of each cell that hold work of earlier runs, half done ones too."""
+    committed = {spent.shard_id: spent.committed for spent in progress.spent}
+    begun = [
+        # one whose progress could not be read may hold work in all its groups
+        (manifest, committed.get(manifest.shard_id, manifest.bounds[-1]))
+        for manifest in progress.begun
+    ]
+    return held_groups(progress.done, progress.given_up, begun)
+
+
+def compare_code(progress: Progress, store: Store, paths: ResultsPaths) -> dict[str, CellCode]:
+    """Compare the code that made each cell's groups with today's."""
+    return CodeBook(_read_plan(store, paths)).compare(held_by(progress))
+
+
+def _read_plan(store: Store, paths: ResultsPaths) -> dict[str, JSON]:
     try:
-        known = dict(unseal_json(store.read(paths.plan), store.where(paths.plan))["cells"])
+        found = unseal_json(store.read(paths.plan), store.where(paths.plan))
+        return {**found, "cells": dict(found["cells"])}
     except (Missing, EditSweepError, KeyError, TypeError):
-        known = {}
+        return {"cells": {}}
+
+
+def write_plan(plan: Plan, progress: Progress, store: Store, paths: ResultsPaths) -> None:
+    """plan.json: the definition of every cell there ever was, which of them the last plan asked
+    for, and the code that works on each."""
+    before = _read_plan(store, paths)
+    known, book, held = before["cells"], CodeBook(before), held_by(progress)
+    working = {cell_id for shard in plan.shards for cell_id in plan.cell_ids(shard)}
+    codes: dict[int, str] = {}
+    for cell in plan.cells:
+        if cell.cell_id in working:
+            if cell.variant not in codes:
+                kind = get_method(plan.variants[cell.variant].algorithm)
+                codes[cell.variant] = book.today(kind.__module__)
+            book.work(cell.cell_id, codes[cell.variant], len(held.get(cell.cell_id, ())))
     for cell in plan.cells:
         variant = plan.variants[cell.variant]
         known[cell.cell_id] = {
@@ -128,8 +161,10 @@ def write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
             "tokenizer_fingerprint": plan.common.tokenizer_fingerprint,
             "dataset": plan.common.dataset_name,
             "dataset_fingerprint": plan.common.dataset_fingerprint,
+            "code": book.cells.get(cell.cell_id, []),
         }
-    store.replace(paths.plan, seal_json({"cells": known, "current": [cell.cell_id for cell in plan.cells]}))
+    current = [cell.cell_id for cell in plan.cells]
+    store.replace(paths.plan, seal_json({"cells": known, "current": current, "codes": book.to_json()}))
 
 
 def write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_actors: int | None) -> None:

@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from orchestrator.results.journal import Journal
 from orchestrator.results.query import Results
 from orchestrator.results.select import select
+from orchestrator.results.table import CentralTable
 from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Missing
 from orchestrator.storage.sealed import seal_json, unseal_json
@@ -66,12 +68,18 @@ def forget(results: Results, found: Found, say: Callable[[str], None]) -> int:
     run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     with locking.acquire(results.store, run_id, say) as lock:
         results.central.gather(results.journal)
-        begun = results.journal.begun()
-        shards = [shard_id for shard_id, manifest in begun.items() if found.cells & manifest.columns.keys()]
         lock.check()
-        removed = results.central.forget(found.cells, shards, results.journal)
+        removed = remove_cells(results.central, results.journal, found.cells)
         _forget_definitions(results, found.cells)
     return removed
+
+
+def remove_cells(table: CentralTable, journal: Journal, cells: frozenset[str]) -> int:
+    """Remove the rows and failures of cells, and the progress of shards that serve them; how many
+    rows went. For the folder's owner, after gathering."""
+    begun = journal.begun()
+    shards = [shard_id for shard_id, manifest in begun.items() if cells & manifest.columns.keys()]
+    return table.forget(cells, shards, journal)
 
 
 def _forget_definitions(results: Results, cells: frozenset[str]) -> None:

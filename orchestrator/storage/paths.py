@@ -4,7 +4,7 @@ All values are keys: POSIX strings relative to the results folder, which a
 :class:`~orchestrator.storage.base.Store` turns into files of a disk or objects of a bucket. ::
 
     sweep.json                                  which sweep this folder belongs to
-    plan.json                                   cell id -> definition, only ever added to
+    plan.json                                   cell id -> definition, only ever added to; the code that made it
     lock/<number>.json, <number>.beat           who owns the folder (the highest number), and its heartbeat
     runs/<run_id>/spec.yaml, run.json           one call of ``editsweep run``
     parts/<shard>/manifest.json                 what the shard consists of; written before its first attempt
