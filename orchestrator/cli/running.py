@@ -51,7 +51,8 @@ def plan(
 ) -> None:
     """Show cells, shards, lanes, edits, memory and time; run nothing, write nothing."""
     from orchestrator.cli.console import begin_line
-    from orchestrator.engine.folder import compare_code, read_folder
+    from orchestrator.engine.folder import compare_code, known_statistics, read_folder
+    from orchestrator.engine.statistics import read_statistics, say_unresolved
     from orchestrator.planning.inputs import read_inputs
     from orchestrator.planning.plan import Planner
     from orchestrator.planning.spec import default_results, naming
@@ -125,7 +126,10 @@ def plan(
         out.warn(f"{outdated}; editsweep run {spec_file} --redo-outdated runs them again")
     if unknown := say_unknown(codes, asked):
         out.say(unknown)
-    for warning in made.warnings:
+    for warning in (
+        *made.warnings,
+        *say_unresolved(made, read_statistics(made, store, known_statistics(store, ResultsPaths()))),
+    ):
         out.warn(warning)
     from orchestrator.results.artifact_store import ArtifactStore
     from workers.artifacts.base import in_order

@@ -10,6 +10,7 @@ import yaml
 
 from orchestrator.engine.books import Outcome
 from orchestrator.engine.machine import this_process, versions
+from orchestrator.engine.statistics import Statistic, Statistics
 from orchestrator.planning.plan import Plan, Progress, Spent
 from orchestrator.planning.spec import SweepSpec
 from orchestrator.results.code import CellCode, CodeBook, held_groups
@@ -130,9 +131,26 @@ def _read_plan(store: Store, paths: ResultsPaths) -> dict[str, JSON]:
         return {"cells": {}}
 
 
-def write_plan(plan: Plan, progress: Progress, store: Store, paths: ResultsPaths) -> None:
+def known_statistics(store: Store, paths: ResultsPaths) -> list[Statistic]:
+    """The second moments that plan.json has noted with its cells."""
+    cells = _read_plan(store, paths)["cells"].values()
+    noted = {value["key"]: value for cell in cells for value in cell.get("statistics", ())}
+    return [Statistic.from_json(value) for value in noted.values()]
+
+
+def write_statistics(statistics: Statistics, store: Store, paths: ResultsPaths) -> None:
+    """Note with each cell of plan.json the second moments that it uses."""
+    value = _read_plan(store, paths)
+    for cell_id, found in statistics.items():
+        value["cells"][cell_id]["statistics"] = [statistic.to_json() for statistic in found]
+    store.replace(paths.plan, seal_json(value))
+
+
+def write_plan(
+    plan: Plan, progress: Progress, statistics: Statistics, store: Store, paths: ResultsPaths
+) -> None:
     """plan.json: the definition of every cell there ever was, which of them the last plan asked
-    for, and the code that works on each."""
+    for, the code that works on each, and the second moments that it uses, as far as they exist."""
     before = _read_plan(store, paths)
     known, book, held = before["cells"], CodeBook(before), held_by(progress)
     working = {cell_id for shard in plan.shards for cell_id in plan.cell_ids(shard)}
@@ -162,6 +180,7 @@ def write_plan(plan: Plan, progress: Progress, store: Store, paths: ResultsPaths
             "dataset": plan.common.dataset_name,
             "dataset_fingerprint": plan.common.dataset_fingerprint,
             "code": book.cells.get(cell.cell_id, []),
+            "statistics": [found.to_json() for found in statistics.get(cell.cell_id, ())],
         }
     current = [cell.cell_id for cell in plan.cells]
     store.replace(paths.plan, seal_json({"cells": known, "current": current, "codes": book.to_json()}))

@@ -24,12 +24,15 @@ from orchestrator.engine.folder import (
     check_folder,
     compare_code,
     enter_folder,
+    known_statistics,
     read_folder,
     read_progress,
     write_end,
     write_plan,
     write_run,
+    write_statistics,
 )
+from orchestrator.engine.statistics import read_statistics, say_unresolved
 from orchestrator.planning.inputs import read_inputs
 from orchestrator.planning.plan import Plan, Planner
 from orchestrator.planning.spec import SweepSpec
@@ -105,8 +108,12 @@ def run_sweep(
         if removed:
             _tell_of_kept_artifacts(plan, store, view)
         _tell_of_code(plan, codes, view)
+        known = known_statistics(store, paths)
+        statistics = read_statistics(plan, store, known)
+        for text in say_unresolved(plan, statistics):
+            view.warn(text)
         lock.check()
-        write_plan(plan, progress, store, paths)
+        write_plan(plan, progress, statistics, store, paths)
         write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
         view.begin(plan)
@@ -125,6 +132,8 @@ def run_sweep(
         lock.check()
         books.gather()
         lock.check()
+        if (built := read_statistics(plan, store, known)) != statistics:
+            write_statistics(built, store, paths)
         outcome = _outcome(books)
         write_end(store, paths, run_id, outcome)
     return outcome

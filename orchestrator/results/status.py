@@ -66,6 +66,7 @@ def read_status(folder: str) -> dict[str, JSON]:
                 "code": code.state,
                 "code_differs": list(code.files),
                 "groups_by_other_code": code.other,
+                "unresolved": [s for s in cell.get("statistics", ()) if not s["resolved"]],
             }
         )
     holder = lock.owner(store, paths)
