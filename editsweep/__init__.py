@@ -12,9 +12,9 @@
 >>> results.sql("SELECT T, count(*) AS edits FROM edits WHERE scored = 'final' GROUP BY T ORDER BY T").to_pylist()
 [{'T': 1, 'edits': 4}, {'T': 4, 'edits': 4}]
 
-Each function does what the command of the same name does; a mistake in the spec raises an
-:class:`EditSweepError`. Importing this package imports nothing else: torch, Ray and Arrow come with
-the first call that needs them.
+Each function does what the command of the same name does. An error in the spec raises an
+:class:`EditSweepError`. Importing this package does not import torch, Ray or Arrow: the functions
+import them when they are called.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from orchestrator.engine.books import Outcome, View
     from orchestrator.planning.plan import Plan
     from orchestrator.planning.spec import SweepSpec
-    from orchestrator.results.query import Results
+    from orchestrator.results.query import Results, Union
     from workers.types import EditSweepError
 
 __all__ = ["EditSweepError", "Outcome", "Plan", "Results", "SweepSpec", "View", "open_results", "plan", "run"]
 
-_HOMES = {
+_MODULE_OF = {
     "EditSweepError": "workers.types",
     "Outcome": "orchestrator.engine.books",
     "Plan": "orchestrator.planning.plan",
@@ -42,7 +42,7 @@ _HOMES = {
     "SweepSpec": "orchestrator.planning.spec",
     "View": "orchestrator.engine.books",
 }
-"""The module of each class that is imported when it is first asked for."""
+"""Public class -> the module it is imported from, when it is first used."""
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
     retry_failed: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Plan what is left of a sweep. Runs nothing and writes nothing.
+    """Plan the unfinished part of a sweep. Runs nothing and writes nothing.
 
     Args: spec: The sweep's YAML file, or a spec that was read before. results: The folder whose
         finished work is subtracted (default: ``results/<name of the sweep>``). overrides: Fields to
@@ -68,6 +68,7 @@ def plan(
     from orchestrator.storage.open import open_store
 
     read, source = _read(spec, overrides, trust_remote_code)
+    _check_texts("only", only, "method=wise,T=1000")
     store = open_store(default_results(read) if results is None else results)
     with naming(source):
         return plan_sweep(read, store, only=only, retry_failed=retry_failed)
@@ -86,7 +87,7 @@ def run(
     trust_remote_code: bool = False,
     view: View | None = None,
 ) -> Outcome:
-    """Run what is not done yet of a sweep. Called again after any interruption, it continues.
+    """Run the unfinished part of a sweep. After an interruption, the same call continues it.
 
     Args: spec: The sweep's YAML file, or a spec that was read before. results: The results folder,
         or ``s3://bucket/prefix`` (default: ``results/<name of the sweep>``). engine: ``ray`` for
@@ -99,20 +100,24 @@ def run(
         (default: notes and warnings go to the logger ``editsweep``).
 
     Returns: How the run ended: ``unfinished`` cells, ``errors`` by shard, and the ``folder`` for
-        :func:`open_results`. A cell that fails raises nothing.
+        :func:`open_results`. A failed cell raises no exception; it is among ``unfinished``.
     """
     from editsweep.view import LogView
     from orchestrator.engine.sweep import engine_named, run_sweep
     from orchestrator.planning.spec import default_results, naming
     from orchestrator.storage.open import open_store
+    from workers.types import EditSweepError
 
     read, source = _read(spec, overrides, trust_remote_code)
+    _check_texts("only", only, "method=wise,T=1000")
+    if max_actors is not None and (type(max_actors) is not int or max_actors < 1):
+        raise EditSweepError(f"max_actors: expected a whole number of at least 1, found {max_actors!r}")
     store = open_store(default_results(read) if results is None else results)
     with naming(source):
         return run_sweep(
             read,
             store,
-            engine_named(engine),
+            engine_named(engine, read),
             view or LogView(),
             max_actors,
             only=only,
@@ -121,12 +126,20 @@ def run(
         )
 
 
-def open_results(folder: str | os.PathLike[str]) -> Results:
-    """Open a results folder, or ``s3://bucket/prefix``, for reading; a sweep may be writing to it
-    meanwhile."""
+@overload
+def open_results(folder: str | os.PathLike[str], /) -> Results: ...
+
+
+@overload
+def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str]) -> Results | Union: ...
+
+
+def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str]) -> Results | Union:
+    """Open a results folder, or ``s3://bucket/prefix``, for reading; several are one table. A sweep
+    may write to it at the same time."""
     from orchestrator.results import query
 
-    return query.open_results(folder)
+    return query.open_results(folder, *more)
 
 
 def _read(
@@ -134,7 +147,11 @@ def _read(
 ) -> tuple[SweepSpec, str]:
     """The spec with its overrides, and its name in error messages."""
     from orchestrator.planning.spec import SweepSpec, check_trust, load_spec, override_spec
+    from workers.types import EditSweepError
 
+    _check_texts("overrides", overrides, "grid.T=[1,10]")
+    if not isinstance(spec, (SweepSpec, str, os.PathLike)):
+        raise EditSweepError(f"spec: expected the path of a YAML file or a SweepSpec, found {spec!r}")
     if isinstance(spec, SweepSpec):
         read, source = override_spec(spec, overrides), f"the sweep {spec.name!r}"
     else:
@@ -143,7 +160,16 @@ def _read(
     return read, source
 
 
+def _check_texts(name: str, value: Sequence[str], example: str) -> None:
+    """Refuses a single text: a text is a sequence, too, of its characters."""
+    from workers.types import EditSweepError
+
+    texts = isinstance(value, Sequence) and not isinstance(value, str)
+    if not texts or not all(isinstance(one, str) for one in value):
+        raise EditSweepError(f"{name}: expected a list of texts, as in [{example!r}], found {value!r}")
+
+
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m editsweep`: the command without its console script."""
+"""`python -m editsweep`: the same as the command `editsweep`."""
 
 from orchestrator.cli.main import main
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from workers.inputs import counted
+
 if TYPE_CHECKING:
     from orchestrator.engine.worker import StepReport
     from orchestrator.planning.plan import Plan
@@ -17,7 +19,12 @@ class LogView:
     """Notes at level INFO, warnings at level WARNING, every committed step at level DEBUG."""
 
     def begin(self, plan: Plan) -> None:
-        log.info("%d cells, %d shards, %d edits to make", len(plan.cells), len(plan.shards), plan.edits_left)
+        log.info(
+            "%s, %s, %s to make",
+            counted(len(plan.cells), "cell"),
+            counted(len(plan.shards), "shard"),
+            counted(plan.edits_left, "edit"),
+        )
 
     def note(self, text: str) -> None:
         log.info("%s", text)

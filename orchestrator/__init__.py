@@ -4,7 +4,7 @@
 >>> results = orchestrator.open_results("results/demo")            # doctest: +SKIP
 >>> results.sql("select method, T, avg(reliability_exact) from edits group by all")   # doctest: +SKIP
 
-Importing this package costs nothing: ``open_results`` is looked up when it is first used.
+Importing this package imports nothing else: ``open_results`` is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from workers import session as session_module
-from workers.artifacts.base import ArtifactData
+from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import training_source
 from workers.job import Lane, ScoreConfig, StreamCell, StreamJob
 from workers.methods import get_method
@@ -87,6 +87,16 @@ def golden_requests(count: int = 200) -> list[EditRequest]:
     ]
 
 
+def build_specs(base: BaseModel, method: str, config: Any, seed: int = 0) -> tuple[ArtifactSpec, ...]:
+    """The artifacts of a method; what is pretrained learns from a few requests of the embedded
+    world."""
+    training = training_source("tinyworld", shards=(16,))[0] if get_method(method).needs_pretraining else None
+    found: tuple[ArtifactSpec, ...] = config.artifacts(
+        ArtifactContext(ModelFingerprint("random", "golden"), base.config, seed, training)
+    )
+    return found
+
+
 def build_inputs(base: BaseModel, method: str, config: Any, seed: int = 0) -> dict[str, ArtifactData]:
     """Really build what a method asks for, by name; what is pretrained learns from a few requests
     of the embedded world.
@@ -94,10 +104,7 @@ def build_inputs(base: BaseModel, method: str, config: Any, seed: int = 0) -> di
     An artifact is built once in a process for each model with these weights, and kept as the bytes
     that a store would hold.
     """
-    training = training_source("tinyworld", shards=(16,))[0] if get_method(method).needs_pretraining else None
-    specs = config.artifacts(
-        ArtifactContext(ModelFingerprint("random", "golden"), base.config, seed, training)
-    )
+    specs = build_specs(base, method, config, seed)
     model = f"{model_hash(base)} {base.config.model_dump_json()}"
     kept, found = _artifacts(), {}
     for spec in specs:

@@ -99,13 +99,6 @@ def test_tokens_of_a_chat(arch: str) -> None:
     [
         (LINES, ""),
         (INLINE, " "),
-        (
-            (
-                "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}"
-                "think{% endif %}"
-            ),
-            "",
-        ),
     ],
 )
 def test_the_answer_stands_where_the_template_puts_it(template: str, between: str) -> None:

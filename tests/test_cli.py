@@ -161,9 +161,10 @@ def test_a_changed_hyperparameter_makes_new_cells_and_the_summary_shows_those(
     assert code == 0
     assert "all 1 cells finished" in out
     count = "SELECT count(DISTINCT cell_id) AS n, count(DISTINCT hparams_id) AS h FROM edits"
-    assert json.loads(call("query", folder, count, "--format", "json")[1]) == {"n": 2, "h": 2}
+    assert json.loads(call("query", folder, count, "--format", "json")[1]) == {"n": 1, "h": 1}
+    assert json.loads(call("query", folder, f"{count}_all", "--format", "json")[1]) == {"n": 2, "h": 2}
     (line,) = [line.split() for line in call("report", folder)[1].splitlines() if "ft-3" in line]
-    assert line[1:4] == ["4", "1", "4"]  # T, cells, edits
+    assert line[1:4] == ["4", "1", "4/4"]  # T, cells, done / asked
 
 
 def test_the_summary_can_be_drawn(call: Any, results: Path, tmp_path: Path) -> None:
@@ -199,7 +200,12 @@ def test_a_failed_cell_is_named(
         "run", spec, "--engine", "local", "--results", tmp_path / "r", "--set", "engine.max_failures=1"
     )
     assert code == 1
-    for word in ("2 of 2 cells", "ft-3 T=4 seed=0", "edit 0: FloatingPointError: [bold]out of luck[/bold]"):
+    for word in (
+        "2 of 2 cells",
+        "first: ft-3 T=",
+        "group 0, edit 0",
+        " 5 x FloatingPointError: [bold]out of luck[/bold]",  # four groups of T=1, one of T=4
+    ):
         assert word in err
     assert err.rstrip().endswith("--retry-failed")
     status = json.loads(call("status", tmp_path / "r", "--json")[1])
@@ -209,12 +215,14 @@ def test_a_failed_cell_is_named(
         for failure in cell["failures"]:
             assert (failure["kind"], failure["message"]) == ("FloatingPointError", "[bold]out of luck[/bold]")
             assert "out of luck" in Path(failure["log"]).read_text()
-            assert failure["log"].rpartition("/")[2] in shown.replace("\n", "").replace(" ", "")
+    first = status["failed_cells"][0]["failures"][0]["log"]
+    assert first.rpartition("/")[2] in shown.replace("\n", "").replace(" ", "")
+    assert [line for line in shown.splitlines() if line.split()[:2] == ["5", "FloatingPointError:"]]
     assert "FloatingPointError: [bold]out of luck[/bold]" in " ".join(shown.split())
     monkeypatch.undo()
     again = ("run", spec, "--engine", "local", "--results", tmp_path / "r")
     fails(call(*again), 1, ["2 of 2 cells are not finished"])
-    assert "groups failed before" in call("plan", spec, "--results", tmp_path / "r")[2]
+    assert "groups failed before" in call("plan", spec, "--results", tmp_path / "r")[1]
     assert call(*again, "--retry-failed", "--only", "T=4")[0] == 0
     assert call(*again, "--retry-failed")[0] == 0
 
@@ -324,7 +332,7 @@ def _as_anyone(*arguments: str) -> None:
 def test_status(call: Any, results: Path) -> None:
     code, out, _ = call("status", results)
     assert code == 0
-    assert "2 of 2 cells finished; no run is at work" in out
+    assert "2 of 2 cells finished; no run is active" in out
     found = json.loads(call("status", results, "--json")[1])
     assert [cell["T"] for cell in found["cells"]] == [1, 4]
     assert all(cell["done"] == cell["groups"] for cell in found["cells"])

@@ -39,6 +39,7 @@ SAMPLES = {
     "wikibigedit": FIXTURES / "wikibigedit_sample.json",
     "knowedit": FIXTURES / "knowedit_sample.json",
     "mquake": FIXTURES / "mquake_sample.json",
+    "ultraeditbench": FIXTURES / "ultraeditbench_sample.json",
     "jsonl": FIXTURES / "requests_sample.jsonl",
 }
 WIKIBIO = FIXTURES / "knowedit_wikibio_sample.json"
@@ -166,6 +167,132 @@ def test_knowedit_fields() -> None:
     assert [r.subject for r in biographies] == ["orla fenwick", "Tobin Marr"]
     assert all(r.passage and r.subject in r.prompt for r in biographies)
     assert biographies[0].target_new.startswith("She built")
+
+
+def test_ultraeditbench_fields() -> None:
+    dataset = load_dataset("ultraeditbench", SAMPLES["ultraeditbench"])
+    first, _, third = dataset.requests
+    assert replace(first, unrelated=None) == EditRequest(
+        case_id="1",
+        prompt="What is the capital of Freedonia?",
+        subject="Freedonia",
+        target_new="Glorious City",
+        rephrases=("Freedonia has what capital?",),
+        locality=(Probe("Which river runs through Strakos?", "Wend"),),
+    )
+    assert third.rephrases == third.locality == ()
+    assert dataset.notes["probes_without_answer"] == 1
+    assert third.unrelated
+
+
+def test_knowedit_as_wikidata_files_have_it(tmp_path: Path) -> None:
+    """`rephrase` for `rephrase_prompt`, and null or empty lists where there are no probes."""
+    first = {
+        "subject": "Quellmar",
+        "prompt": "The capital of Quellmar is",
+        "target_new": "Ostvale",
+        "ground_truth": ["Tarn"],
+        "rephrase": "Quellmar's capital is",
+        "locality": {
+            "Relation_Specificity": [{"prompt": "The river of Tarn is", "ground_truth": [["Lis", "the Lis"]]}]
+        },
+        "portability": None,
+    }
+    second = {
+        "subject": "Tarn",
+        "prompt": "The river of Tarn is",
+        "target_new": "Mar",
+        "ground_truth": [],
+        "rephrase_prompt": None,
+        "rephrase": ["Through Tarn runs", "Tarn lies on"],
+        "locality": {"Relation_Specificity": None, "Forgetfulness": []},
+        "portability": [],
+    }
+    one, two = load_dataset("knowedit", write(tmp_path / "wiki.json", "knowedit", [first, second])).requests
+    assert one.rephrases == ("Quellmar's capital is",)
+    assert one.locality == (Probe("The river of Tarn is", "Lis"),)
+    assert (one.portability, one.ground_truth, two.ground_truth) == ((), "Tarn", None)
+    assert two.rephrases == ("Through Tarn runs", "Tarn lies on")
+    assert two.locality == two.portability == ()
+    alone = write(tmp_path / "empty.json", "knowedit", [second])
+    assert load_dataset("knowedit", alone).requests[0].prompt == "The river of Tarn is"
+    odd = write(tmp_path / "odd.json", "knowedit", [first, second | {"portability": ["p"]}])
+    with pytest.raises(DataError, match="record 2: field `portability`: expected an object"):
+        load_dataset("knowedit", odd)
+
+
+def test_groups_keep_their_names() -> None:
+    first, _ = load_dataset("knowedit", SAMPLES["knowedit"]).requests
+    groups = RAW["knowedit"][0]
+    for kind, probes in (("portability", first.portability), ("locality", first.locality)):
+        asked = {
+            str(p["prompt"] if isinstance(p["prompt"], str) else p["prompt"][0]): name
+            for name, group in groups[kind].items()
+            for p in group
+        }
+        assert probes
+        assert [p.group for p in probes] == [asked[p.prompt] for p in probes]
+
+
+# --- records that name their target twice ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["zsre", "wikibigedit", "ultraeditbench"])
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_record_with_two_targets_asks_which(kind: str, policy: Any, tmp_path: Path) -> None:
+    records = copy.deepcopy(RAW[kind])
+    records[1] |= {"ans": "An Answer", "alt": "Another"}
+    path = write(tmp_path / "two.json", kind, records)
+    with pytest.raises(DataError) as caught:
+        load_dataset(kind, path, on_bad_record=policy)
+    for words in ("two.json, record 2", "`ans and alt`", "`dataset.target_field: ans`", "'Another'"):
+        assert words in str(caught.value)
+    both = write(tmp_path / "both.json", kind, [r | {"ans": "An Answer", "alt": "Another"} for r in records])
+    with pytest.raises(DataError, match=r"dataset\.target_field: alt") as caught:
+        load_dataset(kind, both)
+    assert "no kind" not in str(caught.value)
+    for field, target in (("ans", "An Answer"), ("alt", "Another")):
+        found = load_dataset(kind, both, target_field=field)  # type: ignore[arg-type]
+        assert {r.target_new for r in found.requests} == {target}
+    with pytest.raises(
+        DataError, match=r"record 1: field `(ans|alt)`: is missing, and dataset\.target_field"
+    ):
+        load_dataset(kind, path, target_field="alt" if kind != "zsre" else "ans")
+
+
+def test_kinds_with_one_target_take_no_choice() -> None:
+    with pytest.raises(
+        DataError, match=r"counterfact' does not take `target_field` .got 'ans'.*zsre, wikibig"
+    ):
+        load_dataset("counterfact", SAMPLES["counterfact"], target_field="ans")
+
+
+# --- files that no kind reads ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FILE_KINDS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([{"question": "Who?", "answer": "Ada"}] * 3),
+        json.dumps([{"prompt": "Say hello", "subject": "hello", "target_new": 3, "rephrases": []}]),
+        json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b"}) + "\n",
+    ],
+    ids=["questions", "broken jsonl", "lines"],
+)
+def test_a_file_that_no_kind_reads_says_so(kind: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "unknown.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="no kind of data set reads this file") as caught:
+        load_dataset(kind, path)
+    assert "set `dataset.kind" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_lines_given_to_a_kind_of_lists(tmp_path: Path) -> None:
+    path = write(tmp_path / "lines.jsonl", "jsonl", JSONL)
+    with pytest.raises(DataError, match=r"set `dataset\.kind: jsonl`"):
+        load_dataset("zsre", path)
 
 
 def test_mquake_fields() -> None:
@@ -389,7 +516,10 @@ def test_train_path_belongs_to_zsre(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_lists_the_valid_ones() -> None:
-    kinds = "counterfact, hallucination, jsonl, knowedit, mquake, temporal, tinyworld, wikibigedit, zsre"
+    kinds = (
+        "counterfact, hallucination, jsonl, knowedit, mquake, temporal, tinyworld, ultraeditbench, "
+        "wikibigedit, zsre"
+    )
     with pytest.raises(DataError, match=f"unknown data set 'zsRE'; valid kinds: {kinds}"):
         load_dataset("zsRE", SAMPLES["zsre"])
     assert set(DATASETS) == {"tinyworld", *FILE_KINDS}

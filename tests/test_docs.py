@@ -18,6 +18,9 @@ from pydantic_core import PydanticUndefined
 
 from orchestrator import open_results
 from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.results.journal import Journal
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.sealed import seal_json
 from tests.shards import finish, make_manifest
 from workers.job import ScoreConfig
 from workers.scoring.registry import SCORES
@@ -175,15 +178,20 @@ def test_specs_on_the_pages_are_valid(tmp_path: Path) -> None:
 
 
 def test_queries_on_the_pages_can_be_asked(tmp_path: Path) -> None:
-    (tmp_path / "sweep.json").write_bytes(b"{}")
-    results = open_results(tmp_path)
-    finish(results.journal, make_manifest("s0", cell="a", step_edits=50))
-    shell = re.compile(r'(?s)editsweep query \S+ "(.*?)"')
+    planned = {cell: {"groups": 4, "config": {"lr": 0.1}, "model": "embedded"} for cell in ("a-0", "a-1")}
+    for name in ("one", "two"):
+        store = LocalStore(tmp_path / name)
+        store.publish_new("sweep.json", b"{}")
+        store.publish_new("plan.json", seal_json({"cells": planned, "current": ["a-0"]}))
+        finish(Journal(store), make_manifest("s0", cell="a", step_edits=50))
+    one, both = open_results(tmp_path / "one"), open_results(tmp_path / "one", tmp_path / "two")
+    shell = re.compile(r'(?s)editsweep query \S+(?: results/\S+)? "(.*?)"')
     queries = [code for _, code in blocks("sql")]
     queries += [query for _, code in blocks("") for query in shell.findall(code) if query != "SQL"]
     queries += [query for _, code in blocks("python") for query in re.findall(r'\.sql\("(.*?)"\)', code)]
     assert len(queries) >= 6
     for query in queries:
+        results = both if "SELECT results" in query else one
         assert results.sql(query).num_rows >= 1, query
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import json
 import logging
 import os
@@ -51,6 +52,28 @@ def test_the_example_in_the_packages_docstring(tmp_path: Path, monkeypatch: pyte
     assert tried.attempted >= 7
     assert tried.failed == 0
     assert (tmp_path / "results" / "ft" / "sweep.json").exists()
+
+
+def test_the_example_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sweeps").symlink_to(ROOT / "sweeps")
+    monkeypatch.chdir(tmp_path)
+    tried = doctest.testfile(str(ROOT / "docs" / "python.md"), module_relative=False)
+    assert tried.attempted >= 9
+    assert tried.failed == 0
+
+
+def test_the_page_names_every_argument() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for function in (editsweep.plan, editsweep.run):
+        for name in inspect.signature(function).parameters:
+            assert f"| `{name}` |" in page, name
+
+
+def test_several_folders_are_one_table(spec_file: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        editsweep.run(spec_file, tmp_path / name, engine="local", only=["T=2"])
+    both = editsweep.open_results(tmp_path / "one", tmp_path / "two").table()
+    assert set(both.column("results").to_pylist()) == {str(tmp_path / "one"), str(tmp_path / "two")}
 
 
 def test_plan_run_and_read(spec_file: Path, tmp_path: Path) -> None:

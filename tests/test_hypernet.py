@@ -95,8 +95,8 @@ def test_factors_are_the_gradient_of_the_edited_weights(arch: str, modules: tupl
     for weight_LOI in overlay.weights_LOI.values():
         weight_LOI.requires_grad_(True)
     row_P, column_P = questions.targets.reads
-    with overlay.installed(questions.rows):
-        hidden_PD = base.hidden_states(questions.rows)[list(row_P), list(column_P)]
+    with overlay.installed(questions.batch):
+        hidden_PD = base.hidden_states(questions.batch)[list(row_P), list(column_P)]
         wanted_L = questions.targets.nll(base, hidden_PD)
     wanted_L.sum().backward()
     assert torch.allclose(loss_L, wanted_L.detach())
@@ -120,10 +120,10 @@ def test_a_change_in_factors_is_the_change_in_weights() -> None:
     overlay = DenseOverlay(sites, 3, torch.float64)
     for site, (left_LNO, right_LNI) in zip(sites, pairs, strict=True):
         overlay.weights_LOI[site.name] += left_LNO.transpose(1, 2) @ right_LNI
-    with torch.no_grad(), changed(sites, pairs, questions.rows):  # type: ignore[arg-type]
-        ours = base.hidden_states(questions.rows)
-    with torch.no_grad(), overlay.installed(questions.rows):
-        assert torch.allclose(ours, base.hidden_states(questions.rows), atol=1e-9)
+    with torch.no_grad(), changed(sites, pairs, questions.batch):  # type: ignore[arg-type]
+        ours = base.hidden_states(questions.batch)
+    with torch.no_grad(), overlay.installed(questions.batch):
+        assert torch.allclose(ours, base.hidden_states(questions.batch), atol=1e-9)
 
 
 @pytest.mark.numeric

@@ -104,6 +104,32 @@ def test_ood_texts_are_read_token_by_token(generated: bool) -> None:
         score(base, None, [Item(0, replace(request, ood=("",)))], ScoreConfig())
 
 
+def test_the_mean_of_group_means() -> None:
+    """Six probes of one group that the model knows, and one of another that it does not."""
+    base = golden_model("tiny-llama")
+    known = [r for r in golden_requests(60) if r.ground_truth]
+    said = [
+        (r, score(base, None, [Item(0, replace(r, target_new=str(r.ground_truth)))], ScoreConfig())[0])
+        for r in known
+    ]
+    right = next(r for r, s in said if s["reliability_exact"] == s["reliability_generated"] == 1)
+    good = Probe(right.prompt, str(right.ground_truth), group="Subject_Aliasing")
+    bad = Probe("Yes,", "Paris", group="Reasoning")
+    request = replace(REQUESTS[0], portability=(good,) * 6 + (bad,), locality=(good, bad))
+    unnamed = replace(request, portability=tuple(replace(p, group="") for p in request.portability))
+    overlay = edited(base)
+    found, plain = score(base, overlay, [Item(0, request), Item(0, unnamed)], ScoreConfig())
+    for protocol in ("exact", "generated"):
+        for suffix in ("", "_base"):
+            assert found[f"portability_{protocol}{suffix}"] == pytest.approx(6 / 7)
+            assert found[f"portability_group_mean_{protocol}{suffix}"] == 0.5
+            assert plain[f"portability_group_mean_{protocol}{suffix}"] is None
+    assert found["locality_group_mean_exact"] == 1
+    assert "locality_group_mean_exact_base" not in found
+    (changed,) = score(base, overlay, [Item(1, request)], ScoreConfig(generated=False))
+    assert changed["portability_group_mean_generated"] is None
+
+
 @pytest.mark.numeric
 def test_any_of_several_questions() -> None:
     base = golden_model("tiny-llama")

@@ -132,7 +132,7 @@ def test_it_runs_through_a_stream_into_the_table(scores: Registry) -> None:
     names = [column.name for column in declared]
     assert [name for name in names if name in NEW] == NEW
     assert [column for column in declared if column.name not in NEW] == list(COLUMNS)
-    assert names.index("first_right") == names.index("ability_perplexity_base") + 1, (
+    assert names.index("first_right") == names.index(SCORES.columns[-1].name) + 1, (
         "a new score's columns stand last"
     )
     others = {column.name: None for column in declared if column.source != "stream" and column.nullable}

@@ -13,7 +13,7 @@ from torch import nn
 from orchestrator.planning.packing import _even
 from tests.small import build_inputs, golden_requests, job, random_model, session
 from tests.test_stream import REQUESTS, ROME, two_cells, with_bad
-from workers.inner_loop.suffix import Suffix, _understood
+from workers.inner_loop.suffix import Suffix, _can_cut
 from workers.job import ScoreConfig
 from workers.methods.ft import FTConfig
 from workers.model.base import BaseModel
@@ -160,12 +160,12 @@ def test_layers_with_arguments_that_cannot_be_cut_run_whole(what: str, first: in
 
 def test_which_arguments_can_be_cut() -> None:
     mask, table = torch.ones(2, 1, 5, 5), torch.ones(2, 5, 4)
-    assert _understood("attention_mask", mask) and _understood("attention_mask", (mask, mask))
+    assert _can_cut("attention_mask", mask) and _can_cut("attention_mask", (mask, mask))
     for other in (mask[0], mask[0, 0], (mask, mask[0]), [mask[0]]):
-        assert not _understood("attention_mask", other)
-    assert _understood("position_embeddings", (table, table)) and _understood("position_ids", table[..., 0])
-    assert not _understood("alibi", table) and not _understood("alibi", (None, table))
-    assert _understood("alibi", None) and _understood("training", (True, "sdpa"))
+        assert not _can_cut("attention_mask", other)
+    assert _can_cut("position_embeddings", (table, table)) and _can_cut("position_ids", table[..., 0])
+    assert not _can_cut("alibi", table) and not _can_cut("alibi", (None, table))
+    assert _can_cut("alibi", None) and _can_cut("training", (True, "sdpa"))
 
 
 def test_layers_are_modules_with_hooks() -> None:

@@ -105,7 +105,8 @@ def by_key(found: Iterable[Row]) -> Rows:
 
 
 def rows(folder: Path) -> Rows:
-    return by_key(open_results(folder).table().to_pylist())
+    """Every row that the folder holds, superseded ones too."""
+    return by_key(open_results(folder).table(superseded=True).drop_columns("superseded").to_pylist())
 
 
 def written(folder: Path) -> Rows:
@@ -205,15 +206,17 @@ def test_it_is_read(
     assert len(found) == count
     check_kept(found, before)
 
-    question = "SELECT method, count(*) AS n, avg(target_logprob) AS mean FROM edits GROUP BY ALL"
-    answer = [json.loads(line) for line in ask("query", question, "--format", "json").splitlines()]
-    assert {line["method"] for line in answer} == {row["method"] for row in before.values()}
-    for line in answer:
-        values = [row["target_logprob"] for row in before.values() if row["method"] == line["method"]]
-        assert (line["n"], line["mean"]) == (len(values), pytest.approx(sum(values) / len(values)))
-
     current = {cell["cell_id"]: cell for cell in status["cells"]}
-    shown = {(current[r["cell_id"]]["method"], r["T"]) for r in before.values() if r["cell_id"] in current}
+    live = [row for row in before.values() if row["cell_id"] in current]
+    for view, expected in (("edits_all", list(before.values())), ("edits", live)):
+        question = f"SELECT method, count(*) AS n, avg(target_logprob) AS mean FROM {view} GROUP BY ALL"
+        answer = [json.loads(line) for line in ask("query", question, "--format", "json").splitlines()]
+        assert {line["method"] for line in answer} == {row["method"] for row in expected}
+        for line in answer:
+            values = [row["target_logprob"] for row in expected if row["method"] == line["method"]]
+            assert (line["n"], line["mean"]) == (len(values), pytest.approx(sum(values) / len(values)))
+
+    shown = {(cell["method"], cell["T"]) for cell in current.values()}  # without any row, too
     lines = [
         [word.strip() for word in line.split("|")]
         for line in ask("report", "--format", "markdown").splitlines()

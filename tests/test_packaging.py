@@ -48,7 +48,13 @@ def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
     return [
         Requirement(text)
-        for text in [*PROJECT["dependencies"], *extras["test"], *extras["plots"], *extras["s3"]]
+        for text in [
+            *PROJECT["dependencies"],
+            *extras["test"],
+            *extras["pandas"],
+            *extras["plots"],
+            *extras["s3"],
+        ]
     ]
 
 
@@ -58,7 +64,7 @@ def requirements() -> list[Requirement]:
 def test_distribution() -> None:
     assert (PROJECT["name"], PROJECT["version"]) == ("editsweep", "0.1.0")
     assert PROJECT["scripts"] == {"editsweep": "orchestrator.cli.main:main"}
-    assert set(PROJECT["optional-dependencies"]) == {"test", "plots", "s3"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "pandas", "plots", "s3"}
 
 
 def test_console_script_exists() -> None:

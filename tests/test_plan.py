@@ -469,6 +469,8 @@ def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         folder
     )  # its defaults are LLaMA-2-7B's sizes
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    for file in (ROOT / "tests/golden/models/tiny-llama").glob("*token*"):
+        shutil.copy(file, folder)
     records = [
         {
             "subject": f"Person {i}",
@@ -587,7 +589,7 @@ def test_cell_ids_depend_on_what_decides_the_numbers(dataset: Dataset) -> None:
 def test_a_chat_template_makes_other_cells(dataset: Dataset, tmp_path: Path) -> None:
     for file in assets_dir().iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     methods = [{"method": "ft", "hparams": {"layers": [1]}}]
     plain, chat = (
         by_name(
@@ -853,7 +855,9 @@ def everything_from_files(folder: Path) -> SweepSpec:
             {**record, "subject": s, "src": f"Who taught {s}?", "rephrase": f"{s}'s teacher?"} for s in people
         ]
         (folder / name).write_text(json.dumps(rows))
-    (folder / "ft.yaml").write_text("alg_name: FT\nlayers: [3]\nlr: 0.001\nnum_steps: 3\n")
+    (folder / "ft.yaml").write_text(
+        "alg_name: FT\nlayers: [3]\nlr: 0.001\nnum_steps: 3\nobjective_optimization: target_new\n"
+    )
     for name in ("corpus.txt", "held_out.txt"):
         (folder / name).write_text("Once there was a text. It had sentences.\n" * 20)
     networks = {"method": "mend", "hparams": {"layers": [3], "lr_lr": 0.001}}

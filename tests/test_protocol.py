@@ -222,7 +222,10 @@ def test_the_protocol_overrides_nothing_said(tmp_path: Path) -> None:
     off = {name for name, value in config.deviations.model_dump().items() if not value}
     assert off == {"public_margin", "public_decay"}
     path = tmp_path / "ft.yaml"
-    path.write_text('alg_name: "FT"\nlayers: [1]\nconstraint_around: base\npublic_bos: false\n')
+    path.write_text(
+        'alg_name: "FT"\nlayers: [1]\nconstraint_around: base\npublic_bos: false\n'
+        "objective_optimization: target_new\n"
+    )
     from_file = load_config("ft", {}, path, ELSEWHERE, "easyedit")
     assert from_file == FTConfig(layers=(1,))
     over = load_config("ft", {"deviations": {"public_bos": True}}, path, ELSEWHERE, "easyedit")

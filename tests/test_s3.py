@@ -117,8 +117,8 @@ def test_the_verbs(store: S3Store, where: str) -> None:
 def test_more_than_one_page(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a server that lists a hundred objects at a time, not a thousand."""
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "100")
-    assert s3._DELETED_AT_ONCE <= 1000  # the protocol's limit
-    monkeypatch.setattr(s3, "_DELETED_AT_ONCE", 100)
+    assert s3._DELETE_BATCH <= 1000  # the protocol's limit
+    monkeypatch.setattr(s3, "_DELETE_BATCH", 100)
     for number in range(215):
         store.replace(f"f/{number:05d}", b"")
     page = boto3.client("s3").list_objects_v2(Bucket="lab", Prefix=store._key("f"))

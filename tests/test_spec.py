@@ -112,7 +112,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("gird", {}, ["gird", "unknown key", "'grid'", "methods"]),
         ("grid.seed", [0], ["grid.seed", "unknown key", "seeds"]),
         ("engine.resources.gpus", 1, ["engine.resources.gpus", "valid keys: cpu, gpu"]),
-        ("dataset.edits", "many", ["dataset.edits", "integer", "'many'"]),
+        ("dataset.edits", "many", ["dataset.edits", "whole number", "'many'"]),
         ("dataset.edits", 0, ["dataset.edits", "greater than or equal to 1"]),
         ("grid.T", [7], ["grid.T", "7 does not divide", "50", "5 and 10"]),
         ("grid.T", [100], ["grid.T", "100 is larger", "50"]),
@@ -145,6 +145,59 @@ def test_refusals_name_field_value_and_choices(path: str, value: Any, words: lis
         assert word in message, message
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("grid.T", "abc", "grid.T: expected a number or a list of numbers, found 'abc'"),
+        ("grid.T", True, "grid.T: expected a number or a list of numbers, found True"),
+        ("grid.T", None, "grid.T: expected a number or a list of numbers, found nothing"),
+        ("grid.T", ["2"], "grid.T: expected a whole number, found '2'"),
+        ("grid.seeds", [True], "grid.seeds: expected a whole number, found True"),
+        ("dataset.edits", True, "dataset.edits: expected a whole number, found True"),
+        ("dataset.edits", "50", "dataset.edits: expected a whole number, found '50'"),
+        ("dataset.edits", None, "dataset.edits: expected a whole number, found nothing"),
+        ("engine.max_actors", True, "engine.max_actors: expected a whole number, found True"),
+        ("engine.gpu_memory_gb", "80", "engine.gpu_memory_gb: expected a number, found '80'"),
+        ("engine.gpu_memory_gb", float("inf"), "engine.gpu_memory_gb: expected a finite number, found inf"),
+        ("engine.resources.cpu", float("nan"), "engine.resources.cpu: expected a finite number, found nan"),
+        ("scoring.extra_tokens", "4", "scoring.extra_tokens: expected a whole number, found '4'"),
+        ("scoring.fluency_tokens", True, "scoring.fluency_tokens: expected a whole number, found True"),
+        ("methods", 5, "methods: expected a list, found 5"),
+        ("methods", [], "methods: expected at least one entry, found []"),
+        ("methods", [{"method": "ft", "hparams": 3}], "methods.0.hparams: expected a mapping, found 3"),
+        ("dataset", "zsre", "dataset: expected a mapping with the fields kind, edits, order, path, "),
+        ("engine", None, "engine: expected a mapping with the fields lanes, "),
+        ("training", {"kind": "foo"}, "training.kind: 'foo' is not valid; choose tinyworld, "),
+        ("ray.address", "", "ray.address: '' is not host:port or auto"),
+        ("ray.address", "gs://h", "ray.address: 'gs://h' is not host:port or auto"),
+        ("ray.address", "ray://h:1", "ray.address: 'ray://h:1' is not host:port or auto: Ray Client is not "),
+        ("ray.address", "h:70000", "ray.address: 'h:70000' is not host:port or auto"),
+    ],
+)
+def test_a_refusal_says_what_is_expected_in_plain_words(path: str, value: Any, line: str) -> None:
+    message = refusal(changed(path, value))
+    assert message.startswith(f"s.yaml: {line}"), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.example.org:6379", "[::1]:6379", None])
+def test_addresses_of_a_cluster(address: str | None) -> None:
+    assert parse(changed("ray.address", address)).ray.address == address
+
+
+def test_a_whole_number_may_be_written_as_a_power_of_ten() -> None:
+    spec = parse(yaml.safe_dump(GOOD), ("dataset.edits=1e2", "grid.T=[1e1, 1E2]", "engine.resources.cpu=2"))
+    assert (spec.dataset.edits, spec.grid.T, spec.engine.resources.cpu) == (100, (10, 100), 2.0)
+    assert parse(yaml.safe_dump(GOOD), ("grid.T=5e1",)).grid.T == (50,)
+
+
+def test_every_fault_of_a_list_and_no_other_is_named() -> None:
+    message = refusal(changed("methods", [{"method": "ft", "T": True, "hparam": 1}]))
+    assert message.count("\n") == 2
+    assert "methods.0.T: expected a number" in message
+    assert "methods.0.hparam: unknown key" in message
+
+
 def test_a_mark_lies_between_two_batches() -> None:
     raw = {**GOOD, "grid": {"T": [10], "batch_size": 5}, "scoring": {"score_at": [10, 12]}}
     assert "scoring.score_at: 12 lies within a batch of grid.batch_size=5 edits" in refusal(
@@ -163,7 +216,7 @@ def test_missing_field_and_wrong_shape() -> None:
 def test_missing_and_large_file(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"nowhere\.yaml: no such spec file"):
         load_spec(tmp_path / "nowhere.yaml")
-    with pytest.raises(SpecError, match="cannot be read"):
+    with pytest.raises(SpecError, match="is a folder, expected a spec file"):
         load_spec(tmp_path)
     big = tmp_path / "big.yaml"
     big.write_text("#" * (MAX_BYTES + 1))

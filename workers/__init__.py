@@ -4,7 +4,7 @@ the orchestrator.
 Tensor names carry their axes as a suffix of capital letters; 1 is an axis of one element:
 
 ====  ============================================================================================
- A    training pairs that a batch of edits is told apart from (SERAC)
+ A    texts that a training step compares with its edits (SERAC)
  B    rows of a batch (one tokenised sequence each)
  C    clusters (MELO)
  D    hidden size

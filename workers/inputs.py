@@ -1,11 +1,11 @@
-"""Reading what people write: YAML of bounded size, and a validation's complaints as one message
-that can be acted on."""
+"""User input: parsing of YAML of bounded size, and validation errors as one readable message."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, get_args
 
 import yaml
@@ -15,28 +15,45 @@ from yaml.constructor import ConstructorError
 from workers.types import JSON, SpecError
 
 MAX_BYTES = 1 << 20
-"""A file larger than this is refused before it is parsed."""
+"""Maximum size of a file; checked before parsing."""
 
 MAX_NODES = 50_000
-"""YAML nodes a file may have once its aliases are written out (a nest of aliases can stand for
+"""Maximum number of YAML nodes after aliases are expanded (nested aliases can expand to
 billions)."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses repeated keys and reads ``1e-4`` as the number it looks like."""
+    """Safe YAML that refuses a key with two values and reads ``1e-4`` as the number it looks like."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
+        seen: dict[object, object] = {}
+        for key_node, value_node in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool, type(None))):
                 raise ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
-            if key in seen:
-                raise ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
-            seen.add(key)
+            value = self.construct_object(value_node, deep=True)
+            if key in seen and not _same(seen[key], value):
+                raise ConstructorError(
+                    None,
+                    None,
+                    f"the key {key!r} appears twice, as {short(seen[key])} and as {short(value)}",
+                    key_node.start_mark,
+                )
+            seen[key] = value
         return super().construct_mapping(node, deep=deep)
+
+
+def _same(one: object, other: object) -> bool:
+    """True for equal values of one type: ``1``, ``1.0`` and ``true`` are three values."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
 
 
 _Loader.add_implicit_resolver(
@@ -45,7 +62,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> JSON:
-    """Safely loaded YAML of bounded size."""
+    """Parse YAML of bounded size, safely. Raises :class:`SpecError`, which names ``source``."""
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
     loader = None
@@ -54,7 +71,7 @@ def parse_yaml(text: str, source: str) -> JSON:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _written_out(node, {}, 0) > MAX_NODES:
+        if _expanded_size(node, {}, 0) > MAX_NODES:
             raise SpecError(f"{source}: more than {MAX_NODES} values once its aliases are written out")
         return loader.construct_document(node)
     except yaml.YAMLError as e:
@@ -69,9 +86,9 @@ def parse_yaml(text: str, source: str) -> JSON:
             loader.dispose()
 
 
-def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Nodes below and including ``node`` with every alias written out; an alias to its own parent
-    raises."""
+def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Number of nodes at and below ``node``, aliases expanded. Raises ValueError for an alias to
+    its own parent."""
     if depth > 50:
         raise ValueError("nested more than 50 levels deep")
     if id(node) in known:
@@ -81,17 +98,22 @@ def _written_out(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     known[id(node)] = 0
     total = 1
     if isinstance(node, yaml.SequenceNode):
-        total += sum(_written_out(child, known, depth + 1) for child in node.value)
+        total += sum(_expanded_size(child, known, depth + 1) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
-        total += sum(_written_out(child, known, depth + 1) for pair in node.value for child in pair)
+        total += sum(_expanded_size(child, known, depth + 1) for pair in node.value for child in pair)
     known[id(node)] = total
     return total
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """All problems of one validation, a line each."""
+    """All errors of one validation, one line each."""
     lines = []
-    for problem in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        if problem["type"] == "too_short" and any(
+            _inside(other["loc"], problem["loc"]) for other in problems
+        ):
+            continue  # pydantic leaves invalid entries out before it counts them
         field = ".".join(str(part) for part in problem["loc"])
         kind = problem["type"]
         if kind == "extra_forbidden":
@@ -109,9 +131,45 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             choices = problem.get("ctx", {}).get("expected", "")
             lines.append(f"{field}: {short(problem['input'])} is not valid; choose {choices}")
         else:
-            message = problem["msg"][:1].lower() + problem["msg"][1:]
-            lines.append(f"{field}: {message}, found {short(problem['input'])}")
+            told = problem["msg"][:1].lower() + problem["msg"][1:]
+            message = _expected(root, problem["loc"], kind) or told
+            lines.append(f"{field}: {message}, found {found(problem['input'])}")
     return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+_EXPECTED: Mapping[str, str] = MappingProxyType(
+    {
+        "int_type": "a whole number",
+        "int_parsing": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "string_type": "a text",
+        "path_type": "a path",
+        "tuple_type": "a list",
+        "list_type": "a list",
+        "dict_type": "a mapping",
+        "mapping_type": "a mapping",
+    }
+)
+"""Pydantic's name of an error -> what the field expects, in the words of a user of YAML."""
+
+
+def _expected(root: type[BaseModel], loc: Sequence[int | str], kind: str) -> str | None:
+    """The text of an error of another type than the field's; None for other errors."""
+    if kind in ("model_type", "model_attributes_type", "dataclass_type"):
+        fields = _fields_at(root, loc)
+        return "expected a mapping" + (f" with the fields {', '.join(fields)}" if fields else "")
+    if kind == "too_short":
+        return "expected at least one entry"
+    return f"expected {_EXPECTED[kind]}" if kind in _EXPECTED else None
+
+
+def _inside(loc: Sequence[int | str], parent: Sequence[int | str]) -> bool:
+    return len(loc) > len(parent) and tuple(loc[: len(parent)]) == tuple(parent)
 
 
 def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
@@ -123,6 +181,16 @@ def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
         elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
             here = here.model_fields[part].annotation
     return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+
+
+def found(value: object) -> str:
+    """A value as messages show it: ``nothing`` for an empty one of YAML."""
+    return "nothing" if value is None else short(value)
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 cell``, ``2 cells``."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def short(value: object) -> str:

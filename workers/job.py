@@ -1,8 +1,8 @@
-"""A stream's work as frozen data. Free of torch.
+"""A stream's work as frozen data. Does not import torch.
 
 The planner writes a :class:`StreamJob` into a shard's manifest; a stream executes it tick by tick.
-Everything that decides a bit of the result stands here (lanes, batch composition, scoring batches),
-so that a shard resumed elsewhere repeats exactly the same arithmetic.
+It holds everything that determines the bits of the result (lanes, batch composition, scoring
+batches), so that a shard resumed on another machine repeats exactly the same arithmetic.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from workers.types import JSON, Frozen
+from workers.types import JSON, Frozen, Written
 
 Rollback = Literal["group", "never"]
 
 
 BATCHING = "batching"
-"""Marks a setting that says how scoring is cut into batches: it changes how fast scoring is, and
-numbers by rounding only."""
+"""Marks a setting that decides how scoring is split into batches. It changes the speed of scoring,
+and its numbers only by rounding."""
 
 
-class ScoreConfig(Frozen):
+class ScoreConfig(Written):
     """The moments that are scored, and the sizes of the frozen scoring batches.
 
-    Further keys are settings of single scores. What they mean stands with the score
-    (:mod:`workers.scoring.registry`), which checks them when a spec is read; here they are JSON
-    values that are passed on.
+    Further keys are settings of single scores. Each score declares its own
+    (:mod:`workers.scoring.registry`) and checks them when a spec is read; here they are plain JSON
+    values.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -54,7 +54,7 @@ class ScoreConfig(Frozen):
         return self.model_dump(mode="json", include=set(type(self).model_fields))
 
     def identity(self) -> dict[str, JSON]:
-        """Those of them that change which numbers are in the table."""
+        """The core settings that change the numbers in the table."""
         marked = {name for name, field in type(self).model_fields.items() if BATCHING in field.metadata}
         return self.model_dump(mode="json", include=set(type(self).model_fields) - marked)
 
@@ -81,14 +81,14 @@ class Share(Frozen):
 
 
 class Lane(Share):
-    """One lane of one wave, and what it reports first of all.
+    """One lane of one wave. The lane itself is its first share.
 
-    With ``rollback: group`` a lane holds exactly one group. Its first edits are those of a smaller
-    T's group that starts at the same request (nothing random derives from T), so it may report
-    ``also`` to such groups, one of each T. With ``rollback: never`` it edits from the very first
-    request up to the end of the last group and reports only the groups asked for. There T says
-    nothing but when to score, so it may report ``also`` to cells of any other T. Either way each
-    cell gets the rows a lane of its own would give.
+    With ``rollback: group`` a lane holds exactly one group. A group of a smaller T that starts at
+    the same request has the same first edits (no random number depends on T), so the lane may
+    report ``also`` to such groups, one per T. With ``rollback: never`` the lane edits from the
+    first request to the end of the last group, and reports only the groups of its shares. There T
+    decides only when to score, so the lane may report ``also`` to cells of any other T. In both
+    cases each cell gets the same rows as from a lane of its own.
     """
 
     also: tuple[Share, ...] = ()
@@ -114,13 +114,14 @@ class StreamJob(Frozen):
     waves: tuple[tuple[Lane, ...], ...]
     score: ScoreConfig = ScoreConfig()
     chat_template: bool = False
+    template: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
 
     def T_of(self, share: Share) -> int:
-        """Edits of a group of the cell that ``share`` is of."""
+        """Edits per group of the cell of ``share``."""
         return self.cells[share.cell].T or self.T
 
     def lane_edits(self, lane: Lane) -> int:
-        """Edits a lane makes from its pristine state on."""
+        """Number of edits a lane makes, counted from its pristine state."""
         return self.T if self.rollback == "group" else max(s.stop_group * self.T_of(s) for s in lane.shares)
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
-"""Random numbers: every generator is derived from what it is for, never shared and never global
-(DESIGN section 4).
+"""Random numbers. Every generator is derived from its purpose; none is shared or global (DESIGN
+section 4).
 
 >>> draws = RandomStreams("wise", {"lr": 1.0}, seed=0, first=40, position=3)
 >>> mask = torch.rand(4, generator=draws.generator("mask"))
@@ -18,8 +18,8 @@ from workers.types import JSON
 
 
 def canonical(value: JSON) -> str:
-    """The one JSON text of a value: keys sorted, no spaces, no NaN. What every hash in the project
-    is taken of."""
+    """Canonical JSON text of a value: keys sorted, no spaces, no NaN. Every hash in the project is
+    computed from it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -30,8 +30,8 @@ def derive_seed(*parts: JSON) -> int:
 
 
 def derive_generator(*parts: JSON) -> torch.Generator:
-    """A CPU generator seeded by :func:`derive_seed`. Draw on the CPU and move: the numbers then
-    agree on every device."""
+    """A CPU generator seeded by :func:`derive_seed`. Numbers are drawn on the CPU and moved, so
+    that they agree on every device."""
     return torch.Generator(device="cpu").manual_seed(derive_seed(*parts))
 
 
@@ -40,8 +40,8 @@ class RandomStreams:
     """The random numbers one edit of one lane may use.
 
     They depend on method, config, seed, the index of the group's first request and the position in
-    the group; not on T, N or the lanes beside. The first ten edits of a T=100 group therefore draw
-    what the T=10 group draws.
+    the group, but not on T, N or the other lanes. The first ten edits of a T=100 group therefore
+    draw the same numbers as the T=10 group.
     """
 
     method: str
@@ -51,5 +51,5 @@ class RandomStreams:
     position: int
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A fresh generator for one named use; asking twice gives the same numbers twice."""
+        """A new generator for one named use; two calls with the same name give the same numbers."""
         return derive_generator(self.method, dict(self.config), self.seed, self.first, self.position, purpose)

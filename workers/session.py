@@ -1,5 +1,5 @@
-"""A session: one loaded base model and what is reused between streams. An actor keeps one for as
-long as it lives."""
+"""A session: one loaded base model and the caches reused between streams. An actor keeps one for
+its lifetime."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Session:
     def open(cls, config: ModelConfig, threads: int = 1) -> Self:
         """Load the model and choose its kernels.
 
-        Fixes what the bits of a result depend on: thread count, no TF32, deterministic kernels.
+        Sets what the bits of a result depend on: thread count, no TF32, deterministic kernels.
         """
         torch.set_num_threads(threads)
         fix_numerics()
@@ -62,7 +62,8 @@ class Session:
         return cls(with_kernels(BaseModel.load(config)))
 
     def build(self, spec: ArtifactSpec, bench: Workbench) -> ArtifactData:
-        """Compute an artifact from its recipe and what ``bench.inputs`` holds of its needs.
+        """Compute an artifact from its recipe and the artifacts it needs, which ``bench.inputs``
+        holds.
 
         Raises :class:`ModelError` for a kind without a builder.
         """
@@ -70,13 +71,14 @@ class Session:
 
 
 def with_kernels(base: BaseModel) -> BaseModel:
-    """The model, running on the kernels that are faster for it on its device."""
+    """Give the model the kernels that are fastest on its device. Returns the same object."""
     base.kernels = Kernels.for_model(base.model, base.config.compile)
     return base
 
 
 def build_inputs(base: BaseModel, specs: Sequence[ArtifactSpec]) -> dict[str, ArtifactData]:
-    """Everything a method asks for, by the names it gave, built here and now and kept nowhere."""
+    """Build the artifacts that a method needs, without a cache. Returns them by the method's
+    names."""
     return {spec.name: _build(base, spec, Workbench(build_inputs(base, spec.needs))) for spec in specs}
 
 

@@ -1,11 +1,11 @@
-"""The protocol of the field, step by step: edit, score at the right moments, roll back.
+"""The evaluation protocol of lifelong editing: edit, score at the configured moments, roll back.
 
 >>> stream = Stream(session, job, requests=[ordered], artifacts={})
 >>> for step in stream.run(bounds=cut_steps(job, 50)):
-...     journal(step.rows, step.state)           # whoever drives the stream makes it durable
+...     journal(step.rows, step.state)           # the caller stores the step durably
 
-A stream knows nothing of journals, tables or Ray. Resuming gives it the state a step returned and
-the tick where that step ended; the continuation is bit-identical to never having stopped.
+A stream knows nothing of journals, tables or Ray. To resume, pass the state that a step returned
+and the tick where it ended; the results are bit-identical to those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from workers.types import JSON, EditRequest
 
 @dataclass(frozen=True)
 class GroupFailure:
-    """A lane whose numbers stopped being finite, or that raised. Its group has no complete rows;
-    others go on.
+    """A group whose lane became non-finite or raised. The group has no complete rows; the other
+    lanes continue.
 
     ``kind`` is ``diverged`` or the exception's class, ``trace`` its traceback.
     """
@@ -55,7 +55,7 @@ class GroupFailure:
 
 @dataclass(frozen=True)
 class TickProgress:
-    """Told after every tick: how far the stream is."""
+    """Progress of a stream, reported after every tick."""
 
     tick: int
     ticks: int
@@ -91,10 +91,10 @@ class _Wave:
     raised: dict[int, int] = field(default_factory=dict)
     """Lanes that cannot be edited any more, and the tick at which they raised."""
     log: list[list[dict[str, JSON]]] = field(default_factory=list)
-    """Per lane, what editing each position cost and reported."""
+    """Per lane and position: the edit's time and what the method reported."""
     kept: dict[int, dict[int, Any]] = field(default_factory=dict)
-    """Per measurement (by its place), by the number of edits: one state is scored in several ticks.
-    The latest's alone."""
+    """Per measurement (its index) and number of edits: values that several ticks on one state
+    share. Only those of the latest state are kept."""
 
     def alive(self) -> list[int]:
         return [i for i in range(len(self.lanes)) if i not in self.dead]
@@ -115,7 +115,8 @@ class Stream:
     """Runs one :class:`~workers.job.StreamJob` on a session's model.
 
     ``requests`` holds, for each of the job's cells, its requests in the order of that cell's seed;
-    ``artifacts`` everything the cells name, by key. ``scores`` are those that a row holds.
+    ``artifacts``: the artifacts that the cells name, by key. ``scores``: the scores that a row
+    holds.
     """
 
     def __init__(
@@ -132,14 +133,14 @@ class Stream:
         self.ticks = timeline(job)
         base = session.base
         if job.chat_template:
-            base = base.with_encoder(Encoder(base.tokenizer, chat_template=True))
+            base = base.with_encoder(Encoder(base.tokenizer, chat_template=True, template=job.template))
         self.base = base
         method = get_method(job.method)
         self.config = method.Config.model_validate(job.config)
         self._config_json = self.config.model_dump(mode="json")
         self._inputs = [{name: artifacts[key] for name, key in cell.artifacts.items()} for cell in job.cells]
         self.method = method.prepare(base, self.config, self._inputs[0])
-        scores.settings(job.score)  # refuses what no score knows
+        scores.settings(job.score)  # raises for a setting that no score declares
         self.scores = scores
         self._group_end = [(kind, kind.read(job.score)) for kind in scores.group_end]
         self._group_end_columns = [column for kind, _ in self._group_end for column in kind.columns]
@@ -154,12 +155,12 @@ class Stream:
         state: bytes | None = None,
         on_tick: Callable[[TickProgress], None] | None = None,
     ) -> Iterator[StepResult]:
-        """Yield one result per step. ``start`` is 0 or one of ``bounds``; ``state`` is what the
-        step ending there gave.
+        """Yield one result per step. ``start`` is 0 or one of ``bounds``; ``state`` is the state of
+        the step that ended there.
 
-        A lane that makes the method raise fails alone; the others go on from where they stood
-        before. Raised are only errors that may pass (:func:`workers.failures.may_pass`), such as a
-        device running out of memory in an edit; what was yielded before stays valid.
+        If a lane makes the method raise, only this lane fails; the others continue from their state
+        before the tick. Only transient errors are raised (:func:`workers.failures.may_pass`), for
+        example out of memory in an edit. Results yielded before stay valid.
         """
         if start not in (0, *bounds):
             raise ValueError(f"start {start} is not a step boundary of {list(bounds)}")
@@ -181,7 +182,7 @@ class Stream:
                     except Exception as error:
                         if may_pass(error):
                             raise
-                        wave, found = self._without_culprits(wave, index, error)
+                        wave, found = self._without_failing_lanes(wave, index, error)
                         failures += found
                 rows += done.rows
                 failures += done.failures
@@ -195,7 +196,7 @@ class Stream:
             yield StepResult(low, high, rows, failures, self._save(wave), edits, edit_seconds, score_seconds)
             low = high
 
-    # --- the three verbs ---
+    # --- begin, edit, score ---
 
     def _begin(self, tick: Tick) -> _Wave:
         lanes = self.job.waves[tick.wave]
@@ -213,11 +214,11 @@ class Stream:
         return done
 
     def _edit(self, wave: _Wave, tick: Tick, failures: list[GroupFailure]) -> int:
-        """Edit positions ``start .. stop`` of every lane; returns how many edits the living lanes
-        made.
+        """Edit positions ``start .. stop`` of every lane; return the number of edits of lanes that
+        have not failed.
 
-        A lane whose numbers are not finite keeps its place in the batch, and another's requests
-        take that of one that raised.
+        The batch keeps its size: a lane with non-finite numbers stays in it, and a lane that raised
+        is replaced by the requests of another lane.
         """
         alive = wave.alive()
         if not alive:
@@ -246,8 +247,8 @@ class Stream:
         """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its
         group)."""
         job = self.job
-        told = {i: asked(job, tick, wave.lanes[i]) for i in wave.alive()}
-        alive = [i for i in told if told[i]]
+        reported = {i: asked(job, tick, wave.lanes[i]) for i in wave.alive()}
+        alive = [i for i in reported if reported[i]]
         if not alive:
             return []
         clock = self._now()
@@ -256,8 +257,8 @@ class Stream:
         found = score(
             self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes, self.scores
         )
-        at_the_end = self._at_the_end(
-            wave, tick, items, {i: {scored for _, scored in told[i]} for i in alive}
+        group_end = self._group_end_scores(
+            wave, tick, items, {i: {scored for _, scored in reported[i]} for i in alive}
         )
         seconds = (self._now() - clock) / len(items)
         norms = {i: wave.overlay.delta_norm(i) for i in alive}
@@ -278,7 +279,7 @@ class Stream:
                 "overlay_bytes": sizes[i],
                 "delta_norm": norms[i],
             }
-            for share, scored in told[i]:
+            for share, scored in reported[i]:
                 T = job.T_of(share)
                 place: dict[str, JSON] = {
                     "cell_id": job.cells[share.cell].cell_id,
@@ -287,21 +288,23 @@ class Stream:
                     "scored": scored,
                 }
                 measured = {
-                    column.name: at_the_end[k].get(column.name) if column.held_by(scored) else None
+                    column.name: group_end[k].get(column.name) if column.held_by(scored) else None
                     for column in self._group_end_columns
                 }
                 rows.append({**place, **row, **measured})
         return rows
 
-    def _at_the_end(
-        self, wave: _Wave, tick: Tick, items: Sequence[Item], told: Mapping[int, set[str]]
+    def _group_end_scores(
+        self, wave: _Wave, tick: Tick, items: Sequence[Item], reported: Mapping[int, set[str]]
     ) -> list[dict[str, float | None]]:
-        """Per item, what is measured on its lane's state. ``told``: the moments of the rows of each
-        lane."""
+        """Per item, the group-end scores of its lane's state. ``told``: the moments of each lane's
+        rows."""
         session = self.session
         out: list[dict[str, float | None]] = [{} for _ in items]
         for place, (kind, measure) in enumerate(self._measures):
-            lanes = {i for i, moments in told.items() if any(kind.wanted_at(scored) for scored in moments)}
+            lanes = {
+                i for i, moments in reported.items() if any(kind.wanted_at(scored) for scored in moments)
+            }
             chosen = [k for k, item in enumerate(items) if item.lane in lanes]
             if not chosen:
                 continue
@@ -322,36 +325,34 @@ class Stream:
     def _fail(
         self, wave: _Wave, i: int, tick: Tick, kind: str, message: str, trace: str = ""
     ) -> Iterator[GroupFailure]:
-        """Freeze lane ``i``: it is put back to the pristine state and its rows are no longer
-        reported."""
+        """Take lane ``i`` out: reset it to the pristine state and report no more rows of it."""
         wave.dead.add(i)
         wave.overlay.load_state(i, self.method.new_overlay(1).state(0))
         for share in wave.lanes[i].shares:
             cell = self.job.cells[share.cell].cell_id
             reached = (tick.edits_applied - 1) // self.job.T_of(share)
             if self.job.rollback == "group":
-                reached += share.group  # from the lane's pristine state, which is where its group starts
+                reached += share.group  # the pristine state is its group's start
             for group in range(max(share.group, reached), share.stop_group):
                 yield GroupFailure(cell, group, tick.start, kind, message, trace)
 
-    def _without_culprits(
+    def _without_failing_lanes(
         self, wave: _Wave, index: int, error: Exception
     ) -> tuple[_Wave, list[GroupFailure]]:
-        """The wave as it was before tick ``index``, which raised ``error``, without the lanes that
-        raise there by themselves.
+        """The wave before tick ``index``, which raised ``error``, without the lanes that caused it.
 
-        An exception does not say whose request raised it, and the overlay may be half edited: the
-        wave is edited again from the pristine model up to here, then every lane tries the tick
-        alone. If none raises alone, all of them fail.
+        An exception does not say which lane caused it, and the overlay may be partly edited. So the
+        wave is edited again from the pristine model up to this tick, then every lane runs the tick
+        alone. The lanes that raise alone fail; if none does, all lanes fail.
         """
         tick, failures = self.ticks[index], list[GroupFailure]()
         again = self._begin(tick)
         for i in range(index):
             if self.ticks[i].wave == tick.wave:
-                self._bury(again, wave, i)
+                self._mark_raised(again, wave, i)
                 if self.ticks[i].kind == "edit":
                     self._edit(again, self.ticks[i], [])
-        self._bury(again, wave, index)
+        self._mark_raised(again, wave, index)
         causes: dict[int, Exception] = {}
         for i, lane in enumerate(again.lanes):
             if i in again.raised:
@@ -372,15 +373,14 @@ class Stream:
                 failures += self._fail(again, i, tick, type(why).__name__, str(why)[:1000], trace)
         return again, failures
 
-    def _bury(self, again: _Wave, wave: _Wave, index: int) -> None:
-        """Let the lanes of ``wave`` that raised at tick ``index`` be out of it in ``again``,
-        too."""
+    def _mark_raised(self, again: _Wave, wave: _Wave, index: int) -> None:
+        """Take the lanes of ``wave`` that raised at tick ``index`` out of ``again``, too."""
         for i in (i for i, at in wave.raised.items() if at == index):
             again.raised[i] = index
             if i not in again.dead:
-                list(self._fail(again, i, self.ticks[index], "", ""))  # has been told
+                list(self._fail(again, i, self.ticks[index], "", ""))  # already reported
 
-    # --- where a lane's requests and random numbers come from ---
+    # --- requests and random numbers of a lane ---
 
     def _lane_edit(self, lane: Lane, tick: Tick) -> LaneEdit:
         seed, first = self.job.cells[lane.cell].seed, first_request(self.job, lane)
@@ -406,7 +406,7 @@ class Stream:
             wave.overlay.load_state(i, state)
         wave.dead = set(meta["dead"])
         wave.log = meta["log"]
-        wave.raised = {int(i): int(at) for i, at in meta.get("raised", ())}  # not in early checkpoints
+        wave.raised = {int(i): int(at) for i, at in meta.get("raised", ())}  # absent in early checkpoints
         return wave
 
     # --- measuring ---

@@ -12,11 +12,10 @@ from workers.types import Frozen
 class Tick(Frozen):
     """The smallest indivisible piece of a stream.
 
-    ``edit``: positions ``start .. stop`` are edited in one call (and scored at once if asked).
-    ``final``/``checkpoint``: positions ``start .. stop`` are scored on the present state. Positions
-    count from the lane's pristine state. ``sizes``: to cells of which T it is reported, by the
-    lanes that serve such a cell then (:func:`moments`). ``last`` marks the tick after which the
-    lanes are rolled back.
+    ``edit``: positions ``start .. stop`` are edited in one call (and scored directly after, if the
+    job says so). ``final``/``checkpoint``: positions ``start .. stop`` are scored on the current
+    state. Positions count from the lane's pristine state. ``sizes``: the T of the cells that get
+    rows from it (:func:`moments`). ``last`` marks the tick after which the lanes are rolled back.
     """
 
     wave: int
@@ -31,10 +30,10 @@ class Tick(Frozen):
 def moments(job: StreamJob, tick: Tick, share: Share) -> tuple[str, ...]:
     """The kinds of rows a tick gives for each of its requests to one share of a lane of its wave.
 
-    In batch edits, immediate means after the batch. Where the batch happens to be the group (T=1,
-    or a grid whose batch size is T), one forward gives both kinds, so that a table of immediate
-    scores has every T. A method that can edit nothing but whole groups writes final ones only: it
-    has no moment between two edits, at any T.
+    With edits in batches, immediate means after the batch. Where the batch is the whole group (T=1,
+    or batch size T), one forward gives both kinds, so that the table has immediate scores for every
+    T. A method that can edit only whole groups writes only final rows, at any T: it has no state
+    between two edits.
     """
     T = job.T_of(share)
     if T not in tick.sizes or not _reports(job, share, tick.edits_applied - job.batch_size):
@@ -47,8 +46,7 @@ def moments(job: StreamJob, tick: Tick, share: Share) -> tuple[str, ...]:
 
 
 def asked(job: StreamJob, tick: Tick, lane: Lane) -> list[tuple[Share, str]]:
-    """The rows a tick gives for each of its requests, as a lane of its wave has them scored: of
-    which share, at which moment."""
+    """The rows that a tick gives for each request of a lane, as (share, moment) pairs."""
     return [(share, scored) for share in lane.shares for scored in moments(job, tick, share)]
 
 
@@ -65,7 +63,7 @@ def timeline(job: StreamJob) -> list[Tick]:
 def _wave_ticks(job: StreamJob, w: int) -> Iterator[Tick]:
     marks = set(job.score.score_at)
     wave = job.waves[w]
-    # with rollback 'group' the lanes of a wave may serve different T, and equal T alike
+    # with rollback 'group' the lanes of a wave may differ in T; lanes of equal T have equal ticks
     lanes = wave if job.rollback == "group" else wave[:1]
     shares = list(
         {
@@ -74,12 +72,12 @@ def _wave_ticks(job: StreamJob, w: int) -> Iterator[Tick]:
     )
     for start in range(0, job.lane_edits(wave[0]), job.batch_size):
         stop = start + job.batch_size
-        # groups that are not reported are edited all the same: their rows are in the table, or
-        # another shard's
-        told = tuple(dict.fromkeys(job.T_of(share) for share in shares if _reports(job, share, start)))
-        yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop, sizes=told)
+        # groups that are not reported are edited too, because later edits build on them; their rows
+        # are in the table already, or another shard writes them
+        reported = tuple(dict.fromkeys(job.T_of(share) for share in shares if _reports(job, share, start)))
+        yield Tick(wave=w, kind="edit", start=start, stop=stop, edits_applied=stop, sizes=reported)
         spans: dict[tuple[Literal["final", "checkpoint"], int, int], list[int]] = {}
-        for T in told:
+        for T in reported:
             ends_group = stop % T == 0
             if ends_group and T > job.batch_size:  # otherwise the edit tick's own scores are the final ones
                 for low, high in _pieces(job, stop - T, stop):
@@ -109,7 +107,7 @@ def cut_steps(job: StreamJob, step_edits: int) -> tuple[int, ...]:
     """Tick indices at which a stream commits, the last one included: about ``step_edits`` edits
     apart.
 
-    Scoring counts a fifth of an edit per request, which is about what it costs.
+    Scoring one request counts as 0.2 edits, about its relative cost.
     """
     bounds: list[int] = []
     work = 0.0
@@ -125,7 +123,7 @@ def cut_steps(job: StreamJob, step_edits: int) -> tuple[int, ...]:
 
 
 def expected_rows(job: StreamJob) -> int:
-    """Rows the job writes if no lane fails."""
+    """Number of rows the job writes if no lane fails."""
     return sum(
         (tick.stop - tick.start) * len(moments(job, tick, share))
         for tick in timeline(job)

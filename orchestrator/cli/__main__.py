@@ -1,4 +1,4 @@
-"""`python -m orchestrator.cli`: the command without its console script."""
+"""`python -m orchestrator.cli`: the same as the command `editsweep`."""
 
 from orchestrator.cli.main import main
 

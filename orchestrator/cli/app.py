@@ -1,13 +1,13 @@
-"""The command line. Exit codes: 0 everything finished, 1 something failed or is a bug, 2 bad input,
-130 Ctrl-C.
+"""The command line application and the options that several commands share.
 
-Every command imports what it needs when it runs: `status`, `query` and `report` start without torch
-and Ray.
+Exit codes: 0 everything finished, 1 a failure or a bug, 2 invalid input, 130 Ctrl-C. The imports
+are inside the commands, so that `status`, `query` and `report` start without torch and Ray.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +16,7 @@ import typer
 from orchestrator.cli.console import Output
 
 if TYPE_CHECKING:
-    from orchestrator.results.query import Results
+    from orchestrator.results.query import Results, Union
 
 app = typer.Typer(
     name="editsweep",
@@ -28,16 +28,27 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+MOST_SECONDS = 366 * 86400.0
+
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
 Folder = Annotated[
     str, typer.Argument(metavar="DIR", help="a results folder, or s3://bucket/prefix", show_default=False)
+]
+Folders = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DIR...",
+        help="results folders, or s3://bucket/prefix; several are one table",
+        show_default=False,
+    ),
 ]
 Only = Annotated[
     list[str] | None,
     typer.Option(
         "--only",
         metavar="CELLS",
-        help="only these cells, e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
+        help="only these cells, e.g. method=wise,T=1000 (method, algorithm, T, seed, cell; a key given twice fits "
+        "either value); repeatable",
     ),
 ]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="also what failed in an earlier run")]
@@ -58,6 +69,13 @@ RemoteCode = Annotated[
         "--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)"
     ),
 ]
+
+
+def finite_seconds(value: float) -> float:
+    """Refuses a time that no timer can wait for."""
+    if not value < MOST_SECONDS:
+        raise typer.BadParameter(f"{value} is not a finite, positive number of seconds (at most a year)")
+    return value
 
 
 @app.callback(invoke_without_command=True)
@@ -85,6 +103,12 @@ def open_existing(folder: str) -> Results:
     return open_results(folder)
 
 
+def open_together(folders: Sequence[str]) -> Results | Union:
+    from orchestrator.results.query import open_results
+
+    return open_results(*folders)
+
+
 class Bug(Exception):
     """An unexpected exception, with the results folder whose log gets the traceback."""
 
@@ -94,7 +118,7 @@ class Bug(Exception):
 
 
 def silence_libraries(verbose: bool) -> None:
-    """Libraries keep their progress bars and advice to themselves unless asked."""
+    """Hide the libraries' progress bars and log messages below ERROR unless ``verbose``."""
     import logging
 
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")

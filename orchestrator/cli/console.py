@@ -1,7 +1,7 @@
-"""Everything the command line shows. The only module that prints.
+"""Output of the command line. The only module that prints.
 
-Text from specs and data sets is never read as markup. On a terminal the view of a run is live;
-otherwise it is a plain line every few seconds.
+Text from specs and data sets is never interpreted as markup. On a terminal the progress of a run is
+a live display; otherwise it is one plain line every few seconds.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from workers.inputs import counted
 
 if TYPE_CHECKING:
     from orchestrator.engine.books import Safety
@@ -28,12 +31,14 @@ PLAIN_SECONDS = 5.0
 """Seconds between two plain progress lines."""
 
 _WIDTH = 160
-"""Columns where there is no terminal to ask."""
+"""Width in characters if the output is not a terminal."""
+
+_UNLIMITED = 1_000_000
 
 
 class Output:
-    """The two streams. Answers go to standard output, everything about how it goes to standard
-    error.
+    """The two output streams: results go to standard output; progress, notes and errors go to
+    standard error.
 
     >>> out = Output()                                          # doctest: +SKIP
     >>> out.table("cells", ("method", "T"), [("rome", "10")])   # doctest: +SKIP
@@ -58,18 +63,40 @@ class Output:
     def table(
         self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
     ) -> None:
-        """A table; ``right`` lists the columns aligned to the right."""
-        table = Table(
-            title=plain(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        for i, name in enumerate(header):
-            table.add_column(plain(name), justify="right" if i in right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(plain(cell) for cell in row))
-        self.answers.print(table)
+        """A table; ``right`` lists the columns aligned to the right. Where it does not fit without
+        breaking words, each row is a block of lines, one line per column."""
+        rows = list(rows)
+        table = _table(title, header, rows, right)
+        if self._needs(table, "minimum") <= self.answers.width or not rows:
+            self.answers.print(table)
+            return
+        if title:
+            self.say(title)
+        wide = max(map(len, header))
+        for number, row in enumerate(rows, 1):
+            self.answers.rule(f"{number} of {len(rows)}", align="left", characters="-", style="")
+            for name, cell in zip(header, row, strict=True):
+                self.answers.print(plain(f"{name:{wide}}  {cell}"), soft_wrap=True)
+
+    def fits(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+        """Return whether a table fits with no line of a cell broken."""
+        return self._needs(_table("", header, rows, ()), "maximum") <= self.answers.width
+
+    def _needs(self, table: Table, bound: Literal["minimum", "maximum"]) -> int:
+        """The columns of the terminal that a table takes at least, or unbroken."""
+        options = self.answers.options.update(width=_UNLIMITED)
+        columns = [
+            max(getattr(Measurement.get(self.answers, options, cell), bound) for cell in column.cells)
+            if column._cells
+            else 0
+            for column in table.columns
+        ]
+        heads = [Measurement.get(self.answers, options, column.header).minimum for column in table.columns]
+        gaps = 2 * len(columns)
+        return sum(max(pair) for pair in zip(columns, heads, strict=True)) + gaps
 
     def raw(self) -> BinaryIO:
-        """Standard output for bytes that must not be wrapped or coloured."""
+        """Standard output for bytes, neither wrapped nor coloured."""
         self.answers.file.flush()
         return sys.stdout.buffer
 
@@ -77,9 +104,20 @@ class Output:
         return LiveView(self.asides) if self.asides.is_terminal else RunView(self.asides)
 
 
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> Table:
+    table = Table(
+        title=plain(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for i, name in enumerate(header):
+        table.add_column(plain(name), justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(plain(cell) for cell in row))
+    return table
+
+
 def plain(text: str) -> Text:
-    """Text as it is: no markup, and no control characters, with which a data set could steer the
-    terminal."""
+    """Text without markup. Control characters are escaped, because text from a data set must not
+    control the terminal."""
     return Text(
         "".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else repr(c)[1:-1] for c in text)
     )
@@ -93,8 +131,8 @@ def _console(stderr: bool) -> Console:
 
 
 @dataclass
-class _Flight:
-    """A shard being run."""
+class _RunningShard:
+    """Progress of a shard that is running."""
 
     shard: Shard
     title: str
@@ -107,12 +145,12 @@ class _Flight:
 
 @dataclass
 class RunView:
-    """Progress in plain lines, and the bookkeeping both kinds of view share
-    (:class:`orchestrator.engine.books.View`)."""
+    """Progress in plain lines (an :class:`orchestrator.engine.books.View`), and the counters that
+    both views share."""
 
     console: Console
     plan: Plan | None = None
-    flights: dict[str, _Flight] = field(default_factory=dict)
+    flights: dict[str, _RunningShard] = field(default_factory=dict)
     done_shards: int = 0
     failed_shards: int = 0
     failed_groups: int = 0
@@ -124,8 +162,8 @@ class RunView:
     began: float = 0.0
     building: dict[str, tuple[int, int, str]] = field(default_factory=dict)
     _last: float = 0.0
-    _reached: dict[str, int] = field(default_factory=dict)
-    """Per shard the furthest tick seen: one that is launched again is not counted twice."""
+    _furthest: dict[str, int] = field(default_factory=dict)
+    """Shard id -> the highest tick reported, so that steps of a restarted shard count once."""
 
     def begin(self, plan: Plan) -> None:
         self.plan = plan
@@ -147,16 +185,16 @@ class RunView:
 
     def shard_started(self, shard: Shard, title: str) -> None:
         if not self.flights and not self.edits:
-            self.began = time.monotonic()  # the clock of edits/s and ETA starts with the first shard
-        self.flights[shard.shard_id] = _Flight(shard, title)
+            self.began = time.monotonic()  # edits/s and ETA count from the first shard's start
+        self.flights[shard.shard_id] = _RunningShard(shard, title)
         self.show()
 
     def shard_step(self, step: StepReport) -> None:
         flight = self.flights.get(step.shard_id)
         if flight is None:
             return
-        before = self._reached.get(step.shard_id, 0)
-        self._reached[step.shard_id] = max(before, step.tick)
+        before = self._furthest.get(step.shard_id, 0)
+        self._furthest[step.shard_id] = max(before, step.tick)
         share = max(0, step.tick - before) / max(1, step.ticks) * flight.shard.cost
         if step.edits or step.seconds:
             self.cost_done += share
@@ -179,9 +217,9 @@ class RunView:
 
     def end(self) -> None:
         self.show(force=True)
-        self._say_kept()
+        self._note_cache_hits()
 
-    def _say_kept(self) -> None:
+    def _note_cache_hits(self) -> None:
         if self.batches:
             share = percent(self.kept, self.batches)
             self.note(
@@ -227,7 +265,7 @@ class RunView:
 
 @dataclass
 class LiveView(RunView):
-    """Progress that redraws itself: one line per shard in flight."""
+    """Live progress display: one line per running shard."""
 
     _live: Live | None = None
 
@@ -239,14 +277,14 @@ class LiveView(RunView):
         self._live.start()
 
     def show(self, force: bool = False) -> None:
-        """The live display draws by itself."""
+        """No-op: the live display refreshes itself."""
 
     def end(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
         RunView.show(self, force=True)
-        self._say_kept()
+        self._note_cache_hits()
 
     def _render(self) -> Group:
         if self.plan is None:
@@ -271,20 +309,31 @@ def _bar(done: int, total: int, width: int = 24) -> Text:
 
 
 def begin_line(plan: Plan) -> str:
-    done = sum(plan.done_groups.values())
-    groups = sum(cell.groups for cell in plan.cells)
+    """The opening line of `plan` and `run`: what is left, what is done, what failed."""
+    cells = plan.asked
+    groups = sum(cell.groups for cell in cells)
+    done = sum(min(plan.done_groups[cell.cell_id], cell.groups) for cell in cells)
+    failed = sum(plan.failed_groups.get(cell.cell_id, 0) for cell in cells)
+    lost = (
+        f"; {failed} groups failed before and are left alone (--retry-failed runs them again)"
+        if failed
+        else ""
+    )
     if not plan.shards:
-        return f"{len(plan.cells)} cells: all done"
+        if done == groups:
+            return f"{counted(len(cells), 'cell')}: all done"
+        return f"{counted(len(cells), 'cell')}, nothing to run: {done} of {groups} groups done{lost}"
     been = f", {done} of {groups} groups done before" if done else ""
     again = sum(shard.begun for shard in plan.shards)
     resumed = f" ({again} to be continued)" if again else ""
     return (
-        f"{len(plan.cells)} cells, {len(plan.shards)} shards{resumed}, {plan.edits_left} edits to make{been}"
+        f"{counted(len(cells), 'cell')}, {counted(len(plan.shards), 'shard')}{resumed}, "
+        f"{counted(plan.edits_left, 'edit')} to make{been}{lost}"
     )
 
 
 def safety_line(safety: Safety) -> str:
-    """The cost of keeping the results safe, in one line."""
+    """Time spent on writing the results durably, in one line."""
     return (
         f"safety: journal {safety.journal_seconds:.1f} s of {safety.actor_seconds:.0f} actor-seconds, "
         f"gather {safety.gather_seconds:.1f} s of {safety.wall_seconds:.0f} s: {100 * safety.share:.1f}%"
@@ -296,7 +345,7 @@ def percent(done: float, total: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds with a readable unit, as in "12 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
@@ -305,7 +354,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person says them."""
+    """Bytes with a readable unit, as in "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

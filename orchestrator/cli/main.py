@@ -1,5 +1,4 @@
-"""Entry point of the command `editsweep`: exit codes, and what is said when something goes
-wrong."""
+"""Entry point of the command `editsweep`: exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -18,8 +17,9 @@ from orchestrator.cli.app import Bug, app
 from orchestrator.cli.console import Output
 from workers.types import EditSweepError
 
-_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-"""Base of the errors about the command line itself; newer Typers carry their own copy of click."""
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Base class of errors in the command line's arguments. Looked up by name, because newer versions
+of Typer contain their own copy of click."""
 
 
 app.add_typer(running.commands)
@@ -27,10 +27,10 @@ app.add_typer(reading.commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script."""
+    """Run the command and exit with its exit code."""
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except _USAGE as error:
+    except _UsageError as error:
         error.show()
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
@@ -42,22 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
-        code = _bug(error)
+        code = _report_bug(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _bug(error: Exception) -> int:
-    """Keep the traceback, say where it is."""
+def _report_bug(error: Exception) -> int:
+    """Save the traceback, print its path, and return the exit code."""
     folder = error.folder if isinstance(error, Bug) else None
     cause = error.__cause__ if isinstance(error, Bug) and error.__cause__ else error
     text = "".join(traceback.format_exception(cause))
-    path = _keep(text, folder)
+    path = _save_traceback(text, folder)
     kind = f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
     Output().error(f"this is a bug in editsweep: {kind}\n  the traceback is in {path}")
     return 1
 
 
-def _keep(text: str, folder: str | None) -> str:
+def _save_traceback(text: str, folder: str | None) -> str:
+    """Save to the results folder's logs, or else to a temporary file. Return the file's name."""
     from orchestrator.storage.open import open_store
     from orchestrator.storage.paths import ResultsPaths
 
@@ -66,7 +67,7 @@ def _keep(text: str, folder: str | None) -> str:
         store = open_store(folder)
         try:
             if not store.exists(ResultsPaths().sweep):
-                raise EditSweepError("no results folder to keep it in")
+                raise EditSweepError("the results folder does not exist")
             store.replace(ResultsPaths().log(name), text.encode())
             return store.where(ResultsPaths().log(name))
         except EditSweepError:

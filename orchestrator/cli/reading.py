@@ -1,4 +1,5 @@
-"""The commands that read a results folder: `status`, `query`, `report`, `methods`, `forget`."""
+"""The commands that read results folders: `status`, `query`, `report`, `diff`, `methods`,
+`forget`."""
 
 from __future__ import annotations
 
@@ -7,46 +8,46 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from orchestrator.cli.app import Folder, open_existing
+from orchestrator.cli.app import Folder, Folders, finite_seconds, open_existing, open_together
 from orchestrator.cli.console import Output, percent
-from orchestrator.cli.summary import show_summary
+from orchestrator.cli.summary import by_cause, show_summary
 from orchestrator.results.status import read_status
-from workers.types import JSON
-
-if TYPE_CHECKING:
-    pass
+from workers.inputs import counted
+from workers.types import JSON, EditSweepError
 
 commands = typer.Typer()
 
 _LISTED = 10
-"""Cells, or failures of a cell, that are listed one by one."""
+"""At most so many cells, or failures of a cell, are listed individually."""
 
 _ROWS = 100
-"""Rows of a table of `status`: a terminal needs seconds for the ten thousand cells of a large
-sweep, and no reader wants them all."""
+"""At most so many rows of a table of `status` are shown: to print the ten thousand cells of a large
+sweep takes seconds."""
 
 _FORCE_SECONDS = 5.0
+"""Time between the interruption of a query and the forced end of the process."""
+
 _CELL_CHARACTERS = 1000
-"""Characters of one value that are shown in a terminal."""
+"""At most so many characters of a value are shown."""
 
 
 @commands.command()
 def status(
     folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False
 ) -> None:
-    """Show the progress of a sweep: finished cells, shards under way, failures, and its running
-    driver."""
+    """Show the progress of a sweep: finished cells, unfinished shards, failures, and the driver
+    that runs it."""
     found = read_status(folder)
     out = Output()
     if as_json:
         out.raw().write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
         return
     running = found["running"]
-    state = f"a run is at work ({running})" if running else "no run is at work"
+    state = f"a run is active ({running})" if running else "no run is active"
     out.say(f"sweep {found['sweep']}: {found['finished']} of {len(found['cells'])} cells finished; {state}")
     if found["code"]["outdated"]:
         out.say(f"{found['code']['outdated']}; editsweep run SPEC --redo-outdated runs them again")
@@ -84,35 +85,33 @@ def status(
             shard["shard_id"],
             ", ".join(shard["methods"]),
             str(shard["T"]),
-            f"{shard['committed']}/{shard['ticks']}",
+            percent(shard["committed"], shard["ticks"]),
             str(shard["attempts"]),
             shard["error"] or "",
         )
         for shard in found["shards"]
     ]
     if shards:
-        columns = ("shard", "method", "T", "ticks", "attempts", "last error")
+        columns = ("shard", "method", "T", "saved", "attempts", "last error")
         out.table("shards begun", columns, shards[:_ROWS], right=(2, 3, 4))
         _say_more(out, shards, "shards begun")
-    failed = [
+    causes = by_cause(
         (
-            f"{cell['method']} T={cell['T']} seed={cell['seed']}",
-            str(failure["attempts"]),
-            failure["step"],
-            f"{failure['kind']}: {_shortened(str(failure['message']), 300)}",
+            f"{cell['method']} T={cell['T']} seed={cell['seed']}, {failure['step']}",
+            f"{failure['kind']}: {failure['message']}",
+            failure["attempts"],
             failure["log"] or "-",
         )
         for cell in found["failed_cells"]
-        for failure in cell["failures"][:_LISTED]
-    ]
-    if failed:
-        out.table(
-            "failed cells", ("cell", "attempts", "last step", "exception", "log"), failed[:_ROWS], right=(1,)
-        )
-        _say_more(out, failed, "failures")
-        more = sum(max(0, len(cell["failures"]) - _LISTED) for cell in found["failed_cells"])
-        if more:
-            out.say(f"{more} further failures: --json lists all")
+        for failure in cell["failures"]
+    )
+    if causes:
+        lines = [
+            (str(len(of_cause)), _shortened(cause, 300), of_cause[0][0], str(of_cause[0][2]), of_cause[0][3])
+            for cause, of_cause in causes.items()
+        ]
+        out.table("failures", ("times", "cause", "first", "attempts", "log"), lines[:_ROWS], right=(0, 3))
+        _say_more(out, lines, "causes")
         out.say("run them again with: editsweep run SPEC --retry-failed")
 
 
@@ -123,29 +122,36 @@ def _say_more(out: Output, rows: Sequence[object], what: str) -> None:
 
 @commands.command()
 def query(
-    folder: Folder,
+    folders: Folders,
     sql: Annotated[
-        str, typer.Argument(metavar="SQL", help="a question; the table is called edits", show_default=False)
+        str,
+        typer.Argument(
+            metavar="SQL",
+            help="a question; the table is called edits, with superseded rows edits_all",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Literal["table", "csv", "json", "parquet"], typer.Option("--format", help="how to answer")
     ] = "table",
     limit: Annotated[int, typer.Option(min=1, help="rows shown by --format table")] = 200,
     time_limit: Annotated[
-        float, typer.Option(min=0.1, help="seconds after which the query is stopped")
+        float,
+        typer.Option(min=0.1, callback=finite_seconds, help="seconds after which the query is stopped"),
     ] = 300.0,
 ) -> None:
-    """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included."""
+    """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included; of several
+    folders, the column results tells which a row is of."""
     from orchestrator.results.query import write
 
-    results = open_existing(folder)
+    results = open_together(folders)
     out = Output()
     if output != "table":
-        with _ended_by_force(time_limit + _FORCE_SECONDS, out):
+        with _hard_time_limit(time_limit + _FORCE_SECONDS, out):
             table = results.sql(sql, time_limit)
         write(table, output, out.raw())
         return
-    with _ended_by_force(time_limit + _FORCE_SECONDS, out):
+    with _hard_time_limit(time_limit + _FORCE_SECONDS, out):
         shown, total = results.first_rows(sql, limit, time_limit)
     numbers = [
         i
@@ -165,13 +171,13 @@ def _cell(value: JSON) -> str:
 
 
 @contextlib.contextmanager
-def _ended_by_force(seconds: float, out: Output) -> Iterator[None]:
-    """End the process if the block takes longer: a query is interrupted between two pieces of work,
-    and one can be endless."""
+def _hard_time_limit(seconds: float, out: Output) -> Iterator[None]:
+    """End the process if the block takes longer than ``seconds``. DuckDB interrupts a query only
+    between two work units, and one of them may not end."""
     import threading
 
     def end() -> None:
-        out.error(f"the query did not stop when told to; ended by force after {seconds:.0f} s")
+        out.error(f"the query did not stop when interrupted; ended by force after {seconds:.0f} s")
         os._exit(2)
 
     timer = threading.Timer(seconds, end)
@@ -189,29 +195,104 @@ def _shortened(text: str, most: int) -> str:
 
 @commands.command()
 def report(
-    folder: Folder,
+    folders: Folders,
     output: Annotated[
-        Literal["table", "markdown"], typer.Option("--format", help="how to show it")
+        Literal["table", "markdown", "json"], typer.Option("--format", help="how to show it")
     ] = "table",
     picture: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="draw it: .png, .pdf or .svg")
     ] = None,
+    complete: Annotated[
+        bool,
+        typer.Option("--require-complete", help="exit code 1 if any edit that was asked for has no result"),
+    ] = False,
 ) -> None:
-    """The summary: methods x T with mean scores on the final state and right after the edit."""
-    results = open_existing(folder)
-    if picture is not None:
-        from orchestrator.results.plots import plot
-        from orchestrator.results.report import summary
+    """The summary: methods x T with mean scores on the final state and right after the edit, how
+    certain they are, and what is missing."""
+    from orchestrator.results.report import CAPTION, footnotes, incomplete, markdown, summary
 
-        plot(summary(results), picture)
-        Output().say(f"written: {picture}")
-        return
-    if output == "table":
-        show_summary(Output(), results, None)
-        return
-    from orchestrator.results.report import CAPTION, markdown, summary
+    results = open_together(folders)
+    out = Output()
+    if picture is None and output == "table":
+        rows = show_summary(out, results)
+        if not rows:
+            out.say("no cell was planned in this folder yet")
+    else:
+        rows = summary(results)
+        if picture is not None:
+            from orchestrator.results.plots import plot
 
-    Output().raw().write(f"{markdown(summary(results))}\n{CAPTION}\n".encode())
+            plot(rows, picture)
+            out.say(f"written: {picture}")
+        elif output == "json":
+            out.raw().write(json.dumps(rows, indent=1, ensure_ascii=False).encode() + b"\n")
+        else:
+            notes = "".join(f"\n{line}\n" for line in footnotes(rows))
+            out.raw().write(f"{markdown(rows)}\n{CAPTION}\n{notes}".encode())
+    missing = incomplete(rows)
+    if complete and (missing or not rows):
+        out.error(f"{len(missing)} of {len(rows)} rows of the summary lack results")
+        raise typer.Exit(1)
+
+
+@commands.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="DIR1", help="a results folder", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="DIR2", help="another one", show_default=False)],
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore", metavar="COLUMN", help="a column that may differ, e.g. shard_id; repeatable"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Did a change alter anything? Compare two results folders cell by cell, row by row and bit for
+    bit; exit code 1 if anything differs. Times, memory, run and attempt are left out."""
+    from orchestrator.results.diff import compare, to_json
+
+    found = compare(open_existing(first), open_existing(second), ignore or ())
+    out = Output()
+    if as_json:
+        out.raw().write(json.dumps(to_json(found), indent=1, ensure_ascii=False).encode() + b"\n")
+        raise typer.Exit(int(not found.same))
+    for folder, cell_ids in zip((first, second), found.only, strict=True):
+        if cell_ids:
+            shown = ", ".join(cell_ids[:_LISTED]) + (", ..." if len(cell_ids) > _LISTED else "")
+            out.say(f"{len(cell_ids)} cells are in {folder} only: {shown}")
+    for cell_id, parts in list(found.definitions.items())[:_LISTED]:
+        out.say(f"cell {cell_id} is defined otherwise: {', '.join(parts)}")
+    if len(found.definitions) > _LISTED:
+        out.say(f"and {len(found.definitions) - _LISTED} more cells that are defined otherwise")
+    for folder, count in zip((first, second), found.rows_only, strict=True):
+        if count:
+            out.say(f"{count} rows are in {folder} only")
+    if found.columns:
+        lines = [
+            (name, f"{column.rows}/{found.rows}", "-" if column.largest is None else f"{column.largest:.6g}")
+            for name, column in found.columns.items()
+        ]
+        out.table(
+            f"columns that differ among the {found.rows} rows of both",
+            ("column", "rows", "largest difference"),
+            lines,
+            right=(1, 2),
+        )
+    if found.means:
+        means = [
+            (method, str(T), score, *("-" if mean is None else f"{mean:.6g}" for mean in pair))
+            for (method, T, score), pair in found.means.items()
+        ]
+        out.table(
+            "final means that differ", ("method", "T", "score", first, second), means[:_ROWS], (1, 3, 4)
+        )
+        _say_more(out, means, "means")
+    out.say(
+        f"the same: {found.rows} rows, {len(found.compared)} columns"
+        if found.same
+        else "the two folders differ"
+    )
+    raise typer.Exit(int(not found.same))
 
 
 @commands.command()
@@ -224,7 +305,7 @@ def methods() -> None:
     for name in method_names():
         method = get_method(name)
         changed = {**method.Config.easyedit_values}
-        changed.update(changed.pop("deviations", {}))  # type: ignore[arg-type]
+        changed.update(changed.pop("deviations", {}))
         rows.append(
             (
                 name,
@@ -250,39 +331,48 @@ def _yes(value: bool) -> str:
 def forget(
     folder: Folder,
     cells: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--cells",
             metavar="CELLS",
-            help="cell ids, or e.g. method=wise,T=1000 (method, algorithm, T, seed, cell); repeatable",
+            help="cell ids, or e.g. method=wise,T=1000 (method, algorithm, T, seed, cell; a key given twice fits "
+            "either value); repeatable",
             show_default=False,
         ),
-    ],
+    ] = None,
+    superseded: Annotated[
+        bool, typer.Option("--superseded", help="all that the last plan no longer asks for")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
-    """Remove cells from the results, after asking. If the spec still has them, the next run makes
-    them again."""
+    """Remove cells from the results, after a confirmation. If the spec still contains them, the
+    next run runs them again."""
     from orchestrator.results import forget as forgetting
 
+    if bool(cells) == superseded:
+        raise EditSweepError("forget: give either --cells CELLS or --superseded")
     results = open_existing(folder)
     out = Output()
-    found = forgetting.look_up(results, cells)
+    found = forgetting.look_up_superseded(results) if superseded else forgetting.look_up(results, cells or ())
     for title in found.titles[:_LISTED]:
         out.say(f"  {title}")
     if len(found.titles) > _LISTED:
         out.say(f"  and {len(found.titles) - _LISTED} more")
     out.say(
-        f"{len(found.cells)} cells with {found.rows} rows of the table would be removed from "
+        f"{counted(len(found.limits), 'cell')} with {counted(found.rows, 'row')} of the table would be removed from "
         f"{results.store.where()}"
     )
     if found.shards:
         out.say(f"{len(found.shards)} shards under way lose their progress")
     if found.others:
         out.warn(
-            f"that progress is also of {len(found.others)} other cells: {', '.join(found.others[:_LISTED])}"
+            f"these shards also serve {len(found.others)} other cells: {', '.join(found.others[:_LISTED])}"
         )
+    if superseded and not found.limits:
+        out.say("nothing is superseded")
+        return
     if not yes and not typer.confirm("Remove them for good?", err=True):
         out.note("nothing was removed")
         raise typer.Exit(1)
     removed = forgetting.forget(results, found, out.note)
-    out.say(f"removed: {len(found.cells)} cells, {removed} rows")
+    out.say(f"removed: {counted(len(found.limits), 'cell')}, {counted(removed, 'row')}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,10 +22,12 @@ from orchestrator.cli.app import (
     silence_libraries,
 )
 from orchestrator.cli.console import Output, duration, size
-from orchestrator.cli.summary import show_summary
+from orchestrator.cli.summary import by_cause, show_summary
+from workers.inputs import counted
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
+    from orchestrator.cli.summary import Failure
     from orchestrator.engine.books import Outcome
     from orchestrator.engine.sweep import ArtifactState
     from orchestrator.planning.plan import Plan
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 
 commands = typer.Typer()
+
+_CAUSES = 10
+"""Causes of failures, and cells, that are listed at the end of a run."""
 
 
 @commands.command()
@@ -63,11 +68,11 @@ def plan(
 
     out = Output()
     spec = _load(spec_file, overrides, trust_remote_code)
-    folder = results or default_results(spec)
+    folder = default_results(spec) if results is None else results
     store = open_store(folder)
-    progress = read_folder(spec, store, retry_failed)
     there = store.exists(ResultsPaths().sweep)
     with naming(spec_file):
+        progress = read_folder(spec, store, retry_failed)
         planner = Planner(read_inputs(spec))
         made = planner.plan(progress, select(only, planner.described(), "--only") if only else None)
     out.say(f"sweep {spec.name}: {begin_line(made)}")
@@ -117,9 +122,6 @@ def plan(
         show_makespan(out, made, actors)
     for note in made.notes:
         out.say(f"data set: {note}")
-    failed = sum(len(progress.given_up.get(cell.cell_id, ())) for cell in made.asked)
-    if failed:
-        out.warn(f"{failed} groups failed before and are left alone; --retry-failed runs them again")
     codes = compare_code(progress, store, ResultsPaths())
     asked = [cell.cell_id for cell in made.asked]
     if outdated := say_outdated(codes, asked):
@@ -140,13 +142,18 @@ def plan(
         missing = in_order(needed.values(), artifact_store.has if there else None)
         kinds = ", ".join(sorted({spec.kind for spec in needed.values()}))
         present = sum(key not in {spec.key for spec in missing} for key in needed)
-        out.say(f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built")
+        first = len(missing) - (len(needed) - present)
+        why = f", {first} of them because others are built from {'it' if first == 1 else 'them'}"
+        out.say(
+            f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built"
+            f"{why if first else ''}"
+        )
     out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
 
 
 def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
-    """Print how long the rest may take: resources reserved, and the makespan on a number of
-    actors."""
+    """Print the estimated time of the remaining shards: GPU-hours or CPU-hours, and the makespan on
+    ``actors`` actors."""
     reserved = made.spec.engine.resources
     seconds = sum(shard.seconds_left for shard in made.shards)
     kind, share = ("GPU", reserved.gpu) if reserved.gpu else ("CPU", reserved.cpu)
@@ -183,13 +190,13 @@ def run(
         bool, typer.Option("--verbose", help="show the libraries' own log messages too")
     ] = False,
 ) -> None:
-    """Run what is not done yet. Run it again after any interruption: it continues."""
+    """Run the unfinished part of a sweep. After an interruption, the same command continues it."""
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
-    folder = results or default_results(spec)
+    folder = default_results(spec) if results is None else results
 
     from orchestrator.engine.sweep import engine_named, run_sweep
     from orchestrator.storage.open import open_store
@@ -200,7 +207,7 @@ def run(
             outcome = run_sweep(
                 spec,
                 open_store(folder),
-                engine_named(engine),
+                engine_named(engine, spec),
                 out.view(),
                 max_actors,
                 only=only or (),
@@ -214,7 +221,7 @@ def run(
         raise typer.Exit(130) from None
     except Exception as error:
         raise Bug(folder) from error
-    _conclude(out, spec_file, folder, outcome, time.monotonic() - began)
+    _print_outcome(out, spec_file, folder, outcome, time.monotonic() - began)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -234,14 +241,14 @@ def artifacts(
         bool, typer.Option("--verbose", help="show the libraries' own log messages too")
     ] = False,
 ) -> None:
-    """Build what the sweep's shards share (statistics, trained networks) and nothing else; run
-    again, it continues."""
+    """Build only the artifacts that the sweep's shards share (statistics, trained networks). After
+    an interruption, the same command continues it."""
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
-    folder = results or default_results(spec)
+    folder = default_results(spec) if results is None else results
 
     from orchestrator.engine.sweep import build_artifacts, engine_named
     from orchestrator.storage.open import open_store
@@ -249,7 +256,7 @@ def artifacts(
     try:
         with naming(spec_file):
             states, interrupted = build_artifacts(
-                spec, open_store(folder), engine_named(engine), out.view(), max_actors
+                spec, open_store(folder), engine_named(engine, spec), out.view(), max_actors
             )
     except EditSweepError:
         raise
@@ -271,15 +278,15 @@ def artifacts(
 
 
 def _artifact_rows(states: Sequence[ArtifactState]) -> list[tuple[str, str, str, str]]:
-    """A line for each."""
+    """One row per artifact: kind, key, size, state."""
     return [
         (found.spec.kind, found.spec.key, "" if found.bytes is None else size(found.bytes), found.state)
         for found in states
     ]
 
 
-def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
-    """The summary, what failed and how to go on."""
+def _print_outcome(out: Output, spec_file: Path, folder: str, outcome: Outcome, seconds: float) -> None:
+    """Print the summary, the failures, and the command that continues the sweep."""
     from orchestrator.cli.console import safety_line
     from orchestrator.results.query import open_results
 
@@ -288,7 +295,8 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
         out.note(safety_line(outcome.safety))
     cells = outcome.plan.asked
     if not outcome.unfinished:
-        out.say(f"all {len(cells)} cells finished in {duration(seconds)}")
+        all_cells = f"all {len(cells)} cells" if len(cells) > 1 else "the cell"
+        out.say(f"{all_cells} finished in {duration(seconds)}")
         out.say("next:")
         out.say(f"  editsweep status {folder}")
         out.say(
@@ -301,7 +309,8 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
         if sys.argv[1:2] == ["run"]
         else "editsweep run"
     )
-    left = f"{len(outcome.unfinished)} of {len(cells)} cells are not finished"
+    count = len(outcome.unfinished)
+    left = f"{count} of {counted(len(cells), 'cell')} {'is' if count == 1 else 'are'} not finished"
     if outcome.interrupted:
         out.say(f"interrupted: {left}; everything committed so far is kept")
         out.say(f"continue with:  {again}")
@@ -311,32 +320,47 @@ def _conclude(out: Output, spec_file: Path, folder: str, outcome: Outcome, secon
         for cell in cells
     }
     out.error(left)
-    by_cell = _failures_by_cell(outcome)
-    for cell_id in outcome.unfinished:
-        for line in by_cell.get(cell_id) or ["not run to its end"]:
-            out.note(f"  {titles[cell_id]} ({cell_id}): {line}")
+    causes = by_cause(_failures(outcome, titles))
+    for cause, of_cause in list(causes.items())[:_CAUSES]:
+        where, _, attempts, log = of_cause[0]
+        tries = f" in {attempts} attempts" if attempts > 1 else ""
+        out.note(f"  {len(of_cause)} x {cause[:300]}")
+        out.note(f"      first: {where}{tries}{f'; see {log}' if log else ''}")
+    if len(causes) > _CAUSES:
+        out.note(f"  and {len(causes) - _CAUSES} more causes")
+    known = {
+        cell_id
+        for shard in outcome.plan.shards
+        if shard.shard_id in outcome.errors
+        for cell_id in outcome.plan.cell_ids(shard)
+    }
+    known |= {str(failure["cell_id"]) for failure in outcome.failed_groups}
+    others = [titles[cell_id] for cell_id in outcome.unfinished if cell_id not in known]
+    if others:
+        shown = ", ".join(others[:_CAUSES]) + (
+            f" and {len(others) - _CAUSES} more" if len(others) > _CAUSES else ""
+        )
+        out.note(f"  not run to their end: {shown}")
     if outcome.failed_groups and "--retry-failed" not in sys.argv:
-        again += " --retry-failed"  # what failed is otherwise left alone
+        again += " --retry-failed"  # failed groups are not run again without it
     out.note(f"details:  editsweep status {quote(folder)}")
     out.note(f"try again with:  {again}")
 
 
-def _failures_by_cell(outcome: Outcome) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _failures(outcome: Outcome, titles: Mapping[str, str]) -> Iterator[Failure]:
+    """What went wrong in this run, and groups that had failed before."""
     for shard in outcome.plan.shards:
         error = outcome.errors.get(shard.shard_id)
-        if error is None:
-            continue
-        lines = error.message.splitlines() or [""]
-        text = f"{error.kind}: {lines[0][:300]} ({error.attempts} attempts; see {error.log})"
-        for cell_id in outcome.plan.cell_ids(shard):
-            found.setdefault(cell_id, []).append(text)
+        if error is not None:
+            cell_ids = outcome.plan.cell_ids(shard)
+            more = f" and {counted(len(cell_ids) - 1, 'more cell')}" if len(cell_ids) > 1 else ""
+            where = f"{titles[cell_ids[0]]} ({cell_ids[0]}){more}"
+            first = (error.message.splitlines() or [""])[0]
+            yield where, f"{error.kind}: {first}", error.attempts, error.log
     for failure in outcome.failed_groups:
-        found.setdefault(str(failure["cell_id"]), []).append(
-            f"group {failure['group']} failed at its edit {failure['position']}: {failure['kind']}: "
-            f"{failure['message']}"
-        )
-    return found
+        cell_id = str(failure["cell_id"])
+        where = f"{titles[cell_id]} ({cell_id}), group {failure['group']}, edit {failure['position']}"
+        yield where, f"{failure['kind']}: {failure['message']}", 1, ""
 
 
 def _load(spec_file: Path, overrides: Sequence[str] | None, trust_remote_code: bool) -> SweepSpec:

@@ -1,1 +1,1 @@
-"""Engines: they run a plan's shards and gather the rows."""
+"""Engines: they run a plan's shards and gather their rows."""

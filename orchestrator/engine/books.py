@@ -1,4 +1,4 @@
-"""The driver's books: which shards are done, gathering their rows, failures, progress."""
+"""State of one run in the driver: finished shards, gathering of their rows, failures, progress."""
 
 from __future__ import annotations
 
@@ -23,31 +23,36 @@ from workers.artifacts.stats import KIND as SECOND_MOMENT
 from workers.types import JSON, EditSweepError
 
 GATHER_SHARDS = 64
+"""Finished shards that wait before they are gathered, at most."""
+
 GATHER_SECONDS = 60.0
+"""Seconds that a finished shard waits before it is gathered, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Safety:
-    """Time that the durability of one run's results took: actors in the journal, the driver
-    gathering."""
+    """Time that one run spent on making its results durable: in the actors (journal) and in the
+    driver (gathering)."""
 
     journal_seconds: float = 0.0
     actor_seconds: float = 0.0
-    """All actors, from taking up a shard to its end, loading the model included."""
+    """Time of all actors between the start and the end of their shards, including loading the
+    model."""
     gather_seconds: float = 0.0
     wall_seconds: float = 0.0
 
     @property
     def share(self) -> float:
-        """An upper bound of the part of the wall time it takes: as if nothing else happened while
-        the driver gathers."""
+        """Upper bound of its share of the wall time. It assumes that the actors are idle while the
+        driver gathers."""
         journal = self.journal_seconds / self.actor_seconds if self.actor_seconds else 0.0
         return journal + (self.gather_seconds / self.wall_seconds if self.wall_seconds else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardError:
-    """The cause why a shard did not finish, after all its attempts."""
+    """The error of a shard that did not finish in any of its attempts. ``log``: full name of the
+    log, or of the shard's folder."""
 
     shard_id: str
     kind: str
@@ -57,7 +62,8 @@ class ShardError:
 
 
 class View(Protocol):
-    """Receiver of progress (:mod:`orchestrator.cli.console` has the terminal's)."""
+    """Receiver of a run's progress. :mod:`orchestrator.cli.console` has the implementations for the
+    terminal."""
 
     def begin(self, plan: Plan) -> None: ...
     def note(self, text: str) -> None: ...
@@ -72,8 +78,12 @@ class View(Protocol):
 
 @dataclass
 class Books:
-    """The driver's account of one run: tells the view, gathers finished shards, collects
-    failures."""
+    """State of one run, which the engine updates: reports progress to the view, gathers finished
+    shards, collects failures.
+
+    ``check`` raises :class:`~orchestrator.storage.lock.LockLost` if another driver has taken the
+    folder over.
+    """
 
     plan: Plan
     store: Store
@@ -107,7 +117,7 @@ class Books:
         return ArtifactStore(self.store, self.paths)
 
     def missing_artifacts(self) -> list[ArtifactSpec]:
-        """Missing artifacts of the shards that are left, in an order in which they can be built."""
+        """Missing artifacts of the remaining shards, each after the artifacts that it needs."""
         keys = dict.fromkeys(key for shard in self.plan.shards for key in self.plan.artifact_keys(shard))
         if self.artifacts_only:
             keys = dict.fromkeys(self.plan.artifacts)
@@ -124,13 +134,13 @@ class Books:
                 self.view.warn(text)
 
     def artifact_failed(self, spec: ArtifactSpec, cause: Cause) -> None:
-        """One that nobody will try to build again in this run. The shards that need it fail with
-        its cause.
+        """Record the failure of an artifact. It is not built again in this run, and the shards
+        that need it fail with the same cause.
 
-        Raises :class:`~workers.types.EditSweepError` if the storage is what failed.
+        Raises :class:`~workers.types.EditSweepError` if the storage failed.
         """
         self.view.artifact_ended(artifact_title(spec))
-        _refuse_storage(cause)
+        _raise_storage_error(cause)
         text = self.artifacts.failure(spec, self.run_id) or str(cause)
         self.artifacts.record_failure(spec, self.run_id, text)
         self.view.warn(f"artifact {artifact_title(spec)} failed: {text.splitlines()[0][:500]}")
@@ -140,8 +150,8 @@ class Books:
         return f"{self.plan.variants[shard.variant].label} T={sizes} {shard.shard_id[:6]}"
 
     def started(self, shard_id: str) -> None:
-        """Raises :class:`~orchestrator.storage.lock.LockLost`: who has lost the folder must not
-        claim a shard of it."""
+        """Raises :class:`~orchestrator.storage.lock.LockLost`, because a driver without the lock
+        must not start a shard."""
         self.check()
         shard = self.shards[shard_id]
         self.view.shard_started(shard, self.title(shard))
@@ -166,12 +176,12 @@ class Books:
         )
 
     def failed(self, shard_id: str, attempts: int, cause: Cause) -> None:
-        """A shard that will not be launched again in this run.
+        """Record the failure of a shard that is not launched again in this run.
 
-        Raises :class:`~workers.types.EditSweepError` if the storage is what failed: every other
-        shard would fail too.
+        Raises :class:`~workers.types.EditSweepError` if the storage failed, because then every
+        other shard would fail too.
         """
-        _refuse_storage(cause)
+        _raise_storage_error(cause)
         error = ShardError(
             shard_id, cause.kind, cause.message, attempts, self.store.where(self.paths.shard(shard_id))
         )
@@ -195,15 +205,15 @@ class Books:
         self.tick()
 
     def tick(self) -> None:
-        """Called often: gathers when there is enough to gather. Raises
-        :class:`~orchestrator.storage.lock.LockLost`."""
+        """Gather if enough shards have finished or :data:`GATHER_SECONDS` have passed. Engines call
+        this often. Raises :class:`~orchestrator.storage.lock.LockLost`."""
         self.check()
         waited = time.monotonic() - self._gathered
         if len(self._ready) >= GATHER_SHARDS or (self._ready and waited >= GATHER_SECONDS):
             self.gather(self._ready)
 
     def gather(self, shard_ids: list[str] | None = None) -> None:
-        """Move finished shards (None: every one there is) into the central table."""
+        """Move finished shards (None: all of the folder) into the central table."""
         began = time.monotonic()
         done = self.table.gather(self.journal, shard_ids)
         self._ready, self._gathered = [], time.monotonic()
@@ -222,9 +232,9 @@ class Books:
             )
 
 
-def _refuse_storage(cause: Cause) -> None:
+def _raise_storage_error(cause: Cause) -> None:
     if cause.storage:
-        raise EditSweepError(f"{cause.message}; mend it and run the same command again: it continues")
+        raise EditSweepError(f"{cause.message}; repair it and run the same command again: it continues")
 
 
 def artifact_title(spec: ArtifactSpec) -> str:
@@ -234,7 +244,7 @@ def artifact_title(spec: ArtifactSpec) -> str:
 class Engine(Protocol):
     """Builds the artifacts and (unless ``books.artifacts_only``) runs the shards of ``books.plan``.
 
-    Returns when all ended or the user interrupted (``books.interrupted``).
+    Returns when all of them have ended or the user has interrupted the run (``books.interrupted``).
     """
 
     def __call__(self, books: Books, max_actors: int | None) -> None: ...
@@ -242,7 +252,8 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a run."""
+    """Result of a run. ``unfinished``: ids of the cells that are not complete in the table.
+    ``errors``: by shard id."""
 
     plan: Plan
     run_id: str

@@ -1,4 +1,4 @@
-"""The cause of a failed shard or artifact as plain data that crosses the border of a process."""
+"""The cause of a failed shard or artifact as plain data, which can be sent between processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from orchestrator.storage.base import Missing, StoreError
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """An error's class and message, and whether the storage is at fault, in which case everything
-    else would fail too."""
+    """An error's class and message. ``storage`` is True if the storage itself failed, so that every
+    other shard would fail too."""
 
     kind: str
     message: str
@@ -18,7 +18,7 @@ class Cause:
 
     @classmethod
     def of(cls, error: BaseException) -> Cause:
-        # An object that is missing concerns those who need it; the storage itself still works.
+        # A missing object is not a failure of the storage itself.
         storage = isinstance(error, StoreError) and not isinstance(error, Missing)
         return cls(type(error).__name__, str(error)[:2000], storage)
 

@@ -1,4 +1,4 @@
-"""Enter a results folder: check it, write the plan and the record of each run, read progress."""
+"""Use a results folder: check it, write the plan and the record of each run, read progress."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json
 from workers.methods import get_method
 from workers.scoring.registry import SCORES
-from workers.types import JSON, EditSweepError
+from workers.types import JSON, EditSweepError, SpecError
 
 
 class ResultsError(EditSweepError):
-    """The results folder is not this sweep's, or not a results folder at all."""
+    """The folder belongs to another sweep, or is not a results folder."""
+
+
+class ScoringError(ResultsError, SpecError):
+    """The folder's cells were scored with other settings than the spec's."""
 
 
 def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = False) -> Progress:
-    """Read the contents of the results folder for the planner. ``retry_failed``: failed groups
-    count as not run."""
+    """Read the progress of a results folder for the planner. ``retry_failed``: failed groups count
+    as not run."""
     listed = table.shards()
     begun = tuple(manifest for shard_id, manifest in journal.begun().items() if shard_id not in listed)
     spent = [
@@ -42,7 +46,7 @@ def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = Fa
         try:
             progress = journal.progress(manifest.shard_id)
         except (Missing, EditSweepError):
-            continue  # gathered meanwhile, or damaged: it only lacks in the estimates
+            continue  # gathered meanwhile, or damaged: only the time estimates lack it
         cells = tuple(manifest.columns)
         spent.append(Spent(manifest.shard_id, cells, progress.edits, _seconds(progress), progress.committed))
     given_up = {} if retry_failed else table.given_up()
@@ -50,8 +54,10 @@ def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = Fa
 
 
 def read_folder(spec: SweepSpec, store: Store, retry_failed: bool = False) -> Progress:
-    """Progress of a sweep in a results folder, which need not exist yet. Refuses that of another
-    sweep; writes nothing."""
+    """Progress of a sweep in a results folder, which need not exist yet. Writes nothing.
+
+    Raises :class:`ResultsError` for the folder of another sweep.
+    """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
     if not store.exists(paths.sweep):
@@ -64,15 +70,16 @@ def _seconds(shard: TableShard | ShardProgress) -> float:
 
 
 def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
-    """Refuse a results folder that is not this sweep's. Writes nothing."""
+    """Raise :class:`ResultsError` if the folder belongs to another sweep, or holds files but is not
+    a results folder. Writes nothing."""
     try:
         found = unseal_json(store.read(paths.sweep), store.where(paths.sweep))
     except Missing:
-        strangers = [e.name for e in store.list("") if e.name != paths.lock]
-        if strangers:
+        foreign = [e.name for e in store.list("") if e.name != paths.lock]
+        if foreign:
             raise ResultsError(
                 f"{store.where()} is not a results folder: it has no {paths.sweep} but holds "
-                f"{', '.join(strangers[:5])}; "
+                f"{', '.join(foreign[:5])}; "
                 "give an empty or a new folder with --results"
             ) from None
         return
@@ -95,13 +102,14 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
         if theirs.get(key) != mine.get(key)
     ]
     if changed:
-        raise ResultsError(
+        raise ScoringError(
             f"scoring: the cells in {store.where()} were scored with other settings ({'; '.join(changed)}); "
             "use the same settings, or a new folder with --results"
         )
 
 
 def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
+    """Make the folder this sweep's results folder, or check that it is."""
     identity = {"name": spec.name, "scoring": SCORES.identity(spec.scoring)}
     if not store.publish_new(paths.sweep, seal_json(identity)):
         check_folder(spec, store, paths)

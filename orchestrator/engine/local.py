@@ -1,8 +1,8 @@
-"""The in-process engine: the shards one after another, in this process. Same interface as the Ray
-engine; a debugger works.
+"""The in-process engine: runs the shards one after another in this process, so that a debugger
+works. Same interface as the Ray engine.
 
-Ctrl-C once ends the run after the step at hand is committed, if that takes less than ten seconds;
-twice, at once. A step that was not committed is done again next time.
+After one Ctrl-C the run ends when the current step is committed, or after ten seconds. After a
+second Ctrl-C it ends at once. A step that was not committed is run again by the next run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from orchestrator.storage.lock import LockLost
 from workers.artifacts.base import ArtifactSpec, Stopped
 
 LEAVE_SECONDS = 10.0
-"""Seconds that the first Ctrl-C waits for the step at hand."""
+"""Seconds after the first Ctrl-C in which the current step may be committed."""
 
 
 def run_local(books: Books, max_actors: int | None = None) -> None:
-    """Run every shard of the plan. ``max_actors`` means nothing here: there is one."""
+    """Run every shard of the plan. ``max_actors`` is ignored: this process is the only actor."""
     plan = books.plan
     resources = plan.spec.engine.resources
     check_memory(
@@ -45,18 +45,18 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
 
 
 def build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
-    """Build what the store lacks. A failure is told here and again by the shards that need the
-    artifact."""
+    """Build the missing artifacts. A failure is reported here; the shards that need the artifact
+    fail later with the same cause."""
     missing = books.missing_artifacts()
     for number, spec in enumerate(missing, start=1):
         if stop.is_set():
             return
 
-        def tell(done: int, total: int, what: str, spec: ArtifactSpec = spec) -> None:
+        def report(done: int, total: int, what: str, spec: ArtifactSpec = spec) -> None:
             books.artifact_step(spec, done, total, what)
 
         try:
-            bench.build(spec, books.plan.common.model, books.plan.common.threads, tell, stop.is_set)
+            bench.build(spec, books.plan.common.model, books.plan.common.threads, report, stop.is_set)
             books.artifact_built(spec, number, len(missing))
         except Stopped:
             return
@@ -95,27 +95,27 @@ def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event)
 
 @contextmanager
 def _ctrl_c(books: Books) -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event; the second, or the end of :data:`LEAVE_SECONDS`, raises
-    KeyboardInterrupt.
+    """Handle Ctrl-C: the first one sets the event; the second one, or the end of
+    :data:`LEAVE_SECONDS`, raises KeyboardInterrupt.
 
-    Outside the main thread nothing changes.
+    Does nothing outside the main thread, where signal handlers cannot be set.
     """
     stop = threading.Event()
     main = threading.main_thread()
     if threading.current_thread() is not main or main.ident is None:
         yield stop
         return
-    # a signal to the main thread also ends what it waits for
-    patience = threading.Timer(LEAVE_SECONDS, signal.pthread_kill, (main.ident, signal.SIGINT))
-    patience.daemon = True
+    # A signal to the main thread also interrupts a blocking call.
+    timeout = threading.Timer(LEAVE_SECONDS, signal.pthread_kill, (main.ident, signal.SIGINT))
+    timeout.daemon = True
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        patience.start()
+        timeout.start()
         books.view.note(
-            f"stopping: the step at hand is committed if that takes less than {LEAVE_SECONDS:.0f} seconds "
+            f"stopping: the current step is committed if that takes less than {LEAVE_SECONDS:.0f} seconds "
             "(Ctrl-C again to leave at once)"
         )
 
@@ -123,5 +123,5 @@ def _ctrl_c(books: Books) -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
-        patience.cancel()
+        timeout.cancel()
         signal.signal(signal.SIGINT, before)

@@ -15,7 +15,7 @@ from workers.model.config import ModelConfig
 from workers.types import JSON, ModelError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "pydantic")
-"""Packages whose versions a result may depend on: equal on every node."""
+"""Packages whose versions a result may depend on. They must be equal on every node."""
 
 
 GIB = 1 << 30
@@ -26,8 +26,8 @@ def this_process() -> dict[str, JSON]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that must be equal wherever shards run: Python, the packages, and this code
-    itself."""
+    """Versions that must be equal on every node: Python, :data:`PACKAGES`, and the digest of this
+    code."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -38,7 +38,8 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Hash of the source files of this package: two nodes with equal digests run the same code."""
+    """Hash of the source files of ``orchestrator`` and ``workers``. Nodes with equal digests run
+    the same code."""
     text = []
     for package in (orchestrator, workers):
         folder = Path(str(package.__file__)).parent
@@ -46,8 +47,20 @@ def code_digest() -> str:
     return sha256_of("\n".join(text).encode())[:12]
 
 
+def check_device(model: ModelConfig, where: str) -> None:
+    """Raise :class:`ModelError` if the model is asked to be on a GPU and torch finds none. ``where``:
+    the machine's name in the message."""
+    if model.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModelError(f"{where}: model.device is cuda, but torch finds no GPU there")
+
+
 def check_memory(model: ModelConfig, weight_bytes: int, gpu: float, memory_gb: float, where: str) -> None:
-    """Refuse a model that cannot fit the device here. Raises :class:`ModelError` with the sizes."""
+    """Raise :class:`ModelError`, with the sizes, if the model does not fit into this machine's
+    memory. ``where``: the machine's name in the message."""
     if model.device != "cpu" and (gpu or model.device == "cuda"):
         import torch
 
@@ -75,10 +88,10 @@ def check_memory(model: ModelConfig, weight_bytes: int, gpu: float, memory_gb: f
 
 
 def check_declared(shard_id: str, declared_gb: float | None, present: int | None) -> None:
-    """Refuse a shard whose lanes were chosen for a larger GPU than the one here, of ``present``
-    bytes (None: no GPU).
+    """Raise :class:`ModelError` if the number of lanes was chosen for a larger GPU than this one.
 
-    A card of a nominal size reports up to 5% less. Raises :class:`ModelError`.
+    ``declared_gb``: GiB that the spec declared. ``present``: bytes of this GPU, None without one. A
+    GPU may report up to 5% less than its nominal size.
     """
     if declared_gb is None or present is None or present >= 0.95 * declared_gb * GIB:
         return
@@ -94,7 +107,7 @@ def check_declared(shard_id: str, declared_gb: float | None, present: int | None
 
 
 def gpu_bytes(model: ModelConfig) -> int | None:
-    """Memory of the GPU that this process edits on."""
+    """Bytes of memory of the GPU that this process edits on; None for a CPU."""
     if model.device == "cpu":
         return None
     import torch

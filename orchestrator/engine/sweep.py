@@ -1,13 +1,13 @@
-"""From a spec to an outcome: lock, plan, engine, gather. Common to both engines.
+"""Run a sweep: lock the folder, plan, run the engine, gather. Common to both engines.
 
     bench = Bench(root="/data/results/demo", run_id="r1")  # in a worker process; keeps the loaded model
     for step in bench.run(manifest):                           # each step is durable when it is yielded
         ...
 
-    outcome = run_sweep(spec, store, local_engine, view)  # in the driver: lock, plan, engine, gather
+    outcome = run_sweep(spec, store, local_engine, view)  # in the driver
 
-Progress lives in the journal alone: a shard that is run again, for whatever reason, continues after
-its last commit. Knows nothing of Ray.
+Progress is stored only in the journal. A shard that is run again continues after its last commit.
+Independent of Ray.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from orchestrator.engine.folder import (
     write_run,
     write_statistics,
 )
+from orchestrator.engine.machine import check_device
 from orchestrator.engine.statistics import read_statistics, say_unresolved
 from orchestrator.planning.inputs import read_inputs
 from orchestrator.planning.plan import Plan, Planner
@@ -46,10 +47,21 @@ from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from workers.artifacts.base import ArtifactSpec, in_order
+from workers.types import EditSweepError
+
+ENGINES = ("ray", "local")
 
 
-def engine_named(name: Literal["ray", "local"]) -> Engine:
-    """The engine of that name. Imported when it is chosen: the local one needs no Ray."""
+def engine_named(name: Literal["ray", "local"], spec: SweepSpec) -> Engine:
+    """The engine of that name. It is imported here, because the local engine does not need Ray.
+
+    Raises :class:`EditSweepError` for another name, and :class:`ModelError` if the sweep asks for a
+    GPU, its actors can run on this machine only, and there is none.
+    """
+    if name not in ENGINES:
+        raise EditSweepError(f"engine: {name!r} is not valid; choose {' or '.join(ENGINES)}")
+    if name == "local" or spec.ray.address is None:
+        check_device(spec.model, "this machine")
     if name == "local":
         from orchestrator.engine.local import run_local
 
@@ -76,7 +88,8 @@ def run_sweep(
     retry_failed: bool = False,
     redo_outdated: bool = False,
 ) -> Outcome:
-    """The whole of ``editsweep run``: plan, subtract what is done, run the rest, gather.
+    """Run a sweep (the command ``editsweep run``): plan, leave out finished work, run the rest,
+    gather.
 
     ``only``: run the cells that these fit (:mod:`orchestrator.results.select`). ``retry_failed``:
     also the groups that failed in an earlier run, which are otherwise left alone: what diverged or
@@ -85,17 +98,17 @@ def run_sweep(
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
-    planner = Planner(
-        read_inputs(spec)
-    )  # everything that is wrong with the spec is said before anything is written
+    # Before the folder is written to: raises all errors of the spec.
+    planner = Planner(read_inputs(spec))
     chosen = select(only, planner.described(), "--only") if only else None
+    planner.check(chosen)
     run_id = new_run_id()
     with locking.acquire(store, run_id, say=view.warn) as lock:
         enter_folder(spec, store, paths)
         table = CentralTable(store, paths)
         journal = Journal(store, paths)
         for number in table.verify():
-            view.warn(f"table file {number} is damaged and was put aside; its shards run again")
+            view.warn(f"table file {number} is damaged and was moved to table/bad; its shards run again")
         table.gather(journal)
         progress = read_progress(table, journal, retry_failed)
         codes = compare_code(progress, store, paths)
@@ -116,6 +129,8 @@ def run_sweep(
         write_plan(plan, progress, statistics, store, paths)
         write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
+        for warning in plan.warnings:
+            view.warn(warning)
         view.begin(plan)
         try:
             if plan.shards:
@@ -123,9 +138,8 @@ def run_sweep(
         except BaseException:
             view.end()
             if not lock.lost:
-                with contextlib.suppress(
-                    StoreError
-                ):  # the storage may be what ended the run: that is the better message
+                # If the storage has ended the run, its first error is the one to show.
+                with contextlib.suppress(StoreError):
                     books.gather()
             raise
         view.end()
@@ -190,8 +204,8 @@ def _tell_of_code(plan: Plan, codes: Mapping[str, CellCode], view: View) -> None
 
 @dataclass(frozen=True, slots=True)
 class ArtifactState:
-    """One artifact of a sweep after :func:`build_artifacts`. ``bytes`` is None if it does not
-    exist."""
+    """One artifact of a sweep after :func:`build_artifacts`. ``bytes``: its size, None if it does
+    not exist. ``state``: a text for the user."""
 
     spec: ArtifactSpec
     bytes: int | None
@@ -201,10 +215,9 @@ class ArtifactState:
 def build_artifacts(
     spec: SweepSpec, store: Store, engine: Engine, view: View, max_actors: int | None = None
 ) -> tuple[tuple[ArtifactState, ...], bool]:
-    """The whole of ``editsweep artifacts``: everything that the sweep's cells need, and nothing
-    else.
+    """Build the artifacts that the sweep's cells need (the command ``editsweep artifacts``).
 
-    Also returns whether the user interrupted it.
+    Returns the state of each artifact, and True if the user interrupted the construction.
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
@@ -239,7 +252,7 @@ def _artifact_states(books: Books, missing: Collection[str]) -> tuple[ArtifactSt
         elif (failure := books.artifacts.failure(spec, books.run_id)) is not None:
             state = f"failed: {failure.splitlines()[0][:200]}"
         elif spec.key not in missing:
-            state = "not needed"  # it went into one that is present
+            state = "not needed"  # only an artifact that is present needs it
         elif (progress := saved.get(spec.key)) and progress["total"]:
             state = f"unfinished, {100 * progress['done'] // progress['total']}%"
         else:
@@ -253,7 +266,8 @@ def new_run_id() -> str:
 
 
 def _outcome(books: Books) -> Outcome:
-    """Compare the table with the plan: an engine's own account of how it ended is never trusted."""
+    """The outcome, by comparing the table with the plan. What the engine reported does not decide
+    which cells are finished."""
     done = books.table.done()
     unfinished = [
         cell.cell_id

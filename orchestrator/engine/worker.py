@@ -1,4 +1,4 @@
-"""Run one shard: what an actor of either engine does."""
+"""Run one shard in an actor, for both engines."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ if TYPE_CHECKING:
 
 
 SAVE_SECONDS = 30.0
-"""Time between two savings of an unfinished artifact, about."""
-
+"""Approximate time between two saves of an unfinished artifact."""
 
 BACKOFF_SECONDS = 1.0
 BACKOFF_MOST = 30.0
-"""A shard that is launched again in the same run without having got further waits 1 s, then 2 s, 4
-s and so on."""
-
+"""A shard that is launched again in the same run after an attempt without a commit waits first: 1
+s, then 2 s, 4 s, ..., at most :data:`BACKOFF_MOST`."""
 
 _LOG_CHARACTERS = 1_000_000
+"""A log keeps at most so many characters, the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One committed step of a shard. The first report of an attempt commits nothing: it says where
-    it continues."""
+    """One committed step of a shard. The first report of an attempt commits nothing: its ``tick``
+    is the position from which the attempt continues."""
 
     shard_id: str
     tick: int
@@ -58,11 +57,10 @@ class StepReport:
     attempt: int
     failures: int = 0
     kept: int = 0
-    """Scoring batches whose activations below the edit were kept from before, of ``batches``."""
+    """Scoring batches, of ``batches``, whose activations below the edit were in the cache."""
     batches: int = 0
     journal_seconds: float = 0.0
-    """Spent in the journal (claiming, committing), of the ``actor_seconds`` since the report
-    before."""
+    """Time spent in the journal (claim, commit), of the ``actor_seconds`` since the last report."""
     actor_seconds: float = 0.0
 
 
@@ -72,19 +70,19 @@ def _no_progress(done: int, total: int, what: str) -> None:
 
 @dataclass
 class _Workbench(Workbench):
-    """One whose unfinished work outlives the process."""
+    """A workbench that saves unfinished work to the store."""
 
     durable: Unfinished | None = None
 
     def __post_init__(self) -> None:
-        told = self.progress
+        report = self.progress
 
-        def tell(done: int, total: int, what: str) -> None:
+        def record_and_report(done: int, total: int, what: str) -> None:
             if self.durable is not None:
                 self.durable.progress = (done, total, what)
-            told(done, total, what)
+            report(done, total, what)
 
-        self.progress = tell
+        self.progress = record_and_report
 
     def load(self) -> bytes | None:
         return None if self.durable is None else self.durable.load()
@@ -95,8 +93,8 @@ class _Workbench(Workbench):
 
 
 class Bench:
-    """State that a worker process keeps between shards: the loaded model, the data set, artifacts
-    of the last shard."""
+    """State that a worker process keeps between shards: the loaded model, the data set, and the
+    artifacts of the last shard."""
 
     def __init__(self, root: str, run_id: str, save_seconds: float = SAVE_SECONDS) -> None:
         self.save_seconds = save_seconds
@@ -114,7 +112,7 @@ class Bench:
         from workers.session import Session
 
         if self._session is None or self._session[:2] != (model, threads):
-            self._session = None  # let go of the old weights before the new ones are read
+            self._session = None  # free the old weights before the new ones are loaded
             self._session = (model, threads, Session.open(model, threads=threads))
         return self._session[2]
 
@@ -126,11 +124,11 @@ class Bench:
         progress: Callable[[int, int, str], None] = _no_progress,
         stopping: Callable[[], bool] = bool,
     ) -> ArtifactData:
-        """An artifact from the store, built and stored first if it is not there, and what it needs
-        before it.
+        """An artifact from the store. If it is missing, it is built and stored first, after the
+        artifacts that it needs.
 
-        Raises :class:`~workers.artifacts.base.Stopped`, with everything saved, if ``stopping`` says
-        so between two steps.
+        Between two steps ``stopping`` is called; if it returns True, the state is saved and
+        :class:`~workers.artifacts.base.Stopped` is raised.
         """
 
         def make(unfinished: Unfinished) -> bytes:
@@ -144,26 +142,27 @@ class Bench:
         return data
 
     def run(self, manifest: ShardManifest) -> Iterator[StepReport]:
-        """Run or continue a shard; every report but the first stands for a durable step.
+        """Run or continue a shard. Every report except the first is made after a durable commit.
 
-        A launch again within one run waits first if the last came to nothing, longer each time:
-        what may pass needs time to pass. Raises whatever the stream raises, after noting it in the
-        journal, and :class:`~orchestrator.results.journal.Superseded`.
+        If the last attempt of the same run committed nothing, this one waits first
+        (:data:`BACKOFF_SECONDS`), because a temporary error needs time to pass. Raises the stream's
+        exceptions, after recording them in the journal, and
+        :class:`~orchestrator.results.journal.Superseded`.
         """
         from workers.stream import Stream
 
         task = Task.of(manifest)
         common = task.common
-        told = time.perf_counter()
+        last_report = time.perf_counter()
         self.journal.begin(manifest)
         stalled = self.journal.stalled(manifest.shard_id, self.run_id)
         if stalled:
             time.sleep(min(BACKOFF_SECONDS * 2.0 ** (stalled - 1), BACKOFF_MOST))
-            told = time.perf_counter()
+            last_report = time.perf_counter()
         attempt = self.journal.claim(manifest.shard_id, self.run_id, this_process())
         ticks = manifest.bounds[-1]
         try:
-            spent = -told + (told := time.perf_counter())
+            spent = -last_report + (last_report := time.perf_counter())
             yield StepReport(
                 shard_id=manifest.shard_id,
                 tick=attempt.position,
@@ -220,9 +219,9 @@ class Bench:
                     kept=prefixes.hits - hits,
                     batches=prefixes.hits + prefixes.misses - hits - misses,
                     journal_seconds=now - computed,
-                    actor_seconds=now - told,
+                    actor_seconds=now - last_report,
                 )
-                began = told = now
+                began = last_report = now
                 hits, misses = prefixes.hits, prefixes.misses
         except Superseded:
             raise
@@ -240,7 +239,7 @@ class Bench:
             raise
 
     def _log(self, shard_id: str, attempt: int, text: str) -> None:
-        """Append to an attempt's log, which outlives the shard's parts."""
+        """Append to an attempt's log. The log remains when the shard's parts are deleted."""
         key = self.paths.shard_log(shard_id, attempt)
         try:
             before = self.store.read(key).decode()
@@ -266,7 +265,8 @@ class Bench:
 
 
 def passing(error: BaseException) -> bool:
-    """Return whether launching a shard again may help (see :func:`workers.failures.may_pass`)."""
+    """Return whether the error may be temporary, so that the shard should be launched again (see
+    :func:`workers.failures.may_pass`)."""
     return may_pass(error) or isinstance(error, (StoreError, Superseded))
 
 

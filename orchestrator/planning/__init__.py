@@ -1,1 +1,1 @@
-"""From a spec to cells, shards and steps. Runs nothing."""
+"""Planning: from a spec to cells, shards and steps. Runs nothing."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+from orchestrator.planning.hparams_files import warnings_of_files
 from orchestrator.planning.inputs import MethodInputs
 from orchestrator.planning.memory import CPU_MEMORY_GB, GIB, USABLE, MemoryEstimate, estimate, lane_edits
 from orchestrator.planning.spec import MethodSpec, SweepSpec
@@ -15,12 +16,27 @@ from workers.model.config import ModelShape
 from workers.types import JSON, SpecError
 
 SCHEMA = 1
-"""Version of what enters a cell id. Raising it makes every result stale."""
+"""Version of the content of a cell id. To raise it changes all cell ids, so that every earlier
+result must be run again."""
+
+
+def _unreached_marks(spec: SweepSpec) -> list[str]:
+    """A warning if groups end before some of the marks of ``scoring.score_at``."""
+    sizes = [T for variant in range(len(spec.methods)) for T in spec.sizes(variant)]
+    most, field = (
+        (spec.dataset.edits, "dataset.edits") if spec.grid.rollback == "never" else (max(sizes), "grid.T")
+    )
+    marks = [str(mark) for mark in spec.scoring.score_at if mark > most]
+    if not marks:
+        return []
+    return [
+        f"scoring.score_at: {', '.join(marks)} is never reached: no state has more than {most} edits ({field})"
+    ]
 
 
 class Grid:
-    """Enumerates the cells of the spec's methods, whose settings are resolved; collects artifacts,
-    sizes and warnings."""
+    """Resolves the spec's methods and enumerates their cells. Also collects artifacts, memory
+    estimates, numbers of lanes, and warnings."""
 
     def __init__(
         self, spec: SweepSpec, common: Common, methods: Sequence[MethodInputs], shape: ModelShape, tokens: int
@@ -33,7 +49,7 @@ class Grid:
         self.memory: dict[tuple[int, int], MemoryEstimate] = {}
         self.artifacts: dict[str, ArtifactSpec] = {}
         self.keys: dict[tuple[int, int], tuple[tuple[str, str], ...]] = {}
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(spec.remarks)
         self._seeds: list[tuple[int, ...]] = []
         self._digests: dict[tuple[int, int], str] = {}
         shared = {
@@ -44,26 +60,33 @@ class Grid:
             "order": common.dataset.order,
             "dtype": common.model.dtype,
             "chat_template": common.chat_template,
-            "batch_size": common.batch_size,
             "rollback": common.rollback,
         }
+        # what came later stands in an id only where it changes a number
+        later = {"template": common.template, "joiner": common.joiner_mark}
+        shared |= {name: value for name, value in later.items() if value}
+        self._subjects = {"subject": common.subject_mark} if common.subject_mark else {}
         for method, found in zip(spec.methods, methods, strict=True):
             self._resolve(method, found, shared, shape)
+        self.warnings += _unreached_marks(spec)
+        self.warnings += warnings_of_files(spec, [found.file for found in methods])
         self._check_batches()
 
     def _resolve(
         self, method: MethodSpec, found: MethodInputs, shared: Mapping[str, JSON], shape: ModelShape
     ) -> None:
-        # Importing the methods brings torch, which parsing a spec or reading a manifest does not
-        # need.
+        # Importing the methods imports torch, which is not needed to parse a spec or to read a
+        # manifest.
         from workers.methods import get_method
 
         kind, config = get_method(method.method), found.config
         resolved = config.model_dump(mode="json")
         hparams_id = digest([method.method, kind.version, resolved])[:8]
         number = len(self.variants)
-        for other in self.variants:
-            if (other.algorithm, other.hparams_id) == (method.method, hparams_id):
+        size, _ = self.spec.batch_size(number)
+        for i, other in enumerate(self.variants):
+            batches_alike = kind.whole_group or self.spec.batch_size(i)[0] == size
+            if (other.algorithm, other.hparams_id) == (method.method, hparams_id) and batches_alike:
                 raise SpecError(
                     f"methods: {other.label!r} and {method.label!r} have the same settings; remove one"
                 )
@@ -74,6 +97,7 @@ class Grid:
             config=resolved,
             hparams_id=hparams_id,
             whole_group=kind.whole_group,
+            own_batch_size=None if size == self.spec.grid.batch_size else size,
         )
         self.variants.append(variant)
         self.costs.append(float(kind.relative_cost))
@@ -103,14 +127,22 @@ class Grid:
                 f"{', '.join(map(str, self.spec.grid.seeds))} are the same experiment; it runs once, as "
                 f"seed {seeds[0]}"
             )
-        body = {**shared, "method": method.method, "version": kind.version, "config": resolved}
+        body = {
+            **shared,
+            "batch_size": size,
+            "method": method.method,
+            "version": kind.version,
+            "config": resolved,
+        }
+        if config.reads_subject:
+            body |= self._subjects
         if kind.whole_group:
-            body["batch_size"] = None  # it is T, which every cell id has; what the grid says changes nothing
+            body["batch_size"] = None  # it is T, which is in the cell id; the grid's value is not used
         for seed, specs in found.artifacts.items():
             keys = tuple((artifact.name, artifact.key) for artifact in specs)
             self.artifacts.update({key: artifact for (_, key), artifact in zip(keys, specs, strict=True)})
             self.keys[number, seed] = keys
-        # Hashed once per set of artifacts: ten thousand seeds of one method share it.
+        # One digest per set of artifacts, because thousands of seeds may have the same set.
         digests: dict[tuple[tuple[str, str], ...], str] = {}
         for seed in self._seeds[number]:
             keys = self.keys[number, seed]
@@ -119,28 +151,28 @@ class Grid:
             self._digests[number, seed] = digests[keys]
 
     def _check_batches(self) -> None:
-        """Refuse a batch size that a method of the sweep cannot edit, naming all of them and those
-        that can."""
+        """Raise :class:`SpecError` if a method of the sweep does not support the batch size. The
+        message names all such methods, and the methods that support it."""
         from workers.methods import get_method, method_names
 
         def able(name: str) -> bool:
             kind = get_method(name)
             return kind.batch_edits or kind.whole_group
 
-        size = self.spec.grid.batch_size
-        unable = [v for v in self.variants if not able(v.algorithm)]
-        if size > 1 and unable:
-            named = ", ".join(
-                v.label if v.label == v.algorithm else f"{v.label} ({v.algorithm})" for v in unable
-            )
+        unable: dict[tuple[int, str], list[str]] = {}
+        for i, v in enumerate(self.variants):
+            if self.spec.batch_size(i)[0] > 1 and not able(v.algorithm):
+                label = v.label if v.label == v.algorithm else f"{v.label} ({v.algorithm})"
+                unable.setdefault(self.spec.batch_size(i), []).append(label)
+        for (size, name), labels in unable.items():
             raise SpecError(
-                f"grid.batch_size: {size}, but {named} can edit only one request at a time; set it to 1, "
-                f"or keep to methods that "
+                f"{name}: {size}, but {', '.join(labels)} can edit only one request at a time; set it to 1, "
+                f"give each variant its own `batch_size`, or keep to methods that "
                 f"edit several in one call: {', '.join(filter(able, method_names()))}"
             )
 
     def _lanes(self, label: str, T: int, need: MemoryEstimate) -> int:
-        """The spec's number of lanes, or as many as the declared memory holds."""
+        """The spec's number of lanes; for ``auto`` as many as fit into the declared memory."""
         engine = self.spec.engine
         if engine.lanes != "auto":
             return engine.lanes

@@ -1,13 +1,14 @@
-"""Estimated seconds of shards, and the makespan on many actors. Pure functions; knows nothing of
-torch or Ray.
+"""Estimate the seconds of shards, and the makespan on many actors. Pure functions, independent of
+torch and Ray.
 
     clock = calibrate([Timing(variant=0, T=10, work=120.0, seconds=60.0)])
     seconds = clock.seconds(variant=0, T=10, work=480.0)          # 240: measured
     simulate([seconds, 30.0, 30.0], actors=64).ratio              # makespan / lower bound
 
-*Work* is what an estimate starts from: one FT edit of a single lane is 1. It depends on the plan
-alone, so shards may be cut by it. Seconds are work times what this results folder has measured;
-they decide the order of launch and what `plan` prints, never which lanes share a wave.
+*Work* is the unit of an estimate: one FT edit in a single lane is 1. It depends only on the spec
+and the methods, so shards may be cut by it. Seconds are work times a rate that was measured in this
+results folder. They determine the order of launch and the output of `plan`, never which lanes share
+a wave.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 GPU_LANE_SHARE, CPU_LANE_SHARE = 0.25, 0.8
-"""Cost of one more lane in a lockstep step, as a share of a single lane's step. On a GPU the base
-model's weights are read, and its kernels started, once for all lanes; a core is busy with the
-products of one (measured: the demo's waves of ten lanes against those of two)."""
+"""Cost of each further lane in a lockstep step, relative to the step of a single lane. On a GPU all
+lanes share the reading of the base model's weights and the kernel launches. On a CPU one lane's
+products already use the core fully (measured: the demo's waves of ten lanes against two)."""
 
 SCORE_SHARE = 0.2
-"""Scoring one request, in FT edits (the same figure by which :func:`workers.timeline.cut_steps`
-sets commits)."""
+"""Work of scoring one request, in FT edits. :func:`workers.timeline.cut_steps` uses the same
+figure."""
 
 GUESSED_SECONDS = 1.0
-"""Seconds of one unit of work where nothing at all has been measured. Only the ratio of a schedule
-means anything then."""
+"""Seconds per unit of work if nothing has been measured. Only ratios of times are meaningful
+then."""
 
 
 def wave_work(cost: float, edits: int, scored: float, lanes: int, on_gpu: bool) -> float:
-    """Work of one wave: ``edits`` steps of a method ``cost`` times as dear as FT, and ``scored``
-    requests, in each lane."""
+    """Work of one wave. Each of its lanes makes ``edits`` edits and scores ``scored`` requests.
+    ``cost``: cost of one edit of the method, relative to FT."""
     more = GPU_LANE_SHARE if on_gpu else CPU_LANE_SHARE
     return (edits * cost + scored * SCORE_SHARE) * (1 + (lanes - 1) * more)
 
@@ -49,8 +50,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds per unit of work: of a variant and T, else of the variant, else of everything
-    measured, else a guess."""
+    """Measured seconds per unit of work: of the variant at this T, else of the variant, else of all
+    methods, else :data:`GUESSED_SECONDS`."""
 
     exact: Mapping[tuple[int, int], float] = field(default_factory=dict)
     variant: Mapping[int, float] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Clock:
         return work * self.rate(variant, T)
 
     def note(self, wanted: Iterable[tuple[int, int]]) -> str:
-        """Describe the basis of the estimates for these (variant, T)."""
+        """Text on how the estimates for these (variant, T) were obtained."""
         pairs = set(wanted)
         if self.overall is None:
             return (
@@ -83,8 +84,8 @@ class Clock:
 
 
 def calibrate(timings: Iterable[Timing]) -> Clock:
-    """Rates from everything measured; each is total seconds over total work, so long runs weigh
-    more."""
+    """Compute the rates. Each is total seconds divided by total work, so long shards have more
+    weight."""
     sums: dict[tuple[int, int] | int | None, tuple[float, float]] = {}
     for timing in timings:
         if timing.work <= 0 or timing.seconds <= 0:
@@ -102,8 +103,8 @@ def calibrate(timings: Iterable[Timing]) -> Clock:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """Shards on a number of actors. All in seconds; ``longest`` is the critical path, a shard being
-    indivisible."""
+    """Simulated run of shards on ``actors`` actors. Times in seconds; ``longest`` is the longest
+    shard, which is the critical path because a shard is not divided."""
 
     actors: int
     makespan: float
@@ -112,7 +113,7 @@ class Simulation:
 
     @property
     def bound(self) -> float:
-        """No schedule of these shards ends earlier."""
+        """Lower bound of the makespan of any schedule."""
         return max(self.longest, self.total / self.actors)
 
     @property
@@ -121,8 +122,8 @@ class Simulation:
 
 
 def simulate(seconds: Sequence[float], actors: int) -> Simulation:
-    """Greedy list scheduling: whenever an actor is free it takes the next shard in the order
-    given."""
+    """Simulate greedy list scheduling: an actor that becomes free takes the next shard in the given
+    order."""
     if actors < 1:
         raise ValueError(f"actors: {actors}; at least one is needed")
     free = [0.0] * min(actors, max(1, len(seconds)))

@@ -1,11 +1,11 @@
-"""Estimates of an actor's memory, and of the lanes that fit into the declared memory. Torch-free.
+"""Estimate an actor's memory, and the number of lanes that fit into it. Does not import torch.
 
     need = estimate(shape, ROMEConfig(layer=5), edits=10, batch_size=1, score=ScoreConfig(), tokens=40)
     need.peak(lanes=8)                       # bytes: weights + 8 lanes + activations of one batch
-    need.lanes_within(80 * GIB)              # 0: not even one
+    need.lanes_within(80 * GIB)              # the most lanes; 0 if not one fits
 
-What is free at the moment is never asked: lanes decide bits, so they follow from declared figures
-alone.
+The number of lanes affects the rounding of results. It is therefore computed from the declared
+memory, not from the memory that happens to be free.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 MOST_LANES = 32
-"""`lanes: auto` stops here: a batch this wide fills a device, and what fails or is resumed stays
-small."""
+"""`lanes: auto` gives at most so many lanes: they use a device fully, and with more lanes a failure
+or a restart would repeat more work."""
 
 CPU_MEMORY_GB = 4.0
-"""Memory that `lanes: auto` assumes for a CPU actor that declares nothing
-(``engine.resources.memory_gb``)."""
+"""GiB that `lanes: auto` assumes for a CPU actor without ``engine.resources.memory_gb``."""
 
 USABLE = 0.9
-"""Share of the declared memory that is planned for; the rest is the runtime's context and
+"""Fraction of the declared memory that the plan uses. The rest is for the runtime's context and
 fragmentation."""
 
 SCORED_TOKENS = 16
-"""Positions of a sequence at which the head runs: those of the target."""
+"""Assumed number of target tokens of a sequence, at which the language-model head is computed."""
 
 TEMPLATE_TOKENS = 32
-"""Tokens that a context template puts in front of a prompt at most, special tokens included."""
+"""Largest number of tokens that a context template adds before a prompt, special tokens
+included."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one actor. ``overlay`` (optimiser state included) and ``edit`` (activations) are per
-    lane; ``shared`` is what lanes share (second moments and their factors, ...), ``kept`` what is
-    kept of scoring."""
+    """Memory of one actor in bytes. ``overlay`` (with optimiser state) and ``edit`` (activations)
+    are per lane. ``score``: activations of one scoring batch. ``shared``: data that all lanes share
+    (second moments and their factors, ...). ``kept``: the cache of scoring activations."""
 
     weights: int
     overlay: int
@@ -53,19 +53,19 @@ class MemoryEstimate:
     kept: int = 0
     shared: int = 0
     recorded: bool = False
-    """True if steps are recorded, as on a GPU: a recording's activations stay while the edit is
-    scored."""
+    """True if steps are recorded as CUDA graphs: their activations stay allocated during
+    scoring."""
 
     def peak(self, lanes: int) -> int:
-        """Weights + what lanes share + lanes x overlay + the activations of one batch: of an edit
-        or of scoring, or both."""
+        """Peak bytes with ``lanes`` lanes: weights, shared data, overlays, and the activations of
+        one batch (of the edit or of scoring, whichever is larger; both if ``recorded``)."""
         once = self.weights + self.kept + self.shared
         batches = (lanes * self.edit, self.score)
         return once + lanes * self.overlay + (sum(batches) if self.recorded else max(batches))
 
     def lanes_within(self, budget: float) -> int:
-        """The most lanes whose peak stays within ``budget`` bytes, :data:`MOST_LANES` at most; 0 if
-        one does not fit."""
+        """Largest number of lanes, up to :data:`MOST_LANES`, whose peak is at most ``budget``
+        bytes; 0 if not even one lane fits."""
         return max((n for n in range(1, MOST_LANES + 1) if self.peak(n) <= budget), default=0)
 
 
@@ -79,12 +79,12 @@ def estimate(
     cache_bytes: int = 0,
     on_gpu: bool = False,
 ) -> MemoryEstimate:
-    """The memory of a method's config on a model. A lane holds ``edits`` edits; ``tokens`` bounds a
-    sequence's length.
+    """Estimate the memory of a method on a model. A lane holds ``edits`` edits. ``tokens``: upper
+    bound of a sequence's length.
 
-    A backward pass keeps, in every layer that is replayed, what enters and leaves each linear map,
-    some normalised copies of the hidden state and the attention weights; the head keeps float32
-    logits and their gradients.
+    Activations of a backward pass, in each layer from the first edited one on: inputs and outputs
+    of the linear maps, normalised copies of the hidden state, attention weights. The head adds
+    float32 logits and their gradients.
     """
     value = shape.bytes_per_value
     layer = (
@@ -109,5 +109,5 @@ def estimate(
 
 
 def lane_edits(rollback: Rollback, T: int, edits: int) -> int:
-    """Return the number of edits a lane holds before it is rolled back."""
+    """Number of edits that a lane makes before it is rolled back."""
     return T if rollback == "group" else edits

@@ -16,21 +16,21 @@ Member = TypeVar("Member")
 
 
 UNKNOWN_ACTORS = 64
-"""The number of actors that the work is shared among where the spec names none
-(``engine.max_actors``)."""
+"""Assumed number of actors if the spec has no ``engine.max_actors``."""
 
 
 Span = tuple[int, int, tuple[int, ...]]
-"""Groups ``start .. stop`` (exclusive) of a cell, and the smaller T of which a group starts where
-each of them does."""
+"""Groups ``start .. stop`` (exclusive) of a cell, and the smaller T that have a group to run which
+starts at the same request as each of these groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """All that cells sharing waves have left, ascending: waves are filled across its gaps. Without
-    rollback it is one run.
+    """All groups that are left of the cells ``cells``, which share waves, as ascending spans. A
+    wave may contain groups of several spans. Without rollback there is one span.
 
-    ``riders``: by T, the cells whose groups ride along, seeds in the same order.
+    ``riders``: T -> cells whose groups are served by the same lanes, with the seeds in the same
+    order. ``also``: see :class:`~orchestrator.planning.work.GroupRange`.
     """
 
     cells: tuple[int, ...]
@@ -46,8 +46,8 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Waves:
-    """``count`` waves that are alike, one after another in a chain. Each takes ``groups`` groups of
-    every cell."""
+    """``count`` equal, consecutive waves of a chain. Each contains ``groups`` groups of every cell.
+    ``lanes``, ``edits`` and ``work`` are those of one wave."""
 
     count: int
     groups: int
@@ -58,23 +58,23 @@ class Waves:
 
 @dataclass(frozen=True)
 class Effort:
-    """Work of waves, a function of the spec and the methods alone (see
-    :mod:`orchestrator.planning.makespan`)."""
+    """Computes the work of waves (unit: see :mod:`orchestrator.planning.makespan`) from the spec
+    and the methods alone."""
 
     spec: SweepSpec
     cells: Sequence[Cell]
     variants: Sequence[Variant]
     costs: Sequence[float]
     widths: Mapping[tuple[int, int], int]
-    """The number of lanes a wave of this variant and T may have."""
+    """(variant, T) -> largest number of lanes of a wave."""
 
     _known: dict[tuple[object, ...], tuple[Waves, ...]] = field(
         default_factory=dict, compare=False, repr=False
     )
-    """Waves of chains of one shape, of which a sweep has few."""
+    """Cache: waves of the chains of equal shape, of which a sweep has few."""
 
     def waves(self, variant: int, T: int, chain: Chain) -> tuple[Waves, ...]:
-        """A chain's waves in order: full ones, then what remains."""
+        """A chain's waves in order: full waves, then a smaller one for the rest."""
         if self.spec.grid.rollback == "never":
             return tuple(self._continued(variant, run) for run in chain.runs())
         key = (variant, T, len(chain.cells), chain.spans)
@@ -89,7 +89,7 @@ class Effort:
         return self._known[key]
 
     def _continued(self, variant: int, run: GroupRange) -> Waves:
-        """Of lanes that each start at the very first request."""
+        """The wave of a range without rollback: each lane starts at the first request."""
         Ts = [self.cells[share.cells[0]].T for share in run.shares]
         spans = [(share.stop * T, share.start * T) for share, T in zip(run.shares, Ts, strict=True)]
         end, lanes = max(end for end, _ in spans), len(run.cells)
@@ -98,14 +98,14 @@ class Effort:
         )
 
     def _filled(self, variant: int, T: int, seeds: int, spans: Sequence[Span]) -> Iterator[Waves]:
-        """Full waves and what remains, of as many cells as ``seeds``."""
+        """Full waves and a last, smaller one, for ``seeds`` cells with the same spans."""
         step = groups_per_wave(self.widths[variant, T], seeds)
         parts: list[tuple[int, tuple[int, ...]]] = []
         room = step
         for start, stop, sizes in spans:
             left = stop - start
             while left:
-                if not parts and left >= step:  # as many waves as this run fills alone
+                if not parts and left >= step:  # the waves that this span fills alone
                     yield self._wave(variant, T, seeds, [(step, sizes)], left // step)
                     left %= step
                     continue
@@ -127,7 +127,8 @@ class Effort:
         return Waves(count, groups, lanes, lanes * T, self._work(variant, lanes, T, scored))
 
     def of_manifest(self, variant: int, manifest: ShardManifest) -> float:
-        """Work of a whole shard that has begun, whose lanes may differ from today's."""
+        """Work of a whole shard that has begun. Its number of lanes may differ from the present
+        spec's."""
         job, total = manifest.job, 0.0
         for wave in job.waves:
             if job.rollback == "group":
@@ -143,8 +144,8 @@ class Effort:
         return total
 
     def of_edits(self, cells: Sequence[Cell], edits: int) -> float:
-        """About how much work a finished shard was, of which only its cells and the edits it made
-        are known."""
+        """Estimated work of a finished shard, of which only its cells and its number of edits are
+        known."""
         variant, Ts = cells[0].variant, sorted({cell.T for cell in cells})
         if self.spec.grid.rollback == "never":
             lanes = len({cell.seed for cell in cells})
@@ -155,19 +156,18 @@ class Effort:
         return self._work(variant, lanes, T, self._of_group(variant, Ts)) * edits / (T * lanes)
 
     def _of_group(self, variant: int, Ts: Sequence[int]) -> int:
-        """Requests that a lane scores which makes one group of the largest T and reports to one of
-        each of ``Ts``."""
+        """Number of requests that a lane scores if it makes the edits of one group of the largest
+        T and serves one group of each of ``Ts``."""
         return self._scored(variant, [(T, 0) for T in Ts], Ts)
 
     def _scored(self, variant: int, spans: Sequence[tuple[int, int]], Ts: Sequence[int]) -> int:
-        """Requests that a lane scores: each span (end, begin) in groups of its T."""
+        """Number of requests that a lane scores. ``spans``: (end, begin) in edits, one per T."""
         score, kind = self.spec.scoring, self.variants[variant]
         immediate = score.immediate and not kind.whole_group
         scored = max(end - begin for end, begin in spans) if immediate else 0  # once for all T
         for (end, begin), T in zip(spans, Ts, strict=True):
-            if (
-                T > kind.batch_size(T, self.spec.grid.batch_size) or not immediate
-            ):  # otherwise one forward for both moments
+            # If a group is one batch, one forward gives the immediate and the final scores.
+            if T > kind.batch_size(T, self.spec.grid.batch_size) or not immediate:
                 scored += end - begin
             scored += sum(mark for mark in score.score_at if begin < mark <= end)
         return scored
@@ -177,18 +177,18 @@ class Effort:
 
 
 Ranges = Sequence[tuple[int, int]]
-"""Groups as half-open ranges, ascending."""
+"""Groups as ascending half-open ranges."""
 
 
 def collect_chains(
     spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
 ) -> dict[tuple[int, int], list[Chain]]:
-    """Per variant and T, what is left as chains: of one cell each, or of seeds that have the same
-    groups left."""
+    """(variant, T) -> chains of the groups that are left. A chain has one cell, or (with
+    ``lanes_across_seeds``) several seeds that have the same groups left."""
     if spec.grid.rollback == "never":
-        return _streams(spec, cells, left, effort)
+        return _chains_without_rollback(spec, cells, left, effort)
     at = {(cell.variant, cell.T, cell.seed): i for i, cell in enumerate(cells)}
-    own = _without_prefixes(spec, cells, left, effort)
+    own = _spans_with_own_lanes(spec, cells, left, effort)
     alike: dict[tuple[int, int], dict[tuple[object, ...], list[int]]] = {}
     for i, (cell, spans) in enumerate(zip(cells, own, strict=True)):
         family = alike.setdefault((cell.variant, cell.T), {})
@@ -212,42 +212,41 @@ def collect_chains(
     }
 
 
-def _without_prefixes(
+def _spans_with_own_lanes(
     spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
 ) -> list[tuple[Span, ...]]:
-    """Per cell, what needs lanes of its own: of the groups left that start at one request, those of
-    the largest T.
+    """Per cell, the groups that get their own lanes: of all groups left that start at the same
+    request, the group of the largest T. Its lane also serves the groups of smaller T.
 
-    What rides with a lane is decided by what is left when the lane is planned, and leaves with it:
-    running whole waves first changes nothing for the others. A variant that edits whole groups
-    makes other edits at every T and shares nothing.
+    The groups that a lane serves depend on what is left when the lane is planned, and they are
+    finished together with it. So finishing whole waves does not change the other lanes. A variant
+    that edits whole groups makes different edits at every T and shares no lanes.
     """
     streams: dict[tuple[int, int], list[int]] = {}
     for i, cell in enumerate(cells):
         streams.setdefault((cell.variant, cell.seed), []).append(i)
     own: list[tuple[Span, ...]] = [()] * len(cells)
-    known: dict[
-        tuple[object, ...], list[tuple[Span, ...]]
-    ] = {}  # most variants and seeds have the same groups left
+    # Cache, because most variants and seeds have the same groups left.
+    known: dict[tuple[object, ...], list[tuple[Span, ...]]] = {}
     for (variant, _), numbers in streams.items():
         share = spec.engine.share_prefixes and not effort.variants[variant].whole_group
         numbers.sort(key=lambda i: -cells[i].T)
         wanted = tuple((cells[i].T, tuple(left[i])) for i in numbers)
         if (share, wanted) not in known:
-            known[share, wanted] = list(_ridden(wanted, share))
+            known[share, wanted] = list(_largest_of_each_start(wanted, share))
         for i, spans in zip(numbers, known[share, wanted], strict=True):
             own[i] = spans
     return own
 
 
-def _ridden(wanted: Sequence[tuple[int, Ranges]], share: bool) -> Iterator[tuple[Span, ...]]:
-    """For each T (descending, with its groups that are left) the groups of its own lanes."""
+def _largest_of_each_start(wanted: Sequence[tuple[int, Ranges]], share: bool) -> Iterator[tuple[Span, ...]]:
+    """For each T, the groups that get their own lanes. ``wanted``: (T, groups left), T
+    descending."""
     if not share:
         yield from (tuple((start, stop, ()) for start, stop in ranges) for _, ranges in wanted)
         return
-    sizes: dict[
-        int, tuple[int, ...]
-    ] = {}  # by first request: the T of groups that start there, the lane's first
+    # First request -> the T of the groups that start there, descending.
+    sizes: dict[int, tuple[int, ...]] = {}
     for T, ranges in wanted:
         for group in (group for start, stop in ranges for group in range(start, stop)):
             sizes[group * T] = (*sizes.get(group * T, ()), T)
@@ -264,14 +263,14 @@ def _ridden(wanted: Sequence[tuple[int, Ranges]], share: bool) -> Iterator[tuple
         yield tuple(spans)
 
 
-def _streams(
+def _chains_without_rollback(
     spec: SweepSpec, cells: Sequence[Cell], left: Sequence[Ranges], effort: Effort
 ) -> dict[tuple[int, int], list[Chain]]:
-    """Without rollback T only says when to score: one lane per variant and seed makes the edits for
-    every T that is left.
+    """(variant, largest T) -> chains, for ``rollback: never``.
 
-    A variant that edits whole groups makes other edits at every T, and has a lane for each. Runs
-    stand under the largest T they serve.
+    Without rollback T determines only when to score. One lane per variant and seed makes the edits
+    for all T that are left. A variant that edits whole groups makes different edits at every T and
+    has one lane per T.
     """
     lanes: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
     for i, (cell, ranges) in enumerate(zip(cells, left, strict=True)):
@@ -288,8 +287,7 @@ def _streams(
     for members in alike.values():
         first = cells[members[0][0][0]]
         for team in _even(members, effort.widths[first.variant, first.T]):
-            # share by share: the cell of each lane, and the groups, which are the same in all of
-            # them
+            # For each share: the cells of the lanes, and the groups, which are equal in all lanes.
             parts = [
                 GroupRange(tuple(i for i, _, _ in part), *part[0][1:]) for part in zip(*team, strict=True)
             ]
@@ -300,8 +298,8 @@ def _streams(
 
 
 def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
-    """As few teams of at most ``most`` as there can be, of even sizes: dropping some leaves the
-    others as they were."""
+    """Split into the smallest number of teams of at most ``most`` members, of sizes that differ by
+    at most one. If whole teams are removed, the others stay the same."""
     teams = -(-len(members) // most)
     size, larger = divmod(len(members), teams)
     start = 0
@@ -312,11 +310,12 @@ def _even(members: Sequence[Member], most: int) -> Iterator[tuple[Member, ...]]:
 
 
 def lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Effort) -> float:
-    """Work below which no schedule of the whole sweep ends: its longest wave, or an even share of
-    everything.
+    """Lower bound of the work between the start and the end of any schedule of the whole sweep:
+    the longest wave, or the total divided by the number of actors, whichever is larger.
 
-    No shard of several waves is larger. Without this limit a small sweep of one method has fewer
-    shards than actors, and took up to four times as long on four of them (simulated; LOG.md).
+    A shard of several waves is at most this large. Without the limit a small sweep of one method
+    has fewer shards than actors; on four actors it took up to four times as long (simulated;
+    LOG.md).
     """
     longest = total = 0.0
     for (variant, T), chains in families.items():
@@ -328,8 +327,8 @@ def lower_bound(families: Mapping[tuple[int, int], Sequence[Chain]], effort: Eff
 
 
 @dataclass
-class _Piece:
-    """A shard being filled."""
+class _ShardDraft:
+    """A shard to which waves are being added. ``lanes``: those of its widest wave."""
 
     runs: list[GroupRange] = field(default_factory=list)
     edits: int = 0
@@ -347,14 +346,16 @@ class _Piece:
         self.lanes = max(self.lanes, lanes)
 
 
-def pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_work: float) -> Iterator[_Piece]:
-    """Fill shards with whole waves, in order, up to ``shard_edits`` and ``most_work``.
+def pack(
+    variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_work: float
+) -> Iterator[_ShardDraft]:
+    """Fill shards with whole waves, in order, up to ``shard_edits`` edits and ``most_work`` work.
 
-    The limit on work gives way to ``step_edits``: what is shorter than the time between two commits
-    is not worth a launch.
+    A shard with fewer than ``step_edits`` edits may exceed ``most_work``, because to launch a shard
+    for less than the work between two commits does not pay.
     """
     engine = effort.spec.engine
-    piece = _Piece()
+    piece = _ShardDraft()
     for chain in chains:
         rest = deque(chain.runs())
         for wave in effort.waves(variant, T, chain):
@@ -366,9 +367,9 @@ def pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_wor
                 fit = min(waves, (engine.shard_edits - piece.edits) // wave.edits, int(by_work))
                 if fit < 1 and piece.runs:
                     yield piece
-                    piece = _Piece()
+                    piece = _ShardDraft()
                     continue
-                fit = max(1, fit)  # a single wave is taken whatever its size
+                fit = max(1, fit)  # a shard has at least one wave, of any size
                 piece.add(_take(rest, fit * wave.groups), fit * wave.edits, fit * wave.work, wave.lanes)
                 waves -= fit
     if piece.runs:
@@ -376,7 +377,7 @@ def pack(variant: int, T: int, chains: Sequence[Chain], effort: Effort, most_wor
 
 
 def _take(rest: deque[GroupRange], groups: int) -> Iterator[GroupRange]:
-    """The next so many groups of each cell of a chain."""
+    """Remove and return the next ``groups`` groups of each cell of a chain."""
     while groups:
         run = rest.popleft()
         if len(run) > groups:

@@ -1,21 +1,22 @@
-"""SweepSpec -> cells -> shards and steps, in launch order.
+"""Plan a sweep: SweepSpec -> cells -> shards and steps, in launch order.
 
     plan = make_plan(spec, Progress())
     for shard in plan.shards:               # longest first
         manifest = plan.manifest(shard)     # everything an actor needs, as JSON
 
-A plan is a pure function of its inputs (:mod:`orchestrator.planning.inputs`) and of what a results
-folder holds. It is cheap: shards are kept as ranges of groups, and hashes of common parts are taken
-once. Only launching a shard writes its ranges out into a :class:`~workers.job.StreamJob`.
+A plan is a pure function of its inputs (:mod:`orchestrator.planning.inputs`) and of the progress in
+a results folder. A shard is stored as ranges of groups; only when it is launched, the ranges are
+expanded into a :class:`~workers.job.StreamJob`.
 
-Plans only ever grow: groups that are in the table, or that belong to a shard which has begun, are
-subtracted, and what is left is cut into new shards. So a shard's composition never changes,
-whatever happens to the spec in the meantime.
+Groups that are in the table, or that belong to a shard which has begun, are subtracted. The rest is
+cut into new shards. So the composition of a shard that has begun never changes, even if the spec
+does.
 
-Which lanes share a wave decides bits, which waves share a shard does not. Waves therefore follow
-from the spec and from what is left alone, and removing whole waves leaves the others as they were;
-shards are cut between waves only, by the spec and by work (never by the clock or the size of a
-cluster). What was measured decides the order of launch.
+Which lanes share a wave affects the rounding of results; which waves share a shard does not. Waves
+therefore depend only on the spec and on the groups that are left, and finishing whole waves does
+not change the other waves. Shards consist of whole waves; their size depends on the spec and on
+estimated work, never on measured time or the size of a cluster. Measured times determine the order
+of launch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from orchestrator.planning.checks import all_at_once, impossible_cells, shortfall_warnings
 from orchestrator.planning.grid import Grid, digest
 from orchestrator.planning.inputs import Inputs, count_overlap, dataset_notes, longest_tokens, read_inputs
 from orchestrator.planning.makespan import Clock, Simulation, Timing, calibrate, simulate
@@ -42,13 +44,14 @@ from orchestrator.planning.spec import SweepSpec
 from orchestrator.planning.work import Cell, Common, GroupRange, Shard, Task, Variant, Work, members
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts.base import ArtifactSpec
+from workers.data.scripts import joiner_mark, subject_mark
 from workers.scoring.registry import SCORES
 from workers.types import JSON, Dataset
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Time that the edits of one shard have taken so far."""
+    """Measured time of a shard's committed edits."""
 
     shard_id: str
     cells: tuple[str, ...]
@@ -60,12 +63,12 @@ class Spent:
 
 @dataclass(frozen=True)
 class Progress:
-    """Finished work in a results folder.
+    """Progress in a results folder.
 
-    ``done``: per cell the groups whose rows are complete in the table. ``begun``: manifests of
-    shards that are not in the table yet. ``used``: ids of shards that may not be used again.
-    ``spent``: time of shards in the table and under way. ``given_up``: per cell the groups that
-    failed and are not to be run again.
+    ``done``: cell id -> groups whose rows are complete in the table. ``begun``: manifests of shards
+    that have begun and are not in the table yet. ``used``: shard ids that must not be used again.
+    ``spent``: times of the shards in the table and of those in ``begun``. ``given_up``: cell id ->
+    groups that failed and are not run again.
     """
 
     done: Mapping[str, Collection[int]] = field(default_factory=dict)
@@ -77,7 +80,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells, what is left to run, and what the user should know about it."""
+    """The cells of a sweep, the shards that are left to run, and notes for the user."""
 
     spec: SweepSpec
     common: Common
@@ -85,12 +88,13 @@ class Plan:
     cells: tuple[Cell, ...]
     shards: tuple[Shard, ...]
     done_groups: Mapping[str, int]
+    failed_groups: Mapping[str, int]
+    """Groups that failed in an earlier run and are left alone, of cells that have any."""
     artifacts: Mapping[str, ArtifactSpec]
     cell_artifacts: Mapping[tuple[int, int], tuple[tuple[str, str], ...]]
-    """For each variant and seed, what the method calls an artifact and the artifact's key."""
+    """(variant, seed) -> pairs of the method's name for an artifact and the artifact's key."""
     widths: Mapping[tuple[int, int], int]
-    """For each variant and T, how many lanes a wave may have: the spec's number, or what `auto`
-    came to."""
+    """(variant, T) -> largest number of lanes of a wave: the spec's, or the result of `auto`."""
     memory: Mapping[tuple[int, int], MemoryEstimate]
     weight_bytes: int
     clock: Clock = field(default_factory=Clock)
@@ -98,16 +102,16 @@ class Plan:
     warnings: tuple[str, ...] = ()
     begun: Mapping[str, ShardManifest] = field(default_factory=dict)
     left_out: Collection[str] = frozenset()
-    """Cells of the spec that this run does not ask for (``--only``)."""
+    """Ids of the spec's cells that this run leaves out (``--only``)."""
 
     @property
     def asked(self) -> tuple[Cell, ...]:
-        """The cells this run is to finish."""
+        """The cells that this run must finish."""
         return tuple(cell for cell in self.cells if cell.cell_id not in self.left_out)
 
     @property
     def edits(self) -> int:
-        """Edits of all cells, done or not."""
+        """Number of edits of all cells, done or not."""
         return sum(cell.groups * cell.T for cell in self.cells)
 
     @property
@@ -116,10 +120,11 @@ class Plan:
 
     @property
     def edits_shared(self) -> int:
-        """Edits that would be made as well, if every cell had lanes of its own."""
-        return sum(map(self._edits_apart, self.shards)) - self.edits_left
+        """Number of edits saved by lanes that serve several cells, in the shards that are left."""
+        return sum(map(self._edits_unshared, self.shards)) - self.edits_left
 
-    def _edits_apart(self, shard: Shard) -> int:
+    def _edits_unshared(self, shard: Shard) -> int:
+        """Number of edits of a shard if each of its cells had its own lanes."""
         continued = self.spec.grid.rollback == "never"
         if shard.begun:
             job = self.begun[shard.shard_id].job
@@ -133,29 +138,29 @@ class Plan:
 
     @property
     def lanes(self) -> int:
-        """The widest lockstep of any shard that is left."""
+        """Largest number of lanes in a wave of the shards that are left."""
         return max((shard.lanes for shard in self.shards), default=0)
 
     def peak_bytes(self, variant: int) -> int:
-        """Estimated peak memory of an actor that runs any shard of a variant that is left."""
+        """Estimated peak memory (bytes) of an actor that runs the remaining shards of a variant."""
         return max(
             (self.memory[variant, s.T].peak(s.lanes) for s in self.shards if s.variant == variant),
             default=self.weight_bytes,
         )
 
     def simulate(self, actors: int) -> Simulation:
-        """Simulate the shards that are left, in launch order, on so many actors (artifacts and
-        start-up not counted)."""
+        """Simulate the remaining shards, in launch order, on ``actors`` actors. Start-up and the
+        construction of artifacts are not included."""
         return simulate([shard.seconds_left for shard in self.shards], actors)
 
     def cell_ids(self, shard: Shard) -> tuple[str, ...]:
-        """The cells a shard serves."""
+        """Ids of the cells that a shard serves."""
         if shard.begun:
             return tuple(cell.cell_id for cell in self.begun[shard.shard_id].job.cells)
         return tuple(self.cells[i].cell_id for i in members(shard))
 
     def group_sizes(self, shard: Shard) -> tuple[int, ...]:
-        """Every T a shard serves, ascending."""
+        """All T of the cells that a shard serves, ascending."""
         if shard.begun:
             job = self.begun[shard.shard_id].job
             return tuple(sorted({cell.T or job.T for cell in job.cells}))
@@ -176,11 +181,11 @@ class Plan:
         )
 
     def artifact_keys(self, shard: Shard) -> tuple[str, ...]:
-        """The artifacts a shard needs, in the order its cells need them."""
+        """Keys of the artifacts that a shard needs, in the order of its cells."""
         return self.work.artifact_keys(shard)
 
     def manifest(self, shard: Shard) -> ShardManifest:
-        """Write a shard's ranges out into the job its actor executes."""
+        """Build the manifest of a shard (see :meth:`Work.manifest`)."""
         return self.work.manifest(shard)
 
 
@@ -188,15 +193,14 @@ class Plan:
 
 
 def make_plan(spec: SweepSpec, progress: Progress | None = None, dataset: Dataset | None = None) -> Plan:
-    """Read what a sweep's plan depends on (:func:`read_inputs`) and plan it, leaving out what is
-    done."""
+    """Read a sweep's inputs (:func:`read_inputs`) and plan its unfinished part."""
     return Planner(read_inputs(spec, dataset)).plan(progress or Progress())
 
 
 @contextmanager
 def _garbage_collection_off() -> Iterator[None]:
-    """Collecting garbage among a plan's million objects, which all stay, took 0.7 of 4.2 s for
-    10,000 cells."""
+    """Switch the garbage collector off. A plan of 10,000 cells has a million objects, none of which
+    is garbage; the collector took 0.7 of 4.2 s."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -207,14 +211,13 @@ def _garbage_collection_off() -> Iterator[None]:
 
 
 class Planner:
-    """Checks a spec against its data set, model and methods, and enumerates its cells; then plans
-    as often as asked.
+    """Checks a spec against its data set, model and methods, and enumerates its cells. Its
+    :meth:`plan` may then be called several times.
 
     >>> planner = Planner(read_inputs(spec))  # raises SpecError before anything is written  # doctest: +SKIP
     >>> plan = planner.plan(Progress())  # doctest: +SKIP
 
-    Reads no file: the data set, the model's files and all others were read by
-    :func:`~orchestrator.planning.inputs.read_inputs`.
+    Reads no file: :func:`~orchestrator.planning.inputs.read_inputs` has read them all.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -229,14 +232,19 @@ class Planner:
             dataset=spec.dataset,
             dataset_name=data.name,
             dataset_fingerprint=data.fingerprint,
+            joiner_mark=joiner_mark(data.requests),
+            subject_mark=subject_mark(data.requests),
             rollback=spec.grid.rollback,
             batch_size=spec.grid.batch_size,
             score=spec.scoring,
             chat_template=spec.chat_template,
+            template=spec.template,
             threads=spec.engine.threads,
             cache_bytes=spec.engine.cache_bytes,
             step_edits=spec.engine.step_edits,
         )
+        self.inputs_warnings = inputs.warnings
+        self.shortfalls = inputs.shortfalls
         self.notes = dataset_notes(spec, data)
         self.grid = Grid(spec, self.common, inputs.methods, self.shape, longest_tokens(data, spec.scoring))
         self.cells = self.grid.cells()
@@ -249,7 +257,7 @@ class Planner:
                 self.common = self.common.model_copy(update={"training_overlap": found})
 
     def described(self) -> list[dict[str, JSON]]:
-        """Every cell as :func:`orchestrator.results.select.select` wants it."""
+        """The cells in the form that :func:`orchestrator.results.select.select` needs."""
         return [
             {
                 "cell_id": cell.cell_id,
@@ -261,22 +269,34 @@ class Planner:
             for cell in self.cells
         ]
 
+    def check(self, only: Collection[str] | None = None) -> tuple[str, ...]:
+        """Warnings about groups of the cells ``only`` (ids; None: all cells) that will fail for what
+        their requests lack. Raises :class:`SpecError` for cells of which no group can be edited."""
+        if not self.shortfalls:
+            return ()
+        asked = {(c.variant, c.T, c.seed) for c in self.cells if only is None or c.cell_id in only}
+        found = [short for short in self.shortfalls if (short.variant, short.T, short.seed) in asked]
+        if problems := impossible_cells(found):
+            raise all_at_once(problems)
+        return shortfall_warnings(found)
+
     @_garbage_collection_off()
     def plan(self, progress: Progress, only: Collection[str] | None = None) -> Plan:
-        """Plan the rest of the cells ``only`` (ids; None: all cells). The others stay as they
-        are."""
+        """Plan the unfinished part of the cells ``only`` (ids; None: all cells)."""
         grid, cells = self.grid, self.cells
         left_out = (
             frozenset() if only is None else frozenset(c.cell_id for c in cells if c.cell_id not in only)
         )
         effort = Effort(self.spec, cells, grid.variants, grid.costs, grid.widths)
         clock = calibrate(_timings(progress, cells, effort))
-        shards = _begun(progress, [cell for cell in cells if cell.cell_id not in left_out], effort, clock)
+        shards = _begun_shards(
+            progress, [cell for cell in cells if cell.cell_id not in left_out], effort, clock
+        )
         left = [
             [] if c.cell_id in left_out else gaps
-            for c, gaps in zip(cells, _subtract(cells, progress), strict=True)
+            for c, gaps in zip(cells, _groups_left(cells, progress), strict=True)
         ]
-        new = _cut(self.spec, cells, left, effort, progress.used)
+        new = _cut_shards(self.spec, cells, left, effort, progress.used)
         new = (replace(shard, cost=clock.seconds(shard.variant, shard.T, shard.cost)) for shard in new)
         shards += sorted(new, key=lambda s: (-s.cost, -s.T))
         needed = dict(grid.artifacts)
@@ -294,6 +314,11 @@ class Planner:
                 else 0
                 for c in cells
             },
+            failed_groups={
+                c.cell_id: count
+                for c in cells
+                if (count := sum(group < c.groups for group in progress.given_up.get(c.cell_id, ())))
+            },
             artifacts=needed,
             cell_artifacts=grid.keys,
             widths=dict(grid.widths),
@@ -301,14 +326,14 @@ class Planner:
             weight_bytes=self.shape.weight_bytes,
             clock=clock,
             notes=self.notes,
-            warnings=tuple(grid.warnings),
+            warnings=(*grid.warnings, *self.inputs_warnings, *self.check(only)),
             begun={m.shard_id: m for m in progress.begun},
             left_out=left_out,
         )
 
 
-def _subtract(cells: Sequence[Cell], progress: Progress) -> list[list[tuple[int, int]]]:
-    """Per cell, the ranges of groups that are neither in the table, nor given up, nor owned by a
+def _groups_left(cells: Sequence[Cell], progress: Progress) -> list[list[tuple[int, int]]]:
+    """Per cell, the ranges of groups that are left: not in the table, not given up, and not in a
     shard that has begun."""
     taken: dict[str, set[int]] = {cell_id: set(groups) for cell_id, groups in progress.done.items()}
     for cell_id, groups in progress.given_up.items():
@@ -323,6 +348,7 @@ def _subtract(cells: Sequence[Cell], progress: Progress) -> list[list[tuple[int,
 
 
 def _gaps(taken: Collection[int] | None, groups: int) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of the numbers 0 .. ``groups`` - 1 that are not in ``taken``."""
     if not taken:
         yield 0, groups
         return
@@ -336,7 +362,7 @@ def _gaps(taken: Collection[int] | None, groups: int) -> Iterator[tuple[int, int
 
 
 def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Iterator[Timing]:
-    """Times of the folder's shards whose cells are in this plan."""
+    """Measured times of the folder's shards that serve cells of this plan."""
     known = {cell.cell_id: cell for cell in cells}
     begun = {manifest.shard_id: manifest for manifest in progress.begun}
     for spent in progress.spent:
@@ -352,15 +378,16 @@ def _timings(progress: Progress, cells: Sequence[Cell], effort: Effort) -> Itera
         yield Timing(variant, T, work, spent.seconds)
 
 
-def _begun(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clock) -> list[Shard]:
-    """Shards under way that serve a cell of this plan. They go first: their work is half done."""
+def _begun_shards(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clock) -> list[Shard]:
+    """Shards that have begun and serve a cell of this plan. They are launched first, so that their
+    progress is used."""
     wanted = {cell.cell_id: cell for cell in cells}
     committed = {spent.shard_id: spent.edits for spent in progress.spent}
     shards = []
     for manifest in progress.begun:
         served = [wanted[c.cell_id] for c in manifest.job.cells if c.cell_id in wanted]
         if not served:
-            continue  # of cells that the spec no longer asks for: it stays as it is
+            continue  # none of its cells is in this plan
         variant, T = served[0].variant, max(cell.T for cell in served)
         edits = Task.of(manifest).edits
         lanes = max(len(wave) for wave in manifest.job.waves)
@@ -381,15 +408,17 @@ def _begun(progress: Progress, cells: Sequence[Cell], effort: Effort, clock: Clo
     return sorted(shards, key=lambda s: -s.seconds_left)
 
 
-def _cut(
+def _cut_shards(
     spec: SweepSpec,
     cells: Sequence[Cell],
     left: Sequence[Ranges],
     effort: Effort,
     used: Collection[str],
 ) -> Iterator[Shard]:
-    """New shards, ``cost`` being their work: of one variant and one T each, because a wave runs the
-    same code in lockstep."""
+    """Cut the groups that are left into new shards. Their ``cost`` is still in units of work.
+
+    A shard has one variant and one T, because the lanes of a wave run the same code in lockstep.
+    """
     engine = [spec.engine.threads, spec.engine.step_edits]
     common = digest([SCORES.shard_key(spec.scoring), *engine, spec.grid.rollback])
     whole = collect_chains(spec, cells, [[(0, cell.groups)] for cell in cells], effort)
@@ -405,9 +434,9 @@ def _cut(
             composition = f"{common}:{width}:" + ",".join(_composition(run, ids) for run in piece.runs)
             retry = 0
             shard_id = _shard_id(composition, retry)
-            while (
-                shard_id in used
-            ):  # it ran before and some of its groups failed: a fresh try is a fresh shard
+            # A used id means that the same shard ran before and its groups failed. Another try
+            # needs another id.
+            while shard_id in used:
                 retry += 1
                 shard_id = _shard_id(composition, retry)
             yield Shard(
@@ -424,8 +453,8 @@ def _cut(
 
 
 def _composition(run: GroupRange, ids: Callable[[tuple[int, ...]], str]) -> str:
-    """The part of a range that enters its shard's id. ``ids``: those of cells, by their places in
-    the plan."""
+    """Text of a range that enters its shard's id. ``ids``: indices of cells -> text of their
+    ids."""
     ranges = "&".join(f"{ids(share.cells)}/{share.start}-{share.stop}" for share in run.shares)
     return "^".join((ranges, *map(ids, run.riders)))
 

@@ -4,9 +4,9 @@
     spec.grid.T          # (1, 10)
     spec.methods[0]      # MethodSpec(method="ft", label="ft", ...)
 
-Every fault is a :class:`~workers.types.SpecError` that names the file, the field, the value and the
-valid choices. What needs a model or a data set (T against the number of edits is here, N against
-the data set's size is not) is checked by :mod:`orchestrator.planning.plan`.
+An invalid spec raises :class:`~workers.types.SpecError`, which names the file, the field, the value
+and the valid choices. Checks that need the model or the data set (such as N against the data set's
+size) are in :mod:`orchestrator.planning.inputs` and :mod:`orchestrator.planning.plan`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import yaml
 from pydantic import (
     BaseModel,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -29,53 +30,72 @@ from pydantic import (
     model_validator,
 )
 
-from workers.data import DATASETS
-from workers.inputs import MAX_BYTES, explain, parse_yaml, short
+from orchestrator.planning.places import FoundModel, find_model, is_bare
+from workers.data import DATASETS, TargetField
+from workers.inputs import MAX_BYTES, explain, found, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
-from workers.model.config import ModelConfig
+from workers.model.config import EMBEDDED, ModelConfig
 from workers.scoring.registry import SCORES
-from workers.types import DataError, Frozen, ModelError, ProtocolName, SpecError
+from workers.types import DataError, ModelError, ProtocolName, SpecError, Written
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_TEMPLATE_TAKEN = frozenset(
+    {"messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "tools"}
+    | {"documents", "chat_template", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
 
 
-class DatasetSpec(Frozen):
-    """The requests that are edited. Relative paths are relative to the spec file."""
+class DatasetSpec(Written):
+    """Data set of the requests that are edited. Relative paths start at the spec file's folder."""
 
     kind: str = Field(description=f"one of {', '.join(DATASETS)}")
-    edits: int = Field(ge=1, description="N: how many edits each cell makes in total")
+    edits: int = Field(ge=1, description="N: total number of edits of each cell")
     order: Literal["file", "shuffle"] = "shuffle"
     path: Path | None = None
     train_path: Path | None = None
     on_bad_record: Literal["error", "skip"] = "error"
+    target_field: TargetField | None = Field(
+        None, description="field of the target, for records that have both `ans` and `alt`"
+    )
+    joiner: str | None = Field(
+        None,
+        max_length=100,
+        description="text between every prompt and its answer; null: one space, and nothing after a prompt that "
+        "is written without spaces (Chinese, Japanese, Thai)",
+    )
 
     @field_validator("kind")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in DATASETS:
-            raise ValueError(f"{short(value)} is not valid; choose {', '.join(DATASETS)}")
-        return value
+        return _known_kind(value)
 
 
-class TrainingSpec(Frozen):
-    """Training data of methods that are trained before they edit (MEND, SERAC, MALMEN); never
-    requests that the sweep edits."""
+class TrainingSpec(Written):
+    """Training data of methods that train a network before they edit (MEND, SERAC, MALMEN). It must
+    not contain requests that the sweep edits, unless ``allow_overlap``."""
 
     kind: str | None = Field(
         None,
-        description="as dataset.kind; null: the embedded world's own, or the train_path of a zsre dataset",
+        description="as dataset.kind; null: the embedded world's training data, or dataset.train_path of zsre",
     )
     path: Path | None = None
     shards: tuple[int, ...] = Field(
         (),
-        description="requests of each data shard, in file order; one more continues from what the others "
-        "taught; "
-        "empty: one shard with everything",
+        description="number of requests of each data shard, in file order; training on a further shard "
+        "continues from the network trained on the earlier ones; "
+        "empty: one shard with all requests",
     )
     on_bad_record: Literal["error", "skip"] = "error"
+    target_field: TargetField | None = Field(None, description="as dataset.target_field")
     allow_overlap: bool = Field(
         False, description="true: train also on requests that the sweep edits; recorded in every row"
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return None if value is None else _known_kind(value)
 
     @field_validator("shards")
     @classmethod
@@ -92,20 +112,22 @@ class TrainingSpec(Frozen):
         return self
 
 
-class GridSpec(Frozen):
-    """The axes every method is run over."""
+class GridSpec(Written):
+    """The axes of the grid, which every method is run on."""
 
     T: tuple[int, ...] = Field(min_length=1, description="edits between two rollbacks; each divides N")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     rollback: Rollback = "group"
     batch_size: int = Field(
-        1, ge=1, description="requests edited in one call, for methods that can; divides every T"
+        1,
+        ge=1,
+        description="requests edited in one call, unless a variant has its own number; divides every T",
     )
 
     @field_validator("T", "seeds", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+        return _as_list(value)
 
     @field_validator("T", "seeds")
     @classmethod
@@ -132,22 +154,25 @@ class GridSpec(Frozen):
         return values
 
 
-class MethodSpec(Frozen):
-    """One variant of a method. A bare name in the YAML is ``{method: name}``."""
+class MethodSpec(Written):
+    """One variant of a method. In the YAML, ``name`` alone means ``{method: name}``."""
 
     method: str
     label: str = ""
     hparams: dict[str, Any] = Field(default_factory=dict)
     hparams_file: Path | None = None
-    protocol: ProtocolName | None = Field(None, description="null: what the sweep says")
+    protocol: ProtocolName | None = Field(None, description="null: the sweep's protocol")
     T: tuple[int, ...] = Field(
         (), description="which of the grid's T this variant is run at; empty: all of them"
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="requests edited in one call, for this variant; null: what the grid says"
     )
 
     @field_validator("T", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+        return _as_list(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -164,7 +189,7 @@ class MethodSpec(Frozen):
         return _plain_name(value)
 
 
-class Resources(Frozen):
+class Resources(Written):
     """Resources that one actor reserves. Fractions of a GPU are allowed."""
 
     cpu: float = Field(1, gt=0)
@@ -172,17 +197,18 @@ class Resources(Frozen):
     memory_gb: float = Field(0, ge=0, description="memory an actor needs (0: twice the model's weights)")
 
 
-class EngineSpec(Frozen):
-    """Settings of cutting and running the work. They change speed, never the set of cells."""
+class EngineSpec(Written):
+    """Settings of how the work is divided and run. They affect speed and memory, never the set of
+    cells."""
 
-    lanes: int | Literal["auto"] = Field(10, description="groups edited in lockstep; auto: what memory holds")
+    lanes: int | Literal["auto"] = Field(10, description="groups edited in lockstep; auto: as many as fit")
     lanes_across_seeds: bool = Field(
         False, description="true: the seeds of a cell share waves; false: a wave holds groups of one cell"
     )
     share_prefixes: bool = Field(
         True,
-        description="true: with rollback: group, a lane also reports to the groups of smaller T that start "
-        "where its own does; "
+        description="true: with rollback: group, a lane also scores the groups of smaller T that start at "
+        "the same request; "
         "false: every T makes all of its edits",
     )
     gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU in GiB, as declared")
@@ -190,15 +216,15 @@ class EngineSpec(Frozen):
     cache_bytes: int = Field(
         256 << 20,
         ge=0,
-        description="activations of scoring batches an actor may keep for when they come again",
+        description="size of an actor's cache for activations of repeated scoring batches",
     )
-    shard_edits: int = Field(250, ge=1, description="edits of one shard, about; a wave is never cut")
-    step_edits: int = Field(50, ge=1, description="edits between two commits, about")
+    shard_edits: int = Field(250, ge=1, description="approximate edits of one shard; a wave is never cut")
+    step_edits: int = Field(50, ge=1, description="approximate edits between two commits")
     max_actors: int | None = Field(None, ge=1)
     resources: Resources = Resources()
-    max_failures: int = Field(2, ge=0, description="launches again after a failure (a lost node counts)")
+    max_failures: int = Field(2, ge=0, description="restarts after a failure (a lost node counts)")
     checkpoint_seconds: float = Field(
-        30, ge=0, description="time between two savings of an artifact that is being built, about"
+        30, ge=0, description="approximate time between two saves of an artifact under construction"
     )
 
     @field_validator("lanes", mode="before")
@@ -209,25 +235,42 @@ class EngineSpec(Frozen):
         raise ValueError(f"{short(value)} is not valid; give a whole number of at least 1, or auto")
 
 
-class RaySpec(Frozen):
-    """The Ray cluster. Without an address a local one is started and shut down at the end."""
+class RaySpec(Written):
+    """The Ray cluster. Without an address, a local Ray is started and shut down at the end."""
 
-    address: str | None = None
+    address: str | None = Field(None, description="host:port, or auto")
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     connect_seconds: float = Field(15, gt=0)
 
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is None or value == "auto":
+            return value
+        if value.startswith("ray://"):
+            raise ValueError(
+                f"{short(value)} is not host:port or auto: Ray Client is not supported; run editsweep on a "
+                "node of the cluster"
+            )
+        host, _, port = value.rpartition(":")
+        if not host or "/" in host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise ValueError(
+                f"{short(value)} is not host:port or auto; leave it out to start a local Ray on this machine"
+            )
+        return value
+
 
 def _read_scoring(value: object, handler: ValidatorFunctionWrapHandler) -> ScoreConfig:
-    """The settings under ``scoring``, those of single scores included."""
+    """Read the settings under ``scoring``, including those of individual scores."""
     if isinstance(value, ScoreConfig):
         value = value.model_dump()
     if not isinstance(value, dict):
-        found: ScoreConfig = handler(value)  # says what is wrong with it
-        return found
+        read: ScoreConfig = handler(value)  # raises pydantic's error message
+        return read
     return SCORES.read(value)
 
 
-class SweepSpec(Frozen):
+class SweepSpec(Written):
     """A whole sweep, as written by the user and completed with defaults."""
 
     name: str
@@ -237,15 +280,31 @@ class SweepSpec(Frozen):
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     protocol: ProtocolName = Field(
         "paper",
-        description="what methods follow where paper and public code differ and the spec says nothing",
+        description="source of hyperparameters that the spec leaves open and paper and public code differ in",
     )
     training: TrainingSpec = TrainingSpec()
     scoring: Annotated[ScoreConfig, WrapValidator(_read_scoring)] = Field(
         default_factory=lambda: SCORES.read({})
     )
     chat_template: bool = False
+    template: dict[str, bool | int | float | str | None] = Field(
+        default_factory=dict, description="variables of the chat template, such as enable_thinking: false"
+    )
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
+
+    _found_model: FoundModel | None = PrivateAttr(None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the reader of the spec's file chose where it could be read in several ways."""
+        place = self._found_model
+        return () if place is None or place.remark is None else (place.remark,)
+
+    @property
+    def looked_at(self) -> tuple[str, ...]:
+        """The places where the spec's reader found no model of a bare name."""
+        return () if self._found_model is None else self._found_model.looked_at
 
     @field_validator("name")
     @classmethod
@@ -254,23 +313,42 @@ class SweepSpec(Frozen):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        n, size = self.dataset.edits, self.grid.batch_size
+        n = self.dataset.edits
         for t in self.grid.T:
             if n % t:
                 raise ValueError(_not_a_divisor(t, n))
-            if t % size:
-                near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
-                raise ValueError(
-                    f"grid.batch_size: {size} does not divide T={t}; the nearest valid values are {near}"
-                )
-        for mark in self.scoring.score_at:
-            if mark % size:
-                near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
-                raise ValueError(
-                    f"scoring.score_at: {mark} lies within a batch of grid.batch_size={size} edits; the "
-                    f"nearest valid values "
-                    f"are {near}"
-                )
+        for i in range(len(self.methods)):
+            size, name = self.batch_size(i)
+            for t in self.sizes(i):
+                if t % size:
+                    near = _nearest(size, [b for b in range(1, t + 1) if t % b == 0])
+                    raise ValueError(
+                        f"{name}: {size} does not divide T={t}; the nearest valid values are {near}"
+                    )
+            for mark in self.scoring.score_at:
+                if mark % size:
+                    near = " and ".join(str(m) for m in (mark - mark % size, mark - mark % size + size) if m)
+                    raise ValueError(
+                        f"scoring.score_at: {mark} lies within a batch of {name}={size} edits; the "
+                        f"nearest valid values "
+                        f"are {near}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _chats(self) -> Self:
+        taken = sorted(self.template.keys() & _TEMPLATE_TAKEN)
+        if taken:
+            raise ValueError(
+                f"template.{taken[0]}: is set by the sweep; give other variables of the template"
+            )
+        if self.template and not self.chat_template:
+            raise ValueError("template: has no effect without chat_template: true")
+        if self.chat_template and self.dataset.joiner is not None:
+            raise ValueError(
+                "dataset.joiner: has no effect with chat_template: true, where the template itself stands "
+                "between prompt and answer; remove one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -284,6 +362,14 @@ class SweepSpec(Frozen):
                 )
         return self
 
+    def batch_size(self, variant: int) -> tuple[int, str]:
+        """Requests of one call that are asked of a variant (by its number), and the field that says
+        so."""
+        own = self.methods[variant].batch_size
+        if own is not None and own != self.grid.batch_size:
+            return own, f"methods.{variant}.batch_size"
+        return self.grid.batch_size, "grid.batch_size"
+
     def sizes(self, variant: int) -> tuple[int, ...]:
         """The values of T that a variant (by its number) is run at, in the grid's order."""
         wanted = self.methods[variant].T
@@ -291,17 +377,17 @@ class SweepSpec(Frozen):
 
     @property
     def on_gpu(self) -> bool:
-        """True if actors edit on a GPU, as far as the spec says: `device: auto` follows what an
-        actor reserves."""
+        """True if actors edit on a GPU according to the spec. With `device: auto` this depends on
+        whether an actor reserves a GPU."""
         return self.model.device == "cuda" or (self.model.device == "auto" and self.engine.resources.gpu > 0)
 
     @model_validator(mode="after")
     def _declares_memory(self) -> Self:
         if self.engine.lanes == "auto" and self.on_gpu and self.engine.gpu_memory_gb is None:
             raise ValueError(
-                "engine.gpu_memory_gb: required with engine.lanes: auto on a GPU, because lanes follow the "
-                "declared memory "
-                "and not what happens to be free; give one GPU's memory in GiB, for example 80, or a "
+                "engine.gpu_memory_gb: required with engine.lanes: auto on a GPU, because the number of "
+                "lanes is computed from the declared "
+                "and not from the free memory; give one GPU's memory in GiB, for example 80, or a "
                 "number of lanes"
             )
         return self
@@ -328,28 +414,33 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path}: no such spec file") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path}: is a folder, expected a spec file") from None
     except (OSError, UnicodeDecodeError) as e:
         raise SpecError(f"{path}: cannot be read: {e}") from None
     return parse_spec(text, source=str(path), base=path.resolve().parent, overrides=overrides)
 
 
 def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()) -> SweepSpec:
-    """The spec in ``text``; ``source`` names it in errors, relative paths start at ``base``."""
+    """Read the spec in ``text``. ``source``: its name in errors. ``base``: the folder at which
+    relative paths start."""
     raw = parse_yaml(text, source)
     if not isinstance(raw, dict):
-        raise SpecError(f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {short(raw)}")
+        raise SpecError(f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {found(raw)}")
     for override in overrides:
         _override(raw, override)
     origin = source if not overrides else f"{source} (with --set)"
+    raw, found_model = _with_model(_with_paths(raw, base), base)
     try:
-        spec = SweepSpec.model_validate(_with_paths(raw, base))
+        spec = SweepSpec.model_validate(raw)
     except ValidationError as e:
         raise SpecError(f"{origin}: {explain(e, SweepSpec)}") from None
+    spec._found_model = found_model
     return spec
 
 
 def override_spec(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
-    """A spec that was read before, with some of its fields overridden."""
+    """A copy of a spec with some of its fields overridden."""
     if not overrides:
         return spec
     text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
@@ -357,8 +448,8 @@ def override_spec(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
 
 
 def check_trust(spec: SweepSpec, source: str, trusted: bool, how: str) -> None:
-    """Refuse a model whose files run code, unless the caller has said so too. ``how``: the way to
-    say it."""
+    """Refuse a model whose files run code, unless the caller allows it besides the spec. ``how``:
+    how to allow it, for the message."""
     if spec.model.trust_remote_code and not trusted:
         raise SpecError(
             f"{source}: model.trust_remote_code: true lets the model's files run code on this machine; "
@@ -367,14 +458,13 @@ def check_trust(spec: SweepSpec, source: str, trusted: bool, how: str) -> None:
 
 
 def default_results(spec: SweepSpec) -> str:
-    """The results folder of a sweep for which none was named."""
+    """The results folder of a sweep if the user gives none."""
     return str(Path("results") / spec.name)
 
 
 @contextmanager
 def naming(source: object) -> Iterator[None]:
-    """Errors that the planner finds in a spec, or in what it names, begin with the spec's file, as
-    the parser's do."""
+    """Prefix the spec's file name to the messages of planning errors, as in those of the parser."""
     try:
         yield
     except (SpecError, DataError, ModelError) as error:
@@ -414,13 +504,13 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
-    """A copy whose relative paths are absolute (actors work in other directories)."""
+    """A copy in which relative paths are made absolute, because actors run in other directories."""
     raw = dict(raw)
 
     def absolute(value: object) -> object:
         if not isinstance(value, str) or not value:
             return value
-        return os.path.abspath(base / os.path.expanduser(value))  # neither raises, whatever the text is
+        return os.path.abspath(base / os.path.expanduser(value))  # neither raises for any text
 
     dataset = raw.get("dataset")
     if isinstance(dataset, dict):
@@ -434,11 +524,7 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     model = raw.get("model")
     if isinstance(model, str):
         raw["model"] = model = {"name": model}
-    if (
-        isinstance(model, dict)
-        and isinstance(model.get("name"), str)
-        and model["name"].startswith((".", "~", "/"))
-    ):
+    if isinstance(model, dict) and isinstance(model.get("name"), str) and not is_bare(model["name"]):
         raw["model"] = {**model, "name": absolute(model["name"])}
     methods = raw.get("methods")
     if isinstance(methods, (str, dict)):
@@ -453,11 +539,36 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     return raw
 
 
+def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], FoundModel | None]:
+    """A copy whose model's bare name stands for the place where it was found."""
+    model = raw.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if not isinstance(name, str) or not name or name == EMBEDDED or not is_bare(name):
+        return raw, None
+    place = find_model(name, base)
+    return {**raw, "model": {**raw["model"], "name": place.name}}, place
+
+
 # --- messages -------------------------------------------------------------------------------
 
 
 def _keys(model: type[BaseModel]) -> str:
     return ", ".join(model.model_fields)
+
+
+def _known_kind(value: str) -> str:
+    if value not in DATASETS:
+        raise ValueError(f"{short(value)} is not valid; choose {', '.join(DATASETS)}")
+    return value
+
+
+def _as_list(value: object) -> object:
+    """A list as it is, and a number as a list of one."""
+    if isinstance(value, (list, tuple)):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (value,)
+    raise ValueError(f"expected a number or a list of numbers, found {found(value)}")
 
 
 def _plain_name(value: str) -> str:

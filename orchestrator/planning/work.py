@@ -1,10 +1,10 @@
-"""The part of a plan that goes to workers: variants, cells, shards, and how a shard becomes the job
-that an actor runs.
+"""The part of a plan that workers need: variants, cells and shards; conversion of a shard into the
+job that an actor runs.
 
     work = plan.work                          # small: a shard is a few ranges of groups
     manifest = work.manifest(work.shards[0])  # in the actor: everything it needs, as JSON
 
-Actors import this module, never the planner.
+Actors import this module but not the planner.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from workers.types import JSON, Frozen
 
 
 class Variant(Frozen):
-    """One method with its settings resolved: what a label of the spec stands for."""
+    """A method with resolved hyperparameters: one entry of the spec's ``methods``."""
 
     label: str
     algorithm: str
@@ -34,16 +34,20 @@ class Variant(Frozen):
     config: dict[str, Any]
     hparams_id: str
     whole_group: bool = Field(
-        False, description="one call edits all requests of a group, whatever the grid says"
+        False, description="one call edits all requests of a group; grid.batch_size is not used"
+    )
+
+    own_batch_size: int | None = Field(
+        None, description="the variant's own ``batch_size``, where it is not the grid's"
     )
 
     def batch_size(self, T: int, asked: int) -> int:
-        """Requests of one call at this T, where the grid asks for ``asked``."""
-        return T if self.whole_group else asked
+        """Number of requests edited in one call at this T. ``asked``: the grid's ``batch_size``."""
+        return T if self.whole_group else self.own_batch_size or asked
 
 
 class Common(Frozen):
-    """The part that all shards of one plan share."""
+    """Settings that all shards of a plan share."""
 
     sweep: str
     model: ModelConfig
@@ -52,22 +56,30 @@ class Common(Frozen):
     dataset: DatasetSpec
     dataset_name: str
     dataset_fingerprint: str
+    joiner_mark: str = Field(
+        "",
+        description="hash of what joins prompts and answers; empty: one space, in texts written with spaces",
+    )
+    subject_mark: str = Field(
+        "", description="hash of the subjects' places; empty: each is the first and only whole word"
+    )
     rollback: Rollback
-    batch_size: int = Field(description="what the grid says; a variant that edits whole groups goes by T")
+    batch_size: int = Field(description="grid.batch_size; a variant that edits whole groups uses T instead")
     score: ScoreConfig
     chat_template: bool
+    template: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
     threads: int
     cache_bytes: int = 0
     step_edits: int
     training_overlap: int | None = Field(
         None,
-        description="edited requests that networks were trained on too; null: none may be, or nothing is "
-        "trained",
+        description="number of edited requests that networks were also trained on; null: no overlap is "
+        "allowed, or no network is trained",
     )
 
 
 class Task(Frozen):
-    """A shard's instructions beside its job; stands in the manifest as JSON."""
+    """The worker's inputs for a shard besides its job; JSON in the manifest."""
 
     common: Common
     variant: Variant
@@ -76,7 +88,7 @@ class Task(Frozen):
     expected_rows: int
     retry: int = 0
     gpu_memory_gb: float | None = Field(
-        None, description="what the spec declared when lanes were chosen; GPU only"
+        None, description="engine.gpu_memory_gb when the number of lanes was chosen; GPU only"
     )
 
     @classmethod
@@ -89,7 +101,8 @@ class Task(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One point of the grid, with its groups 0 .. groups-1."""
+    """One point of the grid (variant, T, seed). Its groups are 0 .. ``groups`` - 1. ``variant`` is
+    an index into the plan's variants."""
 
     cell_id: str
     variant: int
@@ -121,12 +134,13 @@ def cell_columns(common: Common, variant: Variant, cell: Cell) -> dict[str, JSON
 
 @dataclass(frozen=True, slots=True)
 class GroupRange:
-    """Groups ``start .. stop`` (exclusive) of cells that share waves: one, or several seeds of one
-    variant and T.
+    """Groups ``start .. stop`` (exclusive) of the cells ``cells``, which share waves. Cells are
+    indices into the plan's cells: one cell, or several seeds of one variant and T.
 
-    Its lanes may report to cells of other T as well, seeds in the same order. With rollback to
-    ``riders``: per smaller T the cells whose groups start at the same requests. Without it a run is
-    one wave, and ``also`` holds the other cells' groups.
+    The lanes may also produce rows for cells of other T, with the seeds in the same order. With
+    rollback these are ``riders``: for each smaller T, the cells with groups that start at the same
+    requests. Without rollback a range is one wave, and ``also`` holds the groups of the other
+    cells.
     """
 
     cells: tuple[int, ...]
@@ -141,12 +155,12 @@ class GroupRange:
 
     @property
     def served(self) -> Iterator[tuple[int, ...]]:
-        """The cells of each T its lanes report to."""
+        """For each T, the cells that its lanes produce rows for."""
         yield from (share.cells for share in self.shares)
         yield from self.riders
 
     def __len__(self) -> int:
-        """Groups of each of its cells."""
+        """Number of groups of each cell."""
         return self.stop - self.start
 
     def continued_by(self, other: GroupRange) -> bool:
@@ -159,20 +173,20 @@ class GroupRange:
 
 
 def groups_per_wave(width: int, seeds: int) -> int:
-    """Return the number of groups of each of ``seeds`` cells in one wave of at most ``width``
-    lanes."""
+    """Number of groups of each of ``seeds`` cells in one wave of at most ``width`` lanes."""
     return max(1, width // seeds)
 
 
 def split_chains(runs: Sequence[GroupRange]) -> Iterator[list[GroupRange]]:
-    """A shard's runs, those together whose waves go on from one to the next."""
+    """Split a shard's ranges into chains: consecutive ranges of the same cells. A wave may contain
+    groups of several ranges of a chain, but never of two chains."""
     for _, chain in groupby(runs, key=lambda run: run.cells):
         yield list(chain)
 
 
 def split_waves(runs: Sequence[GroupRange], width: int) -> Iterator[list[tuple[GroupRange, int]]]:
-    """The waves of a shard's runs with at most ``width`` lanes: whole groups of all cells, each
-    with the run it is of."""
+    """Split a shard's ranges into waves of at most ``width`` lanes. A wave is a list of (range,
+    group); each stands for one lane per cell of the range."""
     for chain in split_chains(runs):
         groups = [(run, group) for run in chain for group in range(run.start, run.stop)]
         step = groups_per_wave(width, len(chain[0].cells))
@@ -182,12 +196,13 @@ def split_waves(runs: Sequence[GroupRange], width: int) -> Iterator[list[tuple[G
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A unit of scheduling. ``runs`` is empty for one that has begun: its manifest is in the
+    """A unit of scheduling. ``runs`` is empty for a shard that has begun: its manifest is in the
     journal.
 
-    ``T`` is the largest one it serves of those that the spec asks for. ``width`` is how many lanes
-    a wave may have, ``lanes`` how many the widest one has. ``cost``: estimated seconds of the whole
-    shard, of which the share ``committed`` is durable already.
+    ``T``: the largest T of its cells that the spec contains. ``width``: largest number of lanes
+    that a wave may have. ``lanes``: number of lanes of its widest wave. ``edits``: edits of all
+    lanes. ``cost``: estimated seconds of the whole shard. ``committed``: the fraction of its edits
+    that is durable already. ``retry``: how often a shard of the same composition ran before.
     """
 
     shard_id: str
@@ -209,7 +224,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Work:
-    """All shards of a plan, and the parts that their manifests are made of."""
+    """The shards of a plan, and the data from which their manifests are built."""
 
     common: Common
     variants: Sequence[Variant]
@@ -217,12 +232,12 @@ class Work:
     shards: Sequence[Shard]
     artifacts: Mapping[str, ArtifactSpec]
     cell_artifacts: Mapping[tuple[int, int], tuple[tuple[str, str], ...]]
-    """For each variant and seed, what the method calls an artifact and the artifact's key."""
+    """(variant, seed) -> pairs of the method's name for an artifact and the artifact's key."""
     begun: Mapping[str, ShardManifest]
     gpu_memory_gb: float | None = None
 
     def artifact_keys(self, shard: Shard) -> tuple[str, ...]:
-        """The artifacts a shard needs, in the order its cells need them."""
+        """Keys of the artifacts that a shard needs, in the order of its cells."""
         if shard.begun:
             return tuple(Task.of(self.begun[shard.shard_id]).artifact_specs())
         seeds = dict.fromkeys(self.cells[i].seed for i in members(shard))
@@ -231,7 +246,8 @@ class Work:
         )
 
     def manifest(self, shard: Shard) -> ShardManifest:
-        """Write a shard's ranges out into the job its actor executes."""
+        """Build the manifest of a shard: its ranges of groups become lanes of a
+        :class:`~workers.job.StreamJob`."""
         if shard.begun:
             return self.begun[shard.shard_id]
         return _expand(
@@ -257,8 +273,8 @@ def _expand(
     artifacts: tuple[ArtifactSpec, ...],
     gpu_memory_gb: float | None,
 ) -> ShardManifest:
-    """The manifest of a new shard: a pure function of its composition. ``names``: per seed, name
-    and key of artifacts."""
+    """Build the manifest of a new shard; a pure function of its composition. ``names``: seed ->
+    names and keys of artifacts."""
     index = {cell: i for i, cell in enumerate(members(shard))}
     if common.rollback == "group":
         waves = tuple(
@@ -267,7 +283,9 @@ def _expand(
                     cell=index[cell],
                     group=group,
                     stop_group=group + 1,
-                    also=tuple(_ride(index, cells, riders[i], group * shard.T) for riders in run.riders),
+                    also=tuple(
+                        _rider_share(index, cells, riders[i], group * shard.T) for riders in run.riders
+                    ),
                 )
                 for run, group in wave
                 for i, cell in enumerate(run.cells)
@@ -290,7 +308,7 @@ def _expand(
             )
             for run in shard.runs
         )
-    first = cells[next(iter(index))]  # all cells of a shard have one batch size: that of its variant and T
+    first = cells[next(iter(index))]  # all cells of a shard have the same batch size
     job = StreamJob(
         method=variant.algorithm,
         config=variant.config,
@@ -310,6 +328,7 @@ def _expand(
         waves=waves,
         score=common.score,
         chat_template=common.chat_template,
+        template=common.template,
     )
     task = Task(
         common=common,
@@ -329,13 +348,13 @@ def _expand(
     )
 
 
-def _ride(index: Mapping[int, int], cells: Sequence[Cell], cell: int, first: int) -> Share:
-    """The group of ``cell`` that starts at request ``first``, as part of a job whose cells
-    ``index`` numbers."""
+def _rider_share(index: Mapping[int, int], cells: Sequence[Cell], cell: int, first: int) -> Share:
+    """The group of ``cell`` that starts at request ``first``. ``index``: plan's cell -> number of
+    the cell in the job."""
     group = first // cells[cell].T
     return Share(cell=index[cell], group=group, stop_group=group + 1)
 
 
 def members(shard: Shard) -> tuple[int, ...]:
-    """Numbers of the cells a new shard serves, in the order of its runs."""
+    """Indices of the cells that a new shard serves, in the order of its ranges."""
     return tuple(dict.fromkeys(cell for run in shard.runs for served in run.served for cell in served))

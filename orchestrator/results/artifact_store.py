@@ -1,8 +1,8 @@
 """Content-addressed store of shared inputs: statistics, context templates, trained networks.
 
 An artifact's key is the hash of its recipe, so it is computed once and used by every shard, method
-and sweep that needs it. The data file is followed by a small file with its checksum; only then does
-the artifact exist. Knows nothing of torch: an artifact is bytes.
+and sweep that needs it. The data file is written first, then a small file with its checksum. The
+artifact exists once both files do. This module treats artifacts as bytes and does not need torch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from workers.types import JSON, EditSweepError
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 1.0
-"""Seconds between two looks at an artifact that another process is building."""
+"""Polling interval while another process builds the artifact."""
 
 
 class ArtifactFailed(EditSweepError):
-    """An artifact could not be built in this run; who needs it fails with its cause and does not
-    try again."""
+    """An artifact could not be built in this run. Every shard that needs it fails with the same
+    cause, without another try."""
 
 
 class Spec(Protocol):
@@ -45,10 +45,11 @@ class ArtifactStore:
 
     >>> data = ArtifactStore(store).get_or_build(spec, run_id, build)   # doctest: +SKIP
 
-    One process builds an artifact: it holds a claim of the same kind as a driver's on its results
-    folder, so a dead builder is succeeded, and whoever needs the artifact meanwhile waits. Should
-    two build it all the same (one was believed dead), the first one's bytes stay and both use them.
-    Every verb may raise :class:`~orchestrator.storage.base.StoreError`.
+    The process that builds an artifact holds a lock on it (:mod:`orchestrator.storage.lock`). Other
+    processes that need the artifact wait; one of them takes over if the builder dies. If two
+    processes build it nevertheless (one was wrongly considered dead), the bytes that are stored
+    first stay, and both use them. Every method may raise
+    :class:`~orchestrator.storage.base.StoreError`.
     """
 
     def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
@@ -62,8 +63,8 @@ class ArtifactStore:
         )
 
     def get(self, spec: Spec) -> bytes | None:
-        """The verified bytes; None if the artifact does not exist. A damaged one is put aside and
-        does not exist."""
+        """The verified bytes; None if the artifact does not exist. A damaged artifact is moved to
+        ``artifacts/bad`` and counts as missing."""
         key = self.paths.artifact(spec.kind, spec.key)
         info_key = self.paths.artifact_info(spec.kind, spec.key)
         try:
@@ -76,15 +77,15 @@ class ArtifactStore:
                 raise Damaged(f"{self.store.where(key)}: checksum does not match its contents")
         except Damaged as error:
             aside = self.paths.artifact_aside(spec.kind, spec.key, sha256_of(data))
-            log.warning("%s; put aside as %s, it will be computed again", error, self.store.where(aside))
+            log.warning("%s; moved to %s, it will be computed again", error, self.store.where(aside))
             self.store.delete(info_key)
             put_aside(self.store, key, aside)
             return None
         return data
 
     def put(self, spec: Spec, data: bytes) -> bytes:
-        """Stores the artifact unless it exists. Returns the bytes that everyone will read: use
-        those, not ``data``."""
+        """Store the artifact unless it exists. Return the stored bytes, which may differ from
+        ``data`` if another process stored first: use those."""
         key = self.paths.artifact(spec.kind, spec.key)
         info_key = self.paths.artifact_info(spec.kind, spec.key)
         while True:
@@ -92,8 +93,8 @@ class ArtifactStore:
             if stored is None:
                 if self.store.exists(info_key) and (found := self.get(spec)) is not None:
                     return found
-                # another builder is between its two files, or died there: its data are whole, so
-                # finish for it
+                # Another builder has written the data but not the checksum file, and may have
+                # died. The data file is complete, so write its checksum file here.
                 try:
                     stored = self.store.read(key)
                 except Missing:
@@ -104,7 +105,8 @@ class ArtifactStore:
                 return found
 
     def sizes(self, kind: str) -> dict[str, int]:
-        """Bytes of every finished artifact of a kind, by key. Their bytes are not verified."""
+        """Key -> size in bytes of every finished artifact of a kind. The contents are not
+        verified."""
         entries = {entry.name: entry.size for entry in self.store.list(self.paths.artifacts_of(kind))}
         found = {}
         for name, size in entries.items():
@@ -114,11 +116,11 @@ class ArtifactStore:
         return found
 
     def get_or_build(self, spec: Spec, run_id: str, build: Callable[[Unfinished], bytes]) -> bytes:
-        """The stored artifact, built first if need be: here, unless another process is at it, whose
-        work is waited for.
+        """The stored artifact. If it is missing, it is built here, or this call waits for the
+        process that builds it.
 
-        Whoever builds it finds what an earlier builder saved. Raises what ``build`` raises after
-        noting it; in the same run nobody tries again then (:class:`ArtifactFailed`).
+        ``build`` receives the state that an earlier builder saved. Its exception is recorded and
+        raised; later calls of the same run raise :class:`ArtifactFailed`.
         """
         while True:
             data = self.get(spec)
@@ -135,14 +137,14 @@ class ArtifactStore:
                 continue
             try:
                 with lock:
-                    data = self.get(spec)  # another may have finished it just before
+                    data = self.get(spec)  # another process may have finished it just before
                     if data is None:
                         self.store.delete(self.paths.building_error(spec.kind, spec.key))
                         data = self.put(spec, build(Unfinished(self.store, self.paths, spec, lock.check)))
             except locking.LockLost:
                 continue
             except (Stopped, StoreError):
-                raise  # neither says anything of the artifact
+                raise  # the artifact itself did not fail
             except Exception as error:
                 self.record_failure(spec, run_id, f"{type(error).__name__}: {error}")
                 raise
@@ -150,8 +152,7 @@ class ArtifactStore:
             return data
 
     def failure(self, spec: Spec, run_id: str) -> str | None:
-        """Return the cause why the artifact could not be built in this run; None if no build
-        failed."""
+        """The error message of the build that failed in this run; None if no build failed."""
         key = self.paths.building_error(spec.kind, spec.key)
         try:
             found = unseal_json(self.store.read(key), self.store.where(key))
@@ -166,9 +167,9 @@ class ArtifactStore:
         )
 
     def unfinished(self) -> list[dict[str, JSON]]:
-        """Return the unfinished artifacts: kind, key, and the progress of the last save.
+        """Return the unfinished artifacts: kind, key, and the progress at the last save.
 
-        A folder that a builder believed dead has left beside a finished artifact counts as nothing.
+        Folders of artifacts that are finished by now are ignored.
         """
         found = []
         for entry in self.store.list(self.paths.artifacts_unfinished):
@@ -185,13 +186,12 @@ class ArtifactStore:
 
 
 class Unfinished:
-    """The durable place for a builder's unfinished work. What is not whole, or not ours, counts as
-    nothing."""
+    """Saved state of an artifact under construction. A damaged state counts as none."""
 
     def __init__(self, store: Store, paths: ResultsPaths, spec: Spec, check: Callable[[], None]) -> None:
         self.store, self.paths, self.spec, self.check = store, paths, spec, check
         self.progress: tuple[int, int, str] = (0, 0, "")
-        """The builder's last progress message; saved with its state."""
+        """Last progress of the builder (done, total, text); saved with the state."""
 
     def load(self) -> bytes | None:
         key = self.paths.building_state(self.spec.kind, self.spec.key)
@@ -206,8 +206,8 @@ class Unfinished:
         return data
 
     def save(self, data: bytes) -> None:
-        """Raises :class:`~orchestrator.storage.lock.LockLost` if another process builds the
-        artifact by now."""
+        """Raises :class:`~orchestrator.storage.lock.LockLost` if another process has taken over the
+        construction."""
         self.check()
         spec = self.spec
         self.store.replace(self.paths.building_state(spec.kind, spec.key), sha256_of(data).encode() + data)

@@ -19,8 +19,8 @@ Source = Literal["stream", "cell", "attempt"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the table. ``source``: who fills it, the stream per row, the plan per cell, or
-    the attempt."""
+    """One column of the table. ``source`` of its values: the stream (per row), the plan (per cell),
+    or the attempt."""
 
     name: str
     type: Literal["string", "int32", "int64", "double"]
@@ -115,8 +115,8 @@ VARYING: frozenset[str] = frozenset(
 """Columns in which two runs of the same plan may differ; all others are equal bit for bit."""
 
 REPEATING = frozenset(c.name for c in COLUMNS if c.type != "double" or c.unit == "0..1")
-"""Columns whose values repeat, written as dictionaries: half the time to read, a tenth less to
-store. Not so times and losses: hardly two are equal."""
+"""Columns that are dictionary-encoded, because their values repeat: half the time to read, a tenth
+less to store. Times and losses hardly ever repeat."""
 
 
 class TableError(EditSweepError):
@@ -152,7 +152,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], declared: Sequence[Column] 
     """Rows as dicts -> Arrow table. ``details`` may be a dict; it becomes JSON.
 
     Raises :class:`TableError` for an unknown or missing column, a null that is not allowed, or a
-    value of another type: a column that silently turned into nulls would be noticed days later.
+    value of another type. Arrow alone would turn a missing column into nulls without an error.
     """
     names = {c.name for c in declared}
     for number, row in enumerate(rows):
@@ -206,6 +206,8 @@ def has_duplicates(ordered: pa.Table) -> bool:
 
 def check_columns(columns: Sequence[str] | None) -> None:
     """Raises :class:`TableError` with the valid names for an unknown column."""
+    if isinstance(columns, str):
+        raise TableError(f"columns: expected a list of names, as in [{columns!r}], found {columns!r}")
     names = [c.name for c in COLUMNS]
     unknown = [c for c in columns or () if c not in names]
     if unknown:

@@ -15,9 +15,10 @@ from workers.types import JSON
 
 
 def complete_rows(table: pa.Table, job: StreamJob, failures: Iterable[Mapping[str, JSON]]) -> pa.Table:
-    """Without the rows of failed groups, which a later shard may write in full.
+    """``table`` without the rows of failed groups, which a later shard may write completely.
 
-    In continual editing a failure ends the lane: what was scored after its group began goes too.
+    In continual editing a failure ends the lane. Rows that were scored after the failed group's
+    start are left out too.
     """
     keep = None
     T_of = {cell.cell_id: cell.T or job.T for cell in job.cells}
@@ -53,7 +54,8 @@ class Expected:
 
 
 def expected_contents(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) -> Expected:
-    """Derives :class:`Expected` from the job alone and from the groups whose lane was frozen."""
+    """Derive :class:`Expected` from the job and from the groups that failed (their lane stopped).
+    Does not look at the rows."""
     planned: dict[str, set[int]] = {cell.cell_id: set() for cell in job.cells}
     groups: dict[str, set[int]] = {cell.cell_id: set() for cell in job.cells}
     rows: Counter[str] = Counter({cell.cell_id: 0 for cell in job.cells})
@@ -62,7 +64,8 @@ def expected_contents(job: StreamJob, failures: Iterable[Mapping[str, JSON]]) ->
     ticks: dict[int, list[Tick]] = {}
     for tick in timeline(job):
         ticks.setdefault(tick.wave, []).append(tick)
-    # lanes that serve the same groups, or any group of one T, write as many
+    # Rows of a lane, cached: lanes with the same groups (with rollback: the same T) write equally
+    # many.
     counted: dict[tuple[int, int, int, int], int] = {}
     for w, wave in enumerate(job.waves):
         for lane in wave:

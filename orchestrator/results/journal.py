@@ -1,11 +1,12 @@
-"""A shard's durable progress: attempts, parts, checkpoints. The only record from which anything is
-resumed.
+"""A shard's durable progress: attempts, parts, checkpoints. Shards are resumed from this record
+alone.
 
-Every launch of a shard claims a new *attempt* and writes under its own folder alone. A step is
-committed when its part (a sealed Parquet file with the step's rows) appears; the edit state it ends
-with was written before, and the part names it by hash. The attempt's own file says which parts of
-earlier attempts it builds on, so a worker that was believed dead and goes on writing adds to a
-chain that no longer counts. Knows nothing of torch or Ray: states are bytes.
+Every launch of a shard creates a new *attempt* and writes only into the attempt's folder. A step is
+committed when its part appears (a sealed Parquet file with the step's rows). The edit state after
+the step is written before the part, which contains the state's hash. The attempt's own file lists
+the parts of earlier attempts that it continues; together they are the shard's *chain*. A worker
+that was wrongly considered dead may go on writing parts, but they are not in the newest attempt's
+chain and are ignored. States are bytes: this module is independent of torch and Ray.
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ _FAILURE_FIELDS = frozenset({"cell_id", "group", "position", "kind", "message"})
 
 
 class JournalError(EditSweepError):
-    """The journal was used wrongly: an unknown shard, another composition under a taken id, a step
-    out of order."""
+    """Wrong use of the journal: an unknown shard, a second composition for the same shard id, or a
+    step out of order."""
 
 
 class Superseded(JournalError):
-    """A newer attempt has taken the shard over: stop quietly, nothing this attempt writes counts
-    any more."""
+    """A newer attempt has taken the shard over. Whatever this attempt writes is ignored, so the
+    worker stops without reporting a failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """Progress of a shard. ``committed`` of ``ticks`` are durable; sums run over the chain that
-    counts.
+    """Progress of a shard: ``committed`` of ``ticks`` ticks are durable. Counts and seconds are
+    sums over the newest attempt's chain.
 
-    ``failures``: groups whose lane was frozen (cell_id, group, position, kind, message). ``error``:
-    what the newest attempt recorded, if it raised. ``commit_seconds`` lags one step behind.
+    ``failures``: groups that failed (cell_id, group, position, kind, message). ``error``: the
+    exception of the newest attempt, if it raised. ``commit_seconds`` leaves out the last step.
     """
 
     shard_id: str
@@ -73,7 +74,7 @@ class ShardProgress:
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """A finished shard with all rows, every byte of which was verified."""
+    """A finished shard with all its rows. The checksums of all its parts were verified."""
 
     manifest: ShardManifest
     progress: ShardProgress
@@ -95,7 +96,8 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Totals:
-    """Sums over a chain up to some part; every part carries them, so progress needs one footer."""
+    """Sums over a chain up to and including one part. Each part stores them in its footer, so
+    progress is read from the last footer alone."""
 
     rows: int = 0
     edits: int = 0
@@ -121,7 +123,7 @@ class Journal:
     >>> for step in stream.run(manifest.bounds, attempt.position, attempt.state):  # doctest: +SKIP
     ...     attempt.commit(step.start, step.stop, step.rows, failures, step.state, stats)
 
-    Every verb may raise :class:`~orchestrator.storage.base.StoreError`.
+    Every method may raise :class:`~orchestrator.storage.base.StoreError`.
     """
 
     def __init__(self, store: Store, paths: ResultsPaths | None = None) -> None:
@@ -131,10 +133,10 @@ class Journal:
     # -- shards
 
     def begin(self, manifest: ShardManifest) -> None:
-        """Writes the manifest; nothing happens if the shard has begun with the same one.
+        """Write the manifest. Nothing happens if the same manifest exists.
 
-        Raises :class:`JournalError` if the shard has begun with another: its parts could not be
-        told apart from ours.
+        Raises :class:`JournalError` if the shard has another manifest: parts of the two
+        compositions could not be distinguished.
         """
         key = self.paths.manifest(manifest.shard_id)
         data = seal_json({"version": VERSION, "manifest": manifest.model_dump(mode="json")})
@@ -149,17 +151,17 @@ class Journal:
             except Missing:
                 continue
             except Damaged as error:
-                self._put_aside(manifest.shard_id, key, error)
+                self._move_aside(manifest.shard_id, key, error)
 
     def shard_ids(self) -> list[str]:
         """Every shard that has a folder."""
         return [entry.name for entry in self.store.list(self.paths.parts) if entry.folder]
 
     def begun(self) -> dict[str, ShardManifest]:
-        """Shards that have begun and are not in the table yet, with their compositions.
+        """Shard id -> manifest of the shards that have begun and are not in the table yet.
 
-        A shard whose manifest is damaged is left out with a warning: it counts as not begun, and
-        :meth:`begin` with the same composition takes its progress up again.
+        A shard with a damaged manifest is left out with a warning and counts as not begun.
+        :meth:`begin` with the same composition makes its progress valid again.
         """
         found = {}
         for shard_id in self.shard_ids():
@@ -191,7 +193,7 @@ class Journal:
         return [shard_id for shard_id, manifest in self.begun().items() if self._progress(manifest).finished]
 
     def drop(self, *shard_ids: str) -> None:
-        """Forgets shards and all their parts. For the gatherer, once the table lists them."""
+        """Delete shards with all their parts. Called after the table lists them."""
         for shard_id in shard_ids:
             self.store.delete_folder(self.paths.shard(shard_id))
         if shard_ids:
@@ -200,7 +202,8 @@ class Journal:
     # -- progress
 
     def progress(self, shard_id: str) -> ShardProgress:
-        """From file names and one footer; :meth:`claim` and :meth:`load` verify every byte.
+        """Progress from file names and the last part's footer. No checksum of a whole part is
+        verified; :meth:`claim` and :meth:`load` do that.
 
         Raises :class:`~orchestrator.storage.base.Missing` if the shard has not begun.
         """
@@ -236,10 +239,10 @@ class Journal:
         )
 
     def committed_rows(self, shard_id: str) -> pa.Table:
-        """Rows committed so far, without those of failed groups. For readers: changes nothing.
+        """Rows committed so far, without those of failed groups. Writes nothing.
 
-        Raises :class:`~orchestrator.storage.base.Missing` if files vanish meanwhile (the shard was
-        gathered): look at the table again.
+        Raises :class:`~orchestrator.storage.base.Missing` if the shard is gathered during the call;
+        its rows are then in the table.
         """
         chain = self._chain(shard_id, self._attempts(shard_id))
         try:
@@ -249,7 +252,7 @@ class Journal:
             return no_rows()
         except Missing:
             if self.store.exists(self.paths.shard(shard_id)) and not chain:
-                return no_rows()  # an empty folder that an interrupted clean-up left
+                return no_rows()  # an empty folder, left by an interrupted deletion
             raise
         pieces = [no_rows()]
         totals = _Totals()
@@ -264,8 +267,8 @@ class Journal:
         return complete_rows(pa.concat_tables(pieces), manifest.job, totals.failures)
 
     def load(self, shard_id: str) -> FinishedShard | None:
-        """A finished shard, every part verified; None if it is not finished. Damaged parts are put
-        aside first."""
+        """Read and verify a finished shard; None if it is not finished. Damaged parts are moved to
+        its ``bad`` folder first, and make it unfinished."""
         manifest = self.manifest(shard_id)
         chain = self._verify(shard_id, self._chain(shard_id, self._attempts(shard_id)))
         if not chain or chain[-1][0].stop != manifest.bounds[-1]:
@@ -276,12 +279,13 @@ class Journal:
     # -- attempts
 
     def claim(self, shard_id: str, run_id: str, worker: Mapping[str, JSON] | None = None) -> Attempt:
-        """Starts the next attempt of a shard, alone: of two that claim at once, the later one gets
-        the next number.
+        """Start the next attempt of a shard. If two workers call this at the same time, each gets a
+        number of its own, and the higher number owns the shard.
 
-        The attempt continues after the last part whose rows and edit state are whole. If neither of
-        the two newest edit states is, that is where the lanes were last pristine. ``worker`` (host,
-        pid, ...) is kept for ``status``. Raises :class:`JournalError` if the shard has not begun.
+        The attempt continues after the last part whose rows and edit state are undamaged. Only the
+        two newest edit states are kept; if both are damaged, it continues after the last part that
+        needs no state because the lanes had no edits. ``worker`` (host, pid, ...) is stored for
+        ``status``. Raises :class:`JournalError` if the shard has not begun.
         """
         try:
             manifest = self.manifest(shard_id)
@@ -302,9 +306,9 @@ class Journal:
                     state = self._read_checkpoint(shard_id, step, meta["checkpoint"])
                     break
                 except (Damaged, Missing) as error:
-                    log.warning("%s; going back to the state before", error)
+                    log.warning("%s; continuing from the state before", error)
                     if isinstance(error, Damaged):
-                        self._put_aside(
+                        self._move_aside(
                             shard_id, self.paths.checkpoint(shard_id, step.attempt, step.stop), error
                         )
                     chain.pop()
@@ -327,7 +331,8 @@ class Journal:
         return Attempt(self.store, self.paths, manifest, number, run_id, start, state, totals, kept)
 
     def stalled(self, shard_id: str, run_id: str) -> int:
-        """Count the attempts of a run that committed nothing since the shard's present state."""
+        """Count the attempts of a run that started from the shard's present position, hence
+        committed nothing."""
         attempts = self._attempts(shard_id)
         chain = self._chain(shard_id, attempts)
         position = chain[-1].stop if chain else 0
@@ -342,12 +347,12 @@ class Journal:
         return count
 
     def record_error(self, shard_id: str, attempt: int, error: Mapping[str, JSON]) -> None:
-        """Keeps why an attempt ended (exception class, message, path of the log, ...) for
+        """Store the exception that ended an attempt (class, message, path of the log, ...) for
         ``status``."""
         self.store.replace(self.paths.error(shard_id, attempt), seal_json(error))
 
     def errors(self, shard_id: str) -> dict[int, dict[str, JSON]]:
-        """Attempt -> what :meth:`record_error` was given."""
+        """Attempt number -> the error given to :meth:`record_error`."""
         found = {number: self._error(shard_id, number) for number in self._attempts(shard_id)}
         return {number: error for number, error in found.items() if error is not None}
 
@@ -370,8 +375,8 @@ class Journal:
         return self.paths.part(shard_id, step.attempt, step.start, step.stop)
 
     def _chain(self, shard_id: str, attempts: Sequence[int]) -> list[_Step]:
-        """The parts that count, by name: those the newest attempt builds on, and its own. Ends at
-        the first gap."""
+        """The valid parts by their file names: those that the newest attempt continues, then its
+        own. Ends at the first gap. Nothing is verified."""
         for number in reversed(attempts):
             key = self.paths.attempt_info(shard_id, number)
             try:
@@ -381,7 +386,7 @@ class Journal:
                 spans = [(int(a), int(start), int(stop)) for a, start, stop in info["chain"]]
                 begin = int(info["from"])
             except Missing:
-                continue  # its folder exists and nothing in it: the claim was interrupted
+                continue  # an empty folder: the claim was interrupted
             except Damaged as error:
                 log.warning("%s; the attempt does not count", error)
                 continue
@@ -389,12 +394,12 @@ class Journal:
             for attempt, start, stop in [*spans, (number, begin, None)]:
                 if (chain[-1].stop if chain else 0) != start:
                     break
-                chain.extend(self._run_of_parts(shard_id, attempt, start, stop))
+                chain.extend(self._consecutive_parts(shard_id, attempt, start, stop))
             return chain
         return []
 
-    def _run_of_parts(self, shard_id: str, attempt: int, start: int, stop: int | None) -> list[_Step]:
-        """Parts of one attempt that follow each other from tick ``start`` on, up to ``stop``."""
+    def _consecutive_parts(self, shard_id: str, attempt: int, start: int, stop: int | None) -> list[_Step]:
+        """Consecutive parts of one attempt from tick ``start`` to ``stop`` (None: to the last)."""
         by_start = {}
         for entry in self.store.list(self.paths.attempt(shard_id, attempt)):
             step = self.paths.step(entry.name)
@@ -407,8 +412,8 @@ class Journal:
         return run
 
     def _verify(self, shard_id: str, chain: Sequence[_Step]) -> list[tuple[_Step, dict[str, JSON], bytes]]:
-        """The sound beginning of a chain, with metadata and bytes. The part that ends it is put
-        aside by name."""
+        """The longest undamaged beginning of a chain, with metadata and bytes. The first damaged
+        part is moved to the shard's ``bad`` folder."""
         sound = []
         for step in chain:
             try:
@@ -416,12 +421,12 @@ class Journal:
             except Missing:
                 break
             except Damaged as error:
-                self._put_aside(shard_id, self._part_key(shard_id, step), error)
+                self._move_aside(shard_id, self._part_key(shard_id, step), error)
                 break
         return sound
 
     def _read_part(self, shard_id: str, step: _Step) -> tuple[dict[str, JSON], bytes]:
-        """Metadata and bytes of a part, all of which are as they were written."""
+        """Metadata and bytes of a part, both verified."""
         key = self._part_key(shard_id, step)
         name = self.store.where(key)
         data = self.store.read(key)
@@ -435,7 +440,7 @@ class Journal:
             meta.get("stop"),
         )
         if found != ("part", shard_id, step.attempt, step.start, step.stop) or meta.get("rows") != rows:
-            raise Damaged(f"{name}: a foreign file: it says it is {found} with {meta.get('rows')} rows")
+            raise Damaged(f"{name}: a foreign file: its metadata is {found} with {meta.get('rows')} rows")
         return meta, data
 
     def _read_checkpoint(self, shard_id: str, step: _Step, digest: str) -> bytes:
@@ -445,13 +450,13 @@ class Journal:
             raise Damaged(f"{self.store.where(key)}: checksum differs from the one its part names")
         return state
 
-    def _put_aside(self, shard_id: str, key: str, error: Damaged) -> None:
+    def _move_aside(self, shard_id: str, key: str, error: Damaged) -> None:
         aside = self.paths.shard_bad(shard_id, key)
-        log.warning("%s; put aside as %s", error, self.store.where(aside))
+        log.warning("%s; moved to %s", error, self.store.where(aside))
         put_aside(self.store, key, aside)
 
     def _drop_checkpoints(self, shard_id: str, attempts: Sequence[int], kept: Sequence[_Step]) -> None:
-        """Removes the states that dead attempts left and nothing can be resumed from any more."""
+        """Delete the edit states of earlier attempts, except those of the steps ``kept``."""
         keep = {self.paths.checkpoint(shard_id, step.attempt, step.stop) for step in kept}
         for number in attempts:
             for entry in self.store.list(self.paths.attempt(shard_id, number)):
@@ -468,8 +473,8 @@ def attempt_numbers(store: Store, paths: ResultsPaths, shard_id: str) -> list[in
 
 
 def _compress(steps: Sequence[_Step]) -> list[list[int]]:
-    """[attempt, from, to] of each run of parts of one attempt: as many entries as attempts, however
-    many parts."""
+    """[attempt, from, to] of each sequence of parts of one attempt. The number of entries depends
+    on the number of attempts, not of parts."""
     spans: list[list[int]] = []
     for step in steps:
         if spans and spans[-1][0] == step.attempt:
@@ -483,8 +488,8 @@ def _compress(steps: Sequence[_Step]) -> list[list[int]]:
 class Attempt:
     """One launch of a shard, made by :meth:`Journal.claim`.
 
-    ``position`` and ``state`` are what the stream continues from; ``position`` moves with every
-    commit. ``commit_seconds`` is the time spent in :meth:`commit` so far.
+    The stream continues from the tick ``position`` with the edit state ``state``. Every commit
+    advances ``position``. ``commit_seconds`` is the time spent in :meth:`commit` so far.
     """
 
     store: Store = field(repr=False)
@@ -516,14 +521,13 @@ class Attempt:
         state: bytes | None,
         stats: Mapping[str, float],
     ) -> None:
-        """Makes the step ``start .. stop`` durable; it counts if and only if this returns.
+        """Write the step ``start .. stop`` (ticks) durably.
 
-        ``rows`` as the stream gives them: the columns of cell and attempt are added here.
-        ``failures``: dicts with cell_id, group, position, kind, message. ``state``: the edit state
-        after the step, None where the lanes are pristine. ``stats``: edits, edit_seconds,
-        score_seconds. After a :class:`~orchestrator.storage.base.StoreError` the same commit may be
-        tried again. Raises :class:`Superseded`, and :class:`JournalError` for a step that does not
-        follow the last.
+        ``rows``: rows of the stream; the columns of cell and attempt are added here. ``failures``:
+        dicts with cell_id, group, position, kind, message. ``state``: the edit state after the
+        step, None if the lanes have no edits. ``stats``: edits, edit_seconds, score_seconds. After
+        a :class:`~orchestrator.storage.base.StoreError` the same commit may be repeated. Raises
+        :class:`Superseded`, and :class:`JournalError` for a step that does not follow the last one.
         """
         began = time.perf_counter()
         if start != self.position or stop <= start or stop not in self.manifest.bounds:
@@ -537,7 +541,8 @@ class Attempt:
         digest = None
         if state is not None:
             digest = sha256_of(state)
-            # durable with the part that names it, which is published into the same folder next
+            # The file's name becomes durable with its part, which is published into the same
+            # folder next.
             self.store.replace(self.paths.checkpoint(self.shard_id, self.number, stop), state, settle=False)
         meta: dict[str, JSON] = {
             "version": VERSION,
@@ -552,8 +557,8 @@ class Attempt:
         }
         key = self.paths.part(self.shard_id, self.number, start, stop)
         data = encode(table, meta, compression="snappy")
-        # the name is ours alone: it can only be taken by our own commit whose success was not
-        # reported
+        # Only this attempt uses the name. It exists if an earlier try of this commit succeeded
+        # but reported an error.
         if not self.store.publish_new(key, data) and self.store.read(key) != data:
             raise JournalError(
                 f"{self.store.where(key)} has other contents: two workers share attempt {self.number}"

@@ -1,4 +1,4 @@
-"""A shard's manifest: all that an actor needs, as JSON."""
+"""A shard's manifest: everything an actor needs to run it, as JSON."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class ShardManifest(Frozen):
     """Composition of a shard; written once, before its first attempt, and never changed.
 
     ``bounds``: ticks at which it commits, the last one included
-    (:func:`workers.timeline.cut_steps`). ``columns``: for each cell the columns of
-    :data:`~orchestrator.results.columns.CELL_COLUMNS`, the same in all its rows. ``task``: whatever
-    else the worker needs (model, data set, artifacts); the journal does not look inside.
+    (:func:`workers.timeline.cut_steps`). ``columns``: cell id -> values of the columns
+    :data:`~orchestrator.results.columns.CELL_COLUMNS`, which are the same in all rows of the cell.
+    ``task``: further inputs of the worker (model, data set, artifacts), which the journal does not
+    read.
     """
 
     shard_id: str

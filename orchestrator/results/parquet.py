@@ -1,4 +1,4 @@
-"""Encode and decode sealed Parquet files."""
+"""Encode and decode sealed Parquet files: Parquet files with a checksum of the whole file."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def encode(
     """A Parquet file with ``meta`` and a checksum of the whole file in its footer. The same input
     gives the same bytes.
 
-    For a hundred rows snappy is as small and twice as fast both ways: zstd sets itself up anew for
-    each of fifty columns.
+    For a hundred rows snappy gives the same size as zstd and is twice as fast in both directions,
+    because zstd is initialised again for each of fifty columns.
 
-    Page checksums, which other readers verify, leave the footer unprotected; hence one more over
-    all bytes. It is computed with its own 64 digits read as zeros.
+    Other readers verify Parquet's page checksums, which do not cover the footer; so there is one
+    more checksum over all bytes. It is computed with its own 64 digits replaced by zeros.
     """
     sink = pa.BufferOutputStream()
     few = [name for name in table.schema.names if name in REPEATING]
@@ -47,7 +47,7 @@ def encode(
     at = data.rfind(_SEAL + _BLANK)
     if at < 0:
         raise TableError(
-            "this version of pyarrow lays Parquet footers out differently: the seal has no place"
+            "this version of pyarrow writes Parquet footers in another layout: no place for the checksum"
         )
     at += len(_SEAL)
     data[at : at + 64] = sha256_of(data).encode()
@@ -55,8 +55,8 @@ def encode(
 
 
 def check_seal(data: bytes, name: str) -> None:
-    """Raises :class:`~orchestrator.storage.base.Damaged`, naming ``name``, unless all bytes are as
-    :func:`encode` made it."""
+    """Verify the checksum of a file made by :func:`encode`. Raises
+    :class:`~orchestrator.storage.base.Damaged`, naming ``name``."""
     at = data.rfind(_SEAL)
     if at < 0 or at + len(_SEAL) + 64 > len(data):
         raise Damaged(f"{name}: truncated, or not one of our Parquet files")
@@ -68,10 +68,11 @@ def check_seal(data: bytes, name: str) -> None:
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Inside, a file called ``name`` is read.
+    """Convert the errors of a block that reads the file ``name``.
 
-    Arrow reports damage as ArrowInvalid or as OSError without a number; a number comes from the
-    operating system.
+    Arrow reports a damaged file as ArrowInvalid, or as OSError without ``errno``: these become
+    :class:`~orchestrator.storage.base.Damaged`. An OSError with ``errno`` comes from the operating
+    system and becomes :class:`~orchestrator.storage.base.StoreError`.
     """
     try:
         yield
@@ -114,8 +115,8 @@ def read_meta(sealed: bytes, name: str) -> dict[str, JSON]:
 
 
 def conform(table: pa.Table, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The declared columns in the declared order. A column added to the declaration later is null
-    in older files."""
+    """``table`` with the declared columns in the declared order. A column that an older file lacks
+    is null."""
     declared = schema()
     wanted = declared if columns is None else pa.schema([declared.field(c) for c in columns])
     if table.schema.equals(wanted):

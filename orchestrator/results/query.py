@@ -1,8 +1,9 @@
-"""Questions to the table: Arrow, pandas, or SQL in a locked-down DuckDB.
+"""Read the table with Arrow, pandas, or SQL in a restricted DuckDB.
 
 Queries come from users, scripts and shared notebooks, and column values from data sets; nothing in
 a query may reach files, the network or this process. Hence an in-memory database that sees the
-table as the view ``edits`` and nothing else, takes one SELECT at a time, and can be stopped. Knows
+table as the views ``edits`` (the rows that count, :mod:`orchestrator.results.live`) and
+``edits_all`` (all of them) and nothing else, takes one SELECT at a time, and can be stopped. Knows
 nothing of torch or Ray.
 """
 
@@ -12,13 +13,18 @@ import contextlib
 import json
 import math
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
-from orchestrator.results.columns import COLUMNS, schema
+from orchestrator.results.cells import as_query, cells
+from orchestrator.results.columns import COLUMNS, check_columns, schema
 from orchestrator.results.journal import Journal
+from orchestrator.results.live import NEEDED, Live
 from orchestrator.results.parquet import reading
 from orchestrator.results.table import CentralTable, TableFile
 from orchestrator.storage.base import Missing, Store
@@ -26,6 +32,7 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import unseal_json
+from workers.optional import optional
 from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:
@@ -37,23 +44,106 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+VIEWS: tuple[str, ...] = ("edits", "edits_all", "cells")
+"""The tables of a query: the rows that count, all rows, and the cells."""
+
 FORMATS: tuple[str, ...] = ("csv", "json", "parquet")
 _BATCH_ROWS = 65_536
-_IN_MEMORY_BYTES = (
-    64 << 20
-)  # of Parquet files: below, reading all is faster than importing pyarrow.dataset (0.3 s)
+_IN_MEMORY_BYTES = 64 << 20
+"""Parquet files of less than this in total are read whole: faster than to import pyarrow.dataset
+(0.3 s)."""
+
 _FEW_VALUES = frozenset({"sweep", "model", "dataset", "method", "algorithm", "rollback", "scored", "device"})
-"""Columns of a few texts repeated in every row: kept as the dictionaries they lie in, they are read
-in half the time. Not ids: Arrow passes over files by the least and greatest text of a column, but
-not where it is a dictionary."""
+"""Columns with few distinct texts, read as Arrow dictionaries: this halves the reading time. Ids
+are not among them: Arrow skips files by a column's smallest and largest text, but does not do so
+for dictionary columns."""
 
 
 class QueryError(EditSweepError):
-    """A query is wrong, not allowed, or took too long. The message holds DuckDB's own and the valid
-    columns."""
+    """A query is invalid, not allowed, or took too long. The message contains DuckDB's message and
+    the valid columns."""
 
 
-class Results:
+class Reader:
+    """Questions to one results folder or to several: :class:`Results` and :class:`Union`.
+
+    Everything is asked of the rows that count, unless the superseded ones are asked for too: in
+    SQL by the view ``edits_all``, in Python by ``superseded=True``. Both have a column
+    ``superseded``.
+    """
+
+    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
+        """Every row exactly once, of running shards too; all columns, or those asked for."""
+        raise NotImplementedError
+
+    def register(
+        self, connection: duckdb.DuckDBPyConnection, names: Collection[str], suffix: str = ""
+    ) -> None:
+        """Make those of the :data:`VIEWS` that are among ``names``, their own names followed by
+        ``suffix``."""
+        raise NotImplementedError
+
+    def to_pandas(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pd.DataFrame:
+        """The same as :meth:`table`, as a pandas data frame."""
+        optional("pandas", "pandas", "to_pandas()")
+        frame: pd.DataFrame = self.table(columns, superseded).to_pandas()
+        return frame
+
+    def sql(self, query: str, time_limit: float | None = 300.0) -> pa.Table:
+        """Answers one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) over the views ``edits`` and
+        ``edits_all``.
+
+        ``time_limit`` in seconds; None means no limit. Raises :class:`QueryError`.
+        """
+        with self._restricted_connection(query) as connection:
+            return _run_query(connection, query, time_limit, lambda found: found.to_arrow_table())
+
+    def first_rows(self, query: str, limit: int, time_limit: float | None = 300.0) -> tuple[pa.Table, int]:
+        """The first ``limit`` rows of an answer, and its total number of rows. The other rows are
+        counted but not kept in memory."""
+        import pyarrow as pa
+
+        def read(found: duckdb.DuckDBPyRelation) -> tuple[pa.Table, int]:
+            reader = found.to_arrow_reader(_BATCH_ROWS)
+            kept: list[pa.RecordBatch] = []
+            total = 0
+            for batch in reader:
+                if total < limit:
+                    kept.append(batch.slice(0, limit - total))
+                total += batch.num_rows
+            return pa.Table.from_batches(kept, schema=reader.schema), total
+
+        with self._restricted_connection(query) as connection:
+            return _run_query(connection, query, time_limit, read)
+
+    @contextlib.contextmanager
+    def _restricted_connection(self, query: str) -> Iterator[duckdb.DuckDBPyConnection]:
+        import duckdb
+
+        if not isinstance(query, str):
+            raise QueryError(f"SQL: expected a text, found {query!r}")
+        connection = duckdb.connect(
+            ":memory:",
+            config={
+                "enable_external_access": False,
+                "python_enable_replacements": False,
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+                "allow_persistent_secrets": False,
+                "temp_directory": "",
+            },
+        )
+        try:
+            # only what the query can mean is made: a large folder's rows need not be opened for its cells
+            text = query.lower()
+            self.register(connection, [view for view in VIEWS if re.search(rf"\b{view}\b", text)] or VIEWS)
+            connection.execute("SET lock_configuration = true")
+            yield connection
+        finally:
+            connection.close()
+
+
+class Results(Reader):
     """A results folder, finished or still being written. Made by :func:`open_results`.
 
     >>> results = open_results("results/demo")                        # doctest: +SKIP
@@ -76,81 +166,100 @@ class Results:
             return {}, []
         return found["cells"], found["current"]
 
-    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Every row exactly once, of running shards too; all columns, or those asked for."""
-        return self.central.scan(self.journal, columns)
+    def live(self) -> Live:
+        """The rows of this folder that count."""
+        return Live.of_plan(*self.plan())
 
-    def to_pandas(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """The same as a pandas data frame."""
-        frame: pd.DataFrame = self.table(columns).to_pandas()
-        return frame
+    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
+        live = self.live()
+        read = columns if columns is None else list(dict.fromkeys((*columns, *NEEDED)))
+        check_columns(columns)
+        rows = self.central.scan(self.journal, read)
+        if superseded:
+            rows = rows.append_column("superseded", live.superseded(rows))
+        else:
+            rows = live.rows(rows)
+        return rows if columns is None else rows.select([*columns, *(["superseded"] if superseded else [])])
 
-    def sql(self, query: str, time_limit: float | None = 300.0) -> pa.Table:
-        """Answers one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) over the view ``edits``.
+    def register(
+        self, connection: duckdb.DuckDBPyConnection, names: Collection[str], suffix: str = ""
+    ) -> None:
+        if "cells" in names:
+            found = cells(self.plan()[0], self.live(), self.central)
+            connection.execute(f"CREATE TABLE cells{suffix} AS {as_query(found)}")
+        if "edits" in names or "edits_all" in names:
+            self._register_rows(connection, suffix)
 
-        ``time_limit`` in seconds; None waits forever. Raises :class:`QueryError`.
-        """
-        with self._locked_down() as connection:
-            return _answer(connection, query, time_limit, lambda found: found.to_arrow_table())
-
-    def first_rows(self, query: str, limit: int, time_limit: float | None = 300.0) -> tuple[pa.Table, int]:
-        """The first ``limit`` rows of an answer, and how many it has. The rest is counted as it
-        comes and never held."""
+    def _register_rows(self, connection: duckdb.DuckDBPyConnection, suffix: str) -> None:
         import pyarrow as pa
 
-        def read(found: duckdb.DuckDBPyRelation) -> tuple[pa.Table, int]:
-            reader = found.to_arrow_reader(_BATCH_ROWS)
-            kept: list[pa.RecordBatch] = []
-            total = 0
-            for batch in reader:
-                if total < limit:
-                    kept.append(batch.slice(0, limit - total))
-                total += batch.num_rows
-            return pa.Table.from_batches(kept, schema=reader.schema), total
-
-        with self._locked_down() as connection:
-            return _answer(connection, query, time_limit, read)
-
-    @contextlib.contextmanager
-    def _locked_down(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        import duckdb
-
-        connection = duckdb.connect(
-            ":memory:",
-            config={
-                "enable_external_access": False,
-                "python_enable_replacements": False,
-                "autoinstall_known_extensions": False,
-                "autoload_known_extensions": False,
-                "allow_persistent_secrets": False,
-                "temp_directory": "",
-            },
-        )
-        try:
-            self._register(connection)
-            connection.execute("SET lock_configuration = true")
-            yield connection
-        finally:
-            connection.close()
-
-    def _register(self, connection: duckdb.DuckDBPyConnection) -> None:
-        import pyarrow as pa
-
+        live = self.live()
+        name = f"_rows{suffix}"
         if sum(entry.size for entry in self.store.list(self.paths.table)) < _IN_MEMORY_BYTES:
             files, parts = self.central.snapshot(self.journal)
-            pieces = [self.central.read_file(file) for file in files]
-            connection.register("edits", pa.concat_tables([*pieces, parts]))
+            pieces = [*(self.central.read_file(file) for file in files), parts]
+            connection.register(name, pa.concat_tables(pieces))
+            source = f"FROM {name}"
+        else:
+            table = _ScannedTable(self.store, self.paths)
+            files, parts = table.snapshot(self.journal)
+            connection.register(f"{name}_table", table.dataset(files))
+            connection.register(f"{name}_parts", parts)
+            source = f"FROM (SELECT * FROM {name}_table UNION ALL SELECT * FROM {name}_parts)"
+        begun = {*zip(*(parts[column].to_pylist() for column in NEEDED), strict=True)}
+        if live.cover(chain((end for file in files for end in file.ends), ((c, g + 1) for c, g in begun))):
+            connection.execute(f"CREATE VIEW edits{suffix} AS SELECT * {source}")
+            connection.execute(f"CREATE VIEW edits_all{suffix} AS SELECT *, false AS superseded {source}")
             return
-        table = _ScannedTable(self.store, self.paths)
-        files, parts = table.snapshot(self.journal)
-        connection.register("_table", table.dataset(files))
-        connection.register("_parts", parts)
-        connection.execute("CREATE VIEW edits AS SELECT * FROM _table UNION ALL SELECT * FROM _parts")
+        # not by way of Arrow, which imports pandas to make an array of a list
+        values = ", ".join(f"({_quoted(cell_id)}, {groups})" for cell_id, groups in live.limits())
+        connection.execute(f"CREATE TABLE _live{suffix} AS FROM (VALUES {values}) v(cell_id, groups)")
+        join = f'{source} e LEFT JOIN _live{suffix} l ON e.cell_id = l.cell_id AND e."group" < l.groups'
+        connection.execute(f"CREATE VIEW edits{suffix} AS SELECT e.* {join} WHERE l.cell_id IS NOT NULL")
+        connection.execute(
+            f"CREATE VIEW edits_all{suffix} AS SELECT e.*, l.cell_id IS NULL AS superseded {join}"
+        )
+
+
+class Union(Reader):
+    """Several results folders as one table, with a first column ``results``: the folder as it was
+    named. Made by :func:`open_results`."""
+
+    def __init__(self, folders: Mapping[str, Results]) -> None:
+        self.folders = folders
+
+    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
+        import pyarrow as pa
+
+        pieces = []
+        for name, folder in self.folders.items():
+            rows = folder.table(columns, superseded)
+            pieces.append(rows.add_column(0, "results", pa.repeat(name, rows.num_rows)))
+        return pa.concat_tables(pieces)
+
+    def register(
+        self, connection: duckdb.DuckDBPyConnection, names: Collection[str], suffix: str = ""
+    ) -> None:
+        for i, folder in enumerate(self.folders.values()):
+            folder.register(connection, names, f"_{i}")
+        made = [view for view in VIEWS if view in names]
+        if "edits" in made or "edits_all" in made:
+            made = list(dict.fromkeys((*made, "edits", "edits_all")))
+        for view in made:
+            pieces = [
+                f"SELECT {_quoted(name)} AS results, * FROM {view}_{i}" for i, name in enumerate(self.folders)
+            ]
+            connection.execute(f"CREATE VIEW {view}{suffix} AS {' UNION ALL '.join(pieces)}")
+
+
+def _quoted(text: str) -> str:
+    """The text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 class _ScannedTable(CentralTable):
-    """A table too large to be loaded: Arrow scans it, with the footers that its listing has
-    read."""
+    """A table too large to be loaded into memory. Arrow scans its files and reuses the footers that
+    were read when the files were listed."""
 
     def __init__(self, store: Store, paths: ResultsPaths) -> None:
         import pyarrow as pa
@@ -166,8 +275,8 @@ class _ScannedTable(CentralTable):
         self._schema = schema()
         for name in _FEW_VALUES:
             at = self._schema.get_field_index(name)
-            kept = self._schema.field(at).with_type(pa.dictionary(pa.int32(), pa.string()))
-            self._schema = self._schema.set(at, kept)
+            encoded = self._schema.field(at).with_type(pa.dictionary(pa.int32(), pa.string()))
+            self._schema = self._schema.set(at, encoded)
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
         with reading(name):
@@ -178,16 +287,35 @@ class _ScannedTable(CentralTable):
             return fragment.metadata
 
     def dataset(self, files: Sequence[TableFile]) -> ds.Dataset:
-        """The rows of ``files``, which this object has listed."""
+        """Arrow data set of ``files``, which must come from this object's listing."""
         import pyarrow.dataset as ds
 
         fragments = [self._fragments[file.key] for file in files]
         return ds.FileSystemDataset(fragments, self._schema, self._format, self._filesystem)
 
 
-def open_results(folder: str | os.PathLike[str]) -> Results:
-    """Opens a results folder for reading. Raises :class:`~workers.types.EditSweepError` if it is
-    none."""
+@overload
+def open_results(folder: str | os.PathLike[str], /) -> Results: ...
+
+
+@overload
+def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str]) -> Results | Union: ...
+
+
+def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str]) -> Results | Union:
+    """Open a results folder for reading, or several as one table. Raises
+    :class:`~workers.types.EditSweepError` if one is none, or is given twice."""
+    if not more:
+        return _open(folder)
+    names = [os.fspath(one) for one in (folder, *more)]
+    opened = {name: _open(name) for name in names}
+    places = Counter(results.store.where() for results in opened.values())
+    if len(opened) < len(names) or len(places) < len(opened):
+        raise EditSweepError(f"the same results folder is given twice: {', '.join(names)}")
+    return Union(opened)
+
+
+def _open(folder: str | os.PathLike[str]) -> Results:
     paths = ResultsPaths()
     store = open_store(folder)
     if isinstance(store, LocalStore) and not store.root.is_dir():
@@ -200,7 +328,7 @@ def open_results(folder: str | os.PathLike[str]) -> Results:
     return Results(store, paths)
 
 
-def _answer(
+def _run_query(
     connection: duckdb.DuckDBPyConnection,
     query: str,
     time_limit: float | None,
@@ -215,30 +343,34 @@ def _answer(
         stopped.set()
         connection.interrupt()
 
+    if time_limit is not None and not 0 < time_limit <= threading.TIMEOUT_MAX:
+        raise QueryError(f"time_limit: expected a positive, finite number of seconds, found {time_limit}")
     timer = threading.Timer(time_limit, stop) if time_limit is not None else None
     try:
-        _allow(connection, query)
+        _check_statement(connection, query)
         if timer is not None:
             timer.daemon = True
             timer.start()
         return read(connection.sql(query))
-    except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow's where the rows are being fetched
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow raises while rows are fetched
         if stopped.is_set():
             raise QueryError(f"the query took longer than {time_limit:g} s and was stopped") from error
         message = f"SQL: {error}"
         if isinstance(error, duckdb.BinderException) and "column" in str(error):
             message += f"\nColumns of edits: {', '.join(c.name for c in COLUMNS)}"
         elif isinstance(error, duckdb.CatalogException) and "Table" in str(error):
-            message += "\nThe only table is called edits."
+            message += (
+                "\nThe tables are edits (the rows that count), edits_all (with superseded ones) and cells."
+            )
         raise QueryError(message) from error
     finally:
         if timer is not None:
             timer.cancel()
 
 
-def _allow(connection: duckdb.DuckDBPyConnection, query: str) -> None:
-    """One statement that only reads. The locked configuration stands behind this; this gives the
-    clearer message."""
+def _check_statement(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Refuse everything but one reading statement. The locked configuration would refuse it too,
+    with a less clear message."""
     import duckdb
 
     statements = connection.extract_statements(query)
@@ -250,15 +382,15 @@ def _allow(connection: duckdb.DuckDBPyConnection, query: str) -> None:
 
 
 def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
-    """Writes a query's answer as ``csv``, ``json`` (one object per line) or ``parquet`` to a binary
-    stream.
+    """Write a query's answer to a binary stream as ``csv``, ``json`` (one object per line) or
+    ``parquet``.
 
     Raises :class:`QueryError` for another format.
     """
     if file_format == "csv":
         from pyarrow import csv
 
-        csv.write_csv(_plain(table), stream)
+        csv.write_csv(_nested_to_json(table), stream)
     elif file_format == "json":
         _write_json(table, stream)
     elif file_format == "parquet":
@@ -269,8 +401,8 @@ def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
         raise QueryError(f"unknown format {file_format!r}; valid are: {', '.join(FORMATS)}")
 
 
-def _plain(table: pa.Table) -> pa.Table:
-    """Lists, structs and the like as JSON text: CSV has no notation for them."""
+def _nested_to_json(table: pa.Table) -> pa.Table:
+    """Convert nested columns (lists, structs) to JSON text, because CSV cannot represent them."""
     import pyarrow as pa
 
     for i, field in enumerate(table.schema):
@@ -287,22 +419,23 @@ def _write_json(table: pa.Table, stream: BinaryIO) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(_finite(value), default=_number_or_text, ensure_ascii=False)
+    return json.dumps(_replace_nan(value), default=_number_or_text, ensure_ascii=False)
 
 
-def _finite(value: Any) -> Any:
-    """Null for what is not a number, which has no JSON notation."""
+def _replace_nan(value: Any) -> Any:
+    """Replace NaN and infinities by None, because JSON cannot represent them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _replace_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [_replace_nan(item) for item in value]
     return value
 
 
 def _number_or_text(value: Any) -> JSON:
-    """DuckDB sums integers and writes 0.5 as decimals; times, dates and bytes become text."""
+    """Convert a value that JSON does not support: decimals, which DuckDB returns for sums of
+    integers and for literals such as 0.5, to numbers; times, dates and bytes to text."""
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return str(value)

@@ -1,4 +1,4 @@
-"""State of a results folder: progress, failures, who is running it."""
+"""State of a results folder: progress, failures, and the driver that runs it."""
 
 from __future__ import annotations
 
@@ -95,14 +95,13 @@ def read_status(folder: str) -> dict[str, JSON]:
 def _failures_of_cells(
     results: Results, shards: Sequence[dict[str, JSON]], failed: Sequence[dict[str, JSON]]
 ) -> dict[str, list[dict[str, JSON]]]:
-    """Per cell, what went wrong: groups that failed, and shards under way whose last attempt
-    raised."""
+    """Cell id -> its failures: failed groups, and unfinished shards whose last attempt raised."""
     store, paths = results.store, results.paths
     logs: dict[str, str] = {}
     for entry in store.list(paths.logs):
         of_shard = paths.log_of_shard(entry.name)
         if of_shard is not None:
-            logs[of_shard[0]] = store.where(entry.key)  # by name: the newest attempt's comes last
+            logs[of_shard[0]] = store.where(entry.key)  # listed by name: the newest attempt's log comes last
     found: dict[str, list[dict[str, JSON]]] = {}
     for failure in sorted(failed, key=lambda failure: int(failure["group"])):
         found.setdefault(str(failure["cell_id"]), []).append(

@@ -1,1 +1,1 @@
-"""Storage of results: a few verbs, on a local disk or in a bucket."""
+"""Storage of results: one interface, on a local disk or in a bucket."""

@@ -1,6 +1,6 @@
-"""The verbs that all results I/O goes through.
+"""The interface that all results I/O goes through.
 
-Knows nothing of torch, Ray, Parquet or of what the objects mean.
+Independent of torch, Ray, Parquet, and of the contents of the objects.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class StoreError(EditSweepError):
-    """Results cannot be read or written. The message names path and cause; ``path`` and ``cause``
-    hold them apart."""
+    """Results cannot be read or written. The message names path and cause, which are also the
+    attributes ``path`` and ``cause``."""
 
     def __init__(self, action: str, path: str, cause: str) -> None:
-        super().__init__(action, path, cause)  # the arguments as given, so that it can be pickled
+        super().__init__(action, path, cause)  # pickle calls the class with these arguments
         self.action = action
         self.path = path
         self.cause = cause
@@ -30,13 +30,12 @@ class StoreError(EditSweepError):
 
 
 class Missing(StoreError):
-    """The object does not exist (any more): a reader starts over, everyone else has lost
-    something."""
+    """The object does not exist, or no longer exists."""
 
 
 class Damaged(EditSweepError):
-    """An object is truncated, altered or foreign. The message names it and says how it was
-    noticed."""
+    """An object is truncated, altered, or not written by editsweep. The message names it and the
+    check that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +56,21 @@ class Store(ABC):
     >>> store.publish_new("table/000001.parquet", data)              # doctest: +SKIP
     True
 
-    Every verb raises :class:`StoreError` with path and cause if the storage refuses.
+    Every method raises :class:`StoreError` if the storage refuses.
     """
 
     @abstractmethod
     def publish_new(self, key: str, data: bytes) -> bool:
-        """Makes ``data`` appear durably under ``key`` as a whole. False, and no change, if the key
-        is taken."""
+        """Create the object ``key`` atomically and durably. Return False, and change nothing, if
+        the key exists."""
 
     @abstractmethod
     def replace(self, key: str, data: bytes, settle: bool = True) -> None:
-        """Makes ``data`` the durable value of ``key``, taken or not. Readers see the old or the new
-        value, whole.
+        """Write ``key`` atomically and durably, whether or not it exists. Readers see the whole old
+        or the whole new value.
 
-        With ``settle=False`` its name may become durable only with the next object that is
-        published into the same folder.
+        With ``settle=False`` the name may become durable only when the next object is published
+        into the same folder.
         """
 
     @abstractmethod
@@ -80,8 +79,7 @@ class Store(ABC):
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A seekable reader, for objects of which only the end is wanted. Raises
-        :class:`Missing`."""
+        """A seekable reader, for reading a part of an object. Raises :class:`Missing`."""
 
     @abstractmethod
     def list(self, folder: str) -> list[Entry]:
@@ -94,19 +92,19 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Removes one object; nothing happens if it is gone already."""
+        """Remove one object. Nothing happens if it does not exist."""
 
     @abstractmethod
     def delete_folder(self, folder: str) -> None:
-        """Removes everything under ``folder``; nothing happens if it is gone already."""
+        """Remove everything under ``folder``. Nothing happens if it does not exist."""
 
     @abstractmethod
     def sync(self, folder: str = "") -> None:
-        """Makes deletions in ``folder`` durable (publishing is durable by itself)."""
+        """Make deletions in ``folder`` durable. (Publishing is durable without it.)"""
 
     @abstractmethod
     def tidy(self, folder: str, older_than_s: float = 3600.0) -> None:
-        """Removes what interrupted writes left directly in ``folder``, if it is older than
+        """Remove temporary files of interrupted writes directly in ``folder`` that are older than
         ``older_than_s`` seconds."""
 
     @abstractmethod
@@ -116,12 +114,11 @@ class Store(ABC):
 
     @abstractmethod
     def where(self, key: str = "") -> str:
-        """The object's full name, for messages and for tools outside."""
+        """The object's full name, for messages and for other programs."""
 
 
 def put_aside(store: Store, key: str, aside: str, instead: bytes | None = None) -> None:
-    """Keeps a damaged object as evidence under the name ``aside`` and frees its own, or puts
-    ``instead`` there."""
+    """Copy a damaged object to the key ``aside``; then delete it, or replace it by ``instead``."""
     try:
         data = store.read(key)
     except Missing:

@@ -1,10 +1,8 @@
-"""The few verbs all results I/O goes through, and their local implementation.
+"""A results folder on a local disk or a shared POSIX file system.
 
-A results folder is a set of small immutable objects. The verb everything rests on is
-:meth:`Store.publish_new`: the whole object appears at once under its name, or the name was taken
-already and nothing changes. On a local disk that is a temporary file, an fsync and a hard link; on
-an object store it is one conditional PUT. There is no rename. Knows nothing of torch, Ray, Parquet
-or of what the objects mean.
+A results folder is a set of small immutable objects. The central method is
+:meth:`LocalStore.publish_new`: it writes and fsyncs a temporary file, then links it to its name. A
+hard link fails if the name exists, so two writers cannot overwrite each other.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ _CAUSES: Mapping[int, str] = {
 class LocalStore(Store):
     """A folder on a disk or on a shared POSIX file system that has hard links.
 
-    ``LocalStore(path)`` touches nothing; folders appear with their first object.
+    ``LocalStore(path)`` creates nothing. A folder is created with its first object.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -56,12 +54,12 @@ class LocalStore(Store):
 
     def publish_new(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        with _telling("write", path), self._temporary(path, data) as temporary:
+        with _store_errors("write", path), self._temporary(path, data) as temporary:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                # over NFS the reply to a successful link can get lost and the repeated request then
-                # says "exists"
+                # Over NFS the reply to a successful link can be lost. The client repeats the
+                # request, which then fails because the name exists.
                 if os.stat(temporary).st_nlink != 2:
                     return False
             _sync_folder(path.parent)
@@ -69,14 +67,14 @@ class LocalStore(Store):
 
     def replace(self, key: str, data: bytes, settle: bool = True) -> None:
         path = self._path(key)
-        with _telling("write", path), self._temporary(path, data) as temporary:
+        with _store_errors("write", path), self._temporary(path, data) as temporary:
             os.replace(temporary, path)
             if settle:
                 _sync_folder(path.parent)
 
     @contextlib.contextmanager
     def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
-        """A complete, fsynced file beside ``path``, gone when the block ends."""
+        """A complete, fsynced file in the folder of ``path``, removed when the block ends."""
         self._make_folder(path.parent)
         temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
@@ -90,8 +88,8 @@ class LocalStore(Store):
                 temporary.unlink()
 
     def _make_folder(self, folder: Path) -> None:
-        """Creates the missing folders and makes each entry durable: a file in a folder that is lost
-        is lost too."""
+        """Create the missing folders. Each one's entry in its parent is fsynced: without it a crash
+        can lose the folder with its files."""
         missing = []
         while not folder.is_dir():
             missing.append(folder)
@@ -104,19 +102,19 @@ class LocalStore(Store):
 
     def read(self, key: str) -> bytes:
         path = self._path(key)
-        with _telling("read", path):
+        with _store_errors("read", path):
             return path.read_bytes()
 
     def open(self, key: str) -> BinaryIO:
         path = self._path(key)
-        with _telling("read", path):
+        with _store_errors("read", path):
             return path.open("rb")
 
     def list(self, folder: str) -> list[Entry]:
         path = self._path(folder)
         prefix = f"{folder}/" if folder else ""
         entries = []
-        with _telling("list", path):
+        with _store_errors("list", path):
             try:
                 with os.scandir(path) as found:
                     for item in found:
@@ -134,21 +132,21 @@ class LocalStore(Store):
 
     def exists(self, key: str) -> bool:
         path = self._path(key)
-        with _telling("read", path):
+        with _store_errors("read", path):
             return path.exists()
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with _telling("delete", path):
+        with _store_errors("delete", path):
             path.unlink(missing_ok=True)
 
     def delete_folder(self, folder: str) -> None:
         if not folder:
             raise ValueError("refusing to delete the whole results folder")
         path = self._path(folder)
-        with _telling("delete", path):
-            # a worker believed dead may still add a file meanwhile: what it leaves is deleted next
-            # time
+        with _store_errors("delete", path):
+            # A worker that was declared dead may still add a file. What remains after three tries
+            # is deleted by the next call.
             for _ in range(3):
                 try:
                     shutil.rmtree(path)
@@ -162,13 +160,13 @@ class LocalStore(Store):
 
     def sync(self, folder: str = "") -> None:
         path = self._path(folder)
-        with _telling("write", path), contextlib.suppress(FileNotFoundError):
+        with _store_errors("write", path), contextlib.suppress(FileNotFoundError):
             _sync_folder(path)
 
     def tidy(self, folder: str, older_than_s: float = 3600.0) -> None:
         path = self._path(folder)
         limit = time.time() - older_than_s
-        with _telling("delete", path), contextlib.suppress(FileNotFoundError):
+        with _store_errors("delete", path), contextlib.suppress(FileNotFoundError):
             for item in path.glob(f"{_TEMPORARY}*"):
                 with contextlib.suppress(FileNotFoundError):
                     if item.stat().st_mtime < limit:
@@ -192,8 +190,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _telling(action: str, path: Path) -> Iterator[None]:
-    """Turns an operating system error into a message that names path and cause."""
+def _store_errors(action: str, path: Path) -> Iterator[None]:
+    """Convert an operating system error into a :class:`StoreError`."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,14 +1,15 @@
-"""One driver per results folder.
+"""A lock that admits one driver per results folder.
 
     with acquire(store, run_id, say=console.warn) as lock:
         ...
         lock.check()            # raises LockLost if another driver took the folder over
 
-Claims are numbered and created without overwriting; the highest number owns the folder. While it
-lives, its owner counts a heartbeat up. An observer on the same machine looks the process up; any
-other watches the counter by its own monotonic clock, so clocks need not agree. A dead owner is
-succeeded by the next number, so two observers can never both win, and an owner that wakes up after
-that sees the higher number and stops.
+Claims are numbered and created without overwriting. The claim with the highest number owns the
+folder. The owner regularly increments a heartbeat counter. Another process on the same machine
+looks up the owner's process id. A process on another machine watches the counter, by its own
+monotonic clock, so clocks need not agree. If the owner is dead, the next number takes the folder
+over; only one process can create that number. An owner that was paused sees the higher number and
+stops.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from workers.types import JSON, EditSweepError
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 30.0
-"""A counter that stands still for this long belongs to a dead owner."""
+"""An owner whose heartbeat counter does not change for so many seconds is considered dead."""
 
 _RELEASED = -1
 
 
 class Locked(EditSweepError):
-    """Another driver is at work in the results folder."""
+    """Another driver owns the results folder."""
 
 
 class LockLost(EditSweepError):
-    """Another driver took this folder over, because this one seemed dead for a while."""
+    """Another driver took the folder over, because this one's heartbeat had stopped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Owner of a claim, as far as it is known."""
+    """The process that wrote a claim."""
 
     number: int
     owner: str
@@ -60,19 +61,19 @@ class Owner:
     started: float
 
     def alive_here(self) -> bool | None:
-        """Return whether the owner's process runs, if it is of this machine; None if that cannot be
-        seen from here, or if it is stopped (Ctrl-Z, a debugger)."""
-        if (self.host, self.space) != (socket.gethostname(), _process_space()):
+        """Return whether the owner's process runs on this machine. None if it is on another machine
+        or in another container, or if it is stopped (Ctrl-Z, a debugger)."""
+        if (self.host, self.space) != (socket.gethostname(), _pid_namespace()):
             return None
         try:
             process = psutil.Process(self.pid)
-            # one that was killed and not yet waited for by its parent still has its number
+            # A killed process keeps its id until its parent has waited for it (a zombie).
             if (
                 abs(float(process.create_time()) - self.started) >= 2
                 or process.status() == psutil.STATUS_ZOMBIE
             ):
                 return False
-            # one that is stopped may never go on: its heartbeat decides
+            # A stopped process may never continue: its heartbeat decides.
             return None if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else True
         except psutil.NoSuchProcess:
             return False
@@ -85,7 +86,7 @@ class Owner:
 
 @dataclass
 class Lock:
-    """A held lock. Its thread keeps the heartbeat; leaving the ``with`` block releases it."""
+    """A held lock. A thread writes the heartbeat. Leaving the ``with`` block releases the lock."""
 
     store: Store
     number: int
@@ -93,12 +94,12 @@ class Lock:
     beat_seconds: float = BEAT_SECONDS
     lost: bool = False
     _seen: float = field(default_factory=time.monotonic)
-    """The last moment at which the lock was surely still ours."""
+    """Time (monotonic) of the last check that found the lock still owned by this process."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._keep, name="editsweep-lock", daemon=True)
+        self._thread = threading.Thread(target=self._run_heartbeat, name="editsweep-lock", daemon=True)
         self._thread.start()
         return self
 
@@ -109,17 +110,17 @@ class Lock:
         if self._thread is not None:
             self._thread.join()
         if not self.lost:
-            with contextlib.suppress(StoreError):  # then the next driver finds a dead owner
+            with contextlib.suppress(StoreError):  # not released: the next driver detects a dead owner
                 self.store.replace(self.paths.lock_beat(self.number), b"%d" % _RELEASED)
 
     def check(self) -> None:
-        """Raise :class:`LockLost` if the folder has another owner by now.
+        """Raise :class:`LockLost` if another driver has taken the folder over.
 
-        Asks the store if the heartbeat has not done so lately: a process that wakes up from a pause
-        must not act first.
+        Reads the store if the heartbeat thread has not done so recently: a process that continues
+        after a pause must not act before this check.
         """
         if not self.lost and time.monotonic() - self._seen > 2 * self.beat_seconds:
-            self._look()
+            self._check_owner()
         if self.lost:
             raise LockLost(
                 "another `editsweep run` took this results folder over while this one did not answer; what "
@@ -127,26 +128,26 @@ class Lock:
                 "committed is safe, and it stops now"
             )
 
-    def _look(self) -> None:
+    def _check_owner(self) -> None:
         now = time.monotonic()
-        # a claim is removed only once it has been succeeded: by then its successor may have
-        # finished and gone, too
-        succeeded = _highest(self.store, self.paths) > self.number
-        if succeeded or not self.store.exists(self.paths.lock_claim(self.number)):
+        # A claim is deleted only after a higher one was created; the higher one may be deleted
+        # by now, too.
+        taken_over = _highest(self.store, self.paths) > self.number
+        if taken_over or not self.store.exists(self.paths.lock_claim(self.number)):
             self.lost = True
         else:
             self._seen = now
 
-    def _keep(self) -> None:
+    def _run_heartbeat(self) -> None:
         count = 1
         while not self._stop.wait(self.beat_seconds):
             try:
-                self._look()
+                self._check_owner()
                 if self.lost:
                     return
                 self.store.replace(self.paths.lock_beat(self.number), b"%d" % count)
             except EditSweepError:
-                continue  # a full disk or a pause of the file system: the next beat may come through
+                continue  # a full disk or an outage of the file system: the next write may succeed
             count += 1
 
 
@@ -158,13 +159,13 @@ def acquire(
     beat_seconds: float = BEAT_SECONDS,
     silent_seconds: float = SILENT_SECONDS,
 ) -> Lock:
-    """Take the folder, or raise :class:`Locked`. ``say`` is told when a dead owner's lock is taken
-    over."""
+    """Acquire the folder's lock, or raise :class:`Locked`. ``say`` receives a message when a dead
+    owner's lock is taken over."""
     paths = paths or ResultsPaths()
     while True:
         number = _highest(store, paths)
         if number:
-            takeover = _is_free(store, paths, number, silent_seconds, say)
+            takeover = _takeover_message(store, paths, number, silent_seconds, say)
             if takeover:
                 say(takeover)
         mine: dict[str, JSON] = {
@@ -172,7 +173,7 @@ def acquire(
             "run_id": run_id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "space": _process_space(),
+            "space": _pid_namespace(),
             "started": psutil.Process().create_time(),
         }
         if store.publish_new(paths.lock_claim(number + 1), json.dumps(mine, sort_keys=True).encode()):
@@ -184,8 +185,8 @@ def acquire(
 
 
 def owner(store: Store, paths: ResultsPaths | None = None) -> Owner | None:
-    """The driver at work in the folder, by its last claim; None if it was released, or is known to
-    be dead."""
+    """The driver that owns the folder, by the highest claim. None if the lock was released, or if
+    its owner is known to be dead."""
     paths = paths or ResultsPaths()
     number = _highest(store, paths)
     holder = _read(store, paths, number) if number else None
@@ -194,11 +195,11 @@ def owner(store: Store, paths: ResultsPaths | None = None) -> Owner | None:
     return holder
 
 
-def _is_free(
+def _takeover_message(
     store: Store, paths: ResultsPaths, number: int, silent: float, say: Callable[[str], None]
 ) -> str:
-    """Raise :class:`Locked` if claim ``number`` is alive; otherwise the message of the takeover (""
-    if released)."""
+    """The message of a takeover, "" if claim ``number`` was released. Raises :class:`Locked` if its
+    owner is alive."""
     count = _count(store, paths, number)
     if count == _RELEASED:
         return ""
@@ -210,7 +211,7 @@ def _is_free(
         say(
             f"the results folder is locked by {holder}; watching its heartbeat for up to {silent:.0f} seconds"
         )
-        alive = _beats(store, paths, number, count, silent)
+        alive = _heartbeat_changes(store, paths, number, count, silent)
     if alive:
         raise Locked(
             f"{store.where()} is in use by another `editsweep run` ({holder}, run {holder.run_id}); "
@@ -219,8 +220,8 @@ def _is_free(
     return f"the last run ({holder}) ended without releasing the results folder; taking over"
 
 
-def _beats(store: Store, paths: ResultsPaths, number: int, count: int, silent: float) -> bool:
-    """Return whether the counter moves within ``silent`` seconds of our own clock."""
+def _heartbeat_changes(store: Store, paths: ResultsPaths, number: int, count: int, silent: float) -> bool:
+    """Return whether the counter changes within ``silent`` seconds of the local clock."""
     end = time.monotonic() + silent
     while time.monotonic() < end:
         time.sleep(min(0.5, silent / 4))
@@ -264,8 +265,9 @@ def _count(store: Store, paths: ResultsPaths, number: int) -> int:
         return 0
 
 
-def _process_space() -> str:
-    """Two processes with equal values see each other's process ids: same boot, same container."""
+def _pid_namespace() -> str:
+    """Identifier of the machine's boot and of the process id namespace. Processes with equal values
+    see each other's process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

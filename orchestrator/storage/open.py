@@ -23,8 +23,12 @@ address is opened, because it may need packages that other users have not instal
 def open_store(where: str | os.PathLike[str]) -> Store:
     """The store at a path, or at an address such as ``s3://bucket/prefix``. Touches nothing.
 
-    Raises EditSweepError for an address with another scheme.
+    Raises EditSweepError for an address with another scheme, and for what cannot name a folder.
     """
+    if not isinstance(where, (str, os.PathLike)):
+        raise EditSweepError(f"a results folder is named by a text or a path, not by {where!r}")
+    if not os.fspath(where):
+        raise EditSweepError("the name of the results folder is empty; give a folder, or s3://bucket/prefix")
     scheme, separator, _ = where.partition("://") if isinstance(where, str) else ("", "", "")
     if not separator:
         return LocalStore(where)

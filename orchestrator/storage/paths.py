@@ -1,23 +1,23 @@
 """Every path of a results folder. No other module joins path strings.
 
-All values are keys: POSIX strings relative to the results folder, which a
-:class:`~orchestrator.storage.base.Store` turns into files of a disk or objects of a bucket. ::
+All values are keys: POSIX strings relative to the results folder. A
+:class:`~orchestrator.storage.base.Store` maps a key to a file or to an object of a bucket. ::
 
     sweep.json                                  which sweep this folder belongs to
-    plan.json                                   cell id -> definition, only ever added to; the code that made it
-    lock/<number>.json, <number>.beat           who owns the folder (the highest number), and its heartbeat
+    plan.json                                   cell id -> definition and the code that made it; cells of the last plan
+    lock/<number>.json, <number>.beat           owner of the folder (the highest number), and its heartbeat
     runs/<run_id>/spec.yaml, run.json           one call of ``editsweep run``
-    parts/<shard>/manifest.json                 what the shard consists of; written before its first attempt
-    parts/<shard>/<attempt>/attempt.json        who claimed it, and where it continues
+    parts/<shard>/manifest.json                 composition of the shard; written before its first attempt
+    parts/<shard>/<attempt>/attempt.json        worker of the attempt, and the step it continues from
     parts/<shard>/<attempt>/<from>-<to>.parquet rows of one committed step
     parts/<shard>/<attempt>/<to>.safetensors    edit state after that step
-    parts/<shard>/<attempt>/error.json          why the attempt ended, if it raised
-    parts/<shard>/bad/                          damaged files, put aside
+    parts/<shard>/<attempt>/error.json          the exception that ended the attempt, if any
+    parts/<shard>/bad/                          damaged files, moved here
     table/<number>.parquet                      the central table
-    table/bad/                                  damaged table files, put aside
+    table/bad/                                  damaged table files, moved here
     artifacts/<kind>/<key>.safetensors, .json   shared inputs and their checksums
-    artifacts/unfinished/<kind>-<key>/          one that is being built: saved state, progress, owner
-    logs/shard-<shard>-<attempt>.log            tracebacks of what failed in it; other logs have other names
+    artifacts/unfinished/<kind>-<key>/          an artifact under construction: state, progress, owner
+    logs/shard-<shard>-<attempt>.log            tracebacks of an attempt; other logs have other names
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _SHARD_LOG = re.compile(r"shard-(.+)-(\d{4,})\.log")
 
 
 def _name(value: str) -> str:
-    """Refuses what could leave the results folder (``..``, separators) or hide in it (a leading
-    dot)."""
+    """Refuse a name that leads out of the results folder (``..``, separators) or is hidden (a
+    leading dot)."""
     if not _NAME.fullmatch(value):
         raise ValueError(
             f"{value!r} cannot be a file name: letters and digits, then also . _ = + -, at most 200"
@@ -43,7 +43,7 @@ def _name(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ResultsPaths:
-    """Keys of a results folder. Stateless; one value serves every folder.
+    """Keys of a results folder. Stateless: one instance can serve every folder.
 
     >>> ResultsPaths().part("s1", 2, 0, 40)
     'parts/s1/0002/00000000-00000040.parquet'
@@ -95,8 +95,8 @@ class ResultsPaths:
         return f"{self.shard(shard_id)}/manifest.json"
 
     def shard_bad(self, shard_id: str, key: str) -> str:
-        """The place where a damaged file ``key`` of a shard is put aside: its folders become part
-        of its name."""
+        """Key to which a damaged file ``key`` of a shard is moved. The folders in ``key`` become
+        part of the file name."""
         return f"{self.shard(shard_id)}/bad/" + key.removeprefix(self.shard(shard_id) + "/").replace("/", "-")
 
     def attempt(self, shard_id: str, attempt: int) -> str:
@@ -145,12 +145,12 @@ class ResultsPaths:
         return f"{self.building(kind, key)}/error.json"
 
     def building_claim(self, kind: str, key: str) -> ResultsPaths:
-        """The same folder with a lock of its own for one artifact."""
+        """The same keys, but with a separate lock for one artifact."""
         return replace(self, lock=f"{self.building(kind, key)}/claim")
 
     @staticmethod
     def attempt_number(name: str) -> int | None:
-        """The attempt a folder name of a shard stands for; None for any other name."""
+        """Attempt number of a folder name under a shard; None for any other name."""
         return int(name) if name.isdecimal() and len(name) >= 4 else None
 
     @staticmethod

@@ -1,15 +1,14 @@
 """A results folder in an S3-compatible bucket: ``s3://bucket/prefix``.
 
-The verb everything rests on, :meth:`S3Store.publish_new`, is one PUT with ``If-None-Match: *``: the
-service creates the object whole, or answers that the name is taken. S3 itself has that since 2024,
-and so have most servers that speak its protocol; one that ignores the condition is found out by
-:meth:`S3Store.probe` and refused. Objects are durable when the PUT returns; nothing is renamed, and
-there are no folders to sync.
+:meth:`S3Store.publish_new` is one PUT with ``If-None-Match: *``: the service creates the whole
+object, or answers that the key exists. S3 supports this since 2024, and so do most servers with its
+protocol. :meth:`S3Store.probe` detects a server that ignores the condition; such a server is
+refused. Objects are durable when the PUT returns.
 
 Credentials, region and endpoint are those of the AWS SDK (``AWS_ACCESS_KEY_ID``, ``AWS_PROFILE``,
-``AWS_ENDPOINT_URL``, an instance's role, ...), on every node. Objects are written and listed by
-boto3, which knows conditional writes; files of which only a part is wanted are opened by Arrow's S3
-file system, which has none. Knows nothing of torch, Ray, or of what the objects mean.
+``AWS_ENDPOINT_URL``, an instance's role, ...), on every node. boto3 writes and lists objects,
+because Arrow's S3 file system has no conditional writes. Arrow opens files of which only a part is
+read.
 """
 
 from __future__ import annotations
@@ -23,14 +22,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from orchestrator.storage.base import Entry, Missing, Store, StoreError
+from workers.optional import optional
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
     from pyarrow.fs import S3FileSystem
 
-_TAKEN = ("PreconditionFailed", "412")
-_BUSY = ("ConditionalRequestConflict", "409")
-_GONE = ("NoSuchKey", "404", "NotFound")
+_EXISTS_CODES = ("PreconditionFailed", "412")
+_CONFLICT_CODES = ("ConditionalRequestConflict", "409")
+_MISSING_CODES = ("NoSuchKey", "404", "NotFound")
 _CAUSES = {
     "AccessDenied": "permission denied",
     "403": "permission denied",
@@ -41,14 +41,13 @@ _CAUSES = {
     "InsufficientStorage": "the storage is full",
     "QuotaExceeded": "the storage quota is used up",
 }
-_DELETED_AT_ONCE = 1000
-_RANGE_FROM = 8 << 20
-"""Objects up to this size are read whole, even where only the end is wanted: one request instead of
-three."""
+_DELETE_BATCH = 1000
+_READ_WHOLE_BYTES = 8 << 20
+"""Bytes. :meth:`S3Store.open` reads objects up to this size whole: one request instead of three."""
 
 
 class S3Store(Store):
-    """Objects under ``prefix`` of a bucket. Making one touches nothing."""
+    """Objects under ``prefix`` of a bucket. The constructor sends no request."""
 
     def __init__(self, where: str) -> None:
         parts = urlsplit(where)
@@ -61,17 +60,11 @@ class S3Store(Store):
 
     @cached_property
     def _client(self) -> Any:
-        try:
-            import boto3
-            from botocore.config import Config
-        except ImportError as error:
-            raise EditSweepError(
-                f"{self.where()}: results in a bucket need boto3: pip install 'editsweep[s3]' ({error})"
-            ) from None
-        config = Config(
+        boto3 = optional("boto3", "s3", self.where())
+        config = optional("botocore.config", "s3", self.where()).Config(
             connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 6}
         )
-        with self._telling("reach", ""):
+        with self._store_errors("reach", ""):
             return boto3.session.Session().client("s3", config=config)
 
     @cached_property
@@ -107,30 +100,30 @@ class S3Store(Store):
     def _create(self, key: str, data: bytes) -> bool:
         for _ in range(10):
             try:
-                with self._telling("write", key):
+                with self._store_errors("write", key):
                     self._client.put_object(
                         Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"
                     )
                 return True
-            except _Refused as refused:
-                if refused.code in _BUSY:
-                    continue  # another write to the same name was under way: one of the two has won now
-                # the answer to a PUT that succeeded can get lost, and the SDK's second one is then
-                # told "taken"
-                return refused.repeated and self._holds(key, data)
+            except _KeyExists as refused:
+                if refused.code in _CONFLICT_CODES:
+                    continue  # a concurrent write to the same key, which has ended by now
+                # The reply to a successful PUT can be lost. The SDK then repeats the PUT, which
+                # fails because the key exists.
+                return refused.repeated and self._has_value(key, data)
         raise StoreError("write", self.where(key), "other writes to the same object keep getting in the way")
 
-    def _holds(self, key: str, data: bytes) -> bool:
+    def _has_value(self, key: str, data: bytes) -> bool:
         try:
             return self.read(key) == data
         except Missing:
             return False
 
     def probe(self) -> None:
-        """Find out whether the service honours the condition; without it two writers could
+        """Check that the service supports ``If-None-Match: *``. Without it two writers could
         overwrite each other.
 
-        Raises :class:`StoreError` if it does not.
+        Raises :class:`StoreError` if the service ignores the condition.
         """
         key = f"lock/probe-{uuid.uuid4().hex}"
         try:
@@ -147,28 +140,28 @@ class S3Store(Store):
         self._conditional = True
 
     def replace(self, key: str, data: bytes, settle: bool = True) -> None:
-        with self._telling("write", key):
+        with self._store_errors("write", key):
             self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
     def read(self, key: str) -> bytes:
-        with self._telling("read", key):
+        with self._store_errors("read", key):
             found = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
             data: bytes = found["Body"].read()
         return data
 
     def open(self, key: str) -> BinaryIO:
-        with self._telling("read", key):
+        with self._store_errors("read", key):
             size = self._client.head_object(Bucket=self.bucket, Key=self._key(key))["ContentLength"]
-        if size <= _RANGE_FROM:
+        if size <= _READ_WHOLE_BYTES:
             return io.BytesIO(self.read(key))
-        with self._telling("read", key):
+        with self._store_errors("read", key):
             return cast(BinaryIO, self._arrow.open_input_file(f"{self.bucket}/{self._key(key)}"))
 
     def list(self, folder: str) -> list[Entry]:
         start = f"{self._key(folder)}/"
         prefix = f"{folder}/" if folder else ""
         entries = []
-        with self._telling("list", folder):
+        with self._store_errors("list", folder):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=start, Delimiter="/"
             )
@@ -186,14 +179,14 @@ class S3Store(Store):
         if not key:
             return any(True for _ in self._keys(""))
         try:
-            with self._telling("read", key):
+            with self._store_errors("read", key):
                 self._client.head_object(Bucket=self.bucket, Key=self._key(key))
             return True
         except Missing:
             return any(True for _ in self._keys(key))
 
     def _keys(self, folder: str) -> Iterator[str]:
-        with self._telling("list", folder):
+        with self._store_errors("list", folder):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=f"{self._key(folder)}/"
             )
@@ -201,16 +194,16 @@ class S3Store(Store):
                 yield from (item["Key"] for item in page.get("Contents", ()))
 
     def delete(self, key: str) -> None:
-        with contextlib.suppress(Missing), self._telling("delete", key):
+        with contextlib.suppress(Missing), self._store_errors("delete", key):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
     def delete_folder(self, folder: str) -> None:
         if not folder:
             raise ValueError("refusing to delete the whole results folder")
         keys = list(self._keys(folder))
-        for start in range(0, len(keys), _DELETED_AT_ONCE):
-            some = [{"Key": key} for key in keys[start : start + _DELETED_AT_ONCE]]
-            with self._telling("delete", folder):
+        for start in range(0, len(keys), _DELETE_BATCH):
+            some = [{"Key": key} for key in keys[start : start + _DELETE_BATCH]]
+            with self._store_errors("delete", folder):
                 answer = self._client.delete_objects(
                     Bucket=self.bucket, Delete={"Objects": some, "Quiet": True}
                 )
@@ -218,42 +211,41 @@ class S3Store(Store):
                 raise StoreError("delete", f"s3://{self.bucket}/{error['Key']}", str(error.get("Message")))
 
     def sync(self, folder: str = "") -> None:
-        """Nothing: what the service has acknowledged is durable."""
+        """No-op: an acknowledged request is durable."""
 
     def tidy(self, folder: str, older_than_s: float = 3600.0) -> None:
-        """Nothing: an interrupted PUT leaves no object."""
+        """No-op: an interrupted PUT leaves no object."""
 
     def filesystem(self) -> tuple[S3FileSystem, str]:
-        with self._telling("reach", ""):
+        with self._store_errors("reach", ""):
             return self._arrow, f"{self.bucket}/{self.prefix}"
 
     def where(self, key: str = "") -> str:
         return f"s3://{self.bucket}/{self._key(key)}"
 
     @contextlib.contextmanager
-    def _telling(self, action: str, key: str) -> Iterator[None]:
-        """Turns the SDK's errors into messages that name object and cause."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
+    def _store_errors(self, action: str, key: str) -> Iterator[None]:
+        """Convert the SDK's errors into :class:`StoreError`."""
+        sdk = optional("botocore.exceptions", "s3", self.where())
         name = self.where(key)
         try:
             yield
-        except ClientError as error:
+        except sdk.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
-            if code in _TAKEN + _BUSY:
+            if code in _EXISTS_CODES + _CONFLICT_CODES:
                 retried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
-                raise _Refused(action, name, code, repeated=bool(retried)) from error
-            if code in _GONE:
+                raise _KeyExists(action, name, code, repeated=bool(retried)) from error
+            if code in _MISSING_CODES:
                 raise Missing(action, name, "no such object") from error
             raise StoreError(action, name, _CAUSES.get(code) or str(error)) from error
         except FileNotFoundError as error:
             raise Missing(action, name, "no such object") from error
-        except (BotoCoreError, OSError) as error:
+        except (sdk.BotoCoreError, OSError) as error:
             raise StoreError(action, name, str(error)) from error
 
 
-class _Refused(StoreError):
-    """The service did not create the object, because of the condition."""
+class _KeyExists(StoreError):
+    """The service did not create the object, because it exists (``If-None-Match: *``)."""
 
     def __init__(self, action: str, path: str, code: str, repeated: bool) -> None:
         super().__init__(action, path, f"the object exists ({code})")

@@ -86,7 +86,7 @@ def test_every_tensor_of_one_edit(variant: str) -> None:
     questions = Questions.of(
         editor.base, [[(request.prompt, request.target_new)]], editor.config.deviations.public_bos
     )
-    assert torch.equal(questions.rows.input_ids_BS, expected["input_ids"])
+    assert torch.equal(questions.batch.input_ids_BS, expected["input_ids"])
     factors, loss_L = gradient_factors(editor.base, editor.sites, questions)
     assert float(loss_L[0]) == pytest.approx(float(expected["edit_loss"]), rel=1e-5)
     overlay = editor.new_overlay(1)
@@ -111,8 +111,8 @@ def test_every_tensor_of_one_edit(variant: str) -> None:
             (change_OI, "delta_W"),
         ):
             assert relative_error(value, expected[f"{name}.{what}"]) <= 1e-4, (name, what)
-    with torch.no_grad(), overlay.installed(questions.rows):
-        logits_BSV = editor.base.logits(editor.base.hidden_states(questions.rows))
+    with torch.no_grad(), overlay.installed(questions.batch):
+        logits_BSV = editor.base.logits(editor.base.hidden_states(questions.batch))
     assert relative_error(logits_BSV, expected["post_logits"]) <= 1e-4
 
 

@@ -76,29 +76,29 @@ def test_gradients_of_two_vectors() -> None:
         )
         for lane, edit in enumerate(lane_edits(editor, [0, 1], 1, 0, {}))
     ]
-    batch = Facts(editor.base, facts_of(editor.base, edits, editor.config, editor.inputs))
-    at = _AtLayer.capture(editor.base, editor.sites[-1], batch, overlay)
+    facts = Facts(editor.base, facts_of(editor.base, edits, editor.config, editor.inputs))
+    at = _AtLayer.capture(editor.base, editor.sites[-1], facts, overlay)
     generator = torch.Generator().manual_seed(3)
     deltas = [0.1 * torch.randn(value.shape, generator=generator) for value in at.values]
     for delta in deltas:
         delta.requires_grad_(True)
-    count = len(batch.targets.row_P)
-    whole_K = batch.targets.nll(editor.base, at.hidden(deltas)[:count])
+    count = len(facts.targets.row_P)
+    whole_K = facts.targets.nll(editor.base, at.hidden(deltas)[:count])
     grads = torch.autograd.grad(whole_K.sum(), deltas)
     assert all(float(grad.norm(dim=1).min()) > 0 for grad in grads)
     kept = [0, 3]  # one fact of each lane
-    rows, row_B = at.rows.part(kept)
-    targets, read_P = batch.targets.part(kept, row_B)
-    some = at.part(row_B, rows, read_P)
-    assert [lane for lane, _, _ in some.lane_rows.segments] == [0, 1]
+    batch, row_B = at.batch.part(kept)
+    targets, read_P = facts.targets.part(kept, row_B)
+    some = at.part(row_B, batch, read_P)
+    assert [lane for lane, _, _ in some.lane_batch.segments] == [0, 1]
     part_K = targets.nll(editor.base, some.hidden([delta[kept] for delta in deltas])).detach()
     assert relative_error(part_K, whole_K.detach()[kept]) <= 1e-5
     for delta, grad in zip(deltas, grads, strict=True):
         step = 1e-2 * grad / grad.norm()
         moved = [d.detach() + step if d is delta else d.detach() for d in deltas]
         back = [d.detach() - step if d is delta else d.detach() for d in deltas]
-        rise = batch.targets.nll(editor.base, at.hidden(moved)[:count]).sum()
-        fall = batch.targets.nll(editor.base, at.hidden(back)[:count]).sum()
+        rise = facts.targets.nll(editor.base, at.hidden(moved)[:count]).sum()
+        fall = facts.targets.nll(editor.base, at.hidden(back)[:count]).sum()
         assert float(rise - fall) == pytest.approx(2e-2 * float(grad.norm()), rel=2e-2)
 
 

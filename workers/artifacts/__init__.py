@@ -1,1 +1,1 @@
-"""Artifacts: what is computed once and shared, and the builders."""
+"""Artifacts: tensors that are computed once and shared, and their builders."""

@@ -1,9 +1,9 @@
-"""Artifacts: expensive inputs computed once and shared by every stream that needs them. Free of
-torch at import.
+"""Artifacts: expensive inputs computed once and shared by every stream that needs them. Importing
+this module does not import torch.
 
-A method says what it needs as :class:`ArtifactSpec` (data); the engine looks the key up in its
-store, has a session build what is missing, and hands the finished :class:`ArtifactData` to the
-streams. Half-built ones are never visible.
+A method describes what it needs as :class:`ArtifactSpec` (data). The engine looks the key up in its
+store, has a session build what is missing, and passes the finished :class:`ArtifactData` to the
+streams. Unfinished artifacts are never visible.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class ArtifactSpec(Frozen):
     """A kind (which builder) and the whole recipe: everything the content depends on, fingerprints
     included.
 
-    ``name`` is what the asking method (or artifact) calls it and ``where`` says where its builder
-    finds what the recipe names by fingerprint (paths): neither is part of the key. ``needs`` are
-    artifacts that it is made of: they are built first, and their keys are part of its own.
+    ``name``: the name used by the method (or artifact) that needs it. ``where``: the paths of the
+    files that the recipe names by fingerprint. Neither is part of the key. ``needs``: the artifacts
+    it is built from; they are built first, and their keys are part of its key.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ArtifactSpec(Frozen):
 
     @property
     def key(self) -> str:
-        """Content address: equal recipes share one artifact, any difference makes another."""
+        """Content address: equal recipes share one artifact, different recipes do not."""
         content: dict[str, JSON] = {"kind": self.kind, "recipe": self.recipe, "version": ARTIFACT_VERSION}
         if self.needs:
             content["needs"] = {spec.name: spec.key for spec in self.needs}
@@ -55,8 +55,8 @@ class ArtifactSpec(Frozen):
 
 @dataclass(frozen=True)
 class ArtifactData:
-    """The finished product: tensors and a JSON value. ``made_as``: the kind, recipe and key it was
-    built by."""
+    """A finished artifact: tensors and a JSON value. ``made_as``: the kind, recipe and key it was
+    built from."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, JSON] = field(default_factory=dict)
@@ -66,8 +66,8 @@ class ArtifactData:
         from safetensors.torch import save
 
         tensors = {name: t.contiguous().cpu() for name, t in self.tensors.items()}
-        # one entry only: safetensors writes several in an order of its own, and equal artifacts are
-        # to have equal bytes
+        # only one entry: safetensors does not keep the order of several, and equal artifacts must
+        # have equal bytes
         text = json.dumps({"meta": self.meta, "made_as": self.made_as}, sort_keys=True)
         return save(tensors, metadata={"editsweep": text})
 
@@ -76,10 +76,10 @@ class ArtifactData:
         from safetensors.torch import load
 
         length = int.from_bytes(blob[:8], "little")
-        told = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["editsweep"])
-        if told.keys() != {"meta", "made_as"}:  # an early file: it did not say what it was made as
-            return cls(load(blob), told)
-        return cls(load(blob), told["meta"], told["made_as"])
+        header = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["editsweep"])
+        if header.keys() != {"meta", "made_as"}:  # an early file, without made_as
+            return cls(load(blob), header)
+        return cls(load(blob), header["meta"], header["made_as"])
 
     @staticmethod
     def read_meta(file: BinaryIO) -> dict[str, JSON]:
@@ -93,8 +93,8 @@ class ArtifactData:
         return meta
 
     def check_made_as(self, spec: ArtifactSpec, source: str) -> None:
-        """Refuse what was built by another recipe, whatever name it lies under. Raises
-        :class:`ModelError`."""
+        """Raise :class:`ModelError` if the artifact was built from another recipe than ``spec``.
+        ``source``: its file, for the message."""
         made = self.made_as or {}
         if made.get("key") == spec.key:
             return
@@ -118,8 +118,8 @@ class ArtifactData:
 def in_order(
     specs: Iterable[ArtifactSpec], present: Callable[[ArtifactSpec], bool] | None = None
 ) -> list[ArtifactSpec]:
-    """Each once, what it needs before it; those that are ``present`` left out, with what only they
-    need."""
+    """Topological order: each artifact once, after those it needs. Artifacts that are ``present``
+    are left out, with those that only they need."""
     found: dict[str, ArtifactSpec] = {}
 
     def add(spec: ArtifactSpec) -> None:
@@ -133,12 +133,12 @@ def in_order(
     return list(found.values())
 
 
-def _nothing(done: int, total: int, what: str) -> None:
+def _no_progress(done: int, total: int, what: str) -> None:
     """No-op progress callback."""
 
 
 def _read_dataset(source: Mapping[str, JSON], fingerprint: str) -> Dataset:
-    """Reads it from its file."""
+    """Read a data set from its file. Raises :class:`DataError` if its fingerprint differs."""
     from pathlib import Path
 
     from workers.data import load_dataset
@@ -155,7 +155,7 @@ def _read_dataset(source: Mapping[str, JSON], fingerprint: str) -> Dataset:
 
 
 class Stopped(Exception):
-    """A builder was asked to stop; what it had is saved."""
+    """Raised when a builder stops early, after saving its unfinished work."""
 
 
 def _no_trainer(method: str) -> Callable[..., Any]:
@@ -164,27 +164,27 @@ def _no_trainer(method: str) -> Callable[..., Any]:
 
 @dataclass
 class Workbench:
-    """A builder's surroundings: the artifacts it needs, a progress callback, and a place for
-    unfinished work.
+    """The environment of a builder: needed artifacts, progress callback, storage for unfinished
+    work.
 
-    This one keeps unfinished work in memory; the engine's is durable. What :meth:`save` was last
-    given is what :meth:`load` returns in the next attempt, until the artifact is finished. When
-    work is saved changes no bit of the result.
+    This class keeps unfinished work in memory; the engine's subclass is durable. :meth:`load`
+    returns the last saved data in the next attempt, until the artifact is finished. The times of
+    saving change no bit of the result.
     """
 
     inputs: Mapping[str, ArtifactData] = field(default_factory=dict)
-    progress: Callable[[int, int, str], None] = _nothing
-    """Told ``(done, total, what)`` now and then."""
+    progress: Callable[[int, int, str], None] = _no_progress
+    """Called from time to time with ``(done, total, what)``."""
     unfinished: bytes | None = None
     save_seconds: float = 30.0
-    """Time between two savings, at least; twenty times as long as a saving takes, if that is
+    """Least time between two saves, in seconds; or 20 times the duration of a save, if that is
     longer."""
     stopping: Callable[[], bool] = bool
     dataset: Callable[[Mapping[str, JSON], str], Dataset] = _read_dataset
-    """The data set of this kind, path and so on; refused if its fingerprint is another one."""
+    """Loads the data set of a source (kind, paths) and raises if its fingerprint differs."""
     trainer_of: Callable[[str], Callable[..., Any]] = _no_trainer
-    """A method's own ``trainer(base, hparams, generator)``, by the method's name; the session lends
-    it."""
+    """Returns a method's ``trainer(base, hparams, generator)`` by the method's name; set by the
+    session."""
     _saved: float = field(default_factory=time.monotonic)
     _took: float = 0.0
 
@@ -195,8 +195,8 @@ class Workbench:
         self.unfinished = data
 
     def keep(self, state: Callable[[], bytes]) -> None:
-        """Called between two steps: saves ``state()`` if it is time to. Raises :class:`Stopped` if
-        work is to end here."""
+        """Save ``state()`` if enough time has passed; called between two steps. Raises
+        :class:`Stopped` after saving if the builder must stop."""
         stopping = self.stopping()
         began = time.monotonic()
         if not stopping and began - self._saved < max(self.save_seconds, 20 * self._took):

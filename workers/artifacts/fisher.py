@@ -1,9 +1,9 @@
-"""The diagonal of the Fisher information of linear maps: how much the model's own text depends on
-each weight.
+"""The diagonal of the Fisher information of linear maps: how strongly the log-probability of text
+depends on each weight.
 
 ``F_i = E_x[(d log P(x) / d W_i)^2]``, the mean over texts ``x`` of a corpus of the squared gradient
 of the text's mean log-probability per token (Kirkpatrick et al., arXiv 1612.00796; the "empirical"
-Fisher, whose labels are the text's own).
+Fisher, with the text's own tokens as labels).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ KIND = "fisher_diagonal"
 
 
 def build_fisher(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``fisher_OI``,
-    how many texts.
+    """Build the diagonal, (O, I), and the number of texts used.
 
-    Texts of one token predict nothing and do not count.
+    Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Texts of one token
+    predict nothing and are skipped.
     """
     site = base.site(recipe["layer"], recipe["module"])
     total_OI = torch.zeros(site.shape, dtype=getattr(torch, recipe["precision"]), device=base.device)
@@ -62,9 +62,9 @@ def build_fisher(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> 
 def gradient(base: BaseModel, site: Site, ids: tuple[int, ...]) -> Tensor:
     """The gradient of a text's mean ``-log P`` per token with respect to the map's weight, (O,
     I)."""
-    rows = collate([Encoded(ids[:-1], len(ids) - 1)], [0], base.encoder.pad_id, base.device)
+    batch = collate([Encoded(ids[:-1], len(ids) - 1)], [0], base.encoder.pad_id, base.device)
     places = [(0, j, token, 1 / (len(ids) - 1)) for j, token in enumerate(ids[1:])]
-    targets = TargetTokens.of(rows, places, 1)
+    targets = TargetTokens.of(batch, places, 1)
     caught: list[tuple[Tensor, Tensor]] = []
 
     def probe(_: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def gradient(base: BaseModel, site: Site, ids: tuple[int, ...]) -> Tensor:
     handle = site.module.register_forward_hook(probe)
     try:
         with torch.enable_grad():
-            loss = targets.nll(base, base.hidden_states(rows)[targets.reads]).sum()
+            loss = targets.nll(base, base.hidden_states(batch)[targets.reads]).sum()
     finally:
         handle.remove()
     ((input_BSI, shift_BSO),) = caught

@@ -1,24 +1,24 @@
 """The pretraining stage: networks that learn to edit, trained once and shared as artifacts.
 
-A method that needs it brings a :class:`Trainer` (its loss and its optimiser) and asks for
-:func:`pretrained` in its ``artifacts``; the stage brings the order of the requests, checkpoints,
-progress and the retention of what earlier data taught:
+A method that needs it provides a :class:`Trainer` (its loss and its optimiser) and lists
+:func:`pretrained` in its ``artifacts``. The stage provides the order of the requests, checkpoints,
+progress and experience replay:
 
     def artifacts(self, context):               # of the config
         return (pretrained(name, hparams, self.schedule, context.fingerprint, context.model, context.training),)
 
     def trainer(cls, base, hparams, generator): ...      # an untrained Trainer
-    inputs["pretrained"]                                 # at edit time: what its ``product`` gave
+    inputs["pretrained"]                                 # at edit time: the trainer's ``product``
 
-A training set is a row of data shards. Each becomes an artifact of kind ``training`` (weights,
-optimiser, replay buffer) that is made of the one before, so a new data shard continues where the
-last one ended and the earlier ones are neither trained nor read again. While a later shard is
-learnt, a share of every batch comes from the replay buffer: a uniform sample of all earlier
-requests, carried from shard to shard (experience replay; Rolnick et al., arXiv 1811.11682). What
-edits need is the artifact of kind ``pretrained``, made of the last one.
+A training set is a sequence of data shards. Each gives an artifact of kind ``training`` (weights,
+optimiser, replay buffer) that is built from the one before. So a new data shard continues from the
+last one, and earlier shards are neither trained nor read again. On later shards a share of every
+batch comes from the replay buffer: a uniform sample of all earlier requests, passed on from shard
+to shard (experience replay; Rolnick et al., arXiv 1811.11682). Edits need only the artifact of kind
+``pretrained``, built from the last one.
 
-The bits of a step depend on the recipe, the step's number and the state before it; never on when a
-checkpoint was taken.
+The bits of a step depend on the recipe, the step's number and the state before it, and not on the
+times of checkpoints.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ import torch
 from pydantic import Field
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
-from workers.data import OnBadRecord, fingerprint, load_training
+from workers.data import OnBadRecord, TargetField, fingerprint, load_training
+from workers.data.scripts import joiner_mark
 from workers.rng import canonical, derive_generator
-from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError
+from workers.types import JSON, DataError, EditRequest, Frozen, ModelError, Probe, SpecError, Written
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
@@ -48,14 +49,14 @@ TRAINING = "training"
 """Kind of a trainer's state after a data shard."""
 
 PRETRAINED = "pretrained"
-"""Kind, and usual name, of the finished networks."""
+"""Kind and usual name of the finished networks."""
 
 _BEFORE = "before"
 _STATE = "state"
 _LOG_ENTRIES = 20
 
 
-# --- what is trained on ---------------------------------------------------------------------
+# --- training data --------------------------------------------------------------------------
 
 
 class TrainingShard(Frozen):
@@ -68,11 +69,13 @@ class TrainingShard(Frozen):
 
 
 class TrainingSource(Frozen):
-    """Requests that networks learn from; never those that a sweep edits."""
+    """The requests of a training set; a sweep never edits them."""
 
     kind: str
     path: str | None = None
     on_bad_record: OnBadRecord = "error"
+    joiner: str | None = None
+    target_field: TargetField | None = None
     shards: tuple[TrainingShard, ...]
 
 
@@ -81,13 +84,15 @@ def training_source(
     path: Path | None = None,
     shards: Sequence[int] | None = None,
     on_bad_record: OnBadRecord = "error",
+    joiner: str | None = None,
+    target_field: TargetField | None = None,
 ) -> tuple[TrainingSource, tuple[EditRequest, ...]]:
-    """A training set cut into data shards of so many requests each (None: one with everything), and
-    its requests.
+    """A training set and its requests. ``shards``: requests per data shard; None: one shard with
+    all.
 
     Raises :class:`SpecError` if the set is too small for the shards.
     """
-    requests = load_training(kind, path, on_bad_record).requests
+    requests = load_training(kind, path, on_bad_record, joiner, target_field).requests
     sizes = list(shards) if shards else [len(requests)]
     if sum(sizes) > len(requests):
         raise SpecError(
@@ -97,18 +102,30 @@ def training_source(
     cut, start = [], 0
     for size in sizes:
         part = requests[start : start + size]
-        cut.append(TrainingShard(start=start, stop=start + size, fingerprint=fingerprint(part)))
+        cut.append(TrainingShard(start=start, stop=start + size, fingerprint=_hash_of(part)))
         start += size
     source = TrainingSource(
-        kind=kind, path=None if path is None else str(path), on_bad_record=on_bad_record, shards=tuple(cut)
+        kind=kind,
+        path=None if path is None else str(path),
+        on_bad_record=on_bad_record,
+        joiner=joiner,
+        target_field=target_field,
+        shards=tuple(cut),
     )
     return source, requests[:start]
 
 
-# --- what a method brings -------------------------------------------------------------------
+def _hash_of(requests: Sequence[EditRequest]) -> str:
+    """The hash of requests and of what joins their prompts and answers, where that is not a space
+    everywhere."""
+    mark = joiner_mark(requests)
+    return fingerprint(requests) + (f"+{mark}" if mark else "")
 
 
-class TrainingSchedule(Frozen):
+# --- interface of a method ------------------------------------------------------------------
+
+
+class TrainingSchedule(Written):
     """Length of a training, its batches, and the share of earlier data in them."""
 
     steps: int = Field(ge=1, description="optimiser steps on each data shard")
@@ -121,21 +138,21 @@ class TrainingSchedule(Frozen):
 
 
 class Trainer(ABC):
-    """One method's training. Everything that a later step depends on is in :meth:`state`."""
+    """One method's training. :meth:`state` holds everything that a later step depends on."""
 
     @abstractmethod
     def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
-        """One optimiser step on these requests; figures worth showing (``loss`` at least).
-        ``generator`` is for this step."""
+        """Make one optimiser step on these requests; return figures for the log (at least
+        ``loss``). ``generator``: for this step only."""
 
     @abstractmethod
     def state(self) -> ArtifactData:
-        """Weights, optimiser and statistics: restored into a fresh trainer, training continues
+        """Weights, optimiser and statistics. A new trainer that loads them continues
         bit-identically."""
 
     @abstractmethod
     def load_state(self, state: ArtifactData) -> None:
-        """Restore what :meth:`state` gave."""
+        """Restore a result of :meth:`state`."""
 
     @abstractmethod
     def product(self) -> ArtifactData:
@@ -152,12 +169,13 @@ def pretrained(
     name: str = PRETRAINED,
     trainer_version: int = 1,
 ) -> ArtifactSpec:
-    """The trained networks of a method, and (as its needs) their training on one data shard after
-    the other.
+    """The trained networks of a method. Their ``needs``: the trainings on the data shards, in
+    order.
 
-    ``hparams``: what :meth:`Method.trainer` is given, JSON; only what training depends on, so that
-    configs which differ in anything else share the networks. ``trainer_version`` is raised when the
-    numbers of a training change. Raises :class:`SpecError` without a training set.
+    ``hparams``: the JSON argument of :meth:`Method.trainer`. It holds only what training depends
+    on, so that configs which differ in other fields share the networks. ``trainer_version``
+    increases when the numbers of a training change. Raises :class:`SpecError` without a training
+    set.
     """
     if training is None:
         raise SpecError(
@@ -181,8 +199,8 @@ def pretrained(
             kind=TRAINING,
             recipe={
                 **common,
-                # replay means nothing on the first shard, so sweeps with another share may have
-                # that one in common
+                # replay has no effect on the first shard, so sweeps with different shares can share
+                # its artifact
                 "schedule": schedule.model_dump(exclude={"replay"} if number == 0 else None),
                 "shard": number,
                 "requests": shard.stop - shard.start,
@@ -194,6 +212,7 @@ def pretrained(
                 "on_bad_record": training.on_bad_record,
                 "start": shard.start,
                 "stop": shard.stop,
+                **training.model_dump(include={"joiner", "target_field"}, exclude_none=True),
             },
             needs=needs,
         )
@@ -207,9 +226,9 @@ def pretrained(
 
 
 def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """One data shard's training, from the artifact of the shard before (if any) on. Recipe: see
+    """Train on one data shard, starting from the artifact of the shard before (if any). Recipe: see
     :func:`pretrained`."""
-    course = _Course.of(recipe, bench.inputs.get(_BEFORE))
+    course = _ShardRequests.of(recipe, bench.inputs.get(_BEFORE))
     trainer = _trainer(base, recipe, bench)
     step = 0
     log = _Log(course.schedule.steps)
@@ -217,9 +236,9 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
     if unfinished is not None:
         state = ArtifactData.from_bytes(unfinished)
         step, log = state.meta["step"], _Log.of(course.schedule.steps, state.meta["log"])
-        trainer.load_state(_part(state))
+        trainer.load_state(_trainer_state(state))
     elif course.before is not None:
-        trainer.load_state(_part(course.before))
+        trainer.load_state(_trainer_state(course.before))
     what = f"{recipe['method']}, data shard {recipe['shard'] + 1}"
     for number in range(step, course.schedule.steps):
         figures = trainer.step(course.batch(number), course.generator(number, "step"))
@@ -232,40 +251,40 @@ def build_training(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -
         done = number + 1
         bench.progress(done, course.schedule.steps, f"{what}, loss {loss:.3g}")
         if done < course.schedule.steps:
-            bench.keep(lambda done=done: _whole(trainer, {"step": done, "log": log.state()}).to_bytes())  # type: ignore[misc]
-    return _whole(trainer, {"log": log.entries, **course.afterwards()})
+            bench.keep(lambda done=done: _pack(trainer, {"step": done, "log": log.state()}).to_bytes())  # type: ignore[misc]
+    return _pack(trainer, {"log": log.entries, **course.afterwards()})
 
 
 def build_pretrained(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Build the artifact that edits need from a trained state. ``meta["pretraining"]`` says what it
-    was trained on."""
+    """Build the artifact that edits need from a trained state. ``meta["pretraining"]`` records the
+    training data and the log."""
     state = bench.inputs[_STATE]
     trainer = _trainer(base, recipe, bench)
-    trainer.load_state(_part(state))
+    trainer.load_state(_trainer_state(state))
     product = trainer.product()
-    told = {key: state.meta[key] for key in ("shards", "requests", "steps", "log")}
-    return replace(product, meta={**product.meta, "pretraining": told})
+    history = {key: state.meta[key] for key in ("shards", "requests", "steps", "log")}
+    return replace(product, meta={**product.meta, "pretraining": history})
 
 
 def _trainer(base: BaseModel, recipe: Mapping[str, JSON], bench: Workbench) -> Trainer:
-    """The method's own trainer, as it is before its first step."""
+    """The method's trainer before its first step."""
     start = derive_generator("pretraining", recipe["method"], recipe["hparams"], recipe["seed"], "start")
     trainer: Trainer = bench.trainer_of(recipe["method"])(base, recipe["hparams"], start)
     return trainer
 
 
-def _whole(trainer: Trainer, meta: dict[str, JSON]) -> ArtifactData:
+def _pack(trainer: Trainer, meta: dict[str, JSON]) -> ArtifactData:
     state = trainer.state()
     return ArtifactData(state.tensors, {**meta, "trainer": state.meta})
 
 
-def _part(state: ArtifactData) -> ArtifactData:
-    """The trainer's own part of what :func:`_whole` made."""
+def _trainer_state(state: ArtifactData) -> ArtifactData:
+    """The trainer's part of a result of :func:`_whole`."""
     return ArtifactData(state.tensors, state.meta["trainer"])
 
 
 @dataclass(frozen=True)
-class _Course:
+class _ShardRequests:
     """The requests that each training step of one data shard learns from."""
 
     identity: tuple[JSON, ...]
@@ -276,7 +295,7 @@ class _Course:
     before: ArtifactData | None
 
     @classmethod
-    def of(cls, recipe: Mapping[str, JSON], before: ArtifactData | None) -> _Course:
+    def of(cls, recipe: Mapping[str, JSON], before: ArtifactData | None) -> _ShardRequests:
         return cls(
             identity=("pretraining", recipe["method"], recipe["hparams"], recipe["seed"], recipe["shard"]),
             schedule=TrainingSchedule.model_validate(recipe["schedule"]),
@@ -292,7 +311,7 @@ class _Course:
         return derive_generator(*self.identity, step, purpose)
 
     def batch(self, step: int) -> list[EditRequest]:
-        """New requests, each epoch in an order of its own, then the replayed ones."""
+        """The requests of one step: new ones, shuffled anew in each epoch, then replayed ones."""
         size, share = self.schedule.batch_size, self.schedule.replay if self.kept else 0.0
         old, later = int(step * size * share), int((step + 1) * size * share)
         batch = [self.fresh[i] for i in self._places(step * size - old, (step + 1) * size - later)]
@@ -307,13 +326,13 @@ class _Course:
             yield _order(canonical([*self.identity, "order", epoch]), len(self.fresh))[place]
 
     def afterwards(self) -> dict[str, JSON]:
-        """The replay buffer for the next shard, and the account of what was learnt so far.
+        """The replay buffer for the next shard, and the totals of the training so far.
 
-        The buffer holds the requests of smallest hash among all seen: each has the same chance,
-        whatever its shard.
+        The buffer holds the requests with the smallest hashes among all seen, so each has the same
+        probability, whatever its shard.
         """
         past = self.before.meta if self.before is not None else {"shards": 0, "requests": 0, "steps": 0}
-        seen = [*self.kept, *((self._ticket(i, r), r) for i, r in enumerate(self.fresh))]
+        seen = [*self.kept, *((self._hash(i, r), r) for i, r in enumerate(self.fresh))]
         chosen = sorted(seen, key=lambda pair: pair[0])[: self.schedule.buffer]
         return {
             "buffer": [[ticket, asdict(request)] for ticket, request in chosen],
@@ -322,7 +341,7 @@ class _Course:
             "steps": past["steps"] + self.schedule.steps,
         }
 
-    def _ticket(self, place: int, request: EditRequest) -> str:
+    def _hash(self, place: int, request: EditRequest) -> str:
         text = canonical([*self.identity, "buffer", place, fingerprint([request])])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -333,14 +352,17 @@ def _order(purpose: str, size: int) -> list[int]:
 
 
 def _requests_of(recipe: Mapping[str, JSON]) -> tuple[EditRequest, ...]:
-    """The requests of one data shard. Raises :class:`DataError` if they are not those it was
-    planned with."""
+    """The requests of one data shard. Raises :class:`DataError` if they changed after planning."""
     path = recipe["path"]
     requests = load_training(
-        recipe["kind"], None if path is None else Path(path), recipe["on_bad_record"]
+        recipe["kind"],
+        None if path is None else Path(path),
+        recipe["on_bad_record"],
+        recipe.get("joiner"),
+        recipe.get("target_field"),
     ).requests
     requests = requests[recipe["start"] : recipe["stop"]]
-    if fingerprint(requests) != recipe["data"]:
+    if _hash_of(requests) != recipe["data"]:
         raise DataError(
             f"training: {path or recipe['kind']}: requests {recipe['start']} to {recipe['stop']} are not "
             f"the ones this "
@@ -363,7 +385,7 @@ def _request(value: Mapping[str, JSON]) -> EditRequest:
 
 @dataclass
 class _Log:
-    """Means of the figures over twentieths of the training: enough to see whether it learnt."""
+    """Means of the figures over each twentieth of the training."""
 
     steps: int
     entries: list[dict[str, JSON]] = field(default_factory=list)

@@ -1,11 +1,11 @@
-"""Second-moment statistics of a layer's inputs, ``C = E[k k^T]``: what the ROME family calls the
-covariance.
+"""Second-moment statistics of a layer's inputs, ``C = E[k k^T]``, called covariance in the ROME
+family.
 
-A corpus is a text file, one document a line, or a ``.jsonl`` file whose lines are texts or objects
-with a ``text``. Every real token of the first ``samples`` documents contributes one outer product;
-a document ends where the model's positions do. The file is streamed and never held: between two
-batches the sums so far and the place in the file are all there is to save. Source: Meng et al.,
-ROME, arXiv 2202.05262, section 3.1 and appendix E.1.
+A corpus is a text file, one document per line, or a ``.jsonl`` file whose lines are texts or
+objects with a ``text``. Every real token of the first ``samples`` documents contributes one outer
+product; a document is cut at the model's context length. The file is streamed: unfinished work is
+only the sums so far and the place in the file. Source: Meng et al., ROME, arXiv 2202.05262, section
+3.1 and appendix E.1.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ KIND = "second_moment"
 NULL_SPACE = "null_space"
 _ROWS = 64
 _TOKENS = 16_384
-"""Documents and padded tokens of one forward, at most. Both decide bits."""
+"""Maximum documents and padded tokens of one forward. Both influence the bits of the result."""
 
 
 def corpus_path(corpus: str) -> Path:
-    """``embedded`` means the embedded world's own text."""
+    """The file of a corpus; ``embedded`` means the text of the embedded world."""
     if corpus == "embedded":
         from workers.data.tinyworld import corpus_path as embedded
 
@@ -59,8 +59,7 @@ def corpus_fingerprint(corpus: str) -> str:
 
 
 class CorpusHashes(dict[str, str]):
-    """Content hashes of corpora; each file is read when its hash is first asked for, and not
-    again."""
+    """Content hashes of corpora; each file is read once, on first use."""
 
     def __missing__(self, corpus: str) -> str:
         self[corpus] = corpus_fingerprint(corpus)
@@ -68,10 +67,10 @@ class CorpusHashes(dict[str, str]):
 
 
 def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how_much: str) -> str:
-    """The corpus of a method's config, where null stands for the embedded model's own text and is
-    for that model alone.
+    """The corpus of a method's config. None means the embedded model's own text.
 
-    ``title`` needs it for ``what``. Raises :class:`SpecError`.
+    ``title``, ``what`` and ``how_much`` are words for the message. Raises :class:`SpecError` for
+    None with any other model.
     """
     if corpus is not None:
         return corpus
@@ -83,9 +82,8 @@ def corpus_of(corpus: str | None, model: ModelConfig, title: str, what: str, how
 
 
 def corpus_recipe(corpus: str, hashes: CorpusHashes) -> dict[str, JSON]:
-    """The part of an artifact's key that identifies a corpus: its content, not its place (the
-    embedded one's name has been in it from the first). The path goes into
-    :attr:`ArtifactSpec.where`."""
+    """The part of an artifact's key that identifies a corpus: its content, not its path (and the
+    name ``embedded``, which early keys contain). The path goes into :attr:`ArtifactSpec.where`."""
     written_as = corpus_format(corpus)
     return {
         **({"corpus": corpus} if corpus == "embedded" else {}),
@@ -129,8 +127,8 @@ def corpus_format(corpus: str) -> Literal["text", "jsonl"]:
 
 
 def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: corpus (path or 'embedded'), samples, layer, module, precision. Gives ``moment_II``
-    and the token count."""
+    """Build the second moment, (I, I), and the token count. Recipe: corpus (path or 'embedded'),
+    samples, layer, module, precision."""
     site = base.site(recipe["layer"], recipe["module"])
     dtype = getattr(torch, recipe["precision"])
     width = site.shape[1]
@@ -181,9 +179,9 @@ def condition(moment_II: Tensor) -> float | None:
 
 
 def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: threshold, layer (named in errors); needs ``moment``. The projection onto the
-    eigenvectors whose eigenvalue is below the threshold, and how many they are (AlphaEdit, arXiv
-    2410.02355)."""
+    """Build the projection, (I, I), onto the eigenvectors with an eigenvalue below the threshold,
+    and their number (AlphaEdit, arXiv 2410.02355). Recipe: threshold, layer (for messages); needs
+    ``moment``."""
     moment_II = bench.inputs["moment"].tensors["moment"]
     threshold, layer = recipe["threshold"], recipe["layer"]
     wide_II = moment_II.to(base.device, torch.float64)
@@ -205,19 +203,19 @@ def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench)
 
 
 def positions(base: BaseModel) -> int:
-    """Tokens of a document that are read, at most: as many as the model has positions."""
+    """Maximum tokens read of a document: the model's context length."""
     return int(getattr(base.model.config, "max_position_embeddings", 0) or 1024)
 
 
 class _Enough(Exception):
-    """The layer that was asked for has been reached."""
+    """Raised when the wanted layer has its input, to skip the rest of the forward."""
 
 
 @torch.no_grad()
 def layer_inputs(base: BaseModel, encoded: list[Encoded], module: nn.Module) -> Tensor:
-    """Inputs of ``module`` at every real token of the batch, (tokens, I). What comes after the
-    module is not run."""
-    rows = collate(encoded, [0] * len(encoded), base.encoder.pad_id, base.device)
+    """Inputs of ``module`` at every real token of the batch, (N, I). Layers after the module are
+    not run."""
+    batch = collate(encoded, [0] * len(encoded), base.encoder.pad_id, base.device)
     caught: list[Tensor] = []
 
     def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -226,12 +224,12 @@ def layer_inputs(base: BaseModel, encoded: list[Encoded], module: nn.Module) -> 
 
     handle = module.register_forward_pre_hook(catch)
     try:
-        base.hidden_states(rows)
+        base.hidden_states(batch)
     except _Enough:
         pass
     finally:
         handle.remove()
-    return caught[0][rows.attention_mask_BS.bool()]
+    return caught[0][batch.attention_mask_BS.bool()]
 
 
 @dataclass(frozen=True)
@@ -244,10 +242,10 @@ class Place:
 
 
 def documents(corpus: str, start: Place, samples: int = sys.maxsize) -> Iterator[tuple[str, Place]]:
-    """The documents from ``start`` on, up to ``samples`` in the whole file, each with the place
-    behind it.
+    """Documents from ``start`` on, up to ``samples`` in the whole file, each with the place after
+    it.
 
-    Raises :class:`DataError` naming the file and the line that is not as it should be.
+    Raises :class:`DataError` that names the file and the malformed line.
     """
     path, jsonl = corpus_path(corpus), corpus_format(corpus) == "jsonl"
     offset, lines, found = start.offset, start.lines, start.documents
@@ -285,7 +283,7 @@ def _text_of(line: str, where: str) -> str:
 def _batches(
     base: BaseModel, corpus: str, start: Place, samples: int, limit: int
 ) -> Iterator[tuple[list[Encoded], Place]]:
-    """Documents in the file's order, as many as one forward may have, and the place behind them."""
+    """Batches of documents in the file's order, each with the place after its last document."""
     batch: list[Encoded] = []
     longest, behind = 0, start
     for text, place in documents(corpus, start, samples):

@@ -1,5 +1,5 @@
-"""Context templates: short texts the model itself writes, put in front of a prompt so that an edit
-holds in context.
+"""Context templates: short texts sampled from the model, put before a prompt so that an edit
+generalises to contexts.
 
 Sampled once per model and seed and shared by all edits (ROME, arXiv 2202.05262, appendix E.5:
 "random prefixes"; WISE, arXiv 2405.14768, uses them as augmentation). A template is a text with one
@@ -24,10 +24,10 @@ KIND = "context_templates"
 
 
 def build_templates(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
-    """Recipe: starts (first words), lengths ([new tokens, texts per start] pairs), joiner, top_k
-    (0: greedy), seed.
+    """Build the list of templates: the bare ``{}``, then the others by length and by start.
 
-    The order is by length, then by start; the bare ``{}`` comes first.
+    Recipe: starts (first words), lengths ([new tokens, texts per start] pairs), joiner, top_k (0:
+    greedy), seed.
     """
     generator = derive_generator("context_templates", recipe["seed"], recipe["starts"], recipe["lengths"])
     templates = ["{}"]
@@ -44,15 +44,15 @@ def sample_texts(
 ) -> list[str]:
     """Continue each start by ``new_tokens`` tokens; an end-of-sequence token ends a text early.
 
-    Probabilities are drawn on the CPU in float64, so that one seed gives one text on every device.
+    Tokens are sampled on the CPU in float64, so that one seed gives the same text on every device.
     """
     eos = base.tokenizer.eos_token_id
     texts = [list(base.encoder.text(start)) for start in starts]
     done = [False] * len(texts)
     for _ in range(new_tokens):
         encoded = [Encoded(tuple(ids), len(ids)) for ids in texts]
-        rows = collate(encoded, [0] * len(texts), base.encoder.pad_id, base.device)
-        logits_BV = base.logits(base.hidden_states(rows)[:, -1]).double().cpu()
+        batch = collate(encoded, [0] * len(texts), base.encoder.pad_id, base.device)
+        logits_BV = base.logits(base.hidden_states(batch)[:, -1]).double().cpu()
         if top_k:
             values_BJ, ids_BJ = logits_BV.topk(top_k, dim=-1)
             pick_B = torch.multinomial(values_BJ.softmax(-1), 1, generator=generator)

@@ -1,26 +1,39 @@
-"""Data sets of edit requests, read from the files the field uses. Free of torch: the planner
-imports it.
+"""Data sets of edit requests, read from the public files. Does not import torch, because the
+planner imports it.
 
     dataset = load_dataset("zsre", path=Path("zsre_mend_eval.json"), train_path=Path("zsre_mend_train.json"))
     first_1000 = [dataset.requests[i] for i in order_requests(dataset, "shuffle", seed=0)[:1000]]
     count_conflicts(first_1000)
 
 Kinds: ``tinyworld`` (the embedded one, no file needed), ``zsre``, ``counterfact``,
-``hallucination``, ``temporal``, ``wikibigedit``, ``knowedit``, ``mquake`` and ``jsonl``. Every
-fault of a file is a :class:`~workers.types.DataError` that names the file, the record and the
-field; a file of another kind is told by its keys.
+``hallucination``, ``temporal``, ``wikibigedit``, ``knowedit``, ``mquake``, ``ultraeditbench`` and
+``jsonl``. Every fault of a file raises :class:`~workers.types.DataError` with the file, the record
+and the field; a file of another kind is recognised by its keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from workers.data import counterfact, hallucination, jsonl, knowedit, mquake, temporal, wikibigedit, zsre
+from workers.data import (
+    counterfact,
+    hallucination,
+    jsonl,
+    knowedit,
+    mquake,
+    temporal,
+    ultraeditbench,
+    wikibigedit,
+    zsre,
+)
 from workers.data.records import (
     OnBadRecord,
+    TargetField,
+    WrongKind,
     count_conflicts,
     count_cut_cases,
     count_duplicates,
@@ -34,7 +47,9 @@ from workers.types import DataError, Dataset, EditRequest
 
 __all__ = [
     "DATASETS",
+    "TARGET_FIELDS",
     "OnBadRecord",
+    "TargetField",
     "count_conflicts",
     "count_cut_cases",
     "count_duplicates",
@@ -48,6 +63,7 @@ __all__ = [
 ]
 
 Loader = Callable[[Path | None, Path | None, OnBadRecord], Dataset]
+FieldLoader = Callable[[Path | None, Path | None, OnBadRecord, TargetField | None], Dataset]
 
 
 def _needed(kind: str, path: Path | None) -> Path:
@@ -62,7 +78,7 @@ def _refuse(kind: str, field: str, path: Path | None, why: str) -> None:
 
 
 def _tinyworld(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
-    # Imported here: making the world takes a moment, and the kinds that read files need none of it.
+    # start-up time: building the world is slow, and the other kinds do not need it
     from workers.data import tinyworld
 
     _refuse("tinyworld", "path", path, "it ships with the package")
@@ -70,8 +86,13 @@ def _tinyworld(path: Path | None, train_path: Path | None, on_bad_record: OnBadR
     return tinyworld.load_dataset(split="edit")
 
 
-def _zsre(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
-    return zsre.load(_needed("zsre", path), train_path, on_bad_record)
+def _zsre(
+    path: Path | None,
+    train_path: Path | None,
+    on_bad_record: OnBadRecord,
+    target_field: TargetField | None = None,
+) -> Dataset:
+    return zsre.load(_needed("zsre", path), train_path, on_bad_record, target_field)
 
 
 def _counterfact(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
@@ -89,11 +110,31 @@ def _temporal(path: Path | None, train_path: Path | None, on_bad_record: OnBadRe
     return temporal.load(_needed("temporal", path), train_path, on_bad_record)
 
 
-def _wikibigedit(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
+def _wikibigedit(
+    path: Path | None,
+    train_path: Path | None,
+    on_bad_record: OnBadRecord,
+    target_field: TargetField | None = None,
+) -> Dataset:
     _refuse(
         "wikibigedit", "train_path", train_path, "its unrelated sentences come from other records of `path`"
     )
-    return wikibigedit.load(_needed("wikibigedit", path), on_bad_record)
+    return wikibigedit.load(_needed("wikibigedit", path), on_bad_record, target_field)
+
+
+def _ultraeditbench(
+    path: Path | None,
+    train_path: Path | None,
+    on_bad_record: OnBadRecord,
+    target_field: TargetField | None = None,
+) -> Dataset:
+    _refuse(
+        "ultraeditbench",
+        "train_path",
+        train_path,
+        "its unrelated sentences come from other records of `path`",
+    )
+    return ultraeditbench.load(_needed("ultraeditbench", path), on_bad_record, target_field)
 
 
 def _knowedit(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
@@ -126,10 +167,17 @@ DATASETS: Mapping[str, Loader] = MappingProxyType(
         "wikibigedit": _wikibigedit,
         "knowedit": _knowedit,
         "mquake": _mquake,
+        "ultraeditbench": _ultraeditbench,
         "jsonl": _jsonl,
     }
 )
-"""Every kind of data set a spec can name. A new one is a module with a ``load`` and a line here."""
+"""Every kind of data set a spec can name. A new kind is a module with a ``load``, and a line
+here."""
+
+TARGET_FIELDS: Mapping[str, FieldLoader] = MappingProxyType(
+    {"zsre": _zsre, "wikibigedit": _wikibigedit, "ultraeditbench": _ultraeditbench}
+)
+"""The kinds whose records may name their target in two ways."""
 
 
 def load_dataset(
@@ -137,40 +185,88 @@ def load_dataset(
     path: Path | None = None,
     train_path: Path | None = None,
     on_bad_record: OnBadRecord = "error",
+    joiner: str | None = None,
+    target_field: TargetField | None = None,
 ) -> Dataset:
     """The requests of one data set, validated and in file order.
 
-    ``train_path`` (zsRE, Hallucination and Temporal) is where unrelated sentences come from. With
-    ``on_bad_record="skip"`` records that cannot be used are left out; ``notes["skipped"]`` counts
-    them and ``notes["skipped_records"]`` lists their numbers.
+    ``train_path`` (zsRE, Hallucination and Temporal): the source of unrelated sentences. With
+    ``on_bad_record="skip"``, records that cannot be used are left out; ``notes["skipped"]`` counts
+    them and ``notes["skipped_records"]`` lists their numbers. ``joiner``: the text between every
+    prompt and its answer; None: by the script of each prompt. ``target_field``: the field that holds
+    the target, for kinds whose records may have two.
     """
     loader = DATASETS.get(kind)
     if loader is None:
         raise DataError(f"unknown data set {kind!r}; valid kinds: {', '.join(sorted(DATASETS))}")
     if on_bad_record not in ("error", "skip"):
         raise DataError(f"on_bad_record: {on_bad_record!r} is not valid; choose error or skip")
-    return loader(
-        None if path is None else Path(path),
-        None if train_path is None else Path(train_path),
-        on_bad_record,
+    paths = None if path is None else Path(path), None if train_path is None else Path(train_path)
+    try:
+        if target_field is None:
+            dataset = loader(*paths, on_bad_record)
+        elif kind in TARGET_FIELDS:
+            dataset = TARGET_FIELDS[kind](*paths, on_bad_record, target_field)
+        else:
+            raise DataError(
+                f"data set {kind!r} does not take `target_field` (got {target_field!r}): its records name their "
+                f"target in one way; the kinds that take it: {', '.join(TARGET_FIELDS)}"
+            )
+    except WrongKind as wrong:
+        raise DataError(f"{wrong}; {_right_kind(kind, paths[0], wrong.looks_like)}") from None
+    return _joined(dataset, joiner)
+
+
+def _right_kind(kind: str, path: Path | None, looks_like: Sequence[str]) -> str:
+    """Advice for a file of which ``kind`` reads nothing. A kind is named only if it reads most of
+    it."""
+    readers = []
+    for other, loader in DATASETS.items():
+        if path is None or other in ("tinyworld", kind):
+            continue
+        try:
+            found = loader(path, None, "skip")
+        except DataError:
+            continue
+        if len(found.requests) > found.notes["skipped"]:
+            readers.append(other)
+    best = [reader for reader in readers if reader in looks_like] or readers
+    if best:
+        return f"set `dataset.kind: {' or '.join(best)}`"
+    return (
+        "no kind of data set reads this file; choose a kind and bring the records into its form "
+        f"({', '.join(other for other in DATASETS if other != 'tinyworld')}), for example jsonl with prompt, "
+        "subject and target_new"
     )
 
 
-def load_training(kind: str, path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
-    """The requests of a training set: the embedded world's own split, or a file in a format that
-    sweeps edit from."""
+def _joined(dataset: Dataset, joiner: str | None) -> Dataset:
+    if joiner is None:
+        return dataset
+    return replace(dataset, requests=tuple(replace(r, joiner=joiner) for r in dataset.requests))
+
+
+def load_training(
+    kind: str,
+    path: Path | None = None,
+    on_bad_record: OnBadRecord = "error",
+    joiner: str | None = None,
+    target_field: TargetField | None = None,
+) -> Dataset:
+    """The requests of a training set: the embedded world's ``train`` split, or a file of any kind
+    of :data:`DATASETS`."""
     if kind == "tinyworld":
         from workers.data import tinyworld
 
         _refuse("tinyworld", "training.path", path, "it ships with the package")
-        return tinyworld.load_dataset(split="train")
-    return load_dataset(kind, path, None, on_bad_record)
+        return _joined(tinyworld.load_dataset(split="train"), joiner)
+    return load_dataset(kind, path, None, on_bad_record, joiner, target_field)
 
 
 def requests_of(
     job: StreamJob, dataset: Dataset, order: Literal["file", "shuffle"]
 ) -> list[Sequence[EditRequest]]:
-    """Per cell, its requests in the order its seed gives, as many as the job edits."""
+    """Per cell, the requests that the job edits, in the order of the cell's seed."""
     need = [0] * len(job.cells)
     for wave in job.waves:
         for lane in wave:

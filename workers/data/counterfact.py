@@ -6,9 +6,9 @@ Source: Meng et al., "Locating and Editing Factual Associations in GPT" (2022). 
      "target_new": {"str": ...}, "target_true": {"str": ...}}, "paraphrase_prompts": [...],
      "neighborhood_prompts": [...], ...}
 
-The neighbourhood prompts are about other subjects of which the old answer is true, so it is their
-expected answer. They also supply, across records, the unrelated sentences. Files in EasyEdit's
-layout are read too.
+The neighbourhood prompts are about other subjects with the same old answer, which is their expected
+answer. Those of other records also give the unrelated sentences. Files in EasyEdit's layout are
+read too.
 """
 
 from __future__ import annotations

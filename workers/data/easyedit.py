@@ -1,15 +1,15 @@
 """EasyEdit's own record layout, in which zsRE, CounterFact and the KnowEdit sets are also
 published.
 
-Two dialects differ in where the probes stand, and both are read:
+Two variants with different fields for the probes are read:
 
-- flat: ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``;
+- flat: ``rephrase_prompt`` (or ``rephrase``), ``locality_prompt``, ``locality_ground_truth``;
 - grouped: ``locality`` and ``portability`` hold lists of ``{prompt, ground_truth}`` by category,
-  where a prompt is a text or a list of which the first counts, and a ground truth is nested in one
-  or two lists of accepted answers.
+  where a prompt is a text or a list (its
+  first entry is used), and a ground truth is nested in one or two lists of accepted answers.
 
-Grouped probes without an answer are left out, as no score could be given for them; the loader
-counts them.
+A probe keeps its category's name. Grouped probes without an answer are left out and counted, because
+they cannot be scored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,20 @@ def _first_or_none(value: object) -> object:
 
 
 def _listed(value: object) -> object:
+    """A text as a list of one; nothing (null, or an empty text) as an empty list."""
+    if value is None or value == "":
+        return []
     return [value] if isinstance(value, str) else value
+
+
+def _grouped(value: object) -> object:
+    """Groups of probes by name; nothing (null, or an empty list) as no groups, and as an empty
+    group."""
+    if value is None or value == []:
+        return {}
+    if not isinstance(value, dict):
+        return value
+    return {name: [] if probes is None else probes for name, probes in value.items()}
 
 
 FirstText = Annotated[Text, BeforeValidator(_first)]
@@ -47,6 +60,9 @@ class GroupedProbe(Record):
     ground_truth: FirstTextOrNone
 
 
+Groups = Annotated[dict[str, list[GroupedProbe]], BeforeValidator(_grouped)]
+
+
 class EasyEditRecord(Record):
     case_id: CaseId | None = None
     subject: Text
@@ -54,10 +70,11 @@ class EasyEditRecord(Record):
     target_new: FirstText
     ground_truth: FirstTextOrNone = None
     rephrase_prompt: Annotated[list[Text], BeforeValidator(_listed)] = Field(default_factory=list)
+    rephrase: Annotated[list[Text], BeforeValidator(_listed)] = Field(default_factory=list)
     locality_prompt: Text | None = None
     locality_ground_truth: FirstTextOrNone = None
-    locality: dict[str, list[GroupedProbe]] = Field(default_factory=dict)
-    portability: dict[str, list[GroupedProbe]] = Field(default_factory=dict)
+    locality: Groups = Field(default_factory=dict)
+    portability: Groups = Field(default_factory=dict)
 
 
 def is_easyedit(raw: object) -> bool:
@@ -79,7 +96,7 @@ def parse(entry: Entry) -> Draft:
         subject=subject_as_in(record.prompt, record.subject),
         target_new=record.target_new,
         ground_truth=record.ground_truth,
-        rephrases=tuple(record.rephrase_prompt),
+        rephrases=tuple(dict.fromkeys((*record.rephrase_prompt, *record.rephrase))),
         locality=locality,
         portability=portability,
     )
@@ -87,8 +104,10 @@ def parse(entry: Entry) -> Draft:
 
 
 def _probes(categories: dict[str, list[GroupedProbe]]) -> tuple[tuple[Probe, ...], int]:
-    probes = [probe for category in categories.values() for probe in category]
+    probes = [(name, probe) for name, category in categories.items() for probe in category]
     answered = tuple(
-        Probe(probe.prompt, probe.ground_truth) for probe in probes if probe.ground_truth is not None
+        Probe(probe.prompt, probe.ground_truth, group=name)
+        for name, probe in probes
+        if probe.ground_truth is not None
     )
     return answered, len(probes) - len(answered)

@@ -8,7 +8,7 @@ A record:
     {"prompt": "This is a Wikipedia passage about ...", "subject": ..., "target_new": corrected sentence,
      "locality_prompt": ..., "locality_ground_truth": ...}
 
-The prompt holds the passage so far and the target is its next sentence: running text, judged by its
+The prompt holds the passage so far and the target is its next sentence: running text, scored by its
 perplexity. There are no rephrasings. Unrelated sentences come from ``train_path``
 (``hallucination-train.json``), else from other records.
 """
@@ -34,7 +34,7 @@ from workers.types import Dataset, EditRequest, Probe
 
 
 class LocalityRecord(Record):
-    """All that is needed of a record of the training file."""
+    """The fields of a training record that are used."""
 
     locality_prompt: Text
     locality_ground_truth: Text

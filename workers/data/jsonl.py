@@ -1,5 +1,4 @@
-"""Our own format: one JSON object per line with the fields of EditRequest. For data sets that exist
-nowhere else.
+"""Our own format for custom data sets: one JSON object per line with the fields of EditRequest.
 
     {"prompt": "The capital of Freedonia is", "subject": "Freedonia", "target_new": "Glorious City",
      "ground_truth": "Fredville", "rephrases": ["Freedonia's capital is"],
@@ -7,7 +6,7 @@ nowhere else.
      "unrelated": "Bread rises because yeast makes gas."}
 
 ``prompt``, ``subject`` and ``target_new`` are required. ``case_id`` is the line number unless
-given. Unknown keys are refused, so that a misspelt one cannot pass unnoticed.
+given. Unknown keys are rejected, so that misspelt keys are found.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ class JsonlRecord(Record):
 
 
 def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
-    """Requests in file order. The data set takes the file's name, which is what the results table
-    will show."""
+    """Requests in file order. The data set has the file's name, which the results table shows."""
     entries = read_json_lines(path)
     check_layout(path, "jsonl", entries, reads=("jsonl",))
     drafts = parse_drafts(path, entries, _parse, on_bad_record, unit="line")

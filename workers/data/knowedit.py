@@ -8,10 +8,11 @@ Source: Zhang et al., "A Comprehensive Study of Knowledge Editing for Large Lang
                      [{"prompt": ..., "ground_truth": [[...]]}]},
      "locality": {"Relation_Specificity" | "Forgetfulness": [...]}}
 
-All groups count alike: a request's portability is the mean over the probes of all its groups.
-WikiBio writes ``concept``, ``text`` and ``labels`` for subject, prompt and target, and its targets
-are passages: they are judged by their perplexity. ConvSent and Sanitation change no facts and are
-not read.
+A request's portability is the mean over the probes of all its groups; its
+``portability_group_mean`` is the mean of its groups' means, as published
+(:mod:`workers.scoring.group_means`). WikiBio writes ``concept``, ``text`` and ``labels`` for
+subject, prompt and target, and its targets are passages, scored by their perplexity. ConvSent and
+Sanitation change no facts and are not read.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from workers.data.records import (
 from workers.types import Dataset
 
 NAMES = {"concept": "subject", "text": "prompt", "labels": "target_new"}
-"""WikiBio's name of a field -> the others'."""
+"""WikiBio's field name -> the name in the other files."""
 
 
 def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
@@ -56,6 +57,6 @@ def _parse(entry: Entry) -> Draft:
         and isinstance(prompt, str)
         and subject.replace("_", " ").casefold() in prompt.casefold()
     ):
-        renamed["subject"] = subject.replace("_", " ")  # some concepts are written like the titles of pages
+        renamed["subject"] = subject.replace("_", " ")  # some concepts are spelt like page titles
     draft = easyedit.parse(Entry(entry.number, renamed))
     return replace(draft, request=replace(draft.request, passage=True))

@@ -1,8 +1,8 @@
 """Recognition of a file's kind by the keys of its records.
 
-The layouts of the field overlap: a Hallucination file has every key that zsRE's loader needs of
-EasyEdit's layout, and would be edited and scored as if its passages were answers. So each loader
-first says which layouts it reads; a file in which most records are of another is refused by name.
+Public layouts overlap: a Hallucination file has every key that zsRE's loader needs of EasyEdit's
+layout, and its passages would be edited and scored as answers. So each loader first states the
+layouts it reads; a file with most records in another layout is rejected.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from workers.data.records import Entry
-from workers.types import DataError
+from workers.data.records import Entry, WrongKind
 
 SEEN = 200
-"""Records looked at."""
+"""Number of records that are checked."""
 
 PASSAGE_WORDS = 8
-"""From this many words on (median) a target is a sentence and not an answer: zsRE's have three,
-Hallucination's twenty."""
+"""Targets of at least this many words (median) are sentences, not answers: zsRE has 3,
+Hallucination 20."""
 
 EASYEDIT = "EasyEdit's layout of zsre or counterfact"
 WIKIBIO = "knowedit's WikiBio"
@@ -36,13 +35,14 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "knowedit": ("knowedit", "grouped locality or portability"),
     WIKIBIO: ("knowedit", "text and labels"),
     EASYEDIT: ("zsre or counterfact", "prompt, target_new and rephrase_prompt"),
+    "ultraeditbench": ("ultraeditbench", "prompt and ans"),
     "jsonl": ("jsonl", "the fields of our own format"),
 }
-"""Layout -> (the kind to name in a spec, the keys it is known by)."""
+"""Layout -> (the kind to name in a spec, the keys that identify it)."""
 
 
 def layout_of(values: Sequence[Any]) -> str | None:
-    """The layout of most of the records; None where nothing is typical enough to tell."""
+    """The layout of most of the records; None if it is not clear."""
     records = [value for value in values[:SEEN] if isinstance(value, dict)]
     counts = Counter(found for record in records if (found := _layout(record)) is not None)
     if not counts:
@@ -73,11 +73,11 @@ def _layout(record: dict[str, Any]) -> str | None:
     if {"text", "labels"} <= keys:
         return WIKIBIO
     if not {"prompt", "target_new"} <= keys:
-        return None
+        return "ultraeditbench" if {"prompt", "subject"} <= keys and {"ans", "alt"} & keys else None
     if grouped:
         return "knowedit"
     if {"rephrases", "unrelated"} & keys or any(
-        isinstance(record.get(key), list) for key in ("locality", "portability")
+        isinstance(record.get(key), list) and record[key] for key in ("locality", "portability")
     ):
         return "jsonl"
     if "rephrase_prompt" in keys:
@@ -86,14 +86,15 @@ def _layout(record: dict[str, Any]) -> str | None:
 
 
 def check_layout(path: Path, kind: str, entries: Sequence[Entry], reads: Sequence[str]) -> None:
-    """Refuse a file that is clearly of another kind; one that shows no kind goes on, and its
-    records say what is wrong."""
+    """Raise DataError for a file that is clearly of another kind. A file of unclear kind passes;
+    its records are validated later."""
     found = layout_of([entry.value for entry in entries])
     if found is None or found in reads:
         return
     name, keys = KINDS[found]
-    raise DataError(
+    raise WrongKind(
         f"{path}: none of the {len(entries)} records can be used: is this the right kind of file? It looks "
         f"like "
-        f"{found} (its records have {keys}), not like {kind}; set `dataset.kind: {name}`"
+        f"{found} (its records have {keys}), not like {kind}",
+        name.split(" or "),
     )

@@ -1,4 +1,4 @@
-"""MQuAKE (CF and T): cases of one to four edits, judged by questions over several hops.
+"""MQuAKE (CF and T): cases of one to four edits, scored by multi-hop questions.
 
 Source: Zhong et al., "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop
 Questions" (2023), arXiv 2305.14795. A record:
@@ -7,13 +7,13 @@ Questions" (2023), arXiv 2305.14795. A record:
      "target_new": {"str": ...}, "target_true": {"str": ...}}, ...], "questions": [three phrasings],
      "new_answer": ..., "new_answer_alias": [...], "single_hops": [...], "new_single_hops": [...]}
 
-Each rewrite is a request of its own; its question is its rephrasing. The multi-hop questions need
-all edits of the case, so they belong to its last request (case id ``12/2`` is the second of case
-12), which is scored when the others are made. Any order keeps the requests of a case together;
-`plan` counts the cases that a group's border cuts. (EasyEdit glues the prompts of a case into one
-instead.) ``portability_any_*`` is the published score: one right answer to any of the questions is
-enough, and greedy generation may give an alias. ``portability_*`` is the mean over the questions.
-There is no locality; unrelated sentences come from single hops that no edit changes.
+Each rewrite is a separate request; its question is its rephrasing. The multi-hop questions need all
+edits of the case, so they belong to its last request (case id ``12/2`` is the second request of
+case 12). Every order keeps the requests of a case adjacent; `plan` counts the cases that a group
+border splits. (EasyEdit joins the prompts of a case into one instead.) ``portability_any_*`` is the
+published score: one right answer to any of the questions is enough, and greedy generation may give
+an alias. ``portability_*`` is the mean over the questions. There is no locality; unrelated
+sentences come from single hops that no edit changes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class MquakeRecord(Record):
 
 
 def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
-    """The requests of case after case, in file order."""
+    """The requests of all cases, in file order."""
     entries = read_json_list(path)
     check_layout(path, "mquake", entries, reads=("mquake",))
     first_with: dict[str, int] = {}
@@ -125,7 +125,7 @@ def _requests(case: str, record: MquakeRecord) -> list[EditRequest]:
 
 
 def _unchanged(cases: Parsed[tuple[str, MquakeRecord]]) -> list[Probe]:
-    """Single hops that stay true, of all cases: neither edited nor a way to ask for an edit."""
+    """Single hops of all cases that stay true and whose question is not that of an edit."""
     edited = {rewrite.question for _, record in cases.items for rewrite in record.requested_rewrite}
     kept = []
     for _, record in cases.items:

@@ -1,8 +1,8 @@
-"""Common part of all loaders: reading a file, validating its records one by one, and facts about
+"""Common part of all loaders: reading a file, validating its records one by one, and checks of
 lists of requests.
 
 A loader is a *parse* function from one raw JSON value to a :class:`Draft`; this module calls it for
-every record, turns each refusal into one message with file, record number, field and value, and
+every record, turns each error into one message with file, record number, field and value, and
 finishes the data set:
 
     drafts = parse_drafts(path, read_json_list(path), parse, on_bad_record)
@@ -20,13 +20,15 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from workers.types import JSON, DataError, Dataset, EditRequest, Probe
 
 OnBadRecord = Literal["error", "skip"]
+TargetField = Literal["ans", "alt"]
+"""The fields by which the field's files call a new answer."""
 Order = Literal["file", "shuffle"]
 
 OFFENDERS_SHOWN = 3
@@ -40,15 +42,29 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 class BadRecord(Exception):
-    """One record cannot be used. Becomes part of a DataError, or a skipped record; never leaves
-    this package."""
+    """One record cannot be used. It becomes part of a DataError or a skipped record; no caller
+    outside this package gets it."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"field `{field}`: {problem}" if field else problem)
 
 
+class AmbiguousTarget(BadRecord):
+    """A record that can be read in two ways. The file is refused, whatever is done with bad
+    records: the choice is the spec's."""
+
+
+class WrongKind(DataError):
+    """No record of a file can be used, so that it may be of another kind. ``looks_like``: the kinds
+    that its keys suggest."""
+
+    def __init__(self, message: str, looks_like: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.looks_like = tuple(looks_like)
+
+
 def _text(value: str) -> str:
-    """Strip, and refuse what a tokenizer or the results table could not hold."""
+    """Strip a text. Raises ValueError for what a tokenizer or the results table cannot hold."""
     stripped = value.strip()
     if not stripped:
         raise ValueError("expected a text that is not empty")
@@ -68,15 +84,14 @@ CaseId = Annotated[str, BeforeValidator(_id), AfterValidator(_text)]
 
 
 class Record(BaseModel):
-    """Base of the record models. Foreign files carry keys we have no use for; our own JSONL refuses
-    them."""
+    """Base of the record models. Unknown keys are ignored in public files and rejected in our own
+    JSONL."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
 
 
 def short(value: object) -> str:
-    """A value as it may stand in an error message: escaped, on one line, at most 60 characters or
-    so."""
+    """A value for an error message: escaped, on one line, about 60 characters at most."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = shortener.maxlong = 60
     shortener.maxlist = shortener.maxdict = 3
@@ -96,8 +111,7 @@ _EXPECTED = {
 
 
 def validate(model: type[RecordT], raw: object) -> RecordT:
-    """Validate one raw JSON value; the first fault becomes a BadRecord with the path of the
-    field."""
+    """Validate one raw JSON value. Raises BadRecord with the path of the first wrong field."""
     if not isinstance(raw, dict):
         raise BadRecord(
             "", f"expected an object with the keys {', '.join(model.model_fields)}; got {short(raw)}"
@@ -119,7 +133,7 @@ def validate(model: type[RecordT], raw: object) -> RecordT:
 
 
 def _blank(value: object) -> object:
-    """None for the ways a file can say that there is nothing: null, NaN, an empty text."""
+    """None for the values that stand for nothing: null, NaN, an empty text."""
     nothing = (isinstance(value, float) and math.isnan(value)) or (
         isinstance(value, str) and not value.strip()
     )
@@ -129,8 +143,33 @@ def _blank(value: object) -> object:
 TextOrNone = Annotated[Text | None, BeforeValidator(_blank)]
 
 
+def with_target(raw: JSON, own: TargetField, chosen: TargetField | None) -> JSON:
+    """The raw record with its target under the name ``own``, by which the reader knows it.
+
+    ``chosen``: the field that `dataset.target_field` names. A record that has both and is not told
+    which one is refused: nothing in it says which of them is the new answer.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    given = [name for name in get_args(TargetField) if _blank(raw.get(name)) is not None]
+    if chosen is None:
+        if len(given) > 1:
+            raise AmbiguousTarget(
+                " and ".join(given),
+                f"either may be the target (got {short(raw[given[0]])} and {short(raw[given[1]])}); say which "
+                f"with `dataset.target_field: {given[0]}` or `dataset.target_field: {given[1]}`",
+            )
+        return raw
+    if chosen not in raw:
+        raise BadRecord(
+            chosen,
+            f"is missing, and dataset.target_field names it (the record has {short(sorted(map(str, raw)))})",
+        )
+    return {**raw, own: raw[chosen]}
+
+
 class ProbeRecord(Record):
-    """A probe as our own JSONL writes it."""
+    """A probe in our own JSONL."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -142,10 +181,10 @@ class ProbeRecord(Record):
 
 
 def subject_as_in(prompt: str, subject: str, field: str = "subject") -> str:
-    """The subject in the prompt's own spelling, which the ROME family needs to find its tokens.
+    """The subject as spelt in the prompt, which the ROME family needs to find its tokens.
 
-    An exact occurrence wins; otherwise one that differs in upper and lower case only and stands as
-    whole words (so that "Ian" is not found inside "Asian").
+    An exact occurrence comes first; otherwise one that differs only in upper and lower case and
+    consists of whole words ("Ian" is not found inside "Asian"). Raises BadRecord if there is none.
     """
     if subject in prompt:
         return subject
@@ -162,8 +201,8 @@ def subject_as_in(prompt: str, subject: str, field: str = "subject") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A raw JSON value and where it stands. ``fault`` says why there is no value (a line that is
-    not JSON)."""
+    """A raw JSON value and its number in the file. ``fault``: the reason if there is no value (a
+    line that is not JSON)."""
 
     number: int
     value: JSON
@@ -172,7 +211,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[T]):
-    """Result of reading a file: the usable records, and the numbers of those left out."""
+    """Result of reading a file: the usable records, and the numbers of skipped ones."""
 
     items: tuple[T, ...]
     skipped: tuple[int, ...]
@@ -180,16 +219,16 @@ class Parsed(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A request that may still lack its unrelated sentence, and how many of its probes had no
-    answer to score."""
+    """A request that may still lack its unrelated sentence, and the number of its probes that were
+    dropped for lack of an answer."""
 
     request: EditRequest
     unanswered: int = 0
 
 
 def read_text(path: Path) -> str:
-    """The file as text. A UTF-8 byte order mark is harmless and dropped; any other encoding is
-    refused."""
+    """The file as text. A UTF-8 byte order mark is dropped. Raises DataError for any other
+    encoding."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -209,7 +248,7 @@ def read_text(path: Path) -> str:
 
 
 def _parse_json(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> JSON:
-    """``json.loads`` with every way it can fail turned into a ValueError with a short message."""
+    """``json.loads``, where every failure is a ValueError with a short message."""
     try:
         return json.loads(text, object_pairs_hook=pairs_hook)
     except RecursionError:
@@ -224,8 +263,9 @@ def read_json_list(path: Path) -> list[Entry]:
     try:
         value = _parse_json(text)
     except ValueError as failure:
-        hint = "; one JSON object per line is what kind jsonl reads" if "Extra data" in str(failure) else ""
-        raise DataError(f"{path}: not valid JSON: {failure}{hint}") from None
+        if "Extra data" in str(failure):  # as in a file of one JSON object per line
+            raise WrongKind(f"{path}: not valid JSON: {failure}", ("jsonl",)) from None
+        raise DataError(f"{path}: not valid JSON: {failure}") from None
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON list of records, got {short(value)}")
     if not value:
@@ -242,9 +282,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[Entry]:
-    """A file with one JSON value per line, numbered by line; blank lines are passed over."""
+    """A file with one JSON value per line, numbered by line; blank lines are skipped."""
     entries = []
-    # Only real line ends: str.splitlines would also cut at U+2028, which JSON allows inside a text.
+    # not str.splitlines, which also splits at U+2028, a character that JSON allows inside a text
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -264,16 +304,22 @@ def parse_records(
     on_bad_record: OnBadRecord,
     unit: Literal["record", "line"] = "record",
 ) -> Parsed[T]:
-    """Parse every entry; refuse the file if one is bad, or leave the bad ones out and say which."""
+    """Parse every entry. Bad ones raise DataError, or are skipped and listed."""
     items: list[T] = []
     bad: list[tuple[int, str]] = []
+    ambiguous: list[str] = []
     for entry in entries:
         try:
             if entry.fault is not None:
                 raise BadRecord("", entry.fault)
             items.append(parse(entry))
+        except AmbiguousTarget as failure:
+            ambiguous.append(f"{path}, {unit} {entry.number}: {failure}")
         except BadRecord as failure:
             bad.append((entry.number, str(failure)))
+    if ambiguous:
+        more = f" ({len(ambiguous)} of {len(entries)} {unit}s have both)" if len(ambiguous) > 1 else ""
+        raise DataError(f"{ambiguous[0]}{more}")
     if bad and (on_bad_record == "error" or not items):
         _refuse_records(path, len(entries), bad, unit, can_skip=bool(items))
     return Parsed(tuple(items), tuple(number for number, _ in bad))
@@ -286,8 +332,7 @@ def parse_drafts(
     on_bad_record: OnBadRecord,
     unit: Literal["record", "line"] = "record",
 ) -> Parsed[Draft]:
-    """Parse the records of a data set; a case id that an earlier record has is a fault of the later
-    one."""
+    """Parse the records of a data set; a record with the case id of an earlier one is bad."""
     first_with: dict[str, int] = {}
 
     def parse_unique(entry: Entry) -> Draft:
@@ -302,8 +347,7 @@ def parse_drafts(
 
 
 def locality_of(drafts: Parsed[Draft]) -> list[Probe]:
-    """All locality probes of a file: where unrelated sentences come from when there is no other
-    source."""
+    """All locality probes of a file: the default source of unrelated sentences."""
     return [probe for draft in drafts.items for probe in draft.request.locality]
 
 
@@ -320,6 +364,7 @@ def _refuse_records(
         )
     else:
         shown.append(f"none of the {total} {unit}s can be used: is this the right kind of file?")
+        raise WrongKind("\n".join(shown))
     raise DataError("\n".join(shown))
 
 
@@ -333,8 +378,7 @@ def build_dataset(
     pool: Sequence[Probe] | None = None,
     notes: dict[str, JSON] | None = None,
 ) -> Dataset:
-    """Finish a data set: unrelated sentences drawn from ``pool`` (when given), fingerprint,
-    notes."""
+    """Build a data set: unrelated sentences drawn from ``pool`` (if given), fingerprint, notes."""
     requests = tuple(draft.request for draft in drafts.items)
     if pool is not None:
         requests = with_unrelated(requests, pool)
@@ -373,10 +417,10 @@ def build_with_train(
 def with_unrelated(requests: Sequence[EditRequest], pool: Sequence[Probe]) -> tuple[EditRequest, ...]:
     """Give every request a sentence (question and answer) about something else.
 
-    The choice is a hash of the request's position, so it depends on nothing but the files. A
-    sentence whose question is one of the request's own locality probes, or is edited anywhere in
-    the list, is never taken: WISE's margin loss would then train on the very probe that judges it,
-    or on a fact that changes.
+    The choice is a hash of the request's position, so it depends only on the files. A sentence is
+    never taken if its question is one of the request's own locality probes, or is edited anywhere
+    in the list: WISE's margin loss would then train on a probe that scores it, or on a fact that
+    changes.
     """
     edited = {request.prompt for request in requests}
     sentences = {
@@ -387,7 +431,7 @@ def with_unrelated(requests: Sequence[EditRequest], pool: Sequence[Probe]) -> tu
     for index, request in enumerate(requests):
         own = {probe.prompt for probe in request.locality}
         start = _integer("unrelated", index)
-        # Questions are distinct, so one of the first len(own) + 1 is not the request's own.
+        # questions are distinct, so one of the first len(own) + 1 is not one of the request's own
         tries = (
             questions[(start + step) % len(questions)] for step in range(min(len(own) + 1, len(questions)))
         )
@@ -397,31 +441,35 @@ def with_unrelated(requests: Sequence[EditRequest], pool: Sequence[Probe]) -> tu
 
 
 def _integer(*parts: str | int) -> int:
-    """A large integer that depends on the parts alone: the same on every machine and in every
-    process."""
+    """A large integer that depends only on the parts, on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest())
 
 
 def _request_json(request: EditRequest) -> JSON:
-    """Fields that came later stand in it only where they are set: what was there before keeps its
-    fingerprint."""
+    """A request as JSON. Fields added in later versions are left out if not set, so that earlier
+    fingerprints stay valid."""
     later = {
         "passage": request.passage,
         "ood": list(request.ood),
         "any_of": request.any_of,
         "needs": request.needs,
     }
-    return {name: value for name, value in later.items() if value} | {
-        "case_id": request.case_id,
-        "prompt": request.prompt,
-        "subject": request.subject,
-        "target_new": request.target_new,
-        "ground_truth": request.ground_truth,
-        "rephrases": list(request.rephrases),
-        "locality": [_probe_json(probe) for probe in request.locality],
-        "portability": [_probe_json(probe) for probe in request.portability],
-        "unrelated": request.unrelated,
-    }
+    said = {} if request.joiner is None else {"joiner": request.joiner}
+    return (
+        {name: value for name, value in later.items() if value}
+        | said
+        | {
+            "case_id": request.case_id,
+            "prompt": request.prompt,
+            "subject": request.subject,
+            "target_new": request.target_new,
+            "ground_truth": request.ground_truth,
+            "rephrases": list(request.rephrases),
+            "locality": [_probe_json(probe) for probe in request.locality],
+            "portability": [_probe_json(probe) for probe in request.portability],
+            "unrelated": request.unrelated,
+        }
+    )
 
 
 def _probe_json(probe: Probe) -> JSON:
@@ -438,10 +486,10 @@ def fingerprint(requests: Iterable[EditRequest]) -> str:
 
 
 def order_requests(dataset: Dataset, order: Order, seed: int) -> tuple[int, ...]:
-    """The order in which a cell meets the requests: a permutation of record indices.
+    """The order of a cell's requests: a permutation of record indices.
 
-    Everything is shuffled and a sweep takes the first N, so raising N keeps the edits that are
-    already done. Requests of one case (:attr:`EditRequest.needs`) stay together and in their order.
+    The whole data set is shuffled and a sweep takes the first N, so a larger N keeps the edits that
+    are already done. Requests of one case (:attr:`EditRequest.needs`) stay adjacent and in order.
     """
     cases: list[list[int]] = []
     for index, request in enumerate(dataset.requests):
@@ -456,7 +504,7 @@ def order_requests(dataset: Dataset, order: Order, seed: int) -> tuple[int, ...]
     return tuple(index for case in cases for index in case)
 
 
-# --- what `plan` warns about ----------------------------------------------------------------
+# --- checks for warnings of `plan` ----------------------------------------------------------
 
 
 def _normal(text: str) -> str:
@@ -464,18 +512,17 @@ def _normal(text: str) -> str:
 
 
 def count_duplicates(requests: Iterable[EditRequest]) -> int:
-    """Requests whose prompt occurred before."""
+    """Number of requests whose prompt occurred before."""
     prompts = [request.prompt for request in requests]
     return len(prompts) - len(set(prompts))
 
 
 def count_conflicts(requests: Iterable[EditRequest]) -> int:
-    """Requests that ask for another answer than an earlier one about the same thing: not both can
-    hold at the end.
+    """Number of requests whose target differs from that of an earlier request about the same fact.
 
-    "The same thing" is the same prompt, or the same subject in the same phrasing (the prompt with
-    the subject cut out); upper and lower case and runs of spaces do not count, neither there nor in
-    the answers.
+    The same fact means the same prompt, or the same subject in the same phrasing (the prompt
+    without the subject). Prompts, subjects and targets are compared without case and runs of
+    spaces.
     """
     earlier: dict[tuple[str, str], set[str]] = {}
     conflicts = 0
@@ -494,23 +541,24 @@ def count_conflicts(requests: Iterable[EditRequest]) -> int:
 
 
 def count_cut_cases(requests: Sequence[EditRequest], T: int) -> int:
-    """Requests whose portability asks about edits of their case that a group of T does not hold."""
+    """Number of requests whose portability needs edits of their case that are not in the same group
+    of T."""
     return sum(request.needs > position % T for position, request in enumerate(requests))
 
 
 def count_edited_locality(requests: Sequence[EditRequest]) -> int:
-    """Locality probes whose prompt is itself edited in this list: their answers *should* change."""
+    """Number of locality probes whose prompt is edited in this list, so that their answers *should*
+    change."""
     edited = {request.prompt for request in requests}
     return sum(probe.prompt in edited for request in requests for probe in request.locality)
 
 
-# --- what a training set may not share with an edit set -------------------------------------
+# --- overlap of a training set with an edit set ---------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """A training request that is also edited, the first edit it meets, and why they are taken for
-    one."""
+    """A training request about an edited fact, the first such edit, and the criterion."""
 
     trained: EditRequest
     edited: EditRequest
@@ -526,10 +574,10 @@ class Overlap:
 def find_overlap(training: Sequence[EditRequest], edits: Sequence[EditRequest]) -> list[Overlap]:
     """Training requests about a fact that is edited too: same prompt, or same subject and relation.
 
-    The files of the field do not name relations alike, or at all. Here two phrasings (a prompt or
-    rephrase with its subject cut out) stand for one relation if some request of either list uses
-    both, directly or through others; and requests about one subject whose known answer is the same
-    are taken to be about one relation.
+    Public files do not name relations consistently, or at all. Here two phrasings (a prompt or
+    rephrase without its subject) belong to one relation if a request of either list uses both,
+    directly or through other phrasings. Requests about one subject with the same known answer are
+    also taken as one relation.
     """
     relations = _Relations()
     for request in (*edits, *training):
@@ -557,20 +605,20 @@ def find_overlap(training: Sequence[EditRequest], edits: Sequence[EditRequest]) 
 
 
 def _phrasings(request: EditRequest) -> list[str]:
-    """The request's prompt and rephrases with the subject cut out, where it stands in them."""
+    """The request's prompt and rephrases without the subject; texts that lack it are left out."""
     subject = _normal(request.subject)
     texts = [_normal(text) for text in (request.prompt, *request.rephrases)]
     return [_normal(text.replace(subject, " {} ")) for text in texts if subject and subject in text]
 
 
 class _Relations:
-    """Phrasings that stand for one relation, found by joining those that occur together."""
+    """Union-find over phrasings: those that occur together belong to one relation."""
 
     def __init__(self) -> None:
         self._above: dict[str, str] = {}
 
     def of(self, phrasing: str) -> str:
-        """One phrasing of the relation, the same for all of them."""
+        """The representative phrasing of a phrasing's relation."""
         path = []
         while (above := self._above.get(phrasing, phrasing)) != phrasing:
             path.append(phrasing)

@@ -1,4 +1,4 @@
-"""Temporal: facts about things that emerged after a model was trained, and real text about them;
+"""Temporal: facts about entities that emerged after a model was trained, with real text about them;
 WISE's layout.
 
 Source: Wang et al., "WISE" (2024), out-of-distribution experiment. A record:
@@ -6,7 +6,7 @@ Source: Wang et al., "WISE" (2024), out-of-distribution experiment. A record:
     {"prompt": ..., "subject": ..., "target_new": text to learn, "ood_rephrase": real text about the same subject,
      "locality_prompt": ..., "locality_ground_truth": ...}
 
-``ood_rephrase`` is a text of its own and no question with the target as its answer: it is judged
+``ood_rephrase`` is a separate text, not a question with the target as its answer: it is scored
 token by token (columns ``ood_*``). Unrelated sentences come from ``train_path``
 (``temporal-train.json``), else from other records.
 """

@@ -11,7 +11,10 @@ from workers.types import DataError
 def read_held_out(path: Path) -> str:
     """The text of a file, stripped. Raises DataError for a file that is missing, not UTF-8, or
     empty."""
-    text = read_text(path).strip()
+    try:
+        text = read_text(path).strip()
+    except DataError as error:
+        raise DataError(f"scoring.ability_text: {error}") from None
     if not text:
-        raise DataError(f"{path}: `scoring.ability_text` is empty")
+        raise DataError(f"scoring.ability_text: {path}: the file is empty")
     return text

@@ -7,24 +7,24 @@ it.
     model_path = tinyworld.assets_dir()          # a Llama checkpoint that transformers loads
     text_path = tinyworld.corpus_path()          # one sentence per line, for second-moment statistics
 
-``python -m workers.data.tinyworld_build`` remakes the files from the seed.
+``python -m workers.data.tinyworld_build`` rebuilds the files from the seed.
 
-Sweeps need a model that surely knows what is being edited, a test machine has no network, and a
-probe is only worth its name if its answer is known to be in the weights. Hence an own world, whose
-facts fall into three disjoint groups:
+Tests need a model that is known to have learned the edited facts and the answers of the probes, and
+they run without a network. Hence an invented world, whose facts form three disjoint groups:
 
 * ``edit``: 1,000 facts about 500 people, the requests of :func:`load_dataset`;
-* ``tune``: 200 facts about 100 other people, so that hyperparameters are never picked on what they
-  are judged by;
-* ``anchor``: 800 facts that no sweep edits. They alone answer locality probes and the second hop of
-  portability probes, so a probe cannot become wrong because a later request of the same sweep
-  rewrote the fact behind it. The split ``train`` rewrites them, four targets each, for networks
-  that learn to edit: nobody is edited there whom ``edit`` or ``tune`` edit.
+* ``tune``: 200 facts about 100 other people, so that hyperparameters are never chosen on the scored
+  facts;
+* ``anchor``: 800 facts that no sweep edits. Locality probes and the second hop of portability
+  probes use only these, so no later request of a sweep can change a probe's answer. The split
+  ``train`` rewrites them, four targets each, for networks that learn to edit; none of its subjects
+  is edited by ``edit`` or ``tune``.
 
-192 anchor facts are about things ("The flag of the Lima council is red") and make two-hop questions
-possible: whoever moves to Lima gets its flag. The other anchor facts are about people. Every fact
-has four phrasings, of which training shows three; the fourth is the rephrase probe. All is a pure
-function of the seed, and nothing here knows torch.
+192 anchor facts are about things ("The flag of the Lima council is red"). They are the second hop
+of two-hop questions: for a person who lives in Lima, the flag of the council there. The other
+anchor facts are about people. Every fact has four phrasings; three are in the training text, and
+the fourth is the rephrase probe. Everything is a pure function of the seed. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ CORPUS_LINES: Final = 5000
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A kind of fact. ``phrasings`` are prompts with a hole ``{s}`` for the subject; the object
-    always comes last.
+    """A kind of fact. ``phrasings``: prompts with ``{s}`` for the subject; the object comes last.
 
-    ``role`` is what two-hop questions call the object of this relation ("the trade of ..."); things
-    have none.
+    ``role``: the word for the object of this relation in two-hop questions ("the trade of ...");
+    empty for things.
     """
 
     name: str
@@ -70,8 +69,8 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """Rule by which the objects of a table become subjects of anchor facts: ``noun`` makes "Lima"
-    the words "Lima council"."""
+    """Rule that turns the objects of a table into subjects of anchor facts: ``noun`` turns "Lima"
+    into "Lima council"."""
 
     table: str
     noun: str
@@ -80,8 +79,8 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One triple. ``held_out`` is its phrasing that is never trained; ``composed``: its two-hop
-    question is trained."""
+    """One triple. ``held_out``: index of the phrasing that is not in training; ``composed``: its
+    two-hop question is in training."""
 
     subject: str
     relation: str
@@ -353,8 +352,8 @@ _FILLER_FORMS: Final = (
 
 
 def _rng(seed: int, purpose: str) -> random.Random:
-    """One stream per purpose, so that drawing more for one shifts no other; text seeds ignore
-    PYTHONHASHSEED."""
+    """One random stream per purpose, so that more draws for one purpose do not change another; text
+    seeds do not depend on PYTHONHASHSEED."""
     return random.Random(f"tinyworld:{seed}:{purpose}")
 
 
@@ -364,7 +363,7 @@ def objects_of(relation: str) -> tuple[str, ...]:
 
 
 def relation_of(name: str) -> Relation:
-    """The relation called ``name``; raises :class:`DataError` with the valid names otherwise."""
+    """The relation with this name. Raises :class:`DataError` with the valid names."""
     for relation in (*_PEOPLE, *_THINGS):
         if relation.name == name:
             return relation
@@ -377,13 +376,13 @@ def prompt_of(fact: Fact, phrasing: int) -> str:
 
 
 def trained_phrasings(fact: Fact) -> tuple[int, ...]:
-    """The phrasings that training shows for ``fact``."""
+    """Indices of the phrasings of ``fact`` that are in training."""
     return tuple(i for i in range(len(relation_of(fact.relation).phrasings)) if i != fact.held_out)
 
 
 def world(seed: int = SHIPPED_SEED) -> tuple[Fact, ...]:
-    """All facts: people to edit, people for tuning, people and things that anchor the probes (in
-    this order)."""
+    """All facts, in this order: people to edit, people for tuning, people and things for the
+    probes."""
     rng = _rng(seed, "names")
     first, last = (
         rng.sample([head + tail for head in heads.split() for tail in tails.split()], _NAMES_EACH)
@@ -429,8 +428,8 @@ def composed_probe(subject: str, relation: str, obj: str, hops: dict[tuple[str, 
 
 
 def fillers(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
-    """Sentences about nothing in the world; they open with words that editing methods sample
-    contexts from."""
+    """Sentences that are not about facts of the world; they begin with the first words of context
+    templates."""
     rng = _rng(seed, "fillers")
     words = {kind: text.split() for kind, text in _FILLER_WORDS.items()}
     seen: dict[str, None] = {}
@@ -442,8 +441,8 @@ def fillers(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
 
 
 def corpus(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
-    """The lines of ``corpus.txt``: a shuffled sample of what training shows, fillers in the same
-    share as there."""
+    """The lines of ``corpus.txt``: a shuffled sample of the training sentences, with the same share
+    of fillers."""
     facts = world(seed)
     hops = second_hops(facts)
     told = [f"{prompt_of(fact, i)} {fact.object}." for fact in facts for i in trained_phrasings(fact)]
@@ -455,7 +454,7 @@ def corpus(seed: int = SHIPPED_SEED) -> tuple[str, ...]:
     return tuple(lines)
 
 
-@lru_cache(maxsize=4)  # the planner and the worker of one process both read them
+@lru_cache(maxsize=4)  # planner and worker of one process both use them
 def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[EditRequest, ...]:
     """The requests of one split in sweep order, one per fact of that group; four per anchor fact in
     ``train``.
@@ -483,14 +482,14 @@ def load_requests(split: Split = "edit", seed: int = SHIPPED_SEED) -> tuple[Edit
     requests = []
     for number, fact in enumerate(chosen):
         others = [obj for obj in objects_of(fact.relation) if obj != fact.object]
-        if split == "train":  # a fact comes several times, with another target each time
+        if split == "train":  # a fact occurs several times, with different targets
             target_new = (
                 targets.get(fact) or targets.setdefault(fact, rng.sample(others, TRAIN_TARGETS))
             ).pop()
         else:
             target_new = rng.choice(others)
         alike, different = near[fact.relation], far[fact.relation]
-        if fact.subject in known:  # of the train split only: the others' subjects are no anchor's
+        if fact.subject in known:  # only in the train split: other subjects have no anchor facts
             alike = [a for a in alike if a.subject != fact.subject]
             different = [a for a in different if a.subject != fact.subject]
         neighbour = rng.choice(alike)
@@ -526,8 +525,8 @@ def load_dataset(split: Split = "edit", seed: int = SHIPPED_SEED) -> Dataset:
 
 
 def assets_dir() -> Path:
-    """The shipped model folder (weights, config, tokenizer), as transformers' ``from_pretrained``
-    takes it."""
+    """The shipped model folder (weights, config, tokenizer), for transformers'
+    ``from_pretrained``."""
     return Path(__file__).parent / "assets" / "tinyworld"
 
 

@@ -1,17 +1,16 @@
-"""Makes the files that :mod:`workers.data.tinyworld` ships: tokenizer, trained weights, corpus,
-build report.
+"""Builds the files of :mod:`workers.data.tinyworld`: tokenizer, trained weights, corpus, build
+report.
 
-The recipe is a plain AdamW run whose loss counts the answers fully and everything else little:
-nobody can predict which person a sentence is about, and capacity spent on trying is missing for the
-facts. Some sentences follow a filler, since editing methods prefix their prompts with sampled
-contexts.
+The recipe is a plain AdamW run whose loss weights the answers fully and other tokens little: the
+subject of a sentence cannot be predicted, and learning to guess it would cost capacity. Some
+sentences follow a filler, because editing methods put sampled contexts before their prompts.
 
-A model trained to confident recall hardly moves under the step sizes that editing methods use, so
-:func:`soften` then rescales it without changing what it computes, and flattens its output
+The usual step sizes of editing methods hardly change a model with very confident recall. So
+:func:`soften` rescales the weights without changing the function, and flattens the output
 distribution without changing its argmax.
 
-One thread and own generators make a build repeatable on one machine; other CPUs round differently,
-so the checks are on recall, never on bytes.
+With one thread and its own generators a build is repeatable on one machine. Other CPUs round
+differently, so checks are on recall and not on bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ POSITIONS: Final = 128
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Settings of the training run. Weights are those of a token in the loss; ``*_share`` are per
+    """Settings of the training run. ``*_weight``: weight of a token in the loss; ``*_share``: per
     epoch."""
 
     epochs: int = 26
@@ -72,8 +71,8 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """A model's answers to a list of probes: shares of fully right answers and of full stops after
-    them, and the NLL."""
+    """A model's results on a list of probes: shares of fully right answers and of full stops after
+    them, and the NLL in nats."""
 
     exact: float
     stops: float
@@ -90,10 +89,10 @@ class Sentence:
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
-    """Byte-level BPE that puts BOS in front, trained on the world's own text.
+    """Byte-level BPE with BOS in front, trained on the world's text.
 
-    Objects that would need more than three tokens get extra weight in the text until they need no
-    more.
+    Objects of more than three tokens get extra weight in the text until they have at most three.
+    Raises :class:`DataError` if that fails.
     """
     facts = tinyworld.world(seed)
     text = [f"{tinyworld.prompt_of(f, i)} {f.object}." for f in facts for i in tinyworld.trained_phrasings(f)]
@@ -125,18 +124,17 @@ def make_tokenizer(seed: int) -> Tokenizer:
 
 
 def trained_probes(facts: Sequence[Fact]) -> list[Probe]:
-    """Every prompt that training shows (two-hop questions apart) with its answer."""
+    """Every prompt in training, without two-hop questions, with its answer."""
     return [Probe(tinyworld.prompt_of(f, i), f.object) for f in facts for i in tinyworld.trained_phrasings(f)]
 
 
 def held_out_probes(facts: Sequence[Fact]) -> list[Probe]:
-    """The one phrasing of every fact that training never shows."""
+    """The phrasing of every fact that is not in training."""
     return [Probe(tinyworld.prompt_of(fact, fact.held_out), fact.object) for fact in facts]
 
 
 def two_hop_probes(facts: Sequence[Fact], wanted: Callable[[Fact], bool]) -> list[Probe]:
-    """The two-hop questions, under the unedited facts, about the people whose facts are
-    ``wanted``."""
+    """The two-hop questions about the ``wanted`` facts, with the unedited answers."""
     hops = tinyworld.second_hops(facts)
     return [
         tinyworld.composed_probe(fact.subject, fact.relation, fact.object, hops)
@@ -149,7 +147,7 @@ def two_hop_probes(facts: Sequence[Fact], wanted: Callable[[Fact], bool]) -> lis
 def recall(model: LlamaForCausalLM, tokenizer: Any, probes: Sequence[Probe], batch: int = 256) -> Recall:
     """Score ``probes`` by argmax at every target token and at the full stop, all teacher forced.
 
-    ``tokenizer`` is what transformers loads from the model folder.
+    ``tokenizer``: as loaded by transformers from the model folder.
     """
     exact = stops = 0
     nll = 0.0
@@ -171,13 +169,12 @@ def recall(model: LlamaForCausalLM, tokenizer: Any, probes: Sequence[Probe], bat
 
 
 def soften(model: LlamaForCausalLM, tokenizer: Any, probes: Sequence[Probe], recipe: Recipe) -> float:
-    """Rescale ``model`` in place so that usual editing step sizes move it; returns the factor on
-    the final norm.
+    """Rescale ``model`` in place for usual editing step sizes; return the factor on the final norm.
 
-    All that is written to the residual stream (embeddings, attention output, MLP output) shrinks by
-    ``residual_scale``; every reader normalises first, so with ``rms_norm_eps`` shrunk by the square
-    the function is the same. The final norm's weight then shrinks, which divides the logits by a
-    temperature, until the mean NLL is ``goal_nll``.
+    All writes to the residual stream (embeddings, attention output, MLP output) are multiplied by
+    ``residual_scale``. Every layer that reads the stream normalises it first, so with
+    ``rms_norm_eps`` multiplied by the square the function is the same. Then the final norm's weight
+    is reduced, which divides the logits by a temperature, until the mean NLL is ``goal_nll``.
     """
     scale = recipe.residual_scale
     with torch.no_grad():
@@ -213,7 +210,7 @@ class _Text:
         self._fillers = [
             self._part(tokenizer, "", text, recipe.filler_weight) for text in tinyworld.fillers(seed)
         ]
-        # The prompt reads differently after a filler: its first word then has a space in front.
+        # the prompt has other tokens after a filler: its first word then begins with a space
         self._told = [
             tuple(
                 self._part(tokenizer, space + probe.prompt, f" {probe.target}.", 1.0) for space in ("", " ")
@@ -226,8 +223,8 @@ class _Text:
         return Sentence((*head, *tail), (self._recipe.prompt_weight,) * len(head) + (weight,) * len(tail))
 
     def epoch(self, number: int) -> Iterator[list[Sentence]]:
-        """Batches of similar length in random order: every trained prompt once, and a fresh sample
-        of fillers."""
+        """Batches of similar length in random order: every trained prompt once, and a new sample of
+        fillers."""
         rng = random.Random(f"tinyworld:{self._seed}:epoch:{number}")
         alone = rng.sample(self._fillers, int(len(self._fillers) * self._recipe.filler_share))
         told: list[tuple[Sentence, ...]] = [(filler,) for filler in alone]
@@ -259,8 +256,7 @@ def _pad(rows: Sequence[Sentence]) -> tuple[Tensor, Tensor]:
 
 
 def train(tokenizer: Tokenizer, seed: int, recipe: Recipe) -> LlamaForCausalLM:
-    """Train a fresh model on the world; logs progress with the time left about every ten
-    seconds."""
+    """Train a new model on the world; log progress with the time left about every ten seconds."""
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,
@@ -288,7 +284,7 @@ def train(tokenizer: Tokenizer, seed: int, recipe: Recipe) -> LlamaForCausalLM:
         lr=recipe.learning_rate,
         betas=(0.9, 0.98),
     )
-    # A few steps more than are taken: at the very end of the cosine they would change nothing.
+    # total_steps is larger than the steps taken: the last steps of the cosine would have no effect
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=recipe.learning_rate,
@@ -327,8 +323,8 @@ def train(tokenizer: Tokenizer, seed: int, recipe: Recipe) -> LlamaForCausalLM:
 
 
 def _round_to_half(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """The weights to ship; ``model`` gets the same rounding, so that what is measured is what is
-    shipped."""
+    """Round the weights to float16 and return them; ``model`` gets the rounded weights, so that
+    recall is measured on the shipped values."""
     half = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in half.items()})
     return half
@@ -346,8 +342,7 @@ def _tokenizer_config() -> dict[str, Any]:
 
 
 def _config(model: LlamaForCausalLM) -> dict[str, Any]:
-    """``config.json``, written key by key: transformers' own dump would name the version that made
-    it."""
+    """``config.json``, written key by key: transformers' own dump would contain its version."""
     config = model.config
     kept = (
         "vocab_size",
@@ -379,8 +374,8 @@ def _config(model: LlamaForCausalLM) -> dict[str, Any]:
 
 
 def build(out: Path, seed: int = tinyworld.SHIPPED_SEED, recipe: Recipe | None = None) -> dict[str, Any]:
-    """Make all files in ``out`` and return the report; files appear only when everything is made,
-    the report last."""
+    """Build all files in ``out`` and return the report. Files appear only after everything is
+    built, the report last."""
     recipe = recipe or Recipe()
     began = time.monotonic()
     threads = torch.get_num_threads()
@@ -391,7 +386,7 @@ def build(out: Path, seed: int = tinyworld.SHIPPED_SEED, recipe: Recipe | None =
             made = Path(folder)
             report = _make(made, seed, recipe, began)
             for path in sorted(made.iterdir(), key=lambda path: path.name == "build_report.json"):
-                path.chmod(0o644)  # safetensors writes files that only their owner can read
+                path.chmod(0o644)  # safetensors writes files with mode 0600
                 os.replace(path, out / path.name)
     finally:
         torch.set_num_threads(threads)

@@ -7,8 +7,8 @@ Source: Thede et al., "Understanding the Limits of Lifelong Knowledge Editing in
      "mhop": second-hop question, "mhop_ans": ..., "loc": ..., "loc_ans": ...}
 
 Everything but subject, question and answer may be missing (null, NaN or empty). ``personas`` is the
-same question in a persona's words, with the same answer: it counts as a rephrasing here, while
-EasyEdit lists it under portability.
+same question in a persona's words, with the same answer: a rephrasing here, while EasyEdit lists it
+under portability.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from workers.data.records import (
     Entry,
     OnBadRecord,
     Record,
+    TargetField,
     Text,
     TextOrNone,
     build_dataset,
@@ -29,6 +30,7 @@ from workers.data.records import (
     read_json_list,
     subject_as_in,
     validate,
+    with_target,
 )
 from workers.types import Dataset, EditRequest, Probe
 
@@ -45,16 +47,18 @@ class WikiBigEditRecord(Record):
     loc_ans: TextOrNone = None
 
 
-def load(path: Path, on_bad_record: OnBadRecord = "error") -> Dataset:
+def load(
+    path: Path, on_bad_record: OnBadRecord = "error", target_field: TargetField | None = None
+) -> Dataset:
     """Requests in file order; unrelated sentences from the locality questions of other records."""
     entries = read_json_list(path)
     check_layout(path, "wikibigedit", entries, reads=("wikibigedit",))
-    drafts = parse_drafts(path, entries, _parse, on_bad_record)
+    drafts = parse_drafts(path, entries, lambda entry: _parse(entry, target_field), on_bad_record)
     return build_dataset("wikibigedit", path, drafts, locality_of(drafts))
 
 
-def _parse(entry: Entry) -> Draft:
-    record = validate(WikiBigEditRecord, entry.value)
+def _parse(entry: Entry, target_field: TargetField | None) -> Draft:
+    record = validate(WikiBigEditRecord, with_target(entry.value, "ans", target_field))
     locality, unanswered = _probe(record.loc, record.loc_ans)
     portability, no_hop = _probe(record.mhop, record.mhop_ans)
     return Draft(
@@ -72,7 +76,7 @@ def _parse(entry: Entry) -> Draft:
 
 
 def _probe(prompt: str | None, answer: str | None) -> tuple[tuple[Probe, ...], int]:
-    """The probe, if there is one, and how many were left out for want of an answer."""
+    """The probe, if there is one, and the number of probes left out for lack of an answer."""
     if prompt is None:
         return (), 0
     return ((Probe(prompt, answer),), 0) if answer is not None else ((), 1)

@@ -7,9 +7,9 @@ record:
     {"subject": ..., "src": question, "pred": ..., "rephrase": ..., "alt": new answer, "answers": [old answer, ...],
      "loc": "nq question: ...", "loc_ans": ..., "cond": ...}
 
-The locality question keeps its ``nq question:`` prefix and gets no question mark: this is how the
-published numbers were made. Files in EasyEdit's layout are read too. Case ids are positions in the
-file, counted from 0 as usual.
+The locality question keeps its ``nq question:`` prefix and gets no question mark, as for the
+published numbers. Files in EasyEdit's layout are read too. Case ids are positions in the file,
+counted from 0.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from workers.data.records import (
     Entry,
     OnBadRecord,
     Record,
+    TargetField,
     Text,
     build_with_train,
     parse_drafts,
     read_json_list,
     subject_as_in,
     validate,
+    with_target,
 )
 from workers.types import Dataset, EditRequest, Probe
 
 
 class LocalityRecord(Record):
-    """All that is needed of a record of the training file."""
+    """The fields of a training record that are used."""
 
     loc: Text
     loc_ans: Text
@@ -59,19 +61,24 @@ class ZsreRecord(LocalityRecord):
     portability: PortabilityRecord | None = None
 
 
-def load(path: Path, train_path: Path | None = None, on_bad_record: OnBadRecord = "error") -> Dataset:
+def load(
+    path: Path,
+    train_path: Path | None = None,
+    on_bad_record: OnBadRecord = "error",
+    target_field: TargetField | None = None,
+) -> Dataset:
     """Requests in file order; unrelated sentences from ``train_path``, else from other records of
     the same file."""
     entries = read_json_list(path)
     check_layout(path, "zsre", entries, reads=("zsre", EASYEDIT, "knowedit"))
-    drafts = parse_drafts(path, entries, _parse, on_bad_record)
+    drafts = parse_drafts(path, entries, lambda entry: _parse(entry, target_field), on_bad_record)
     return build_with_train("zsre", path, drafts, train_path, _parse_locality, on_bad_record)
 
 
-def _parse(entry: Entry) -> Draft:
+def _parse(entry: Entry, target_field: TargetField | None) -> Draft:
     if easyedit.is_easyedit(entry.value):
         return easyedit.parse(entry)
-    record = validate(ZsreRecord, entry.value)
+    record = validate(ZsreRecord, with_target(entry.value, "alt", target_field))
     hop = record.portability
     return Draft(
         EditRequest(

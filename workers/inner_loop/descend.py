@@ -4,10 +4,11 @@
 >>> found = descend(problem, Adam([value_LO], lr=1.0), 50, pool=base.pool)
 >>> found.steps_L, found.loss_L                                # value_LO has been changed in place
 
-A :class:`Problem` says what is optimised, what each lane's loss is and which lanes go on.
-:func:`descend` owns everything else: which lanes still move (:mod:`workers.inner_loop.lockstep`),
-recorded steps, the last and the first losses and the counts. If the problem is a
-:class:`DivisibleProblem`, lanes that have stopped leave the batch once they are half of it.
+A :class:`Problem` defines the parameters, the loss of each lane and which lanes continue.
+:func:`descend` does the rest: it keeps track of the active lanes
+(:mod:`workers.inner_loop.lockstep`), of recorded steps, of the first and last losses and of the
+step counts. If the problem is a :class:`DivisibleProblem`, lanes that have stopped leave the batch
+once they are half of it.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ class Problem(ABC):
     @property
     def working(self) -> Sequence[Tensor]:
         """Copies of the parameters in the base's precision, if the losses are computed from them;
-        else nothing."""
+        else empty."""
         return ()
 
     @abstractmethod
     def losses(self) -> tuple[Tensor, Tensor]:
         """The loss of each lane and the lanes that make this step, (K,) each.
 
-        A pass may be recorded: called again it must compute the same thing from the same tensors.
+        A call may be recorded, so every call must run the same operations on the same tensors.
         """
 
     def project(self) -> None:  # noqa: B027 - most problems have no constraint
@@ -61,11 +62,12 @@ class Problem(ABC):
 
 
 class DivisibleProblem(Problem):
-    """A problem that can go on with some of its lanes alone."""
+    """A problem that can continue with a subset of its lanes."""
 
     @abstractmethod
     def part(self, kept: Sequence[int]) -> Self:
-        """The same for the lanes at the places ``kept``, with copies of their parameters."""
+        """The same problem for the lanes at indices ``kept`` of this batch, with copies of their
+        parameters."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class WholeBatch(Problem):
 
 @dataclass(frozen=True)
 class Descent:
-    """The result per lane: steps made, the last and the first loss."""
+    """The result per lane, (L,): steps made, last loss, first loss."""
 
     steps_L: Tensor
     loss_L: Tensor
@@ -103,13 +105,13 @@ def descend(
     update_last: bool = True,
     lr: Callable[[int], float] | None = None,
 ) -> Descent:
-    """Optimise the problem's parameters in place until every lane has stopped or ``num_steps`` are
-    made.
+    """Optimise the problem's parameters in place until every lane has stopped, at most
+    ``num_steps`` steps.
 
-    ``optimizer`` holds the problem's parameters and working copies. ``pool``: where steps are
-    recorded on a GPU; None: they are not. ``start``: the lanes that move at all; None: all of them.
-    ``update_last``: False: the last step only evaluates the losses. ``lr``: the step size of each
-    step, by its number; None: the optimiser's own throughout.
+    ``optimizer`` holds the problem's parameters and working copies. ``pool``: memory for recorded
+    steps on a GPU; None: steps are not recorded. ``start``: the lanes that are optimised; None:
+    all. ``update_last``: False: the last step only evaluates the losses. ``lr``: the learning rate
+    as a function of the step number; None: the optimiser's own.
     """
     whole = list(problem.params)
     lanes = len(optimizer.steps_L)
@@ -154,7 +156,7 @@ def descend(
 
 @contextmanager
 def _training(params: Sequence[Tensor]) -> Iterator[None]:
-    """Let gradients flow to the parameters and to nothing else; afterwards there are none."""
+    """Inside, only the parameters require gradients; afterwards the gradients are deleted."""
     for p in params:
         p.requires_grad_(True)
     try:

@@ -1,4 +1,4 @@
-"""Training dense copies of linear maps on requests, lane by lane: what FT and its relatives share.
+"""Training of dense copies of linear maps on requests, lane by lane; shared by FT and its variants.
 
 >>> found = fine_tune(base, overlay, requests, with_target, num_steps=25, lr=1e-3)
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import Descent, DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam, Box
@@ -29,10 +30,10 @@ STOP_LOSS = 1e-2
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One request as a row: the tokens to run, the target tokens to score, and where the first of
-    them is read.
+    """One request as a row: its tokens and its target tokens.
 
-    Each further token is read ``step`` positions later.
+    ``read`` is the position whose logits predict the first target token; each further one is
+    predicted ``step`` positions later.
     """
 
     encoded: Encoded
@@ -43,18 +44,20 @@ class Example:
 
 def with_target(base: BaseModel, request: EditRequest) -> Example:
     """Every target token, given the prompt and the target tokens before it."""
-    pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
+    joiner = joiner_of(request, request.prompt)
+    # raises if the target adds no token
+    pair = base.encoder.pair(request.prompt, request.target_new, joiner)
     # the last token predicts nothing that is scored
     return Example(Encoded(pair.ids[:-1], pair.prompt_len), pair.target, pair.prompt_len - 1)
 
 
-def batch(
+def collate_requests(
     base: BaseModel,
     lanes: Sequence[Sequence[EditRequest]],
     example: Callable[[BaseModel, EditRequest], Example],
 ) -> tuple[Batch, TargetTokens]:
-    """The rows of all lanes' requests; losses are the mean over a request's tokens, then over a
-    lane's requests."""
+    """The batch of all lanes' requests and its target tokens. A lane's loss is the mean over a
+    request's tokens, then over the lane's requests."""
     encoded: list[Encoded] = []
     lane_B: list[int] = []
     places: list[tuple[int, int, int, float]] = []
@@ -67,13 +70,13 @@ def batch(
             ]
             encoded.append(made.encoded)
             lane_B.append(lane)
-    rows = collate(encoded, lane_B, base.encoder.pad_id, base.device)
-    return rows, TargetTokens.of(rows, places, len(lanes))
+    batch = collate(encoded, lane_B, base.encoder.pad_id, base.device)
+    return batch, TargetTokens.of(batch, places, len(lanes))
 
 
 @dataclass(frozen=True)
 class DenseProblem(DivisibleProblem):
-    """Dense copies of some linear maps, one a lane. A lane stops once its loss is below
+    """Dense copies of some linear maps, one per lane. A lane stops once its loss is below
     :data:`STOP_LOSS`."""
 
     base: BaseModel
@@ -91,9 +94,9 @@ class DenseProblem(DivisibleProblem):
         example: Callable[[BaseModel, EditRequest], Example],
         penalty: Callable[[Sequence[Tensor]], Tensor] | None = None,
     ) -> Self:
-        rows, targets = batch(base, lanes, example)
+        batch, targets = collate_requests(base, lanes, example)
         lowest = min(overlay.sites, key=lambda site: site.layer)
-        return cls(base, overlay, Suffix.capture(base, lowest, rows, targets.reads), targets, penalty)
+        return cls(base, overlay, Suffix.capture(base, lowest, batch, targets.reads), targets, penalty)
 
     @property
     def params(self) -> list[Tensor]:
@@ -104,15 +107,15 @@ class DenseProblem(DivisibleProblem):
         return list(self.overlay.working_LOI.values())
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        with self.overlay.installed(self.suffix.rows):
+        with self.overlay.installed(self.suffix.batch):
             loss_K = self.targets.nll(self.base, self.suffix.hidden())
         goes_on_K = loss_K.detach() >= STOP_LOSS
         return (loss_K if self.penalty is None else loss_K + self.penalty(self.params)), goes_on_K
 
     def part(self, kept: Sequence[int]) -> Self:
-        rows, row_B = self.suffix.rows.part(kept)
+        batch, row_B = self.suffix.batch.part(kept)
         targets, read_P = self.targets.part(kept, row_B)
-        suffix = self.suffix.part(row_B, rows, read_P)
+        suffix = self.suffix.part(row_B, batch, read_P)
         return replace(self, overlay=self.overlay.part(kept), suffix=suffix, targets=targets)
 
 
@@ -128,15 +131,16 @@ def fine_tune(
     boxes: Sequence[Box] = (),
     penalty: Callable[[Sequence[Tensor]], Tensor] | None = None,
 ) -> Descent:
-    """Train the overlay's weights with Adam on each lane's requests until its loss is below
-    :data:`STOP_LOSS` or the steps are spent.
+    """Train the overlay's weights with Adam on each lane's requests until the lane's loss is below
+    :data:`STOP_LOSS`, at most ``num_steps`` steps.
 
-    ``boxes``: how far each weight may go. ``penalty``: what is added to the lanes' losses, (K,),
-    given the weights (K lanes); it has no say in when to stop.
+    ``boxes``: the range of each weight. ``penalty``: a function of the weights (K lanes) that is
+    added to the lanes' losses, (K,); the stopping rule ignores it.
     """
     problem = DenseProblem.of(base, overlay, lanes, example, penalty)
     overlay.touch(range(overlay.lanes))
-    # where one pass moves the masters and renews narrower copies, no other pass only casts
+    # a compiled update writes weights and their narrower copies in one pass over memory, so the
+    # forward needs no extra pass to cast them
     copies = base.compiled.updates and base.dtype != base.master_dtype and penalty is None
     with overlay.working(base.dtype) if copies else nullcontext():
         optimizer = Adam(problem.params, lr, weight_decay, boxes, base.compiled, problem.working)

@@ -1,4 +1,4 @@
-"""The target loss every optimising method shares: where in a batch it is read, and how it is
+"""The target loss shared by all optimising methods: the positions it reads, and how it is
 averaged."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class TargetTokens:
     """Target tokens and the positions that predict them.
 
-    ``row_P`` and ``column_P`` (in the padded batch) say where the head runs; shares of one lane add
-    up to 1, so that a lane's loss is a weighted mean.
+    ``row_P`` and ``column_P`` are the positions in the padded batch where the head runs. The shares
+    of one lane add up to 1, so that a lane's loss is a weighted mean.
     """
 
     row_P: tuple[int, ...]
@@ -32,14 +32,14 @@ class TargetTokens:
     lanes: int
 
     @classmethod
-    def of(cls, rows: Batch, places: Sequence[tuple[int, int, int, float]], lanes: int) -> TargetTokens:
+    def of(cls, batch: Batch, places: Sequence[tuple[int, int, int, float]], lanes: int) -> TargetTokens:
         """``places``: (row, position in the row's own tokens, target token, share)."""
         row, position, token, share = zip(*places, strict=True)
-        device = rows.input_ids_BS.device
-        lane_B = [lane for lane, start, stop in rows.segments for _ in range(start, stop)]
+        device = batch.input_ids_BS.device
+        lane_B = [lane for lane, start, stop in batch.segments for _ in range(start, stop)]
         return cls(
             tuple(row),
-            tuple(rows.offsets[r] + p for r, p in zip(row, position, strict=True)),
+            tuple(batch.offsets[r] + p for r, p in zip(row, position, strict=True)),
             torch.tensor(token, device=device),
             torch.tensor(share, dtype=torch.float64, device=device),
             torch.tensor([lane_B[r] for r in row], device=device),
@@ -48,12 +48,12 @@ class TargetTokens:
 
     @property
     def reads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Rows and columns whose hidden states :meth:`nll` wants."""
+        """Rows and columns whose hidden states :meth:`nll` takes."""
         return self.row_P, self.column_P
 
     def part(self, lanes: Sequence[int], kept: Sequence[int]) -> tuple[TargetTokens, list[int]]:
-        """The tokens of some lanes, whose rows are now ``kept`` of the batch; and which tokens
-        those are."""
+        """The tokens of some lanes, and their indices in this object. ``kept``: the batch's rows of
+        these lanes, in their new order."""
         place = {row: i for i, row in enumerate(kept)}
         chosen = [p for p, row in enumerate(self.row_P) if row in place]
         index = torch.tensor(chosen, device=self.lane_P.device)
@@ -75,7 +75,7 @@ class TargetTokens:
         return self._nll(base.logits(hidden_PD))
 
     def nll_and_hit(self, base: BaseModel, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`nll`, and whether every token of a lane is the likeliest where it is read,
+        """:meth:`nll`, and whether each token of a lane has the largest logit at its position,
         (L,)."""
         logits_PV = base.logits(hidden_PD)
         missed_P = logits_PV.gather(1, self.token_P[:, None])[:, 0] < logits_PV.amax(1)

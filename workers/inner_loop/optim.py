@@ -1,11 +1,11 @@
-"""Per-lane optimisers: lanes share one backward pass but each has its own stop.
+"""Per-lane optimisers: lanes share one backward pass, but each lane stops by itself.
 
 >>> optimizer = Adam([weight_LOI], lr=1e-3)
 >>> loss_L.sum().backward()              # mean within a lane, sum over lanes
->>> optimizer.step(active_L)  # a stopped lane moves neither through momentum nor through decay
+>>> optimizer.step(active_L)  # momentum and decay do not change a stopped lane
 
-The updates are torch.optim's own fused ones: one pass over memory for all lanes together. Where
-functions are compiled, Adam's is one of ours, which stops lanes and holds them in their box in that
+The updates are torch.optim's fused ones: one pass over memory for all lanes. Where functions are
+compiled, Adam uses :func:`adam_in_box`, which also skips stopped lanes and clamps to the box in the
 same pass.
 """
 
@@ -25,12 +25,12 @@ from torch.optim.sgd import sgd
 from workers.kernels.compiled import Compiled
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-"""Adam's constants, as everywhere."""
+"""Adam's usual constants."""
 
 
 class Box:
-    """Limit of a parameter's change: ``bound`` at most from ``centre``, that of all lanes or (with
-    a lane axis) of each. It may be as narrow as a base weight."""
+    """Limit of a parameter: at most ``bound`` from ``centre``, (O, I) for all lanes or (L, O, I).
+    The centre may be a base weight in lower precision."""
 
     def __init__(self, centre: Tensor, bound: float) -> None:
         self.centre = centre
@@ -42,7 +42,7 @@ class Box:
         return centre - self.bound, centre + self.bound
 
     def clamp_(self, p: Tensor) -> None:
-        """Bring it back, in place."""
+        """Clamp the parameter to the box, in place."""
         p.clamp_(*self._limits)
 
     def part(self, lanes: Sequence[int]) -> Box:
@@ -55,7 +55,7 @@ class LaneOptimizer(ABC):
     def __init__(
         self, params: Sequence[Tensor], lr: float, weight_decay: float = 0.0, boxes: Sequence[Box] = ()
     ) -> None:
-        """``boxes``: one for each parameter, or none at all."""
+        """``boxes``: one per parameter, or empty."""
         self.params = list(params)
         self.working: list[Tensor] = []
         self.boxes = list(boxes)
@@ -72,11 +72,12 @@ class LaneOptimizer(ABC):
     def step(self, active_L: Tensor, moving: Sequence[int] | None = None) -> None:
         """One step of every active lane, from ``.grad``.
 
-        ``moving``: which lanes that is, if the caller knows without asking the device; the others
-        are then not touched. None: all are moved, and those that are not active put back.
+        ``moving``: indices of the active lanes, if the caller knows them without waiting for the
+        device; other lanes are then not touched. None: all lanes are updated, and inactive ones are
+        restored.
         """
         self.steps_L += active_L
-        if self._moved_whole(active_L):
+        if self._step_in_one_pass(active_L):
             return
         before = [p.clone() for p in self.params] if moving is None else []
         lanes = range(len(self.steps_L)) if moving is None else moving
@@ -87,18 +88,18 @@ class LaneOptimizer(ABC):
         for p, old in zip(self.params, before, strict=False):
             p.copy_(torch.where(active_L.view(-1, *([1] * (p.dim() - 1))), p, old))
 
-    def _moved_whole(self, active_L: Tensor) -> bool:
-        """Make the step for all lanes in one pass, those that are not active excepted; False if
-        there is no such way."""
+    def _step_in_one_pass(self, active_L: Tensor) -> bool:
+        """Update all active lanes in one pass over memory; return False if this optimiser has no
+        such update."""
         return False
 
     @abstractmethod
     def _update(self, i: int, params: list[Tensor], grads: list[Tensor], lanes: Sequence[int]) -> None:
-        """Move ``lanes`` of parameter ``i``, in place."""
+        """Update ``lanes`` of parameter ``i``, in place."""
 
     def part(self, lane_K: Sequence[int], params: Sequence[Tensor], working: Sequence[Tensor] = ()) -> Self:
-        """The optimiser of some of the lanes, going on with ``params`` and, if there were any,
-        their ``working`` copies."""
+        """The optimiser of some lanes, which continues with ``params`` and, if used, their
+        ``working`` copies."""
         other = copy.copy(self)
         other.params, other.working = list(params), list(working)
         other.steps_L = self.steps_L[list(lane_K)]
@@ -140,9 +141,9 @@ class Adam(LaneOptimizer):
         compiled: Compiled | None = None,
         working: Sequence[Tensor] = (),
     ) -> None:
-        """``compiled``: for parameters so large that passes over their memory count. ``working``:
-        then, narrower copies of the parameters; it is they that have gradients, and each step
-        renews them."""
+        """``compiled``: for parameters so large that passes over memory take most of the time.
+        ``working``: with it, copies of the parameters in lower precision, which have the gradients;
+        each step updates them."""
         super().__init__(params, lr, weight_decay, boxes)
         self.working = list(working)
         self._compiled = compiled if compiled is not None and compiled.updates else None
@@ -169,7 +170,7 @@ class Adam(LaneOptimizer):
             maximize=False,
         )
 
-    def _moved_whole(self, active_L: Tensor) -> bool:
+    def _step_in_one_pass(self, active_L: Tensor) -> bool:
         if self._compiled is None or self.decoupled:
             return False
         update = self._compiled.update(adam_in_box)
@@ -217,9 +218,9 @@ def adam_in_box(
     weight_decay: float,
     bound: float,
 ) -> None:
-    """One step of Adam, in place, where a lane is active; then no further than ``bound`` from
-    ``centre``. ``correct``: what the moments' bias is divided by. ``working`` becomes a copy of the
-    result."""
+    """One step of Adam for the active lanes, in place, then clamped to ``bound`` around ``centre``.
+    ``correct1``, ``correct2``: the bias corrections ``1 - beta^t``. ``working`` becomes a copy of
+    the result."""
     grad_LOI = grad_LOI.to(p_LOI.dtype) + weight_decay * p_LOI
     m_new_LOI = m_LOI + (1 - BETA1) * (grad_LOI - m_LOI)
     v_new_LOI = BETA2 * v_LOI + (1 - BETA2) * grad_LOI * grad_LOI
@@ -241,7 +242,7 @@ class AdamW(Adam):
 
 
 def gradient(p: Tensor) -> Tensor:
-    """A parameter's gradient, which must be there."""
+    """A parameter's gradient. Raises RuntimeError if there is none."""
     if p.grad is None:
         raise RuntimeError("no gradient: was backward() called?")
     return p.grad

@@ -1,23 +1,23 @@
 """The part of a forward pass that an edit's inner loop has to repeat.
 
->>> suffix = Suffix.capture(base, site, rows, reads)  # one forward; reads: (row, column) of each loss position
+>>> suffix = Suffix.capture(base, site, batch, reads)  # one forward; reads: (row, column) of each loss position
 >>> hidden_PD = suffix.hidden(site_output_BSO)               # every optimisation step, gradients flow
->>> hidden_PD = suffix.hidden()  # the site's module answers (inside overlay.installed)
+>>> hidden_PD = suffix.hidden()  # output of the site's module (inside overlay.installed)
 
-Everything the loss does not depend on, or that no step can change, is computed once or never:
+What no step changes is computed once; what the loss does not depend on is not computed:
 
-- what enters the edited map, and the rest of its layer, is constant: a step starts at the map's
-  answer;
+- the input of the edited map and the rest of its layer are constant: a step starts at the map's
+  output;
 - rows without a loss position need no layer above the map;
-- columns before the first one whose answer changes keep their keys and values (attention is
+- columns before the first one whose output changes keep their keys and values (attention is
   causal);
-- in the last layer only columns that are read pass through attention and MLP; the earlier ones give
-  keys and values only.
+- in the last layer, columns before the first one that is read give only keys and values.
 
 The hidden states equal those of :func:`workers.model.replay.replay` up to rounding (products of
-other shapes round differently), which is why scoring, where bits count, uses that one. Works for
-every decoder of ``models.ARCHITECTURES`` whose layer adds the edited map's answer to a sum; any
-other map (attention projections, the MLP's input) is replayed from its layer on.
+other shapes round differently). Scoring therefore uses ``replay``, which has the bits of the full
+forward. This works for every decoder of ``ARCHITECTURES`` (:mod:`workers.model.architectures`)
+whose layer adds the edited map's output to a sum; for any other map (attention projections, the
+MLP's input) the layers are replayed from the map's layer on.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 _COLUMN_AXIS: Mapping[str, int] = MappingProxyType(
     {"attention_mask": 2, "position_ids": 1, "position_embeddings": 1, "cache_position": 0}
 )
-"""The axis of a layer's argument that runs over the columns that are asked (the keys' axis of a
-mask stays whole)."""
+"""The axis of a layer's argument that runs over the query columns (the keys' axis of a mask is not
+cut)."""
 
 _CACHES = ("past_key_values", "layer_past")
 """Names of the key-value cache among decoder layers' arguments."""
@@ -52,21 +52,22 @@ _CACHES = ("past_key_values", "layer_past")
 
 @dataclass(frozen=True)
 class Suffix:
-    """The captured constants of one batch, and how to run what is left. Made by :meth:`capture`."""
+    """The captured constants of one batch; runs the remaining layers. Made by :meth:`capture`."""
 
     base: BaseModel
     site: Site
-    rows: Batch
+    batch: Batch
     input_BSI: Tensor
     """Input of the edited map."""
     output_BSO: Tensor
     """Output of the map at capture."""
     layer_BSD: Tensor
-    """Output of its whole layer."""
+    """Output of the map's whole layer."""
     row_P: Tensor
     column_P: Tensor
     first: int
-    """Columns before this one never change; ``hidden`` is given the map's answer from here on."""
+    """Columns before this one never change; ``hidden`` takes the map's output from this column
+    on."""
     _layers: tuple[_Layer, ...] | None
     _rest_BSD: Tensor
     _kept_R: Tensor | None
@@ -78,16 +79,16 @@ class Suffix:
         cls,
         base: BaseModel,
         site: Site,
-        rows: Batch,
+        batch: Batch,
         reads: tuple[Sequence[int], Sequence[int]],
         first: int = 0,
         overlay: Overlay | None = None,
     ) -> Suffix:
         """Run one forward and keep what later steps need.
 
-        ``reads``: rows and padded columns whose hidden states are wanted, in that order. ``first``:
-        the first column at which a step changes the map's answer. ``overlay``: earlier edits that
-        stay as they are in all steps.
+        ``reads``: rows and padded columns whose hidden states are read, in that order. ``first``:
+        the first column at which a step changes the map's output. ``overlay``: earlier edits,
+        constant in all steps.
         """
         caught: list[tuple[Tensor, Tensor]] = []
         layer_out: list[Any] = []
@@ -98,7 +99,7 @@ class Suffix:
         )
         with ExitStack() as stack:
             if overlay is not None:
-                stack.enter_context(overlay.installed(rows))
+                stack.enter_context(overlay.installed(batch))
             note = site.module.register_forward_hook(lambda _, args, out: caught.append((args[0], out)))
             stack.callback(note.remove)
             last = base.layers[site.layer].register_forward_hook(lambda _, args, out: layer_out.append(out))
@@ -106,36 +107,36 @@ class Suffix:
             for i, recorder in recorders.items():
                 stack.callback(_record(base.layers[i], recorder))
             if additive and not recorders:
-                for layer in upper:  # only their other arguments are wanted
+                for layer in upper:  # only their other arguments are needed
                     stack.enter_context(override_forward(layer, lambda *_, **__: layer_out[0]))
-            prefix = capture(base, rows, site.layer)
+            prefix = capture(base, batch, site.layer)
         (entered_BSI, output_BSO), hidden_BSD = caught[0], _hidden(layer_out[0])
         row, column = reads
-        device = rows.input_ids_BS.device
+        device = batch.input_ids_BS.device
         kept = sorted(set(row))
-        all_rows = len(kept) == rows.size
+        all_rows = len(kept) == batch.size
         kept_R = None if all_rows else torch.tensor(kept, device=device)
         place = {r: i for i, r in enumerate(kept)}
         row_P = torch.tensor([place[r] for r in row], device=device)
         column_P = torch.tensor(list(column), device=device)
         layers = None
         if additive:
-            layers = _prepare(base, rows, prefix, site.layer + 1, kept_R, first, min(column), recorders)
+            layers = _prepare(base, batch, prefix, site.layer + 1, kept_R, first, min(column), recorders)
         if layers is None:
-            if additive and not recorders:  # the upper layers were skipped in vain
-                prefix = capture(base, rows, site.layer)
+            if additive and not recorders:  # the upper layers must run after all
+                prefix = capture(base, batch, site.layer)
             row_P, kept_R, first = torch.tensor(list(row), device=device), None, 0
         rest_BSD = hidden_BSD[:0]
         if layers is not None:
-            # in the masters' precision: in bfloat16 taking the answer off and adding it again would
-            # not give the sum back
+            # in the masters' precision: in bfloat16, subtracting the output and adding it again
+            # would not restore the sum
             wide = base.master_dtype
             rest_BSD = (hidden_BSD.to(wide) - output_BSO.to(wide))[:, first:]
             rest_BSD = rest_BSD if kept_R is None else rest_BSD[kept_R]
         return cls(
             base,
             site,
-            rows,
+            batch,
             entered_BSI,
             output_BSO,
             hidden_BSD,
@@ -149,10 +150,10 @@ class Suffix:
         )
 
     def hidden(self, output_BSO: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm at the places that are read, (P, D).
+        """Hidden states after the final norm at the positions that are read, (P, D).
 
-        ``output_BSO``: what the map answers now, from column ``first`` on; None asks the site's
-        module.
+        ``output_BSO``: the map's current output from column ``first`` on; None: the site's module
+        computes it.
         """
         if self._layers is None:
             answer = output_BSO
@@ -171,18 +172,18 @@ class Suffix:
         normed: Tensor = self.base.norm(hidden_RSD[self.row_P, self.column_P - start])
         return normed
 
-    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Suffix:
-        """The same suffix for some of the rows: ``row_B`` of the batch, now ``rows``, and the reads
-        ``read_P`` of them."""
+    def part(self, row_B: Sequence[int], batch: Batch, read_P: Sequence[int]) -> Suffix:
+        """The same suffix for rows ``row_B`` of the batch and reads ``read_P``. ``batch``: the new
+        batch of these rows."""
         index = torch.tensor(list(row_B), device=self.row_P.device)
         chosen = torch.tensor(list(read_P), device=self.row_P.device)
         old_row_P = self.row_P[chosen] if self._kept_R is None else self._kept_R[self.row_P[chosen]]
-        place = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
+        place = torch.full((self.batch.size,), -1, dtype=torch.long, device=index.device)
         place[index] = torch.arange(len(row_B), device=index.device)
         row_P = place[old_row_P]
         kept_R, inner = None, index
         if self._kept_R is not None:
-            inside = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
+            inside = torch.full((self.batch.size,), -1, dtype=torch.long, device=index.device)
             inside[self._kept_R] = torch.arange(len(self._kept_R), device=index.device)
             inner = inside[index]
             kept_R = torch.nonzero(inner >= 0)[:, 0]
@@ -192,7 +193,7 @@ class Suffix:
             row_P = among[row_P]
         return replace(
             self,
-            rows=rows,
+            batch=batch,
             input_BSI=self.input_BSI[index],
             output_BSO=self.output_BSO[index],
             layer_BSD=self.layer_BSD[index],
@@ -209,9 +210,9 @@ class Suffix:
 class _Layer:
     """One decoder layer with its constant arguments.
 
-    ``given`` columns at the front only give their keys and values; ``arguments`` are those of the
-    columns after them, ``key_arguments`` those of the columns before. ``past`` holds keys and
-    values of columns that never change.
+    The first ``given`` columns give only keys and values. ``arguments`` belong to the columns after
+    them, ``key_arguments`` to these first ones. ``past`` holds keys and values of columns that
+    never change.
     """
 
     module: nn.Module
@@ -222,15 +223,15 @@ class _Layer:
     given: int
     past: tuple[Tensor, Tensor] | None
     query: nn.Module | None
-    """The attention's query projection, where it is a map of its own: columns that only give keys
-    ask nothing."""
+    """The attention's query projection, if it is a separate map: skipped for columns that give only
+    keys and values."""
 
     def __call__(self, hidden_RSD: Tensor) -> Tensor:
         past = self.past
         if self.key_arguments is not None:
             recorder = _Recorder(stop=True)
             with (
-                override_forward(self.query, _nothing(self.query))
+                override_forward(self.query, _zeros_forward(self.query))
                 if self.query is not None
                 else nullcontext()
             ):
@@ -259,7 +260,7 @@ class _Layer:
 
 def _prepare(
     base: BaseModel,
-    rows: Batch,
+    batch: Batch,
     prefix: Prefix,
     above: int,
     kept_R: Tensor | None,
@@ -267,8 +268,8 @@ def _prepare(
     read_from: int,
     recorders: Mapping[int, _Recorder],
 ) -> tuple[_Layer, ...] | None:
-    """The layers from ``above`` on with their arguments cut to size; None if an argument is not
-    understood."""
+    """The layers from ``above`` on with their arguments cut to the needed rows and columns; None if
+    an argument is unknown."""
     prepared = []
     for i in range(above, len(base.layers)):
         module = base.layers[i]
@@ -282,11 +283,11 @@ def _prepare(
         if "attention_mask" not in arguments:
             if base.model.config._attn_implementation != "sdpa":
                 return None
-            arguments["attention_mask"] = _causal(rows)
-        if not all(_understood(name, value) for name, value in arguments.items()):
+            arguments["attention_mask"] = _causal(batch)
+        if not all(_can_cut(name, value) for name, value in arguments.items()):
             return None
         if kept_R is not None:
-            arguments = {name: _rows_of(value, kept_R, name, rows.size) for name, value in arguments.items()}
+            arguments = {name: _rows_of(value, kept_R, name, batch.size) for name, value in arguments.items()}
         given = read_from - first if i == len(base.layers) - 1 else 0
         past = None
         if first:
@@ -305,17 +306,17 @@ def _prepare(
     return tuple(prepared)
 
 
-def _causal(rows: Batch) -> Tensor:
-    """The causal mask that a missing mask stands for, (B, 1, S, S)."""
-    real_BS = rows.attention_mask_BS.bool()
+def _causal(batch: Batch) -> Tensor:
+    """The causal mask that applies where a layer gets no mask, (B, 1, S, S)."""
+    real_BS = batch.attention_mask_BS.bool()
     size = real_BS.shape[1]
     triangle_SS = torch.ones(size, size, dtype=torch.bool, device=real_BS.device).tril()
     return triangle_SS[None, None] & real_BS[:, None, None]
 
 
-def _understood(name: str, value: Any) -> bool:
-    """Return whether columns and rows of an argument can be cut: a tensor of a known name and
-    shape, or no tensor at all."""
+def _can_cut(name: str, value: Any) -> bool:
+    """Return whether rows and columns of an argument can be cut: a tensor of known name and shape,
+    or no tensor."""
     tensors = [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
     if not tensors:
         return True
@@ -334,7 +335,7 @@ def _columns(value: Any, name: str, start: int, stop: int | None) -> Any:
 
 
 def _rows_of(value: Any, index_R: Tensor, name: str, size: int | None = None) -> Any:
-    """Some rows of an argument; one that all rows share stays."""
+    """Some rows of an argument; an argument that all rows share is returned unchanged."""
     if isinstance(value, tuple | list):
         return tuple(_rows_of(v, index_R, name, size) for v in value)
     shared = not isinstance(value, Tensor) or name == "cache_position" or value.shape[0] == 1 != size
@@ -342,11 +343,11 @@ def _rows_of(value: Any, index_R: Tensor, name: str, size: int | None = None) ->
 
 
 class StopRecording(Exception):
-    """Keys and values are known; the rest of the layer is not wanted."""
+    """Raised when keys and values are known, to skip the rest of the layer."""
 
 
 class _Recorder:
-    """Stands in for a layer's key-value cache: notes what it is given."""
+    """Takes the place of a layer's key-value cache and stores the keys and values it is given."""
 
     def __init__(self, stop: bool = False) -> None:
         self.stop = stop
@@ -367,8 +368,7 @@ class _Recorder:
 
 
 class _Past:
-    """Stands in for a layer's key-value cache: keys and values of earlier columns, which it never
-    changes."""
+    """Takes the place of a layer's key-value cache: constant keys and values of earlier columns."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -378,7 +378,8 @@ class _Past:
 
 
 def _record(layer: nn.Module, recorder: _Recorder) -> Any:
-    """Let a layer's next forwards note their keys and values; returns what undoes it."""
+    """Record keys and values of a layer's next forwards; return a function that ends the
+    recording."""
     names = list(inspect.signature(layer.forward).parameters)
     cache = next((name for name in _CACHES if name in names), None)
 
@@ -395,8 +396,8 @@ def _record(layer: nn.Module, recorder: _Recorder) -> Any:
     return layer.register_forward_pre_hook(give, with_kwargs=True).remove
 
 
-def _nothing(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Answers with zeros of the module's shape, which take no memory."""
+def _zeros_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A forward that returns zeros of the module's output shape, which take no memory."""
     width = int(module.get_parameter("weight").shape[0])
     return lambda x_BSD: x_BSD.new_zeros(()).expand(*x_BSD.shape[:-1], width)
 

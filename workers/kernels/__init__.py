@@ -1,1 +1,1 @@
-"""The same numbers sooner. Nothing above this room needs it to be right."""
+"""Faster kernels with the same numbers up to rounding. No result depends on their being used."""

@@ -2,7 +2,7 @@
 
 >>> base.kernels = Kernels.for_model(base.model, compile_layers=False)
 
-A base model starts with none of them and gives the same numbers up to rounding.
+A base model starts without them and gives the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from workers.kernels.matmul import use_fast_linear
 
 @dataclass
 class Kernels:
-    """Compiled updates and layers, and where the steps of edits are recorded."""
+    """Compiled updates and layers, and the memory for recorded steps."""
 
     compiled: Compiled = field(default_factory=Compiled)
     record: bool = False
-    """Record the steps of edits as CUDA graphs; helps on a GPU only."""
+    """Record the steps of edits as CUDA graphs; only on a GPU."""
 
     @cached_property
     def pool(self) -> Pool | None:
-        """Memory of the recordings, made when it is first asked for; None: steps are not
-        recorded."""
+        """Memory of the recordings, made on first use; None: steps are not recorded."""
         return Pool() if self.record else None
 
     @classmethod
     def for_model(cls, model: nn.Module, compile_layers: bool) -> Kernels:
-        """Choose what is faster for this model on its device. On a processor its linear maps change
+        """Choose the fastest kernels for this model and its device. On a CPU its linear maps change
         their class."""
         use_fast_linear(model)
         parameters = list(model.parameters())

@@ -1,16 +1,16 @@
-"""torch.compile for large models on a GPU. Everywhere else, and where the compiler fails, the same
-code runs as it is written.
+"""torch.compile for large models on a GPU. Elsewhere, and after a compiler failure, the same code
+runs uncompiled.
 
 >>> compiled = Compiled(updates=True, layers=False)
 >>> compiled.update(move)(weight_LOI, gradient_LOI)  # one pass over memory, not a dozen
->>> hidden_BSD = compiled.layer(base.layers[30])(hidden_BSD, **arguments)  # as it is: layers are not compiled here
+>>> hidden_BSD = compiled.layer(base.layers[30])(hidden_BSD, **arguments)  # here uncompiled: layers=False
 
-*Updates* of large weights are functions of each value alone; compiled, they give the same bits
-whatever was compiled before. A decoder *layer* is a hundred small kernels, most of which only wait
-for memory, and a dozen when compiled; but it holds reductions, and how their sums are cut depends
-on the sizes that the compiler met first (measured: two actors that meet their batches in another
-order give other bits). So layers are compiled on request only (``model.compile``), and never for
-scoring.
+*Updates* of large weights are element-wise; compiled, they give the same bits whatever was compiled
+before. A decoder *layer* runs about a hundred small kernels, most of them limited by memory
+bandwidth, and about a dozen when compiled. But it contains reductions, and the order of their sums
+depends on the shapes that the compiler saw first (measured: two actors with their batches in
+different order gave different bits). So layers are compiled only on request (``model.compile``),
+and never for scoring.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 LOG = logging.getLogger(__name__)
 
 WORTH = 1_000_000_000
-"""Parameters from which compiling is worth its time on a GPU."""
+"""Number of parameters from which compiling saves time on a GPU."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,38 +36,38 @@ class Compiled:
     def __init__(
         self, updates: bool = False, layers: bool = False, backend: str | Callable[..., Any] = "inductor"
     ) -> None:
-        """``updates``, ``layers``: whether these are compiled."""
+        """``updates``, ``layers``: True to compile them."""
         self.updates = updates
         self.layers = layers
         self.broken = False
-        """True once the compiler has failed: the functions then run as they are written."""
+        """True after a compiler failure: functions then run uncompiled."""
         self._backend = backend
         self._made: dict[Any, Callable[..., Any]] = {}
 
     def layer(self, module: nn.Module) -> Callable[..., Any]:
-        """The forward of a decoder layer; the layer itself where an overlay answers for a part of
-        it."""
+        """The compiled forward of a decoder layer; the layer itself where an overlay overrides a
+        part of it."""
         if not self.layers or self.broken or any("forward" in part.__dict__ for part in module.modules()):
             return module
-        return self._careful(module)
+        return self._wrap(module)
 
     def update(self, function: F) -> F:
-        """A function that changes large tensors in place, value by value."""
-        return self._careful(function) if self.updates and not self.broken else function
+        """Compile a function that changes large tensors in place, element by element."""
+        return self._wrap(function) if self.updates and not self.broken else function
 
     def turns(self, lanes: int) -> list[slice]:
-        """Lanes of each call of an update: all at once, unless it runs as it is written, with a
-        dozen temporaries of each lane it is given."""
+        """The lanes of each call of an update: all at once, or one by one if it runs uncompiled,
+        because it then needs about a dozen temporaries per lane."""
         return [slice(lane, lane + 1) for lane in range(lanes)] if self.broken else [slice(None)]
 
-    def _careful(self, function: F) -> F:
+    def _wrap(self, function: F) -> F:
         made = self._made.get(function)
         if made is None:
-            made = self._made[function] = _Careful(self, function)
+            made = self._made[function] = _CompiledOrEager(self, function)
         return made  # type: ignore[return-value]
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Once for all sizes."""
+        """Compile once for all shapes."""
         if self._backend != "inductor":
             return torch.compile(function, dynamic=True, backend=self._backend)
         import torch._inductor.config as inductor
@@ -78,7 +78,7 @@ class Compiled:
         return torch.compile(function, dynamic=True, options=options)
 
     def give_up(self, error: Exception) -> None:
-        """Compile nothing more: the machine has no working compiler, or it does not know this
+        """Stop compiling: the machine has no working compiler, or it does not support this
         model."""
         self.broken = True
         LOG.warning(
@@ -88,8 +88,8 @@ class Compiled:
         )
 
 
-class _Careful:
-    """Calls the compiled function, or as it is written once the compiler has failed."""
+class _CompiledOrEager:
+    """Calls the compiled function, or the original one after a compiler failure."""
 
     def __init__(self, owner: Compiled, function: Callable[..., Any]) -> None:
         self.owner = owner

@@ -1,13 +1,13 @@
-"""One forward and backward of an edit's inner loop, recorded on a GPU (a CUDA graph) and played
-again in every later step.
+"""One forward and backward of an edit's inner loop, recorded on a GPU as a CUDA graph and replayed
+in every later step.
 
 >>> recorded = RecordedStep(lambda: (problem.loss(base, delta_KOI),), [delta_KOI], base.pool)
->>> (now_K,) = recorded.play()  # as the function would answer now; delta_KOI.grad is there, too
+>>> (now_K,) = recorded.play()  # the function's result now; also sets delta_KOI.grad
 
-A step of a few layers is a thousand small kernels, and starting them one by one from Python takes
-longer than they run. The recording holds the same kernels in the same order, so the bits are those
-of the step as it is written. It reads the very tensors that it was made with: parameters are
-changed in place between two plays, everything else stays as it was.
+A step through a few layers launches about a thousand small kernels, and launching them one by one
+from Python takes longer than running them. The recording holds the same kernels in the same order,
+so the bits equal those of the unrecorded step. It reads the tensors it was recorded with: between
+two replays, parameters are changed in place and all other inputs stay constant.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class RecordedStep:
     def __init__(
         self, losses: Callable[[], tuple[Tensor, ...]], params: Sequence[Tensor], pool: Pool
     ) -> None:
-        """``losses`` must have run once before, :meth:`Pool.aside`: what a first run sets up must
-        not be recorded."""
+        """``losses`` must have run once before, inside :meth:`Pool.aside`: the setup done by a
+        first run must not be recorded."""
         self._params = list(params)
         try:
             self._record(losses, pool)
         except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()  # what the first run has left is not the recordings' to take
+            torch.cuda.empty_cache()  # memory cached by the first run is not available to recordings
             self._record(losses, pool)
 
     def _record(self, losses: Callable[[], tuple[Tensor, ...]], pool: Pool) -> None:
         self._graph = torch.cuda.CUDAGraph()
         with pool.aside():
-            # other threads may go on copying to the device meanwhile
+            # other threads may copy to the device meanwhile
             self._graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
             try:
                 out = losses()
@@ -48,8 +48,8 @@ class RecordedStep:
                 self._graph.capture_end()
 
     def play(self) -> tuple[Tensor, ...]:
-        """Return what the function returns now; leaves the gradients in the parameters' ``grad``,
-        to be used before the next play."""
+        """Return the function's results for the current parameters; put the gradients into the
+        parameters' ``grad``, valid until the next play."""
         self._graph.replay()
         for p, grad in zip(self._params, self._grads, strict=True):
             p.grad = grad
@@ -57,12 +57,12 @@ class RecordedStep:
 
 
 class Pool:
-    """Memory that recordings made one after another share, so that each finds what the one before
-    it has left, and the stream they are made on."""
+    """Memory shared by successive recordings, so that each reuses what the one before has freed,
+    and the CUDA stream they are made on."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # memory stays with the pool as long as one of its graphs lives
+        # the pool keeps its memory as long as one of its graphs exists
         self._anchor = torch.cuda.CUDAGraph()
         with self.aside():
             self._anchor.capture_begin(capture_error_mode="thread_local")
@@ -72,9 +72,9 @@ class Pool:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside, work goes to the recordings' stream, between what was asked for before and what
-        is asked for after. Autograd remembers the stream on which it first met a parameter, and the
-        default one cannot take part in a recording."""
+        """Inside, work runs on the recordings' stream, after earlier and before later work of the
+        current stream. Needed because autograd remembers the stream of a parameter's first use, and
+        the default stream cannot be recorded."""
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self._stream):

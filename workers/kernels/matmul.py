@@ -1,14 +1,14 @@
-"""Matrix products in float32 on a processor, by the library that is faster there.
+"""Matrix products in float32 on a CPU, by the faster of two libraries.
 
 >>> out_BSO = linear(x_BSI, weight_OI, bias_O)  # torch.nn.functional.linear up to rounding, gradients included
->>> use_fast_linear(model)  # every linear map of the model answers that way
+>>> use_fast_linear(model)  # every linear map of the model uses it
 
-PyTorch gives such products to MKL, which uses AVX-512 on Intel's processors only. oneDNN, which
-comes with PyTorch as well and which its compiler calls, uses it wherever it is: on an AMD EPYC up
-to 2.2 times as fast (``benchmarks/bench_products.py``), on Intel's own slower than MKL. For small
-products MKL takes less time to begin. Which of them computes a product depends on its shape, its
-precision and the kind of processor alone, so the same batch has the same bits every time; where
-oneDNN's operator or the instructions are missing, everything is as without this module.
+PyTorch computes such products with MKL, which uses AVX-512 only on Intel CPUs. oneDNN, which
+PyTorch contains as well, uses AVX-512 on any CPU that has it: on an AMD EPYC it is up to 2.2 times
+as fast (``benchmarks/bench_products.py``), on Intel CPUs slower than MKL. For small products MKL
+has less overhead. The choice depends only on the product's shape, its precision and the CPU type,
+so the same batch always gives the same bits. Without oneDNN's operator or AVX-512, PyTorch's own
+products are used.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from transformers.pytorch_utils import Conv1D
 
 _ROWS = 8
 _MULTIPLICATIONS = 1 << 21
-"""Rows and work of one product from which oneDNN is faster; below, what it takes to begin weighs
-more."""
+"""Rows and multiplications of one product from which oneDNN is faster; below, its overhead is
+larger than the gain."""
 
 
 def linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``x W^T + b``, (..., O). Differentiable once."""
-    if not _quick(x_BSI, x_BSI.shape[:-1].numel(), weight_OI.shape[0]):
+    if not _use_onednn(x_BSI, x_BSI.shape[:-1].numel(), weight_OI.shape[0]):
         return F.linear(x_BSI, weight_OI, bias_O)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_BSI, weight_OI, bias_O)):
         out: Tensor = _Linear.apply(x_BSI, weight_OI, bias_O)  # type: ignore[no-untyped-call]
@@ -42,10 +42,10 @@ def linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
 
 
 def wide_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x W^T + b`` in ``dtype``, (..., O), whatever the precision of what enters it.
+    """``x W^T + b`` in ``dtype``, (..., O), for inputs of any precision.
 
-    On a GPU bfloat16 is not widened first: its products are exact in float32, and that is what the
-    matrix units add them up in, at ten times the speed of float32 products.
+    On a GPU, bfloat16 inputs are not cast first: products of two bfloat16 numbers are exact in
+    float32, and the matrix units sum them in float32, ten times as fast as float32 products.
     """
     narrow = x_BSI.dtype == weight_OI.dtype == torch.bfloat16 and dtype == torch.float32
     if narrow and x_BSI.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
@@ -57,7 +57,7 @@ def wide_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: 
 
 def lane_products(left_LMI: Tensor, right_LNI: Tensor) -> Tensor:
     """``left right^T`` of every lane, (L, M, N). Not differentiable."""
-    if not _quick(left_LMI, left_LMI.shape[1], right_LNI.shape[1]):
+    if not _use_onednn(left_LMI, left_LMI.shape[1], right_LNI.shape[1]):
         return torch.bmm(left_LMI, right_LNI.transpose(1, 2))
     return torch.stack(
         [_product(left_MI, right_NI) for left_MI, right_NI in zip(left_LMI, right_LNI, strict=True)]
@@ -66,7 +66,7 @@ def lane_products(left_LMI: Tensor, right_LNI: Tensor) -> Tensor:
 
 def product_into(out_MN: Tensor, left_MI: Tensor, right_NI: Tensor) -> None:
     """``left right^T``, written to ``out``. Not differentiable."""
-    if _quick(left_MI, left_MI.shape[0], right_NI.shape[0]):
+    if _use_onednn(left_MI, left_MI.shape[0], right_NI.shape[0]):
         out_MN.copy_(_product(left_MI, right_NI))
     else:
         torch.mm(left_MI, right_NI.T, out=out_MN)
@@ -88,14 +88,13 @@ _QUICK: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
 
 
 def use_fast_linear(model: nn.Module) -> None:
-    """Let the linear maps of a model on the processor answer by :func:`linear`: they change their
-    class, and nothing else."""
+    """Make the linear maps of a model on a CPU use :func:`linear`. Only their class changes."""
     if _available() and all(p.device.type == "cpu" for p in model.parameters()):
         _change(model, _QUICK)
 
 
 def slow(model: nn.Module) -> None:
-    """Take :func:`use_fast_linear` back (benchmarks compare with models as they come)."""
+    """Undo :func:`use_fast_linear` (for benchmarks)."""
     _change(model, {quick: plain for plain, quick in _QUICK.items()})
 
 
@@ -135,14 +134,14 @@ class _WideProduct(torch.autograd.Function):
     def backward(context: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_NO,) = grads
         (weight_OI,) = context.saved_tensors
-        # in two parts, so that rounding it once does not make it as coarse as what it meets
+        # the gradient as a sum of two bfloat16 numbers: one alone would lose its float32 precision
         high_NO = grad_NO.to(weight_OI.dtype)
         low_NO = (grad_NO - high_NO).to(weight_OI.dtype)
         parts = [torch.mm(part_NO, weight_OI, out_dtype=torch.float32) for part_NO in (high_NO, low_NO)]
         return (parts[0] + parts[1]).to(weight_OI.dtype), None
 
 
-def _quick(left: Tensor, rows: int, columns: int) -> bool:
+def _use_onednn(left: Tensor, rows: int, columns: int) -> bool:
     """Return whether oneDNN computes ``rows x columns`` sums over the last axis of ``left``."""
     return (
         rows >= _ROWS
@@ -161,8 +160,8 @@ def _available() -> bool:
 
 @cache
 def _intel() -> bool:
-    """Return whether MKL uses all of the processor's instructions; it decides by the maker's
-    name."""
+    """Return whether the CPU is an Intel one: MKL decides by the vendor's name whether to use
+    AVX-512."""
     known = Path("/proc/cpuinfo")
     return "GenuineIntel" in (known.read_text() if known.exists() else platform.processor())
 

@@ -23,13 +23,11 @@ _MOST_KEPT = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next request: blocks up to 256 MiB, 1 GiB in all
-    at the heap's end.
+    """Make the C library keep freed memory: blocks up to 256 MiB, and 1 GiB at the end of the heap.
 
-    By default it hands every block of more than a few hundred kilobytes back at once and gets it
-    again, page by page and cleared by the system, for the next tensor of the same size: a fifth to
-    a quarter of the time of scoring on a processor. The peak is what it was. Does nothing where the
-    C library is not glibc.
+    By default it returns every block of more than a few hundred kilobytes to the system, which then
+    clears new pages for the next tensor of the same size. That took 20 to 25% of the time of
+    scoring on a CPU. Peak memory does not change. Does nothing if the C library is not glibc.
     """
     if sys.platform != "linux":
         return
@@ -43,14 +41,14 @@ def keep_freed_memory() -> None:
 
 
 def fix_numerics() -> None:
-    """No TF32, deterministic kernels: for the whole process."""
+    """Disable TF32 and enable deterministic kernels, for the whole process."""
     os.environ.setdefault(
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS is deterministic with a fixed workspace only
+    )  # cuBLAS is deterministic only with a fixed workspace
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # the deterministic mode would also fill every fresh tensor with NaN first, a fifth of an edit's
-    # time; nothing here reads memory that was not written
+    # deterministic mode would also fill every new tensor with NaN, which takes a fifth of an edit's
+    # time; no code here reads uninitialised memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,5 +1,5 @@
-"""The registry of editing methods. Adding one: its file, one line here, one subclass of the
-contract test.
+"""The registry of editing methods. A new method needs its file, one line here and one subclass of
+the contract test.
 
 >>> get_method("wise").title
 'WISE'
@@ -15,7 +15,7 @@ from typing import Any
 
 from workers.inputs import explain
 from workers.methods.base import Method, MethodConfig
-from workers.methods.easyedit import read_hparams
+from workers.methods.easyedit import FileRemarks, read_hparams
 from workers.model.config import EMBEDDED, ModelConfig
 from workers.types import JSON, ProtocolName, SpecError
 
@@ -73,26 +73,52 @@ def load_config(
     model: ModelConfig,
     protocol: ProtocolName = "paper",
 ) -> MethodConfig:
+    """The config that :func:`load_method` gives, without what else a file says."""
+    return load_method(method, hparams, hparams_file, model, protocol)[0]
+
+
+def load_method(
+    method: str,
+    hparams: Mapping[str, JSON],
+    hparams_file: Path | None,
+    model: ModelConfig,
+    protocol: ProtocolName = "paper",
+) -> tuple[MethodConfig, FileRemarks | None]:
     """A method's frozen config: defaults, what ``protocol`` sets, an EasyEdit YAML (if given),
-    ``hparams``; the later wins.
+    ``hparams``; the later wins. And the keys of the file that are no hyperparameters.
 
     Without a file, the embedded model starts from the hyperparameters tuned for it. Raises
-    :class:`SpecError` naming the method, the field, the value and what is allowed.
+    :class:`SpecError` that names the method, the field, the value and the valid choices.
     """
     from pydantic import ValidationError
 
     cls = get_method(method)
     values: dict[str, JSON] = {}
+    remarks = None
     if hparams_file is not None:
         loaded = read_hparams(hparams_file)
         values = cls.Config.from_easyedit(loaded, str(hparams_file))
+        remarks = cls.Config.easyedit_remarks(loaded, str(hparams_file))
     elif model.name == EMBEDDED:
         values = cls.embedded_for(hparams)
     source = f"method {method}" if hparams_file is None else f"{hparams_file} (method {method})"
     try:
-        given = cls.Config.merged(values, hparams)
-        return cls.Config.model_validate(cls.Config.like_easyedit(given) if protocol == "easyedit" else given)
+        if hparams_file is None:
+            given = cls.Config.merged(values, hparams)
+        else:
+            given = cls.Config.merged_with_file(values, hparams)
+            cls.Config.check_complete(given, str(hparams_file))
+        if protocol == "easyedit":
+            given = cls.Config.like_easyedit(given)
+        return cls.Config.model_validate(given), remarks
     except ValidationError as error:
-        raise SpecError(f"{source}: {explain(error, cls.Config)}") from None
+        problem = explain(error, cls.Config)
+        if cls.Config.reads_corpus(given) and given.get("corpus") is None and model.name != EMBEDDED:
+            lines = [line.strip() for line in problem.splitlines() if line.strip()]
+            lines.append(
+                f"corpus: {cls.title} needs a text or JSONL file for its statistics of {model.name!r}"
+            )
+            problem = "\n  " + "\n  ".join(lines)
+        raise SpecError(f"{source}: {problem}") from None
     except ValueError as error:
         raise SpecError(f"{source}: {error}") from None

@@ -1,30 +1,31 @@
-"""AlphaEdit: MEMIT's change, projected so that it leaves ordinary keys alone, and mindful of
-earlier edits.
+"""AlphaEdit: MEMIT's change, projected so that outputs at ordinary keys and at keys of earlier
+edits stay.
 
 Fang et al., AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, ICLR 2025,
 arXiv 2410.02355. Values, keys and residuals ``R`` are MEMIT's (arXiv 2210.07229). ``P`` projects
 onto the span of the eigenvectors of the second moment ``C`` whose eigenvalue is below
-``nullspace_threshold``: what lies there hardly occurs in ordinary text. With ``K1`` the keys of the
-present requests and ``Kp`` those of all earlier edits of the sequence, the layer's map changes by
-``R K1^T P (Kp Kp^T P + K1 K1^T P + L2 * I)^-1``.
+``nullspace_threshold``: keys of ordinary text have almost no component there. With ``K1`` the keys
+of the current requests and ``Kp`` those of all earlier edits of the sequence, the layer's map
+changes by ``R K1^T P (Kp Kp^T P + K1 K1^T P + L2 * I)^-1``.
 
 With ``A = [Kp, K1]`` this is ``[0, R] (L2 * I + A^T P A)^-1 A^T P`` (push-through identity): a
 system with one unknown per edit made so far. Keys are kept as a list, and as their sum ``A A^T``
-once they number more than half the width.
+once there are more of them than half the width.
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: equations
-are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not available, so
+equations are not numbered here.
 
-1. Keys of earlier edits live in the overlay and end with it. In the public code they survive every
-   rollback, and so does the projection, whatever model comes next.
+1. Keys of earlier edits are stored in the overlay and dropped with it. In the public code they
+   survive every rollback; so does the projection, even if the model changes.
 2. ``P`` comes from the second moments of the pristine model, by an eigendecomposition in float64
    (public: singular value decomposition in float32, later layers' moments after earlier layers were
    edited).
 3. The closed form is solved in float64 (public: float32).
-4. The keys of an edit join ``Kp`` as the edited model has them, all layers changed (as in the
-   public code).
-5. ``mom2_update_weight``, ``mom2_adjustment``, ``v_loss_layer``, ``layer_selection`` and ``P_loc``
-   are dropped: the first four have no effect in the public code, the last is a cache file.
+4. The keys of an edit are added to ``Kp`` as computed by the edited model, after all layers changed
+   (as in the public code).
+5. ``mom2_update_weight``, ``mom2_adjustment``, ``layer_selection`` and ``P_loc`` are dropped: the
+   first three have no effect in the public code, the last is a cache file. ``v_loss_layer`` as in
+   MEMIT (its point 4).
 6. ``key_average`` and the points 1 and 5 to 8 of ROME's list, as in MEMIT.
 """
 
@@ -58,7 +59,7 @@ from workers.types import JSON
 
 
 class AlphaEditConfig(SpreadConfig):
-    """Hyperparameters of AlphaEdit, under the names the field uses."""
+    """Hyperparameters of AlphaEdit, under their usual names."""
 
     nullspace_threshold: float = Field(
         2e-2, gt=0, description="eigenvalues of the second moment below this span the null space"
@@ -95,7 +96,7 @@ class AlphaEditConfig(SpreadConfig):
 
 
 class AlphaEditOverlay(LowRankOverlay):
-    """The change, and per map the keys of all edits so far: a list, or their sum of outer
+    """The change, and per map the keys of all edits so far: as a list, or as the sum of their outer
     products."""
 
     def __init__(self, sites: Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
@@ -104,7 +105,7 @@ class AlphaEditOverlay(LowRankOverlay):
         self.sums_LII: dict[str, Tensor] = {}
 
     def remember(self, site: Site, keys_LIN: Tensor) -> None:
-        """Keys of an edit that is done."""
+        """Store the keys of a finished edit, (L, I, N)."""
         kept_LIM = self.keys_LIM[site.name]
         kept_LIM = torch.cat([kept_LIM, keys_LIN.to(kept_LIM)], dim=2)
         if site.name in self.sums_LII or kept_LIM.shape[2] > site.shape[1] // 2:
@@ -132,7 +133,7 @@ class AlphaEditOverlay(LowRankOverlay):
                 keys_IM = keys_LIM.new_zeros(keys_LIM.shape[1:])
             if (
                 keys_IM.shape[1] != keys_LIM.shape[2]
-            ):  # lanes are in lockstep: the first one restored sets it for all
+            ):  # lanes are in lockstep: the first restored lane sets the count for all
                 keys_LIM = keys_LIM.new_zeros(self.lanes, *keys_IM.shape)
             keys_LIM[lane] = keys_IM.to(keys_LIM)
             self.keys_LIM[site.name] = keys_LIM
@@ -195,7 +196,7 @@ class AlphaEdit(SpreadMethod[AlphaEditConfig, AlphaEditOverlay]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {
-            # this small model reads a person's fact at the prompt's last token, not at the name
+            # this small model recalls a person's fact at the prompt's last token, not at the name
             "layers": [3, 4],
             "fact_token": "last",
             "v_num_grad_steps": 20,
@@ -220,8 +221,8 @@ def alphaedit_keys(
     limit: int = SOLVE_BYTES,
 ) -> Tensor:
     """``((P (Kp Kp^T + K K^T) + L2 I)^-1 P K)^T`` of every lane, (L, N, I), float64. ``Kp Kp^T`` is
-    ``sum_LII`` and the outer products of ``kept_LIM``. At most ``limit`` bytes of temporaries, or
-    one lane."""
+    ``sum_LII`` plus the outer products of ``kept_LIM``. Temporaries take at most ``limit`` bytes,
+    or those of one lane."""
     lanes, in_features, count = keys_LIN.shape
     columns = kept_LIM.shape[2] + count
     projection_II = projection_II.double()
@@ -233,7 +234,7 @@ def alphaedit_keys(
     )
     for some in lane_chunks(lanes, 8 * each, limit):
         all_KIM = torch.cat([kept_LIM[some].double(), keys_LIN[some].double()], dim=2)
-        # a lane that is not finite must not raise for the others
+        # solve_ex does not raise: a non-finite lane must not fail the others
         if sum_LII is None:
             projected_KIM = projection_II @ all_KIM
             small_KMM = all_KIM.transpose(1, 2) @ projected_KIM

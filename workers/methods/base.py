@@ -5,8 +5,8 @@ citation.
 >>> overlay = editor.new_overlay(lanes=2)
 >>> outcomes = editor.edit(overlay, [LaneEdit((request_a,), draws_a), LaneEdit((request_b,), draws_b)])
 
-A prepared method is immutable: whatever an edit changes lives in the overlay. All lanes edit in
-lockstep, each its own requests; a lane's result does not depend on the lanes beside it.
+A prepared method is immutable: everything an edit changes is in the overlay. All lanes edit in
+lockstep, each its own requests; a lane's result does not depend on the other lanes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from torch import Tensor
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import Trainer, TrainingSource
 from workers.artifacts.stats import CorpusHashes
-from workers.methods.easyedit import COMMON_KEYS, IGNORED
+from workers.data.needs import Need
+from workers.methods.easyedit import COMMON_KEYS, COMMON_LOST, IGNORED, SWEEP_KEYS, FileRemarks
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import Overlay
 from workers.rng import RandomStreams
-from workers.types import JSON, EditRequest, Frozen, SpecError
+from workers.types import JSON, EditRequest, Frozen, SpecError, Written
 
 
 def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -45,21 +46,20 @@ def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Layers = Annotated[tuple[int, ...], AfterValidator(_distinct)]
-"""Decoder layers, each once, in any order."""
+"""Distinct decoder layers, in any order."""
 
 
 @dataclass(frozen=True)
 class ArtifactContext:
-    """Everything beside the hyperparameters that an artifact's recipe may depend on."""
+    """Everything except the hyperparameters that an artifact's recipe may depend on."""
 
     fingerprint: ModelFingerprint
     model: ModelConfig
     seed: int
     training: TrainingSource | None = None
-    """The data that networks learn from, where a method has any."""
+    """The training data of methods with trained networks."""
     corpora: CorpusHashes = field(default_factory=CorpusHashes)
-    """Shared between contexts, so that a corpus is read once whatever the number of layers, seeds
-    and methods."""
+    """Shared between contexts, so that a corpus is read once for all layers, seeds and methods."""
 
     @property
     def model_recipe(self) -> dict[str, JSON]:
@@ -72,39 +72,43 @@ class ArtifactContext:
 
 
 ADDED_LATER = "added later"
-"""Marks a field that configs hashed before did not have: at its default it enters neither cell ids
-nor random numbers."""
+"""Marks a field that earlier versions did not have: at its default it enters neither cell ids nor
+random numbers."""
 
 
-class Deviations(Frozen):
-    """Single switches, each off by default, for what a method's public code does and its paper does
-    not.
+class Deviations(Written):
+    """Switches, off by default, for single deviations of a method's public code from its paper.
 
-    They exist for parity tests. A user writes ``protocol: easyedit``, which turns on all of a
-    method's.
+    They exist for parity tests. Users write ``protocol: easyedit``, which turns on all switches of
+    a method.
     """
 
 
-class MethodConfig(Frozen):
-    """Hyperparameters of one method, and what follows from them without weights. Frozen, unknown
-    keys refused.
+class MethodConfig(Written):
+    """Hyperparameters of one method, and what the planner needs to know about them. Frozen, rejects
+    unknown keys.
 
-    A config tells the planner what the method needs: arithmetic on the model's :class:`ModelShape`,
-    no tensors.
+    The methods for the planner are arithmetic on the model's :class:`ModelShape`, without tensors.
 
     ``easyedit_keys`` maps keys of an EasyEdit hyperparameter YAML to ours (or to :data:`IGNORED`);
-    keys of the same name and meaning need no entry. A key in neither place is refused with a clear
-    error.
+    keys of the same name and meaning need no entry. ``easyedit_off`` holds keys that are accepted
+    with some values only, ``easyedit_lost`` those whose value changes numbers there and not here,
+    with the reason. A key in no such place is refused with a clear error.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType({})
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    easyedit_required: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType({})
+    """Hyperparameters that a file has to give, since layouts of files differ where it is silent:
+    the key there, and how to choose."""
     alg_names: ClassVar[tuple[str, ...]] = ()
-    """Values of EasyEdit's ``alg_name`` this method answers to."""
+    """Values of EasyEdit's ``alg_name`` for this method."""
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({})
-    """Values that ``protocol: easyedit`` sets: for what EasyEdit's code does and its hyperparameter
-    files do not say."""
+    """Values that ``protocol: easyedit`` sets: behaviour of EasyEdit's code that is not in its
+    hyperparameter files."""
 
     # --- deviations, and the written form ---
 
@@ -119,7 +123,7 @@ class MethodConfig(Frozen):
     @classmethod
     def nested(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
         """``values`` with single deviations moved into ``deviations``. Raises ValueError for one
-        that stands in both places."""
+        that is in both places."""
         flat = [name for name in cls.switches() if name in values]
         group = values.get("deviations", {})
         if not flat or not isinstance(group, Mapping):
@@ -132,7 +136,7 @@ class MethodConfig(Frozen):
 
     @classmethod
     def merged(cls, low: Mapping[str, JSON], high: Mapping[str, JSON]) -> dict[str, JSON]:
-        """Both, with the values of ``high`` where they differ; deviations are merged one by one."""
+        """Both mappings; where they differ, ``high`` wins. Deviations are merged one by one."""
         low, high = cls.nested(low), cls.nested(high)
         out = {**low, **high}
         below, above = low.get("deviations"), high.get("deviations")
@@ -142,23 +146,22 @@ class MethodConfig(Frozen):
 
     @classmethod
     def like_easyedit(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
-        """``values`` completed by :attr:`easyedit_values` where they say nothing."""
+        """``values``, with :attr:`easyedit_values` for missing keys."""
         return cls.merged(cls.easyedit_values, values)
 
     @model_validator(mode="before")
     @classmethod
     def _accept_flat(cls, values: Any) -> Any:
-        """Version 0.1 had the deviations among the hyperparameters: its specs and manifests stay
-        valid."""
+        """Accept deviations among the hyperparameters, as in specs and manifests of version 0.1."""
         return cls.nested(values) if isinstance(values, Mapping) else values
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, JSON]:
-        """Deviations stand among the hyperparameters: cell ids, manifests and random numbers derive
-        from this form.
+        """Write deviations among the hyperparameters: the form for cell ids, manifests and random
+        numbers.
 
-        Fields that were :data:`ADDED_LATER` are left out at their default, so that ids of earlier
-        versions stay.
+        Fields that are :data:`ADDED_LATER` are left out at their default, so that ids of earlier
+        versions stay valid.
         """
         written: dict[str, JSON] = {}
         for name, value in _without_added(self, handler(self)).items():
@@ -171,14 +174,13 @@ class MethodConfig(Frozen):
         """Translate the mapping of an EasyEdit YAML into our hyperparameters. Raises
         :class:`SpecError`.
 
-        Subclasses override to convert values; they call this for the keys.
+        Subclasses override it to convert values, and call this one for the keys.
         """
-        alg = values.get("alg_name")
-        if alg is not None and alg not in cls.alg_names:
-            raise SpecError(
-                f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}"
-            )
-        table = {**COMMON_KEYS, **cls.easyedit_keys}
+        cls.check_alg(values, source)
+        for key, allowed in cls.easyedit_off.items():
+            if key in values and values[key] not in allowed:
+                raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
+        table = cls._easyedit_table()
         out: dict[str, JSON] = {}
         for key, value in values.items():
             ours = table.get(key, key if key in (*cls.model_fields, *cls.switches()) else None)
@@ -192,14 +194,70 @@ class MethodConfig(Frozen):
                 out[ours] = value
         return out
 
-    # --- the planner's questions ---
+    @classmethod
+    def check_alg(cls, values: Mapping[str, JSON], source: str) -> None:
+        """Raise :class:`SpecError` where a file says that it is for another method."""
+        for key in ("alg_name", "alg"):
+            alg = values.get(key)
+            if alg is not None and alg not in cls.alg_names:
+                expected = (
+                    f"expected {' or '.join(cls.alg_names)}" if cls.alg_names else "this one has no files"
+                )
+                raise SpecError(f"{source}: {key}: {alg!r} is another method; {expected}")
+
+    @classmethod
+    def merged_with_file(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The translated ``values`` of a file, and ``hparams`` where they differ."""
+        return cls.merged(values, hparams)
+
+    @classmethod
+    def check_complete(cls, values: Mapping[str, JSON], source: str) -> None:
+        """Raise :class:`SpecError` if ``values`` lack a hyperparameter that a file has to give
+        because layouts of files disagree on it."""
+        for ours, (theirs, how) in cls.easyedit_required.items():
+            if ours not in values:
+                raise SpecError(f"{source}: {theirs}: the file does not say it; {how}")
+
+    @classmethod
+    def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
+        """The keys of an EasyEdit file (which :meth:`from_easyedit` has accepted) that did not become
+        hyperparameters."""
+        lost = {**COMMON_LOST, **cls.easyedit_lost}
+        if "alg" in values and "alg_name" not in values and values.get("batch_size") != 1:
+            lost["batch_size"] = "requests of one forward in EasyEdit's trainer"
+        own = (*lost, *cls.easyedit_keys)  # of another meaning in this method's files
+        sweep = {key: value for key, value in values.items() if key in SWEEP_KEYS and key not in own}
+        if "v_loss_layer" in lost and "v_loss_layer" in values:
+            sweep["v_loss_layer"] = values["v_loss_layer"]
+        return FileRemarks(
+            {key: value for key, value in sweep.items() if value is not None},
+            {
+                key: (value, lost[key])
+                for key, value in values.items()
+                if key in lost and key != "v_loss_layer" and value is not None and value is not False
+            },
+            tuple(
+                key
+                for key in values
+                if key not in sweep and key not in lost and cls._easyedit_table().get(key) == IGNORED
+                if key not in ("alg_name", "alg") and key not in cls.easyedit_off
+            ),
+        )
+
+    @classmethod
+    def _easyedit_table(cls) -> dict[str, str]:
+        """All keys of a file: what each is here."""
+        aside = dict.fromkeys((*COMMON_LOST, *cls.easyedit_lost, *cls.easyedit_off), IGNORED)
+        return {**COMMON_KEYS, **aside, **cls.easyedit_keys}
+
+    # --- for the planner ---
 
     def check(self, shape: ModelShape) -> None:
-        """Raise :class:`SpecError` where the config does not fit the model (layer index, module
+        """Raise :class:`SpecError` if the config does not fit the model (layer index, module
         name)."""
 
     def check_edits(self, shape: ModelShape, edits: int) -> None:
-        """Raise :class:`SpecError` where one lane cannot hold so many edits between two
+        """Raise :class:`SpecError` if one lane cannot hold ``edits`` edits between two
         rollbacks."""
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
@@ -207,20 +265,45 @@ class MethodConfig(Frozen):
         return ()
 
     @property
+    def needs(self) -> tuple[Need, ...]:
+        """The parts of a request that an edit cannot do without."""
+        return ()
+
+    @property
+    def training_needs(self) -> tuple[Need, ...]:
+        """The same, of a request that networks are trained on."""
+        return ()
+
+    @property
+    def networks(self) -> Mapping[str, str]:
+        """The further models that the method reads: hyperparameter -> folder or hub name."""
+        return {}
+
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        """Return whether artifacts are made from ``corpus``, with these hyperparameters."""
+        return False
+
+    @property
     def uses_seed(self) -> bool:
-        """False if two seeds differ in nothing but the order of the requests."""
+        """False if two seeds differ only in the order of the requests."""
+        return False
+
+    @property
+    def reads_subject(self) -> bool:
+        """True if the place of the subject's tokens in the prompt changes the edit."""
         return False
 
     @property
     def first_layer(self) -> int:
-        """The lowest decoder layer with an edited map: an edit's steps run from there on. 0, the
-        dearest, if there is none."""
+        """The lowest decoder layer with an edited map: an edit's steps run the layers from there
+        on. 0, the most expensive case, if there is none."""
         return 0
 
     @property
     def rows_per_edit(self) -> int:
-        """Sequences of one request in an optimisation step: its prompt, one more for locality, and
-        one per context template."""
+        """Rows of one request in an optimisation step: its prompt, one for locality, and one per
+        context template."""
         return 2
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
@@ -228,8 +311,8 @@ class MethodConfig(Frozen):
         return 0
 
     def shared_bytes(self, shape: ModelShape) -> int:
-        """Estimated bytes that all lanes share beside the base: artifacts, and what
-        :meth:`Method.prepare` makes of them."""
+        """Estimated bytes shared by all lanes, without the base: artifacts, and what
+        :meth:`Method.prepare` computes from them."""
         return 0
 
 
@@ -246,19 +329,18 @@ def _without_added(model: Frozen, written: Mapping[str, JSON]) -> dict[str, JSON
 
 @dataclass(frozen=True)
 class LaneEdit:
-    """One lane's part of one call: its requests (``batch_size`` of them) and the random numbers it
-    may use."""
+    """One lane's input of one edit call: its requests (``batch_size`` of them) and its random
+    numbers."""
 
     requests: tuple[EditRequest, ...]
     streams: RandomStreams
     inputs: Mapping[str, ArtifactData] = field(default_factory=dict)
-    """The artifacts of the lane's own cell, by the name the method gave them (they may differ by
-    seed)."""
+    """The artifacts of the lane's cell, by the method's names (they may differ by seed)."""
 
 
 @dataclass(frozen=True)
 class EditOutcome:
-    """Result of one lane's edit. A loss that is not finite fails the lane (and only it)."""
+    """Result of one lane's edit. A non-finite loss fails this lane only."""
 
     iterations: int
     loss: float | None
@@ -273,23 +355,23 @@ class Method(ABC, Generic[C, OverlayT]):
     """An editing method. Class attributes describe it; an instance is one prepared for a base model
     and a config.
 
-    ``C`` is its config and ``OverlayT`` the overlay that it edits: the one that :meth:`new_overlay`
-    makes, and no other.
+    ``C`` is its config, ``OverlayT`` the overlay class that :meth:`new_overlay` returns and
+    :meth:`edit` takes.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
     version: ClassVar[int]
-    """Raise when the numbers a given config produces change: it enters every cell id."""
+    """Increase it when the numbers of a given config change: it is part of every cell id."""
     needs_pretraining: ClassVar[bool] = False
     batch_edits: ClassVar[bool] = False
     """True if several requests can be edited in one call."""
     whole_group: ClassVar[bool] = False
-    """True if a call always edits all T requests of a group (then there is nothing between the
-    first and the last)."""
+    """True if a call always edits all T requests of a group (then no state exists between two
+    edits)."""
     relative_cost: ClassVar[float] = 1.0
-    """Rough seconds per edit relative to FT, for ordering shards before anything was measured."""
+    """Approximate time per edit relative to FT, for ordering shards before times are measured."""
     Config: ClassVar[type[MethodConfig]]
 
     def __init__(self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> None:
@@ -299,17 +381,17 @@ class Method(ABC, Generic[C, OverlayT]):
 
     @classmethod
     def prepare(cls, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> Self:
-        """Make everything that edits share. ``inputs`` holds, by name, what
-        :meth:`MethodConfig.artifacts` asked for."""
+        """Compute what all edits share. ``inputs``: the artifacts of
+        :meth:`MethodConfig.artifacts`, by name."""
         return cls(base, config, inputs)
 
     @abstractmethod
     def new_overlay(self, lanes: int) -> OverlayT:
-        """A pristine overlay. Dropping it is the rollback."""
+        """Make a pristine overlay. Rollback means to drop the overlay."""
 
     @abstractmethod
     def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        """Edit each lane's requests into its lane, in place; ``edits[i]`` belongs to lane i."""
+        """Apply each lane's requests to its lane, in place; ``edits[i]`` belongs to lane i."""
 
     # --- without an instance ---
 
@@ -320,15 +402,16 @@ class Method(ABC, Generic[C, OverlayT]):
 
     @classmethod
     def embedded_for(cls, hparams: Mapping[str, JSON]) -> dict[str, JSON]:
-        """The same, where it depends on what a sweep asks for (``hparams``, which override it)."""
+        """The same, if it depends on the hyperparameters of a sweep (``hparams``, which override
+        it)."""
         return cls.embedded()
 
     @classmethod
     def trainer(cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> Trainer:
-        """An untrained trainer, for methods that ask for
-        :func:`workers.artifacts.pretrain.pretrained` with these ``hparams``.
+        """An untrained trainer, for methods with pretrained networks
+        (:mod:`workers.artifacts.pretrain`).
 
-        ``generator`` is for its initial weights.
+        ``generator``: for the initial weights.
         """
         raise NotImplementedError(f"{cls.name} trains nothing")
 

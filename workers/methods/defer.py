@@ -1,28 +1,29 @@
-"""DEFER: a scope classifier in front of a small trained map that answers instead of one linear map
-of the base.
+"""DEFER: a scope classifier and a small trained map that replaces one linear map of the base in
+scope.
 
 The baseline of that name in Hartvigsen et al., Aging with GRACE, arXiv 2211.11031, which describes
-it as a simpler SERAC. Beside a linear map ``W`` stand a gate ``g(q) = sigmoid(a q + b)`` and a map
+it as a simpler SERAC. A linear map ``W`` gets a gate ``g(q) = sigmoid(a q + b)`` and a map
 ``P(q) = V q + c``, where ``q`` is the input of ``W`` at one token of the row. A row with ``g(q) >=
-threshold`` gets ``P(q)`` at all its tokens; every other row passes untouched. An edit trains ``a,
-b, V, c`` together by Adam (fresh for each edit) on the mean over the target's tokens of ``-log
-P(target_j | prompt, target_<j)``, with the soft answer ``g P(q) + (1 - g) W x`` so that the gate
-gets gradients. Nothing tells the gate what lies out of scope: locality is poor at small T, which
-the records show, too.
+threshold`` gets ``P(q)`` at all its tokens; every other row is unchanged. An edit trains ``a, b, V,
+c`` together by Adam (reset for each edit) on the mean over the target's tokens of ``-log P(target_j
+| prompt, target_<j)``, with the soft output ``g P(q) + (1 - g) W x`` so that the gate gets
+gradients. There are no training examples out of scope, so locality is poor at small T, also in the
+golden records.
 
 Differences from paper and public code, all deliberate:
 
 1. ``q`` is the input at the last *prompt* token, so that the decision is the same for scoring and
-   for generation. The public code takes the last token of whatever it is given: in training and in
-   scoring that is the last token of the answer, which leaks it into gate and map (``query: row``).
-2. The parameters are drawn once a lane, at its first edit, from that edit's own generator (uniform
-   in +-1/sqrt(in), what the public code's linear layers start from). The public code draws from the
-   global generator.
-3. A lane that was not edited yet answers as the base does; a rollback drops gate and map. The
+   for generation. The public code takes the last token of its input. In training and in scoring
+   this is the last token of the answer, so that the answer leaks into gate and map (``query:
+   row``).
+2. The parameters are drawn once per lane, at its first edit, from that edit's own generator
+   (uniform in +-1/sqrt(in), the initialisation of the public code's linear layers). The public code
+   draws from the global generator.
+3. A lane without edits computes the base's output; a rollback drops gate and map. The
    public code raises on its rollback (golden README, fault 4).
 
-Not checked: the paper's own text was not at hand, its description is from memory; numbers are
-checked against records.
+The paper's text was not available, its description is from memory; numbers are checked against
+records.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
@@ -96,7 +98,7 @@ class DEFERConfig(MethodConfig):
 
 
 class Deferral(Overlay):
-    """Per lane a gate and a map; lanes that were never edited answer as the base does."""
+    """Per lane a gate and a map; lanes that were never edited compute the base's output."""
 
     def __init__(self, site: Site, lanes: int, dtype: torch.dtype, config: DEFERConfig) -> None:
         super().__init__([site], lanes)
@@ -118,37 +120,37 @@ class Deferral(Overlay):
             "map_bias": self.map_bias_LO,
         }
 
-    def query_of(self, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def query_of(self, x_BSI: Tensor, batch: Batch) -> Tensor:
         """Input of gate and map for each row, (B, I)."""
         row_B = torch.arange(x_BSI.shape[0], device=x_BSI.device)
         if self.query == "prompt":
-            return x_BSI[row_B, rows.prompt_end_B]
+            return x_BSI[row_B, batch.prompt_end_B]
         columns_S = torch.arange(x_BSI.shape[1], device=x_BSI.device)
-        return x_BSI[row_B, (columns_S * rows.attention_mask_BS).argmax(1)]
+        return x_BSI[row_B, (columns_S * batch.attention_mask_BS).argmax(1)]
 
-    def answer(self, query_BI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-        """The gate (B,) and the map's answer (B, O) at each row's query."""
+    def answer(self, query_BI: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The gate, (B,), and the map's output, (B, O), for each row's query."""
         query_B1I = query_BI.to(self.map_LOI.dtype)[:, None]
-        gate_B = lane_linear(query_B1I, self.gate_L1I, rows)[:, 0, 0] + self.gate_bias_L1[rows.lane_B, 0]
-        value_BO = lane_linear(query_B1I, self.map_LOI, rows)[:, 0] + self.map_bias_LO[rows.lane_B]
+        gate_B = lane_linear(query_B1I, self.gate_L1I, batch)[:, 0, 0] + self.gate_bias_L1[batch.lane_B, 0]
+        value_BO = lane_linear(query_B1I, self.map_LOI, batch)[:, 0] + self.map_bias_LO[batch.lane_B]
         return torch.sigmoid(gate_B), value_BO
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
-        if not any(self.edited[lane] for lane, _, _ in rows.segments):
+        if not any(self.edited[lane] for lane, _, _ in batch.segments):
             return out_BSO
-        gate_B, value_BO = self.answer(self.query_of(x_BSI, rows), rows)
+        gate_B, value_BO = self.answer(self.query_of(x_BSI, batch), batch)
         edited_L = torch.tensor(self.edited, device=gate_B.device)
-        deferred_B = (gate_B >= self.threshold) & edited_L[rows.lane_B]
+        deferred_B = (gate_B >= self.threshold) & edited_L[batch.lane_B]
         return torch.where(deferred_B[:, None, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
 
     def start(self, lane: int, generator: torch.Generator) -> None:
-        """Draw a lane's first parameters."""
+        """Draw a lane's initial parameters."""
         bound = self.map_LOI.shape[2] ** -0.5
         for tensor in self.parameters.values():
             drawn = torch.rand(
                 tensor.shape[1:], generator=generator
-            )  # on the CPU: the same numbers on every device
+            )  # drawn on the CPU: equal on every device
             tensor[lane] = ((2 * drawn - 1) * bound).to(tensor)
         self.edited[lane] = True
 
@@ -186,23 +188,23 @@ class DEFER(Method[DEFERConfig, Deferral]):
         return Deferral(site, lanes, self.base.master_dtype, self.config)
 
     def edit(self, overlay: Deferral, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        rows, targets = self._batch(edits)
-        suffix = Suffix.capture(self.base, overlay.sites[0], rows, targets.reads)
+        batch, targets = self._batch(edits)
+        suffix = Suffix.capture(self.base, overlay.sites[0], batch, targets.reads)
         for lane, edit in enumerate(edits):
             if not overlay.edited[lane]:
                 overlay.start(lane, edit.streams.generator("start"))
-        query_BI = overlay.query_of(suffix.input_BSI, rows)
+        query_BI = overlay.query_of(suffix.input_BSI, batch)
         parameters = list(overlay.parameters.values())
 
         def losses() -> Tensor:
-            gate_B, value_BO = overlay.answer(query_BI, rows)
+            gate_B, value_BO = overlay.answer(query_BI, batch)
             gate_B11 = gate_B[:, None, None]
             mixed_BSO = gate_B11 * value_BO[:, None] + (1 - gate_B11) * suffix.output_BSO
             return targets.nll(self.base, suffix.hidden(mixed_BSO.to(suffix.output_BSO.dtype)))
 
         found = descend(WholeBatch(parameters, losses), Adam(parameters, self.config.lr), self.config.n_iter)
         with torch.no_grad():
-            gates = overlay.answer(query_BI, rows)[0].tolist()
+            gates = overlay.answer(query_BI, batch)[0].tolist()
         return [
             EditOutcome(count, loss, {"first_loss": first, "gate": gate})
             for count, loss, first, gate in zip(
@@ -211,20 +213,21 @@ class DEFER(Method[DEFERConfig, Deferral]):
         ]
 
     def _batch(self, edits: Sequence[LaneEdit]) -> tuple[Batch, TargetTokens]:
-        """One row a lane, and where its loss is read."""
+        """One row per lane, and the positions of its loss."""
         pairs = []
         for edit in edits:
-            (request,) = edit.requests  # the method edits one at a time (batch_edits is False)
-            pairs.append(self.base.encoder.pair(request.prompt, request.target_new))
+            (request,) = edit.requests  # one request per edit (batch_edits is False)
+            joiner = joiner_of(request, request.prompt)
+            pairs.append(self.base.encoder.pair(request.prompt, request.target_new, joiner))
         cut = None if self.config.query == "row" else -1  # the last token predicts nothing that is scored
         encoded = [Encoded(pair.ids[:cut], pair.prompt_len) for pair in pairs]
-        rows = collate(encoded, range(len(pairs)), self.base.encoder.pad_id, self.base.device)
+        batch = collate(encoded, range(len(pairs)), self.base.encoder.pad_id, self.base.device)
         places = [
             (lane, pair.prompt_len - 1 + j, token, 1 / len(pair.target))
             for lane, pair in enumerate(pairs)
             for j, token in enumerate(pair.target)
         ]
-        return rows, TargetTokens.of(rows, places, len(pairs))
+        return batch, TargetTokens.of(batch, places, len(pairs))
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:

@@ -1,9 +1,10 @@
-"""Read the public EasyEdit hyperparameter files."""
+"""Reading of the public EasyEdit hyperparameter files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,48 +12,85 @@ from workers.inputs import MAX_BYTES, parse_yaml
 from workers.types import JSON, SpecError
 
 IGNORED = ""
-"""In ``easyedit_keys``: the key carries no information for us (a file path, a log setting) and is
-dropped."""
+"""In ``easyedit_keys``: no number depends on the key (a path, a log setting, what nobody reads); it
+is left aside and named among those that are."""
+
+SWEEP_KEYS = ("batch_size", "use_chat_template", "fp16", "half", "model_parallel")
+"""Keys for what a sweep says outside ``hparams``: the planner compares both."""
+
+
+@dataclass(frozen=True)
+class FileRemarks:
+    """The keys of an EasyEdit file that do not become hyperparameters."""
+
+    sweep: Mapping[str, JSON] = field(default_factory=dict)
+    """Those that have to agree with the sweep, and ``v_loss_layer``, with its model."""
+    lost: Mapping[str, tuple[JSON, str]] = field(default_factory=dict)
+    """Those that change numbers there and not here, each with its value and the reason."""
+    neutral: tuple[str, ...] = ()
+    """Those that no number depends on."""
+
+    def within(self, name: str) -> FileRemarks:
+        """The same of a file that another one names; ``name`` says where it lies."""
+        return FileRemarks(
+            self.sweep, {f"{name}: {key}": value for key, value in self.lost.items()}, self.neutral
+        )
+
+    def __or__(self, other: FileRemarks) -> FileRemarks:
+        return FileRemarks(
+            {**self.sweep, **other.sweep},
+            {**self.lost, **other.lost},
+            tuple(dict.fromkeys(self.neutral + other.neutral)),
+        )
 
 
 COMMON_KEYS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
         (
-            "alg_name",
+            "alg_name",  # compared with the method
+            "alg",  # the same in files for EasyEdit's trainer
+            *SWEEP_KEYS,
             "model_name",
             "device",
-            "model_parallel",
             "stats_dir",
             "results_dir",
-            "batch_size",  # the sweep's grid says how many requests are edited at once
-            "max_length",  # nothing is truncated here
-            "use_chat_template",  # the model section of a sweep says it
-            "fp16",
+            "max_length",  # EasyEdit's text methods never read it, and nothing is truncated here
             "tokenizer_class",
             "tokenizer_name",
-            "layer_module_tmp",  # where a model's parts are is known from its type
+            "layer_module_tmp",  # module paths follow from the model type
             "mlp_module_tmp",
             "attn_module_tmp",
             "ln_f_module",
             "lm_head_module",
             "save_path",
-            "load_path",
         ),
         IGNORED,
     )
 )
 
+COMMON_LOST: Mapping[str, str] = MappingProxyType(
+    {"load_path": "edits of an earlier run are not loaded: every group starts from the pristine model"}
+)
+"""Keys of any method's file that change numbers there and are not followed here, and why."""
+
+TRAINER_LOST: Mapping[str, str] = MappingProxyType(
+    {
+        "archive": "no trained network is loaded: it is trained here, from the sweep's training data",
+        "seed": "training draws from its own recipe",
+        "max_epochs": "the length of the training is max_iters",
+        "early_stop_patience": "training is never stopped early",
+    }
+)
+"""Such keys of trained methods' files."""
+
+TRAINER_OFF: Mapping[str, tuple[JSON, ...]] = MappingProxyType({"opt": ("Adam",)})
+"""Keys of trained methods' files that are accepted with these values only."""
+
 TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
         (
             *(
-                "archive",
                 "model_class",
-                "alg",
-                "opt",
-                "seed",
-                "half",
-                "max_epochs",
                 "model_save_pt",
                 "save",
                 "silent",
@@ -66,13 +104,13 @@ TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
                 "eval_log_interval",
                 "val_interval",
             ),
-            *("val_batch_size", "val_steps", "early_stop_patience", "early_stop_key"),
+            *("val_batch_size", "val_steps", "early_stop_key"),
         ),
         IGNORED,
     )
 )
-"""Keys of trained methods' files that say how the public trainer logs, saves, stops and
-validates."""
+"""Keys of trained methods' files for logging, saving, stopping and validation of the public
+trainer."""
 
 _MODULE = re.compile(r"^.*?[.\[](?P<layer>\{\}|\d+)\]?\.(?P<path>.+?)(\.weight)?$")
 
@@ -81,7 +119,8 @@ def split_module(name: str, source: str) -> tuple[int | None, str]:
     """``model.layers[4].mlp.down_proj.weight`` -> (4, "mlp.down_proj"); a template's ``{}`` gives
     None.
 
-    This is how EasyEdit's module names become a layer index and a path inside a decoder layer.
+    Converts EasyEdit's module names into a layer index and a path inside a decoder layer. Raises
+    :class:`SpecError`.
     """
     match = _MODULE.match(name)
     if match is None:
@@ -94,8 +133,8 @@ def split_module(name: str, source: str) -> tuple[int | None, str]:
 
 
 def take_inner_param(out: dict[str, JSON], source: str) -> None:
-    """``inner_params`` of methods that edit one map, which ``easyedit_keys`` call ``module``: made
-    ``layer`` and ``module``."""
+    """Split ``inner_params`` (renamed to ``module`` by ``easyedit_keys``) of a method that edits
+    one map into ``layer`` and ``module``, in place."""
     if "module" in out:
         names = out["module"]
         if not isinstance(names, list) or len(names) != 1:
@@ -110,7 +149,13 @@ def read_hparams(path: Path) -> dict[str, JSON]:
         if path.stat().st_size > MAX_BYTES:
             raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise SpecError(f"{source}: no such file") from None
+    except IsADirectoryError:
+        raise SpecError(f"{source}: is a folder, expected a file") from None
+    except OSError as error:
+        raise SpecError(f"{source}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise SpecError(f"{source}: cannot be read: {error}") from None
     loaded = parse_yaml(text, source)
     if not isinstance(loaded, dict):

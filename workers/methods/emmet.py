@@ -1,13 +1,13 @@
-"""EMMET: MEMIT's batched edit with ROME's constraint, that every new key is answered by its new
+"""EMMET: MEMIT's batched edit with ROME's constraint that every new key gives exactly its new
 value.
 
 Gupta et al., A Unified Framework for Model Editing, arXiv 2403.14236: ROME and MEMIT minimise the
-same two terms, the change of answers to ordinary keys and the error at the new keys; ROME holds the
-second at zero for one fact, MEMIT weighs it for many. EMMET holds it at zero for a whole batch. For
-the requests of a call,
+same two terms, the change of outputs at ordinary keys and the error at the new keys. ROME
+constrains the second to zero for one fact, MEMIT weights it for many facts, EMMET constrains it to
+zero for a whole batch. For the requests of a call,
 
-- values are sought at the last edited layer, keys and residuals ``R = (z - h) / (layers still to
-  come)`` are read off the model as it is now, layer by layer, all as in MEMIT
+- values are optimised at the last edited layer; keys and residuals ``R = (z - h) / (number of
+  layers left)`` are read from the model as edited so far, layer by layer, all as in MEMIT
   (:mod:`workers.methods.families.spread`);
 - a layer's map changes by ``R (K^T C^-1 K)^-1 K^T C^-1``, ``C = E[k k^T]`` over ordinary text. With
   ``A = C^-1 K`` that is ``R D^-1 A^T``, ``D = K^T A``: rank n for n requests, and ``C`` is
@@ -15,18 +15,18 @@ the requests of a call,
 
 With one request, one layer and ``emmet_lambda: 0`` this is ROME's change for the averaged key.
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: equations
-are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not available, so
+equations are not numbered here.
 
 1. ``D`` gets ``emmet_lambda`` added on its diagonal, as in the authors' code, because requests with
-   nearly the same key make it singular. ``C`` is first multiplied by ``mom2_update_weight``, which
-   cancels where ``emmet_lambda`` is 0 and otherwise scales ``D`` against it: large weights make
-   small edits. Public files hold the value that goes with that scale.
-2. ``D`` that is singular all the same (``emmet_lambda: 0`` and one key twice in a batch) fails its
-   lane. The public code takes the pseudo-inverse in that case.
+   nearly the same key make it singular. ``C`` is first multiplied by ``mom2_update_weight``. The
+   factor cancels if ``emmet_lambda`` is 0; otherwise it scales ``D`` relative to ``emmet_lambda``:
+   large weights give small edits. Public files contain values for this scale.
+2. If ``D`` is still singular (``emmet_lambda: 0`` and one key twice in a batch), its lane fails.
+   The public code takes the pseudo-inverse in that case.
 3. Points 1, 2, 3, 5 and 6 of MEMIT's list.
-4. ``layer_selection``, ``v_loss_layer`` and ``mom2_adjustment`` have no effect in the public code
-   and are dropped.
+4. ``layer_selection`` and ``mom2_adjustment`` have no effect in the public code and are dropped;
+   ``v_loss_layer`` as in MEMIT (its point 4).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from workers.types import JSON
 
 
 class EMMETConfig(SpreadConfig):
-    """Hyperparameters of EMMET, under the names the field uses."""
+    """Hyperparameters of EMMET, under their usual names."""
 
     mom2_update_weight: float = Field(1.0, gt=0, description="the second moment is multiplied by this")
     emmet_lambda: float = Field(
@@ -83,7 +83,7 @@ class EMMET(RidgeMethod[EMMETConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {
-            # this small model reads a person's fact at the prompt's last token, not at the name
+            # this small model recalls a person's fact at the prompt's last token, not at the name
             "layers": [4],
             "fact_token": "last",
             "v_num_grad_steps": 20,

@@ -6,7 +6,7 @@ The weights ``W`` of the chosen maps minimise, by Adam with early stopping,
 - ``target_new`` (FT-M): the mean over the target's tokens of ``-log P(target_j | prompt,
   target_<j)``;
 - ``prompt_last`` (FT-L): the mean over the target's tokens of ``-log P(target_j | prompt)``, every
-  token scored at the last prompt position, as the code published with ROME does (its "FT"/"FT+L"
+  token scored at the last prompt position, as in the code published with ROME (its "FT"/"FT+L"
   baselines);
 
 after every step ``W`` is clamped to ``W0 - c <= W <= W0 + c`` if ``norm_constraint`` is ``c``: the
@@ -25,7 +25,7 @@ Differences from paper and public code, all deliberate:
 3. Padding is never a target (the public FT-L scores padding tokens in batches).
 4. Only the weight is trained. Where a public YAML names a module without ``.weight`` (gpt2-xl,
    gpt-j), the public code trains its bias too.
-5. ``kl_factor`` is in every public YAML, is read by nobody, and is accepted as 0 only.
+5. ``kl_factor`` is in every public YAML, but no code reads it; only 0 is accepted.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.finetune import Example, fine_tune, with_target
 from workers.inner_loop.optim import Box
 from workers.methods.base import Deviations, EditOutcome, LaneEdit, Layers, Method, MethodConfig
@@ -45,6 +46,12 @@ from workers.model.batch import Encoded
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay
 from workers.types import JSON, EditRequest, SpecError
+
+_CHOOSE_OBJECTIVE = (
+    "EasyEdit's files do, and the code for which files without it were written (ROME's and AlphaEdit's "
+    "repositories) is FT-L; give `objective` under hparams, or `objective_optimization` in the file: "
+    "'prompt_last' (FT-L) or 'target_new' (FT-M)"
+)
 
 
 class FTDeviations(Deviations):
@@ -86,6 +93,14 @@ class FTConfig(MethodConfig):
     alg_names: ClassVar[tuple[str, ...]] = ("FT",)
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"objective_optimization": "objective", "rewrite_module_tmp": "module", "kl_factor": IGNORED}
+    )
+    easyedit_required: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType(
+        {
+            "objective": (
+                "objective_optimization",
+                _CHOOSE_OBJECTIVE,
+            )
+        }
     )
 
     @field_validator("norm_constraint", mode="before")
@@ -161,11 +176,12 @@ class FT(Method[FTConfig, DenseOverlay]):
         """The sequence to run and the target tokens to score."""
         if self.config.objective == "target_new":
             return with_target(base, request)
-        pair = base.encoder.pair(request.prompt, request.target_new)  # says so if the target adds no token
+        joiner = joiner_of(request, request.prompt)
+        # raises if the target adds no token
+        pair = base.encoder.pair(request.prompt, request.target_new, joiner)
         prompt = base.encoder.prompt(request.prompt)
-        target = (
-            base.encoder.text(f" {request.target_new}") if self.config.deviations.public_bos else pair.target
-        )
+        alone = f"{joiner}{request.target_new}"
+        target = base.encoder.text(alone) if self.config.deviations.public_bos else pair.target
         return Example(Encoded(prompt, len(prompt)), target, len(prompt) - 1, step=0)
 
     def _boxes(self, overlay: DenseOverlay) -> list[Box]:

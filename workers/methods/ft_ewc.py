@@ -1,12 +1,12 @@
-"""FT-EWC: fine-tuning held near the pristine weights where the model's own text depends on them.
+"""FT-EWC: fine-tuning with a penalty on changes of weights that the model's predictions depend on.
 
-Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, arXiv 1612.00796: what an
-earlier task taught is kept by a quadratic penalty whose stiffness is the diagonal of the Fisher
+Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, arXiv 1612.00796: an
+earlier task is preserved by a quadratic penalty, weighted by the diagonal of the Fisher
 information,
 
 ``L(W) = NLL(W) + ew_lambda / 2 * sum_i F_i (W_i - W*_i)^2``.
 
-The earlier task is the model's pretraining: ``F`` is taken over a text corpus
+The earlier task is the model's pretraining: ``F`` is computed over a text corpus
 (:mod:`workers.artifacts.fisher`, an artifact) at the pristine weights, which are ``W*``. ``NLL`` is
 that of FT-M: the mean over the target's tokens of ``-log P(target_j | prompt, target_<j)``. As a
 baseline of continual editing: Lin et al., On Continual Model Refinement in Out-of-Distribution Data
@@ -14,22 +14,21 @@ Streams (2022), and Hartvigsen et al., arXiv 2211.11031 ("FT+EWC").
 
 Choices, and differences from the code published with GRACE:
 
-1. Neither ``F`` nor ``W*`` changes with an edit, so a sequence of T edits is held near the model it
-   started from, and the penalty protects what the model knew, not earlier edits. The public code
-   takes both anew at every edit, from the ten most recent edits and the present weights: nothing
-   then holds the original knowledge. The 2017 paper adds one penalty per earlier task; with an edit
-   as a task this would be a dense Fisher per lane.
+1. Neither ``F`` nor ``W*`` changes with an edit, so the penalty keeps a sequence of T edits near
+   the pristine model: it protects the original knowledge, not earlier edits. The public code
+   recomputes both at every edit, from the ten most recent edits and the current weights, so it does
+   not protect the original knowledge. The 2017 paper adds one penalty per earlier task; with one
+   edit per task this would need a dense Fisher per lane.
 2. ``ew_lambda / 2``, as in the paper; the public code has no half.
-3. The public code divides its sums by the number of texts it remembers, not by how many there were,
-   so early in a stream the point that it pulls towards is a fraction of the weights. There is no
-   such thing here.
-4. A lane stops when the request's own loss (without the penalty) is below 0.01, as FT does; the
-   public code stops when every target token is the likeliest one.
+3. The public code divides its sums by the capacity of its memory, not by the number of texts in it,
+   so early in a stream its anchor is only a fraction of the weights. This is not reproduced.
+4. A lane stops when the request's own loss (without the penalty) is below 0.01, as in FT; the
+   public code stops when every target token has the largest logit.
 5. The squared gradient is that of a text's mean loss per token (as in the public code), not of its
    sum: the scale of ``ew_lambda`` depends on it.
 
-The papers' texts were not at hand; the penalty and the public differences were checked against the
-published code only.
+The papers' texts were not available; the penalty and the public differences were checked only
+against the published code.
 """
 
 from __future__ import annotations
@@ -78,6 +77,10 @@ class FTEWCConfig(MethodConfig):
             shape.check_layer(layer, "layers")
         shape.site(self.module)
 
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        return True
+
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         how_much = f"about {self.samples} lines, see samples"
         corpus = stats.corpus_of(self.corpus, context.model, "FT-EWC", "Fisher information", how_much)
@@ -106,7 +109,7 @@ class FTEWCConfig(MethodConfig):
     def shared_bytes(self, shape: ModelShape) -> int:
         out, in_features = shape.site(self.module)
         artifact = 8 if self.precision == "float64" else 4
-        # and in the masters' precision the Fisher information and the weights that hold it back
+        # plus, in the masters' precision, the Fisher information and the pristine weights
         return len(self.layers) * out * in_features * (artifact + 2 * max(4, shape.bytes_per_value))
 
 

@@ -1,10 +1,10 @@
-"""GRACE: a codebook of activations beside one linear map; no weight changes.
+"""GRACE: a codebook of activations at one linear map; no weight changes.
 
 Hartvigsen et al., Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors, arXiv
-2211.11031. An entry is a key ``k`` (the map's input at the last prompt token), a value ``v`` (what
-the map answers there instead of ``W k``), a deferral radius ``e`` and the label it was learned for.
-A row whose own last prompt token ``h`` lies within the radius of its nearest key, ``|h - k*| <=
-e*``, gets ``v*``; every other row passes untouched. An edit (section 3, Algorithm 1) takes the
+2211.11031. An entry is a key ``k`` (the map's input at the last prompt token), a value ``v`` (the
+map's output there instead of ``W k``), a deferral radius ``e`` and the label it was trained for. A
+row whose activation ``h`` at the last prompt token is within the radius of the nearest key, ``|h -
+k*| <= e*``, gets ``v*``; every other row is unchanged. An edit (section 3, Algorithm 1) takes the
 nearest key ``k*`` at distance ``d`` and
 
 - **adds** ``(h, v, e_init)`` if there is none or ``d > e* + e_init``;
@@ -20,24 +20,24 @@ Differences from paper and public code, all deliberate:
 1. The cold start is drawn once per edit, from the edit's own generator. The public code draws one
    at every forward, scoring included (golden README, fault 9).
 2. Labels are compared token by token. The public code compares the mean of the label ids, so that
-   permutations and coincidences count as the same.
-3. An edit that falls on an entry with its own label goes on training that entry's value from where
-   it is (the authors' code does so, too); ``train_matched: false`` leaves it. The public code may
-   fail there with "does not require grad" (fault 9).
+   permutations and chance matches count as equal.
+3. An edit that matches an entry with the same label continues training that entry's value (as in
+   the authors' code); ``train_matched: false`` keeps the value. The public code may fail there with
+   "does not require grad" (fault 9).
 4. Two edits of one prompt with different targets: splitting at ``d = 0`` would leave two entries of
-   radius 0, which no recomputed activation hits. The later edit takes the entry over, with a fresh
+   radius 0, which no recomputed activation matches. The later edit replaces the entry, with a new
    value and the old radius (rule "replace").
 5. Splitting gives both entries ``d / 2``, as in the paper; the public code makes the older one 1e-5
    smaller.
 6. The key is the last *real prompt* token of every row, in teacher forcing as in generation. The
-   public code takes the column of the last edit, which is right only for single, unpadded rows.
+   public code takes the column of the last edit, which is correct only for single, unpadded rows.
 7. ``replace_prompt`` covers the whole prompt (public: all of it but the last token);
    ``replace_all`` all real tokens.
 8. ``val_train: sgd`` only (in the public code, too, that means Adam); perturbed training,
-   ``val_reg`` and ``dropout`` are either not implemented there or without effect, and are refused
-   here unless they are off.
+   ``val_reg`` and ``dropout`` are not implemented there or have no effect; they are rejected here
+   unless they are off.
 
-The paper's text was not at hand: numbers of equations and algorithms are from memory.
+The paper's text was not available: numbers of equations and algorithms are from memory.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
@@ -61,12 +62,12 @@ from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelShape
 from workers.model.overlay import LaneState, Overlay
-from workers.types import JSON, SpecError
+from workers.types import JSON
 
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 
 SAME_KEY = 1e-3
-"""Below this share of the initial radius two activations are the same up to rounding."""
+"""Two activations nearer than this share of the initial radius count as equal up to rounding."""
 
 _BLOCK = 64
 
@@ -106,17 +107,12 @@ class GRACEConfig(MethodConfig):
             "dropout": (0, 0.0),
         }
     )
-    """Keys of a public YAML that are accepted with these values only: nothing else is
-    implemented."""
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        for key, allowed in cls.easyedit_off.items():
-            if key in values and values[key] not in allowed:
-                raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
-        out = super().from_easyedit({k: v for k, v in values.items() if k not in cls.easyedit_off}, source)
+        out = super().from_easyedit(values, source)
         take_inner_param(out, source)
-        if out.get("eps_expand") == "moving_avg":  # what the comments in the public files call it
+        if out.get("eps_expand") == "moving_avg":  # the name in the comments of the public files
             out["eps_expand"] = "moving_average"
         return out
 
@@ -134,12 +130,12 @@ class GRACEConfig(MethodConfig):
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         out, in_features = shape.site(self.module)
-        slots = max(_BLOCK, edits + edits // 2)  # room grows by half
+        slots = max(_BLOCK, edits + edits // 2)  # capacity grows by half
         return (slots * (in_features + out + 1) + 4 * out) * max(4, shape.bytes_per_value)
 
 
 class Codebook(Overlay):
-    """Per lane a list of entries, held in padded tensors; unused slots have a negative radius."""
+    """Per lane a list of entries, stored in padded tensors; unused slots have a negative radius."""
 
     def __init__(self, site: Site, lanes: int, dtype: torch.dtype, replacement: Replacement) -> None:
         super().__init__([site], lanes)
@@ -151,22 +147,22 @@ class Codebook(Overlay):
         self.radii_LJ = torch.zeros(lanes, 0, dtype=dtype, device=device)
         self.labels: list[list[tuple[int, ...]]] = [[] for _ in range(lanes)]
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
-        if not any(self.labels[lane] for lane, _, _ in rows.segments):
+        if not any(self.labels[lane] for lane, _, _ in batch.segments):
             return out_BSO
-        value_BO, hit_B = self._answer(x_BSI, rows)
-        where_BS = self.replaced(rows) & hit_B[:, None]
+        value_BO, hit_B = self._answer(x_BSI, batch)
+        where_BS = self.replaced(batch) & hit_B[:, None]
         return torch.where(where_BS[:, :, None], value_BO.to(out_BSO.dtype)[:, None], out_BSO)
 
-    def _answer(self, x_BSI: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-        """For each row the nearest entry's value, (B, O), and whether its radius covers the row,
+    def _answer(self, x_BSI: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The nearest entry's value of each row, (B, O), and whether its radius covers the row,
         (B,)."""
-        query_BI = x_BSI[torch.arange(rows.size, device=x_BSI.device), rows.prompt_end_B].to(
+        query_BI = x_BSI[torch.arange(batch.size, device=x_BSI.device), batch.prompt_end_B].to(
             self.keys_LJI.dtype
         )
         values, hits = [], []
-        for lane, start, stop in rows.segments:
+        for lane, start, stop in batch.segments:
             count = len(self.labels[lane])
             if count:
                 distance, nearest = self.distances(lane, query_BI[start:stop]).min(1)
@@ -177,27 +173,27 @@ class Codebook(Overlay):
                 hits.append(torch.zeros(stop - start, dtype=torch.bool, device=x_BSI.device))
         return torch.cat(values), torch.cat(hits)
 
-    def first_change(self, rows: Batch) -> int:
-        """The first column at which a value can stand."""
-        return int(rows.prompt_end_B.min()) if self.replacement == "replace_last" else 0
+    def first_change(self, batch: Batch) -> int:
+        """The first column that can get a value."""
+        return int(batch.prompt_end_B.min()) if self.replacement == "replace_last" else 0
 
-    def replaced(self, rows: Batch) -> Tensor:
+    def replaced(self, batch: Batch) -> Tensor:
         """The positions that get a value if their row matches, (B, S)."""
         if self.replacement == "replace_all":
-            return rows.attention_mask_BS.bool()
+            return batch.attention_mask_BS.bool()
         if self.replacement == "replace_prompt":
-            return rows.prompt_mask_BS
-        columns_S = torch.arange(rows.prompt_mask_BS.shape[1], device=rows.prompt_end_B.device)
-        return columns_S[None] == rows.prompt_end_B[:, None]
+            return batch.prompt_mask_BS
+        columns_S = torch.arange(batch.prompt_mask_BS.shape[1], device=batch.prompt_end_B.device)
+        return columns_S[None] == batch.prompt_end_B[:, None]
 
     def distances(self, lane: int, query_BI: Tensor) -> Tensor:
-        """Euclidean distances to a lane's keys, (B, K); not by way of a product, which cancels for
-        near keys."""
+        """Euclidean distances to a lane's keys, (B, J); not by a matrix product, which loses
+        precision for near keys."""
         keys_JI = self.keys_LJI[lane, : len(self.labels[lane])]
         return torch.cdist(query_BI, keys_JI, compute_mode="donot_use_mm_for_euclid_dist")
 
     def add(self, lane: int, key_I: Tensor, radius: float | Tensor, label: tuple[int, ...]) -> int:
-        """A new entry, its value still zero. Returns its slot."""
+        """Add an entry with value zero; return its slot."""
         slot = len(self.labels[lane])
         if slot == self.radii_LJ.shape[1]:
             self._resize(slot + max(_BLOCK, slot // 2))
@@ -255,14 +251,14 @@ class GRACE(Method[GRACEConfig, Codebook]):
         return Codebook(site, lanes, self.base.master_dtype, self.config.replacement)
 
     def edit(self, overlay: Codebook, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        batch = _Batch(self.base, edits)
-        rows, site = batch.rows, overlay.sites[0]
-        row_B = torch.arange(rows.size, device=self.base.device)
-        suffix = Suffix.capture(self.base, site, rows, batch.targets.reads, overlay.first_change(rows))
-        key_LI = suffix.input_BSI[row_B, rows.prompt_end_B].to(overlay.keys_LJI.dtype)
+        requests = _Requests(self.base, edits)
+        batch, site = requests.batch, overlay.sites[0]
+        row_B = torch.arange(batch.size, device=self.base.device)
+        suffix = Suffix.capture(self.base, site, batch, requests.targets.reads, overlay.first_change(batch))
+        key_LI = suffix.input_BSI[row_B, batch.prompt_end_B].to(overlay.keys_LJI.dtype)
         rules, slots, starts = [], [], []
         for lane, edit in enumerate(edits):
-            rule, slot = self._place(overlay, lane, key_LI[lane], batch.labels[lane])
+            rule, slot = self._place(overlay, lane, key_LI[lane], requests.labels[lane])
             fresh = rule in ("add", "split", "replace")
             starts.append(
                 self._start(overlay, edit, key_LI[lane]) if fresh else overlay.values_LJO[lane, slot].clone()
@@ -273,11 +269,11 @@ class GRACE(Method[GRACEConfig, Codebook]):
 
         value_LO = torch.stack(starts)
         plain_BSO = suffix.output_BSO[:, suffix.first :]
-        where_BS1 = overlay.replaced(rows)[:, suffix.first :, None]
+        where_BS1 = overlay.replaced(batch)[:, suffix.first :, None]
 
         def losses() -> Tensor:
             output_BSO = torch.where(where_BS1, value_LO.to(plain_BSO.dtype)[:, None], plain_BSO)
-            return batch.targets.nll(self.base, suffix.hidden(output_BSO))
+            return requests.targets.nll(self.base, suffix.hidden(output_BSO))
 
         found = descend(
             WholeBatch([value_LO], losses),
@@ -309,7 +305,7 @@ class GRACE(Method[GRACEConfig, Codebook]):
         if overlay.labels[lane][near] == label:
             if not distance > radius:
                 return "keep", near
-            overlay.radii_LJ[lane, near] = found  # unrounded, so that the new edit itself is covered
+            overlay.radii_LJ[lane, near] = found  # unrounded, so that the radius covers the new edit
             if self.config.eps_expand == "moving_average":
                 overlay.keys_LJI[lane, near] = (overlay.keys_LJI[lane, near] + key_I) / 2
             return "expand", near
@@ -332,21 +328,22 @@ class GRACE(Method[GRACEConfig, Codebook]):
         return {"layer": 4, "lr": 1.0, "n_iter": 25, "eps": 2.0}
 
 
-class _Batch:
-    """One row per lane, its label, and where its loss is read."""
+class _Requests:
+    """One row per lane, with its label and the positions of its loss."""
 
     def __init__(self, base: BaseModel, edits: Sequence[LaneEdit]) -> None:
         pairs = []
         for edit in edits:
-            (request,) = edit.requests  # the method edits one at a time (batch_edits is False)
-            pairs.append(base.encoder.pair(request.prompt, request.target_new))
+            (request,) = edit.requests  # one request per edit (batch_edits is False)
+            joiner = joiner_of(request, request.prompt)
+            pairs.append(base.encoder.pair(request.prompt, request.target_new, joiner))
         self.labels = [pair.target for pair in pairs]
         # the last token predicts nothing that is scored
         encoded = [Encoded(pair.ids[:-1], pair.prompt_len) for pair in pairs]
-        self.rows = collate(encoded, range(len(pairs)), base.encoder.pad_id, base.device)
+        self.batch = collate(encoded, range(len(pairs)), base.encoder.pad_id, base.device)
         places = [
             (lane, pair.prompt_len - 1 + j, token, 1 / len(pair.target))
             for lane, pair in enumerate(pairs)
             for j, token in enumerate(pair.target)
         ]
-        self.targets = TargetTokens.of(self.rows, places, len(pairs))
+        self.targets = TargetTokens.of(self.batch, places, len(pairs))

@@ -1,38 +1,36 @@
-"""ICL: the new facts are put before the prompt whenever the model is asked. No weight changes and
-nothing is trained.
+"""ICL: the new facts are put before every prompt. No weight changes, no training.
 
-After Zheng et al., Can We Edit Factual Knowledge by In-Context Learning?, arXiv 2305.12740 (IKE). A
-row that asks ``prompt`` of a lane with the facts ``f_1 ... f_T`` (each ``prompt + " " +
-target_new``) is read as
+After Zheng et al., Can We Edit Factual Knowledge by In-Context Learning?, arXiv 2305.12740 (IKE).
+In a lane with the facts ``f_1 ... f_T`` (each ``prompt + " " + target_new``), the model reads a row
+with the prompt ``prompt`` as
 
     New Fact: f_1
     ...
     New Fact: f_T
     Prompt: <prompt>
 
-and the target is scored or generated after that. With T = 1 this is IKE's own text without
-demonstrations.
+and the target is scored or generated after that. With T = 1 this is IKE without demonstrations.
 
-What the protocol means here: all facts since the last rollback are in force, so all of them stand
-before *every* prompt of the lane, that of a locality probe included (the method has no way to know
-whether a fact concerns it); locality therefore measures how much facts about something else disturb
-the model. The facts and the prompt must fit into the model's context: ``plan`` refuses T (or, with
-``rollback: never``, N) that cannot, and an edit or a probe that does not fit after all is a
-:class:`DataError` naming the context length. Nothing is ever cut off.
+In the evaluation protocol, all facts since the last rollback are put before *every* prompt of the
+lane, also before locality prompts (the method does not know whether a fact concerns a prompt).
+Locality therefore measures how much unrelated facts disturb the model. The facts and the prompt
+must fit into the model's context: ``plan`` rejects T (or, with ``rollback: never``, N) that cannot
+fit, and an edit or a probe that is too long raises :class:`DataError` with the context length. Text
+is never truncated.
 
 Differences from paper and public code, all deliberate:
 
 1. Zero-shot: no demonstrations (``k: 0``). IKE retrieves 16 to 32 solved examples of three kinds
-   (copy, update, retain) from a training set by sentence embeddings; the public code, too, runs
-   without where ``use_icl_examples`` is off.
+   (copy, update, retain) from a training set by sentence embeddings; the public code also runs
+   without them if ``use_icl_examples`` is off.
 2. Several facts in one context. The paper edits one fact at a time.
-3. The public code scores each edit with its own fact in the context, whatever the number of edits
-   in a row, so that its sequential results are those of T = 1. Here an edit's neighbours stay in
-   the context until the rollback.
-4. A second edit of the same prompt does not remove the first: both facts are read, the later one
-   last.
+3. The public code scores each edit with only its own fact in the context, for any number of edits,
+   so that its sequential results are those of T = 1. Here all facts stay in the context until the
+   rollback.
+4. A second edit of the same prompt does not remove the first: the context has both facts, the later
+   one last.
 
-The paper's text was not at hand: the wording of facts and prompt is that of the public code.
+The paper's text was not available: the wording of facts and prompt is that of the public code.
 """
 
 from __future__ import annotations
@@ -45,6 +43,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.data.scripts import joiner_of, statement
 from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.model.base import BaseModel
@@ -57,12 +56,12 @@ _FACT = "New Fact: {}\n"
 _PROMPT = "Prompt: "
 
 FEWEST_TOKENS = 8
-"""No fact takes fewer tokens ("New Fact:", a subject, a relation, an object, a new line): what
-``plan`` reckons with."""
+"""Least tokens of a fact ("New Fact:", a subject, a relation, an object, a new line), used by
+``plan``."""
 
 _TOKENS_AT_ONCE = 2**14
-"""Padded tokens of one forward, at most (or one row): contexts make rows far longer than scoring
-planned for."""
+"""Maximum padded tokens of one forward (or one row): contexts make rows much longer than the
+scoring batches were planned for."""
 
 
 class ICLConfig(MethodConfig):
@@ -95,14 +94,11 @@ class ICLConfig(MethodConfig):
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         context = shape.context or edits * 4 * FEWEST_TOKENS
-        return (
-            context * shape.hidden * max(4, shape.bytes_per_value)
-        )  # of one row with its context, in scoring
+        return context * shape.hidden * max(4, shape.bytes_per_value)  # one row with its context, in scoring
 
 
 class Facts(SitelessOverlay):
-    """Per lane the facts in force, in the order of the edits, and the tokens of the text they
-    make."""
+    """The current facts of each lane, in the order of the edits, and the tokens of their text."""
 
     def __init__(self, base: BaseModel, lanes: int) -> None:
         super().__init__(lanes)
@@ -112,20 +108,20 @@ class Facts(SitelessOverlay):
 
     @property
     def replays(self) -> bool:
-        return False  # the model reads other tokens
+        return False  # the input tokens change
 
     def before(self, lane: int) -> str:
-        """The text that stands before every prompt of a lane."""
+        """The text before every prompt of a lane."""
         return "".join(_FACT.format(fact) for fact in self.facts[lane]) + _PROMPT if self.facts[lane] else ""
 
     def add(self, base: BaseModel, lane: int, requests: Sequence[EditRequest]) -> None:
-        """Put more facts before the prompts of a lane. Raises :class:`DataError` if they do not
-        fit."""
-        self.facts[lane] += tuple(f"{r.prompt} {r.target_new}" for r in requests)
+        """Add facts to a lane. Raises :class:`DataError` if they do not fit into the context."""
+        self.facts[lane] += tuple(statement(r) for r in requests)
         ids = base.encoder.text(self.before(lane))
         self.tokens[lane] = torch.tensor(ids, dtype=torch.int32)
         for request in requests:
-            pair = base.encoder.pair(request.prompt, request.target_new)
+            joiner = joiner_of(request, request.prompt)
+            pair = base.encoder.pair(request.prompt, request.target_new, joiner)
             self._check(len(ids) + len(pair.ids), lane, f"request {request.case_id}")
 
     def _check(self, length: int, lane: int, what: str) -> None:
@@ -135,13 +131,13 @@ class Facts(SitelessOverlay):
                 f"but the model's context length is {self._context}; choose a smaller T"
             )
 
-    def hidden_states(self, base: BaseModel, rows: Batch) -> Tensor:
-        asked = {lane for lane, _, _ in rows.segments}
+    def hidden_states(self, base: BaseModel, batch: Batch) -> Tensor:
+        asked = {lane for lane, _, _ in batch.segments}
         if not any(self.facts[lane] for lane in asked):
-            return base.hidden_states(rows)
-        width = rows.input_ids_BS.shape[1]
-        encoded = self._with_facts(base, rows)
-        lane_B = rows.lane_B.tolist()
+            return base.hidden_states(batch)
+        width = batch.input_ids_BS.shape[1]
+        encoded = self._with_facts(base, batch)
+        lane_B = batch.lane_B.tolist()
         parts: list[Tensor] = []
         start = 0
         while start < len(encoded):
@@ -153,20 +149,20 @@ class Facts(SitelessOverlay):
                 stop += 1
             part = collate(encoded[start:stop], lane_B[start:stop], base.encoder.pad_id, base.device)
             hidden_RSD = base.hidden_states(part)[:, -width:]
-            short = width - hidden_RSD.shape[1]  # rows of a lane without facts
+            short = width - hidden_RSD.shape[1]  # a part without facts may be narrower
             parts.append(torch.nn.functional.pad(hidden_RSD, (0, 0, short, 0)) if short > 0 else hidden_RSD)
             start = stop
         return torch.cat(parts)
 
-    def _with_facts(self, base: BaseModel, rows: Batch) -> list[Encoded]:
-        """Each row as it is read with its lane's facts. The columns after the prompt line up from
+    def _with_facts(self, base: BaseModel, batch: Batch) -> list[Encoded]:
+        """Each row with its lane's facts before the prompt. Columns after the prompt are aligned at
         the right."""
         encoded = []
         for ids, real, end, lane in zip(
-            rows.input_ids_BS.tolist(),
-            rows.attention_mask_BS.bool().tolist(),
-            rows.prompt_end_B.tolist(),
-            rows.lane_B.tolist(),
+            batch.input_ids_BS.tolist(),
+            batch.attention_mask_BS.bool().tolist(),
+            batch.prompt_end_B.tolist(),
+            batch.lane_B.tolist(),
             strict=True,
         ):
             prompt = tuple(t for t, r in zip(ids[: end + 1], real[: end + 1], strict=True) if r)

@@ -1,32 +1,32 @@
 """LoRA: low-rank adapters trained on the request itself.
 
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685: beside a frozen map
-``W`` stands a product of two thin matrices, ``W' x = W x + (lora_alpha / rank) B A x``. ``A``
-starts at random and ``B`` at zero, so that a fresh adapter changes nothing. As an editing baseline
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685: a product of two
+thin matrices is added to a frozen map ``W``, ``W' x = W x + (lora_alpha / rank) B A x``. ``A``
+starts at random and ``B`` at zero, so that a new adapter changes nothing. As an editing baseline,
 both are trained by Adam on the mean over the target's tokens of ``-log P(target_j | prompt,
 target_<j)``, for ``num_steps`` steps, at every layer.
 
-A sequence goes on training the same adapters (as the public code does); Adam starts afresh with
-every edit (there, too). The only random numbers are ``A`` at a lane's first edit and, with
-``lora_dropout``, masks while training.
+A sequence keeps training the same adapters, and Adam's state is reset at every edit (both as in the
+public code). The only random numbers are ``A`` at a lane's first edit and, with ``lora_dropout``,
+masks while training.
 
 Differences from paper and public code (EasyEdit), all deliberate:
 
-1. ``A`` is uniform within ``1 / sqrt(in)``, as the paper's published code and PEFT have it; the
-   paper's text says Gaussian.
+1. ``A`` is uniform within ``1 / sqrt(in)``, as in the paper's published code and PEFT; the paper's
+   text says Gaussian.
 2. A batch's loss is the mean of its requests' means; the public code takes the mean over all target
-   tokens, so that long targets weigh more, and cuts the requests of a call into batches of its own
-   with a step on each.
-3. Dropout acts in training only. The public code never leaves training mode, so that scores are
-   drawn at random.
-4. ``lora_type: adalora``, which most public files name, is refused. What the public code runs under
-   that name is neither AdaLoRA (arXiv 2303.10512), since it never calls the rank allocation, nor
-   LoRA: a product with a diagonal between its factors is left, of PEFT's initial rank (12) whatever
-   ``rank`` says.
-5. Only weights get adapters; ``kl_factor`` and ``norm_constraint`` stand in every public file, are
-   read by nobody, and are accepted as 0 and false only.
+   tokens, so that long targets weigh more, and splits the requests of a call into batches with one
+   step each.
+3. Dropout is used only in training. The public code never leaves training mode, so its scores are
+   random.
+4. ``lora_type: adalora``, used by most public files, is rejected. Under that name the public code
+   runs neither AdaLoRA (arXiv 2303.10512), since it never calls the rank allocation, nor LoRA: it
+   trains a product with a diagonal between its factors, with PEFT's initial rank (12) for every
+   value of ``rank``.
+5. Only weights get adapters. ``kl_factor`` and ``norm_constraint`` are in every public file, but no
+   code reads them; only 0 and false are accepted.
 
-The paper's text was not at hand: the start of ``A`` in the first point is from memory.
+The paper's text was not available: its initialisation of ``A`` in point 1 is from memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pydantic import Field
 from torch import Tensor
 
 from workers.inner_loop.descend import WholeBatch, descend
-from workers.inner_loop.finetune import batch, with_target
+from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
@@ -140,12 +140,12 @@ class LoRA(Method[LoRAConfig, AdapterOverlay]):
         config, base = self.config, self.base
         for lane, edit in enumerate(edits):
             overlay.start(lane, edit.streams)
-        rows, targets = batch(base, [edit.requests for edit in edits], with_target)
-        prefix = capture(base, rows, overlay.first_layer)
+        batch, targets = collate_requests(base, [edit.requests for edit in edits], with_target)
+        prefix = capture(base, batch, overlay.first_layer)
         factors = overlay.factors
 
         def losses() -> Tensor:
-            with overlay.installed(rows):
+            with overlay.installed(batch):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
         if config.lora_dropout:

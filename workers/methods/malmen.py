@@ -1,42 +1,42 @@
-"""MALMEN: many requests in one change, the least-squares fit of what a trained network wants to
-change for each token.
+"""MALMEN: many requests in one change, the least-squares fit to the changes that a trained network
+gives for each token.
 
 Tan et al., Massive Editing for Large Language Models via Meta Learning, ICLR 2024, arXiv
-2311.04661. For every map the requests of a batch give keys ``u_n`` (what enters the map) and
-gradients ``d_n`` (of the loss, by its answer) at the tokens that predict the answers. A network
-gives another pair ``(u~_n, d~_n)``, and the value of key ``u_n`` is to move by
+2311.04661. For every map the requests of a batch give keys ``u_n`` (inputs of the map) and
+gradients ``d_n`` (of the loss with respect to its output) at the tokens that predict the answers. A
+network maps them to a new pair ``(u~_n, d~_n)``, and the output for key ``u_n`` should change by
 
     ``v_n = -a (u~_n . u_n) d~_n``        with a learned step size ``a`` per map.
 
-A sum of rank-one changes would let them disturb each other. The change is the one that fits all of
-them best (normal equation):
+In a sum of rank-one changes they would interfere. The change is the best fit to all of them (normal
+equation):
 
     ``min_S sum_n |S u_n - v_n|^2 + l |S|^2,    S = V U^T (U U^T + l I)^-1``     with columns ``v_n``, ``u_n``
 
 and a learned ``l > 0`` per map (its logarithm is learned, starting at 0). Networks and training are
-MEND's, but for the place of scale and shift, for batches of ``schedule.batch_size`` requests as one
-edit, and for gradients that flow through the normal equation.
+those of MEND, except for the place of scale and shift, batches of ``schedule.batch_size`` requests
+as one edit, and gradients that flow through the normal equation.
 
-Requests of one call are one fit; a later call fits on top, at the edited weights.
+Requests of one call are one fit; a later call adds its own fit, computed at the edited weights.
 
 Differences from paper and public code (the authors'; EasyEdit's is derived from it), all
 deliberate:
 
 1. The normal equation is solved in float64, in the smaller of its two forms (tokens or inputs).
    Public: float32, inputs.
-2. Training differentiates through the solution in one pass. The authors' code finds the same
-   gradient in two passes, for memory.
-3. The loss of a batch is the sum of its requests' mean token losses, so that a request's factors
-   are what they are alone. The authors' code takes the mean over all answer tokens of a mini-batch;
-   the normalisation makes up for such a factor.
-4. The training loss asks by the prompt or a rephrase, drawn; ``train_on: prompt`` by the prompt
-   only. Public: a rephrase, always.
-5. ``lr_lr`` moves the step sizes. Public: ``meta_lr`` moves everything.
-6. The running statistics take a training batch in before it is normalised, as the public code does;
-   they never take in an edit (the authors' code updates them when it validates, too).
+2. Training differentiates through the solution in one pass. The authors' code computes the same
+   gradient in two passes, to save memory.
+3. The loss of a batch is the sum of its requests' mean token losses, so that a request has the same
+   factors as alone. The authors' code takes the mean over all answer tokens of a mini-batch; the
+   normalisation removes such a factor.
+4. The training loss uses the prompt or a rephrase, drawn at random; with ``train_on: prompt``, only
+   the prompt. Public: always a rephrase.
+5. ``lr_lr`` is the learning rate of the step sizes. Public: ``meta_lr`` is used for everything.
+6. The running statistics are updated with a training batch before it is normalised, as in the
+   public code; edits never update them (the authors' code also updates them in validation).
 
-The paper's equation numbers were not checked against its text, and there are no recorded numbers to
-compare with.
+The paper's equation numbers were not checked against its text, and there are no recorded results of
+the public code to compare with.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from pydantic import Field
 
 from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
 from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
@@ -108,6 +108,8 @@ class MALMENConfig(HypernetConfig):
             "token": "tokens",
         }
     )
+    easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = TRAINER_OFF
+    easyedit_lost: ClassVar[Mapping[str, str]] = TRAINER_LOST
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -120,7 +122,7 @@ class MALMENConfig(HypernetConfig):
         if "tokens" in out:
             out["tokens"] = token_choice(out["tokens"], source)
         if "meta_lr" in out:
-            out["lr_lr"] = out["meta_lr"]  # one step size for both there
+            out["lr_lr"] = out["meta_lr"]  # the public code has one learning rate for both
         out["schedule"] = {"steps": out.pop("max_iters", 10_000), "batch_size": out.pop("n_edits", 32)}
         return out
 
@@ -185,7 +187,7 @@ class MALMEN(HypernetMethod[MALMENConfig, DenseOverlay]):
 
 
 class MALMENTrainer(SingleEditTrainer):
-    """The requests of a step are one edit."""
+    """Trainer where the requests of a step are one edit."""
 
     tokens: str = "answer"
 

@@ -1,47 +1,44 @@
-"""MELO: low-rank adapters in blocks that do not overlap, chosen per prompt by a database of
-activations.
+"""MELO: separate blocks of low-rank adapters, selected per prompt by a database of activations.
 
 Yu et al., MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA, arXiv 2312.11795. The
-*query* of a row is what one linear map answers at the row's last prompt token. Beside the maps of
-some later layers stand LoRA blocks: each call of :meth:`MELO.edit` (one request, or a batch) trains
-a new block of rank ``rank``, the same number at every map, and no other one, so that later edits
-never touch earlier ones. A database keeps, per lane, clusters of queries: a centre ``c``, a radius
-``r`` and the label they were learned for, and in each cluster its points, each with the block that
-was trained for it.
+*query* of a row is the output of one linear map at the row's last prompt token. Maps of some later
+layers have LoRA blocks: each call of :meth:`MELO.edit` (one request, or a batch) trains one new
+block of rank ``rank`` at every map and no other block, so that later edits never change earlier
+ones. A database holds, per lane, clusters of queries: a centre ``c``, a radius ``r``, a label, and
+the cluster's points, each with the block that was trained for it.
 
 A row whose query lies within the radius of the nearest centre gets the block of the cluster's
-nearest point, ``W' x = W x + scale B_b A_b x`` at every token of the row; any other row passes
-untouched. An edit with query ``q`` and nearest centre at distance ``d``
+nearest point, ``W' x = W x + scale B_b A_b x`` at every token of the row; any other row is
+unchanged. An edit with query ``q`` and nearest centre at distance ``d``
 
 - **adds** a cluster of radius ``radius`` around ``q`` if there is none or ``d > r + radius``;
-- else, with the same label, **updates** the cluster: ``q`` becomes a point of it, ``c`` the mean of
-  its points, and ``r`` reaches the farthest of them, ``radius`` at least;
+- else, with the same label, **updates** the cluster: ``q`` becomes one of its points, ``c`` the
+  mean of its points, and ``r`` the largest distance of a point, at least ``radius``;
 - else **splits**: a new cluster around ``q``, and both have radius ``d / 2``; points of the old one
-  that no longer lie within it are forgotten (if none is left, its centre stays and points to no
-  block).
+  outside its new radius are removed (if none is left, its centre becomes a point without a block).
 
 The new block is trained by Adam on the mean over the target's tokens of ``-log P(target_j | prompt,
 target_<j)``; its step size is halved every ``halve_every`` steps.
 
-The paper's text was not at hand: the above follows the code published by its authors, in the copy
-that EasyEdit has. Differences from that code, all deliberate:
+The paper's text was not available: the above follows the authors' code, in EasyEdit's copy.
+Differences from that code, all deliberate:
 
-1. The query is taken at the last *real prompt* token, when editing as when answering, and the
-   choice holds for the row and for its generation. The public code takes the last column of prompt
-   and target: teacher forcing then leaks the target into it.
+1. The query is taken at the last *real prompt* token, in editing and in scoring, and the choice of
+   block is the same for the whole row and its generation. The public code takes the last column of
+   prompt and target: teacher forcing then leaks the target into it.
 2. Labels are compared token by token, not by the sum of their ids.
-3. Requests of a batch see the clusters that the ones before them made; the public code looks them
-   all up beforehand.
-4. Two edits of one prompt with different targets: splitting at ``d = 0`` leaves two clusters that
-   nothing hits. The later edit takes the cluster over (rule "replace"), as in our GRACE. Both
-   halves of a split are ``d / 2``; the public ones differ by 2e-5.
-5. ``A`` is uniform within ``1 / sqrt(in)`` as in LoRA; the public one draws it over a matrix of all
-   blocks, transposed, and so within ``1 / sqrt(all ranks)``.
-6. The public code has room for ``num_block`` blocks and fails after; here is as many as there are
-   edits. It scales a block's change by ``num_block`` (the square root of it on each factor), so
-   that spare room changes the numbers: a loaded file sets ``scale`` to that; the default is 1.
-7. ``num_edit_per_block`` is read by nobody there: a call makes a block, as here. The choice of
-   blocks is module-level state there and part of one forward here.
+3. Requests of a batch use the clusters made by earlier requests of the batch; the public code looks
+   all of them up beforehand.
+4. Two edits of one prompt with different targets: splitting at ``d = 0`` would leave two clusters
+   that no query matches. The later edit replaces the cluster (rule "replace"), as in our GRACE.
+   Both radii after a split are ``d / 2``; the public ones differ by 2e-5.
+5. ``A`` is uniform within ``1 / sqrt(in)`` as in LoRA; the public code draws it as part of a
+   transposed matrix of all blocks, and so within ``1 / sqrt(all ranks)``.
+6. The public code has ``num_block`` blocks and fails after them; here the number is not limited. It
+   scales a block's change by ``num_block`` (its square root on each factor), so that unused blocks
+   change the numbers: a loaded file sets ``scale`` to this value; the default is 1.
+7. ``num_edit_per_block`` has no effect in the public code: each call makes one block, as here. The
+   selected blocks are module-level state there and local to one forward here.
 """
 
 from __future__ import annotations
@@ -57,11 +54,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import WholeBatch, descend
-from workers.inner_loop.finetune import batch, with_target
+from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
 from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
-from workers.methods.easyedit import split_module
+from workers.methods.easyedit import COMMON_LOST, SWEEP_KEYS, FileRemarks, split_module
 from workers.methods.families.adapter import uniform_A
 from workers.model.base import Site
 from workers.model.batch import Batch
@@ -73,21 +71,49 @@ from workers.types import JSON, SpecError
 _TOP_LEVEL = frozenset(
     {
         "model_name",
-        "model_parallel",
         "device",
         "max_length",
         "task",
         "lora_task_type",
         "check_dir",
-        "batch_size",
     }
 )
-"""Keys of a public file outside its sections, none of which matters here."""
+"""Keys of a public file outside its sections that no number depends on."""
+
+_IN_SECTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "grace": frozenset(
+            {
+                *("name", "val_init", "val_train", "val_reg", "reg", "replacement", "num_pert"),
+                *("num_edit_per_block", "metric_period"),
+            }
+        ),
+        "model": frozenset(
+            {"name", "class_name", "tokenizer_class", "tokenizer_name", "fan_in_fan_out", "pt"}
+        ),
+        "lora": frozenset(
+            {
+                *("cls_name", "cls_class", "supervised", "cos", "freeze", "square", "bound_embeds"),
+                *("use_all_negatives", "freeze_lora", "dist_heads", "cross_attend", "soft_weighting"),
+                *("checkpoint_grad", "lora_r", "lora_alpha"),
+            }
+        ),
+    }
+)
+"""Keys of its sections that belong to an optional classifier, or are read by nobody."""
+
+_USED: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "grace": frozenset({"num_iter", "edit_lr", "init_radius", "num_rank_per_block", "num_block"}),
+        "model": frozenset({"target_modules", "grace_layer"}),
+        "lora": frozenset(),
+    }
+)
 
 NO_BLOCK = -1
 
 SAME_QUERY = 1e-3
-"""Below this share of the initial radius two queries are the same up to rounding."""
+"""Two queries nearer than this share of the initial radius count as equal up to rounding."""
 
 
 class MELOConfig(MethodConfig):
@@ -114,21 +140,18 @@ class MELOConfig(MethodConfig):
     easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
         {"dist_fn": ("euc",), "expand_mode": ("moving_avg",), "key_id": (-1,), "lora_dropout": (0, 0.0)}
     )
-    """Keys that are accepted with these values only: nothing else is implemented."""
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        """Sections ``grace`` (the database and training), ``model`` (which maps) and ``lora`` of a
+        """Translate the sections ``grace`` (database, training), ``model`` (maps) and ``lora`` of a
         public file.
 
-        Their other keys belong to an optional classifier, or are read by nobody.
+        Their other keys belong to an optional classifier, or have no effect.
         """
-        alg = values.get("alg_name")
-        if alg is not None and alg not in cls.alg_names:
-            raise SpecError(
-                f"{source}: alg_name: {alg!r} is another method; expected {' or '.join(cls.alg_names)}"
-            )
-        unknown = sorted(set(values) - {"alg_name", "grace", "model", "lora"} - _TOP_LEVEL)
+        cls.check_alg(values, source)
+        unknown = sorted(
+            set(values) - {"alg_name", "alg", *_IN_SECTIONS, *SWEEP_KEYS, *COMMON_LOST} - _TOP_LEVEL
+        )
         if unknown:
             raise SpecError(
                 f"{source}: {unknown[0]}: has no meaning for this method (value {values[unknown[0]]!r})"
@@ -139,6 +162,12 @@ class MELOConfig(MethodConfig):
             if not isinstance(section, dict):
                 raise SpecError(f"{source}: {name}: expected a section of its own, found {section!r}")
             sections[name] = section
+            strange = sorted(set(section) - _IN_SECTIONS[name] - _USED[name] - set(cls.easyedit_off))
+            if strange:
+                raise SpecError(
+                    f"{source}: {name}.{strange[0]}: has no meaning for this method (value "
+                    f"{section[strange[0]]!r})"
+                )
             for key, allowed in cls.easyedit_off.items():
                 if sections[name].get(key, allowed[0]) not in allowed:
                     raise SpecError(
@@ -165,6 +194,14 @@ class MELOConfig(MethodConfig):
             )
         return out | {"layers": [layer for layer, _ in targets], "module": targets[0][1]}
 
+    @classmethod
+    def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
+        inside = tuple(
+            f"{name}.{key}" for name, keys in _IN_SECTIONS.items() for key in values[name] if key in keys
+        )
+        outside = {key: value for key, value in values.items() if key not in _IN_SECTIONS}
+        return super().easyedit_remarks(outside, source) | FileRemarks(neutral=inside)
+
     @property
     def first_layer(self) -> int:
         return min(self.layers)  # the query of key_layer is read once, before the steps
@@ -188,15 +225,16 @@ class MELOConfig(MethodConfig):
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         block = len(self.layers) * self.rank * sum(shape.site(self.module))
-        queries = 2 * shape.site(self.key_module)[0]  # a point's and its centre's
-        # one more block's gradient and moments; a second copy of everything while a block is added
+        queries = 2 * shape.site(self.key_module)[0]  # of a point and its centre
+        # plus gradient and moments of one block, and a second copy of everything while a block is
+        # added
         value: int = max(4, shape.bytes_per_value)
         return int(2 * edits * (block + queries) + 4 * block) * value
 
 
 @dataclass
 class _Cluster:
-    """A scope of one or several edits. ``points`` are numbers of the lane's points."""
+    """The scope of one or several edits. ``points``: indices of points in the lane's database."""
 
     radius: float
     label: tuple[int, ...]
@@ -204,8 +242,8 @@ class _Cluster:
 
 
 class _Database:
-    """One lane's clusters, and the queries and blocks of their points. Nothing is ever taken off
-    ``keys`` and ``blocks``."""
+    """One lane's clusters, and the queries and blocks of their points. ``keys_JO`` and ``blocks``
+    only grow."""
 
     def __init__(self, width: int, like: Tensor) -> None:
         self.clusters: list[_Cluster] = []
@@ -223,7 +261,7 @@ class _Database:
         return len(self.blocks) - 1
 
     def place(self, query_O: Tensor, label: tuple[int, ...], block: int, radius: float) -> str:
-        """Enter one edit. Returns the rule's name."""
+        """Insert one edit; return the rule's name."""
         if not self.clusters:
             self.add(query_O, radius, label, block)
             return "add"
@@ -269,7 +307,7 @@ class _Database:
 
 @dataclass
 class _Route:
-    """The blocks that the rows of one forward take, once the query has been seen."""
+    """The block of each row of one forward, known once the query is computed."""
 
     block_B: list[int] | None = None
 
@@ -285,7 +323,7 @@ class BlockOverlay(Overlay):
         self.rank, self.scale = config.rank, config.scale
         self._like = torch.zeros((), dtype=dtype, device=key.weight_OI.device)
         self.databases = [_Database(key.shape[0], self._like) for _ in range(lanes)]
-        # per map and lane, all blocks one after another: (blocks, R, I) and (blocks, O, R)
+        # per map and lane, all blocks stacked: (blocks, R, I) and (blocks, O, R)
         self.down: dict[str, list[Tensor]] = {}
         self.up: dict[str, list[Tensor]] = {}
         for site in sites:
@@ -297,50 +335,50 @@ class BlockOverlay(Overlay):
         """Number of blocks of a lane."""
         return int(self.down[self.adapted[0].name][lane].shape[0])
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         raise TypeError("which block answers is known within a forward only; use installed()")
 
     @contextmanager
-    def installed(self, rows: Batch) -> Iterator[None]:
-        """The key's map looks each row's block up, the maps after it answer with it."""
+    def installed(self, batch: Batch) -> Iterator[None]:
+        """Inside, the key map selects each row's block, and the later maps apply it."""
         route = _Route()
         with ExitStack() as stack:
-            stack.enter_context(override_forward(self.key.module, partial(self._look_up, rows, route)))
+            stack.enter_context(override_forward(self.key.module, partial(self._look_up, batch, route)))
             for site in self.adapted:
-                stack.enter_context(override_forward(site.module, partial(self._answer, site, rows, route)))
+                stack.enter_context(override_forward(site.module, partial(self._answer, site, batch, route)))
             yield
 
     @contextmanager
     def learning(
-        self, rows: Batch, down_LRI: Mapping[str, Tensor], up_LOR: Mapping[str, Tensor]
+        self, batch: Batch, down_LRI: Mapping[str, Tensor], up_LOR: Mapping[str, Tensor]
     ) -> Iterator[None]:
-        """Every row answers with the block its lane is training."""
+        """Inside, every row uses the block that its lane is training."""
 
         def answer(site: Site, x_BSI: Tensor) -> Tensor:
-            inner_BSR = lane_linear(x_BSI, down_LRI[site.name], rows)
+            inner_BSR = lane_linear(x_BSI, down_LRI[site.name], batch)
             plain_BSO = site.answer(x_BSI)
-            return plain_BSO + lane_linear(inner_BSR, up_LOR[site.name], rows) * self.scale
+            return plain_BSO + lane_linear(inner_BSR, up_LOR[site.name], batch) * self.scale
 
         with ExitStack() as stack:
             for site in self.adapted:
                 stack.enter_context(override_forward(site.module, partial(answer, site)))
             yield
 
-    def _look_up(self, rows: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
+    def _look_up(self, batch: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
         out_BSO = self.key.answer(x_BSI)
-        query_BO = at_prompt_end(out_BSO, rows).to(self._like.dtype)
+        query_BO = at_prompt_end(out_BSO, batch).to(self._like.dtype)
         route.block_B = [
             block
-            for lane, start, stop in rows.segments
+            for lane, start, stop in batch.segments
             for block in self.databases[lane].find(query_BO[start:stop])
         ]
         return out_BSO
 
-    def _answer(self, site: Site, rows: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
+    def _answer(self, site: Site, batch: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
         out_BSO = site.answer(x_BSI)
         if route.block_B is None:
             raise RuntimeError("a map with blocks was run before the map that chooses them")
-        lane_B = [lane for lane, start, stop in rows.segments for _ in range(start, stop)]
+        lane_B = [lane for lane, start, stop in batch.segments for _ in range(start, stop)]
         hit = [row for row, block in enumerate(route.block_B) if block != NO_BLOCK]
         if not hit:
             return out_BSO
@@ -373,7 +411,7 @@ class BlockOverlay(Overlay):
         for site in self.adapted:
             out, in_features = site.shape
             down, up = state.tensors.get(f"{site.name}.A"), state.tensors.get(f"{site.name}.B")
-            # copies: a snapshot stays as it is
+            # copies, so that the snapshot does not change
             self.down[site.name][lane] = (
                 self._like.new_zeros(0, self.rank, in_features)
                 if down is None
@@ -420,16 +458,16 @@ class MELO(Method[MELOConfig, BlockOverlay]):
 
     def edit(self, overlay: BlockOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         config, base = self.config, self.base
-        rows, targets = batch(base, [edit.requests for edit in edits], with_target)
+        batch, targets = collate_requests(base, [edit.requests for edit in edits], with_target)
         seen: list[Tensor] = []
         note = overlay.key.module.register_forward_hook(
-            lambda _, args, out: seen.append(at_prompt_end(out, rows))
+            lambda _, args, out: seen.append(at_prompt_end(out, batch))
         )
         try:
-            prefix = capture(base, rows, min(config.layers))
+            prefix = capture(base, batch, min(config.layers))
         finally:
             note.remove()
-        rules = self._place(overlay, edits, rows, seen[0].detach().to(base.master_dtype))
+        rules = self._place(overlay, edits, batch, seen[0].detach().to(base.master_dtype))
 
         down_LRI: dict[str, Tensor] = {}
         up_LOR: dict[str, Tensor] = {}
@@ -443,7 +481,7 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         factors = [*down_LRI.values(), *up_LOR.values()]
 
         def losses() -> Tensor:
-            with overlay.learning(rows, down_LRI, up_LOR):
+            with overlay.learning(batch, down_LRI, up_LOR):
                 return targets.nll(base, replay(base, prefix)[targets.reads])
 
         found = descend(
@@ -462,16 +500,17 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         ]
 
     def _place(
-        self, overlay: BlockOverlay, edits: Sequence[LaneEdit], rows: Batch, query_BO: Tensor
+        self, overlay: BlockOverlay, edits: Sequence[LaneEdit], batch: Batch, query_BO: Tensor
     ) -> list[list[JSON]]:
-        """Enter every lane's requests into its database, for the block that is about to be trained;
-        the rules' names."""
+        """Insert every lane's requests into its database, for the block that will be trained;
+        return the rules' names."""
         rules: list[list[JSON]] = []
-        for (lane, start, _), edit in zip(rows.segments, edits, strict=True):
+        for (lane, start, _), edit in zip(batch.segments, edits, strict=True):
             block = overlay.blocks(lane)
             rules.append([])
             for row, request in enumerate(edit.requests, start):
-                label = self.base.encoder.pair(request.prompt, request.target_new).target
+                joiner = joiner_of(request, request.prompt)
+                label = self.base.encoder.pair(request.prompt, request.target_new, joiner).target
                 rules[-1].append(
                     overlay.databases[lane].place(query_BO[row], label, block, self.config.radius)
                 )
@@ -482,11 +521,12 @@ class MELO(Method[MELOConfig, BlockOverlay]):
         return {"key_layer": 3, "layers": [4, 5], "rank": 2, "radius": 1.0, "lr": 1e-2, "num_iter": 50}
 
 
-def at_prompt_end(out_BSO: Tensor, rows: Batch) -> Tensor:
+def at_prompt_end(out_BSO: Tensor, batch: Batch) -> Tensor:
     """Output of a map at each row's last prompt token, (B, O)."""
-    return out_BSO[torch.arange(rows.size, device=out_BSO.device), rows.prompt_end_B]
+    return out_BSO[torch.arange(batch.size, device=out_BSO.device), batch.prompt_end_B]
 
 
 def _distances(a_AO: Tensor, b_BO: Tensor) -> Tensor:
-    """Euclidean, (A, B); not by way of a product, which cancels for near queries."""
+    """Euclidean distances, (A, B); not by a matrix product, which loses precision for near
+    queries."""
     return torch.cdist(a_AO, b_BO, compute_mode="donot_use_mm_for_euclid_dist")

@@ -5,36 +5,37 @@ edited together:
 
 - the value ``z = h + d``: ``h`` is the last edited layer's output at the subject's last token,
   ``d`` is found by Adam as in ROME (target likely in every context, prediction for ``p' =
-  "{subject} is a"`` kept, ``||d|| <= clamp_norm_factor * ||h||``);
-- then layer by layer, from the first to the last: keys ``K`` (one column a request, averaged over
-  contexts) and the present ``h`` are read off the model as it is now, the residual is ``R = (z - h)
-  / (layers still to come)``, and the layer's map changes by ``R K^T (mom2_update_weight * C + K
-  K^T)^-1`` with ``C = E[k k^T]`` over ordinary text.
+  "{subject} is a"`` unchanged, ``||d|| <= clamp_norm_factor * ||h||``);
+- then layer by layer, from the first to the last: keys ``K`` (one column per request, averaged over
+  contexts) and the current ``h`` are read from the model as edited so far, the residual is ``z -
+  h`` divided by the number of layers left, called ``R``, and the layer's map changes by ``R K^T
+  (mom2_update_weight * C + K K^T)^-1`` with ``C = E[k k^T]`` over ordinary text.
 
 ``C`` is factorised once for all lanes and edits. With ``A = C^-1 K / mom2_update_weight`` the
 change is ``R (I + K^T A)^-1 A^T`` (Woodbury): rank ``n``, a system of ``n`` unknowns, no matrix of
-the layer's size. Edits of a sequence go on top of each other; keys of earlier edits are *not* kept
-(AlphaEdit does that).
+the layer's size. Edits of a sequence accumulate; keys of earlier edits are *not* kept (AlphaEdit
+keeps them).
 
-``memit`` edits ``batch_size`` requests a call (1: one after another). ``memit-mass`` edits all T
-requests of a group in one.
+``memit`` edits ``batch_size`` requests per call (1: one after another). ``memit-mass`` edits all T
+requests of a group in one call.
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: equations
-are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not available, so
+equations are not numbered here.
 
 1. ``C`` is that of the pristine model for every layer. The public code computes a later layer's
-   statistics after the earlier layers were edited, if they were not in its cache.
+   statistics after the earlier layers were edited, unless its cache has them.
 2. Everything from keys and residuals to the change is computed in float64 and rounded once, when
    the factors are stored.
 3. A key is the average of the bare prompt (one half) and the templates (the other half), as in the
-   authors' own code, from which all published numbers come. ``key_average: contexts`` counts all
-   contexts alike.
-4. ``v_loss_layer``, ``layer_selection`` and ``mom2_adjustment`` have no effect in the public code
-   and are dropped.
+   authors' code, which produced all published numbers. ``key_average: contexts`` gives all contexts
+   the same weight.
+4. ``layer_selection`` and ``mom2_adjustment`` have no effect in the public code and are dropped.
+   There, the loss of the value search is that of layer ``v_loss_layer``; here it is the model's
+   own, which is the same for the last layer. A file that names another layer gets a warning.
 5. The points 1 and 5 to 8 of ROME's list (where the KL term is read, padding, corpus, templates,
    tokens).
-6. A value is sought under the sequence's earlier edits, but not under those of its own batch (as in
-   the public code).
+6. A value is optimised with the sequence's earlier edits applied, but not with those of its own
+   batch (as in the public code).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from workers.types import JSON
 
 
 class MEMITConfig(SpreadConfig):
-    """Hyperparameters of MEMIT, under the names the field uses."""
+    """Hyperparameters of MEMIT, under their usual names."""
 
     mom2_update_weight: float = Field(
         15_000, gt=0, description="weight of the second moment against the new keys"
@@ -81,7 +82,7 @@ class MEMIT(RidgeMethod[MEMITConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {
-            # this small model reads a person's fact at the prompt's last token, not at the name
+            # this small model recalls a person's fact at the prompt's last token, not at the name
             "layers": [3, 4],
             "fact_token": "last",
             "v_num_grad_steps": 20,

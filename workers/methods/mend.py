@@ -1,38 +1,38 @@
-"""MEND: a trained network turns the gradient of one request into a change that writes it and leaves
-the rest alone.
+"""MEND: a trained network maps the gradient of one request to a weight change that edits the fact
+and keeps other predictions.
 
 Mitchell et al., Fast Model Editing at Scale, ICLR 2022, arXiv 2110.11309. The gradient of the
-request's loss by a weight ``W`` is ``sum_n d_n u_n^T`` over tokens ``n``, with ``u_n`` the map's
-input and ``d_n`` the gradient of its answer. The network gives another pair ``(u~_n, d~_n)`` for
-each, and
+request's loss with respect to a weight ``W`` is ``sum_n d_n u_n^T`` over tokens ``n``, with ``u_n``
+the map's input and ``d_n`` the gradient of its output. The network maps each pair to a new pair
+``(u~_n, d~_n)``, and
 
     ``W' = W - a sum_n d~_n u~_n^T``    with a learned step size ``a`` per map.
 
 The network (two residual blocks of low rank, identity at first, shared by maps of one shape with a
-scale and a shift for each) reads the pair normalised by running statistics over the training. It is
-trained on ``cedit * -log p'(y | x') + cloc * KL(p(. | x_loc) || p'(. | x_loc))``, ``x'`` an
-equivalent of the edited sentence; gradients do not flow into its inputs.
+scale and a shift for each) takes the pair, normalised by running statistics of the training. It is
+trained on ``cedit * -log p'(y | x') + cloc * KL(p(. | x_loc) || p'(. | x_loc))``, where ``x'`` is
+an equivalent of the edited sentence. Gradients do not flow into its inputs.
 
-A later edit of a sequence takes its gradient at the edited weights, and its change is added to
-theirs. Requests of one batch are changes found at the same weights and added up.
+A later edit of a sequence takes its gradient at the edited weights; its change is added to them.
+Changes of the requests of one batch are computed at the same weights and added up.
 
 Differences from paper and public code (EasyEdit; golden README, point 12), all deliberate:
 
 1. ``x'`` is drawn from the prompt and the rephrases of a request, as the paper's equivalence set.
    EasyEdit's trainer never uses a rephrase: ``train_on: prompt``.
-2. A positive ``edit_lr`` descends, as the paper's formula does. EasyEdit adds, so that its files'
-   ``1e-4`` ascends at first.
-3. The running statistics are part of the state: continued training continues them. EasyEdit starts
-   them afresh.
-4. ``lr_lr`` is the step size of the learned step sizes. In EasyEdit it has no effect (``lr`` moves
-   them).
+2. A positive ``edit_lr`` descends, as in the paper's formula. EasyEdit adds the change, so that the
+   ``1e-4`` of its files ascends at first.
+3. The running statistics are part of the state: continued training continues them. EasyEdit resets
+   them.
+4. ``lr_lr`` is the step size of the learned step sizes. In EasyEdit it has no effect (``lr`` is
+   used for them).
 5. The answer's tokens are those of the joint text. EasyEdit's labels begin with BOS if the
    tokenizer adds one: ``deviations: {public_bos: true}``.
-6. The loss of a batch is the sum of its requests' losses, so that a request's factors are what they
-   are alone; padding is never a target. EasyEdit takes the mean over all label tokens, padding
-   among them.
-7. The requests of a training step are edits of their own, in one batch (EasyEdit: ``accumulate_bs``
-   edits one after another); their rows enter the statistics together, before any of them is
+6. The loss of a batch is the sum of its requests' losses, so that a request has the same factors as
+   alone; padding is never a target. EasyEdit takes the mean over all label tokens, padding
+   included.
+7. The requests of a training step are separate edits, in one batch (EasyEdit: ``accumulate_bs``
+   edits one after another); their tokens enter the statistics together, before any of them is
    normalised.
 
 The paper's equation numbers were not checked against its text.
@@ -49,13 +49,14 @@ from pydantic import Field
 
 from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import Deviations, MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
 from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
     HypernetConfig,
     HypernetMethod,
     Pair,
+    Question,
     Questions,
     hypernet_sites,
 )
@@ -104,7 +105,7 @@ class MENDConfig(HypernetConfig):
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             **TRAINER_KEYS,
-            **dict.fromkeys(("lr_scale", "cbase", "hidden_dim", "max_output_length", "act"), IGNORED),
+            **dict.fromkeys(("cbase", "hidden_dim", "max_output_length"), IGNORED),
             "inner_params": "inner_params",
             "accumulate_bs": "accumulate_bs",
             "max_iters": "max_iters",
@@ -115,6 +116,10 @@ class MENDConfig(HypernetConfig):
             **{key: key for key in ("init", "norm", "combine", "mlp_class", "shared")},
         }
     )
+    easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
+        {**TRAINER_OFF, "lr_scale": (1, 1.0), "act": ("relu",)}
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = TRAINER_LOST
     _only: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
         {
             "dropout": (0, 0.0),
@@ -150,7 +155,7 @@ class MENDConfig(HypernetConfig):
 
 
 class MEND(HypernetMethod[MENDConfig, DenseOverlay]):
-    """Changes of the requests of a call are added up.
+    """MEND; the changes of the requests of a call are added up.
 
     >>> editor = MEND.prepare(base, MENDConfig(layers=(4, 5), rank=64), {"pretrained": trained})
     """
@@ -170,7 +175,7 @@ class MEND(HypernetMethod[MENDConfig, DenseOverlay]):
             shapes, hparams["rank"], hparams["n_hidden"] + 1, hparams["edit_lr"], "inside", generator
         )
 
-    def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
+    def questions(self, lanes: Sequence[Sequence[Question]]) -> Questions:
         return Questions.of(self.base, lanes, self.config.deviations.public_bos)
 
     def new_overlay(self, lanes: int) -> DenseOverlay:
@@ -205,7 +210,7 @@ class MEND(HypernetMethod[MENDConfig, DenseOverlay]):
 
 
 class MENDTrainer(SingleEditTrainer):
-    """Each request is an edit of its own."""
+    """Trainer where each request is a separate edit."""
 
     def lanes(self, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
         return [[request] for request in requests]

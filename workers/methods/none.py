@@ -1,8 +1,8 @@
-"""No edit at all: the floor of every table.
+"""No edit: the baseline of every table.
 
-Reliability, generalisation and portability are the base model's own, locality is exactly 1 in every
-protocol, and an edit costs nothing. A method that is not above this row has not edited anything; a
-base model that knows some of the targets already shows here.
+Reliability, generalisation and portability are those of the base model, locality is exactly 1 in
+every protocol. A method that scores no higher has no effect. Scores above 0 show which targets the
+base model already knows.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from workers.model.overlay import LaneState, SitelessOverlay
 
 
 class NoEditConfig(MethodConfig):
-    """Nothing to set."""
+    """No hyperparameters."""
 
     alg_names: ClassVar[tuple[str, ...]] = ()
     easyedit_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
 
 class Nothing(SitelessOverlay):
-    """Adds nothing; scoring takes the base model's answers for it."""
+    """An overlay without any change; scoring uses the base model's answers."""
 
     @property
     def inert(self) -> bool:
@@ -33,7 +33,7 @@ class Nothing(SitelessOverlay):
         return LaneState()
 
     def load_state(self, lane: int, state: LaneState) -> None:
-        """There is nothing to restore."""
+        """No-op: there is no state."""
 
 
 class NoEdit(Method[NoEditConfig, Nothing]):

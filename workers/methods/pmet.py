@@ -1,34 +1,32 @@
-"""PMET: values are sought for attention and MLP together, and only the MLP's is written.
+"""PMET: values are optimised for attention and MLP together, and only the MLP's is written.
 
-Li et al., PMET: Precise Model Editing in a Transformer, AAAI 2024, arXiv 2308.08742. Methods before
-it optimise the output of a whole layer, to which attention and MLP both add, and then make the MLP
-answer for all of it. Here, at the last edited layer,
+Li et al., PMET: Precise Model Editing in a Transformer, AAAI 2024, arXiv 2308.08742. Earlier
+methods optimise the output of a whole layer, to which attention and MLP both add, and then write
+all of it into the MLP. Here, at the last edited layer,
 
-- two vectors are found by Adam as in ROME, one added to what attention's output projection answers
-  at the subject's last token, one to what the MLP's does: both are bounded by ``clamp_norm_factor``
-  and decay relative to the value they are added to;
-- where the target's tokens are all the likeliest in every context, the target's loss weighs a tenth
-  in the next step, and the search ends if the KL term is at most 0.01, so that a value is no longer
-  pushed than it must;
+- two vectors are found by Adam as in ROME, one added to the output of attention's output projection
+  at the subject's last token, one to that of the MLP's. Both are bounded by ``clamp_norm_factor``
+  and have a decay relative to the value they are added to;
+- if all target tokens have the largest logits in every context, the target's loss has a tenth of
+  its weight in the next step, and the search ends if the KL term is at most 0.01, so that values
+  are not optimised longer than needed;
 - only the MLP's value ``z`` is written. Layer by layer, with keys ``K`` and the last layer's
-  present MLP answer ``m`` read off the model as it is now, the residual is ``R = (z - m) /
-  sqrt(layers still to come)`` and a layer's map changes by ``R K^T (mom2_update_weight * C + K
+  current MLP output ``m`` read from the model as edited so far, the residual is ``R = (z - m) /
+  sqrt(number of layers left)`` and a layer's map changes by ``R K^T (mom2_update_weight * C + K
   K^T)^-1``, solved as in MEMIT (:mod:`workers.methods.families.spread`).
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: equations
-are not numbered here.
+Differences from paper and public code, all deliberate. The paper's text was not available, so
+equations are not numbered here.
 
-1. The target follows its prompt after a space. EasyEdit adds the space for models called "gpt"
-   only, and elsewhere teaches the target's first token as the continuation of a word: ``deviations:
-   {public_target: true}``.
-2. Rows are padded on the left with the right position ids. EasyEdit's reads its own left-padded
-   rows at the places of right-padded ones and gives NaN; the golden records were made with right
-   padding.
+1. The target follows its prompt after a space. EasyEdit adds the space only for models called
+   "gpt"; for others the target's first token continues a word: ``deviations: {public_target:
+   true}``.
+2. Rows are padded on the left with the right position ids. EasyEdit reads its left-padded rows at
+   the positions of right-padded ones and gets NaN; the golden records were made with right padding.
 3. ``C`` is that of the pristine model for every layer, everything after the search is in float64.
 4. Only MLPs are written. EasyEdit can also write attention's projection (two
-   ``rewrite_module_tmps``), which the paper advises against; such files are refused.
-5. Points 3 (key average), 5 and 6 of MEMIT's list. ``layer_selection``, ``v_loss_layer`` and
-   ``mom2_adjustment`` have no effect in the public code and are dropped.
+   ``rewrite_module_tmps``), which the paper advises against; such files are rejected.
+5. Points 3 (key average) and 4 to 6 of MEMIT's list.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ from torch import Tensor, nn
 
 from workers.methods.base import Deviations, EditOutcome, LaneEdit, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
-from workers.methods.families.locate import Facts, Sated, chunked, facts_of, observe, search
+from workers.methods.families.locate import Facts, HitRule, chunked, facts_of, observe, search
 from workers.methods.families.spread import (
     RidgeMethod,
     SpreadConfig,
@@ -61,12 +59,12 @@ from workers.model.overlay import LowRankOverlay, Overlay
 from workers.model.replay import Prefix, capture, replay
 from workers.types import JSON, SpecError
 
-SATED_WEIGHT = 0.1
-"""Weight of the loss of a target that is already the likeliest (the published constant)."""
-
-SATED_KL = 0.01
-"""A search whose target is the likeliest ends where the KL term is at most this (the published
+HIT_WEIGHT = 0.1
+"""Weight of the target loss once all target tokens have the largest logits (the published
 constant)."""
+
+HIT_KL = 0.01
+"""Largest KL term at which such a search ends (the published constant)."""
 
 
 class PMETDeviations(Deviations):
@@ -78,7 +76,7 @@ class PMETDeviations(Deviations):
 
 
 class PMETConfig(SpreadConfig):
-    """Hyperparameters of PMET, under the names the field uses."""
+    """Hyperparameters of PMET, under their usual names."""
 
     v_weight_decay: float = Field(0.5, ge=0, description="weight of the value changes' norms in the loss")
     clamp_norm_factor: float = Field(
@@ -142,12 +140,12 @@ class PMET(RidgeMethod[PMETConfig]):
         check_lockstep(edits)
         base, config, lanes = self.base, self.config, overlay.lanes
         facts = facts_of(base, edits, config, self.inputs, spaced=not config.deviations.public_target)
-        sated = Sated(config.nll_loss_factor, SATED_WEIGHT * config.nll_loss_factor, SATED_KL)
+        hit_rule = HitRule(config.nll_loss_factor, HIT_WEIGHT * config.nll_loss_factor, HIT_KL)
         wanted, figures = [], []
-        for part in chunked(facts, lanes):
-            batch = Facts(base, part)
-            at = _AtLayer.capture(base, self.sites[-1], batch, overlay)
-            found = search(base, config, batch, at, at.values, sated)
+        for chunk in chunked(facts, lanes):
+            part = Facts(base, chunk)
+            at = _AtLayer.capture(base, self.sites[-1], part, overlay)
+            found = search(base, config, part, at, at.values, hit_rule)
             wanted.append(at.values[1] + found.deltas[1])
             figures.append(figures_of(found, which=1))
         z_NO, top = torch.cat(wanted), self.sites[-1].module
@@ -161,7 +159,7 @@ class PMET(RidgeMethod[PMETConfig]):
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {
-            # this small model reads a person's fact at the prompt's last token, not at the name
+            # this small model recalls a person's fact at the prompt's last token, not at the name
             "layers": [3, 4],
             "fact_token": "last",
             "v_num_grad_steps": 20,
@@ -175,13 +173,13 @@ class PMET(RidgeMethod[PMETConfig]):
 
 @dataclass(frozen=True)
 class _AtLayer:
-    """Two vectors, added to what attention and MLP of one layer answer at the lookup tokens. The
-    MLP reads what attention gives, so a step runs everything from this layer on, under the edits
-    made so far."""
+    """Two vectors, added to the outputs of attention and MLP of one layer at the lookup tokens. The
+    MLP's input depends on attention's output, so a step runs all layers from this one on, with the
+    edits made so far."""
 
     base: BaseModel
-    rows: Batch
-    lane_rows: Batch
+    batch: Batch
+    lane_batch: Batch
     overlay: Overlay
     maps: tuple[nn.Module, nn.Module]
     here_BS1: Tensor
@@ -192,52 +190,52 @@ class _AtLayer:
     """Outputs of the two maps at the bare prompt's lookup token, (N, O) each."""
 
     @classmethod
-    def capture(cls, base: BaseModel, site: Site, batch: Facts, overlay: Overlay) -> Self:
+    def capture(cls, base: BaseModel, site: Site, facts: Facts, overlay: Overlay) -> Self:
         attention = base.site(site.layer, base.arch.attn_out)
         maps = (attention.module, site.module)
         caught: dict[int, Tensor] = {}
         with ExitStack() as stack:
-            stack.enter_context(overlay.installed(batch.lane_rows))
+            stack.enter_context(overlay.installed(facts.lane_batch))
             for i, module in enumerate(maps):
                 note = module.register_forward_hook(lambda _, args, out, i=i: caught.update({i: out}))
                 stack.callback(note.remove)
-            prefix = capture(base, batch.lane_rows, site.layer)
-        row, column = batch.reads
+            prefix = capture(base, facts.lane_batch, site.layer)
+        row, column = facts.reads
         device = base.device
         return cls(
             base,
-            batch.rows,
-            batch.lane_rows,
+            facts.batch,
+            facts.lane_batch,
             overlay,
             maps,
-            batch.lookup_mask(0),
+            facts.lookup_mask(0),
             prefix,
             torch.tensor(row, device=device),
             torch.tensor(column, device=device),
-            [batch.plain(caught[i]).to(base.master_dtype) for i in range(2)],
+            [facts.plain(caught[i]).to(base.master_dtype) for i in range(2)],
         )
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
         with ExitStack() as stack:
             for module, delta_KO in zip(self.maps, deltas, strict=True):
-                shift_B1O = delta_KO[self.rows.lane_B][:, None]
+                shift_B1O = delta_KO[self.batch.lane_B][:, None]
                 added_BSO = torch.where(self.here_BS1, shift_B1O, 0)
                 handle = module.register_forward_hook(
                     lambda _, args, out, more=added_BSO: out + more.to(out.dtype)
                 )
                 stack.callback(handle.remove)
-            stack.enter_context(self.overlay.installed(self.lane_rows))
+            stack.enter_context(self.overlay.installed(self.lane_batch))
             return replay(self.base, self.prefix)[self.row_P, self.column_P]
 
-    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> _AtLayer:
+    def part(self, row_B: Sequence[int], batch: Batch, read_P: Sequence[int]) -> _AtLayer:
         index = torch.tensor(list(row_B), device=self.row_P.device)
-        place = torch.full((self.rows.size,), -1, dtype=torch.long, device=index.device)
+        place = torch.full((self.batch.size,), -1, dtype=torch.long, device=index.device)
         place[index] = torch.arange(len(row_B), device=index.device)
         chosen = torch.tensor(list(read_P), device=index.device)
         return replace(
             self,
-            rows=rows,
-            lane_rows=_under_lanes(rows, self.lane_rows, row_B),
+            batch=batch,
+            lane_batch=_under_lanes(batch, self.lane_batch, row_B),
             here_BS1=self.here_BS1[index],
             prefix=self.prefix.part(index),
             row_P=place[self.row_P[chosen]],
@@ -245,8 +243,9 @@ class _AtLayer:
         )
 
 
-def _under_lanes(rows: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
-    """Some rows of a batch, now ``rows``, under the lanes that they have in the whole."""
+def _under_lanes(batch: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
+    """``batch``, which holds rows ``row_B`` of ``whole``, with the lanes that the rows have in
+    ``whole``."""
     lane_of = {row: lane for lane, start, stop in whole.segments for row in range(start, stop)}
     lanes = [lane_of[row] for row in row_B]
     segments: list[tuple[int, int, int]] = []
@@ -255,4 +254,4 @@ def _under_lanes(rows: Batch, whole: Batch, row_B: Sequence[int]) -> Batch:
             segments[-1] = (lane, segments[-1][1], i + 1)
         else:
             segments.append((lane, i, i + 1))
-    return replace(rows, lane_B=torch.tensor(lanes, device=rows.lane_B.device), segments=tuple(segments))
+    return replace(batch, lane_B=torch.tensor(lanes, device=batch.lane_B.device), segments=tuple(segments))

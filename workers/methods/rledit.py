@@ -1,42 +1,42 @@
-"""RLEdit: MALMEN's networks, trained over whole sequences of edits of one drifting model.
+"""RLEdit: MALMEN's networks, trained on sequences of edits that accumulate in one model.
 
 Li et al., Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759. Networks
-that were trained on edits of the pristine model meet another model at each later edit of a
-sequence. RLEdit lets them see it: the edited weights are the state of a decision process, a change
-of weights is the action, the networks are a deterministic policy, and the reward is the negative
-loss of an edit. One trajectory edits chunks of requests ``c_1, c_2, ...`` one after another, ``W_t
-= W_{t-1} + D_t``; with ``D_t`` the change that MALMEN's networks and normal equation give for
-``c_t`` at ``W_{t-1}``, the loss of step t is
+trained on edits of the pristine model are applied to a different model at each later edit of a
+sequence. RLEdit trains them on such models: the edited weights are the state of a decision process,
+a weight change is the action, the networks are a deterministic policy, and the reward is the
+negative loss of an edit. One trajectory edits chunks of requests ``c_1, c_2, ...`` one after
+another, ``W_t = W_{t-1} + D_t``; with ``D_t`` the change by MALMEN's networks and normal equation
+for ``c_t`` at ``W_{t-1}``, the loss of step t is
 
     ``sum_{i<k} m^i (-log p_t(y | x' in c_{t-i}) + cloc KL(p_{t-1} || p_t on x_loc in c_{t-i})) + r |D_t|^2``
 
-which asks for the chunks before, too (memory backtracking, ``k`` = ``back_depth``, ``m`` =
-``time_decay``), and keeps the change small. The losses of all steps (no discount among them) make
-one Adam step. Gradients flow from the loss of step t into ``D_t`` and from there into the networks,
-not through ``W_{t-1}`` into earlier changes: a state is a constant.
+which includes earlier chunks (memory backtracking, ``k`` = ``back_depth``, ``m`` =
+``time_decay``) and keeps the change small. The losses of all steps, without discount, give one Adam
+step. Gradients flow from the loss of step t through ``D_t`` into the networks, not through
+``W_{t-1}`` into earlier changes: the state is a constant.
 
-An edit is MALMEN's. With ``statistics: lifelong`` the running mean and deviation that normalise
-what the networks read go on learning from a lane's edits: they are the lane's own, part of its
-overlay, and a rollback drops them with it.
+An edit is the same as in MALMEN. With ``statistics: lifelong`` the running mean and deviation that
+normalise the networks' inputs are also updated by a lane's edits: each lane has its own, as part of
+its overlay, and a rollback drops them.
 
-Differences from public code (the authors'), all deliberate. Only the paper's abstract was at hand:
-the objective is that of the authors' code, and no equation number is given.
+Differences from public code (the authors'), all deliberate. Only the paper's abstract was
+available: the objective follows the authors' code, and equations are not numbered.
 
-1. ``r |D_t|^2`` has a gradient. In the public code the change is found without one, so that
-   ``reg_coef`` has no effect.
-2. The gradient is clipped once, when the trajectory is over. The public code accumulates and clips
-   after each step, so that what an early step gave is scaled down again and again.
-3. The loss of a trajectory is the mean over its steps (Adam does not see the factor; the clipping
-   does), and that of a chunk the mean over its requests. The public code adds up mini-batches of
-   means over all answer tokens.
-4. Networks and normal equation are MALMEN's here, with its differences: float64 and the smaller of
-   two forms, one pass of autograd, prompt or rephrase drawn (``train_on``), a step size of its own
-   for the step sizes (``lr_lr``), exact variances.
-5. A trajectory may have any number of requests, and many of them may be learnt from. The public
-   configuration is one trajectory of 400 chunks, hence one Adam step of 1e-5: its networks stay all
-   but the identity, and what it learns are the statistics.
+1. ``r |D_t|^2`` has a gradient. In the public code the change is computed without gradients, so
+   that ``reg_coef`` has no effect.
+2. The gradient is clipped once, at the end of the trajectory. The public code clips the accumulated
+   gradient after each step, so that the share of early steps is scaled down repeatedly.
+3. The loss of a trajectory is the mean over its steps (the factor affects the clipping, not Adam),
+   and that of a chunk the mean over its requests. The public code adds up mini-batches of means
+   over all answer tokens.
+4. Networks and normal equation are those of MALMEN here, with its differences: float64 and the
+   smaller of two forms, one pass of autograd, prompt or rephrase drawn (``train_on``), a separate
+   learning rate for the step sizes (``lr_lr``), exact variances.
+5. A trajectory may have any number of requests, and training may have many trajectories. The public
+   configuration is one trajectory of 400 chunks, hence one Adam step of 1e-5: its networks stay
+   almost the identity, and it learns mainly the statistics.
 6. Statistics start from the trained ones in each lane. The public code has one copy, which its
-   validation moves for good.
+   validation changes permanently.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ from workers.methods.families.hypernet import (
     fitted,
     gradient_factors,
     hypernet_sites,
+    question_of,
     site_shapes,
     squared_norm,
     token_choice,
@@ -125,6 +126,7 @@ class RLEditConfig(HypernetConfig):
                     ("name", "cache_dir", "save_checkpoint", "load_checkpoint", "n_test", "full_curve"),
                     IGNORED,
                 ),
+                "batch_size": IGNORED,  # requests of one forward
                 "token": "tokens",
                 "n_epochs": "n_epochs",
             }
@@ -137,7 +139,7 @@ class RLEditConfig(HypernetConfig):
         if "tokens" in out:
             out["tokens"] = token_choice(out["tokens"], source)
         if "meta_lr" in out:
-            out["lr_lr"] = out["meta_lr"]  # one step size for both there
+            out["lr_lr"] = out["meta_lr"]  # the public code has one learning rate for both
         if "n_epochs" in out:
             out["schedule"] = {"steps": out.pop("n_epochs"), "batch_size": 8000}  # 400 edits of 20 requests
         return out
@@ -164,7 +166,7 @@ class RLEditOverlay(DenseOverlay):
 
     def state(self, lane: int) -> LaneState:
         found = super().state(lane)
-        if found.tensors:  # a pristine lane's are the trained ones
+        if found.tensors:  # a pristine lane has the trained statistics
             for shape, statistics in self.scales[lane].items():
                 found.tensors.update({f"{name}/{shape}": t.clone() for name, t in statistics.named_buffers()})
         return found
@@ -181,8 +183,8 @@ class RLEditOverlay(DenseOverlay):
 
 
 class RLEdit(HypernetMethod[RLEditConfig, RLEditOverlay]):
-    """All requests of a call in one least-squares fit per map, by networks that know what edits do
-    to a model.
+    """All requests of a call in one least-squares fit per map, by networks trained on sequences of
+    edits.
 
     >>> editor = RLEdit.prepare(base, RLEditConfig(layers=(4, 5), rank=64), {"pretrained": trained})
     """
@@ -208,7 +210,7 @@ class RLEdit(HypernetMethod[RLEditConfig, RLEditOverlay]):
     def changes(self, factors: Sequence[Factors], overlay: RLEditOverlay) -> list[Pair]:
         keys = fit_keys(factors, self.config.tokens)
         scales = overlay.scales if self.config.statistics == "lifelong" else None
-        for lane, scale in enumerate(scales or ()):  # what is edited counts before it is normalised
+        for lane, scale in enumerate(scales or ()):  # statistics are updated before the edit is normalised
             self.net.learn_scale([kept.lane(lane) for kept in keys], scale)
         return fitted(self.net, keys, scales)
 
@@ -236,8 +238,8 @@ class RLEdit(HypernetMethod[RLEditConfig, RLEditOverlay]):
 
 
 class RLEditTrainer(HypernetTrainer):
-    """The requests of a step are one trajectory: ``edit_size`` of them are an edit, the next ones
-    an edit on top of it."""
+    """Trainer where the requests of a step are one trajectory of edits with ``edit_size`` requests
+    each."""
 
     def __init__(self, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> None:
         super().__init__(
@@ -257,7 +259,7 @@ class RLEditTrainer(HypernetTrainer):
 
     def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
         chunks = [requests[i : i + self.edit_size] for i in range(0, len(requests), self.edit_size)]
-        overlay = DenseOverlay(self.sites, 1, self.base.master_dtype)  # the drifting model
+        overlay = DenseOverlay(self.sites, 1, self.base.master_dtype)  # the model that accumulates the edits
         asked: deque[Sentences] = deque(maxlen=self.back_depth)
         totals = dict.fromkeys(("loss", "nll", "kl", "change"), 0.0)
         self._optimizer.zero_grad()
@@ -270,11 +272,11 @@ class RLEditTrainer(HypernetTrainer):
     def _edit(
         self, overlay: DenseOverlay, chunk: Sequence[EditRequest], asked: Sequence[Sentences], share: float
     ) -> dict[str, float]:
-        """One edit of the trajectory, whose loss' gradient is added to the networks'. ``asked``:
-        the latest chunk's first."""
+        """Make one edit of the trajectory and add its gradient to the networks'. ``asked``:
+        sentences of the latest chunks, newest first."""
         base, objective = self.base, self.objective
         found, _ = gradient_factors(
-            base, self.sites, Questions.of(base, [[(r.prompt, r.target_new) for r in chunk]]), overlay
+            base, self.sites, Questions.of(base, [list(map(question_of, chunk))]), overlay
         )
         factors = fit_keys(found, self.tokens)
         self.net.learn_scale(factors)

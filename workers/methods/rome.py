@@ -13,14 +13,14 @@ section 3.1. With the projection ``W`` of the chosen layer seen as a key-value m
 - change (Eq. 2): ``W' = W + d u^T / (u^T k0)`` with ``u = C^-1 k`` and ``C = E[k k^T]`` over
   ordinary text.
 
-``k0`` is the key without a template. Edits of a sequence go on top of each other: keys do not
-depend on earlier edits (they enter below the edited map), the optimisation of ``d`` and both
-distributions of the KL term do.
+``k0`` is the key without a template. Edits of a sequence accumulate: keys do not depend on earlier
+edits (they are inputs of the edited map), but the optimisation of ``d`` and both distributions of
+the KL term do.
 
 Differences from paper and public code, all deliberate:
 
-1. The KL term is read at the subject's last token of ``p'``, as the authors' own code does, from
-   which all published ROME numbers come. Eq. 4 to the letter is the prediction that follows ``p'``:
+1. The KL term is read at the subject's last token of ``p'``, as in the authors' code, which
+   produced all published ROME numbers. Eq. 4 literally reads the prediction after ``p'``:
    ``kl_position: prompt_last``.
 2. ``mom2_adjustment`` (``C^-1``) is on, as in the paper; EasyEdit's hyperparameter files switch it
    off.
@@ -34,8 +34,8 @@ Differences from paper and public code, all deliberate:
    Wikipedia).
 7. Context templates are ``length`` *new* tokens long (public: start word and BOS included), sampled
    once per model and seed.
-8. Tokens of target and prompt are those of the joint text. A subject that stands in the prompt more
-   than once is edited at its first place (the public code refuses it).
+8. Tokens of target and prompt are those of the joint text. A subject that occurs more than once in
+   the prompt is edited at its first occurrence (the public code raises).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from torch import Tensor
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.methods.easyedit import IGNORED, split_module
+from workers.methods.easyedit import IGNORED, FileRemarks, split_module
 from workers.methods.families.locate import (
     MOMENT,
     AtMap,
@@ -69,7 +69,7 @@ from workers.types import JSON, SpecError
 
 
 class ROMEConfig(LocateConfig):
-    """Hyperparameters of ROME, under the names the field uses."""
+    """Hyperparameters of ROME, under their usual names."""
 
     layer: int = Field(ge=0, description="decoder layer that is edited")
     module: str | None = Field(
@@ -83,11 +83,13 @@ class ROMEConfig(LocateConfig):
         {
             "layers": "layer",
             "rewrite_module_tmp": "module",
-            "v_loss_layer": IGNORED,
-            "mom2_dataset": IGNORED,  # ours is a text file: ``corpus``
+            "v_loss_layer": IGNORED,  # read there, and used for nothing
             "mom2_n_samples": "samples",
             "mom2_dtype": "precision",
         }
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"mom2_dataset": "the text of the second moment is `corpus`"}
     )
 
     @classmethod
@@ -102,6 +104,12 @@ class ROMEConfig(LocateConfig):
             _, out["module"] = split_module(out["module"], source)
         return out
 
+    @classmethod
+    def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
+        if values.get("mom2_adjustment") is False:  # then there is no second moment
+            values = {key: value for key, value in values.items() if key != "mom2_dataset"}
+        return super().easyedit_remarks(values, source)
+
     @property
     def first_layer(self) -> int:
         return self.layer
@@ -109,6 +117,10 @@ class ROMEConfig(LocateConfig):
     def check(self, shape: ModelShape) -> None:
         shape.check_layer(self.layer, "layer")
         shape.site(self.module)
+
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        return bool(hparams.get("mom2_adjustment", cls.model_fields["mom2_adjustment"].default))
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         texts = template_spec(self, context)
@@ -127,8 +139,8 @@ class ROMEConfig(LocateConfig):
 
     def shared_bytes(self, shape: ModelShape) -> int:
         _, in_features = shape.site(self.module)
-        # the second moment; while it is inverted it, its factors, the inverse and two temporaries,
-        # in float64
+        # the second moment; while it is inverted, also five float64 matrices: copy, factors,
+        # inverse, two temporaries
         return (moment_value(self) + 5 * 8) * in_features * in_features if self.mom2_adjustment else 0
 
 
@@ -152,7 +164,7 @@ class ROME(Method[ROMEConfig, LowRankOverlay]):
         inputs: Mapping[str, ArtifactData],
         inverse_II: Tensor | None = None,
     ) -> None:
-        """``inverse_II`` is the inverse second moment; None stands for the identity."""
+        """``inverse_II``: the inverse second moment; None: the identity."""
         super().__init__(base, config, inputs)
         self.site = base.site(config.layer, config.module)
         self.inverse_II = None if inverse_II is None else inverse_II.to(base.device, base.master_dtype)
@@ -169,12 +181,12 @@ class ROME(Method[ROMEConfig, LowRankOverlay]):
     def edit(self, overlay: LowRankOverlay, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         if any(len(edit.requests) != 1 for edit in edits):
             raise ValueError("ROME edits one request at a time")
-        batch = Facts(self.base, facts_of(self.base, edits, self.config, self.inputs))
-        at = AtMap.capture(self.base, self.site, batch, overlay)
-        keys_BI = batch.at_lookup(at.suffix.input_BSI).to(self.base.master_dtype)
-        found = search(self.base, self.config, batch, at, [at.value_NO])
+        facts = Facts(self.base, facts_of(self.base, edits, self.config, self.inputs))
+        at = AtMap.capture(self.base, self.site, facts, overlay)
+        keys_BI = facts.at_lookup(at.suffix.input_BSI).to(self.base.master_dtype)
+        found = search(self.base, self.config, facts, at, [at.value_NO])
         (delta_LO,), (value_norm_L,) = found.deltas, found.norms
-        left_LO, right_LI = self._update(batch, at, keys_BI, delta_LO)
+        left_LO, right_LI = self._update(facts, at, keys_BI, delta_LO)
         overlay.add(left_LO, right_LI)
         columns = (found.steps_N, found.loss_N, found.first_N, delta_LO.norm(dim=1) / value_norm_L)
         return [
@@ -183,21 +195,21 @@ class ROME(Method[ROMEConfig, LowRankOverlay]):
         ]
 
     def _direction(self, key_LI: Tensor) -> Tensor:
-        """``C^-1 k``, of length one."""
+        """``C^-1 k``, normalised to length one."""
         key_LI = key_LI if self.inverse_II is None else key_LI @ self.inverse_II.T
         direction_LI: Tensor = key_LI / key_LI.norm(dim=1, keepdim=True)
         return direction_LI
 
-    def _update(self, batch: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(self, facts: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
         """The change's two factors (Eq. 2); ``keys_BI`` is each row's key."""
-        right_LI = self._direction(batch.mean(keys_BI))
-        scale_L1 = (keys_BI[batch.plain_N] * right_LI).sum(1, keepdim=True)
+        right_LI = self._direction(facts.mean(keys_BI))
+        scale_L1 = (keys_BI[facts.plain_N] * right_LI).sum(1, keepdim=True)
         return delta_LO / scale_L1, right_LI
 
     @classmethod
     def embedded(cls) -> dict[str, JSON]:
         return {
-            # this small model reads a person's fact at the prompt's last token, not at the name
+            # this small model recalls a person's fact at the prompt's last token, not at the name
             "layer": 4,
             "fact_token": "last",
             "v_num_grad_steps": 20,
@@ -211,7 +223,7 @@ class ROME(Method[ROMEConfig, LowRankOverlay]):
 _AVERAGED_KEYS: Mapping[str, bool] = MappingProxyType(
     {"enable_prompt_keys": False, "enable_random_prefix_keys": True, "original_implementation": False}
 )
-"""The keys that are averaged, in the words of EasyEdit's files for R-ROME."""
+"""Keys of EasyEdit's files for R-ROME that select the averaged keys, with the supported values."""
 
 
 class RROMEConfig(ROMEConfig):
@@ -233,17 +245,16 @@ class RROMEConfig(ROMEConfig):
 
 
 class RROME(ROME):
-    """ROME with one key: the average over the contexts stands in both places of the change.
+    """ROME with a single key: the average over the contexts, used in both places of the change.
 
     Gupta et al., Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing, arXiv
-    2403.07175. ROME looks for the direction with the averaged key and scales it with the bare
-    prompt's; where the two disagree the denominator comes near zero and the change explodes. Here
-    ``W' = W + (v - W k) u^T / (u^T k)`` with the average ``k`` throughout and ``u = C^-1 k``; the
-    value ``v = W k0 + d`` is that of the bare prompt, so the averaged key is answered by it
-    exactly.
+    2403.07175. ROME computes the direction from the averaged key and scales it with the bare
+    prompt's key; if the two differ, the denominator can be near zero and the change very large.
+    Here ``W' = W + (v - W k) u^T / (u^T k)`` with the average ``k`` throughout and ``u = C^-1 k``;
+    the value ``v = W k0 + d`` is that of the bare prompt, so ``W' k = v`` exactly.
 
-    The paper's text was not at hand: the update is that of its authors' code. All other differences
-    are ROME's.
+    The paper's text was not available: the update follows the authors' code. All other differences
+    are those of ROME.
     """
 
     name: ClassVar[str] = "rrome"
@@ -254,8 +265,8 @@ class RROME(ROME):
     )
     Config: ClassVar[type[MethodConfig]] = RROMEConfig
 
-    def _update(self, batch: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
-        key_LI = batch.mean(keys_BI)
+    def _update(self, facts: Facts, at: AtMap, keys_BI: Tensor, delta_LO: Tensor) -> tuple[Tensor, Tensor]:
+        key_LI = facts.mean(keys_BI)
         right_LI = self._direction(key_LI)
-        now_LO = batch.mean(batch.at_lookup(at.suffix.output_BSO).to(delta_LO))
+        now_LO = facts.mean(facts.at_lookup(at.suffix.output_BSO).to(delta_LO))
         return (at.value_NO + delta_LO - now_LO) / (key_LI * right_LI).sum(1, keepdim=True), right_LI

@@ -1,9 +1,8 @@
-"""SERAC: a memory of edits, a classifier that says whether one of them is meant, and a second model
-that then answers.
+"""SERAC: a memory of edits, a scope classifier, and a second model that answers in scope.
 
 Mitchell et al., Memory-Based Model Editing at Scale, arXiv 2206.06520. An edit ``z`` (a prompt and
-its new answer) is only put into the memory. For a row that asks ``x`` the classifier gives the
-probability that ``x`` lies in the scope of ``z``,
+its new answer) is only stored in the memory. For a row with prompt ``x`` the classifier gives the
+probability that ``x`` is in the scope of ``z``,
 
     s(z, x) = exp(-||q(z) - q(x)||^2),        q: the first token's last hidden state of a small encoder,
 
@@ -11,32 +10,31 @@ and with ``z*`` the edit of largest ``s``, the row is answered by the base model
 threshold`` (0.5), otherwise by the counterfactual model, a small language model over the same
 vocabulary that reads ``z*`` before ``x``.
 
-Both networks are trained before the sweep, from requests that it does not edit, and apart from each
+Both networks are trained before the sweep, on requests that it does not edit, independently of each
 other: the classifier on ``-log s(z, x_in) - log(1 - s(z, x_out))``, the counterfactual model on the
 mean over the target's tokens of ``-log p(y | z, x_in)``. ``x_in`` is the request's prompt or a
-rephrase of it; ``x_out`` are its locality prompts and what the other requests of the step ask (of
-other subjects).
+rephrase of it; ``x_out`` are its locality prompts, and the prompts of the step's other requests
+about other subjects.
 
 Differences from paper and public code, all deliberate:
 
-1. The base model's and the counterfactual model's answers are switched between, not mixed: the
-   paper's rule. The public code mixes: ``log((1 - s) p_base + s p_counterfactual + eps)`` at every
-   position (``mixing: soft``).
+1. Each row is answered by one of the two models, without mixing, as in the paper. The public code
+   mixes: ``log((1 - s) p_base + s p_counterfactual + eps)`` at every position (``mixing: soft``).
 2. The classifier reads the prompt, so that the decision holds for the whole row and is the same in
    generation. The public code reads the text that is scored, its answer included, which raises
    ``s`` for the right answer (``reads: row``).
-3. The classifier's view of an edit is its prompt and target. The public code cuts the last word off
-   and appends the separator token (``edit_view: public``).
+3. The classifier's input for an edit is its prompt and target. The public code removes the last
+   word and appends the separator token (``edit_view: public``).
 4. Edits accumulate in the memory until the rollback. In the public code only the last one is kept
    (``accumulate: false``).
-5. Training is the paper's. The public code trains both networks through the mixture (NLL of the
+5. Training follows the paper. The public code trains both networks through the mixture (NLL of the
    edit text itself, never of a rephrase, and a KL on unrelated texts).
 6. Both networks are always in evaluation mode (the public code never calls ``eval()``).
 7. ``cos``, ``bound_embeds``, ``cross_attend``, ``dist_heads``, ``freeze_cntr`` and BERT-like base
    models are not implemented.
 
-Not checked: the paper's own text was not at hand; its rule, threshold and losses are from memory,
-the numbers are checked against the public code only.
+The paper's text was not available: its rule, threshold and losses are from memory, the numbers are
+checked only against the public code.
 """
 
 from __future__ import annotations
@@ -44,6 +42,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -53,10 +52,11 @@ from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
+from workers.data.scripts import joiner_of, statement
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
 from workers.model.base import BaseModel
-from workers.model.batch import Batch
+from workers.model.batch import Batch, Encoder
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
 from workers.model.overlay import LaneState, SitelessOverlay
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
@@ -65,10 +65,10 @@ LARGEST_COPY = 50_000_000
 """Parameters of a base model that may be copied to become the counterfactual model."""
 
 SCRATCH: Mapping[str, int] = MappingProxyType({"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 256})
-"""Sizes of a classifier that is made here (DistilBERT)."""
+"""Sizes of the default classifier (DistilBERT)."""
 
 _BLOCK = 32
-"""Columns of padded batches come in blocks of so many."""
+"""Padded batches have a multiple of this number of columns."""
 
 _CLASSIFIER, _COUNTERFACTUAL = "classifier.", "counterfactual."
 
@@ -77,25 +77,19 @@ _OF_THE_PUBLIC_CODE = (
         "cls_class",
         "edit_lr",
         "lr_lr",
-        "cedit",
-        "cloc",
         "cbase",
-        "train_base",
-        "no_grad_layers",
         "checkpoint_grad",
     ),
     *(
         "inner_params",
-        "use_all_negatives",
         "edit_bs",
         "max_iters",
         "accumulate_bs",
         "log_errors",
-        "unlikelihood",
     ),
-    *("exact_match", "freeze"),
+    "exact_match",
 )
-"""Keys of a public YAML that mean nothing here, or are read on their own."""
+"""Keys of a public YAML that have no effect here, or are read separately."""
 
 
 class SERACConfig(MethodConfig):
@@ -147,28 +141,35 @@ class SERACConfig(MethodConfig):
             "bound_embeds": (False,),
             "freeze_cntr": (False,),
             "dist_heads": (1,),
+            "train_base": (False,),
+            "no_grad_layers": (None,),
+            **TRAINER_OFF,
             "lora": (None,),
             "dropout": (0, 0.0),
             "supervised": (False, True),
             "soft_weighting": (False, True),
         }
     )
-    """Keys of a public YAML that are accepted with these values only: nothing else is
-    implemented."""
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **TRAINER_LOST,
+            **dict.fromkeys(
+                ("cedit", "cloc", "unlikelihood", "use_all_negatives", "freeze"),
+                "both networks are trained on the paper's losses",
+            ),
+        }
+    )
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType(
         {"mixing": "soft", "reads": "row", "edit_view": "public", "accumulate": False}
     )
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        for key, allowed in cls.easyedit_off.items():
-            if key in values and values[key] not in allowed:
-                raise SpecError(f"{source}: {key}: {values[key]!r} is not supported; choices: {allowed[0]!r}")
-        out = super().from_easyedit({k: v for k, v in values.items() if k not in cls.easyedit_off}, source)
+        out = super().from_easyedit(values, source)
         steps, batch = values.get("max_iters"), values.get("accumulate_bs")
         if (
             steps is not None and batch is not None
-        ):  # the public code steps once in ``accumulate_bs`` iterations
+        ):  # the public code makes one step per ``accumulate_bs`` iterations
             out["schedule"] = {"steps": max(1, int(steps) // int(batch)), "batch_size": int(batch)}
         return out
 
@@ -180,6 +181,11 @@ class SERACConfig(MethodConfig):
                 f"model of the same vocabulary (a copy is made up to {LARGEST_COPY:,} parameters)"
             )
 
+    @property
+    def networks(self) -> Mapping[str, str]:
+        given = {"classifier": self.classifier, "counterfactual": self.counterfactual}
+        return {field: name for field, name in given.items() if name is not None}
+
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         return (
             pretrained(
@@ -188,7 +194,7 @@ class SERACConfig(MethodConfig):
         )
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
-        widest = 1024  # of the encoders that are used as classifiers
+        widest = 1024  # assumed width of classifier encoders
         return edits * widest * 4
 
 
@@ -208,8 +214,8 @@ class Networks:
     def skeleton(
         cls, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator | None = None
     ) -> Self:
-        """The networks as training starts from them: a folder's own weights, a copy of the base, or
-        drawn ones."""
+        """The networks before training: weights of a folder, a copy of the base, or random weights.
+        Raises :class:`ModelError`."""
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
         seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
@@ -252,21 +258,21 @@ class Networks:
 
     @classmethod
     def trained(cls, base: BaseModel, hparams: Mapping[str, JSON], product: ArtifactData) -> Self:
-        """With the weights that training gave."""
+        """The networks with the trained weights."""
         networks = cls.skeleton(base, hparams)
         networks.load(product.tensors)
         return networks
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights, each once (tied ones under their first name)."""
+        """All weights; tied ones once, under their first name."""
         parts = ((_CLASSIFIER, self.classifier), (_COUNTERFACTUAL, self.counterfactual))
         return {
             prefix + name: p.detach().clone() for prefix, part in parts for name, p in part.named_parameters()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over weights given by :meth:`tensors`. Raises :class:`ModelError` where they are of
-        other networks."""
+        """Load weights of :meth:`tensors`. Raises :class:`ModelError` if they belong to other
+        networks."""
         for prefix, part in ((_CLASSIFIER, self.classifier), (_COUNTERFACTUAL, self.counterfactual)):
             for name, p in part.named_parameters():
                 found = tensors.get(prefix + name)
@@ -290,7 +296,7 @@ class Networks:
     def answer_logits(
         self, prompts: Sequence[tuple[int, ...]], continued: Sequence[tuple[int, ...]]
     ) -> list[Tensor]:
-        """The counterfactual model's logits for each row, from its last prompt token to its end, (1
+        """The counterfactual model's logits of each row, from its last prompt token to its end, (1
         + len(continued), V)."""
         rows = [[*p, *c] for p, c in zip(prompts, continued, strict=True)]
         limit, width = context_length(self.counterfactual.config), max(map(len, rows))
@@ -299,7 +305,7 @@ class Networks:
                 f"serac: an edit and a prompt are {width} tokens, the counterfactual model reads at most "
                 f"{limit}"
             )
-        # whole blocks of columns, so that a row's bits hardly depend on how long its neighbours are
+        # blocks of columns, so that a row's bits rarely depend on the lengths of other rows
         width = max(width, min(-(-width // _BLOCK) * _BLOCK, limit or width))
         device = self.counterfactual.device
         ids_NS = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
@@ -314,19 +320,24 @@ class Networks:
         return [logits_NSV[i, -1 - len(c) :] for i, c in enumerate(continued)]
 
     def with_edit(self, edit: str, prompt: str) -> tuple[int, ...]:
-        """Tokens of an edit and the prompt that is asked about it."""
-        return tuple(self.counterfactual_tokenizer(f"{edit} {prompt}")["input_ids"])
+        """Tokens of an edit followed by a prompt."""
+        return self._encoder.text(f"{edit} {prompt}")
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.counterfactual_tokenizer)
 
 
 def _drawn(auto: Any, config: Any, seed: int) -> Any:
-    """A network with random weights, which depend on ``seed`` alone."""
+    """A network with random weights, determined by ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(config)
 
 
 def _load(auto: Any, config_of: Any, tokenizer_of: Any, name: str, field: str, seed: int) -> tuple[Any, Any]:
-    """A network and its tokenizer from a folder; without weights there, drawn ones."""
+    """A network and its tokenizer from a folder; random weights if it has none. Raises
+    :class:`ModelError`."""
     try:
         folder = resolve(ModelConfig(name=name))
         tokenizer = tokenizer_of.from_pretrained(folder)
@@ -343,7 +354,7 @@ def _load(auto: Any, config_of: Any, tokenizer_of: Any, name: str, field: str, s
 
 
 class EditMemory(SitelessOverlay):
-    """Per lane the texts of its edits and the classifier's embeddings of them."""
+    """The texts of each lane's edits and their classifier embeddings."""
 
     def __init__(self, networks: Networks, config: SERACConfig, lanes: int) -> None:
         super().__init__(lanes)
@@ -356,8 +367,8 @@ class EditMemory(SitelessOverlay):
 
     @torch.no_grad()
     def add(self, requests: Sequence[Sequence[EditRequest]]) -> None:
-        """Remember each lane's requests; one pass of the classifier for all of them."""
-        texts = [[f"{r.prompt} {r.target_new}" for r in lane] for lane in requests]
+        """Store each lane's requests, with one pass of the classifier for all of them."""
+        texts = [list(map(statement, lane)) for lane in requests]
         embeds_ND = self.networks.embed([self.view(text) for lane in texts for text in lane])
         start = 0
         for lane, new in enumerate(texts):
@@ -372,15 +383,15 @@ class EditMemory(SitelessOverlay):
                 )
 
     def view(self, text: str) -> str:
-        """The text of an edit that the classifier reads."""
+        """The classifier's input text for an edit."""
         if self.config.edit_view == "whole":
             return text
         return text.rsplit(" ", 1)[0] + (self.networks.classifier_tokenizer.sep_token or "")
 
     @torch.no_grad()
     def scopes(self, lanes: Sequence[int], texts: Sequence[str]) -> tuple[list[float], list[int]]:
-        """The largest scope of each text in its own lane's memory, and which edit that is (-1: no
-        edit at all)."""
+        """The largest scope of each text in its lane's memory, and the index of that edit (-1: no
+        edits)."""
         scope, place = [0.0] * len(texts), [-1] * len(texts)
         asked = [i for i, lane in enumerate(lanes) if self.texts[lane]]
         if not asked:
@@ -395,15 +406,15 @@ class EditMemory(SitelessOverlay):
 
     @torch.no_grad()
     def logits(
-        self, base: BaseModel, hidden_PD: Tensor, rows: Batch, row_P: Sequence[int], column_P: Sequence[int]
+        self, base: BaseModel, hidden_PD: Tensor, batch: Batch, row_P: Sequence[int], column_P: Sequence[int]
     ) -> Tensor:
         logits_PV = base.logits(hidden_PD)
-        ends = rows.prompt_end_B.tolist()
-        asked = sorted({r for r in row_P if self.texts[int(rows.lane_B[r])]})
+        ends = batch.prompt_end_B.tolist()
+        asked = sorted({r for r in row_P if self.texts[int(batch.lane_B[r])]})
         if not asked:
             return logits_PV
-        lanes = rows.lane_B[asked].tolist()
-        tokens = [_split(rows, r, ends[r]) for r in asked]
+        lanes = batch.lane_B[asked].tolist()
+        tokens = [_split(batch, r, ends[r]) for r in asked]
         prompts = [_text(base, prompt) for prompt, _ in tokens]
         read = prompts if self.config.reads == "prompt" else [_text(base, (*p, *c)) for p, c in tokens]
         scope, place = self.scopes(lanes, read)
@@ -418,7 +429,7 @@ class EditMemory(SitelessOverlay):
         answers = {asked[i]: (scope[i], logits_SV) for i, logits_SV in zip(chosen, said, strict=True)}
         logits_PV = logits_PV.clone()
         for p, (r, column) in enumerate(zip(row_P, column_P, strict=True)):
-            if r in answers and column >= ends[r]:  # only what follows the prompt is answered
+            if r in answers and column >= ends[r]:  # positions inside the prompt keep the base's logits
                 s, logits_SV = answers[r]
                 said_V = logits_SV[column - ends[r]].to(logits_PV)
                 logits_PV[p] = mixed(logits_PV[p], said_V, s) if soft else said_V
@@ -435,21 +446,21 @@ class EditMemory(SitelessOverlay):
 
 
 def scope_of(edits_JD: Tensor, asked_ND: Tensor) -> Tensor:
-    """``exp(-||difference||^2)``, (N, K)."""
+    """``exp(-||difference||^2)`` of all pairs, (N, J)."""
     return torch.exp(-(asked_ND[:, None] - edits_JD[None]).square().sum(-1))
 
 
 def mixed(base_V: Tensor, counterfactual_V: Tensor, scope: float) -> Tensor:
-    """Log-probabilities of the mixture."""
+    """Log-probabilities of the mixture of two logit vectors, (V,)."""
     eps = torch.finfo(torch.float32).eps
     return ((1 - scope) * base_V.softmax(-1) + scope * counterfactual_V.softmax(-1) + eps).log()
 
 
-def _split(rows: Batch, row: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _split(batch: Batch, row: int, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The real tokens of a row's prompt, and those after it."""
-    start = rows.offsets[row]
-    ids = rows.input_ids_BS[row].tolist()
-    stop = start + int(rows.attention_mask_BS[row].sum())
+    start = batch.offsets[row]
+    ids = batch.input_ids_BS[row].tolist()
+    stop = start + int(batch.attention_mask_BS[row].sum())
     return tuple(ids[start : end + 1]), tuple(ids[end + 1 : stop])
 
 
@@ -505,7 +516,7 @@ def _learnt(config: SERACConfig) -> dict[str, JSON]:
 
 
 class SERACTrainer(Trainer):
-    """Trains both networks with Adam, one step on a batch of requests at a time."""
+    """Trains both networks with Adam, one step per batch of requests."""
 
     def __init__(self, base: BaseModel, hparams: Mapping[str, JSON], generator: torch.Generator) -> None:
         self.base = base
@@ -527,7 +538,7 @@ class SERACTrainer(Trainer):
         scope = self._scope_loss(requests, generator)
         answer = self._answer_loss(requests, generator)
         (scope + answer).backward()  # type: ignore[no-untyped-call]
-        for part in self.parts.values():  # each by its own norm: the networks share nothing
+        for part in self.parts.values():  # clipped separately: the networks share no parameters
             torch.nn.utils.clip_grad_norm_(part.parameters(), self.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -537,7 +548,7 @@ class SERACTrainer(Trainer):
     def _scope_loss(self, requests: Sequence[EditRequest], generator: torch.Generator) -> Tensor:
         """Mean of ``-log s`` over pairs in scope, plus mean of ``-log(1 - s)`` over pairs out of
         scope."""
-        edits = [f"{r.prompt} {r.target_new}" for r in requests]
+        edits = list(map(statement, requests))
         inside = [_chosen((r.prompt, *r.rephrases), generator) for r in requests]
         outside = [_chosen(tuple(p.prompt for p in r.locality), generator) for r in requests]
         asked = inside + [text for text in outside if text is not None]
@@ -550,8 +561,7 @@ class SERACTrainer(Trainer):
             (e, a)
             for e, request in enumerate(requests)
             for a, i in enumerate(owner)
-            # a's own locality prompts are out of scope; another request's texts are, if it is about
-            # something else
+            # locality prompts are out of scope; texts of other requests are, if the subject differs
             if a >= count or (i != e and requests[i].subject != request.subject)
         ]
         loss = near_E.mean()  # -log exp(-d)
@@ -567,8 +577,8 @@ class SERACTrainer(Trainer):
         for r in requests:
             text = _chosen((r.prompt, *r.rephrases), generator)
             assert text is not None
-            prompts.append(self.networks.with_edit(f"{r.prompt} {r.target_new}", text))
-            targets.append(self.base.encoder.pair(text, r.target_new).target)
+            prompts.append(self.networks.with_edit(statement(r), text))
+            targets.append(self.base.encoder.pair(text, r.target_new, joiner_of(r, text)).target)
         losses = [
             torch.nn.functional.cross_entropy(
                 logits_SV[:-1].float(), torch.tensor(target, device=logits_SV.device)
@@ -601,6 +611,6 @@ class SERACTrainer(Trainer):
 
 
 def _chosen(texts: Sequence[str], generator: torch.Generator) -> Any:
-    """One of the texts, drawn; None if there is none."""
+    """One of the texts, drawn at random; None if there is none."""
     place = int(torch.randint(2**31, (1,), generator=generator))
     return texts[place % len(texts)] if texts else None

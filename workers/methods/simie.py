@@ -1,45 +1,44 @@
-"""SimIE: another method's edits are blended into one change that answers each edit's keys as that
-edit alone would.
+"""SimIE: another method's edits are combined into one change that gives, for each edit's keys, the
+same outputs as that edit alone.
 
 Guo et al., Towards Lifelong Model Editing via Simulating Ideal Editor, ICML 2025, arXiv 2503.15045.
 A standard method edits each request of a sequence from the pristine weights ``W_0``: changes ``D_1
 .. D_T`` at its linear maps. With ``K_t`` the inputs of such a map at all tokens of prompt and
-target (a row a token), the ideal change answers ``K_t`` as ``D_t`` does, for all edits at once. The
-one kept here is its ridge solution,
+target (one row per token), the ideal change has the same outputs for ``K_t`` as ``D_t``, for all
+edits at once. SimIE takes the ridge solution,
 
 ``min_D  lamHyper ||D||^2 + sum_t ||K_t (D - D_t)^T||^2``,  that is  ``D = (sum_t D_t K_t^T K_t)
 P_T^-1``
 
-with ``P_t = lamHyper I + K_1^T K_1 + .. + K_t^T K_t``, and it is found edit by edit:
+with ``P_t = lamHyper I + K_1^T K_1 + .. + K_t^T K_t``, computed edit by edit:
 
 ``W_t = W_{t-1} + (W_0 + D_t - W_{t-1}) K_t^T K_t P_t^-1``.
 
-The change is of rank ``N_t`` (the request's tokens). While there are fewer keys than inputs, ``K_t
-P_t^-1`` comes from a system of as many unknowns as there are keys: with ``A`` all keys so far, it
-is the last ``N_t`` rows of ``(lamHyper I + A A^T)^-1 A``. After that the overlay keeps ``A^T A``
-instead.
+The change is of rank ``N_t`` (the request's tokens). While there are fewer keys than half the
+inputs, ``K_t P_t^-1`` is solved with one unknown per key: with ``A`` all keys so far, it is the
+last ``N_t`` rows of ``(lamHyper I + A A^T)^-1 A``. After that the overlay keeps ``A^T A`` instead.
 
-The base method (``base_method``, its own hyperparameters in ``base``) edits a fresh overlay for
-each request, so whatever it would keep between edits (AlphaEdit's earlier keys) starts empty.
-``init_model: false`` lets it edit the sequence's present weights instead, where ``K_t`` is then
-read, too, and ``W_0 + D_t`` above is what it makes of ``W_{t-1}``.
+The base method (``base_method``, its own hyperparameters in ``base``) edits a new overlay for each
+request, so its state between edits (AlphaEdit's earlier keys) starts empty. With ``init_model:
+false`` it edits the sequence's current weights instead; ``K_t`` is then read from them, too, and
+``W_0 + D_t`` above is its result from ``W_{t-1}``.
 
 Differences from the public code (EasyEdit), all deliberate:
 
-1. Nothing outlives a group. There, ``P`` and the weights stay with the hyperparameters through
-   every rollback (golden README, fault 5), and the first call edits one request more, for nothing
-   but the names of the edited weights.
+1. No state survives a group. In EasyEdit, ``P`` and the weights stay with the hyperparameters
+   through every rollback (golden README, fault 5), and the first call edits one extra request to
+   find the names of the edited weights.
 2. Solved in float64 and rounded once (public: float32). ``P`` is positive definite, so the public
-   choice of a solver changes no number but by rounding; ``solver`` and ``fast`` are dropped.
-3. Both weight orientations are known from the map itself (public: from the model's name, and
-   refused for other names).
+   choice of a solver changes numbers only by rounding; ``solver`` and ``fast`` are dropped.
+3. The weight orientation follows from the map itself (public: from the model's name; other names
+   raise).
 4. The tokens are those of the joint text, with true position ids. Same keys up to rounding.
-5. One request an edit, as in the public code, also for base methods that edit several.
+5. One request per edit, as in the public code, also for base methods that edit several.
 
 ``lamHyper`` is 10, as in the example of the authors' repository (EasyEdit's files: 10000). Their
-script edits the present weights unless told otherwise, EasyEdit's files the pristine ones. The
-paper's text was not at hand: the recursion is that of the two published codes, its ridge form was
-derived from it, and no equation is numbered here.
+script edits the current weights by default, EasyEdit's files the pristine ones. The paper's text
+was not available: the recursion follows the two published codes, its ridge form was derived from
+it, and equations are not numbered here.
 """
 
 from __future__ import annotations
@@ -55,9 +54,11 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.data.needs import Need
+from workers.data.scripts import joiner_of
 from workers.inputs import explain
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.methods.easyedit import IGNORED
+from workers.methods.easyedit import IGNORED, FileRemarks, read_hparams
 from workers.model.base import BaseModel, Site
 from workers.model.batch import collate
 from workers.model.config import ModelShape
@@ -66,19 +67,19 @@ from workers.model.replay import override_forward
 from workers.types import JSON, SpecError
 
 BASES = ("rome", "rrome", "memit", "emmet", "pmet", "alphaedit", "ft", "ft-ewc")
-"""Methods whose edit is a change of a linear map's weight, found from one request and nothing that
-was trained before."""
+"""Methods whose edit changes a linear map's weight, computed from one request without pretrained
+networks."""
 
 REMEMBERING = ("alphaedit",)
-"""Those that keep more than the change between edits: they can only start from the pristine
+"""Base methods with state beyond the weight change: they can only start from the pristine
 weights."""
 
 TOKENS_PER_EDIT = 32
-"""Length of a request in memory estimates."""
+"""Assumed tokens of a request in memory estimates."""
 
 
 class SimIEConfig(MethodConfig):
-    """Hyperparameters of SimIE, under the names the field uses."""
+    """Hyperparameters of SimIE, under their usual names."""
 
     base_method: str = Field(description=f"method whose edits are blended: {', '.join(BASES)}")
     base: dict[str, Any] = Field(
@@ -102,9 +103,9 @@ class SimIEConfig(MethodConfig):
     @field_validator("base")
     @classmethod
     def _complete(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        """All of the base method's hyperparameters, its defaults included: they are part of what a
-        cell is."""
-        if "base_method" not in info.data:  # that is complained about already
+        """Complete the base method's hyperparameters with its defaults: all are part of a cell's
+        identity."""
+        if "base_method" not in info.data:  # already reported as an error
             return values
         config = _method(info.data["base_method"]).Config
         try:
@@ -125,31 +126,59 @@ class SimIEConfig(MethodConfig):
 
     @property
     def base_config(self) -> MethodConfig:
-        """The base method's own config."""
+        """The base method's config."""
         return _method(self.base_method).Config.model_validate(self.base)
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        """The base method's hyperparameters are those of the file of the same name in its own
-        folder, if there is one."""
-        from workers.methods.easyedit import read_hparams
-
+        """Translate the file; the base method's hyperparameters come from the file of the same name
+        in its folder, if it exists."""
         out = super().from_easyedit(values, source)
         if "base_method" in out:
             public = str(out["base_method"])
             name = _named(public, source)
             out["base_method"] = name
-            path = Path(source).parent.parent / public / Path(source).name
-            if path.is_file():
+            path = _base_file(public, source)
+            if path is not None:
                 out["base"] = _method(name).Config.from_easyedit(read_hparams(path), str(path))
         return out
 
     @classmethod
+    def merged_with_file(cls, values: Mapping[str, JSON], hparams: Mapping[str, JSON]) -> dict[str, JSON]:
+        """The same for the base method, whose file gives what ``base`` leaves open."""
+        out = super().merged_with_file(values, hparams)
+        name, below, above = values.get("base_method"), values.get("base"), hparams.get("base")
+        same = name in BASES and out.get("base_method") == name
+        if same and isinstance(below, Mapping) and isinstance(above, Mapping):
+            out["base"] = _method(str(name)).Config.merged(below, above)
+        elif not same and above is None:
+            out.pop("base", None)  # the file's is of another base method
+        return out
+
+    @classmethod
+    def check_complete(cls, values: Mapping[str, JSON], source: str) -> None:
+        super().check_complete(values, source)
+        name, base = values.get("base_method"), values.get("base")
+        if name in BASES and isinstance(base, Mapping):
+            _method(str(name)).Config.check_complete(base, f"{source} (base: {name})")
+
+    @classmethod
+    def easyedit_remarks(cls, values: Mapping[str, JSON], source: str) -> FileRemarks:
+        """Those of the file, and of the base method's."""
+        found = super().easyedit_remarks(values, source)
+        public = str(values.get("base_method"))
+        path = _base_file(public, source)
+        if path is None:
+            return found
+        base = _method(_named(public, source)).Config
+        return base.easyedit_remarks(read_hparams(path), str(path)).within(public) | found
+
+    @classmethod
     def like_easyedit(cls, values: Mapping[str, JSON]) -> dict[str, JSON]:
-        """The base method edits as its public code does."""
+        """Complete the values, those of the base method included."""
         out = super().like_easyedit(values)
         name, base = out.get("base_method"), out.get("base", {})
-        if name in BASES and isinstance(base, Mapping):  # else validation complains
+        if name in BASES and isinstance(base, Mapping):  # otherwise validation raises
             out["base"] = _method(name).Config.like_easyedit(base)
         return out
 
@@ -168,6 +197,10 @@ class SimIEConfig(MethodConfig):
     @property
     def uses_seed(self) -> bool:
         return self.base_config.uses_seed
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return self.base_config.needs
 
     @property
     def first_layer(self) -> int:
@@ -194,11 +227,11 @@ class SimIEConfig(MethodConfig):
 
 
 class SimIEOverlay(DenseOverlay):
-    """Edited weights and, per map, the keys of all edits so far: a list, or their sum of outer
+    """Edited weights and, per map, the keys of all edits: a list, or the sum of their outer
     products.
 
-    The sum is kept in float64: a model's first token may have keys of length a thousand and more,
-    and what float32 rounds away of their squares is more than ``lamHyper``.
+    The sum is kept in float64: keys at a model's first token may have a norm of 1000 or more, and
+    the rounding error of their squares in float32 is larger than ``lamHyper``.
     """
 
     def __init__(self, sites: Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
@@ -210,9 +243,9 @@ class SimIEOverlay(DenseOverlay):
     def blend(
         self, lane: int, site: Site, edited_OI: Tensor, keys_NI: Tensor, weight: float
     ) -> tuple[float, float]:
-        """Move one lane's map towards ``edited_OI`` as far as ``keys_NI`` and the earlier keys ask
-        for it; returns the squared norms of the step and of the whole way. ``weight`` is that of
-        the change's own norm."""
+        """Apply one step of the recursion to one lane's map, with ``W_0 + D_t`` = ``edited_OI``,
+        ``K_t`` = ``keys_NI`` and ``lamHyper`` = ``weight``. Return the squared norms of the step
+        and of ``edited_OI`` minus the current weight."""
         now_OI = self.weights_LOI[site.name][lane]
         way_OI = edited_OI.to(torch.float64) - now_OI
         right_NI = self._remember(lane, site, keys_NI, weight)
@@ -222,7 +255,7 @@ class SimIEOverlay(DenseOverlay):
         return float(step_OI.square().sum()), float(way_OI.square().sum())
 
     def _remember(self, lane: int, site: Site, keys_NI: Tensor, weight: float) -> Tensor:
-        """Add an edit's keys to those of the lane; returns ``K P^-1``, (N, I), float64."""
+        """Add an edit's keys to those of the lane; return ``K P^-1``, (N, I), float64."""
         sums, kept = self._sums[lane], self._keys[lane]
         if site.name in sums:
             keys_NI = keys_NI.to(torch.float64)
@@ -231,7 +264,7 @@ class SimIEOverlay(DenseOverlay):
         kept[site.name] = all_MI = torch.cat([kept[site.name], keys_NI.to(kept[site.name])])
         total, in_features = all_MI.shape
         all_MI = all_MI.to(torch.float64)
-        if total > in_features // 2:  # a list would soon be larger than the sum
+        if total > in_features // 2:  # a longer list would soon be larger than the sum
             sums[site.name] = all_MI.T @ all_MI
             kept[site.name] = kept[site.name][:0].clone()
         new_MN = torch.eye(total, dtype=torch.float64, device=all_MI.device)[:, total - len(keys_NI) :]
@@ -284,7 +317,7 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
         inputs: Mapping[str, ArtifactData],
         editor: Method[Any, Any],
     ) -> None:
-        """``editor`` is the base method, prepared."""
+        """``editor``: the prepared base method."""
         super().__init__(base, config, inputs)
         self.editor = editor
         self.sites: tuple[Site, ...] = editor.new_overlay(1).sites
@@ -318,7 +351,7 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
     def _blend(
         self, overlay: SimIEOverlay, fresh: DenseOverlay | LowRankOverlay, lane: int, keys: Sequence[Tensor]
     ) -> dict[str, JSON]:
-        """Blend one lane's edit into its weights; returns what is reported of it."""
+        """Add one lane's edit to its weights; return the figures that are reported."""
         step = way = 0.0
         for site, keys_NI in zip(self.sites, keys, strict=True):
             squares = overlay.blend(lane, site, fresh.weight(lane, site), keys_NI, self.config.lamHyper)
@@ -330,15 +363,16 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
         """Inputs of every site at all tokens of prompt and target, per lane and site (N, I), in the
         masters' precision."""
         base = self.base
-        encoded = [base.encoder.pair(edit.requests[0].prompt, edit.requests[0].target_new) for edit in edits]
-        rows = collate(encoded, range(len(edits)), base.encoder.pad_id, base.device)
+        firsts = [edit.requests[0] for edit in edits]
+        encoded = [base.encoder.pair(r.prompt, r.target_new, joiner_of(r, r.prompt)) for r in firsts]
+        batch = collate(encoded, range(len(edits)), base.encoder.pad_id, base.device)
         with ExitStack() as stack:
             if not self.config.init_model:
-                stack.enter_context(overlay.installed(rows))
+                stack.enter_context(overlay.installed(batch))
             caught = stack.enter_context(_inputs(base, self.sites))
-            base.hidden_states(rows)
+            base.hidden_states(batch)
         return [
-            [caught[site.name][lane, rows.offsets[lane] :].to(base.master_dtype) for site in self.sites]
+            [caught[site.name][lane, batch.offsets[lane] :].to(base.master_dtype) for site in self.sites]
             for lane in range(len(edits))
         ]
 
@@ -354,10 +388,16 @@ class SimIE(Method[SimIEConfig, SimIEOverlay]):
 
 
 def _method(name: str) -> type[Method[Any, Any]]:
-    """The base method's class; methods know each other by the registry alone."""
+    """The base method's class, from the registry: methods do not import each other."""
     from workers.methods import get_method
 
     return get_method(name)
+
+
+def _base_file(public: str, source: str) -> Path | None:
+    """The base method's file of the same name as ``source``, where there is one."""
+    path = Path(source).parent.parent / public / Path(source).name
+    return path if path.is_file() else None
 
 
 def _named(public: str, source: str) -> str:
@@ -373,8 +413,8 @@ def _no_keys(site: Site, dtype: torch.dtype) -> Tensor:
 
 
 def _solve(gram_MM: Tensor, weight: float, right_MN: Tensor) -> Tensor:
-    """``(weight I + gram)^-1 right`` in float64; not a number where rounding has left nothing to
-    factorise."""
+    """``(weight I + gram)^-1 right`` in float64; NaN if the matrix is not positive definite after
+    rounding."""
     shifted_MM = gram_MM.to(torch.float64, copy=True)
     shifted_MM.diagonal().add_(weight)
     factor_MM, info = torch.linalg.cholesky_ex(shifted_MM)
@@ -384,7 +424,7 @@ def _solve(gram_MM: Tensor, weight: float, right_MN: Tensor) -> Tensor:
 
 @contextmanager
 def _inputs(base: BaseModel, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
-    """Inside, a forward pass notes what enters each site, by its name. Layers above the last site
+    """Inside, a forward records the inputs of each site, by its name. Layers above the last site
     are not run."""
     caught: dict[str, Tensor] = {}
     top: list[Any] = []
@@ -407,7 +447,7 @@ def _inputs(base: BaseModel, sites: Sequence[Site]) -> Iterator[dict[str, Tensor
 
 @contextmanager
 def _of_base() -> Iterator[None]:
-    """Errors of the base method's hyperparameters say whose they are."""
+    """Prefix errors of the base method's hyperparameters with ``base.``."""
     try:
         yield
     except SpecError as error:

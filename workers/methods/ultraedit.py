@@ -2,41 +2,41 @@
 edits so far.
 
 Gu et al., UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models,
-arXiv 2505.14679. A call edits all requests of a turn at once; each edited linear map gets, from one
-forward and one backward of the edited model,
+arXiv 2505.14679. A call edits all requests of a turn at once. Each edited linear map is changed by
+these steps, from one forward and one backward of the edited model:
 
-- ``h_i``: its input at each token i that is kept, and ``g_i``: the gradient of the loss with
-  respect to its output there. The loss is the mean of ``-log P(target token)`` over the target
-  tokens of up to ``requests_per_backward`` requests;
+- features: ``h_i`` is its input at each kept token i, ``g_i`` the gradient of the loss with respect
+  to its output there. The loss is the mean of ``-log P(target token)`` over the target tokens of up
+  to ``requests_per_backward`` requests;
 - lifelong normalisation: mean ``mu`` and deviation ``sigma`` of the feature ``z = [h, g]`` are
   updated with the turn's tokens (Welford: ``mu += n delta / (N + n)``, ``s2 += n Var(z) + N n
   delta^2 / (N + n)``, ``sigma = sqrt(s2 / (N + n - 1))``, where ``delta`` is the turn's mean minus
   ``mu``), then ``[h^, g^] = (z - mu) / (sigma + eps)``. Maps of one shape share statistics;
 - the change: ``W' = W + V^T (H H^T + I)^-1 H`` with rows ``v_i = -lr ||h^_i||^2 g^_i`` of V and
-  ``h_i`` of H. This is the ridge solution ``((H^T H + I)^-1 H^T V)^T`` written for as many unknowns
-  as there are tokens.
+  ``h_i`` of H. This is the ridge solution ``((H^T H + I)^-1 H^T V)^T``, written with one unknown
+  per token.
 
-The statistics are state: they live in the overlay, a lane's own, and a rollback drops them with it.
+The statistics are state: the overlay holds them per lane, and a rollback drops them.
 
-Differences from paper and public code, all deliberate. The paper's text was not at hand: its
+Differences from paper and public code, all deliberate. The paper's text was not available: the
 formulas are from a secondary source and the authors' code, so equations are not numbered here.
 
 1. Labels are the target's tokens, each predicted where it follows its prompt. EasyEdit tokenises
-   the target alone, so that BOS and padding become labels, too (golden README, fault 7), and runs
-   the text with its last token: ``deviations: {public_labels: true}``.
-2. ``token: ans`` keeps the positions that predict a target token, as paper and authors' code do;
-   EasyEdit's files say ``mask`` (every token), which a loaded file then gives. A single token is
-   its own mean: with ``ans``, a turn of one target token as a lane's first edit changes nothing.
-3. ``n Var(z)`` is the sum of squared deviations, so that ``sigma`` is the deviation of all tokens,
-   however they came in turns. The public code takes n times the unbiased variance, which is too
-   much by n / (n - 1), and not a number for a single token: ``deviations: {public_variance:
-   true}``.
+   the target alone, so that BOS and padding are labels, too (golden README, fault 7), and runs the
+   text including its last token: ``deviations: {public_labels: true}``.
+2. ``token: ans`` keeps the positions that predict a target token, as in the paper and the authors'
+   code; EasyEdit's files set ``mask`` (every token). The deviation of a single token from its own
+   mean is 0: with ``ans``, a first edit of one target token changes nothing.
+3. ``n Var(z)`` is the sum of squared deviations, so that ``sigma`` is the standard deviation of all
+   tokens, independent of their split into turns. The public code takes n times the unbiased
+   variance, which is too large by n / (n - 1), and NaN for a single token: ``deviations:
+   {public_variance: true}``.
 4. True position ids (public: padding columns count), everything after the two passes in float64
    (public: float32).
-5. Statistics run on over the turns. EasyEdit's code starts them afresh in every call (it never
-   notes that it has been set up), so that its normalisation is not lifelong: ``statistics: turn``.
-6. ``dropout``, ``no_grad_layers``, ``editor_batch_size`` and ``silent`` of public files change no
-   number and are dropped.
+5. Statistics accumulate over the turns. EasyEdit's code resets them in every call, so its
+   normalisation is not lifelong: ``statistics: turn``.
+6. ``dropout``, ``no_grad_layers``, ``editor_batch_size`` and ``silent`` of public files do not
+   affect results and are dropped.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from workers.data.scripts import joiner_of
 from workers.inner_loop.losses import TargetTokens
 from workers.methods.base import Deviations, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
@@ -61,10 +62,10 @@ from workers.model.overlay import DenseOverlay, LaneState
 from workers.types import JSON, EditRequest, SpecError
 
 MLP_OUT = "mlp_out"
-"""In ``modules``: the MLP's output projection, whatever the model calls it."""
+"""In ``modules``: the MLP's output projection, for every model type."""
 
 EPS = 2.0**-23
-"""Keeps the normalisation from dividing by zero (float32's resolution, as published)."""
+"""Prevents division by zero in the normalisation (float32's resolution, as published)."""
 
 
 class UltraEditDeviations(Deviations):
@@ -110,15 +111,15 @@ class UltraEditConfig(MethodConfig):
                 (
                     "model_class",
                     "class_name",
-                    "dropout",
-                    "no_grad_layers",
                     "editor_batch_size",
                     "silent",
-                    "half",
                 ),
                 IGNORED,
             ),
         }
+    )
+    easyedit_off: ClassVar[Mapping[str, tuple[JSON, ...]]] = MappingProxyType(
+        {"dropout": (0, 0.0), "no_grad_layers": (None,)}
     )
 
     @field_validator("modules")
@@ -164,7 +165,7 @@ class UltraEditConfig(MethodConfig):
             out * in_features * value * len(self.modules[path]) for path, (out, in_features) in sizes.items()
         )
         largest = max(out * in_features for out, in_features in sizes.values())
-        return weights + 2 * 8 * largest  # and one map's change in float64, with a temporary
+        return weights + 2 * 8 * largest  # plus one map's change in float64, with a temporary
 
 
 class UltraEditOverlay(DenseOverlay):
@@ -215,7 +216,7 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
     Config: ClassVar[type[MethodConfig]] = UltraEditConfig
 
     def new_overlay(self, lanes: int) -> UltraEditOverlay:
-        # in the order of the model: what a spec lists first must not show in the bits
+        # in the order of the model: the order in a spec must not change the bits
         pairs = sorted((layer, path) for path, layers in self.config.modules.items() for layer in layers)
         return UltraEditOverlay(
             [self.base.site(layer, _path(path)) for layer, path in pairs], lanes, self.base.master_dtype
@@ -231,7 +232,7 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
         if self.config.statistics == "turn":
             for statistics in overlay.statistics.values():
                 statistics.clear()
-        for part in turn:  # the weights wait until all features are there
+        for part in turn:  # weights change only after all features are computed
             for site, features in zip(overlay.sites, part.by_site, strict=True):
                 overlay.statistics[_shape_name(site)].update(features, self.config.deviations.public_variance)
         for i, site in enumerate(overlay.sites):
@@ -247,7 +248,7 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
         ]
 
     def _features(self, overlay: UltraEditOverlay, requests: Sequence[Sequence[EditRequest]]) -> _Part:
-        """One forward and backward of some requests of each lane."""
+        """Run one forward and backward of some requests of each lane."""
         base, config = self.base, self.config
         encoded: list[Encoded] = []
         lanes: list[int] = []
@@ -263,19 +264,19 @@ class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):
                 ]
                 encoded.append(sequence)
                 lanes.append(lane)
-        rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
-        targets = TargetTokens.of(rows, places, len(requests))
+        batch = collate(encoded, lanes, base.encoder.pad_id, base.device)
+        targets = TargetTokens.of(batch, places, len(requests))
         kept: list[list[int]] = [[] for _ in requests]
-        width = rows.input_ids_BS.shape[1]
+        width = batch.input_ids_BS.shape[1]
         if config.token == "ans":
             for row, column in dict.fromkeys(zip(*targets.reads, strict=True)):
                 kept[lanes[row]].append(row * width + column)
         else:
             for row, sequence in enumerate(encoded):
-                first = row * width + rows.offsets[row]
+                first = row * width + batch.offsets[row]
                 kept[lanes[row]] += range(first, first + len(sequence.ids))
-        with _traced(overlay.sites) as (inputs, outputs), overlay.installed(rows), torch.enable_grad():
-            hidden_BSD = base.hidden_states(rows)
+        with _traced(overlay.sites) as (inputs, outputs), overlay.installed(batch), torch.enable_grad():
+            hidden_BSD = base.hidden_states(batch)
             loss_L = targets.nll(base, hidden_BSD[targets.row_P, targets.column_P])
             grads = torch.autograd.grad(loss_L.sum(), outputs)
         most = max(len(places) for places in kept)
@@ -355,7 +356,7 @@ class _Statistics:
             tensor.zero_()
 
     def update(self, features: _Features, public: bool) -> None:
-        """Take in some tokens of each lane."""
+        """Add some tokens of each lane."""
         valid_LJ1 = features.valid_LJ[:, :, None]
         z_LJF = torch.cat([features.keys_LJI, features.grads_LJO], 2)
         n_L1 = features.valid_LJ.sum(1, keepdim=True).to(z_LJF.dtype)
@@ -385,7 +386,7 @@ def _shape_name(site: Site) -> str:
 
 
 def _solve_ridge(gram: Tensor, right: Tensor) -> Tensor:
-    """``(gram + I)^-1 right``, lane by lane; a lane that is not finite stays alone with it."""
+    """``(gram + I)^-1 right``, lane by lane; a non-finite lane does not affect the others."""
     size = gram.shape[-1]
     factor, _ = torch.linalg.cholesky_ex(gram + torch.eye(size, dtype=gram.dtype, device=gram.device))
     return torch.cholesky_solve(right, factor)
@@ -396,12 +397,12 @@ def _labelled(
 ) -> tuple[list[Encoded], list[tuple[int, tuple[int, ...]]]]:
     """Sequences to run and, for each, the position that predicts its first label, and the
     labels."""
-    pairs = [base.encoder.pair(request.prompt, request.target_new) for request in requests]
+    pairs = [base.encoder.pair(r.prompt, r.target_new, joiner_of(r, r.prompt)) for r in requests]
     if not public:
         # the last token predicts nothing that is scored
         sequences = [Encoded(pair.ids[:-1], pair.prompt_len) for pair in pairs]
         return sequences, [(pair.prompt_len - 1, pair.target) for pair in pairs]
-    alone = [base.encoder.text(f" {request.target_new}") for request in requests]
+    alone = [base.encoder.text(f"{joiner_of(r, r.prompt)}{r.target_new}") for r in requests]
     width = max(len(tokens) for tokens in alone)
     end = int(base.tokenizer.eos_token_id)  # what the public code pads with
     padded = [(end,) * (width - len(tokens)) + tokens for tokens in alone]
@@ -411,15 +412,15 @@ def _labelled(
 
 @contextmanager
 def _traced(sites: Sequence[Site]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Inside, a forward notes what enters and leaves each map; gradients with respect to the latter
-    can be asked for."""
+    """Inside, a forward records the inputs and outputs of each map; the outputs require
+    gradients."""
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
     in_order: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def noting(i: int) -> Any:
         def note(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            # the first maps have nothing below them that wants a gradient
+            # no tensor below the first maps requires a gradient
             out = out if out.requires_grad else out.detach().requires_grad_(True)
             inputs[i], outputs[i] = args[0].detach(), out
             in_order[0][:], in_order[1][:] = (

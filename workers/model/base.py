@@ -1,17 +1,18 @@
 """Loading a base model, and access to its parts.
 
-The places of the parts stand in :mod:`workers.model.architectures`, keyed by ``config.model_type``.
+The module paths are listed in :mod:`workers.model.architectures`, keyed by ``config.model_type``.
 Both weight orientations (``nn.Linear`` and GPT-2's ``Conv1D``) are handled by :class:`Site`.
 
 >>> base = BaseModel.load(ModelConfig(name="embedded"))
 >>> base.site(layer=4).weight_OI.shape        # always (out, in)
 torch.Size([128, 512])
 
-Only :func:`model_shape` serves the planner: it reads the model's config, never its weights.
+The planner calls only :func:`model_shape`, which reads the model's config and not its weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
-    """Sizes from the model's config alone: the modules are built on torch's meta device, without
-    storage."""
+    """Sizes of a model, from its config alone: the modules are built on torch's meta device,
+    without storage."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,6 +59,17 @@ def model_shape(config: ModelConfig) -> ModelShape:
     )
 
 
+def load_encoder(config: ModelConfig, chat_template: bool) -> Encoder:
+    """The model's tokenizer as an encoder, without the model."""
+    from transformers import AutoTokenizer
+
+    from workers.model.batch import Encoder
+
+    folder, remote = resolve(config), config.trust_remote_code
+    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
+    return Encoder(tokenizer, chat_template)
+
+
 def _read(load: Any, config: ModelConfig) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
@@ -72,7 +84,7 @@ def _read(load: Any, config: ModelConfig) -> Any:
 
 
 class Site:
-    """One linear map inside the model, seen as (out, in) whatever its class stores."""
+    """One linear map inside the model, with its weight as (out, in) for every module class."""
 
     def __init__(self, module: nn.Module, name: str, layer: int) -> None:
         from torch import nn
@@ -114,7 +126,7 @@ class Site:
 
 
 class BaseModel:
-    """A frozen causal language model: the shared, read-only ground every overlay stands on."""
+    """A frozen causal language model, shared by all overlays and never written to."""
 
     def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, chat_template: bool = False) -> None:
         from workers.kernels.bundle import Kernels
@@ -157,7 +169,7 @@ class BaseModel:
         return cls(model.to(device), tokenizer, config)
 
     def with_encoder(self, encoder: Encoder) -> BaseModel:
-        """The same weights seen through another encoder (a chat template)."""
+        """The same weights with another encoder (one with a chat template)."""
         import copy
 
         other = copy.copy(self)
@@ -197,7 +209,7 @@ class BaseModel:
 
     @cached_property
     def activation(self) -> Any:
-        """The MLP's activation function (WISE measures distances behind it)."""
+        """The MLP's activation function (WISE compares activations after it)."""
         from transformers.activations import ACT2FN
 
         config = self.model.config
@@ -217,21 +229,21 @@ class BaseModel:
             raise SpecError(f"module: decoder layer {layer} has no {path!r}") from None
         return Site(found, f"{self.arch.layers}.{layer}.{path}", layer)
 
-    def hidden_states(self, rows: Batch) -> Tensor:
-        """Hidden states after the final norm, (B, S, D). Runs every layer; see ``replay`` for
-        less."""
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, (B, S, D). Runs every layer; ``replay`` runs only the
+        last ones."""
         out = self.backbone(
-            input_ids=rows.input_ids_BS,
-            attention_mask=rows.attention_mask_BS,
-            position_ids=rows.position_ids_BS,
+            input_ids=batch.input_ids_BS,
+            attention_mask=batch.attention_mask_BS,
+            position_ids=batch.position_ids_BS,
             use_cache=False,
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Head in at least float32 (in bfloat16 a few percent of the top-2 tie exactly). (..., D)
-        -> (..., V)."""
+        """Logits of hidden states, (..., D) -> (..., V). The head runs in at least float32: in
+        bfloat16 the two largest logits are equal for a few percent of the tokens."""
         from workers.kernels.matmul import wide_linear
 
         weight, bias = self.head_module.weight, getattr(self.head_module, "bias", None)
@@ -241,8 +253,20 @@ class BaseModel:
         return out
 
 
+def check_chat_template(config: ModelConfig, template: Mapping[str, Any]) -> None:
+    """Raise :class:`DataError` if the model's chat template does not put an answer where it asks for
+    one, with these variables."""
+    from transformers import AutoTokenizer
+
+    from workers.model.batch import Encoder
+
+    folder, remote = resolve(config), config.trust_remote_code
+    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
+    Encoder(tokenizer, chat_template=True, template=template)
+
+
 def pick_device(config: ModelConfig) -> str:
-    """Resolve ``auto``; a device asked for by name must be there."""
+    """Resolve ``auto``. Raises :class:`ModelError` if ``cuda`` is requested but not available."""
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -1,13 +1,14 @@
-"""Batches of token sequences, and what a forward pass must be told about each row.
+"""Batches of token sequences, with the data that a forward pass needs about each row.
 
 >>> encoder = Encoder(tokenizer)
->>> rows = collate([encoder.pair("The capital of France is", "Paris")], lanes=[0], pad_id=0)
->>> rows.prompt_end_B          # position of the last prompt token: GRACE's key, where ROME's loss starts
+>>> batch = collate([encoder.pair("The capital of France is", "Paris")], lanes=[0], pad_id=0)
+>>> batch.prompt_end_B          # position of the last prompt token: GRACE's key, where ROME's loss starts
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,8 @@ from workers.types import DataError
 class Encoded:
     """One sequence: ``ids[:prompt_len]`` is the prompt, the rest the target (possibly empty).
 
-    ``clean`` says that the prompt's own tokens are a prefix of the joint ones; where a tokenizer
-    merges across the border the count of prompt tokens is the field's convention (EasyEdit counts
-    them the same way).
+    ``clean`` says that the prompt's own tokens are a prefix of the joint ones. Where they are not,
+    the border was found by the characters that each token stands for.
     """
 
     ids: tuple[int, ...]
@@ -35,25 +35,55 @@ class Encoded:
         return self.ids[self.prompt_len :]
 
 
+_ANCHORS = ("\n", "a", ".", "1", "|", "。")
+"""Texts after which a continuation is tokenised where the prompt's last token would swallow it."""
+
+_ASKED, _SAID = "kwqz", "zqxj"
+"""Words that stand for a question and an answer in a chat: no template holds them."""
+
+
+def _appended(tokenizer: Any, probe: Sequence[int]) -> int:
+    """Count the tokens that a tokenizer adds after a text, whatever they are. ``probe``: its ids of
+    "a"."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = [i for i in range(len(probe) - len(bare) + 1) if list(probe[i : i + len(bare)]) == list(bare)]
+    if not bare or not starts:
+        raise DataError(
+            "the model's tokenizer writes a text otherwise with its special tokens than without them "
+            f"('a' becomes {list(probe)} and {list(bare)}), so that texts cannot be joined"
+        )
+    return len(probe) - starts[0] - len(bare)
+
+
 class Encoder:
     """Turns texts into token ids, with or without a chat template. Holds no state beyond the
-    tokenizer."""
+    tokenizer.
 
-    def __init__(self, tokenizer: Any, chat_template: bool = False) -> None:
+    Tokens are located by counting those of a text's beginning where these are the first tokens of
+    the whole text too, and otherwise by the characters that the tokenizer says each token covers.
+    ``template`` holds the variables of the chat template.
+    """
+
+    def __init__(
+        self, tokenizer: Any, chat_template: bool = False, template: Mapping[str, Any] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self._template = dict(template or {})
         if chat_template and not getattr(tokenizer, "chat_template", None):
             raise DataError("chat_template: true, but the model's tokenizer has no chat template")
         probe = tokenizer("a")["input_ids"]
-        # transformers wraps the tokenizer of a fast one in four times its own work for each text
+        # calling the backend of a fast tokenizer takes a fifth of the time of the transformers
+        # wrapper
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if backend is not None and backend.encode("a").ids == probe else None
-        self._tail = 1 if probe and probe[-1] == tokenizer.eos_token_id and len(probe) > 1 else 0
+        self._tail = _appended(tokenizer, probe)
         self._joiner = self._chat_joiner() if chat_template else " "
 
     @property
     def pad_id(self) -> int:
-        """Padding is masked everywhere, so any id does where a tokenizer names none."""
+        """Id of the padding token. Padding is masked everywhere, so any id is fine if the tokenizer
+        defines none."""
         for name in ("pad_token_id", "eos_token_id"):
             value = getattr(self.tokenizer, name, None)
             if value is not None:
@@ -70,51 +100,150 @@ class Encoder:
         return tuple(ids[: len(ids) - self._tail])
 
     def prompt(self, prompt: str) -> tuple[int, ...]:
-        if not self.chat_template:
-            return self.text(prompt)
-        return tuple(self.tokenizer(self._chat(prompt), add_special_tokens=False)["input_ids"])
+        return self._ids(self._chat(prompt) if self.chat_template else prompt)
 
-    def pair(self, prompt: str, target: str) -> Encoded:
-        """``prompt + " " + target``, tokenised jointly. In a chat, what the template itself puts
-        before an answer joins them."""
-        prompt_ids = self.prompt(prompt)
+    def pair(self, prompt: str, target: str, joiner: str = " ") -> Encoded:
+        """``prompt + joiner + target``, tokenised jointly. In a chat, what the template itself puts
+        before an answer joins them.
+
+        Where one token would hold the prompt's end and the target's beginning, both are tokenised
+        apart: it is the prompt's own tokens that a model is asked with.
+        """
+        head = self._chat(prompt) if self.chat_template else prompt
         if self.chat_template:
-            ids = tuple(
-                self.tokenizer(self._chat(prompt) + self._joiner + target, add_special_tokens=False)[
-                    "input_ids"
-                ]
-            )
-        else:
-            ids = self.text(f"{prompt}{self._joiner}{target}")
-        if len(ids) <= len(prompt_ids):
+            joiner = self._joiner
+        prompt_ids, whole = self._ids(head), f"{head}{joiner}{target}"
+        ids = self._ids(whole)
+        found = Encoded(ids, len(prompt_ids))
+        if ids[: len(prompt_ids)] != prompt_ids:
+            border = self._border(whole, ids, len(head), len(head) + len(joiner))
+            if border is None:
+                found = Encoded(
+                    (*prompt_ids, *self._continuation(f"{joiner}{target}", prompt)), len(prompt_ids)
+                )
+            else:
+                found = Encoded(ids, border, clean=False)
+        if not found.target:
             raise DataError(f"target {target!r} adds no token after prompt {prompt!r}")
-        return Encoded(ids, len(prompt_ids), ids[: len(prompt_ids)] == prompt_ids)
+        return found
 
     def tokens_until(self, prompt: str, stop: int) -> int:
-        """Count the tokens of :meth:`prompt` up to the text's character ``stop`` (that part
-        tokenised alone)."""
-        if not self.chat_template:
-            return len(self.text(prompt[:stop]))
+        """Count the tokens of :meth:`prompt` up to the one that holds the last character before
+        ``stop``, a place in the text."""
+        whole, start = self._located(prompt) if self.chat_template else (prompt, 0)
+        ids, part = self._ids(whole), self._ids(whole[: start + stop])
+        if ids[: len(part)] == part:
+            return len(part)
+        spans = self._spans(whole)
+        if spans is not None:
+            return max(i for i, (first, _) in enumerate(spans) if first < start + stop) + 1
+        return self._covering(ids, part, whole)
+
+    # --- characters and tokens ---
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text as it is given to the model: the template of a chat writes all special
+        tokens itself."""
+        if self.chat_template:
+            return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self.text(text)
+
+    def _spans(self, text: str, special: bool | None = None) -> list[tuple[int, int]] | None:
+        """The characters (first, one past last) that each token of :meth:`_ids` stands for; None if
+        the tokenizer cannot tell."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return None
+        special = not self.chat_template if special is None else special
+        spans = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        return [(first, stop) for first, stop in spans[: len(spans) - (self._tail if special else 0)]]
+
+    def _border(self, text: str, ids: tuple[int, ...], end: int, begin: int) -> int | None:
+        """Count the tokens of a prompt that ends at character ``end`` and whose answer begins at
+        ``begin``; None if one token holds characters of both."""
+        spans = self._spans(text)
+        if spans is None:
+            place = self._covering(ids, self._ids(text[:end]), text)
+            said = self.tokenizer.decode(ids[place:], clean_up_tokenization_spaces=False)
+            return place if text[begin:].strip() in said else None
+        place = next((i for i, (_, stop) in enumerate(spans) if stop > end), len(spans))
+        if place < len(spans) and spans[place][0] < end:
+            return place + 1 if spans[place][1] <= begin else None
+        return place
+
+    def _covering(self, ids: tuple[int, ...], part: tuple[int, ...], text: str) -> int:
+        """The fewest of ``ids`` whose text begins with that of ``part``, for tokenizers that do not
+        say where their tokens stand."""
+
+        def said(some: tuple[int, ...]) -> str:
+            return str(self.tokenizer.decode(some, clean_up_tokenization_spaces=False))
+
+        goal = said(part)
+        for count in range(1, len(ids) + 1):
+            if said(ids[:count]).startswith(goal):
+                return count
+        raise DataError(f"the tokens of {text!r} cannot be located: the tokenizer gives no offsets")
+
+    def _continuation(self, text: str, prompt: str) -> tuple[int, ...]:
+        """Ids of a text that goes on after another one, whose last token it does not touch."""
+        for anchor in _ANCHORS:
+            whole = anchor + text
+            ids = tuple(self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+            spans = self._spans(whole, special=False)
+            if spans is None:
+                alone = tuple(self.tokenizer(anchor, add_special_tokens=False)["input_ids"])
+                if alone and ids[: len(alone)] == alone:
+                    return ids[len(alone) :]
+                continue
+            place = next((i for i, (_, stop) in enumerate(spans) if stop > 1), len(spans))
+            if 0 < place < len(spans) and spans[place][0] >= 1:
+                return ids[place:]
+        raise DataError(f"the answer {text!r} cannot be tokenised apart from its prompt {prompt!r}")
+
+    # --- chats ---
+
+    def _located(self, prompt: str) -> tuple[str, int]:
+        """The chat that asks ``prompt``, and where the prompt stands in it."""
         whole = self._chat(prompt)
-        start = whole.rfind(prompt)
+        start = self._chat(_ASKED).find(_ASKED)
+        if start < 0 or whole[start : start + len(prompt)] != prompt:
+            start = whole.rfind(prompt)
         if start < 0:
             raise DataError(
                 f"the chat template changes the prompt {prompt!r}, so its tokens cannot be located"
             )
-        return len(self.tokenizer(whole[: start + stop], add_special_tokens=False)["input_ids"])
+        return whole, start
 
     def _chat(self, prompt: str) -> str:
         return self._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
 
     def _chat_joiner(self) -> str:
         """The white space that the template writes between the start of the assistant's turn and
-        what it says."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        asked, answered = self._chat("a"), self._render(messages, add_generation_prompt=False)
-        if not answered.startswith(asked):
-            return ""
-        said = answered[len(asked) :]
-        return said[: len(said) - len(said.lstrip())]
+        what it says. Raises :class:`DataError` if it writes anything else there, as templates of
+        thinking models do, or begins the turn in another way than where it asks for one."""
+        text = str(self.tokenizer.get_chat_template())
+        unread = [name for name in self._template if not re.search(rf"\b{re.escape(name)}\b", text)]
+        if unread:
+            raise DataError(f"template: the model's chat template never reads {', '.join(unread)}; remove it")
+        messages = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
+        asked, answered = self._chat(_ASKED), self._render(messages, add_generation_prompt=False)
+        at = answered.rfind(_SAID)
+        before = answered[: max(at, 0)]
+        between = before[len(asked) :] if before.startswith(asked) else ""
+        if before.startswith(asked) and not between.strip():
+            return between
+        if at >= 0 and before.rstrip() == asked.rstrip():
+            return ""  # they differ by white space alone
+        if at < 0:
+            raise DataError("chat_template: true, but the model's chat template leaves the answer out")
+        hint = "use a template without it, or set chat_template: false"
+        if re.search(r"\benable_thinking\b", text) and self._template.get("enable_thinking") is not False:
+            hint = "set `template: {enable_thinking: false}` for answers without thinking"
+        raise DataError(
+            f"chat_template: true, but the model's chat template asks for an answer with {asked[-60:]!r} "
+            f"and puts the assistant's words after {before[-60:]!r}: {hint}"
+        )
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -122,7 +251,10 @@ class Encoder:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=add_generation_prompt, tokenize=False
+                    messages,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **self._template,
                 )
             )
         except TemplateError as error:
@@ -133,7 +265,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch. Rows of one lane stand together, lanes ascending.
+    """A padded batch. Rows of one lane are adjacent, lanes ascending.
 
     ``prompt_end_B`` is the index of the last prompt token inside the padded row; ``prompt_mask_BS``
     marks the real prompt tokens. ``segments`` lists (lane, first row, one past last row).
@@ -161,8 +293,8 @@ class Batch:
         )
 
     def part(self, lanes: Sequence[int]) -> tuple[Batch, list[int]]:
-        """The rows of some lanes (ascending), which become lanes 0, 1, ..., and where they
-        stood."""
+        """The rows of some lanes (ascending), renumbered 0, 1, ..., and the rows' indices in this
+        batch."""
         spans = {lane: (start, stop) for lane, start, stop in self.segments}
         kept: list[int] = []
         segments: list[tuple[int, int, int]] = []

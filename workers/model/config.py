@@ -13,12 +13,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from workers.model.architectures import architecture
-from workers.types import Frozen, ModelError, SpecError
+from workers.types import ModelError, SpecError, Written
 
 EMBEDDED = "embedded"
 
 
-class ModelConfig(Frozen):
+class ModelConfig(Written):
     """The base model of a sweep: name, precision, device."""
 
     name: str = Field(
@@ -93,8 +93,8 @@ def resolve(config: ModelConfig) -> Path:
         from workers.data.tinyworld import assets_dir
 
         return assets_dir()
-    path = Path(os.path.expanduser(config.name))  # the function leaves an unknown user's name as it stands
-    if os.path.exists(path):  # and this one says no to what no path can be
+    path = Path(os.path.expanduser(config.name))  # leaves "~name" unchanged if there is no such user
+    if os.path.exists(path):  # False, without raising, for a name that cannot be a path
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name: {config.name!r} is a folder without config.json")
         return path.resolve()
@@ -116,9 +116,30 @@ def resolve(config: ModelConfig) -> Path:
         ) from error
 
 
+def require_model(name: str, field: str) -> None:
+    """Raise :class:`ModelError` that names ``field``, if :func:`resolve` would find no model under
+    this name. Of a model on the hub, only its config.json is fetched."""
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{field}: {name!r} is a folder without config.json")
+        return
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ModelError(f"{field}: {name!r} does not exist")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json")
+    except Exception as error:
+        raise ModelError(
+            f"{field}: {name!r} is neither a folder nor a model that could be fetched from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from error
+
+
 def fingerprint_model(config: ModelConfig) -> ModelFingerprint:
-    """Hash the files that decide the numbers: config and weights, and apart from them the
-    tokenizer."""
+    """Hash the files that determine results: config and weights together, the tokenizer
+    separately."""
     folder = resolve(config)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:

@@ -1,9 +1,9 @@
-"""Overlays: everything a method adds to the base model, one copy per lane, none of it in a base
-weight.
+"""Overlays: everything a method adds to the base model, one copy per lane. Base weights never
+change.
 
 >>> overlay = DenseOverlay(site, lanes=8)
->>> with overlay.installed(rows):                  # the edited map answers with each row's own lane
-...     hidden = base.hidden_states(rows)
+>>> with overlay.installed(batch):                  # the edited map uses the lane of each row
+...     hidden = base.hidden_states(batch)
 >>> saved = overlay.state(3)                       # snapshot of lane 3: only what edits touched
 >>> overlay = DenseOverlay(site, lanes=8)          # rollback: a new overlay; nothing to undo
 
@@ -52,20 +52,20 @@ class Overlay(ABC):
 
     @property
     def first_layer(self) -> int:
-        """The lowest decoder layer whose output an edit can change; replay starts here (with no
-        site: above all layers)."""
+        """The lowest decoder layer whose output an edit can change; replay starts here. Without a
+        site: ``ABOVE``."""
         return min((site.layer for site in self.sites), default=ABOVE)
 
     @property
     def inert(self) -> bool:
-        """True if every output is the base model's own whatever was edited: nothing is then
-        computed for it."""
+        """True if no edit changes an output of the base model. The edited model is then not run at
+        all."""
         return False
 
     @abstractmethod
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
-        """Return the output of the edited linear map, (B, S, O). ``rows`` tells each row's lane and
-        where its prompt ends."""
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
+        """Return the output of the edited linear map, (B, S, O). ``batch`` gives each row's lane
+        and the end of its prompt."""
 
     @abstractmethod
     def state(self, lane: int) -> LaneState:
@@ -82,34 +82,35 @@ class Overlay(ABC):
 
     @property
     def replays(self) -> bool:
-        """True if layers from :attr:`first_layer` on, run on the pristine base's activations, give
-        the edited answer. Not so where an edit changes the tokens that are read; such an overlay
-        gives its own :meth:`hidden_states`."""
+        """True if the layers from :attr:`first_layer` on, run on the pristine base's activations,
+        give the edited output. False if an edit changes the input tokens; such an overlay overrides
+        :meth:`hidden_states`."""
         return True
 
-    def hidden_states(self, base: BaseModel, rows: Batch) -> Tensor:
-        """The edited model's hidden states after the final norm at the rows' columns, (B, S, D)."""
-        with self.installed(rows):
-            return base.hidden_states(rows)
+    def hidden_states(self, base: BaseModel, batch: Batch) -> Tensor:
+        """The edited model's hidden states after the final norm, (B, S, D), for the columns of
+        ``batch``."""
+        with self.installed(batch):
+            return base.hidden_states(batch)
 
     def logits(
-        self, base: BaseModel, hidden_PD: Tensor, rows: Batch, row_P: Sequence[int], column_P: Sequence[int]
+        self, base: BaseModel, hidden_PD: Tensor, batch: Batch, row_P: Sequence[int], column_P: Sequence[int]
     ) -> Tensor:
-        """The edited model's logits (P, V) at some positions of ``rows``, where its hidden states
-        are ``hidden_PD``."""
+        """The edited model's logits (P, V) at some positions of ``batch``, from its hidden states
+        there."""
         return base.logits(hidden_PD)
 
     @contextmanager
-    def installed(self, rows: Batch) -> Iterator[None]:
-        """Let the edited maps answer through this overlay inside the ``with``; the modules are
-        themselves again after."""
+    def installed(self, batch: Batch) -> Iterator[None]:
+        """Inside the ``with``, the edited maps compute this overlay's :meth:`forward`; afterwards
+        the modules are restored."""
         with ExitStack() as stack:
             for site in self.sites:
-                stack.enter_context(override_forward(site.module, partial(self._answer_at, site, rows)))
+                stack.enter_context(override_forward(site.module, partial(self._forward_at, site, batch)))
             yield
 
-    def _answer_at(self, site: Site, rows: Batch, x_BSI: Tensor) -> Tensor:
-        return self.forward(site, x_BSI, rows)
+    def _forward_at(self, site: Site, batch: Batch, x_BSI: Tensor) -> Tensor:
+        return self.forward(site, x_BSI, batch)
 
     def finite(self, lane: int) -> bool:
         """Return whether every number of the lane's state is finite."""
@@ -123,13 +124,13 @@ class Overlay(ABC):
 
 
 class SitelessOverlay(Overlay):
-    """An overlay that no linear map of the base asks: what it adds is a text before the prompt, a
-    second model, or nothing."""
+    """An overlay that changes no linear map: it adds a text before the prompt, a second model, or
+    nothing."""
 
     def __init__(self, lanes: int) -> None:
         super().__init__([], lanes)
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no edited map, {site.name} least of all")
 
     def delta_norm(self, lane: int) -> float | None:
@@ -137,8 +138,8 @@ class SitelessOverlay(Overlay):
 
 
 class _LaneProduct(torch.autograd.Function):
-    """``x @ W^T`` lane by lane. Its own backward, because torch's gives the weights' gradient in
-    the transposed layout, and putting it right takes longer than both products."""
+    """``x @ W^T`` lane by lane. It has its own backward because torch returns the weights' gradient
+    in a transposed layout, and copying it takes longer than both products."""
 
     @staticmethod
     def forward(context: Any, x_LNI: Tensor, weight_LOI: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class _LaneProduct(torch.autograd.Function):
         return grad_x_LNI, grad_LOI
 
 
-def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Batch, bias_O: Tensor | None = None) -> Tensor:
+def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, batch: Batch, bias_O: Tensor | None = None) -> Tensor:
     """Each row times the weight of its own lane, (B, S, O).
 
     One lane uses its weight directly; lanes with equally many rows share one batched product;
@@ -169,16 +170,16 @@ def lane_linear(x_BSI: Tensor, weight_LOI: Tensor, rows: Batch, bias_O: Tensor |
     lanes = weight_LOI.shape[0]
     whole = (
         lanes == 1 and x_BSI.device.type == "cuda"
-    )  # there the gradient of one lane's view costs a copy of the weight
-    if len(rows.segments) == 1 and not whole:
-        return linear(x_BSI, weight_LOI[rows.segments[0][0]], bias_O)
-    if rows.even(lanes):
+    )  # on CUDA the gradient of one lane's view copies the whole weight
+    if len(batch.segments) == 1 and not whole:
+        return linear(x_BSI, weight_LOI[batch.segments[0][0]], bias_O)
+    if batch.even(lanes):
         x_LNI = x_BSI.reshape(lanes, -1, x_BSI.shape[-1])
         out_LNO: Tensor = _LaneProduct.apply(x_LNI, weight_LOI)  # type: ignore[no-untyped-call]
         out = out_LNO.reshape(*x_BSI.shape[:-1], weight_LOI.shape[1])
         return out if bias_O is None else out + bias_O
     return torch.cat(
-        [linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in rows.segments]
+        [linear(x_BSI[start:stop], weight_LOI[lane], bias_O) for lane, start, stop in batch.segments]
     )
 
 
@@ -204,8 +205,8 @@ class _TokenProduct(torch.autograd.Function):
 
 
 def token_linear(x_NI: Tensor, weight_LOI: Tensor, ends: tuple[int, ...]) -> Tensor:
-    """Each token times the weight of its own lane, (N, O). ``ends``: after which token each lane's
-    end. Gradients flow to the weights alone."""
+    """Each token times the weight of its own lane, (N, O). ``ends``: per lane, the index after its
+    last token. Gradients flow only to the weights."""
     out_NO: Tensor = _TokenProduct.apply(x_NI, weight_LOI.to(x_NI.dtype), ends)  # type: ignore[no-untyped-call]
     return out_NO
 
@@ -221,17 +222,17 @@ class DenseOverlay(Overlay):
             for site in sites
         }
         self.working_LOI: dict[str, Tensor] = {}
-        """Inside :meth:`working`, the copies that answer."""
+        """Inside :meth:`working`: the copies that the forward uses."""
         self._touched = [False] * lanes
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         weight_LOI = self.working_LOI.get(site.name, self.weights_LOI[site.name])
-        return lane_linear(x_BSI, weight_LOI, rows, site.bias_O)
+        return lane_linear(x_BSI, weight_LOI, batch, site.bias_O)
 
     @contextmanager
     def working(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, copies in ``dtype`` answer in the weights' place; whoever moves the weights
-        renews them."""
+        """Inside, the forward uses copies of the weights in ``dtype``. Code that changes the
+        weights must renew the copies."""
         self.working_LOI = {name: weight_LOI.to(dtype) for name, weight_LOI in self.weights_LOI.items()}
         try:
             yield
@@ -252,7 +253,7 @@ class DenseOverlay(Overlay):
         return self.weights_LOI[site.name][lane]
 
     def set_weight(self, lane: int, site: Site, weight_OI: Tensor) -> None:
-        """Let one lane start from this weight."""
+        """Set one lane's weight at one map."""
         self.weights_LOI[site.name][lane] = weight_OI.to(self.weights_LOI[site.name])
         self.touch([lane])
 
@@ -282,7 +283,7 @@ class DenseOverlay(Overlay):
 
 
 class _LowRank:
-    """The change of one map, all lanes: factors, and what became dense."""
+    """The weight change of one map in all lanes: low-rank factors plus a dense part."""
 
     def __init__(self, site: Site, lanes: int, dtype: torch.dtype) -> None:
         out, in_features = site.shape
@@ -342,11 +343,11 @@ class LowRankOverlay(Overlay):
     """Adds ``left @ right`` to one or more linear maps, a pair of factors per lane and map, new
     columns and rows per edit.
 
-    A dense copy of an MLP projection of a 7B model is 90 MB or more a lane; a rank-one edit is 60
-    kB. When the rank reaches half the smaller dimension the factors cost as much as the matrix, and
-    the change is kept dense from then on. All lanes grow together (they edit in lockstep), so the
-    switch depends on the number of edits alone. Names in a snapshot are those of the factors,
-    behind the name of the map where there are several.
+    A dense copy of an MLP projection of a 7B model takes 90 MB or more per lane, a rank-one edit 60
+    kB. When the rank reaches half the smaller dimension, the factors are as large as the matrix,
+    and the change is stored as a dense matrix from then on. All lanes edit in lockstep, so their
+    rank depends only on the number of edits. A snapshot names the factors ``left``, ``right`` and
+    ``dense``, prefixed with the map's name if there are several maps.
     """
 
     def __init__(self, sites: Site | Sequence[Site], lanes: int, dtype: torch.dtype) -> None:
@@ -378,13 +379,13 @@ class LowRankOverlay(Overlay):
             left, right = left.unsqueeze(2), right.unsqueeze(1)
         self.part_of(site).add(left, right)
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         part = self._parts[site.name]
         out = site.answer(x_BSI)
         if part.dense_LOI is not None:
-            out = out + lane_linear(x_BSI, part.dense_LOI, rows)
+            out = out + lane_linear(x_BSI, part.dense_LOI, batch)
         if part.rank:
-            out = out + lane_linear(lane_linear(x_BSI, part.right_LJI, rows), part.left_LOJ, rows)
+            out = out + lane_linear(lane_linear(x_BSI, part.right_LJI, batch), part.left_LOJ, batch)
         return out
 
     def delta(self, lane: int, site: Site | None = None) -> Tensor:
@@ -396,7 +397,7 @@ class LowRankOverlay(Overlay):
         return site.weight_OI.to(self._dtype) + self.delta(lane, site)
 
     def set_weight(self, lane: int, site: Site, weight_OI: Tensor) -> None:
-        """Let one lane start from this weight: its change there becomes dense, without factors."""
+        """Set one lane's weight at one map: its change there becomes dense, without factors."""
         self.part_of(site).load_state(lane, {"dense": weight_OI - site.weight_OI.to(self._dtype)})
 
     def state(self, lane: int) -> LaneState:

@@ -1,7 +1,7 @@
 """Run only the layers an edit can change (DESIGN section 5).
 
->>> prefix = capture(base, rows, first_layer=4)  # one full forward of the pristine base, no gradients
->>> with overlay.installed(rows):
+>>> prefix = capture(base, batch, first_layer=4)  # one full forward of the pristine base, no gradients
+>>> with overlay.installed(batch):
 ...     hidden_BSD = replay(base, prefix)               # layers 4.. and the final norm; gradients flow
 
 The activations entering layer L of an overlay that starts at L depend on the tokens alone, so they
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 ABOVE = sys.maxsize
-"""As a first layer: no layer at all is run again, the final norm only."""
+"""Value of ``first_layer``: no layer is run again, only the final norm."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Prefix:
     """Inputs of the decoder layers from ``first_layer`` on: the hidden states once, and each
     layer's other arguments.
 
-    ``output_BSD`` is what the pristine base made of it, after the final norm.
+    ``output_BSD`` is the pristine base's output, after the final norm.
     """
 
     first_layer: int
@@ -43,7 +43,7 @@ class Prefix:
     output_BSD: Tensor
 
     def bytes(self) -> int:
-        """Memory held, in bytes; what several layers share counts once."""
+        """Memory held, in bytes; a tensor that several layers share counts once."""
         found: dict[int, int] = {}
 
         def add(value: Any) -> None:
@@ -78,9 +78,9 @@ class Prefix:
 
 
 @torch.no_grad()
-def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
-    """Run the base once and keep the inputs of every layer from ``first_layer`` on (or of the final
-    norm, above them)."""
+def capture(base: BaseModel, batch: Batch, first_layer: int) -> Prefix:
+    """Run the base once and keep the inputs of every layer from ``first_layer`` on (of the final
+    norm, if there is no such layer)."""
     entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
     with ExitStack() as stack:
         for layer in base.layers[first_layer:] or [base.norm]:
             stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        output = base.hidden_states(rows)
+        output = base.hidden_states(batch)
     args, kwargs = entered[0]
     hidden = args[0] if args else kwargs["hidden_states"]
     # the hidden states of later layers are recomputed; keeping them would hold the whole forward in
@@ -101,8 +101,8 @@ def capture(base: BaseModel, rows: Batch, first_layer: int) -> Prefix:
 
 @contextmanager
 def override_forward(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``answer`` is what the module does when called; its hooks run all the same.
-    Afterwards it is itself again."""
+    """Inside, calling the module runs ``answer``; its hooks still run. Afterwards its own forward
+    is restored."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = answer  # shadows the method, as assigning an attribute would
     try:

@@ -1,7 +1,7 @@
-"""General ability: the perplexity of a held-out text, which no edit is about. One value per state.
+"""General ability: the perplexity of a held-out text, unrelated to all edits. One value per state.
 
 The text is cut into windows that do not overlap; in each, every token but the first is predicted
-from those before it. A window is all prompt to whatever routes by the prompt.
+from those before it. For methods that route by the prompt, the whole window is the prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class AbilityConfig(Settings):
-    """The held-out text, and how it is read."""
+    """Settings of the held-out text."""
 
     text: Path | None = Field(
         None,
@@ -63,20 +63,20 @@ class AbilityConfig(Settings):
 
 
 def _read(path: Path) -> str:
-    from workers.data.text import read_held_out  # start-up: every reader of data sets comes with it
+    from workers.data.text import read_held_out  # start-up time: it imports every reader of data sets
 
     return read_held_out(path)
 
 
 CHARACTERS = 16
-"""Of the file, so many per token asked for are read: more than any tokenizer makes one token of."""
+"""Characters of the file that are read per token: more than one token of any tokenizer covers."""
 
 
 def cut_windows(
     encoder: Encoder, text: str, tokens: int, window: int, path: Path
 ) -> tuple[tuple[int, ...], ...]:
-    """The first ``tokens`` tokens of the text in windows of ``window``, each begun as the tokenizer
-    begins a text."""
+    """Cut the first ``tokens`` tokens of the text into windows of at most ``window`` tokens, each
+    with the tokenizer's beginning-of-sequence token (if it has one). Raises :class:`DataError`."""
     ids = encoder.text(text[: tokens * CHARACTERS])
     start: tuple[int, ...] = ()
     if ids and ids[0] == encoder.tokenizer.bos_token_id:
@@ -90,7 +90,7 @@ def cut_windows(
 
 
 class Ability:
-    """The probe of one stream: its windows, and the perplexity of lanes on them."""
+    """The windows of one stream, and the perplexity of its lanes on them."""
 
     def __init__(self, base: BaseModel, path: Path, settings: AbilityConfig, config: ScoreConfig) -> None:
         positions = getattr(base.model.config, "max_position_embeddings", None) or settings.window
@@ -107,16 +107,19 @@ class Ability:
         answers: BaseAnswers,
         prefixes: Prefixes,
     ) -> dict[int, tuple[float | None, float | None]]:
-        """Per lane, of its present state and of the unedited model; None where it is not a
-        number."""
-        from workers.scoring.forward import text_logprobs  # loads torch, which readers of results do without
+        """Perplexity per lane, of its current state and of the unedited model; None if not
+        finite."""
+        from workers.scoring.forward import text_logprobs  # imports torch
 
         count = sum(len(window) - 1 for window in self.windows)
         found = text_logprobs(base, overlay, lanes, self.windows, self.config, answers, prefixes)
-        return {lane: (_of(after / count), _of(before / count)) for lane, (after, before) in found.items()}
+        return {
+            lane: (_perplexity(after / count), _perplexity(before / count))
+            for lane, (after, before) in found.items()
+        }
 
 
-def _of(mean_logprob: float) -> float | None:
+def _perplexity(mean_logprob: float) -> float | None:
     value = exp(-mean_logprob)
     return value if math.isfinite(value) else None
 

@@ -1,5 +1,5 @@
-"""Right or wrong: the edit prompt, its rephrasings, unrelated prompts and prompts that follow from
-the edit.
+"""Accuracy on the edit prompt, its rephrasings, unrelated prompts and prompts that follow from the
+edit.
 
 ``token``, ``exact`` and ``generated`` are defined in :mod:`workers.scoring.score`.
 """

@@ -1,4 +1,4 @@
-"""Accuracy on the best of several phrasings of a question, as MQuAKE counts (arXiv 2305.14795)."""
+"""Accuracy on the best of several phrasings of a question, as in MQuAKE (arXiv 2305.14795)."""
 
 from __future__ import annotations
 

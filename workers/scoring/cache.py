@@ -1,4 +1,4 @@
-"""Caches of scoring: what the base model answered, and activations of prefixes."""
+"""Caches of scoring: the base model's answers, and activations of prefixes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Key = tuple[object, ...]
 """The content of a batch: everything a model's reply depends on."""
 
 Numbers = tuple[float | None, ...]
-"""One figure per row."""
+"""One number per row."""
 
 V = TypeVar("V")
 
 
 @dataclass
-class _Recent(Generic[V]):
-    """Values by scoring batch, least recently used out; what is kept weighs ``budget`` at most.
+class _LRUCache(Generic[V]):
+    """A least-recently-used cache: one value per scoring batch, total weight at most ``budget``.
 
-    Kept by batch and never by sequence: a hit and a miss then compute the same batch, with the same
-    bits.
+    The key is a whole batch and never a single sequence, so that after a hit and after a miss the
+    same batches are computed, with the same bits.
     """
 
     budget: int = 0
@@ -33,12 +33,12 @@ class _Recent(Generic[V]):
     _kept: OrderedDict[Key, tuple[V, int]] = field(default_factory=OrderedDict)
 
     def resize(self, budget: int) -> None:
-        """Change the budget; what no longer fits goes."""
+        """Change the budget; drop what no longer fits."""
         self.budget = budget
         self._shrink()
 
     def release(self) -> bool:
-        """Lets go of everything; whether there was anything."""
+        """Drop all values; return whether there were any."""
         some = bool(self._kept)
         self._kept.clear()
         self.used = 0
@@ -68,8 +68,8 @@ class _Recent(Generic[V]):
 
 
 @dataclass
-class _OfBase(_Recent[V]):
-    """Values that the base model gave. ``budget`` counts batches."""
+class _BaseCache(_LRUCache[V]):
+    """Results of the base model. ``budget`` counts batches."""
 
     budget: int = 1024
 
@@ -77,26 +77,26 @@ class _OfBase(_Recent[V]):
         self._keep(key, value, 1)
 
 
-class BaseNumbers(_OfBase[Numbers]):
-    """Figures of the base model on a batch that are no replies to probes, one per row."""
+class BaseNumbers(_BaseCache[Numbers]):
+    """Numbers of the base model on a batch that are not replies to probes, one per row."""
 
 
 @dataclass
-class BaseAnswers(_OfBase[Reply]):
+class BaseAnswers(_BaseCache[Reply]):
     """The base model's replies to scoring batches, kept by the session."""
 
     numbers: BaseNumbers = field(default_factory=BaseNumbers)
 
 
 @dataclass
-class Prefixes(_Recent[Prefix]):
-    """Cache of the inputs of the first layer an overlay can change: layers below an edit answer the
-    same in every group, method and seed.
+class Prefixes(_LRUCache[Prefix]):
+    """Cache of the inputs of the first layer an overlay can change: layers below an edit compute
+    the same in every group, method and seed.
 
     ``budget`` is in bytes; 0 keeps nothing.
     """
 
     def put(self, key: Key, prefix: Prefix) -> None:
-        # a new tensor: an empty view would hold the whole output's memory
+        # a new tensor: an empty view would keep the whole output in memory
         prefix = replace(prefix, output_BSD=prefix.output_BSD.new_empty(0))
         self._keep(key, prefix, prefix.bytes())

@@ -1,5 +1,5 @@
-"""Declarations of scores: the columns they fill, when they are measured and what they need. Free of
-torch at import.
+"""Declarations of scores: the columns they fill, when they are measured and what they need.
+Importing it does not import torch.
 
 A score is one file of this folder, which holds its declaration, its settings and its measurement,
 and one line of :data:`workers.scoring.registry.SCORES`. The stream's rows, the table's columns,
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict
 
-from workers.types import JSON, EditRequest, Frozen
+from workers.types import JSON, EditRequest, Written
 
 if TYPE_CHECKING:
     from workers.job import ScoreConfig
@@ -50,8 +50,8 @@ MOMENTS: Mapping[When, frozenset[str]] = MappingProxyType(
 class Score:
     """One score: a column of the table, and another one for the unedited model if ``base``.
 
-    ``probe``: the kind of probe without which a request has no value. ``setting``: the key of
-    ``scoring`` that has to be on. A row of another moment than ``when`` holds null.
+    ``probe``: the kind of probe that the request must have. ``setting``: the key of ``scoring``
+    that must be on. Otherwise, and in rows of other moments than ``when``, the value is null.
     """
 
     name: str
@@ -92,7 +92,7 @@ class ScoreColumn:
         return scored in MOMENTS[self.score.when]
 
 
-class Settings(Frozen):
+class Settings(Written):
     """The settings of one score. The alias of a field is its key in the spec, under ``scoring``."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -103,9 +103,9 @@ class Settings(Frozen):
         return True
 
     def identity(self) -> dict[str, JSON]:
-        """The settings that decide the score's values; nothing of a disabled score, so that folders
-        from before there was such a score stay usable. Raises DataError if a file that counts by
-        its content cannot be read."""
+        """The settings that decide the score's values. Empty for a disabled score, so that folders
+        written before the score existed stay usable. Raises DataError if a file whose content is
+        part of the identity cannot be read."""
         return self.model_dump(mode="json", by_alias=True) if self.on else {}
 
     def changed(self) -> dict[str, JSON]:
@@ -113,10 +113,11 @@ class Settings(Frozen):
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
     def check(self) -> None:
-        """Raise DataError if a file that is named cannot be used."""
+        """Raise DataError if a file named in the settings cannot be used."""
 
     def longest(self, tokens: int) -> int:
-        """The longest sequence the score runs, where a request's longest has ``tokens`` tokens."""
+        """Tokens of the score's longest sequence, if the longest of the requests has ``tokens``
+        tokens."""
         return tokens
 
     @classmethod
@@ -142,7 +143,7 @@ class _Declared:
 
     @property
     def columns(self) -> tuple[ScoreColumn, ...]:
-        """The columns of its scores, then those of the unedited model."""
+        """The columns of the edited model, then those of the unedited model."""
         off = not self.settings().on
         edited = [ScoreColumn(score, of_base=False, default_off=off) for score in self.scores]
         return (
@@ -151,7 +152,7 @@ class _Declared:
         )
 
     def read(self, config: ScoreConfig) -> Settings:
-        """Its settings, out of all that ``config`` holds."""
+        """The score's settings, taken from ``config``."""
         given = config.model_extra or {}
         return self.settings.model_validate(
             {key: given[key] for key in self.settings.spec_keys() if key in given}
@@ -160,7 +161,7 @@ class _Declared:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestScore(_Declared):
-    """Scores of one request, read from what both models said to its probes.
+    """Scores of one request, computed from both models' replies to its probes.
 
     ``measure(request, asked, settings)`` returns values by column; a column that it leaves out is
     null.
@@ -171,8 +172,8 @@ class RequestScore(_Declared):
     def of(
         self, request: EditRequest, asked: Sequence[Asked], config: ScoreConfig, settings: Settings
     ) -> dict[str, float | None]:
-        """The value of every column; null what is switched off, is not a finite number, or lacks
-        its probes."""
+        """The value of every column; null if it is switched off, not finite, or without its
+        probes."""
         values = self.measure(request, asked, settings) if settings.on else {}
         kinds = {one.probe.kind for one in asked}
         found: dict[str, float | None] = {}
@@ -186,11 +187,10 @@ class RequestScore(_Declared):
 
 @dataclass(frozen=True)
 class State:
-    """The lanes of a wave after ``edits`` edits, as the measurement of a score at a group's end
-    finds them.
+    """The input of a group-end score: the lanes of a wave after ``edits`` edits.
 
-    ``items`` are the requests that are scored, lane by lane; ``lanes`` are all lanes that are still
-    edited.
+    ``items``: the requests that are scored, lane by lane. ``lanes``: all lanes that have not
+    failed.
     """
 
     base: BaseModel
@@ -203,8 +203,7 @@ class State:
     kept: dict[int, Any]
 
     def once(self, compute: Callable[[], V]) -> V:
-        """``compute()``, made once for all calls that find the wave after the same number of
-        edits."""
+        """The result of ``compute()``, computed once per number of edits of the wave."""
         if self.edits not in self.kept:
             value = compute()
             self.kept.clear()
@@ -219,8 +218,8 @@ Measure = Callable[[State], Sequence[Mapping[str, float | None]]]
 
 @dataclass(frozen=True, kw_only=True)
 class GroupEndScore(_Declared):
-    """Scores that are measured on a lane's state and not read from the answers to probes: at a
-    group's end, as a rule.
+    """Scores that are measured on a lane's state and not computed from replies to probes, usually
+    at a group's end.
 
     ``begin(base, config, settings)`` is called once per stream, if the settings say that the score
     is measured.

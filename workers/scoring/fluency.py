@@ -1,14 +1,14 @@
-"""Fluency: the entropy of the n-grams in what a model writes after the edit prompt. Low where an
-edit makes it repeat itself.
+"""Fluency: the entropy of the n-grams in a model's continuation of the edit prompt. Low if an edit
+makes the model repeat itself.
 
 After Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262: the
 weighted mean of the entropies of bigrams and trigrams, in bits (their public code multiplies by 2/3
-and 4/3 and takes the mean; published tables show a hundred times this). As there, the text is the
+and 4/3 and takes the mean; published tables show 100 times this value). As there, the text is the
 prompt with its continuation, sampled from the k likeliest tokens. Differences: words are split by a
-regular expression and not by NLTK; every continuation has the same number of tokens (the public
-code counts the prompt in), the end-of-text token is never taken, because entropies of texts of
-different length do not compare; and a draw is a pure function of prompt and place, the same for the
-edited and the unedited model.
+regular expression, not by NLTK. Every continuation has the same number of tokens (the public code
+includes the prompt in the count), and the end-of-text token is never sampled, because entropies of
+texts of different length are not comparable. A draw is a pure function of prompt and position, the
+same for the edited and the unedited model.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def fluency(
     config: ScoreConfig,
     kept: BaseAnswers,
 ) -> list[tuple[float | None, float | None]]:
-    """Per item, on its lane's present state and on the unedited model. ``items`` stand lane by
-    lane."""
+    """Fluency in bits per item, of its lane's current state and of the unedited model. ``items``
+    are sorted by lane."""
     found: list[tuple[float | None, float | None]] = []
     for chunk in _chunks(base, items, settings, config):
         key = ("fluency", settings.tokens, settings.top_k, tuple(item.request.prompt for item in chunk))
@@ -98,8 +98,8 @@ def fluency(
 def _chunks(
     base: BaseModel, items: Sequence[Item], settings: FluencyConfig, config: ScoreConfig
 ) -> Iterator[Sequence[Item]]:
-    """Batches of at most the scoring budget of tokens, as long as their rows become; a function of
-    the requests alone."""
+    """Split ``items`` into batches within the scoring budgets of rows and tokens, continuations
+    included. The split depends only on the requests and the config."""
     widths = [len(base.encoder.prompt(item.request.prompt)) + settings.tokens for item in items]
     bounds, widest = [0], 0
     for i, width in enumerate(widths):
@@ -124,9 +124,9 @@ def _entropies(
 def continuations(
     base: BaseModel, overlay: Overlay | None, items: Sequence[Item], settings: FluencyConfig
 ) -> list[str]:
-    """The text that each lane writes after its request's prompt. The routing decision stays with
-    the prompt."""
-    import torch  # readers of results import this file without it
+    """The continuation of each item's prompt, written by its lane. Methods that route by the prompt
+    see only the prompt as such."""
+    import torch  # readers of results import this file without torch
 
     from workers.model.batch import Encoded, collate
     from workers.rng import derive_seed
@@ -139,15 +139,15 @@ def continuations(
             encoded = [
                 Encoded((*prompt, *ids), len(prompt)) for prompt, ids in zip(prompts, written, strict=True)
             ]
-            rows = collate(encoded, lanes, base.encoder.pad_id, base.device)
-            hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
+            batch = collate(encoded, lanes, base.encoder.pad_id, base.device)
+            hidden_BSD = base.hidden_states(batch) if overlay is None else overlay.hidden_states(base, batch)
             last = hidden_BSD.shape[1] - 1
-            where = range(rows.size), [last] * rows.size
+            where = range(batch.size), [last] * batch.size
             hidden_BD = hidden_BSD[:, last]
             logits_BV = (
-                base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, rows, *where)
+                base.logits(hidden_BD) if overlay is None else overlay.logits(base, hidden_BD, batch, *where)
             )
-            logits_BV = logits_BV.double().cpu()  # drawn there: one draw gives one token on every device
+            logits_BV = logits_BV.double().cpu()  # sampled on the CPU: same token on every device
             if base.tokenizer.eos_token_id is not None:
                 logits_BV[:, base.tokenizer.eos_token_id] = -math.inf
             values_BJ, ids_BJ = logits_BV.topk(min(settings.top_k, logits_BV.shape[1]), dim=-1)

@@ -1,5 +1,4 @@
-"""Both models' replies to scoring batches: the unedited model and the edited one answer the
-identical batch."""
+"""Replies of the unedited and the edited model to scoring batches. Both run the identical batch."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ def text_logprobs(
     base_answers: BaseAnswers,
     prefixes: Prefixes,
 ) -> dict[int, tuple[float, float]]:
-    """Per lane, the summed log-probability of all tokens but the first of each text: on its state,
-    and on the base model."""
+    """Per lane, the summed log-probability (nats) of all tokens but the first of each text, of its
+    state and of the base model."""
     config = config.model_copy(update={"generated": False})
     probes = [text_probe(0, "ood", lane, ids, "") for lane in lanes for ids in texts]
     sums = dict.fromkeys(lanes, (0.0, 0.0))
@@ -57,12 +56,11 @@ def fitting_replies(
     prefixes: Prefixes,
     splits: int = 0,
 ) -> Iterator[tuple[list[EncodedProbe], int, Reply, Reply]]:
-    """Both models' replies to a batch; where memory runs out, to its halves, each with how often it
-    was halved.
+    """Both models' replies to a batch. If memory runs out, the batch is halved, again and again.
 
-    What is kept for later goes first: that changes no bit. Halves may differ from the whole by
-    rounding, but the base model answers the same halves. A single row that does not fit is an
-    error.
+    Yields (probes, number of halvings, base reply, edited reply). Before the first halving the
+    caches are emptied, which changes no bit. Halves may differ from the whole by rounding, but the
+    base model runs the same halves. A single row that does not fit raises the error.
     """
     try:
         before, after = both_replies(base, overlay, batch, config, kept, prefixes)
@@ -72,7 +70,7 @@ def fitting_replies(
     else:
         yield batch, splits, before, after
         return
-    # here, and not in the handler: the exception holds on to the tensors of the forward that failed
+    # outside the handler, because the exception keeps the tensors of the failed forward alive
     halves = [batch]
     if not prefixes.release():
         halves, splits = [batch[: len(batch) // 2], batch[len(batch) // 2 :]], splits + 1
@@ -85,41 +83,41 @@ def fitting_replies(
 def both_replies(
     base: BaseModel,
     overlay: Overlay | None,
-    batch: list[EncodedProbe],
+    probes: list[EncodedProbe],
     config: ScoreConfig,
     kept: BaseAnswers,
     prefixes: Prefixes,
 ) -> tuple[Reply, Reply]:
-    """The base model's reply and the edited one's, to the identical batch."""
-    rows = collate([p.encoded for p in batch], [p.lane for p in batch], base.encoder.pad_id, base.device)
-    texts = tuple(p.encoded for p in batch)
-    key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target, p.aliases) for p in batch))
+    """The replies of the base model and of the edited model to the identical batch."""
+    batch = collate([p.encoded for p in probes], [p.lane for p in probes], base.encoder.pad_id, base.device)
+    texts = tuple(p.encoded for p in probes)
+    key = (config.generated, config.extra_tokens, texts, tuple((p.kind, p.target, p.aliases) for p in probes))
     before = kept.get(key)
     if overlay is None or overlay.inert:
         if before is None:
-            before = read_reply(base, None, base.hidden_states(rows), rows, batch, config, None)
+            before = read_reply(base, None, base.hidden_states(batch), batch, probes, config, None)
             kept.put(key, before)
         return before, before
     if not overlay.replays:
         if before is None:
-            before = read_reply(base, None, base.hidden_states(rows), rows, batch, config, None)
+            before = read_reply(base, None, base.hidden_states(batch), batch, probes, config, None)
             kept.put(key, before)
-        hidden_BSD = overlay.hidden_states(base, rows)
-        return before, read_reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
+        hidden_BSD = overlay.hidden_states(base, batch)
+        return before, read_reply(base, overlay, hidden_BSD, batch, probes, config, before.texts)
     place = (overlay.first_layer, texts)
     prefix = prefixes.get(place)
     if before is None:
-        pristine = capture(base, rows, overlay.first_layer)
-        before = read_reply(base, None, pristine.output_BSD, rows, batch, config, None)
+        pristine = capture(base, batch, overlay.first_layer)
+        before = read_reply(base, None, pristine.output_BSD, batch, probes, config, None)
         kept.put(key, before)
         if prefix is None:
             prefix = pristine
             prefixes.put(place, prefix)
-    with overlay.installed(rows):
+    with overlay.installed(batch):
         if prefix is not None:
             hidden_BSD = replay(base, prefix)
-        else:  # the layers below an edit answer the same with it
-            prefix = capture(base, rows, overlay.first_layer)
+        else:  # the layers below an edit compute the same with it
+            prefix = capture(base, batch, overlay.first_layer)
             hidden_BSD = prefix.output_BSD
             prefixes.put(place, prefix)
-    return before, read_reply(base, overlay, hidden_BSD, rows, batch, config, before.texts)
+    return before, read_reply(base, overlay, hidden_BSD, batch, probes, config, before.texts)

@@ -1,5 +1,5 @@
-"""Texts about the subject in other hands, judged token by token, as the public code of WISE counts
-(arXiv 2405.14768)."""
+"""Accuracy on texts about the subject from other sources, token by token, as in the public code of
+WISE (arXiv 2405.14768)."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""Probes of a request, and the batches they are asked in."""
+"""Probes of a request, and their batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from workers.data.scripts import joiner_of
 from workers.job import Lane, ScoreConfig, StreamJob, first_request
 from workers.model.batch import Encoded
 from workers.timeline import Tick
-from workers.types import DataError, EditRequest
+from workers.types import DataError, EditRequest, Probe
 
 if TYPE_CHECKING:
     from workers.model.base import BaseModel
@@ -23,7 +24,7 @@ CONFIDENT = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A request to be scored on a lane's present state."""
+    """A request to be scored on a lane's current state."""
 
     lane: int
     request: EditRequest
@@ -42,6 +43,7 @@ class EncodedProbe:
     target: str
     aliases: tuple[str, ...] = ()
     start: int | None = None
+    group: str = ""
 
     @property
     def first(self) -> int:
@@ -54,14 +56,15 @@ class EncodedProbe:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Every text that greedy generation may give, normalised."""
+        """The right texts of greedy generation, normalised."""
         return tuple(normalise(text) for text in (self.target, *self.aliases))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's answer at the scored positions of one row, and one token beyond. ``confident``: the
-    share of scored tokens that get a probability above :data:`CONFIDENT`."""
+    """A model's output at the scored positions of one row, and for one token after them.
+    ``logprob``: mean log-probability (nats). ``margin``: smallest difference of the two largest
+    logits. ``confident``: share of scored tokens with a probability above :data:`CONFIDENT`."""
 
     argmax: tuple[int, ...]
     logprob: float
@@ -74,8 +77,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A greedy continuation: its normalised text and whether it stopped by itself. None: dropped,
-    it cannot match."""
+    """A greedy continuation: its normalised text (None: dropped, because it cannot match) and
+    whether it ended by itself."""
 
     text: str | None
     natural: bool
@@ -83,8 +86,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One probe, and what the unedited model (``before``) and the edited one (``after``) said to
-    it."""
+    """One probe with the outputs of the unedited model (``before``) and the edited model
+    (``after``)."""
 
     probe: EncodedProbe
     before: Answer
@@ -96,7 +99,7 @@ class Asked:
         """Share of right tokens; 1 if all are right; 1 if greedy generation is right. On the edited
         or the unedited model.
 
-        A locality probe is right where the edited model says what the unedited one says.
+        A locality probe is right where the edited model gives the unedited model's answer.
         """
         target = self.probe.scored
         answer, text = (self.before, self.before_text) if of_base else (self.after, self.after_text)
@@ -120,8 +123,8 @@ class Reply:
 def items_of(
     job: StreamJob, tick: Tick, requests: Sequence[Sequence[EditRequest]], lanes: Mapping[int, Lane]
 ) -> list[Item]:
-    """List the requests that a tick scores of ``lanes``, by their number. ``requests``: per cell of
-    the job, in the order of its seed."""
+    """List the requests that a tick scores, lane by lane. ``lanes``: by index in the wave.
+    ``requests``: per cell of the job, in the order of its seed."""
     return [
         Item(i, requests[lane.cell][first_request(job, lane) + position])
         for i, lane in lanes.items()
@@ -132,27 +135,28 @@ def items_of(
 def item_probes(base: BaseModel, items: Sequence[Item]) -> Iterator[EncodedProbe]:
     for i, item in enumerate(items):
         r = item.request
-        pairs: list[tuple[Kind, str, str, tuple[str, ...]]] = [("reliability", r.prompt, r.target_new, ())]
-        pairs += [("generalization", text, r.target_new, ()) for text in r.rephrases]
-        pairs += [("locality", p.prompt, p.target, ()) for p in r.locality]
-        pairs += [("portability", p.prompt, p.target, p.aliases) for p in r.portability]
-        for kind, prompt, target, aliases in pairs:
-            yield EncodedProbe(i, kind, item.lane, base.encoder.pair(prompt, target), prompt, target, aliases)
+        asked: list[tuple[Kind, Probe]] = [("reliability", Probe(r.prompt, r.target_new))]
+        asked += [("generalization", Probe(text, r.target_new)) for text in r.rephrases]
+        asked += [("locality", replace(p, aliases=())) for p in r.locality]
+        asked += [("portability", p) for p in r.portability]
+        for kind, p in asked:
+            pair = base.encoder.pair(p.prompt, p.target, joiner_of(r, p.prompt))
+            yield EncodedProbe(i, kind, item.lane, pair, p.prompt, p.target, p.aliases, group=p.group)
         for text in r.ood:
             yield text_probe(i, "ood", item.lane, base.encoder.text(text), text)
 
 
 def text_probe(item: int, kind: Kind, lane: int, ids: tuple[int, ...], text: str) -> EncodedProbe:
-    """A text that is all prompt: whatever routes by the prompt sees the whole of it. Scored from
-    its second token on."""
+    """A text that is scored from its second token on. The whole text counts as the prompt, for
+    methods that route by it."""
     if len(ids) < 2:
         raise DataError(f"a text to score needs at least two tokens: {text!r}")
     return EncodedProbe(item, kind, lane, Encoded(ids, len(ids)), text, "", start=1)
 
 
 def probe_batches(probes: list[EncodedProbe], config: ScoreConfig) -> Iterator[list[EncodedProbe]]:
-    """Rows of like length together, as many as fit the budget of padded tokens; inside a batch lane
-    by lane."""
+    """Split probes into batches of similar length, within the budgets of rows and padded tokens;
+    sorted by lane inside a batch."""
     batch: list[EncodedProbe] = []
     for probe in sorted(probes, key=lambda p: len(p.encoded.ids)):
         tokens = (len(batch) + 1) * len(probe.encoded.ids)  # ascending lengths: the newest row is the longest
@@ -164,6 +168,10 @@ def probe_batches(probes: list[EncodedProbe], config: ScoreConfig) -> Iterator[l
         yield sorted(batch, key=lambda p: p.lane)
 
 
+_MARKS = " .,;:!?\"'\u3002\uff0c\uff1b\uff1a\uff01\uff1f\u3001"
+"""Punctuation around an answer, the full-width marks included."""
+
+
 def normalise(text: str) -> str:
-    """Case, runs of white space and surrounding punctuation do not count."""
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+    """Fold case, collapse white space and strip surrounding punctuation."""
+    return " ".join(text.casefold().split()).strip(_MARKS)

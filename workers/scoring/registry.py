@@ -1,4 +1,5 @@
-"""The registry of scores. Adding one: its file, one line here. Free of torch at import.
+"""The registry of scores. A new score needs its own file and one line here. Importing it does not
+import torch.
 
 >>> [column.name for column in SCORES.columns][:3]
 ['reliability_token', 'reliability_exact', 'reliability_generated']
@@ -22,6 +23,7 @@ from workers.scoring.accuracy import ACCURACY
 from workers.scoring.any_of import ANY_OF
 from workers.scoring.declare import GroupEndScore, RequestScore, ScoreColumn, Settings
 from workers.scoring.fluency import FLUENCY
+from workers.scoring.group_means import GROUP_MEANS
 from workers.scoring.out_of_distribution import OUT_OF_DISTRIBUTION
 from workers.scoring.target import LOGPROB, MARGIN, PERPLEXITY
 from workers.types import JSON, SpecError
@@ -29,8 +31,8 @@ from workers.types import JSON, SpecError
 
 @dataclass(frozen=True)
 class Registry:
-    """All scores of a table, line by line. The columns of a line stand together: those of its
-    scores, then those of the unedited model."""
+    """All scores of a table, line by line. The columns of a line are adjacent: those of the edited
+    model, then those of the unedited model."""
 
     lines: tuple[tuple[RequestScore | GroupEndScore, ...], ...]
 
@@ -59,13 +61,13 @@ class Registry:
         )
 
     def with_line(self, *scores: RequestScore | GroupEndScore) -> Registry:
-        """The same with one more line."""
+        """A registry with one more line."""
         return Registry((*self.lines, scores))
 
     # --- settings ---
 
     def settings(self, config: ScoreConfig) -> tuple[Settings, ...]:
-        """Those of each score. Raises :class:`SpecError` for a key that no score has."""
+        """The settings of each score. Raises :class:`SpecError` for a key that no score has."""
         unknown = sorted((config.model_extra or {}).keys() - set(self._keys))
         if unknown:
             raise SpecError(
@@ -110,14 +112,15 @@ class Registry:
             settings.check()
 
     def longest(self, config: ScoreConfig, tokens: int) -> int:
-        """The longest sequence of scoring, where a request's longest has ``tokens`` tokens."""
+        """Tokens of the longest sequence of scoring, if the longest of the requests has ``tokens``
+        tokens."""
         return max([tokens, *(settings.longest(tokens) for settings in self.settings(config))])
 
     def identity(self, config: ScoreConfig) -> dict[str, JSON]:
-        """The settings that change which numbers are in the table: a results folder keeps them.
+        """The settings that change the numbers in the table; stored in the results folder.
 
-        Disabled options are left out. Raises DataError if a file that counts by its content cannot
-        be read.
+        Disabled options are left out. Raises DataError if a file whose content is part of the
+        identity cannot be read.
         """
         found = config.identity()
         for settings in self.settings(config):
@@ -125,8 +128,8 @@ class Registry:
         return found
 
     def shard_key(self, config: ScoreConfig) -> dict[str, JSON]:
-        """The settings that enter a shard's id: how scoring is cut into batches too. Those of
-        single scores count only where they are not at their defaults."""
+        """The settings that enter a shard's id, batch sizes included. Settings of single scores
+        enter only if they are not at their defaults."""
         found = config.core()
         for settings in self.settings(config):
             found |= settings.changed()
@@ -144,7 +147,7 @@ class Registry:
 def _unknown(key: str, value: object, valid: tuple[str, ...]) -> InitErrorDetails:
     close = difflib.get_close_matches(str(key), valid, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    # the text goes in as a value: in a template, braces would mean something
+    # the text is a value and not the template, where braces have a meaning
     problem = PydanticCustomError(
         "value_error", "{text}", {"text": f"unknown key {key!r}{hint}; valid keys: {', '.join(valid)}"}
     )
@@ -157,7 +160,8 @@ SCORES = Registry(
         (LOGPROB,),
         (MARGIN,),
         (ANY_OF, OUT_OF_DISTRIBUTION, PERPLEXITY, FLUENCY, ABILITY),
+        (GROUP_MEANS,),
     )
 )
-"""The scores of the central table. A new score is a line of its own at the end: columns keep their
-places."""
+"""The scores of the central table. A new score gets a line of its own at the end, so that columns
+keep their order."""

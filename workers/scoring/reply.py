@@ -28,36 +28,36 @@ def read_reply(
     base: BaseModel,
     overlay: Overlay | None,
     hidden_BSD: Tensor,
-    rows: Batch,
-    batch: list[EncodedProbe],
+    batch: Batch,
+    probes: list[EncodedProbe],
     config: ScoreConfig,
     base_texts: Sequence[Text] | None,
 ) -> Reply:
-    answers = _answers(base, overlay, hidden_BSD, rows, batch)
-    return Reply(answers, _texts(base, overlay, batch, answers, config, base_texts))
+    answers = _answers(base, overlay, hidden_BSD, batch, probes)
+    return Reply(answers, _texts(base, overlay, probes, answers, config, base_texts))
 
 
 def _answers(
-    base: BaseModel, overlay: Overlay | None, hidden_BSD: Tensor, rows: Batch, batch: list[EncodedProbe]
+    base: BaseModel, overlay: Overlay | None, hidden_BSD: Tensor, batch: Batch, probes: list[EncodedProbe]
 ) -> tuple[Answer, ...]:
-    """Argmax, log-probability and margin at the target positions; the head runs nowhere else."""
+    """Argmax, log-probability and margin at the target positions; the head runs only there."""
     row_P: list[int] = []
     column_P: list[int] = []
     target_P: list[int] = []
     counts: list[int] = []
-    for i, probe in enumerate(batch):
-        e, offset = probe.encoded, rows.offsets[i]
+    for i, probe in enumerate(probes):
+        e, offset = probe.encoded, batch.offsets[i]
         count = len(e.ids) - probe.first
         counts.append(count + 1)
         row_P += [i] * (count + 1)
         column_P += range(offset + probe.first - 1, offset + len(e.ids))
-        target_P += [*probe.scored, e.ids[-1]]  # the last one only fills the slot beyond the target
+        target_P += [*probe.scored, e.ids[-1]]  # the last one only fills the position after the target
     picked_PD = hidden_BSD[row_P, column_P]
     chunk = max(1, _HEAD_VALUES // base.vocab)
     argmax_P, logprob_P, margin_P = [], [], []
     for start in range(0, len(row_P), chunk):
         part = slice(start, start + chunk)
-        logits_PV = _logits(base, overlay, picked_PD[part], rows, row_P[part], column_P[part])
+        logits_PV = _logits(base, overlay, picked_PD[part], batch, row_P[part], column_P[part])
         targets = torch.tensor(target_P[part], device=logits_PV.device)
         top_P2, ids_P2 = logits_PV.topk(2, dim=-1)
         argmax_P += ids_P2[:, 0].tolist()
@@ -82,17 +82,17 @@ def _logits(
     base: BaseModel,
     overlay: Overlay | None,
     hidden_PD: Tensor,
-    rows: Batch,
+    batch: Batch,
     row_P: Sequence[int],
     column_P: Sequence[int],
 ) -> Tensor:
     return (
-        base.logits(hidden_PD) if overlay is None else overlay.logits(base, hidden_PD, rows, row_P, column_P)
+        base.logits(hidden_PD) if overlay is None else overlay.logits(base, hidden_PD, batch, row_P, column_P)
     )
 
 
 class _Generation:
-    """One greedy continuation in the making."""
+    """One unfinished greedy continuation. ``want``: the texts that it may become; None: any."""
 
     def __init__(
         self, base: BaseModel, probe: EncodedProbe, limit: int, want: tuple[str, ...] | None
@@ -106,7 +106,7 @@ class _Generation:
         self.result: Text | None = None
 
     def absorb(self, token: int) -> None:
-        """Append one token and see whether that ends it."""
+        """Append one token and check whether the text has ended."""
         text = self.tokenizer.decode(self.ids)
         natural = token == self.tokenizer.eos_token_id
         if not natural:
@@ -115,24 +115,26 @@ class _Generation:
             natural = _ends(text, (self.probe.target, *self.probe.aliases))
         if natural or len(self.ids) >= self.limit:
             self.result = Text(normalise(text), natural)
-        elif self.want is not None and not any(want.startswith(normalise(text)) for want in self.want):
+        # a character that is cut between two tokens may still become the right one
+        said = normalise(text.rstrip("\ufffd"))
+        if self.result is None and self.want is not None and not any(w.startswith(said) for w in self.want):
             self.result = Text(None, natural=False)
 
 
 def _texts(
     base: BaseModel,
     overlay: Overlay | None,
-    batch: list[EncodedProbe],
+    probes: list[EncodedProbe],
     answers: Sequence[Answer],
     config: ScoreConfig,
     base_texts: Sequence[Text] | None,
 ) -> tuple[Text, ...]:
-    """Greedy continuations of every probe's prompt, begun from what the teacher-forced forward
-    already told."""
+    """Greedy continuations of every probe's prompt. Their first tokens come from the teacher-forced
+    forward."""
     if not config.generated:
-        return tuple(Text(None, natural=False) for _ in batch)
+        return tuple(Text(None, natural=False) for _ in probes)
     running: list[_Generation] = []
-    for i, (probe, answer) in enumerate(zip(batch, answers, strict=True)):
+    for i, (probe, answer) in enumerate(zip(probes, answers, strict=True)):
         want: tuple[str, ...] | None = probe.wanted
         if probe.kind == "locality":
             said_before = None if base_texts is None else base_texts[i].text
@@ -151,7 +153,7 @@ def _texts(
                 if g.result is not None or said != given:
                     break
         else:
-            g.prompt = base.encoder.prompt(probe.prompt)  # its tokens merge across the border with the target
+            g.prompt = base.encoder.prompt(probe.prompt)  # tokens merge across the border
         running.append(g)
     while alive := [g for g in running if g.result is None]:
         for start in range(0, len(alive), config.rows_per_batch):
@@ -160,19 +162,23 @@ def _texts(
 
 
 def _advance(base: BaseModel, overlay: Overlay | None, alive: list[_Generation]) -> None:
-    """One more greedy token for each; the routing decision stays with the prompt."""
+    """Append one greedy token to each. For methods that route by the prompt, ``prompt_len`` stays
+    the same."""
     encoded = [Encoded((*g.prompt, *g.ids), len(g.prompt)) for g in alive]
-    rows = collate(encoded, [g.probe.lane for g in alive], base.encoder.pad_id, base.device)
-    hidden_BSD = base.hidden_states(rows) if overlay is None else overlay.hidden_states(base, rows)
+    batch = collate(encoded, [g.probe.lane for g in alive], base.encoder.pad_id, base.device)
+    hidden_BSD = base.hidden_states(batch) if overlay is None else overlay.hidden_states(base, batch)
     last = hidden_BSD.shape[1] - 1
-    logits_BV = _logits(base, overlay, hidden_BSD[:, last], rows, range(rows.size), [last] * rows.size)
+    logits_BV = _logits(base, overlay, hidden_BSD[:, last], batch, range(batch.size), [last] * batch.size)
     for g, token in zip(alive, logits_BV.argmax(-1).tolist(), strict=True):
         g.absorb(token)
 
 
 def _ends(text: str, targets: Sequence[str]) -> bool:
-    """A line or a sentence has ended; a full stop inside a target itself does not end it."""
+    """Return whether a line or a sentence has ended. A full stop inside a target does not end
+    it."""
     if "\n" in text.lstrip("\n"):
         return True
     body = text.strip()
-    return body.endswith(".") and not any(target.casefold().startswith(body.casefold()) for target in targets)
+    return body.endswith((".", "。")) and not any(
+        target.casefold().startswith(body.casefold()) for target in targets
+    )

@@ -1,25 +1,23 @@
-"""Probes to scores, many sequences in one forward.
+"""Scoring of requests by their probes, many sequences in one forward.
 
 Definitions (DESIGN section 8): run ``prompt + " " + target`` and compare the argmax at each
 position that predicts a target token with that token. ``token`` is the share of right tokens,
-``exact`` says whether all are right (WISE, arXiv 2405.14768, Eq. 9, reads that on the final state
-of a group), ``generated`` whether greedy generation from the prompt alone, with a natural stop,
-gives the target up to case and punctuation. Locality compares with the base model's own answers
-instead.
+``exact`` is 1 if all are right (WISE, arXiv 2405.14768, Eq. 9, on the final state of a group),
+``generated`` is 1 if greedy generation from the prompt alone, with a natural stop, gives the target
+up to case and punctuation. Locality compares with the base model's answers instead of the target.
 
-Greedy generation costs almost nothing: the teacher-forced forward already says what would have been
-generated up to and including the first token that leaves the target, and a text that can no longer
-become the target is dropped at once. Only the few rows that remain are run further.
+Greedy generation needs few extra forwards: the teacher-forced forward already gives the generated
+tokens up to and including the first one that differs from the target, and a text that can no longer
+become the target is dropped. Only the remaining rows are run further.
 
-Further scores for data that has what they need: a passage's ``perplexity``, exp of the target's
-mean negative log-probability; ``ood_*`` on texts of their own, every token but the first predicted
-from those before it (``ood_confident``: the share that gets a probability above 0.8, as the public
-code of WISE counts its out-of-distribution accuracy); ``portability_any_*``, whether one of several
-phrasings of a question is answered, as MQuAKE counts.
+Further scores, for data sets that have what they need: ``perplexity`` of a passage, exp of the
+target's mean negative log-probability; ``ood_*`` on separate texts, every token but the first
+predicted from those before it (``ood_confident``: share of tokens with a probability above 0.8, the
+out-of-distribution accuracy in the public code of WISE); ``portability_any_*``, 1 if at least one
+of several phrasings of a question is answered, as in MQuAKE.
 
-Scoring never changes an overlay, and every batch is a function of the requests and the config
-alone: the base model answers the very same batches, so that an untouched model has locality exactly
-1.
+Scoring never changes an overlay. Every batch depends only on the requests and the config, and the
+base model runs the same batches, so an unedited model has locality exactly 1.
 """
 
 from __future__ import annotations
@@ -52,8 +50,8 @@ def score(
 ) -> list[dict[str, float | None]]:
     """Score each item on its lane. One dict per item: the score columns, ``*_base`` included.
 
-    ``overlay=None`` scores the base model itself. ``base_answers`` and ``prefixes`` keep what later
-    calls can use again; they change no bit.
+    ``overlay=None`` scores the base model itself. ``base_answers`` and ``prefixes`` are caches for
+    later calls; they change no bit.
     """
     base_answers = base_answers if base_answers is not None else BaseAnswers(budget=1)
     prefixes = prefixes if prefixes is not None else Prefixes()

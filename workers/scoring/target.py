@@ -1,5 +1,5 @@
-"""Figures of the target after the edit prompt: its log-probability, the smallest margin, a
-passage's perplexity."""
+"""Scores of the target after the edit prompt: log-probability, smallest margin, perplexity of a
+passage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXP_LIMIT = 709.0
 
 
 def exp(value: float) -> float:
-    """Infinity where Python's own would raise."""
+    """``math.exp``, but infinity instead of an OverflowError."""
     return math.exp(value) if value < _EXP_LIMIT else math.inf
 
 

@@ -1,4 +1,4 @@
-"""The Ray engine: the only room that imports Ray."""
+"""The Ray engine: the only package that imports Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours remembers that it was Ctrl-C
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the Ray engine has its own handler
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",  # Tune's own snapshots are never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",

@@ -1,4 +1,4 @@
-"""The Ray side of building artifacts: an actor that knows nothing of the plan."""
+"""A Ray actor that builds artifacts, independent of the plan."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from workers.model.config import ModelConfig
 
 
 class Builder:
-    """An actor that builds artifacts with one loaded model; a second thread answers while it
-    does."""
+    """An actor that builds artifacts with one loaded model. A second thread answers
+    :meth:`progress` and :meth:`stop` during the construction."""
 
     def __init__(self, root: str, run_id: str, save_seconds: float) -> None:
         self.bench = Bench(root, run_id, save_seconds)
-        self.told: tuple[int, int, str] | None = None
+        self.last: tuple[int, int, str] | None = None
         self.stopped = threading.Event()
 
     def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> None:
-        self.told = None
+        self.last = None
         try:
-            self.bench.build(spec, model, threads, self._tell, self.stopped.is_set)
+            self.bench.build(spec, model, threads, self._record, self.stopped.is_set)
         except Exception as error:
             raise TaskFailed(Cause.of(error)) from error
 
-    def _tell(self, done: int, total: int, what: str) -> None:
-        self.told = (done, total, what)
+    def _record(self, done: int, total: int, what: str) -> None:
+        self.last = (done, total, what)
 
     def progress(self) -> tuple[int, int, str] | None:
-        return self.told
+        """Last progress (done, total, text) of the present artifact; None before the first."""
+        return self.last
 
     def stop(self) -> None:
         self.stopped.set()

@@ -1,4 +1,4 @@
-"""Actors that build artifacts before the shards that need them."""
+"""Build artifacts on Ray actors, before the shards that need them."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ STOP_SECONDS = 60.0
 
 @dataclass
 class _BuilderActor:
-    """One builder, what it builds at present, and the question after its progress that is not
-    answered yet."""
+    """A builder actor. ``spec``: the artifact that it builds now. ``pending``: Ray reference
+    of a progress request."""
 
     actor: Any
     spec: ArtifactSpec | None = None
-    asked: Any = None
+    pending: Any = None
 
-    def look(self, books: Books) -> None:
-        """Pass on what the builder told since the last look; never wait for it."""
-        if self.asked is not None and ray.wait([self.asked], timeout=0)[0]:
+    def poll(self, books: Books) -> None:
+        """Report the actor's progress if its reply has arrived, then request it again. Does not
+        block."""
+        if self.pending is not None and ray.wait([self.pending], timeout=0)[0]:
             with contextlib.suppress(ray.exceptions.RayError):
-                told = ray.get(self.asked)
-                if told is not None and self.spec is not None:
-                    books.artifact_step(self.spec, *told)
-            self.asked = None
-        if self.asked is None:
-            self.asked = self.actor.progress.remote()
+                progress = ray.get(self.pending)
+                if progress is not None and self.spec is not None:
+                    books.artifact_step(self.spec, *progress)
+            self.pending = None
+        if self.pending is None:
+            self.pending = self.actor.progress.remote()
 
 
 def build_artifacts(books: Books, actors: int) -> None:
-    """Build what the plan's shards need and the store lacks, each by one actor, what it needs
-    before it.
+    """Build the missing artifacts of the plan's shards. Each is built by one actor, after the
+    artifacts that it needs.
 
-    A failure is told; the shards that need the artifact fail with its cause.
+    A failure is reported; the shards that need the artifact fail later with the same cause.
     """
     missing = books.missing_artifacts()
     if not missing:
@@ -60,7 +61,7 @@ def build_artifacts(books: Books, actors: int) -> None:
     )
     keys = {spec.key for spec in missing}
     at_once = sum(not any(need.key in keys for need in spec.needs) for spec in missing)
-    sites = [
+    builders = [
         _BuilderActor(make.remote(books.store.where(), books.run_id, engine.checkpoint_seconds))
         for _ in range(min(actors, at_once))
     ]
@@ -69,7 +70,9 @@ def build_artifacts(books: Books, actors: int) -> None:
     done = 0
     try:
         while todo or running:
-            waiting = {spec.key for spec in todo} | {site.spec.key for site in running.values() if site.spec}
+            waiting = {spec.key for spec in todo} | {
+                worker.spec.key for worker in running.values() if worker.spec
+            }
             for spec in list(todo):
                 lost = [need for need in spec.needs if need.key in failed]
                 if lost:
@@ -78,15 +81,15 @@ def build_artifacts(books: Books, actors: int) -> None:
                     needed = f"it needs {artifact_title(lost[0])}, which failed"
                     books.artifact_failed(spec, Cause(ArtifactFailed.__name__, needed))
                 elif not any(need.key in waiting for need in spec.needs):
-                    free = next((site for site in sites if site.spec is None), None)
+                    free = next((worker for worker in builders if worker.spec is None), None)
                     if free is None:
                         break
                     todo.remove(spec)
                     free.spec = spec
                     running[free.actor.build.remote(spec, common.model, common.threads)] = free
             for ref in ray.wait(list(running), num_returns=1, timeout=1.0)[0] if running else ():
-                site = running.pop(ref)
-                built, site.spec = site.spec, None
+                worker = running.pop(ref)
+                built, worker.spec = worker.spec, None
                 assert built is not None
                 try:
                     ray.get(ref)
@@ -95,16 +98,16 @@ def build_artifacts(books: Books, actors: int) -> None:
                 except ray.exceptions.RayError as error:
                     failed.add(built.key)
                     books.artifact_failed(built, cause_of(error))
-            for site in running.values():
-                site.look(books)
+            for worker in running.values():
+                worker.poll(books)
             books.tick()
     except KeyboardInterrupt:
-        for site in running.values():
-            site.actor.stop.remote()
+        for worker in running.values():
+            worker.actor.stop.remote()
         if running:
             books.view.note("stopping: unfinished artifacts are being saved (Ctrl-C again to leave at once)")
             ray.wait(list(running), num_returns=len(running), timeout=STOP_SECONDS)
         raise
     finally:
-        for site in sites:
-            ray.kill(site.actor)
+        for worker in builders:
+            ray.kill(worker.actor)

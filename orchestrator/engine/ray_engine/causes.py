@@ -1,7 +1,7 @@
-"""Errors between a Ray worker and the driver.
+"""Transport of errors from a Ray worker to the driver.
 
-Not every exception can be pickled, and Ray makes another class of those that can; so a worker
-raises a :class:`TaskFailed`.
+Some exceptions cannot be pickled, and Ray changes the class of the others. A worker therefore
+raises :class:`TaskFailed`, which holds the cause as plain data.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ class TaskFailed(Exception):
 
 
 def cause_of(error: BaseException | None) -> Cause:
-    """The cause of what Ray raised in the driver. An error that no worker raised tells of a lost
-    worker."""
+    """The cause of an error that Ray raised in the driver. None means that the worker was lost."""
     if error is None:
         return Cause("WorkerLost", "the worker process or its node was lost")
     if isinstance(error, RayTaskError):

@@ -1,4 +1,4 @@
-"""Checks of every node before the first shard runs."""
+"""Check every node before the first shard runs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from workers.model.config import ModelConfig, fingerprint_model
 from workers.types import EditSweepError
 
 PREFLIGHT_SECONDS = 180.0
+"""Time limit for one node's report."""
 
 
 class ClusterError(EditSweepError):
-    """Ray cannot be reached, or a node cannot do the work. The message names node and cause."""
+    """Ray cannot be reached, or a node cannot run shards. The message names the node and the
+    cause."""
 
 
 @dataclass(frozen=True)
-class _Question:
-    """The question that every node answers before the first shard."""
+class _NodeCheck:
+    """Arguments of the check that runs on every node. ``nonce``: random text that the driver has
+    written into the results folder."""
 
     root: str
     nonce: str
@@ -40,7 +43,9 @@ class _Question:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _NodeReport:
+    """Result of the check on one node. ``problem`` is empty if the node can be used."""
+
     host: str
     nonce: str
     versions: dict[str, str]
@@ -49,27 +54,32 @@ class _Answer:
 
 
 @ray.remote(num_cpus=0, max_retries=1)
-def _prove(question: _Question, node: str) -> _Answer:
-    """Runs on a node: reads and writes the results folder, hashes the model, looks at memory."""
+def _check_node(check: _NodeCheck, node: str) -> _NodeReport:
+    """Check a node: read and write the results folder, hash the model's files, check the memory.
+    Runs on that node."""
     host = socket.gethostname()
     paths = ResultsPaths()
-    store = open_store(question.root)
+    store = open_store(check.root)
     try:
-        nonce = store.read(paths.log(f"preflight-{question.run_id}")).decode()
+        nonce = store.read(paths.log(f"preflight-{check.run_id}")).decode()
     except StoreError as error:
-        return _Answer(host, "", versions(), "", f"it does not see the results folder ({error})")
+        return _NodeReport(host, "", versions(), "", f"it cannot read the results folder ({error})")
     try:
-        store.replace(paths.log(f"preflight-{question.run_id}-{node}"), nonce.encode())
-        fingerprint = fingerprint_model(question.model)
-        resources = question.resources
-        check_memory(question.model, question.weight_bytes, resources.gpu, resources.memory_gb, where=host)
+        store.replace(paths.log(f"preflight-{check.run_id}-{node}"), nonce.encode())
+        fingerprint = fingerprint_model(check.model)
+        resources = check.resources
+        check_memory(check.model, check.weight_bytes, resources.gpu, resources.memory_gb, where=host)
     except EditSweepError as error:
-        return _Answer(host, nonce, versions(), "", str(error))
-    return _Answer(host, nonce, versions(), f"{fingerprint.model}:{fingerprint.tokenizer}")
+        return _NodeReport(host, nonce, versions(), "", str(error))
+    return _NodeReport(host, nonce, versions(), f"{fingerprint.model}:{fingerprint.tokenizer}")
 
 
 def check_nodes(books: Books) -> int:
-    """Let every node that can hold an actor prove itself; how many actors they hold together."""
+    """Check every node that has the resources of an actor. Return the number of actors that fit on
+    these nodes together.
+
+    Raises :class:`ClusterError` with the problems of all nodes.
+    """
     plan, store, paths = books.plan, books.store, books.paths
     resources = plan.spec.engine.resources
     if plan.common.model.device == "cuda" and not resources.gpu:
@@ -90,13 +100,13 @@ def check_nodes(books: Books) -> int:
         )
     nonce = os.urandom(16).hex()
     store.replace(paths.log(f"preflight-{books.run_id}"), nonce.encode())
-    question = _Question(
+    check = _NodeCheck(
         store.where(), nonce, books.run_id, plan.common.model, plan.weight_bytes, plan.spec.engine.resources
     )
     asked = {
-        node: _prove.options(
+        node: _check_node.options(
             num_gpus=resources.gpu, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote(question, node)
+        ).remote(check, node)
         for node in able
     }
     problems = []
@@ -105,19 +115,20 @@ def check_nodes(books: Books) -> int:
     for node, ref in asked.items():
         name = nodes[node]["NodeManagerHostname"]
         try:
-            answer: _Answer = ray.get(ref, timeout=PREFLIGHT_SECONDS)
+            report: _NodeReport = ray.get(ref, timeout=PREFLIGHT_SECONDS)
         except ray.exceptions.GetTimeoutError:
             problems.append(f"{name}: no answer within {PREFLIGHT_SECONDS:.0f} seconds")
             continue
         except ray.exceptions.RayError as error:
             problems.append(f"{name}: {str(error).strip().splitlines()[-1][:500]}")
             continue
-        problems += [f"{name}: {problem}" for problem in _problems(answer, nonce, mine, expected)]
+        problems += [f"{name}: {problem}" for problem in _problems(report, nonce, mine, expected)]
         back = paths.log(f"preflight-{books.run_id}-{node}")
-        if not answer.problem:
+        if not report.problem:
             if not store.exists(back):
                 problems.append(
-                    f"{name}: what it writes into {store.where()} is not seen here; use a shared folder"
+                    f"{name}: a file that it wrote into {store.where()} does not exist here; use a "
+                    f"shared folder"
                 )
             store.delete(back)
     store.delete(paths.log(f"preflight-{books.run_id}"))
@@ -126,23 +137,23 @@ def check_nodes(books: Books) -> int:
     return sum(able.values())
 
 
-def _problems(answer: _Answer, nonce: str, mine: Mapping[str, str], fingerprint: str) -> Iterator[str]:
-    """List the problems in one node's answer."""
+def _problems(report: _NodeReport, nonce: str, mine: Mapping[str, str], fingerprint: str) -> Iterator[str]:
+    """The problems in one node's report."""
     different = [
-        f"{name} {answer.versions.get(name)} (here {version})"
+        f"{name} {report.versions.get(name)} (here {version})"
         for name, version in mine.items()
-        if answer.versions.get(name) != version
+        if report.versions.get(name) != version
     ]
     if different:
         yield f"other versions than the driver's: {', '.join(different)}"
-    if answer.problem:
-        yield answer.problem
-    elif answer.nonce != nonce:
+    if report.problem:
+        yield report.problem
+    elif report.nonce != nonce:
         yield (
-            "the results folder of this name is another one there; results must be on a folder that all "
-            "nodes share"
+            "the results folder at this path is a different one there; results must be in a folder that "
+            "all nodes share"
         )
-    elif answer.fingerprint != fingerprint:
+    elif report.fingerprint != fingerprint:
         yield "the model's files differ from the driver's (another version of the weights or the tokenizer)"
 
 

@@ -1,8 +1,9 @@
-"""The Ray engine: connect or start, prove every node, build artifacts, one Tune trial per shard.
+"""The Ray engine: start Ray or connect to it, check every node, build artifacts, run one Tune trial
+per shard.
 
-Ray gives scheduling, resources, retries and the handling of lost nodes. It is told nothing of
-progress: what is done is what the table and the journal say, so every way a run can end is followed
-by the same next run.
+Ray does the scheduling, the reservation of resources, retries, and the handling of lost nodes. It
+stores no progress: the table and the journal do. So a run continues in the same way however the
+last one ended.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def run_ray(books: Books, max_actors: int | None = None) -> None:
 
 @contextlib.contextmanager
 def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
-    """Ray, started here or reached at ``spec.address``; left (and if it is ours, ended)
-    afterwards."""
+    """Connect to Ray at ``spec.address``, or start a local Ray. Afterwards disconnect, and shut the
+    local Ray down."""
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -80,7 +81,7 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         "logging_level": "ERROR",
     }
     if spec.address:
-        _answers(spec)
+        _check_reachable(spec)
         books.view.note(f"connecting to Ray at {spec.address}")
         options["address"] = spec.address
     else:
@@ -88,24 +89,24 @@ def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
     try:
         with tempfile.TemporaryDirectory() as empty:
-            # Without one, Ray lets its workers import from the driver's working directory first: a
-            # `workers` there hides ours.
+            # Without a working_dir, Ray's workers first import from the driver's working directory.
+            # A folder `workers` there would hide our package.
             runtime.setdefault("working_dir", empty)
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as error:
         what = f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
         raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
     try:
-        with _chatter_kept(books):
+        with _ray_output_to_log(books):
             yield
     finally:
         ray.shutdown()
 
 
 @contextlib.contextmanager
-def _chatter_kept(books: Books) -> Iterator[None]:
-    """Ray and Tune print tracebacks of every lost worker; they go into a log of the run instead of
-    the view."""
+def _ray_output_to_log(books: Books) -> Iterator[None]:
+    """Redirect what Ray and Tune print (such as the traceback of every lost worker) from the
+    terminal to a log of the run."""
     text = io.StringIO()
     logger = logging.getLogger("ray")
     handlers, propagate = list(logger.handlers), logger.propagate
@@ -120,19 +121,16 @@ def _chatter_kept(books: Books) -> Iterator[None]:
                 books.store.replace(books.paths.log(f"ray-{books.run_id}"), text.getvalue().encode())
 
 
-def _answers(spec: RaySpec) -> None:
-    """Raise :class:`ClusterError` if nothing, or something else than Ray, is at the address.
+def _check_reachable(spec: RaySpec) -> None:
+    """Raise :class:`ClusterError` if no Ray cluster answers at the address.
 
-    ``ray.init`` waits two minutes for a silent address and then ends the process; so a child
-    process tries first.
+    If nothing answers, ``ray.init`` waits two minutes and then ends the process. A child process
+    therefore tries first.
     """
     address = str(spec.address)
     hint = "check that the cluster runs (`ray status`), or leave ray.address out to start a local Ray"
-    wrong = f"ray.address: {address!r} is not host:port or auto"
-    if address.startswith("ray://"):
-        raise ClusterError(f"{wrong}: Ray Client is not supported; run editsweep on a node of the cluster")
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal():
+    if address != "auto":
         try:
             socket.create_connection(
                 (host.strip("[]"), int(port)), timeout=min(5.0, spec.connect_seconds)
@@ -141,15 +139,13 @@ def _answers(spec: RaySpec) -> None:
             raise ClusterError(
                 f"ray.address: {address} does not answer ({error.strerror or error}); {hint}"
             ) from None
-    elif address != "auto":
-        raise ClusterError(f"{wrong}; {hint}")
     # The alarm starts after the import, which alone can take many seconds on a busy machine.
     code = (
         "import ray, signal, sys\n"
         "signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))\n"
         "ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
     )
-    silent = ClusterError(
+    no_answer = ClusterError(
         f"ray.address: {address} did not answer as a Ray cluster within {spec.connect_seconds:.0f} "
         f"seconds; {hint}"
     )
@@ -163,7 +159,7 @@ def _answers(spec: RaySpec) -> None:
             start_new_session=True,
         )
     except subprocess.TimeoutExpired:
-        raise silent from None
+        raise no_answer from None
     if tried.returncode and "InvalidAuthToken" in tried.stderr:
         raise ClusterError(
             f"ray.address: {address} asks for an authentication token; set RAY_AUTH_MODE=token and put the "
@@ -171,7 +167,7 @@ def _answers(spec: RaySpec) -> None:
             "where Ray looks for it (RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
         )
     if tried.returncode == -signal.SIGALRM:
-        raise silent
+        raise no_answer
     if tried.returncode:
         said = [line for line in tried.stderr.strip().splitlines() if line.strip()]
         raise ClusterError(
@@ -181,8 +177,8 @@ def _answers(spec: RaySpec) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c(books: Books) -> Iterator[None]:
-    """First Ctrl-C: Tune ends in good order (it listens to SIGUSR1); second, or before Tune runs:
-    KeyboardInterrupt."""
+    """Handle Ctrl-C. The first one makes Tune stop after the current steps, by the signal SIGUSR1
+    that Tune handles. The second one, or one before Tune runs, raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -192,7 +188,7 @@ def _ctrl_c(books: Books) -> Iterator[None]:
         if books.interrupted or not listening:
             raise KeyboardInterrupt
         books.interrupted = True
-        books.view.note("stopping: the steps at hand are being committed (Ctrl-C again to leave at once)")
+        books.view.note("stopping: the current steps are being committed (Ctrl-C again to leave at once)")
         signal.raise_signal(signal.SIGUSR1)
 
     before = signal.signal(signal.SIGINT, handle)
@@ -202,12 +198,6 @@ def _ctrl_c(books: Books) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGUSR1, before_user)
-
-
-# --- preflight ------------------------------------------------------------------------------
-
-
-# --- artifacts ------------------------------------------------------------------------------
 
 
 # --- shards ---------------------------------------------------------------------------------
@@ -254,14 +244,15 @@ def _trial_name(trial: Trial) -> str:
 
 
 class _Listener(tune.Callback):
-    """Passes what Tune learns on to the books. Called in the driver's main thread."""
+    """Passes Tune's events on to the books. Tune calls it in the driver's main thread."""
 
     def __init__(self, books: Books) -> None:
         self.books = books
         self.stopped_by: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks into a file that is never read; the books stay here."""
+        """Nothing: Tune pickles its callbacks into a file that is never read, and the books cannot
+        be pickled."""
         return {}
 
     def _shard(self, trial: Trial) -> str:
@@ -270,8 +261,8 @@ class _Listener(tune.Callback):
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """An error of ours (the lock is lost, the disk is full) ends the run in good order and is
-        raised after it."""
+        """Stop Tune after an error in the driver (the lock is lost, the disk is full), and keep the
+        error, which is raised when Tune has ended."""
         try:
             yield
         except (LockLost, EditSweepError, OSError) as error:
@@ -315,8 +306,8 @@ class _Listener(tune.Callback):
 def _cause(trial: Trial) -> Cause:
     """The cause of a trial's last failure.
 
-    Tune keeps it in a file of the driver. ``trial.get_pickled_error()`` looks for a copy, which is
-    made later.
+    Tune has stored it in a file on the driver's disk. ``trial.get_pickled_error()`` reads a copy
+    that may not exist yet.
     """
     path = trial.pickled_error_file
     if path is None:

@@ -1,8 +1,8 @@
-"""The Ray side of one shard: a Tune trainable whose every step is one committed step of a stream.
+"""One shard as a Tune trainable. Each step of the trainable is one committed step of the stream.
 
-An actor serves many shards one after another (``reuse_actors``) and keeps the loaded model in its
-:class:`~orchestrator.engine.worker.Bench`. Tune's checkpoints are not used: a restarted trial asks
-the journal where to go on.
+An actor runs many shards one after another (``reuse_actors``) and keeps the loaded model in its
+:class:`~orchestrator.engine.worker.Bench`. Tune's checkpoints are not used: a restarted trial reads
+its position from the journal.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from orchestrator.planning.work import Work
 
 
 class ShardTrial(tune.Trainable):
-    """``config["shard"]`` is an index into ``work.shards``; work, root and run_id come by
-    ``tune.with_parameters``.
+    """Runs the shard ``work.shards[config["shard"]]``. ``tune.with_parameters`` supplies work, root
+    and run_id.
 
-    What would only fail again ends the trial as done, with the cause in its result: Tune repeats
-    every trial that raises.
+    Tune repeats every trial that raises. A trial with an error that is not temporary therefore
+    ends normally, with the cause in its result.
     """
 
     def setup(
@@ -59,7 +59,7 @@ class ShardTrial(tune.Trainable):
         return {"done": report.tick == report.ticks, "report": dataclasses.asdict(report)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: progress is in the journal."""
+        """No-op: progress is in the journal."""
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Nothing: progress is in the journal."""
+        """No-op: progress is in the journal."""

@@ -2,7 +2,7 @@
 arXiv 2106.09685).
 
 >>> overlay = AdapterOverlay(sites, lanes=2, rank=8, scale=4.0, dtype=torch.float32)
->>> overlay.start(0, draws)  # lane 0: A at random, B zero; the other lane is the base still
+>>> overlay.start(0, draws)  # lane 0: A random, B zero; lane 1 has no adapter
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def target_paths(arch: Arch, target_modules: Sequence[str] | None) -> tuple[str, ...]:
-    """The linear maps of a layer that the names mean, as paths inside it: ``q_proj`` is
+    """Paths inside a layer of the linear maps with these names: ``q_proj`` gives
     ``self_attn.q_proj``.
 
     None means the attention's query and value maps (or the one map that holds them). Raises
@@ -47,21 +47,21 @@ def target_paths(arch: Arch, target_modules: Sequence[str] | None) -> tuple[str,
 
 
 def adapter_bytes(shape: ModelShape, paths: Sequence[str], layers: int, rank: int) -> int:
-    """One lane's adapters of so many layers, in the precision of overlays."""
+    """Bytes of one lane's adapters in ``layers`` layers, in the precision of overlays."""
     return layers * rank * sum(sum(shape.site(path)) for path in paths) * max(4, shape.bytes_per_value)
 
 
 def uniform_A(streams: RandomStreams, purpose: str, rank: int, width: int) -> Tensor:
-    """The start of A, (R, I): uniform within ``1 / sqrt(I)``, PyTorch's own for a linear map, as
-    public adapters have it."""
+    """Initial A, (R, I): uniform within ``1 / sqrt(I)``, PyTorch's initialisation of a linear map,
+    as in public adapters."""
     bound = 1 / math.sqrt(width)
     unit_RI = torch.rand(rank, width, generator=streams.generator(purpose))
     return (unit_RI * 2 - 1) * bound
 
 
 class AdapterOverlay(Overlay):
-    """Adapters at several maps. A lane that was never edited has none and answers as the base
-    does."""
+    """Adapters at several maps. A lane that was never edited has none and computes the base's
+    output."""
 
     def __init__(
         self, sites: Sequence[Site], lanes: int, rank: int, scale: float, dtype: torch.dtype
@@ -81,25 +81,25 @@ class AdapterOverlay(Overlay):
 
     @property
     def factors(self) -> list[Tensor]:
-        """Everything that is trained."""
+        """All trained tensors."""
         return [*self.down_LRI.values(), *self.up_LOR.values()]
 
     def start(self, lane: int, streams: RandomStreams) -> None:
-        """Give a lane its adapters, unless it has them."""
+        """Initialise a lane's adapters, unless it has them."""
         if self._started[lane]:
             return
         self._started[lane] = True
         for name, down_LRI in self.down_LRI.items():
             down_LRI[lane] = uniform_A(streams, f"A {name}", down_LRI.shape[1], down_LRI.shape[2])
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
-        if not any(self._started[lane] for lane, _, _ in rows.segments):
+        if not any(self._started[lane] for lane, _, _ in batch.segments):
             return out_BSO
         if self.dropout is not None:
-            x_BSI = self.dropout(x_BSI, rows)
-        inner_BSR = lane_linear(x_BSI, self.down_LRI[site.name], rows)
-        return out_BSO + lane_linear(inner_BSR, self.up_LOR[site.name], rows) * self.scale
+            x_BSI = self.dropout(x_BSI, batch)
+        inner_BSR = lane_linear(x_BSI, self.down_LRI[site.name], batch)
+        return out_BSO + lane_linear(inner_BSR, self.up_LOR[site.name], batch) * self.scale
 
     def state(self, lane: int) -> LaneState:
         if not self._started[lane]:
@@ -130,17 +130,17 @@ class AdapterOverlay(Overlay):
 
 
 class Dropout:
-    """Masks of an edit's adapter inputs. A lane's masks come from its own generator and cover its
-    real tokens alone, so that they depend neither on padding nor on the lanes beside."""
+    """Dropout of an edit's adapter inputs. A lane's masks come from its own generator and cover
+    only its real tokens, so that they depend neither on padding nor on other lanes."""
 
     def __init__(self, rate: float, streams: Sequence[RandomStreams]) -> None:
         self.rate = rate
         self._generators = [d.generator("dropout") for d in streams]
 
-    def __call__(self, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def __call__(self, x_BSI: Tensor, batch: Batch) -> Tensor:
         keep_BSI = torch.zeros(x_BSI.shape, dtype=torch.bool)
-        real_BS = rows.attention_mask_BS.bool().cpu()
-        for lane, start, stop in rows.segments:
+        real_BS = batch.attention_mask_BS.bool().cpu()
+        for lane, start, stop in batch.segments:
             for row in range(start, stop):
                 size = (int(real_BS[row].sum()), x_BSI.shape[2])
                 keep_BSI[row, real_BS[row]] = torch.rand(size, generator=self._generators[lane]) >= self.rate
@@ -148,5 +148,5 @@ class Dropout:
 
 
 def resolve_sites(base: BaseModel, layers: Sequence[int], paths: Sequence[str]) -> list[Site]:
-    """The maps at ``paths`` of some layers, in the order they are run."""
+    """The maps at ``paths`` of some layers, layer by layer."""
     return [base.site(layer, path) for layer in layers for path in paths]

@@ -1,14 +1,14 @@
-"""Networks that turn a gradient into an edit: what MEND, MALMEN and RLEdit share.
+"""Networks that map a gradient to an edit; shared by MEND, MALMEN and RLEdit.
 
 >>> sites = hypernet_sites(base, layers=(4, 5), modules=())
 >>> questions = Questions.of(base, [[(prompt, target)], [(other_prompt, other_target)]])  # one lane each
 >>> factors, loss_L = gradient_factors(base, sites, questions, overlay)
 >>> net = Hypernet([site.shape for site in sites], rank=64, blocks=2, rate=1e-3)
->>> key_LNI, grad_LNO = net(place, factors[place])  # same shapes, rows that are not kept are zero
+>>> key_LNI, grad_LNO = net(place, factors[place])  # same shapes, zero at tokens that are not kept
 
-The gradient of a linear map's weight is the sum over tokens of (gradient of its answer) x (its
-input). A network reads that pair, normalised by running statistics, and gives another pair. Maps of
-one shape share a network; a scale and a shift of their own tell it which of them it is looking at.
+The gradient of a linear map's weight is the sum over tokens of (gradient of its output) x (its
+input). A network takes this pair, normalised by running statistics, and returns another pair. Maps
+of one shape share a network; each has its own scale and shift inside it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, TrainingSchedule, pretrained
+from workers.data.needs import ELSEWHERE, Need
+from workers.data.scripts import SPACE, joiner_of
 from workers.inner_loop.losses import TargetTokens
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import split_module
@@ -34,35 +36,35 @@ from workers.model.batch import Batch, Encoded, collate
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay, Overlay
 from workers.model.replay import override_forward
-from workers.types import JSON, SpecError
+from workers.types import JSON, EditRequest, SpecError
 
 _TINY = 1e-7
 """Added to a standard deviation, as in the public code of both methods."""
 
 Pair = tuple[Tensor, Tensor]
-"""Factors of a change of weights, one per lane: ``left_LNO`` and ``right_LNI``; the change is
-``left^T right``."""
+"""Factors of a weight change, one per lane: ``left_LNO`` and ``right_LNI``; the change is ``left^T
+right``."""
 
 
-# --- where ----------------------------------------------------------------------------------
+# --- edited maps ----------------------------------------------------------------------------
 
 
 def hypernet_sites(base: BaseModel, layers: Sequence[int], modules: Sequence[str]) -> list[Site]:
-    """The edited maps, layer by layer; no modules: the MLP's output projection."""
+    """The edited maps, layer by layer; without modules, the MLP's output projection."""
     return [base.site(layer, module) for layer in sorted(layers) for module in (modules or (None,))]
 
 
 def site_shapes(shape: ModelShape, layers: Sequence[int], modules: Sequence[str]) -> list[tuple[int, int]]:
-    """(out, in) of each edited map, from a model's sizes alone. Raises :class:`SpecError` for what
-    it lacks."""
+    """(out, in) of each edited map, from a model's sizes. Raises :class:`SpecError` for a missing
+    layer or map."""
     for layer in layers:
         shape.check_layer(layer, "layers")
     return [shape.site(module) for _ in layers for module in (modules or (None,))]
 
 
 def split_inner_params(names: Sequence[str], source: str) -> tuple[list[int], list[str]]:
-    """EasyEdit's ``inner_params`` as layers and modules. They have to be the same modules in every
-    layer."""
+    """EasyEdit's ``inner_params`` as layers and modules. Raises :class:`SpecError` unless every
+    layer has the same modules."""
     places = [split_module(name, source) for name in names]
     layers = sorted({layer for layer, _ in places if layer is not None})
     modules = list(dict.fromkeys(path for _, path in places))
@@ -77,7 +79,7 @@ def split_inner_params(names: Sequence[str], source: str) -> tuple[list[int], li
 
 
 class HypernetConfig(MethodConfig):
-    """The maps that are edited, and the size of the networks that edit them."""
+    """The edited maps, and the size of the networks that edit them."""
 
     layers: Layers = Field(min_length=1, description="decoder layers whose maps are edited")
     modules: tuple[str, ...] = Field(
@@ -89,7 +91,7 @@ class HypernetConfig(MethodConfig):
     method: ClassVar[str]
     """The name of the method that trains the networks."""
     learnt: ClassVar[tuple[str, ...]]
-    """Hyperparameters that the trained networks depend on."""
+    """Names of the hyperparameters that the trained networks depend on."""
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -101,7 +103,7 @@ class HypernetConfig(MethodConfig):
     @property
     @abstractmethod
     def blocks(self) -> int:
-        """Blocks of the network of one shape."""
+        """Number of blocks of a network."""
 
     @property
     def first_layer(self) -> int:
@@ -109,6 +111,10 @@ class HypernetConfig(MethodConfig):
 
     def check(self, shape: ModelShape) -> None:
         site_shapes(shape, self.layers, self.modules)
+
+    @property
+    def training_needs(self) -> tuple[Need, ...]:
+        return (ELSEWHERE,)
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         hparams = self.model_dump(mode="json", include=set(self.learnt))
@@ -139,7 +145,7 @@ OverlayT = TypeVar("OverlayT", bound=DenseOverlay)
 
 
 class HypernetMethod(Method[C, OverlayT]):
-    """One forward, one backward, and the networks: an edit is a single step."""
+    """A method whose edit is one forward, one backward and one pass through the networks."""
 
     needs_pretraining: ClassVar[bool] = True
     batch_edits: ClassVar[bool] = True
@@ -163,11 +169,11 @@ class HypernetMethod(Method[C, OverlayT]):
     def changes(self, factors: Sequence[Factors], overlay: OverlayT) -> list[Pair]:
         """The change of each map."""
 
-    def questions(self, lanes: Sequence[Sequence[tuple[str, str]]]) -> Questions:
+    def questions(self, lanes: Sequence[Sequence[Question]]) -> Questions:
         return Questions.of(self.base, lanes)
 
     def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
-        asked = [[(r.prompt, r.target_new) for r in edit.requests] for edit in edits]
+        asked = [list(map(question_of, edit.requests)) for edit in edits]
         factors, loss_L = gradient_factors(self.base, self.sites, self.questions(asked), overlay)
         with torch.no_grad():
             add(overlay, self.changes(factors, overlay))
@@ -177,54 +183,61 @@ class HypernetMethod(Method[C, OverlayT]):
 # --- gradients ------------------------------------------------------------------------------
 
 
+Question = tuple[str, str] | tuple[str, str, str]
+"""A prompt, its answer, and the text between them: one space unless it is given."""
+
+
+def question_of(request: EditRequest) -> Question:
+    return request.prompt, request.target_new, joiner_of(request, request.prompt)
+
+
 @dataclass(frozen=True)
 class Questions:
-    """Prompts with the answers they are to have, some per lane, as one batch."""
+    """Prompts with their new answers, several per lane, as one batch."""
 
-    rows: Batch
+    batch: Batch
     targets: TargetTokens
 
     @classmethod
-    def of(
-        cls, base: BaseModel, lanes: Sequence[Sequence[tuple[str, str]]], public_bos: bool = False
-    ) -> Self:
+    def of(cls, base: BaseModel, lanes: Sequence[Sequence[Question]], public_bos: bool = False) -> Self:
         """The loss of a lane is the sum over its questions of the mean over the answer's tokens.
 
-        A sum, so that what is learnt from a question is the same in a batch as alone.
+        It is a sum, so that a question has the same gradient in a batch as alone.
         ``public_bos`` tokenises the answer alone, which makes a BOS token part of it if the
         tokenizer adds one.
         """
         encoded: list[Encoded] = []
         places: list[tuple[int, int, int, float]] = []
-        for prompt, target in (question for lane in lanes for question in lane):
-            pair = base.encoder.pair(prompt, target)
-            answer = base.encoder.text(f" {target}") if public_bos else pair.target
+        for question in (question for lane in lanes for question in lane):
+            prompt, target, joiner = question if len(question) == 3 else (*question, SPACE)
+            pair = base.encoder.pair(prompt, target, joiner)
+            answer = base.encoder.text(f"{joiner}{target}") if public_bos else pair.target
             start = len(pair.ids) - 1 - len(answer)
             places += [(len(encoded), start + j, token, 1 / len(answer)) for j, token in enumerate(answer)]
             encoded.append(pair)
-        rows = collate(
+        batch = collate(
             encoded, [i for i, lane in enumerate(lanes) for _ in lane], base.encoder.pad_id, base.device
         )
-        return cls(rows, TargetTokens.of(rows, places, len(lanes)))
+        return cls(batch, TargetTokens.of(batch, places, len(lanes)))
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of a weight's gradient, at every column of every row of a lane (N of them)."""
+    """The factors of a weight's gradient, at the N columns of all rows of a lane."""
 
     key_LNI: Tensor
     """Input of the map."""
     grad_LNO: Tensor
-    """The gradient of the lane's loss by the map's answer."""
+    """Gradient of the lane's loss with respect to the map's output."""
     kept_LN: Tensor
-    """Rows that the networks see; at first, real tokens at which neither of the two is zero."""
+    """Tokens that the networks take; initially the real tokens where both factors are non-zero."""
     read_LN: Tensor
-    """Tokens at which the loss is read: those that predict a token of an answer."""
+    """Tokens that predict a token of an answer, where the loss is read."""
     real_LN: Tensor
-    """Tokens that are no padding."""
+    """Tokens that are not padding."""
 
     def lane(self, lane: int) -> Factors:
-        """One lane alone."""
+        """The factors of one lane."""
         part = slice(lane, lane + 1)
         return Factors(
             self.key_LNI[part],
@@ -241,32 +254,32 @@ def gradient_factors(
     """Factors at each site and the loss of each lane, (L,), from one forward and one backward pass
     at the edited weights.
 
-    Every lane has to have equally many questions. All results are detached.
+    Every lane must have the same number of questions. All results are detached.
     """
-    rows, targets = questions.rows, questions.targets
+    batch, targets = questions.batch, questions.targets
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
     def answer(site: Site, x_BSI: Tensor) -> Tensor:
-        plain = plain_answer(site, x_BSI, rows, overlay)
-        # nothing below the lowest sites needs a gradient, so there one has to begin
+        plain = plain_answer(site, x_BSI, batch, overlay)
+        # no tensor below the lowest sites requires a gradient, so the graph must start here
         out_BSO = plain if plain.requires_grad else plain.detach().requires_grad_(True)
         inputs[site.name], outputs[site.name] = x_BSI.detach(), out_BSO
         return out_BSO
 
     with torch.enable_grad(), ExitStack() as stack:
         if overlay is not None:
-            stack.enter_context(overlay.installed(rows))
+            stack.enter_context(overlay.installed(batch))
         for site in sites:
-            stack.enter_context(override_forward(site.module, _answer_at(answer, site)))
+            stack.enter_context(override_forward(site.module, _bind(answer, site)))
         row_P, column_P = targets.reads
-        hidden_PD = base.hidden_states(rows)[list(row_P), list(column_P)]
+        hidden_PD = base.hidden_states(batch)[list(row_P), list(column_P)]
         loss_L = targets.nll(base, hidden_PD)
         grads = torch.autograd.grad(loss_L.sum(), [outputs[site.name] for site in sites])
     lanes = targets.lanes
-    read_BS = torch.zeros_like(rows.attention_mask_BS, dtype=torch.bool)
+    read_BS = torch.zeros_like(batch.attention_mask_BS, dtype=torch.bool)
     read_BS[list(row_P), list(column_P)] = True
-    real_LN = rows.attention_mask_BS.bool().reshape(lanes, -1)
+    real_LN = batch.attention_mask_BS.bool().reshape(lanes, -1)
     found = []
     for site, grad_BSO in zip(sites, grads, strict=True):
         key_LNI = inputs[site.name].to(base.master_dtype).reshape(lanes, -1, site.shape[1])
@@ -276,11 +289,11 @@ def gradient_factors(
     return found, loss_L.detach()
 
 
-def plain_answer(site: Site, x_BSI: Tensor, rows: Batch, overlay: Overlay | None) -> Tensor:
-    return site.answer(x_BSI) if overlay is None else overlay.forward(site, x_BSI, rows)
+def plain_answer(site: Site, x_BSI: Tensor, batch: Batch, overlay: Overlay | None) -> Tensor:
+    return site.answer(x_BSI) if overlay is None else overlay.forward(site, x_BSI, batch)
 
 
-def _answer_at(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
+def _bind(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
     return lambda x_BSI: answer(site, x_BSI)
 
 
@@ -288,7 +301,8 @@ def _answer_at(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable
 
 
 class Statistics(nn.Module):
-    """Running mean and deviation of each feature over all rows seen. Part of the saved state."""
+    """Running mean and standard deviation of each feature over all rows seen. Part of the saved
+    state."""
 
     count: Tensor
     mean_F: Tensor
@@ -302,8 +316,8 @@ class Statistics(nn.Module):
 
     @torch.no_grad()
     def update(self, x_NF: Tensor) -> None:
-        """Take more rows in (Chan et al.'s combination of two samples, which is Welford's rule for
-        many rows at once)."""
+        """Add rows to the statistics (Chan et al.'s combination of two samples: Welford's rule for
+        several rows at once)."""
         if not len(x_NF):
             return
         x_NF = x_NF.to(torch.float64)
@@ -322,14 +336,14 @@ Scale = Mapping[str, Statistics]
 """The statistics of each shape of map."""
 
 Order = Literal["inside", "outside"]
-"""True if scale and shift act inside the rectifier (MEND) or outside of it (MALMEN)."""
+"""Scale and shift act inside the rectifier (MEND) or outside of it (MALMEN)."""
 
 
 class Block(nn.Module):
     """``x + max(0, scale (U V x + b) + shift)`` (inside) or ``x + scale max(0, U V x + b) + shift``
     (outside).
 
-    ``U`` is zero at first, so an untrained network gives back what it is given.
+    ``U`` is zero at first, so an untrained network is the identity.
     """
 
     def __init__(
@@ -347,15 +361,15 @@ class Block(nn.Module):
     def forward(self, x_NF: Tensor, mode: int) -> Tensor:
         scale_F, shift_F = self.scale_MF[mode], self.shift_MF[mode]
         out_NF = F.linear(F.linear(x_NF, self.down_RF), self.up_FR, self.bias_F)
-        # clamp, not relu: its gradient at zero is one, and at zero is where training starts
+        # clamp, not relu: its gradient at zero, where training starts, is one
         if self.order == "inside":
             return x_NF + (out_NF * scale_F + shift_F).clamp(min=0)
         return x_NF + out_NF.clamp(min=0) * scale_F + shift_F
 
 
 class Hypernet(nn.Module):
-    """A network per shape, and two numbers per map: ``rate_S``, its step size, and ``damping_S``,
-    the log of MALMEN's lambda."""
+    """One network per shape, and two numbers per map: the step size ``rate_S``, and ``damping_S``,
+    the log of MALMEN's lambda. S is an axis over maps."""
 
     def __init__(
         self,
@@ -383,8 +397,8 @@ class Hypernet(nn.Module):
                 )
 
     def learn_scale(self, factors: Sequence[Factors], scale: Scale | None = None) -> None:
-        """Take the kept rows of each map into the statistics of its shape: the network's own, or
-        others."""
+        """Add the kept tokens of each map to the statistics of its shape: the network's, or
+        ``scale``."""
         for name, found in zip(self.names, factors, strict=True):
             (scale or self.scale)[name].update(_rows(found))
 
@@ -393,10 +407,9 @@ class Hypernet(nn.Module):
         return {name: found for name, found in self.statistics.items() if isinstance(found, Statistics)}
 
     def forward(self, place: int, factors: Factors, scales: Sequence[Scale] | None = None) -> Pair:
-        """The other pair for map ``place``: ``key_LNI``, ``grad_LNO``, zero in rows that are not
-        kept.
+        """The new pair of map ``place``, (L, N, I) and (L, N, O); zero at tokens that are not kept.
 
-        ``scales``: statistics of each lane's own instead of the network's.
+        ``scales``: statistics per lane, used instead of the network's.
         """
         name = self.names[place]
         if scales is None:
@@ -423,7 +436,8 @@ class Hypernet(nn.Module):
         self.load_state_dict({name: tensors[name] for name in self.state_dict()})
 
     def of_precision(self, base: BaseModel) -> Self:
-        """In the masters' precision on the model's device; the statistics stay in float64."""
+        """Convert to the masters' precision on the model's device, in place; the statistics stay in
+        float64."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(base.device, base.master_dtype)
         for name, buffer in list(self.named_buffers()):
@@ -433,7 +447,7 @@ class Hypernet(nn.Module):
 
 
 def _rows(factors: Factors) -> Tensor:
-    """Kept rows of all lanes, input and gradient side by side, (M, I + O)."""
+    """Kept tokens of all lanes, input and gradient concatenated, (M, I + O)."""
     kept_LN = factors.kept_LN
     return torch.cat([factors.key_LNI[kept_LN], factors.grad_LNO[kept_LN]], dim=-1)
 
@@ -442,7 +456,7 @@ def _rows(factors: Factors) -> Tensor:
 
 
 def token_choice(value: JSON, source: str) -> str:
-    """``token`` of a public hyperparameter file in our words. Raises :class:`SpecError`."""
+    """Our word for ``token`` of a public hyperparameter file. Raises :class:`SpecError`."""
     choices = {"ans": "answer", "mask": "all", "all": "all"}
     if value not in choices:
         raise SpecError(f"{source}: token: {value!r}; choices: {', '.join(choices)}")
@@ -450,8 +464,8 @@ def token_choice(value: JSON, source: str) -> str:
 
 
 def fit_keys(factors: Sequence[Factors], tokens: str) -> list[Factors]:
-    """Keys that the fit sees. ``tokens``: answer; or all, rows without any gradient too, because
-    their value is to stay."""
+    """Select the tokens of the fit. ``tokens``: ``answer``; or ``all``, which includes tokens
+    without gradient, because their values must stay."""
     if tokens == "answer":
         return [replace(found, kept_LN=found.read_LN) for found in factors]
     return [replace(found, kept_LN=found.real_LN) for found in factors]
@@ -470,10 +484,10 @@ def fitted(net: Hypernet, factors: Sequence[Factors], scales: Sequence[Scale] | 
 
 
 def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
-    """``K (K^T K + l I)^-1`` of each lane's keys (its rows), (L, N, I); equally ``(K K^T + l I)^-1
-    K``, where that is smaller.
+    """``K (K^T K + l I)^-1`` of each lane's keys (rows of K), (L, N, I); computed as the equal ``(K
+    K^T + l I)^-1 K`` if that system is smaller.
 
-    A lane whose keys are not finite gives what is not finite; the others are what they are alone.
+    A lane with non-finite keys gets non-finite results; the other lanes are not affected.
     """
     wide_LNI = key_LNI.to(torch.float64)
     _, tokens, in_features = wide_LNI.shape
@@ -491,7 +505,8 @@ def fit(key_LNI: Tensor, damping: Tensor) -> Tensor:
 
 
 def squared_norm(change: Pair) -> Tensor:
-    """``|left^T right|^2`` over all lanes, without the product: of the inner products of rows."""
+    """``|left^T right|^2`` over all lanes, from inner products of the rows instead of the
+    product."""
     left_LNO, right_LNI = change
     return ((left_LNO @ left_LNO.transpose(1, 2)) * (right_LNI @ right_LNI.transpose(1, 2))).sum()
 

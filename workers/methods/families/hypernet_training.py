@@ -1,4 +1,4 @@
-"""Training of the networks that change gradients (MEND, MALMEN and their relatives)."""
+"""Training of the networks that map gradients to edits (MEND, MALMEN, RLEdit)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workers.artifacts.base import ArtifactData
 from workers.artifacts.pretrain import Trainer
+from workers.data.scripts import joiner_of
 from workers.inner_loop.losses import TargetTokens
 from workers.methods.families.hypernet import (
     Factors,
@@ -23,6 +24,7 @@ from workers.methods.families.hypernet import (
     Questions,
     gradient_factors,
     plain_answer,
+    question_of,
 )
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
@@ -33,15 +35,17 @@ from workers.types import DataError, EditRequest
 
 @contextmanager
 def changed(
-    sites: Sequence[Site], changes: Sequence[Pair], rows: Batch, overlay: Overlay | None = None
+    sites: Sequence[Site], changes: Sequence[Pair], batch: Batch, overlay: Overlay | None = None
 ) -> Iterator[None]:
-    """Inside, each map answers with its lane's change added, to the pristine weights or an
-    overlay's; gradients flow into the changes."""
+    """Inside, each map has its lane's change added to the pristine weights or to an overlay's.
+    Gradients flow to the changes."""
 
     def answer(site: Site, pair: Pair, x_BSI: Tensor) -> Tensor:
         left_LNO, right_LNI = pair
-        low_BSN = lane_linear(x_BSI, right_LNI, rows)
-        return plain_answer(site, x_BSI, rows, overlay) + lane_linear(low_BSN, left_LNO.transpose(1, 2), rows)
+        low_BSN = lane_linear(x_BSI, right_LNI, batch)
+        return plain_answer(site, x_BSI, batch, overlay) + lane_linear(
+            low_BSN, left_LNO.transpose(1, 2), batch
+        )
 
     with ExitStack() as stack:
         for site, pair in zip(sites, changes, strict=True):
@@ -60,9 +64,9 @@ class Objective:
     """Training loss of the edited model: ``cedit * NLL of the new answers + cloc * KL(before ||
     after) elsewhere``.
 
-    ``train_on``: which sentences ask for the new answer: one drawn from the request's prompt and
-    its rephrases (``rephrase``, the papers' equivalence set), or always its prompt (``prompt``,
-    EasyEdit's trainer).
+    ``train_on``: the prompt of the new answer: drawn from the request's prompt and its rephrases
+    (``rephrase``, the papers' equivalence set), or always the prompt (``prompt``, EasyEdit's
+    trainer).
     """
 
     cedit: float
@@ -72,7 +76,7 @@ class Objective:
 
 
 class HypernetTrainer(Trainer):
-    """Adam on the networks. Gradients flow to the networks only: their inputs are detached, as in
+    """Adam on the networks. Gradients flow only to the networks: their inputs are detached, as in
     the papers."""
 
     def __init__(
@@ -95,10 +99,10 @@ class HypernetTrainer(Trainer):
         self._optimizer = torch.optim.Adam([{"params": others, "lr": lr}, {"params": own, "lr": rate_lr}])
 
     def update(self, figures: dict[str, float]) -> dict[str, float]:
-        """One Adam step along the gradients as they are, clipped. A norm that is not finite becomes
-        a figure and no step."""
+        """Make one Adam step with the current gradients, clipped. If their norm is not finite,
+        return it in the figures and make no step."""
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
-        if not math.isfinite(float(norm)):  # the figures, or those of the next step, say so
+        if not math.isfinite(float(norm)):  # the builder raises for a non-finite figure
             return {**figures, "gradient": float(norm)}
         self._optimizer.step()
         return figures
@@ -130,7 +134,7 @@ class HypernetTrainer(Trainer):
 
 
 class SingleEditTrainer(HypernetTrainer):
-    """One Adam step per batch of requests, edits of the pristine model."""
+    """One Adam step per batch of requests, each an edit of the pristine model."""
 
     @abstractmethod
     def lanes(self, requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
@@ -138,18 +142,16 @@ class SingleEditTrainer(HypernetTrainer):
 
     @abstractmethod
     def changes(self, factors: Sequence[Factors]) -> list[Pair]:
-        """The change of each map, from the networks as they are now."""
+        """The change of each map, from the current networks."""
 
     @abstractmethod
     def chosen(self, factors: Sequence[Factors]) -> list[Factors]:
-        """The same factors with the rows kept that the method uses."""
+        """The same factors, with the method's selection of tokens in ``kept_LN``."""
 
     def step(self, requests: Sequence[EditRequest], generator: torch.Generator) -> dict[str, float]:
         base, objective = self.base, self.objective
         lanes = self.lanes(requests)
-        edits = Questions.of(
-            base, [[(r.prompt, r.target_new) for r in lane] for lane in lanes], objective.public_bos
-        )
+        edits = Questions.of(base, [list(map(question_of, lane)) for lane in lanes], objective.public_bos)
         found, _ = gradient_factors(base, self.sites, edits)
         factors = self.chosen(found)
         self.net.learn_scale(factors)
@@ -169,13 +171,13 @@ class SingleEditTrainer(HypernetTrainer):
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences that some requests are judged by: one each that asks for the new answer, and one
-    about something else."""
+    """The sentences of some requests for the training loss: per request, one that asks for the new
+    answer and one about something else."""
 
     asking: tuple[tuple[Encoded, tuple[int, ...]], ...]
-    """With the answer's tokens."""
+    """Each with the answer's tokens."""
     others: tuple[tuple[Encoded, range], ...]
-    """With the columns whose predictions have to stay."""
+    """Each with the columns whose predictions must stay."""
 
     @classmethod
     def draw(
@@ -189,17 +191,20 @@ class Sentences:
         asking = []
         for request in requests:
             ways = (request.prompt, *(request.rephrases if objective.train_on == "rephrase" else ()))
-            pair = encoder.pair(ways[_draw(len(ways), generator)], request.target_new)
-            answer = encoder.text(f" {request.target_new}") if objective.public_bos else pair.target
+            prompt = ways[_draw(len(ways), generator)]
+            joiner = joiner_of(request, prompt)
+            pair = encoder.pair(prompt, request.target_new, joiner)
+            alone = f"{joiner}{request.target_new}"
+            answer = encoder.text(alone) if objective.public_bos else pair.target
             asking.append((pair, tuple(answer)))
         return cls(tuple(asking), tuple(_elsewhere(base, request, generator) for request in requests))
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Sentences as one batch through the pristine model, and how much each of them counts."""
+    """A batch of sentences with its prefix in the pristine model and the sentences' weights."""
 
-    rows: Batch
+    batch: Batch
     prefix: Prefix
     targets: TargetTokens
     other_row_P: list[int]
@@ -210,8 +215,7 @@ class Judge:
     def of(
         cls, base: BaseModel, lanes: Sequence[Sequence[tuple[Sentences, float]]], first_layer: int
     ) -> Self:
-        """Each lane's sentences, every one of which counts as much as the number beside them
-        says."""
+        """Collate each lane's sentences; the number is the weight of all sentences beside it."""
         encoded: list[Encoded] = []
         lane_B: list[int] = []
         places: list[tuple[int, int, int, float]] = []
@@ -227,30 +231,31 @@ class Judge:
                     others += [(len(encoded), column, weight / len(read)) for column in read]
                     encoded.append(kept)
                 lane_B += [i] * (len(sentences.asking) + len(sentences.others))
-        rows = collate(encoded, lane_B, base.encoder.pad_id, base.device)
+        batch = collate(encoded, lane_B, base.encoder.pad_id, base.device)
         row, column, share_P = zip(*others, strict=True)
         return cls(
-            rows,
-            capture(base, rows, first_layer),
-            TargetTokens.of(rows, places, len(lanes)),
+            batch,
+            capture(base, batch, first_layer),
+            TargetTokens.of(batch, places, len(lanes)),
             list(row),
-            [rows.offsets[r] + c for r, c in zip(row, column, strict=True)],
+            [batch.offsets[r] + c for r, c in zip(row, column, strict=True)],
             torch.tensor(share_P, dtype=base.master_dtype, device=base.device),
         )
 
     def losses(
         self, base: BaseModel, sites: Sequence[Site], changes: Sequence[Pair], overlay: Overlay | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Weighted sums over all sentences: ``-log p`` of the answers, and KL of what was said
-        before the change. The change is one of the pristine weights, or of an overlay's."""
-        with changed(sites, changes, self.rows, overlay):
+        """Weighted sums over all sentences: ``-log p`` of the answers, and KL of the predictions
+        before and after the change. The change is added to the pristine weights or to an
+        overlay's."""
+        with changed(sites, changes, self.batch, overlay):
             hidden_BSD = replay(base, self.prefix)
         row_P, column_P = self.targets.reads
         nll = self.targets.nll(base, hidden_BSD[list(row_P), list(column_P)]).sum()
         with torch.no_grad():
             before_BSD = self.prefix.output_BSD
             if overlay is not None:
-                with overlay.installed(self.rows):
+                with overlay.installed(self.batch):
                     before_BSD = replay(base, self.prefix)
             before_PV = base.logits(before_BSD[self.other_row_P, self.other_column_P]).log_softmax(-1)
         after_PV = base.logits(hidden_BSD[self.other_row_P, self.other_column_P]).log_softmax(-1)
@@ -263,14 +268,14 @@ def _draw(count: int, generator: torch.Generator) -> int:
 
 
 def _elsewhere(base: BaseModel, request: EditRequest, generator: torch.Generator) -> tuple[Encoded, range]:
-    """A sentence that the edit must not touch, and the columns whose predictions have to stay.
+    """A sentence whose predictions the edit must not change, and the columns of these predictions.
 
-    One of the locality probes, at its answer; a request without one gives its unrelated sentence,
-    at all tokens.
+    It is one of the locality probes (columns of the answer) or, without any, the unrelated sentence
+    (all columns). Raises :class:`DataError` if the request has neither.
     """
     if request.locality:
         probe = request.locality[_draw(len(request.locality), generator)]
-        pair = base.encoder.pair(probe.prompt, probe.target)
+        pair = base.encoder.pair(probe.prompt, probe.target, joiner_of(request, probe.prompt))
         return pair, range(pair.prompt_len - 1, len(pair.ids) - 1)
     if request.unrelated is None:
         raise DataError(

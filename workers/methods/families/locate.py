@@ -1,16 +1,16 @@
 """Common part of the locate-then-edit family (ROME, R-ROME, MEMIT, EMMET, PMET, AlphaEdit).
 
->>> facts = facts_of(base, edits, config, inputs)               # a lane may bring several requests
->>> for part in chunked(facts, overlay.lanes):
-...     batch = Facts(base, part)
-...     at = AtMap.capture(base, site, batch, overlay)
-...     found = search(base, config, batch, at, [at.value_NO])  # or [at.layer_NO]: the value of the whole layer
+>>> facts = facts_of(base, edits, config, inputs)               # a lane may have several requests
+>>> for chunk in chunked(facts, overlay.lanes):
+...     part = Facts(base, chunk)
+...     at = AtMap.capture(base, site, part, overlay)
+...     found = search(base, config, part, at, [at.value_NO])  # or [at.layer_NO]: the value of the whole layer
 >>> keys, (now_ND,) = observe(base, overlay, facts, sites, [base.layers[z]])  # keys_NI of each site
 >>> change = factor.solve(keys_LIN)                              # C^-1 K in float64
 
-A *fact* is one request of one lane. Each has its own vector, its own optimiser state and its own
-stop, so that neither lanes nor the requests of a batch depend on each other. The mathematics: Meng
-et al., arXiv 2202.05262, section 3.1.
+A *fact* is one request of one lane. Each has its own vector, optimiser state and stop, so that
+neither lanes nor the requests of a batch depend on each other. The mathematics: Meng et al., arXiv
+2202.05262, section 3.1.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from workers.artifacts import stats, templates
 from workers.artifacts.base import ArtifactData, ArtifactSpec
+from workers.data.needs import SUBJECT, Need
+from workers.data.scripts import joiner_of, subject_position
 from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
@@ -48,11 +50,12 @@ MOMENT = "moment"
 TEMPLATES = "templates"
 
 _AT_ONCE = 64
-"""Facts in one value search, where a lane brings many; one a lane are always searched together."""
+"""Facts in one value search if lanes have several; one fact per lane is always searched
+together."""
 
 
 class LocateConfig(MethodConfig):
-    """Hyperparameters of the value search and of the statistics, under the names the field uses."""
+    """Hyperparameters of the value search and of the statistics, under their usual names."""
 
     fact_token: Literal["subject_last", "last"] = Field(
         "subject_last", description="where the fact is looked up: the subject's or the prompt's last token"
@@ -96,6 +99,10 @@ class LocateConfig(MethodConfig):
         return pairs
 
     @property
+    def reads_subject(self) -> bool:
+        return self.fact_token == "subject_last"
+
+    @property
     def uses_seed(self) -> bool:
         return bool(self.context_template_length_params)
 
@@ -103,8 +110,16 @@ class LocateConfig(MethodConfig):
     def rows_per_edit(self) -> int:
         return 2 + sum(count for _, count in self.context_template_length_params)
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (SUBJECT,)
 
-# --- what is built once ---
+    @classmethod
+    def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
+        return True
+
+
+# --- artifacts ---
 
 
 def template_spec(config: LocateConfig, context: ArtifactContext) -> ArtifactSpec:
@@ -131,8 +146,8 @@ def moment_spec(
     name: str = MOMENT,
     otherwise: str = "",
 ) -> ArtifactSpec:
-    """The second moment of what enters one map. ``otherwise`` is what else a user without a corpus
-    can do."""
+    """The second moment of one map's inputs. ``otherwise``: for the message, the alternative of a
+    user without a corpus."""
     how_much = f"a few thousand lines or more{otherwise}"
     corpus = stats.corpus_of(config.corpus, context.model, config.title, "second moment", how_much)
     return stats.second_moment(
@@ -157,7 +172,7 @@ def moment_name(layer: int) -> str:
 
 
 def moment_value(config: LocateConfig) -> int:
-    """Bytes of one number of a second moment."""
+    """Bytes per number of a second moment."""
     return 8 if config.precision == "float64" else 4
 
 
@@ -200,7 +215,7 @@ class Factor:
 
 
 def lane_chunks(lanes: int, bytes_each: int, limit: int) -> Iterator[slice]:
-    """Lanes in runs that together stay below ``limit`` bytes, one at least."""
+    """Split lanes into chunks of at most ``limit`` bytes, at least one lane each."""
     size = max(1, limit // max(1, bytes_each))
     for start in range(0, lanes, size):
         yield slice(start, min(lanes, start + size))
@@ -211,8 +226,8 @@ def lane_chunks(lanes: int, bytes_each: int, limit: int) -> Iterator[slice]:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One row: its tokens, where the fact is looked up, where reading starts, and the target tokens
-    read from there."""
+    """One row: its tokens, the position where the fact is looked up, the first position that is
+    read, and the target tokens predicted from there on."""
 
     encoded: Encoded
     lookup: int
@@ -222,7 +237,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One request of one lane: its contexts (the bare prompt first), and after them ``"{subject} is
+    """One request of one lane: a line per context (the bare prompt first), then ``"{subject} is
     a"``."""
 
     lane: int
@@ -237,9 +252,10 @@ def request_lines(
     base: BaseModel, request: EditRequest, texts: Sequence[str], config: LocateConfig, spaced: bool = True
 ) -> list[Line]:
     """The rows of one request, in the order of ``texts`` (the bare prompt first). ``spaced=False``:
-    the target is tokenised alone and follows without a space, as some public code has it."""
-    at = request.prompt.find(request.subject)
-    if at < 0 or not request.subject:
+    the target is tokenised alone and follows without a space, as in some public code. Raises
+    :class:`DataError` if the prompt lacks its subject."""
+    at = subject_position(request.prompt, request.subject)
+    if at < 0:
         raise DataError(
             f"case {request.case_id}: prompt {request.prompt!r} lacks its subject {request.subject!r}"
         )
@@ -248,7 +264,7 @@ def request_lines(
     for text in ["{}", *(text for text in texts if text != "{}")]:
         slot = text.index("{}")
         prompt = text[:slot] + request.prompt + text[slot + 2 :]
-        pair = encoder.pair(prompt, request.target_new)
+        pair = encoder.pair(prompt, request.target_new, joiner_of(request, request.prompt))
         lookup = pair.prompt_len
         if config.fact_token == "subject_last":
             lookup = encoder.tokens_until(prompt, slot + at + len(request.subject))
@@ -280,7 +296,7 @@ def facts_of(
     inputs: Mapping[str, ArtifactData],
     spaced: bool = True,
 ) -> list[Fact]:
-    """All requests of all lanes, lanes ascending. A lane's templates are those of its own cell."""
+    """The facts of all lanes, lanes ascending. A lane's templates are those of its own cell."""
     facts = []
     for lane, edit in enumerate(edits):
         texts = (edit.inputs.get(TEMPLATES) or inputs[TEMPLATES]).meta["templates"]
@@ -292,34 +308,34 @@ def facts_of(
 
 
 def chunked(facts: Sequence[Fact], lanes: int) -> Iterator[Sequence[Fact]]:
-    """Facts in runs that one batch takes."""
+    """Split facts into chunks of one batch each."""
     size = max(lanes, _AT_ONCE)
     for start in range(0, len(facts), size):
         yield facts[start : start + size]
 
 
 class Facts:
-    """The batch of one value search. In ``rows`` every fact is a lane of its own; ``lane_rows`` are
-    the same rows under the overlay's lanes."""
+    """The rows of one value search. In ``batch`` every fact is a lane of its own; ``lane_batch``
+    has the same rows with the overlay's lanes."""
 
     def __init__(self, base: BaseModel, facts: Sequence[Fact]) -> None:
         lines = [(n, line) for n, fact in enumerate(facts) for line in fact.lines]
         device = base.device
         self.count = len(facts)
         encoded, pad = [line.encoded for _, line in lines], base.encoder.pad_id
-        self.rows: Batch = collate(encoded, [n for n, _ in lines], pad, device)
-        self.lane_rows = self.rows
+        self.batch: Batch = collate(encoded, [n for n, _ in lines], pad, device)
+        self.lane_batch = self.batch
         if [fact.lane for fact in facts] != list(range(len(facts))):
-            self.lane_rows = collate(encoded, [facts[n].lane for n, _ in lines], pad, device)
-        offsets = self.rows.offsets
+            self.lane_batch = collate(encoded, [facts[n].lane for n, _ in lines], pad, device)
+        offsets = self.batch.offsets
         lookup = [offset + line.lookup for offset, (_, line) in zip(offsets, lines, strict=True)]
         self.lookup_B = torch.tensor(lookup, device=device)
         self.first = min(lookup)
         """Columns before this one never change."""
         self.edited_B = torch.tensor([bool(line.target) for _, line in lines], device=device)
         self.contexts_N = torch.tensor([len(fact.contexts) for fact in facts], device=device)
-        starts = [start for _, start, _ in self.rows.segments]
-        stops = [stop for _, _, stop in self.rows.segments]
+        starts = [start for _, start, _ in self.batch.segments]
+        stops = [stop for _, _, stop in self.batch.segments]
         self.plain_N = torch.tensor(starts, device=device)
         """The row of each fact's bare prompt."""
         self.kept_N = tuple(stop - 1 for stop in stops)
@@ -329,32 +345,32 @@ class Facts:
             for i, (n, line) in enumerate(lines)
             for j, token in enumerate(line.target)
         ]
-        self.targets = TargetTokens.of(self.rows, places, self.count)
+        self.targets = TargetTokens.of(self.batch, places, self.count)
 
     @property
     def reads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Rows and columns that the loss reads: those of the targets, then each fact's kept
-        prediction."""
+        """Rows and columns that the loss reads: those of the targets, then those of each fact's KL
+        term."""
         row_P, column_P = self.targets.reads
         return (*row_P, *self.kept_N), (*column_P, *self.kept_column_N)
 
     def at_lookup(self, tensor_BSX: Tensor) -> Tensor:
         """Values of a captured tensor at each row's lookup token, (B, X)."""
-        return tensor_BSX[torch.arange(self.rows.size, device=self.lookup_B.device), self.lookup_B]
+        return tensor_BSX[torch.arange(self.batch.size, device=self.lookup_B.device), self.lookup_B]
 
     def plain(self, tensor_BSX: Tensor) -> Tensor:
-        """The same for each fact's bare prompt, (N, X)."""
+        """Values of a captured tensor at the lookup token of each fact's bare prompt, (N, X)."""
         return tensor_BSX[self.plain_N, self.lookup_B[self.plain_N]]
 
     def mean(self, rows_BX: Tensor) -> Tensor:
         """Mean over each fact's contexts, (N, X)."""
         kept_BX = torch.where(self.edited_B[:, None], rows_BX, 0)
-        sum_NX = rows_BX.new_zeros(self.count, rows_BX.shape[1]).index_add(0, self.rows.lane_B, kept_BX)
+        sum_NX = rows_BX.new_zeros(self.count, rows_BX.shape[1]).index_add(0, self.batch.lane_B, kept_BX)
         return sum_NX / self.contexts_N[:, None]
 
     def lookup_mask(self, first: int) -> Tensor:
-        """Mask of each row's lookup token, from column ``first`` on, (B, S, 1)."""
-        here_BS = F.one_hot(self.lookup_B, self.rows.input_ids_BS.shape[1]).bool()
+        """Mask of each row's lookup token, for the columns from ``first`` on, (B, S, 1)."""
+        here_BS = F.one_hot(self.lookup_B, self.batch.input_ids_BS.shape[1]).bool()
         return here_BS[:, first:, None]
 
 
@@ -362,26 +378,26 @@ class Facts:
 
 
 class Added(Protocol):
-    """The model with each fact's vectors added at its lookup tokens: what :func:`search` steps
-    through."""
+    """The model with each fact's vectors added at its lookup tokens, as :func:`search` runs it."""
 
     @property
-    def rows(self) -> Batch:
-        """Its rows; every fact is a lane of its own."""
+    def batch(self) -> Batch:
+        """Its batch; every fact is a lane of its own."""
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
-        """Hidden states after the final norm at the places that are read, (P, D). ``deltas``:
-        (facts, width) each."""
+        """Hidden states after the final norm at the positions that are read, (P, D). ``deltas``:
+        (K, width) each."""
 
-    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> Added:
-        """The same for some of the rows, now ``rows``, and the reads ``read_P`` of them."""
+    def part(self, row_B: Sequence[int], batch: Batch, read_P: Sequence[int]) -> Added:
+        """The same for rows ``row_B`` and reads ``read_P``. ``batch``: the new batch of these
+        rows."""
 
 
 @dataclass(frozen=True)
 class AtMap:
-    """One vector, added to what one linear map answers. For an MLP's output projection that is the
-    same as adding it to what its decoder layer gives, so a layer's value is searched here, too;
-    only ``value`` differs."""
+    """One vector, added to the output of one linear map. For an MLP's output projection this equals
+    adding it to the output of its decoder layer, so a layer's value is searched here, too; only the
+    initial value differs."""
 
     suffix: Suffix
     here_BS1: Tensor
@@ -391,35 +407,35 @@ class AtMap:
     """Output of the whole layer there."""
 
     @classmethod
-    def capture(cls, base: BaseModel, site: Site, batch: Facts, overlay: Overlay) -> Self:
-        """One forward under the edits made so far."""
-        suffix = Suffix.capture(base, site, batch.lane_rows, batch.reads, batch.first, overlay)
-        suffix = replace(suffix, rows=batch.rows)
+    def capture(cls, base: BaseModel, site: Site, facts: Facts, overlay: Overlay) -> Self:
+        """Run one forward with the edits made so far."""
+        suffix = Suffix.capture(base, site, facts.lane_batch, facts.reads, facts.first, overlay)
+        suffix = replace(suffix, batch=facts.batch)
         wide = base.master_dtype
-        value_NO, layer_NO = batch.plain(suffix.output_BSO).to(wide), batch.plain(suffix.layer_BSD).to(wide)
-        return cls(suffix, batch.lookup_mask(suffix.first), value_NO, layer_NO)
+        value_NO, layer_NO = facts.plain(suffix.output_BSO).to(wide), facts.plain(suffix.layer_BSD).to(wide)
+        return cls(suffix, facts.lookup_mask(suffix.first), value_NO, layer_NO)
 
     @property
-    def rows(self) -> Batch:
-        return self.suffix.rows
+    def batch(self) -> Batch:
+        return self.suffix.batch
 
     def hidden(self, deltas: Sequence[Tensor]) -> Tensor:
         (delta_KO,) = deltas
         plain_BSO = self.suffix.output_BSO[:, self.suffix.first :]
-        shift_B1O = delta_KO[self.rows.lane_B].to(plain_BSO.dtype)[:, None]
+        shift_B1O = delta_KO[self.batch.lane_B].to(plain_BSO.dtype)[:, None]
         return self.suffix.hidden(plain_BSO + torch.where(self.here_BS1, shift_B1O, 0))
 
-    def part(self, row_B: Sequence[int], rows: Batch, read_P: Sequence[int]) -> AtMap:
+    def part(self, row_B: Sequence[int], batch: Batch, read_P: Sequence[int]) -> AtMap:
         return replace(
-            self, suffix=self.suffix.part(row_B, rows, read_P), here_BS1=self.here_BS1[list(row_B)]
+            self, suffix=self.suffix.part(row_B, batch, read_P), here_BS1=self.here_BS1[list(row_B)]
         )
 
 
 @dataclass(frozen=True)
-class Sated:
-    """Treatment of a fact whose target tokens are all the likeliest ones (PMET): in the next step
-    its target's loss weighs ``less`` and not ``weight``, and it stops where the weighted KL term is
-    ``kl`` at most."""
+class HitRule:
+    """Rule for a fact whose target tokens all have the largest logits (PMET): in the next step the
+    weight of its target loss is ``less`` instead of ``weight``, and it stops if the weighted KL
+    term is at most ``kl``."""
 
     weight: float
     less: float
@@ -428,34 +444,34 @@ class Sated:
 
 @dataclass
 class _Problem(DivisibleProblem):
-    """The facts still in the batch, and how their losses are found."""
+    """The value search of the facts left in the batch."""
 
     base: BaseModel
     config: LocateConfig
     deltas: list[Tensor]
-    """The vectors that are sought, (K, width) each."""
+    """The vectors that are optimised, (K, width) each."""
     at: Added
     targets: TargetTokens
     norms: list[Tensor]
-    """Norm of each vector's present value, (K,)."""
-    sated: Sated | None = None
+    """Norm of each vector's current value, (K,)."""
+    hit_rule: HitRule | None = None
     before_KV: Tensor | None = None
-    """Log-probabilities of the kept prediction, before anything is added."""
+    """Log-probabilities of the prediction in the KL term, before anything is added."""
     weight_K: Tensor | None = None
-    """Weight of each fact's target loss in the next step; None: that of the first."""
+    """Weight of each fact's target loss in the next step; None before the first step."""
 
     @property
     def params(self) -> list[Tensor]:
         return self.deltas
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """Eq. 4 per fact, and whether it goes on, (K,) each. The first call notes the predictions
-        to keep."""
+        """Eq. 4 per fact, and whether the fact continues, (K,) each. The first call stores the
+        predictions for the KL term."""
         base, config, deltas = self.base, self.config, self.deltas
         hidden_PD = self.at.hidden(deltas)
         count = len(self.targets.row_P)
         hit_K: Tensor | None = None
-        if self.sated is None:
+        if self.hit_rule is None:
             nll_K = self.targets.nll(base, hidden_PD[:count])
         else:
             nll_K, hit_K = self.targets.nll_and_hit(base, hidden_PD[:count])
@@ -466,13 +482,13 @@ class _Problem(DivisibleProblem):
         decay_K = deltas[0].norm(dim=1) / self.norms[0].square()
         for delta_KO, norm_K in zip(deltas[1:], self.norms[1:], strict=True):
             decay_K = decay_K + delta_KO.norm(dim=1) / norm_K.square()
-        if self.sated is not None:
-            nll_K = nll_K * (self.sated.weight if self.weight_K is None else self.weight_K)
+        if self.hit_rule is not None:
+            nll_K = nll_K * (self.hit_rule.weight if self.weight_K is None else self.weight_K)
         loss_K: Tensor = nll_K + config.kl_factor * kl_K + config.v_weight_decay * decay_K
         goes_on_K = loss_K.detach() >= STOP_LOSS
-        if self.sated is not None and hit_K is not None:
-            self.weight_K = torch.where(hit_K, self.sated.less, self.sated.weight).to(loss_K)
-            goes_on_K = goes_on_K & ~(hit_K & (config.kl_factor * kl_K.detach() <= self.sated.kl))
+        if self.hit_rule is not None and hit_K is not None:
+            self.weight_K = torch.where(hit_K, self.hit_rule.less, self.hit_rule.weight).to(loss_K)
+            goes_on_K = goes_on_K & ~(hit_K & (config.kl_factor * kl_K.detach() <= self.hit_rule.kl))
         return loss_K, goes_on_K
 
     def project(self) -> None:
@@ -480,13 +496,13 @@ class _Problem(DivisibleProblem):
             into_ball(delta_KO, self.config.clamp_norm_factor * norm_K)
 
     def part(self, kept: Sequence[int]) -> Self:
-        rows, row_B = self.at.rows.part(kept)
+        batch, row_B = self.at.batch.part(kept)
         targets, read_P = self.targets.part(kept, row_B)
         read_P += [len(self.targets.row_P) + n for n in kept]
         return replace(
             self,
             deltas=[delta_KO[list(kept)] for delta_KO in self.deltas],
-            at=self.at.part(row_B, rows, read_P),
+            at=self.at.part(row_B, batch, read_P),
             targets=targets,
             norms=[norm_K[list(kept)] for norm_K in self.norms],
             before_KV=None if self.before_KV is None else self.before_KV[list(kept)],
@@ -496,7 +512,7 @@ class _Problem(DivisibleProblem):
 
 @dataclass(frozen=True)
 class Found:
-    """Result of the search, per fact."""
+    """Result of the search, per fact: vectors, norms of the values, steps, last and first loss."""
 
     deltas: list[Tensor]
     norms: list[Tensor]
@@ -508,22 +524,21 @@ class Found:
 def search(
     base: BaseModel,
     config: LocateConfig,
-    batch: Facts,
+    facts: Facts,
     at: Added,
     values: Sequence[Tensor],
-    sated: Sated | None = None,
+    hit_rule: HitRule | None = None,
 ) -> Found:
-    """Optimise each fact's vectors by Adam (Eq. 4). ``values``: what stands where they are added,
-    (N, width) each; its norm bounds each vector (``clamp_norm_factor``) and scales its decay."""
+    """Optimise each fact's vectors by Adam (Eq. 4). ``values``: the values they are added to, (N,
+    width) each; their norms bound each vector (``clamp_norm_factor``) and scale its decay."""
     deltas = [torch.zeros_like(value_NO) for value_NO in values]
     norms = [value_NO.norm(dim=1) for value_NO in values]
     found = descend(
-        _Problem(base, config, deltas, at, batch.targets, norms, sated),
+        _Problem(base, config, deltas, at, facts.targets, norms, hit_rule),
         Adam(deltas, config.v_lr),
         config.v_num_grad_steps,
-        # what is sated weighs differently from step to step, so its steps are not one function of
-        # the vectors
-        pool=base.pool if sated is None else None,
+        # with this rule the loss weights change between steps, so a recorded step would be wrong
+        pool=base.pool if hit_rule is None else None,
         update_last=False,
     )
     return Found(deltas, norms, found.steps_L, found.loss_L, found.first_L)
@@ -531,13 +546,14 @@ def search(
 
 @torch.no_grad()
 def into_ball(delta_NO: Tensor, bound_N: Tensor) -> None:
-    """Back into the ball, in place; a vector inside it keeps its bits."""
+    """Project vectors (N, O) onto balls of radius ``bound_N``, in place; a vector inside its ball
+    keeps its bits."""
     norm_N = delta_NO.norm(dim=1)
     shrunk_NO = delta_NO * (bound_N / norm_N)[:, None]
     delta_NO.copy_(torch.where((norm_N > bound_N)[:, None], shrunk_NO, delta_NO))
 
 
-# --- keys and present values ---
+# --- keys and current values ---
 
 
 @torch.no_grad()
@@ -549,12 +565,12 @@ def observe(
     modules: Sequence[nn.Module] = (),
     bare_share: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Values of the edited model, as it is now, at the lookup tokens: the input of each site
-    averaged over the contexts (N, I), and the output of each module at the bare prompt (N, D). In
-    the masters' precision.
+    """Activations of the edited model at the lookup tokens: the input of each site averaged over
+    the contexts, (N, I), and the output of each module at the bare prompt, (N, D). In the masters'
+    precision.
 
-    ``bare_share``: the bare prompt's share of the average, the templates have the rest; None: all
-    contexts alike. Rows end at their lookup token and layers above the last one that is asked for
+    ``bare_share``: the bare prompt's weight in the average, the templates share the rest; None: all
+    contexts weigh the same. Rows end at their lookup token, and layers above the last needed one
     are not run.
     """
     keys: list[list[Tensor]] = [[] for _ in sites]
@@ -563,10 +579,10 @@ def observe(
     for part in chunked(facts, overlay.lanes):
         lines = [(fact, line) for fact in part for line in fact.contexts]
         cut = [Encoded(line.encoded.ids[: line.lookup + 1], line.lookup + 1) for _, line in lines]
-        rows = collate(cut, [fact.lane for fact, _ in lines], base.encoder.pad_id, base.device)
+        batch = collate(cut, [fact.lane for fact, _ in lines], base.encoder.pad_id, base.device)
         caught: dict[int, Tensor] = {}
         with ExitStack() as stack:
-            stack.enter_context(overlay.installed(rows))
+            stack.enter_context(overlay.installed(batch))
             for i, site in enumerate(sites):
                 stack.callback(site.module.register_forward_pre_hook(_note_input(caught, i)).remove)
             for i, module in enumerate(modules):
@@ -577,7 +593,7 @@ def observe(
             )
             for layer in base.layers[last + 1 :]:
                 stack.enter_context(override_forward(layer, lambda *_, top=top, **__: top[0]))
-            base.hidden_states(rows)
+            base.hidden_states(batch)
         share_B = torch.tensor(
             [share for fact in part for share in _shares(len(fact.contexts), bare_share)],
             dtype=base.master_dtype,

@@ -1,15 +1,16 @@
-"""Editing several layers at once: a value is sought at the last of them, and what is missing there
-is spread over all (MEMIT, Meng et al., arXiv 2210.07229; EMMET, PMET and AlphaEdit after it).
+"""Editing of several layers: a value is optimised at the last of them, and the residual is spread
+over all (MEMIT, Meng et al., arXiv 2210.07229; EMMET, PMET and AlphaEdit after it).
 
->>> class Mine(RidgeMethod[MyConfig]):  # sites, overlay, second moments and the edit are there
+>>> class Mine(RidgeMethod[MyConfig]):  # sites, overlay, second moments and edit are inherited
 ...     def right(self, overlay, site, keys_LIN):
 ...         return ridge_keys(self.factors[site.name], keys_LIN, ridge=1.0)
 
 For each request ``z = h + d``: ``h`` is the output of the last edited layer at the lookup token of
 the bare prompt, ``d`` the vector that the search of :mod:`workers.methods.families.locate` finds
-there. Then, from the first layer to the last: the keys ``K`` of all requests are read off the model
-as it is now, and so is the present ``h``; the layer's map changes by the residual ``(z - h) /
-(layers still to come)`` times a right factor, which is what the methods differ in.
+there. Then, from the first layer to the last: the keys ``K`` of all requests and the current ``h``
+are read from the model as edited so far; the layer's map changes by the residual ``(z - h) /
+(number of layers left, this one included)`` times a right factor. The methods differ in this
+factor.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ from workers.model.overlay import LowRankOverlay
 from workers.types import JSON
 
 SOLVE_BYTES = 1 << 30
-"""Temporaries of the closed forms: as many lanes at once as stay below this."""
+"""Maximum bytes of temporaries of the closed forms; lanes are solved in chunks of this size."""
 
 
 class SpreadConfig(LocateConfig):
-    """Hyperparameters of methods that edit several layers, under the names the field uses."""
+    """Hyperparameters of methods that edit several layers, under their usual names."""
 
     layers: tuple[int, ...] = Field(min_length=1, description="decoder layers that are edited, ascending")
     module: str | None = Field(
@@ -73,11 +74,15 @@ class SpreadConfig(LocateConfig):
         {
             "rewrite_module_tmp": "module",
             "layer_selection": IGNORED,  # nothing reads it
-            "v_loss_layer": IGNORED,
             "mom2_adjustment": IGNORED,  # nothing reads it
-            "mom2_dataset": IGNORED,  # ours is a text file: ``corpus``
             "mom2_n_samples": "samples",
             "mom2_dtype": "precision",
+        }
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "mom2_dataset": "the text of the second moment is `corpus`",
+            "v_loss_layer": "the loss is the model's",
         }
     )
 
@@ -114,7 +119,7 @@ class SpreadConfig(LocateConfig):
         return template_spec(self, context), *moment_specs(self, context)
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
-        """A lane's factors after ``edits`` edits, and the temporaries while they grow."""
+        """A lane's factors after ``edits`` edits, and the temporaries while one is added."""
         out, in_features = shape.site(self.module)
         value = max(4, shape.bytes_per_value)
         if edits >= min(out, in_features) // 2:
@@ -123,8 +128,8 @@ class SpreadConfig(LocateConfig):
 
     def shared_bytes(self, shape: ModelShape) -> int:
         _, in_features = shape.site(self.module)
-        # second moments and their factors in float64; while the last is factorised, it in float64
-        # and a temporary
+        # second moments, and their factors in float64; while the last is factorised, also a float64
+        # copy and a temporary
         return (len(self.layers) * (moment_value(self) + 8) + 2 * 8) * in_features * in_features
 
 
@@ -133,12 +138,12 @@ def sites_of(base: BaseModel, config: SpreadConfig) -> list[Site]:
 
 
 def moment_specs(config: SpreadConfig, context: ArtifactContext) -> list[ArtifactSpec]:
-    """The second moment of every edited layer, of the pristine model."""
+    """The second moments of the edited layers, of the pristine model."""
     return [moment_spec(config, context, layer, config.module, moment_name(layer)) for layer in config.layers]
 
 
 def check_lockstep(edits: Sequence[LaneEdit]) -> None:
-    """Refuse lanes that bring different numbers of requests: their vectors are stacked."""
+    """Raise ValueError if lanes have different numbers of requests: their vectors are stacked."""
     counts = {len(edit.requests) for edit in edits}
     if len(counts) != 1:
         raise ValueError(f"lanes bring {sorted(counts)} requests; they edit in lockstep")
@@ -150,14 +155,15 @@ def by_lane(facts_NX: Tensor, lanes: int) -> Tensor:
 
 
 def figures_of(found: Found, which: int = 0) -> Tensor:
-    """Of each fact: steps, loss, first loss, and the norm of the ``which``-th change relative to
-    its value, (4, N)."""
+    """Steps, loss, first loss, and norm of the ``which``-th vector relative to its value, per fact,
+    (4, N)."""
     change_N = found.deltas[which].norm(dim=1) / found.norms[which]
     return torch.stack([found.steps_N.to(change_N), found.loss_N, found.first_N, change_N]).double()
 
 
 def outcomes_of(figures: Sequence[Tensor], lanes: int) -> list[EditOutcome]:
-    """A lane's outcome: the most steps of its facts, and the means of the rest."""
+    """The outcome of each lane: the maximum of its facts' steps, and the means of the other
+    figures."""
     figures_FLN = torch.cat(list(figures), dim=1).view(4, lanes, -1)
     steps_L, means_FL = figures_FLN[0].amax(1), figures_FLN[1:].mean(2)
     return [
@@ -172,7 +178,8 @@ def ridge_keys(
     """``(A^T K + ridge)^-1 A^T`` with ``A = C^-1 K / weight``, of every lane, (L, N, I), float64.
 
     With ``ridge`` 1 this is ``K^T (weight * C + K K^T)^-1`` (Woodbury), with 0 the left inverse of
-    K that ordinary keys feel least. Its temporaries take at most ``limit`` bytes, or one lane.
+    K with the least effect on ordinary keys. Temporaries take at most ``limit`` bytes, or those of
+    one lane.
     """
     lanes, in_features, count = keys_LIN.shape
     out_LNI = keys_LIN.new_empty(lanes, count, in_features)
@@ -181,7 +188,7 @@ def ridge_keys(
         solved_KIN = factor.solve(keys_KIN) / weight
         small_KNN = keys_KIN.transpose(1, 2) @ solved_KIN
         small_KNN.diagonal(dim1=1, dim2=2).add_(ridge)
-        # a lane that is singular or not finite must not raise for the others
+        # does not raise: a singular or non-finite lane must not fail the others
         out_LNI[some], _ = torch.linalg.solve_ex(small_KNN, solved_KIN.transpose(1, 2))
     return out_LNI
 
@@ -191,8 +198,7 @@ OverlayT = TypeVar("OverlayT", bound=LowRankOverlay)
 
 
 class SpreadMethod(Method[C, OverlayT]):
-    """A method that edits several layers at once. Subclasses say what the right factor of a change
-    is."""
+    """A method that edits several layers. Subclasses compute the right factor of a change."""
 
     batch_edits: ClassVar[bool] = True
 
@@ -202,19 +208,19 @@ class SpreadMethod(Method[C, OverlayT]):
 
     @abstractmethod
     def right(self, overlay: OverlayT, site: Site, keys_LIN: Tensor) -> Tensor:
-        """The right factor of a map's change, (L, N, I), from the keys of the requests; residuals
-        are the left one."""
+        """The right factor of a map's change, (L, N, I), from the requests' keys. The left factor
+        is the residuals."""
 
     def edit(self, overlay: OverlayT, edits: Sequence[LaneEdit]) -> list[EditOutcome]:
         check_lockstep(edits)
         base, config, lanes, top = self.base, self.config, overlay.lanes, self.config.layers[-1]
         facts = facts_of(base, edits, config, self.inputs)
-        value_site = base.site(top)  # adding to the MLP's answer is adding to the layer's
+        value_site = base.site(top)  # adding to the MLP's output equals adding to the layer's
         wanted, figures = [], []
-        for part in chunked(facts, lanes):
-            batch = Facts(base, part)
-            at = AtMap.capture(base, value_site, batch, overlay)
-            found = search(base, config, batch, at, [at.layer_NO])
+        for chunk in chunked(facts, lanes):
+            part = Facts(base, chunk)
+            at = AtMap.capture(base, value_site, part, overlay)
+            found = search(base, config, part, at, [at.layer_NO])
             wanted.append(at.layer_NO + found.deltas[0])
             figures.append(figures_of(found))
         z_NO = torch.cat(wanted)
@@ -229,8 +235,8 @@ class SpreadMethod(Method[C, OverlayT]):
 
 
 class RidgeMethod(SpreadMethod[C, LowRankOverlay]):
-    """One whose right factor needs the second moment of each site, factorised once for all lanes
-    and edits."""
+    """A method whose right factor uses the second moment of each site, factorised once for all
+    lanes and edits."""
 
     def __init__(
         self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData], factors: Mapping[str, Factor]

@@ -1,1 +1,1 @@
-"""WISE: side memories beside one layer, with routing and merging."""
+"""WISE: side memories of one layer, with routing and merging."""

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from workers.artifacts.base import ArtifactSpec
 from workers.artifacts.templates import KIND as TEMPLATES
+from workers.data.needs import UNRELATED, Need
 from workers.methods.base import ArtifactContext, Deviations, MethodConfig
 from workers.methods.easyedit import IGNORED, take_inner_param
 from workers.model.config import ModelShape
@@ -20,7 +21,8 @@ MergeRule = Literal[
 ]
 
 MERGED_SHARE = 0.6
-"""Weight of what is already merged in a later merge of WISE-Merge (the public code's constant)."""
+"""Weight of the already merged memory in a later merge of WISE-Merge (the public code's
+constant)."""
 
 TEMPLATE_STARTS = ("I", "You", "Because", "Yes", "Q: ")
 
@@ -96,8 +98,10 @@ class WISEConfig(MethodConfig):
             "weights": "merge_weight",
             "densities": "density",
             "hidden_act": IGNORED,  # read from the model
-            "sequential_edit": IGNORED,  # the sweep's grid says it
         }
+    )
+    easyedit_lost: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"sequential_edit": "how many edits follow one another is the grid's T"}
     )
 
     @field_validator("context_template_length_params")
@@ -161,7 +165,7 @@ class WISEConfig(MethodConfig):
         shape.site(self.module)
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
-        """The context templates. Written greedily, so every seed shares them."""
+        """The context templates. They are generated greedily, so all seeds share them."""
         recipe: dict[str, JSON] = {
             **context.model_recipe,
             "starts": list(TEMPLATE_STARTS),
@@ -173,6 +177,10 @@ class WISEConfig(MethodConfig):
             "seed": 0,
         }
         return (ArtifactSpec(name="templates", kind=TEMPLATES, recipe=recipe),)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (UNRELATED,)
 
     @property
     def uses_seed(self) -> bool:

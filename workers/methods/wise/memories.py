@@ -20,7 +20,7 @@ from workers.types import JSON
 
 @dataclass(frozen=True)
 class SideMemory:
-    """A saved change of the map. ``activation`` is the smallest of its own edits."""
+    """A saved change of the map. ``activation``: the smallest routing activation of its edits."""
 
     delta_OI: Tensor
     activation: float
@@ -40,24 +40,26 @@ class SideMemories(Overlay):
         self.edits = [0] * lanes
         """Edits in the current side memory."""
         self.activation = [math.inf] * lanes
-        """Smallest activation of those edits."""
+        """Smallest routing activation of these edits."""
         self.saved: list[list[SideMemory]] = [[] for _ in range(lanes)]
         self._function = base.activation if config.activation == "public" else None
 
-    # --- answering ---
+    # --- forward ---
 
-    def forward(self, site: Site, x_BSI: Tensor, rows: Batch) -> Tensor:
+    def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
             plain_BSO = site.answer(x_BSI)
-        if not any(self._memories(lane) for lane, _, _ in rows.segments):
+        if not any(self._memories(lane) for lane, _, _ in batch.segments):
             return plain_BSO
-        token_BS = rows.prompt_mask_BS if self.config.routing == "prompt" else rows.attention_mask_BS.bool()
-        parts = [self._route(lane, x_BSI[a:b], plain_BSO[a:b], token_BS[a:b]) for lane, a, b in rows.segments]
+        token_BS = batch.prompt_mask_BS if self.config.routing == "prompt" else batch.attention_mask_BS.bool()
+        parts = [
+            self._route(lane, x_BSI[a:b], plain_BSO[a:b], token_BS[a:b]) for lane, a, b in batch.segments
+        ]
         return torch.cat(parts)
 
     def _route(self, lane: int, x_RSI: Tensor, plain_RSO: Tensor, token_RS: Tensor) -> Tensor:
-        """Rows of one lane, each by the memory with the largest activation among those it reaches
-        the threshold of."""
+        """Outputs of one lane's rows, (R, S, O). Each row uses the memory with the largest
+        activation among those whose threshold it reaches, or the base weight."""
         answer_RSO = plain_RSO
         best_R = torch.zeros(x_RSI.shape[0], dtype=self.delta_LOI.dtype, device=x_RSI.device)
         for delta_OI, threshold in self._memories(lane):
@@ -90,11 +92,11 @@ class SideMemories(Overlay):
     # --- editing ---
 
     def change(self, delta_KOI: Tensor, x_NI: Tensor, ends: tuple[int, ...]) -> Tensor:
-        """``A(x) D`` of some lanes' side memories at their tokens, (N, O). A fresh memory changes
-        exactly nothing.
+        """``A(x) D`` of some lanes' memories at their tokens, (N, O). Exactly zero for a new
+        memory.
 
-        Parity needs the public code's rounding, too (the margin's hinges amplify it to percents in
-        20 steps): it subtracts two outputs.
+        With ``activation: public`` two outputs are subtracted, as in the public code, because
+        parity needs the same rounding (the margin's hinges amplify it to percents in 20 steps).
         """
         if self.config.activation == "difference":
             return token_linear(x_NI, delta_KOI, ends)
@@ -102,12 +104,12 @@ class SideMemories(Overlay):
         return token_linear(x_NI, weight_KOI + delta_KOI, ends) - token_linear(x_NI, weight_KOI, ends)
 
     def begin(self, lane: int, draw: Tensor) -> None:
-        """Give a fresh side memory its mask: the weights whose uniform draw, (O, I), is below
+        """Give a new side memory its mask: the weights whose uniform draw, (O, I), is below
         ``mask_ratio``."""
         self.masks_OI[lane] = (draw < self.config.mask_ratio).to(self.delta_LOI.device)
 
     def finish(self, lane: int, activations: Sequence[float], generator: torch.Generator) -> None:
-        """Count a lane's edits; save and merge where they are due. The generator serves the random
+        """Count a lane's edits; save and merge memories when due. ``generator``: for the random
         merge rules."""
         self.edits[lane] += len(activations)
         self.activation[lane] = min(self.activation[lane], *activations)
@@ -173,7 +175,7 @@ class SideMemories(Overlay):
         return sum(t.numel() * t.element_size() for _, t in self._tensors(lane))
 
     def delta_norm(self, lane: int) -> float | None:
-        """Norm of all memories' changes together, relative to the base weight."""
+        """Norm of the changes of all memories, relative to the base weight."""
         changes = [t for name, t in self._tensors(lane) if name != "mask"]
         total = sum(float(t.detach().square().sum()) for t in changes)
         base = float(self.sites[0].weight_OI.to(self.delta_LOI.dtype).square().sum())

@@ -1,4 +1,4 @@
-"""Merging of WISE's side memories: TIES, DARE, linear, SLERP and their relatives."""
+"""Merging of WISE's side memories: TIES, DARE, linear, SLERP and their variants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def merge_deltas(
     weights: Sequence[float],
     generator: torch.Generator,
 ) -> Tensor:
-    """One change from several, (O, I).
+    """Merge several changes into one, (O, I).
 
     TIES: Yadav et al., arXiv 2306.01708 (trim by magnitude, elect signs, mean of those that agree).
     DARE: Yu et al., arXiv 2311.03099 (drop at random and rescale). ``sign`` elects without
@@ -55,7 +55,7 @@ def merge_deltas(
 
 
 def _largest(delta_OI: Tensor, density: float) -> Tensor:
-    """Keep the share ``density`` of largest magnitude."""
+    """Keep the share ``density`` of entries with the largest magnitude."""
     if density >= 1:
         return delta_OI
     keep = max(1, int(density * delta_OI.numel()))

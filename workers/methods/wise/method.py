@@ -1,33 +1,31 @@
-"""WISE: a side memory beside one linear map, trained on the edits and reached through activation
-routing.
+"""WISE: a side memory of one linear map, trained on the edits and selected by activation routing.
 
 Wang et al., WISE: Rethinking the Knowledge Memory for Lifelong Model Editing, arXiv 2405.14768. The
 side memory is a copy ``W'`` of an MLP output projection ``W``; here its change ``D = W' - W`` is
 stored and trained. Section 2.3:
 
 - routing (Eq. 4-5): ``act(x) = |A(x) D|_2``, where ``A(x)`` is the map's input, averaged over the
-  tokens of the row's prompt; the row is answered by the side memory if ``act(x)`` reaches the
-  threshold, else by ``W``. The threshold is the smallest ``act`` of the memory's own edits (times
-  ``act_ratio``);
+  tokens of the row's prompt; the row uses the side memory if ``act(x)`` reaches the threshold, else
+  ``W``. The threshold is the smallest ``act`` of the memory's own edits (times ``act_ratio``);
 - loss (Eq. 5-6): ``-log P(target | prompt)`` averaged over the target's tokens and over context
   templates, plus the margin ``max(0, act(x_i) - alpha) + max(0, beta - act(x_e)) + max(0, gamma -
   (act(x_e) - act(x_i)))`` averaged over the rows ``x_e`` of an edit, with ``x_i`` the request's
   unrelated sentence. Batches: the mean over the requests;
 - sharding: the gradient is masked by a random mask (share ``mask_ratio``) drawn once per side
   memory; SGD; each weight stays within ``norm_constraint`` of ``W``. A lane stops once its loss is
-  below 0.02 and moved by less than 1e-4.
+  below 0.02 and changed by less than 1e-4.
 
 **When memories are saved and merged**: at the end of the edit that completes ``save_freq`` edits in
-the current side memory, it is saved and a fresh one begins (``D = 0``, new mask); when ``merge_freq
-/ save_freq`` saved memories are waiting, they are merged at the end of that same edit. Never in a
-forward pass. With ``retrieve: true`` (WISE-Retrieve) each merge leaves one more memory. With
-``retrieve: false`` (WISE-Merge) there is one merged memory: later merges take it in with weight
-0.6, the new ones sharing 0.4, as the public code does. In between, saved memories that wait for
-their merge and the current side memory all answer, so that no edit is ever out of reach.
+the current side memory, it is saved and a new one begins (``D = 0``, new mask); once there are
+``merge_freq / save_freq`` saved memories, they are merged at the end of the same edit. A forward
+pass never saves or merges. With ``retrieve: true`` (WISE-Retrieve) each merge adds one memory. With
+``retrieve: false`` (WISE-Merge) there is one merged memory: later merges include it with weight
+0.6, and the new ones share 0.4, as in the public code. Until they are merged, saved memories and
+the current side memory all take part in routing, so that every edit has an effect.
 
-**Who answers a row**: of the memories whose threshold the row's activation reaches, the one with
-the largest activation; ``W`` if there is none. WISE-Retrieve has a threshold per memory, WISE-Merge
-one: the smallest activation of all edits.
+**Which memory a row uses**: of the memories whose threshold the row's activation reaches, the one
+with the largest activation; ``W`` if there is none. WISE-Retrieve has a threshold per memory,
+WISE-Merge a single one: the smallest activation of all edits.
 
 Differences from paper and public code, all deliberate. ``protocol: easyedit`` turns on all
 switches, ``deviations`` single ones:
@@ -39,25 +37,26 @@ switches, ``deviations`` single ones:
    MLP's activation function first, ``|s(A(x) W') - s(A(x) W)|``: ``activation: public``. The
    published margins were used with that form.
 3. The margin is averaged over all rows of an edit; the public code averages each term over the rows
-   that violate it, which makes the last violators count more: ``public_margin``.
+   that violate it, which gives the last violating rows more weight: ``public_margin``.
 4. The target loss is divided by the number of target tokens; the public code's mask starts one
    token early, so it divides by one more (fault 6): ``public_loss_mask``.
-5. Weight decay acts inside the mask only, so that a memory's changes stay in its own shard. The
-   public optimiser decays every weight, and TIES then averages an edit with the other memory's
-   decay: ``public_decay``.
-6. Every sequence gets true positions; the public code counts padding columns: ``public_positions``.
-7. Dropping at random in ``dare_linear`` rescales by ``1 / density``, as DARE (arXiv 2311.03099)
-   says; the public one does not: ``public_dare``. ``linear`` and ``slerp`` merge all saved
-   memories; the public ones read the first and ignore the rest.
-8. The threshold is measured on the weights an edit ends with; the public code measures before the
-   last step. It also lets the current side memory block saved ones even when it fails its own
-   threshold.
-9. Scoring never saves or merges (fault 6), nothing lives at module level (fault 5), ``batch_edits``
-   are supported (the public code reads a batch as one request), and edits count by request.
-10. Not here: ``replay`` (appendix B.3), the public code's subject masks (used there when the
+5. Weight decay acts only inside the mask, so that a memory changes only its own shard. The public
+   optimiser decays every weight, and TIES then averages an edit with the decay of another memory:
+   ``public_decay``.
+6. Every sequence has true position ids; the public code counts padding columns:
+   ``public_positions``.
+7. Dropping at random in ``dare_linear`` rescales by ``1 / density``, as in DARE (arXiv 2311.03099);
+   the public code does not: ``public_dare``. ``linear`` and ``slerp`` merge all saved memories; the
+   public code reads only the first.
+8. The threshold is measured on the final weights of an edit; the public code measures before the
+   last step. There, the current side memory also blocks saved ones when it fails its own threshold.
+9. Scoring never saves or merges (fault 6), there is no module-level state (fault 5), batches of
+   edits are supported (the public code treats a batch as one request), and edits are counted by
+   request.
+10. Not implemented: ``replay`` (appendix B.3), the public code's subject masks (used there when the
     unrelated sentence is part of the prompt) and its top-token routing beyond 100 tokens.
 
-The paper's text was not at hand: numbers of equations and algorithms are from memory.
+The paper's text was not available: numbers of equations and algorithms are from memory.
 """
 
 from __future__ import annotations
@@ -71,6 +70,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from workers.data.needs import UNRELATED
+from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.suffix import Suffix
@@ -80,10 +81,10 @@ from workers.methods.wise.memories import SideMemories
 from workers.methods.wise.optim import MaskedSGD
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
-from workers.types import JSON, DataError, EditRequest
+from workers.types import JSON, EditRequest
 
 STOP_LOSS, STOP_CHANGE = 0.02, 1e-4
-"""The public code's early stopping."""
+"""Early stopping, as in the public code."""
 
 
 class WISE(Method[WISEConfig, SideMemories]):
@@ -112,8 +113,8 @@ class WISE(Method[WISEConfig, SideMemories]):
         config = self.config
         in_one_pass = MaskedSGD.in_one_pass(config, self.base.compiled)
         with ThreadPoolExecutor(self._threads) as pool:
-            # a mask of a 7B model takes a third of a second: lanes draw theirs side by side, and
-            # while the batch is prepared
+            # a mask of a 7B model takes 0.3 s: masks of all lanes are drawn in parallel, while the
+            # batch is prepared
             drawn = [pool.submit(self._begin, overlay, lane, edit) for lane, edit in enumerate(edits)]
             problem = _Problem.of(
                 self.base, overlay, edits, [self._templates(edit) for edit in edits], in_one_pass
@@ -139,16 +140,16 @@ class WISE(Method[WISEConfig, SideMemories]):
 
     @property
     def _threads(self) -> int:
-        """Masks that are drawn at once: beside a GPU the processor has nothing better to do."""
+        """Number of masks that are drawn in parallel; with a GPU the CPU is idle."""
         return (os.cpu_count() or 1) if self.base.device.type == "cuda" else 1
 
     def _begin(self, overlay: SideMemories, lane: int, edit: LaneEdit) -> None:
-        """Give a lane's side memory its mask if it is fresh."""
+        """Give a lane's side memory its mask if it is new."""
         if not overlay.edits[lane]:
             overlay.begin(lane, self.draw_mask(edit))
 
     def draw_mask(self, edit: LaneEdit) -> Tensor:
-        """Uniform numbers that decide a fresh side memory's mask, (O, I)."""
+        """Uniform numbers that determine a new side memory's mask, (O, I)."""
         return torch.rand(self.site.shape, generator=edit.streams.generator("mask"))
 
     def _templates(self, edit: LaneEdit) -> list[str]:
@@ -161,7 +162,7 @@ class WISE(Method[WISEConfig, SideMemories]):
             "layer": 4,
             "lr": 0.1,
             "n_iter": 20,
-            # a small map has no room to spare: at 0.2 the edits of one memory overwrite each other
+            # this map is small: at 0.2 the edits of one memory overwrite each other
             "mask_ratio": 0.5,
             "alpha": 4.0,
             "beta": 8.0,
@@ -175,26 +176,26 @@ class WISE(Method[WISEConfig, SideMemories]):
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The N tokens of a batch without its padding, rows ascending: a third of a batch is padding,
-    where templates of several lengths stand before each prompt."""
+    """The N tokens of a batch without padding, rows ascending. With templates of several lengths,
+    about a third of a batch is padding."""
 
     input_NI: Tensor
     output_NO: Tensor
     """Input and output of the map."""
     ends: tuple[int, ...]
-    """After which token each lane's end."""
+    """Per lane, the index after its last token."""
     averaged_BS: Tensor
     """The positions whose activations are averaged."""
     place_N: Tensor
-    """Each token's place in the flattened batch."""
+    """Each token's index in the flattened batch."""
     row_N: Tensor
     share_N: Tensor
-    """Weights of each row's mean."""
+    """Each token's weight in its row's mean."""
 
     @classmethod
     def of(cls, suffix: Suffix, averaged_BS: Tensor) -> Self:
-        rows = suffix.rows
-        used_BS = averaged_BS | rows.attention_mask_BS.bool()
+        batch = suffix.batch
+        used_BS = averaged_BS | batch.attention_mask_BS.bool()
         place_N = torch.nonzero(used_BS.flatten())[:, 0]
         row_N = place_N // used_BS.shape[1]
         count_B = used_BS.sum(1).cumsum(0).tolist()
@@ -202,7 +203,7 @@ class _Tokens:
         return cls(
             suffix.input_BSI.flatten(0, 1)[place_N],
             suffix.output_BSO.flatten(0, 1)[place_N],
-            tuple(count_B[stop - 1] for _, _, stop in rows.segments),
+            tuple(count_B[stop - 1] for _, _, stop in batch.segments),
             averaged_BS,
             place_N,
             row_N,
@@ -210,7 +211,7 @@ class _Tokens:
         )
 
     def spread(self, value_NO: Tensor) -> Tensor:
-        """In their places of the batch, (B, S, O); zero in the padding."""
+        """The values at their positions of the batch, (B, S, O); zero in the padding."""
         flat = value_NO.new_zeros(self.averaged_BS.numel(), value_NO.shape[1])
         return flat.index_copy(0, self.place_N, value_NO).view(*self.averaged_BS.shape, -1)
 
@@ -222,26 +223,26 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class _Problem(DivisibleProblem):
-    """The lanes in one batch. Rows: per request its prompt in every context template, then its
-    unrelated sentence."""
+    """The lanes of one batch. Per request, its rows are the prompt in every context template, then
+    the unrelated sentence."""
 
     base: BaseModel
     delta_KOI: Tensor
     working_KOI: Tensor | None
-    """A copy of the changes in the base's precision, if it is that which answers."""
+    """A copy of the changes in the base's precision, if the forward uses it."""
     overlay: SideMemories
     suffix: Suffix
     targets: TargetTokens
     tokens: _Tokens
     row_E: Tensor
-    """Of each edit row, its row in the batch."""
+    """Each edit row's index in the batch."""
     owner_E: Tensor
-    """Of each edit row, its request."""
+    """Each edit row's request."""
     unrelated_G: Tensor
-    """Of each request, the row of its unrelated sentence."""
+    """Each request's row with the unrelated sentence."""
     lane_G: Tensor
     share_G: Tensor
-    """Of each request, one over how many its lane has."""
+    """Each request's weight: one over the number of its lane's requests."""
     sizes: tuple[int, ...]
     """Requests of each lane."""
 
@@ -254,7 +255,7 @@ class _Problem(DivisibleProblem):
         templates: Sequence[Sequence[str]],
         in_one_pass: bool,
     ) -> Self:
-        """``in_one_pass``: the optimiser renews working copies."""
+        """``in_one_pass``: the optimiser updates working copies."""
         config, device = overlay.config, base.device
         encoded: list[Encoded] = []
         lanes: list[int] = []
@@ -265,8 +266,9 @@ class _Problem(DivisibleProblem):
         places: list[tuple[int, int, int, float]] = []
         for lane, edit in enumerate(edits):
             for request in edit.requests:
+                joiner = joiner_of(request, request.prompt)
                 pairs = [
-                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new)
+                    base.encoder.pair(t.replace("{}", request.prompt), request.target_new, joiner)
                     for t in templates[lane]
                 ]
                 for pair in pairs:
@@ -279,8 +281,7 @@ class _Problem(DivisibleProblem):
                     ]
                     row_E.append(len(encoded))
                     owner_E.append(len(lane_G))
-                    # the last token predicts nothing that is scored; only public routing looks at
-                    # it
+                    # the last token predicts nothing that is scored; only public routing reads it
                     encoded.append(
                         pair if config.routing == "all_tokens" else Encoded(pair.ids[:-1], pair.prompt_len)
                     )
@@ -288,18 +289,18 @@ class _Problem(DivisibleProblem):
                 encoded.append(_unrelated(base, request))
                 lane_G.append(lane)
                 lanes += [lane] * (len(pairs) + 1)
-        rows = collate(encoded, lanes, base.encoder.pad_id, device)
-        token_BS = rows.prompt_mask_BS
+        batch = collate(encoded, lanes, base.encoder.pad_id, device)
+        token_BS = batch.prompt_mask_BS
         if config.deviations.public_positions or config.routing == "all_tokens":
-            column_BS = _own_columns(encoded, rows)
+            column_BS = _own_columns(encoded, batch)
             if config.deviations.public_positions:
-                rows = replace(rows, position_ids_BS=column_BS.clamp_min(0))
+                batch = replace(batch, position_ids_BS=column_BS.clamp_min(0))
             if config.routing == "all_tokens":
                 token_BS = column_BS >= 0
-        targets = TargetTokens.of(rows, places, len(edits))
+        targets = TargetTokens.of(batch, places, len(edits))
         sizes = tuple(len(edit.requests) for edit in edits)
         share_G = torch.tensor([1 / sizes[lane] for lane in lane_G], dtype=base.master_dtype, device=device)
-        suffix = Suffix.capture(base, overlay.sites[0], rows, targets.reads)
+        suffix = Suffix.capture(base, overlay.sites[0], batch, targets.reads)
         delta_LOI = overlay.delta_LOI
         return cls(
             base,
@@ -338,11 +339,11 @@ class _Problem(DivisibleProblem):
         return ~(((now_K - before_K).abs() <= STOP_CHANGE) & (now_K <= STOP_LOSS))
 
     def _activation(self, change_NO: Tensor) -> Tensor:
-        """Each row's mean over its tokens, (B,)."""
+        """Each row's routing activation, (B,)."""
         return self.tokens.mean(self.overlay.strength(self.tokens.output_NO, change_NO))
 
     def _margin(self, activation_B: Tensor) -> Tensor:
-        """Mean over a lane's requests, (K,)."""
+        """The margin loss of each lane, (K,): the mean over its requests."""
         config = self.overlay.config
         outside_G = activation_B[self.unrelated_G]
         inside_E = activation_B[self.row_E]
@@ -375,11 +376,11 @@ class _Problem(DivisibleProblem):
 
     def part(self, kept: Sequence[int]) -> Self:
         lanes = list(kept)
-        rows, row_B = self.suffix.rows.part(lanes)
+        batch, row_B = self.suffix.batch.part(lanes)
         targets, read_P = self.targets.part(lanes, row_B)
         device = self.row_E.device
         index_B = torch.tensor(row_B, device=device)
-        place_B = torch.zeros(self.suffix.rows.size, dtype=torch.long, device=device)
+        place_B = torch.zeros(self.suffix.batch.size, dtype=torch.long, device=device)
         place_B[index_B] = torch.arange(len(row_B), device=device)
         lane_L = torch.full((len(self.sizes),), -1, dtype=torch.long, device=device)
         lane_L[lanes] = torch.arange(len(lanes), device=device)
@@ -387,7 +388,7 @@ class _Problem(DivisibleProblem):
         request_G = torch.full((len(self.lane_G),), -1, dtype=torch.long, device=device)
         request_G[keep_G] = torch.arange(len(keep_G), device=device)
         keep_E = torch.nonzero(request_G[self.owner_E] >= 0)[:, 0]
-        suffix = self.suffix.part(row_B, rows, read_P)
+        suffix = self.suffix.part(row_B, batch, read_P)
         return type(self)(
             self.base,
             self.delta_KOI[lanes],
@@ -405,22 +406,17 @@ class _Problem(DivisibleProblem):
         )
 
 
-def _own_columns(encoded: Sequence[Encoded], rows: Batch) -> Tensor:
-    """Columns as each lane alone would count them, (B, S): negative in padding that only other
+def _own_columns(encoded: Sequence[Encoded], batch: Batch) -> Tensor:
+    """Column indices as in a batch of the lane alone, (B, S): negative in padding that only other
     lanes need."""
-    total = rows.input_ids_BS.shape[1]
-    widths = [max(len(e.ids) for e in encoded[a:b]) for _, a, b in rows.segments for _ in range(a, b)]
-    gap_B = total - torch.tensor(widths, device=rows.lane_B.device)
-    return torch.arange(total, device=rows.lane_B.device)[None] - gap_B[:, None]
+    total = batch.input_ids_BS.shape[1]
+    widths = [max(len(e.ids) for e in encoded[a:b]) for _, a, b in batch.segments for _ in range(a, b)]
+    gap_B = total - torch.tensor(widths, device=batch.lane_B.device)
+    return torch.arange(total, device=batch.lane_B.device)[None] - gap_B[:, None]
 
 
 def _unrelated(base: BaseModel, request: EditRequest) -> Encoded:
-    if request.unrelated is None:
-        raise DataError(
-            f"case {request.case_id}: no unrelated sentence; WISE's margin loss needs one "
-            "(field 'unrelated'; for zsRE it comes from train_path or other records)"
-        )
-    ids = base.encoder.prompt(
-        request.unrelated
-    )  # in a chat like the prompts: the margin is not to be one of templates
+    UNRELATED.check(request)
+    assert request.unrelated is not None
+    ids = base.encoder.prompt(request.unrelated)  # with the chat template, if the prompts have it
     return Encoded(ids, len(ids))

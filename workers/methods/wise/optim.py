@@ -25,8 +25,8 @@ def masked_descent(
     weight_decay: float,
     bound: float,
 ) -> None:
-    """One step of gradient descent inside the masks of the lanes that move, decay included, then
-    back into the box; ``working`` becomes a copy of the result."""
+    """One step of gradient descent inside the masks of the active lanes, decay included, then
+    clamped to the box, in place. ``working`` becomes a copy of the result."""
     step_KOI = grad_KOI.to(delta_KOI.dtype) + weight_decay * (weight_OI.to(delta_KOI.dtype) + delta_KOI)
     moved_KOI = (delta_KOI - lr * torch.where(mask_KOI, step_KOI, 0)).clamp(-bound, bound)
     moved_KOI = torch.where(active_K11, moved_KOI, delta_KOI)
@@ -36,8 +36,8 @@ def masked_descent(
 
 
 class MaskedSGD(SGD):
-    """One step moves each memory inside its mask (decay included, unless as published), then back
-    into the box."""
+    """Gradient descent of each memory inside its mask (decay included, unless ``public_decay``),
+    then clamped to the box."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class MaskedSGD(SGD):
         problem: Problem,
         compiled: Compiled | None,
     ) -> None:
-        """``mask_LOI``: truth values. ``compiled``: makes a step in one pass over memory, see
-        :meth:`in_one_pass`; None: each operation is a pass of its own."""
+        """``mask_LOI``: booleans. ``compiled``: makes a step in one pass over memory, see
+        :meth:`in_one_pass`; None: one pass per operation."""
         super().__init__(problem.params, config.lr)
         self.working = list(problem.working)
         self._config, self._weight_OI, self._compiled = config, weight_OI, compiled
@@ -56,7 +56,7 @@ class MaskedSGD(SGD):
 
     @staticmethod
     def in_one_pass(config: WISEConfig, compiled: Compiled) -> bool:
-        """Return whether a compiled step can do what the configuration says."""
+        """Return whether a compiled step supports the configuration."""
         return compiled.updates and not config.deviations.public_decay and config.activation != "public"
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class MaskedSGD(SGD):
         if config.norm_constraint is not None:
             delta_KOI.clamp_(-config.norm_constraint, config.norm_constraint)
 
-    def _moved_whole(self, active_L: Tensor) -> bool:
+    def _step_in_one_pass(self, active_L: Tensor) -> bool:
         if self._compiled is None:
             return False
         config, delta_KOI = self._config, self.params[0]

@@ -1,0 +1,338 @@
+"""`plan` says what `run` would trip over, all at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.cli.main import main
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import run_sweep
+from orchestrator.planning.checks import LINES
+from orchestrator.planning.inputs import measure_texts, read_inputs
+from orchestrator.planning.plan import Plan, Planner, make_plan
+from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.results.select import select
+from orchestrator.storage.local import LocalStore
+from tests.engine import Watch
+from tests.small import GOLDEN
+from workers.data import load_dataset, order_requests
+from workers.data.tinyworld import assets_dir
+from workers.model.config import ModelConfig
+from workers.types import DataError, EditSweepError, ModelError
+
+LLAMA = GOLDEN / "models" / "tiny-llama"
+
+
+def record(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "prompt": f"The harbour of Quellmar {number} lies in",
+        "subject": f"Quellmar {number}",
+        "target_new": "Ostvale",
+        "unrelated": "Rain falls in autumn.",
+        **changes,
+    }
+
+
+def spec_in(folder: Path, records: Iterable[Mapping[str, Any]], **changes: Any) -> SweepSpec:
+    lines = list(records)
+    texts = [json.dumps({k: v for k, v in line.items() if v is not None}) for line in lines]
+    (folder / "data.jsonl").write_text("\n".join(texts))
+    raw: dict[str, Any] = {
+        "name": "checks",
+        "model": {"name": "embedded", "device": "cpu"},
+        "dataset": {"kind": "jsonl", "path": "data.jsonl", "edits": len(lines), "order": "file"},
+        "grid": {"T": [1]},
+        "methods": ["none"],
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        here = raw
+        for key in parents:
+            here = here[key]
+        here[last] = value
+    return parse_spec(yaml.safe_dump(raw), "s.yaml", folder)
+
+
+def refused(spec: SweepSpec) -> str:
+    with pytest.raises(EditSweepError) as caught:
+        make_plan(spec)
+    return str(caught.value)
+
+
+def about_requests(plan: Plan) -> list[str]:
+    return [warning for warning in plan.warnings if "requests" in warning]
+
+
+# --- requests without what a method needs ---------------------------------------------------
+
+
+def half(count: int = 40) -> list[dict[str, Any]]:
+    """Requests of which every second one, from the first on, has no unrelated sentence."""
+    return [record(i, unrelated=None if i % 2 == 0 else "Rain falls in autumn.") for i in range(count)]
+
+
+def test_some_requests_without_what_a_method_needs_are_a_warning(tmp_path: Path) -> None:
+    [warning] = about_requests(make_plan(spec_in(tmp_path, half(), methods=["wise", "ft"])))
+    assert warning.startswith("wise: 20 of 40 requests (first request 1, case '1'): no unrelated sentence")
+    assert warning.endswith("groups that will fail: T=1: 20 of 40")
+
+
+def test_the_groups_that_fail_are_counted_as_they_are_cut(tmp_path: Path) -> None:
+    records = [record(i, unrelated=None if i in (13, 14, 31) else "Rain falls.") for i in range(40)]
+    spec = spec_in(tmp_path, records, methods=["wise"], grid={"T": [1, 4, 10], "seeds": [0, 1]})
+    [warning] = about_requests(make_plan(spec))
+    # requests 13 and 14 stand in one group of 4 and of 10; both seeds have the file's order
+    assert warning.endswith("T=1: 6 of 80, T=4: 4 of 20, T=10: 4 of 8")
+    assert "(first request 14, case '14')" in warning
+    never = spec_in(tmp_path, records, methods=["wise"], grid={"T": [1, 10], "rollback": "never"})
+    [warning] = about_requests(make_plan(never))
+    assert warning.endswith("T=1: 27 of 40, T=10: 3 of 4")  # a lane ends with its first failure
+
+
+def test_only_the_edited_requests_count(tmp_path: Path) -> None:
+    records = [record(i, unrelated=None if i >= 7 else "Rain falls.") for i in range(40)]
+    assert about_requests(make_plan(spec_in(tmp_path, records, methods=["wise"], dataset__edits=7))) == []
+    [warning] = about_requests(make_plan(spec_in(tmp_path, records, methods=["wise"], dataset__edits=8)))
+    assert "1 of 8 requests" in warning
+
+
+def test_a_cell_without_a_group_to_edit_is_an_error(tmp_path: Path) -> None:
+    spec = spec_in(tmp_path, half(), methods=["ft", "wise"], grid={"T": [1, 40]})
+    text = refused(spec)
+    assert text.startswith("methods: wise: T=40: no group can be edited: 20 of 40 requests (first request 1")
+    # the cells that can run do so on their own
+    planner = Planner(read_inputs(spec))
+    for conditions in (["T=1"], ["method=ft"]):
+        planner.check(select(conditions, planner.described(), "--only"))
+    everything = spec_in(tmp_path, [record(i, unrelated=None) for i in range(4)], methods=["wise"])
+    assert "no group can be edited: 4 of 4" in refused(everything)
+
+
+def test_run_warns_before_it_begins_and_is_right_about_what_fails(tmp_path: Path) -> None:
+    spec = spec_in(tmp_path, half(4), methods=["wise"], engine={"lanes": 2})
+    view = Watch()
+    outcome = run_sweep(spec, LocalStore(tmp_path / "r"), run_local, view)
+    [warning] = [text for text in view.warnings if "requests" in text]
+    assert warning.endswith("T=1: 2 of 4") and len(outcome.failed_groups) == 2
+    assert {failure["group"] for failure in outcome.failed_groups} == {0, 2}
+
+
+def test_an_impossible_cell_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    spec = spec_in(tmp_path, half(4), methods=["wise"], grid={"T": [4]})
+    with pytest.raises(EditSweepError, match="no group can be edited"):
+        run_sweep(spec, LocalStore(tmp_path / "r"), run_local, Watch())
+    assert not (tmp_path / "r").exists() or not any((tmp_path / "r").iterdir())
+
+
+def test_training_requests_that_lack_what_a_training_needs(tmp_path: Path) -> None:
+    def spec_of(lonely: int) -> SweepSpec:
+        probes = [{"prompt": "Rain falls in", "target": "autumn"}]
+        lines = [
+            record(
+                i,
+                prompt=f"The port of {i} is",
+                subject=str(i),
+                unrelated=None,
+                locality=None if i < lonely else probes,
+            )
+            for i in range(10)
+        ]
+        (tmp_path / "train.jsonl").write_text(
+            "\n".join(json.dumps({k: v for k, v in line.items() if v is not None}) for line in lines)
+        )
+        networks = ["mend", {"method": "malmen", "label": "second"}, "serac"]
+        spec = spec_in(tmp_path, [record(i) for i in range(4)], methods=networks)
+        training = spec.training.model_copy(update={"kind": "jsonl", "path": tmp_path / "train.jsonl"})
+        return spec.model_copy(update={"training": training})
+
+    assert not about_requests(make_plan(spec_of(0)))
+    [warning] = about_requests(make_plan(spec_of(3)))
+    assert warning.startswith(
+        "training: mend, second: 3 of 10 requests (first request 1, case '1'): locality"
+    )
+    assert refused(spec_of(10)).startswith("training: mend, second: 10 of 10 requests")
+
+
+# --- texts ----------------------------------------------------------------------------------
+
+
+def long(words: int) -> str:
+    return " ".join(["the"] * words)
+
+
+def context_of(name: str) -> int:
+    config = json.loads(((assets_dir() if name == "embedded" else LLAMA) / "config.json").read_text())
+    return int(config.get("n_positions") or config["max_position_embeddings"])
+
+
+PROBE = {"prompt": long(300), "target": "x"}
+
+
+@pytest.mark.parametrize("model", ["embedded", str(LLAMA)], ids=["learned", "rotary"])
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("prompt", {"prompt": f"{long(300)} in Quellmar 1 lies in"}),
+        ("rephrases[1]", {"rephrases": ["Where?", long(300)]}),
+        ("locality[0]", {"locality": [PROBE]}),
+        ("portability[1]", {"portability": [{"prompt": "Who", "target": "x"}, PROBE]}),
+        ("portability[0]", {"portability": [{"prompt": "Who", "target": long(300)}]}),
+    ],
+)
+def test_a_text_longer_than_the_context_is_an_error(
+    field: str, changes: dict[str, Any], model: str, tmp_path: Path
+) -> None:
+    spec = spec_in(tmp_path, [record(0), record(1, **changes)], model__name=model)
+    text = refused(spec)
+    assert text.startswith(f"dataset: request 2 (case '2'): {field}: ")
+    assert text.endswith(f"tokens with its answer, but the model reads at most {context_of(model)}")
+    make_plan(spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"edits": 1})}))
+
+
+def test_the_tokens_are_those_of_the_models_own_encoder(tmp_path: Path) -> None:
+    """The longest text that fits is accepted, one token more is refused; and the run agrees."""
+    from workers.model.base import load_encoder
+
+    encoder = load_encoder(ModelConfig(), chat_template=False)
+    context = context_of("embedded")
+    words = next(n for n in range(1, 200) if len(encoder.pair(long(n), "Ostvale").ids) == context)
+
+    def spec_of(words: int) -> SweepSpec:
+        return spec_in(tmp_path, [record(0, rephrases=[long(words)])], scoring={"generated": False})
+
+    assert f"rephrases[0]: {context + 1} tokens" in refused(spec_of(words + 1))
+    outcome = run_sweep(spec_of(words), LocalStore(tmp_path / "r"), run_local, Watch())
+    assert not outcome.unfinished
+    # generation may go on after the answer
+    [warning] = make_plan(spec_in(tmp_path, [record(0, rephrases=[long(words)])])).warnings
+    assert warning.startswith(
+        "1 of the texts leave no room for the 3 tokens by which generation may be longer"
+    )
+    assert make_plan(spec_in(tmp_path, [record(0, rephrases=[long(words - 3)])])).warnings == ()
+
+
+def test_an_unrelated_sentence_counts_where_a_method_reads_it(tmp_path: Path) -> None:
+    records = [record(0, unrelated=long(300))]
+    make_plan(spec_in(tmp_path, records, methods=["ft"]))
+    assert "unrelated: " in refused(spec_in(tmp_path, records, methods=["ft", "wise"]))
+
+
+def test_only_texts_that_some_seed_edits_count(tmp_path: Path) -> None:
+    records = [record(i, rephrases=[long(300)] if i == 5 else ["Where?"]) for i in range(12)]
+
+    def spec_of(seed: int) -> SweepSpec:
+        dataset = {"kind": "jsonl", "path": "data.jsonl", "edits": 4, "order": "shuffle"}
+        return spec_in(tmp_path, records, dataset=dataset, grid={"T": [1], "seeds": [seed]})
+
+    seen = set()
+    for seed in range(12):
+        spec = spec_of(seed)
+        data = load_dataset("jsonl", tmp_path / "data.jsonl")
+        edited = 5 in order_requests(data, "shuffle", seed)[:4]
+        seen.add(edited)
+        if edited:
+            assert refused(spec).startswith("dataset: request 6 (case '6'): rephrases[0]")
+        else:
+            make_plan(spec)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("order", ["file", "shuffle"])
+def test_a_thousand_requests_are_measured_within_a_second(order: str, tmp_path: Path) -> None:
+    dataset = {"kind": "tinyworld", "edits": 1000, "order": order}
+    spec = spec_in(tmp_path, [record(0)], dataset=dataset, grid={"T": [1], "seeds": [0, 1, 2]})
+    data = load_dataset("tinyworld")
+    measure_texts(spec, data, 64, unrelated=True)  # imports
+    began = time.process_time()
+    measure_texts(spec, data, 64, unrelated=True)
+    assert time.process_time() - began < 1
+
+
+# --- everything at once ---------------------------------------------------------------------
+
+
+def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
+    methods = [
+        "ft",
+        "rome",
+        {"method": "memit", "hparams": {"layers": [99], "corpus": "/nowhere/c.txt"}},
+        {"method": "emmet", "hparams": {"layers": [1], "corpus": "/nowhere/c.txt"}},
+        {"method": "wise", "hparams": {"layer": 1}},
+        {"method": "serac", "hparams": {"classifier": "/nowhere/cls", "counterfactual": "./nowhere/cf"}},
+    ]
+    records = [record(0, unrelated=None, rephrases=[long(300)]), record(1, unrelated=None)]
+    text = refused(spec_in(tmp_path, records, model__name=str(LLAMA), methods=methods))
+    first, *lines = text.splitlines()
+    assert first == f"{len(lines)} problems:"
+    for words in (
+        "methods: ft: method ft: layers: ",
+        "methods: rome: method rome: layer: this field is required",
+        "methods: rome: method rome: corpus: ROME needs a text or JSONL file",
+        "methods: memit: layers: layer 99 is out of range",
+        "corpus: /nowhere/c.txt: No such file",
+        "methods: serac: classifier: '/nowhere/cls' does not exist",
+        "methods: serac: counterfactual: './nowhere/cf' does not exist",
+        "dataset: request 1 (case '1'): rephrases[0]: ",
+        "methods: wise: T=1: no group can be edited: 2 of 2 requests",
+    ):
+        assert sum(words in line for line in lines) == 1, words
+    assert all(line.startswith("  ") and not line.startswith("   ") for line in lines)
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    text = refused(spec_in(tmp_path, [record(i, rephrases=[long(300)]) for i in range(27)]))
+    lines = text.splitlines()
+    assert lines[0] == "27 problems:" and len(lines) == 1 + LINES + 1 and lines[-1].strip() == "and 7 more"
+
+
+def test_one_problem_keeps_its_kind_and_its_words(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^dataset: request 1"):
+        make_plan(spec_in(tmp_path, [record(0, rephrases=[long(300)])]))
+    with pytest.raises(ModelError, match=r"^model\.name: '/nowhere/m' does not exist"):
+        make_plan(spec_in(tmp_path, [record(0)], model__name="/nowhere/m"))
+
+
+def test_methods_are_checked_beside_a_model_or_data_that_cannot_be_read(tmp_path: Path) -> None:
+    methods = [{"method": "ft", "hparams": {"layers": [-1]}}, {"method": "grace", "hparams": {"speed": 3}}]
+    for changes in ({"model__name": "/nowhere/m"}, {"dataset__path": "nowhere.jsonl"}):
+        text = refused(spec_in(tmp_path, [record(0)], methods=methods, **changes))
+        assert "nowhere" in text and "methods: ft: " in text and "'speed'" in text
+
+
+def test_a_folder_of_serac_without_a_model_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(GOLDEN / "pretrained" / "serac_llama_tiny-distilbert", tmp_path / "classifier")
+
+    def spec_of(folder: str) -> SweepSpec:
+        hparams = {"classifier": str(tmp_path / folder)}
+        return spec_in(tmp_path, [record(0)], methods=[{"method": "serac", "hparams": hparams}])
+
+    assert refused(spec_of("empty")).endswith("/empty' is a folder without config.json")
+    make_plan(spec_of("classifier"))
+
+
+def test_the_command_exits_with_2_and_every_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [record(i, rephrases=[long(300)] if i < 2 else []) for i in range(3)]
+    spec_in(tmp_path, records)
+    (tmp_path / "s.yaml").write_text(
+        "name: s\nmodel: {name: embedded, device: cpu}\ngrid: {T: [1]}\nmethods: [none]\n"
+        "dataset: {kind: jsonl, path: data.jsonl, edits: 3}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for command in (["plan"], ["run", "--engine", "local"]):
+        monkeypatch.setattr("sys.argv", ["editsweep", command[0], "s.yaml", *command[1:]])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "s.yaml: 2 problems:" in said and said.count("rephrases[0]") == 2
