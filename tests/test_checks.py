@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.results.select import select
 from orchestrator.storage.local import LocalStore
 from tests.engine import Watch
-from tests.small import GOLDEN
+from tests.small import GOLDEN, golden_requests, random_model
+from tests.test_located import THINKING
 from workers.data import load_dataset, order_requests
 from workers.data.tinyworld import assets_dir
+from workers.model.batch import Encoder
 from workers.model.config import ModelConfig
-from workers.types import DataError, EditSweepError, ModelError
+from workers.scoring.lengths import count_tokens, request_texts
+from workers.scoring.probes import Item, item_probes
+from workers.types import DataError, EditSweepError, ModelError, Probe
 
 LLAMA = GOLDEN / "models" / "tiny-llama"
 
@@ -217,6 +222,35 @@ def test_the_tokens_are_those_of_the_models_own_encoder(tmp_path: Path) -> None:
         "1 of the texts leave no room for the 3 tokens by which generation may be longer"
     )
     assert make_plan(spec_in(tmp_path, [record(0, rephrases=[long(words - 3)])])).warnings == ()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_texts_are_counted_as_scoring_encodes_them(arch: str, chat: bool) -> None:
+    base = random_model(arch)
+    if chat:
+        base.tokenizer.chat_template = THINKING
+        base = base.with_encoder(Encoder(base.tokenizer, True, {"enable_thinking": False}))
+    chinese = Probe("《雾中灯》的作者是", "林")
+    request = replace(
+        golden_requests(1)[0], locality=(chinese, Probe("Who", "she")), ood=("The rain falls.",)
+    )
+    for joiner in (None, "", "\n"):
+        asked = replace(request, joiner=joiner)
+        counted = [count_tokens(base.encoder, prompt, answer) for _, prompt, answer in request_texts(asked)]
+        assert counted == [len(probe.encoded.ids) for probe in item_probes(base, [Item(0, asked)])]
+        assert len(counted) >= 5
+
+
+def test_a_chat_with_variables_of_its_template_is_measured(tmp_path: Path) -> None:
+    """The chat itself takes tokens, and more in a template that opens an empty block."""
+    shutil.copytree(assets_dir(), tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(THINKING)
+    changes = {"model__name": "./m", "chat_template": True, "template": {"enable_thinking": False}}
+    make_plan(spec_in(tmp_path, [record(0, rephrases=[long(20)])], **changes))
+    words = context_of("embedded") - 10
+    make_plan(spec_in(tmp_path, [record(0, rephrases=[long(words)])]))
+    assert "rephrases[0]: " in refused(spec_in(tmp_path, [record(0, rephrases=[long(words)])], **changes))
 
 
 def test_an_unrelated_sentence_counts_where_a_method_reads_it(tmp_path: Path) -> None:

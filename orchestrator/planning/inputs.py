@@ -314,11 +314,11 @@ def measure_texts(
     """
     from workers.model.base import load_encoder
 
-    encoder = load_encoder(spec.model, spec.chat_template)
+    encoder = load_encoder(spec.model, spec.chat_template, spec.template)
     if context is None:
         return ()
     beyond = _generated_beyond(spec.scoring)
-    around = count_tokens(encoder, "a", "a")
+    around = count_tokens(encoder, "a", " a")
     edited = _may_be_edited(spec, data)
     kept = []
     known: dict[tuple[str, str | None], int] = {}

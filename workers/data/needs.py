@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from workers.data.scripts import subject_position
 from workers.types import DataError, EditRequest
 
 
@@ -31,7 +32,7 @@ class Need:
 
 
 def _has_subject(request: EditRequest) -> bool:
-    return bool(request.subject) and request.subject in request.prompt
+    return subject_position(request.prompt, request.subject) >= 0
 
 
 def _has_sentence(request: EditRequest) -> bool:

@@ -59,7 +59,9 @@ def model_shape(config: ModelConfig) -> ModelShape:
     )
 
 
-def load_encoder(config: ModelConfig, chat_template: bool) -> Encoder:
+def load_encoder(
+    config: ModelConfig, chat_template: bool, template: Mapping[str, Any] | None = None
+) -> Encoder:
     """The model's tokenizer as an encoder, without the model."""
     from transformers import AutoTokenizer
 
@@ -67,7 +69,7 @@ def load_encoder(config: ModelConfig, chat_template: bool) -> Encoder:
 
     folder, remote = resolve(config), config.trust_remote_code
     tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
-    return Encoder(tokenizer, chat_template)
+    return Encoder(tokenizer, chat_template, template)
 
 
 def _read(load: Any, config: ModelConfig) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from workers.data.scripts import joiner_of
 from workers.types import DataError, EditRequest
 
 if TYPE_CHECKING:
@@ -12,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def request_texts(request: EditRequest, unrelated: bool = False) -> Iterator[tuple[str, str, str | None]]:
-    """The texts that a model reads: field of the request, prompt, answer (None: a text without
-    one). ``unrelated``: the unrelated sentence too, which only some methods read."""
-    yield "prompt", request.prompt, request.target_new
-    for i, text in enumerate(request.rephrases):
-        yield f"rephrases[{i}]", text, request.target_new
-    for i, probe in enumerate(request.locality):
-        yield f"locality[{i}]", probe.prompt, probe.target
-    for i, probe in enumerate(request.portability):
-        yield f"portability[{i}]", probe.prompt, probe.target
+    """The texts that a model reads: field of the request, prompt, answer with what joins it to the
+    prompt (None: a text without an answer). ``unrelated``: the unrelated sentence too, which only
+    some methods read."""
+    pairs = [("prompt", request.prompt, request.target_new)]
+    pairs += [(f"rephrases[{i}]", text, request.target_new) for i, text in enumerate(request.rephrases)]
+    for name, probes in (("locality", request.locality), ("portability", request.portability)):
+        pairs += [(f"{name}[{i}]", probe.prompt, probe.target) for i, probe in enumerate(probes)]
+    for field, prompt, answer in pairs:
+        yield field, prompt, f"{joiner_of(request, prompt)}{answer}"
     for i, text in enumerate(request.ood):
         yield f"ood[{i}]", text, None
     if unrelated and request.unrelated is not None:
@@ -28,13 +29,13 @@ def request_texts(request: EditRequest, unrelated: bool = False) -> Iterator[tup
 
 
 def count_tokens(encoder: Encoder, prompt: str, answer: str | None) -> int:
-    """Tokens of a prompt with its answer, special tokens and chat template included. A text without
-    an answer has no chat template."""
+    """Tokens of a prompt with its answer as :func:`request_texts` gives them, special tokens and
+    chat template included. A text without an answer has no chat template."""
     if answer is None:
         return len(encoder.text(prompt))
     if not encoder.chat_template:
-        return len(encoder.text(f"{prompt} {answer}"))  # one call instead of two: the border is not asked for
+        return len(encoder.text(prompt + answer))  # one call instead of two: the border is not asked for
     try:
-        return len(encoder.pair(prompt, answer).ids)
+        return len(encoder.pair(prompt, answer.strip()).ids)
     except DataError:  # an answer without a token, which scoring reports
         return len(encoder.prompt(prompt))
