@@ -83,6 +83,7 @@ def run(
     overrides: Sequence[str] = (),
     only: Sequence[str] = (),
     retry_failed: bool = False,
+    redo_outdated: bool = False,
     trust_remote_code: bool = False,
     view: View | None = None,
 ) -> Outcome:
@@ -90,12 +91,13 @@ def run(
 
     Args: spec: The sweep's YAML file, or a spec that was read before. results: The results folder,
         or ``s3://bucket/prefix`` (default: ``results/<name of the sweep>``). engine: ``ray`` for
-        many processes and machines, ``local`` for this process. max_actors: Largest number of
-        shards that run at once (default: the spec's ``engine.max_actors``). overrides: Fields to
-        override, as in ``["grid.T=[1,10]"]``. only: Cells to run, as in ``["method=wise,T=1000"]``;
-        none means all. retry_failed: Run the groups that failed in an earlier run as well.
-        trust_remote_code: Allow the model's own code to run; the spec must ask for it too. view:
-        Receives the progress (default: notes and warnings go to the logger ``editsweep``).
+        many processes and machines, ``local`` for this process. max_actors: Shards in flight at
+        most (default: the spec's ``engine.max_actors``). overrides: Fields to override, as in
+        ``["grid.T=[1,10]"]``. only: Cells to run, as in ``["method=wise,T=1000"]``; none means all.
+        retry_failed: Run the groups that failed in an earlier run as well. redo_outdated: Remove the
+        rows of cells that other code has made, and run these cells again. trust_remote_code: Allow
+        the model's own code to run; the spec must ask for it too. view: Receives the progress
+        (default: notes and warnings go to the logger ``editsweep``).
 
     Returns: How the run ended: ``unfinished`` cells, ``errors`` by shard, and the ``folder`` for
         :func:`open_results`. A failed cell raises no exception; it is among ``unfinished``.
@@ -120,6 +122,7 @@ def run(
             max_actors,
             only=only,
             retry_failed=retry_failed,
+            redo_outdated=redo_outdated,
         )
 
 

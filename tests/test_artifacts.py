@@ -421,7 +421,7 @@ def test_the_embedded_worlds_splits_share_nothing() -> None:
         ({"training": {"shards": [4000]}}, "training.shards: [4000] are 4000 requests together"),
         ({"training": {"kind": "jsonl", "path": "/nowhere.jsonl"}}, "/nowhere.jsonl: no such file"),
         ({"training": {"kind": "jsonl"}}, "`path` is missing"),
-        ({"training": {"kind": "webtext"}}, "unknown data set 'webtext'"),
+        ({"training": {"kind": "webtext"}}, "training.kind: 'webtext' is not valid"),
     ],
 )
 def test_bad_training_sections(changes: dict[str, Any], words: str) -> None:

@@ -159,7 +159,7 @@ def test_a_changed_hyperparameter_makes_new_cells_and_the_summary_shows_those(
     assert call(*base)[0] == 0
     code, out, _ = call(*base, "--set", "methods.0.hparams.num_steps=2")
     assert code == 0
-    assert "all 1 cells finished" in out
+    assert "the cell finished" in out
     count = "SELECT count(DISTINCT cell_id) AS n, count(DISTINCT hparams_id) AS h FROM edits"
     assert json.loads(call("query", folder, count, "--format", "json")[1]) == {"n": 1, "h": 1}
     assert json.loads(call("query", folder, f"{count}_all", "--format", "json")[1]) == {"n": 2, "h": 2}
@@ -235,12 +235,12 @@ def test_forget_asks_first(
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     code, out, err = call("forget", folder, "--cells", "T=4")
     assert code == 1
-    assert "ft-3 T=4 seed=0" in out and "1 cells with 8 rows" in out
+    assert "ft-3 T=4 seed=0" in out and "1 cell with 8 rows" in out
     assert "nothing was removed" in err
     assert pq.read_table(folder / "table" / "000001.parquet").num_rows == 16
-    assert "removed: 1 cells, 8 rows" in call("forget", folder, "--cells", "T=4", "--yes")[1]
+    assert "removed: 1 cell, 8 rows" in call("forget", folder, "--cells", "T=4", "--yes")[1]
     assert "1 of 2 cells finished" in call("status", folder)[1]
-    fails(call("forget", folder, "--cells", "T=5", "--yes"), 2, ["T=5", "there are T: 4, 1"])
+    fails(call("forget", folder, "--cells", "T=5", "--yes"), 2, ["T=5", "there are T: 1, 4"])
     assert call("forget", folder, "--yes")[0] == 2
     assert call("run", spec, "--engine", "local", "--results", folder)[0] == 0
     assert "2 of 2 cells finished" in call("status", folder)[1]

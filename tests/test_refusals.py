@@ -204,7 +204,7 @@ def test_a_data_file_is_named_with_its_field(
         ("training.path", ["methods=[mend]", f"training={{kind: zsre, path: {file}}}"]),
     ):
         said = told("plan", spec, *(part for change in changes for part in ("--set", change)))
-        assert f"s.yaml: {field}: {where}" in said, said
+        assert f" {field}: {where}" in said, said
 
 
 def test_the_held_out_text_is_named_with_its_field(told: Told, spec: Path, tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_a_file_that_is_not_given_or_not_taken_is_named_with_its_section(told: T
         ),
         (
             ["methods=[mend]", "training={kind: tinyworld, path: x}"],
-            "s.yaml: training: data set 'tinyworld' does",
+            " training: data set 'tinyworld' does",
         ),
-        (["methods=[mend]", "training={kind: zsre}"], "s.yaml: training.path: data set 'zsre'"),
+        (["methods=[mend]", "training={kind: zsre}"], " training.path: data set 'zsre'"),
     ):
         assert says in told("plan", spec, *(part for change in changes for part in ("--set", change)))
 
@@ -257,6 +257,25 @@ def test_a_mark_that_no_group_reaches_is_a_warning(spec: Path) -> None:
     assert "3 is never reached" not in warnings("scoring.score_at=[3]", "dataset.edits=4", "grid.T=[1,4]")
     part = ["scoring.score_at=[3]", "dataset.edits=4", "grid.T=[1,4]", "methods=[{method: ft, T: 1}]"]
     assert "3 is never reached: no state has more than 1 edits" in warnings(*part)
+
+
+def test_values_of_a_condition_are_listed_in_order(told: Told, spec: Path, results: Path) -> None:
+    grid = ("--set", "dataset.edits=100", "--set", "grid.T=[100,20,5]", "--set", "grid.seeds=[10,9]")
+    assert "there are T: 5, 20, 100; seed: 9, 10" in told("plan", spec, *grid, "--only", "T=7,seed=1")
+    assert "there are T: 1, 2" in told("forget", results, "--cells", "T=5", "--yes")
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "forget"])
+def test_help_says_what_a_repeated_key_means(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "a key given twice fits either value" in " ".join(capfd.readouterr().out.split())
+
+
+def test_an_empty_hyperparameter_file(told: Told, spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "h.yaml").write_text("# nothing\n")
+    said = told("plan", spec, "--set", "methods.0.hparams_file=h.yaml")
+    assert f"hparams_file: {tmp_path}/h.yaml: expected a mapping, found nothing" in said
 
 
 def test_one_thing_is_singular(spec: Path, capfd: pytest.CaptureFixture[str]) -> None:

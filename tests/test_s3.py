@@ -276,6 +276,6 @@ def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: 
     assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [48]
     status = json.loads(call(0, "status", where, "--json"))
     assert (status["finished"], status["running"]) == (2, None)
-    assert "removed: 1 cells, 24 rows" in call(0, "forget", where, "--cells", "T=6", "--yes")
+    assert "removed: 1 cell, 24 rows" in call(0, "forget", where, "--cells", "T=6", "--yes")
     assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [24]
     assert "s3://lab/none/r is not a results folder" in call(2, "status", "s3://lab/none/r")

@@ -52,6 +52,13 @@ Only = Annotated[
     ),
 ]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="also what failed in an earlier run")]
+RedoOutdated = Annotated[
+    bool,
+    typer.Option(
+        "--redo-outdated",
+        help="remove the rows of cells that other code has made, and run these cells again",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a field, e.g. grid.T=[1,10]; repeatable"),

@@ -49,6 +49,18 @@ def status(
     running = found["running"]
     state = f"a run is active ({running})" if running else "no run is active"
     out.say(f"sweep {found['sweep']}: {found['finished']} of {len(found['cells'])} cells finished; {state}")
+    if found["code"]["outdated"]:
+        out.say(f"{found['code']['outdated']}; editsweep run SPEC --redo-outdated runs them again")
+    unresolved = [cell for cell in found["cells"] if cell["unresolved"]]
+    if unresolved:
+        labels = ", ".join(sorted({str(cell["method"]) for cell in unresolved}))
+        out.say(
+            f"{len(unresolved)} of {len(found['cells'])} cells ({labels}) use second moments beyond the "
+            f"resolution of their precision: other orders of summation may give other scores; set "
+            f"precision: float64 or use more samples"
+        )
+    if found["code"]["unknown"]:
+        out.say(found["code"]["unknown"])
     rows = [
         (
             str(cell["method"]),

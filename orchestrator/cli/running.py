@@ -14,6 +14,7 @@ from orchestrator.cli.app import (
     Bug,
     Only,
     Overrides,
+    RedoOutdated,
     RemoteCode,
     RetryFailed,
     SpecFile,
@@ -55,10 +56,12 @@ def plan(
 ) -> None:
     """Show cells, shards, lanes, edits, memory and time; run nothing, write nothing."""
     from orchestrator.cli.console import begin_line
-    from orchestrator.engine.folder import read_folder
+    from orchestrator.engine.folder import compare_code, known_statistics, read_folder
+    from orchestrator.engine.statistics import read_statistics, say_unresolved
     from orchestrator.planning.inputs import read_inputs
     from orchestrator.planning.plan import Planner
     from orchestrator.planning.spec import default_results, naming
+    from orchestrator.results.code import say_outdated, say_unknown
     from orchestrator.results.select import select
     from orchestrator.storage.open import open_store
     from orchestrator.storage.paths import ResultsPaths
@@ -119,7 +122,16 @@ def plan(
         show_makespan(out, made, actors)
     for note in made.notes:
         out.say(f"data set: {note}")
-    for warning in made.warnings:
+    codes = compare_code(progress, store, ResultsPaths())
+    asked = [cell.cell_id for cell in made.asked]
+    if outdated := say_outdated(codes, asked):
+        out.warn(f"{outdated}; editsweep run {spec_file} --redo-outdated runs them again")
+    if unknown := say_unknown(codes, asked):
+        out.say(unknown)
+    for warning in (
+        *made.warnings,
+        *say_unresolved(made, read_statistics(made, store, known_statistics(store, ResultsPaths()))),
+    ):
         out.warn(warning)
     from orchestrator.results.artifact_store import ArtifactStore
     from workers.artifacts.base import in_order
@@ -171,6 +183,7 @@ def run(
     max_actors: Annotated[int | None, typer.Option(min=1, help="shards in flight at most")] = None,
     only: Only = None,
     retry_failed: RetryFailed = False,
+    redo_outdated: RedoOutdated = False,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
     verbose: Annotated[
@@ -199,6 +212,7 @@ def run(
                 max_actors,
                 only=only or (),
                 retry_failed=retry_failed,
+                redo_outdated=redo_outdated,
             )
     except EditSweepError:
         raise

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Protocol
 
 from orchestrator.engine.causes import Cause
+from orchestrator.engine.statistics import read_statistics, say_unresolved
 from orchestrator.engine.worker import StepReport
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.work import Shard
@@ -18,6 +19,7 @@ from orchestrator.results.table import CentralTable
 from orchestrator.storage.base import Store
 from orchestrator.storage.paths import ResultsPaths
 from workers.artifacts.base import ArtifactSpec, in_order
+from workers.artifacts.stats import KIND as SECOND_MOMENT
 from workers.types import JSON, EditSweepError
 
 GATHER_SHARDS = 64
@@ -127,6 +129,9 @@ class Books:
     def artifact_built(self, spec: ArtifactSpec, number: int, total: int) -> None:
         self.view.artifact_ended(artifact_title(spec))
         self.view.note(f"artifact {number}/{total} built: {artifact_title(spec)}")
+        if spec.kind == SECOND_MOMENT:
+            for text in say_unresolved(self.plan, read_statistics(self.plan, self.store, only={spec.key})):
+                self.view.warn(text)
 
     def artifact_failed(self, spec: ArtifactSpec, cause: Cause) -> None:
         """Record the failure of an artifact. It is not built again in this run, and the shards

@@ -10,13 +10,16 @@ import yaml
 
 from orchestrator.engine.books import Outcome
 from orchestrator.engine.machine import this_process, versions
+from orchestrator.engine.statistics import Statistic, Statistics
 from orchestrator.planning.plan import Plan, Progress, Spent
 from orchestrator.planning.spec import SweepSpec
+from orchestrator.results.code import CellCode, CodeBook, held_groups
 from orchestrator.results.journal import Journal, ShardProgress
 from orchestrator.results.table import CentralTable, TableShard
 from orchestrator.storage.base import Missing, Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json
+from workers.methods import get_method
 from workers.scoring.registry import SCORES
 from workers.types import JSON, EditSweepError, SpecError
 
@@ -44,7 +47,8 @@ def read_progress(table: CentralTable, journal: Journal, retry_failed: bool = Fa
             progress = journal.progress(manifest.shard_id)
         except (Missing, EditSweepError):
             continue  # gathered meanwhile, or damaged: only the time estimates lack it
-        spent.append(Spent(manifest.shard_id, tuple(manifest.columns), progress.edits, _seconds(progress)))
+        cells = tuple(manifest.columns)
+        spent.append(Spent(manifest.shard_id, cells, progress.edits, _seconds(progress), progress.committed))
     given_up = {} if retry_failed else table.given_up()
     return Progress(done=table.done(), given_up=given_up, begun=begun, used=frozenset(listed), spent=spent)
 
@@ -111,13 +115,60 @@ def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
         check_folder(spec, store, paths)
 
 
-def write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
-    """Write plan.json: the definitions of all cells ever planned here, and the ids of the cells in
-    this plan."""
+def held_by(progress: Progress) -> dict[str, set[int]]:
+    """The groups of each cell that hold work of earlier runs, half done ones too."""
+    committed = {spent.shard_id: spent.committed for spent in progress.spent}
+    begun = [
+        # one whose progress could not be read may hold work in all its groups
+        (manifest, committed.get(manifest.shard_id, manifest.bounds[-1]))
+        for manifest in progress.begun
+    ]
+    return held_groups(progress.done, progress.given_up, begun)
+
+
+def compare_code(progress: Progress, store: Store, paths: ResultsPaths) -> dict[str, CellCode]:
+    """Compare the code that made each cell's groups with today's."""
+    return CodeBook(_read_plan(store, paths)).compare(held_by(progress))
+
+
+def _read_plan(store: Store, paths: ResultsPaths) -> dict[str, JSON]:
     try:
-        known = dict(unseal_json(store.read(paths.plan), store.where(paths.plan))["cells"])
+        found = unseal_json(store.read(paths.plan), store.where(paths.plan))
+        return {**found, "cells": dict(found["cells"])}
     except (Missing, EditSweepError, KeyError, TypeError):
-        known = {}
+        return {"cells": {}}
+
+
+def known_statistics(store: Store, paths: ResultsPaths) -> list[Statistic]:
+    """The second moments that plan.json has noted with its cells."""
+    cells = _read_plan(store, paths)["cells"].values()
+    noted = {value["key"]: value for cell in cells for value in cell.get("statistics", ())}
+    return [Statistic.from_json(value) for value in noted.values()]
+
+
+def write_statistics(statistics: Statistics, store: Store, paths: ResultsPaths) -> None:
+    """Note with each cell of plan.json the second moments that it uses."""
+    value = _read_plan(store, paths)
+    for cell_id, found in statistics.items():
+        value["cells"][cell_id]["statistics"] = [statistic.to_json() for statistic in found]
+    store.replace(paths.plan, seal_json(value))
+
+
+def write_plan(
+    plan: Plan, progress: Progress, statistics: Statistics, store: Store, paths: ResultsPaths
+) -> None:
+    """plan.json: the definition of every cell there ever was, which of them the last plan asked
+    for, the code that works on each, and the second moments that it uses, as far as they exist."""
+    before = _read_plan(store, paths)
+    known, book, held = before["cells"], CodeBook(before), held_by(progress)
+    working = {cell_id for shard in plan.shards for cell_id in plan.cell_ids(shard)}
+    codes: dict[int, str] = {}
+    for cell in plan.cells:
+        if cell.cell_id in working:
+            if cell.variant not in codes:
+                kind = get_method(plan.variants[cell.variant].algorithm)
+                codes[cell.variant] = book.today(kind.__module__)
+            book.work(cell.cell_id, codes[cell.variant], len(held.get(cell.cell_id, ())))
     for cell in plan.cells:
         variant = plan.variants[cell.variant]
         known[cell.cell_id] = {
@@ -136,8 +187,11 @@ def write_plan(plan: Plan, store: Store, paths: ResultsPaths) -> None:
             "tokenizer_fingerprint": plan.common.tokenizer_fingerprint,
             "dataset": plan.common.dataset_name,
             "dataset_fingerprint": plan.common.dataset_fingerprint,
+            "code": book.cells.get(cell.cell_id, []),
+            "statistics": [found.to_json() for found in statistics.get(cell.cell_id, ())],
         }
-    store.replace(paths.plan, seal_json({"cells": known, "current": [cell.cell_id for cell in plan.cells]}))
+    current = [cell.cell_id for cell in plan.cells]
+    store.replace(paths.plan, seal_json({"cells": known, "current": current, "codes": book.to_json()}))
 
 
 def write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_actors: int | None) -> None:

@@ -15,24 +15,31 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.engine.books import Books, Engine, Outcome, View
+from orchestrator.engine.books import Books, Engine, Outcome, View, artifact_title
 from orchestrator.engine.folder import (
     check_folder,
+    compare_code,
     enter_folder,
+    known_statistics,
     read_folder,
     read_progress,
     write_end,
     write_plan,
     write_run,
+    write_statistics,
 )
 from orchestrator.engine.machine import check_device
+from orchestrator.engine.statistics import read_statistics, say_unresolved
 from orchestrator.planning.inputs import read_inputs
 from orchestrator.planning.plan import Plan, Planner
 from orchestrator.planning.spec import SweepSpec
+from orchestrator.results.artifact_store import ArtifactStore
+from orchestrator.results.code import FILES_SHOWN, CellCode, say_outdated, say_unknown
+from orchestrator.results.forget import remove_cells
 from orchestrator.results.journal import Journal
 from orchestrator.results.select import select
 from orchestrator.results.table import CentralTable, count_done
@@ -79,13 +86,15 @@ def run_sweep(
     max_actors: int | None = None,
     only: Sequence[str] = (),
     retry_failed: bool = False,
+    redo_outdated: bool = False,
 ) -> Outcome:
     """Run a sweep (the command ``editsweep run``): plan, leave out finished work, run the rest,
     gather.
 
-    ``only``: conditions on the cells to run (:mod:`orchestrator.results.select`).
-    ``retry_failed``: also run groups that failed in an earlier run. By default they are left out,
-    because the same edits would fail again.
+    ``only``: run the cells that these fit (:mod:`orchestrator.results.select`). ``retry_failed``:
+    also the groups that failed in an earlier run, which are otherwise left alone: what diverged or
+    raised would do so again. ``redo_outdated``: remove the rows of cells that other code has made,
+    in part or as a whole, and run these cells from the start.
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
@@ -101,9 +110,23 @@ def run_sweep(
         for number in table.verify():
             view.warn(f"table file {number} is damaged and was moved to table/bad; its shards run again")
         table.gather(journal)
-        plan = planner.plan(read_progress(table, journal, retry_failed), chosen)
+        progress = read_progress(table, journal, retry_failed)
+        codes = compare_code(progress, store, paths)
+        asked = [c.cell_id for c in planner.cells if chosen is None or c.cell_id in chosen]
+        removed = redo_outdated and _remove_outdated(asked, codes, table, journal, view)
+        if removed:
+            progress = read_progress(table, journal, retry_failed)
+            codes = compare_code(progress, store, paths)
+        plan = planner.plan(progress, chosen)
+        if removed:
+            _tell_of_kept_artifacts(plan, store, view)
+        _tell_of_code(plan, codes, view)
+        known = known_statistics(store, paths)
+        statistics = read_statistics(plan, store, known)
+        for text in say_unresolved(plan, statistics):
+            view.warn(text)
         lock.check()
-        write_plan(plan, store, paths)
+        write_plan(plan, progress, statistics, store, paths)
         write_run(plan, store, paths, run_id, max_actors)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
         for warning in plan.warnings:
@@ -123,9 +146,60 @@ def run_sweep(
         lock.check()
         books.gather()
         lock.check()
+        if (built := read_statistics(plan, store, known)) != statistics:
+            write_statistics(built, store, paths)
         outcome = _outcome(books)
         write_end(store, paths, run_id, outcome)
     return outcome
+
+
+def _remove_outdated(
+    asked: Sequence[str],
+    codes: Mapping[str, CellCode],
+    table: CentralTable,
+    journal: Journal,
+    view: View,
+) -> bool:
+    """Remove the rows and the unfinished work of the cells that other code has made; whether there
+    were any."""
+    text = say_outdated(codes, asked)
+    if not text:
+        return False
+    cells = frozenset(cell for cell in asked if cell in codes and codes[cell].other)
+    removed = remove_cells(table, journal, cells)
+    view.note(f"{text}; they are run again from the start, and their {removed} rows were removed")
+    return True
+
+
+def _tell_of_kept_artifacts(plan: Plan, store: Store, view: View) -> None:
+    """Say which artifacts a redone cell uses again: the code that built them may have changed too,
+    but some take days, and other cells use them."""
+    keys = dict.fromkeys(key for shard in plan.shards for key in plan.artifact_keys(shard))
+    artifacts = ArtifactStore(store)
+    kept = [plan.artifacts[key] for key in keys if artifacts.has(plan.artifacts[key])]
+    if kept:
+        view.warn(
+            f"{len(kept)} artifacts were built before and are used again "
+            f"({', '.join(map(artifact_title, kept[:FILES_SHOWN]))}{', ...' if len(kept) > FILES_SHOWN else ''}); "
+            f"if the code that builds them has changed, remove their files under "
+            f"{store.where(artifacts.paths.artifacts)} first"
+        )
+
+
+def _tell_of_code(plan: Plan, codes: Mapping[str, CellCode], view: View) -> None:
+    """Say which of the cells this run asks for were made by other code, and which of these it goes
+    on with."""
+    asked = [cell.cell_id for cell in plan.asked]
+    if text := say_outdated(codes, asked):
+        working = {cell_id for shard in plan.shards for cell_id in plan.cell_ids(shard)}
+        both = sum(cell in working and codes[cell].other > 0 for cell in asked if cell in codes)
+        if both:
+            text += (
+                f"; {both} of them are not finished and go on with today's code, so they hold groups of both"
+            )
+        view.warn(f"{text}; --redo-outdated removes their rows and runs them again")
+    if text := say_unknown(codes, asked):
+        view.note(text)
 
 
 @dataclass(frozen=True, slots=True)

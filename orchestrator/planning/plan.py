@@ -57,6 +57,8 @@ class Spent:
     cells: tuple[str, ...]
     edits: int
     seconds: float
+    committed: int = 0
+    """Ticks that are durable, of a shard under way."""
 
 
 @dataclass(frozen=True)

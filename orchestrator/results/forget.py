@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from orchestrator.results.journal import Journal
 from orchestrator.results.query import Results
 from orchestrator.results.select import select
+from orchestrator.results.table import CentralTable
 from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Missing
 from orchestrator.storage.sealed import seal_json, unseal_json
@@ -118,6 +120,14 @@ def forget(results: Results, found: Found, say: Callable[[str], None]) -> int:
         removed = results.central.forget(found.limits, shards, results.journal)
         _forget_definitions(results, whole)
     return removed
+
+
+def remove_cells(table: CentralTable, journal: Journal, cells: frozenset[str]) -> int:
+    """Remove the rows and failures of cells, and the progress of shards that serve them; how many
+    rows went. For the folder's owner, after gathering."""
+    begun = journal.begun()
+    shards = [shard_id for shard_id, manifest in begun.items() if cells & manifest.columns.keys()]
+    return table.forget(dict.fromkeys(cells, 0), shards, journal)
 
 
 def _forget_definitions(results: Results, cells: frozenset[str]) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def read_status(folder: str) -> dict[str, JSON]:
     """Return the state of a results folder, as `status --json` prints it."""
     from orchestrator.results.artifact_store import ArtifactStore
+    from orchestrator.results.code import CellCode, cell_codes, say_outdated, say_unknown
     from orchestrator.results.query import open_results
     from orchestrator.results.table import count_done
     from orchestrator.storage import lock
@@ -51,15 +52,21 @@ def read_status(folder: str) -> dict[str, JSON]:
     failed = results.central.failed(listed)
     failed_groups = Counter(str(failure["cell_id"]) for failure in failed)
     failures = _failures_of_cells(results, shards, failed)
+    codes = cell_codes(results)
     cells = []
     for cell_id in current:
         cell = planned[cell_id]
+        code = codes.get(cell_id, CellCode())
         cells.append(
             {
                 "cell_id": cell_id,
                 **{key: cell[key] for key in ("method", "algorithm", "T", "seed", "groups")},
                 "done": count_done(done.get(cell_id, set()), cell["groups"]),
                 "failed": failed_groups[cell_id],
+                "code": code.state,
+                "code_differs": list(code.files),
+                "groups_by_other_code": code.other,
+                "unresolved": [s for s in cell.get("statistics", ()) if not s["resolved"]],
             }
         )
     holder = lock.owner(store, paths)
@@ -74,6 +81,10 @@ def read_status(folder: str) -> dict[str, JSON]:
         "running": str(holder) if holder else None,
         "finished": sum(cell["done"] == cell["groups"] for cell in cells),
         "cells": cells,
+        "code": {
+            "outdated": say_outdated(codes, current),
+            "unknown": say_unknown(codes, current),
+        },
         "artifacts": ArtifactStore(store, paths).unfinished(),
         "shards": shards,
         "failures": failed,

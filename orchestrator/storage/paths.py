@@ -4,7 +4,7 @@ All values are keys: POSIX strings relative to the results folder. A
 :class:`~orchestrator.storage.base.Store` maps a key to a file or to an object of a bucket. ::
 
     sweep.json                                  which sweep this folder belongs to
-    plan.json                                   cell id -> definition, and the cells of the last plan
+    plan.json                                   cell id -> definition and the code that made it; cells of the last plan
     lock/<number>.json, <number>.beat           owner of the folder (the highest number), and its heartbeat
     runs/<run_id>/spec.yaml, run.json           one call of ``editsweep run``
     parts/<shard>/manifest.json                 composition of the shard; written before its first attempt

@@ -74,18 +74,22 @@ def templates(recorded: Sequence[Any]) -> dict[str, ArtifactData]:
 
 
 @cache
-def moment(short: str, layer: int, copy: int = 0) -> ArtifactData:
+def moment(
+    short: str, layer: int, copy: int = 0, order: int | None = None, precision: str = "float32"
+) -> ArtifactData:
     """The second moment of the lines that the records used: 4000 random ones, drawn by the standard
     generator with seed 1.
 
-    A rounded copy of the model has its own, and adds the lines up in an order of its own: the
-    rounding of a sum of floats depends on both, and the inverse of the moment amplifies it.
+    A rounded copy of the model has its own, and adds the lines up in an order of its own (``order``
+    sets another): the rounding of a sum of floats depends on both, and the inverse of the moment
+    amplifies it.
     """
+    order = copy if order is None else order
     lines = (GOLDEN / "corpus.txt").read_text().splitlines()
     random.Random(1).shuffle(lines)
     lines = lines[:4000]
-    if copy:
-        random.Random(1 + copy).shuffle(lines)
+    if order:
+        random.Random(1 + order).shuffle(lines)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.txt"
         corpus.write_text("\n".join(lines))
@@ -94,7 +98,7 @@ def moment(short: str, layer: int, copy: int = 0) -> ArtifactData:
             "samples": 4000,
             "layer": layer,
             "module": None,
-            "precision": "float32",
+            "precision": precision,
         }
         return build_second_moment(model(short, copy), recipe, Workbench())
 

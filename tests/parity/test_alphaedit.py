@@ -18,6 +18,7 @@ from tests.parity.common import (
     first_ten,
     lane_edits,
     model,
+    moment,
     record,
     relative_error,
     run_groups,
@@ -43,15 +44,20 @@ CONFIG = AlphaEditConfig.model_validate(
 )
 
 
-def built(i: int) -> ArtifactData:
-    moment = ArtifactData({"moment": core("llama", "alphaedit_first10_batch")[f"C_L{i}"]})
-    return build_null_space(model("llama"), {"threshold": 0.1, "layer": i}, Workbench({"moment": moment}))
+def built(i: int, copy: int = 0) -> ArtifactData:
+    """The null space of the recorded second moment, or of a rounded copy's own."""
+    used = ArtifactData({"moment": core("llama", "alphaedit_first10_batch")[f"C_L{i}"]})
+    if copy:
+        used = moment("llama", i, copy)
+    return build_null_space(model("llama"), {"threshold": 0.1, "layer": i}, Workbench({"moment": used}))
 
 
 def prepared(recorded_texts: Any, copy: int = 0) -> tuple[AlphaEdit, dict[str, ArtifactData]]:
-    """With the recorded templates and projections."""
-    recorded = core("llama", "alphaedit_first10_batch", copy)
+    """With the recorded templates and projections; a rounded copy of the model has its own."""
+    recorded = core("llama", "alphaedit_first10_batch")
     projections = {f"null_space.{i}": ArtifactData({"projection": recorded[f"P_L{i}"]}) for i in (0, 1)}
+    if copy:
+        projections = {f"null_space.{i}": built(i, copy) for i in (0, 1)}
     inputs = {**templates(recorded_texts), **projections}
     return AlphaEdit.prepare(model("llama", copy), CONFIG, inputs), inputs
 

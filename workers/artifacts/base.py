@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from workers.types import JSON, DataError, Frozen, ModelError
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from workers.types import Dataset
 
 ARTIFACT_VERSION = 1
+
+_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
 
 
 class ArtifactSpec(Frozen):
@@ -77,6 +80,17 @@ class ArtifactData:
         if header.keys() != {"meta", "made_as"}:  # an early file, without made_as
             return cls(load(blob), header)
         return cls(load(blob), header["meta"], header["made_as"])
+
+    @staticmethod
+    def read_meta(file: BinaryIO) -> dict[str, JSON]:
+        """The JSON value alone; the tensors are not read. Raises ``ValueError`` or ``KeyError`` if
+        the file is none of ours."""
+        length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes")
+        told = json.loads(json.loads(file.read(length))["__metadata__"]["editsweep"])
+        meta: dict[str, JSON] = told["meta"] if told.keys() == {"meta", "made_as"} else told
+        return meta
 
     def check_made_as(self, spec: ArtifactSpec, source: str) -> None:
         """Raise :class:`ModelError` if the artifact was built from another recipe than ``spec``.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,7 +158,24 @@ def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workben
             f"are singular; "
             "give a longer text or more samples"
         )
-    return ArtifactData({"moment": total_II / count}, {"tokens": count})
+    moment_II = total_II / count
+    return ArtifactData({"moment": moment_II}, {"tokens": count, "condition": condition(moment_II)})
+
+
+def condition(moment_II: Tensor) -> float | None:
+    """Condition of a second moment, to three digits: its largest eigenvalue over its smallest. None
+    if the smallest is not positive or cannot be found, so that nothing is known of the inverse."""
+    wide_II = moment_II.to(torch.float64)
+    if not bool(torch.isfinite(wide_II).all()):
+        return None
+    try:
+        values_I = torch.linalg.eigvalsh(wide_II)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    smallest, largest = float(values_I[0]), float(values_I[-1])
+    if smallest <= 0 or math.isinf(ratio := largest / smallest):
+        return None
+    return float(f"{ratio:.3g}")
 
 
 def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from workers.inputs import MAX_BYTES, parse_yaml
+from workers.inputs import MAX_BYTES, found, parse_yaml
 from workers.types import JSON, SpecError
 
 IGNORED = ""
@@ -159,5 +159,5 @@ def read_hparams(path: Path) -> dict[str, JSON]:
         raise SpecError(f"{source}: cannot be read: {error}") from None
     loaded = parse_yaml(text, source)
     if not isinstance(loaded, dict):
-        raise SpecError(f"{source}: expected a mapping, found {type(loaded).__name__}")
+        raise SpecError(f"{source}: expected a mapping, found {found(loaded)}")
     return loaded
