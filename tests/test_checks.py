@@ -341,6 +341,22 @@ def test_methods_are_checked_beside_a_model_or_data_that_cannot_be_read(tmp_path
         assert "nowhere" in text and "methods: ft: " in text and "'speed'" in text
 
 
+def test_what_follows_from_a_problem_is_no_problem_of_its_own(tmp_path: Path) -> None:
+    training = {"kind": "jsonl", "path": "nowhere.jsonl"}
+    spec = spec_in(tmp_path, [record(0)], methods=["mend", "malmen", "serac"], training=training)
+    assert refused(spec) == f"training.path: {tmp_path}/nowhere.jsonl: no such file"
+
+
+def test_bad_records_stand_in_the_list_line_by_line(tmp_path: Path) -> None:
+    spec = spec_in(
+        tmp_path, [record(0), record(1, target_new=3), record(2, prompt="")], methods=["serac", "ft"]
+    )
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"name": "x/y"})})
+    lines = refused(spec).splitlines()
+    assert [line.split("data.jsonl, ")[-1].split(":")[0] for line in lines[1:3]] == ["line 2", "line 3"]
+    assert "2 of 3 lines cannot be used" in lines[3] and lines[4].strip().startswith("methods: ft: ")
+
+
 def test_a_folder_of_serac_without_a_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     shutil.copytree(GOLDEN / "pretrained" / "serac_llama_tiny-distilbert", tmp_path / "classifier")

@@ -19,6 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.results.causes import cause_of
 from workers.inputs import counted
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 5.0
 """Seconds between two plain progress lines."""
+
+_CAUSES = 5
+"""The live display shows at most so many causes of failures."""
 
 _WIDTH = 160
 """Width in characters if the output is not a terminal."""
@@ -154,6 +158,8 @@ class RunView:
     done_shards: int = 0
     failed_shards: int = 0
     failed_groups: int = 0
+    causes: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Failed groups by cause: the first message, and how many groups."""
     edits: int = 0
     kept: int = 0
     batches: int = 0
@@ -164,6 +170,7 @@ class RunView:
     _last: float = 0.0
     _furthest: dict[str, int] = field(default_factory=dict)
     """Shard id -> the highest tick reported, so that steps of a restarted shard count once."""
+    _shown_causes: dict[str, int] = field(default_factory=dict)
 
     def begin(self, plan: Plan) -> None:
         self.plan = plan
@@ -207,6 +214,9 @@ class RunView:
         self.kept += step.kept
         self.batches += step.batches
         self.failed_groups += step.failures
+        for message in step.causes:
+            first, count = self.causes.get(cause_of(message), (message.splitlines()[0][:200], 0))
+            self.causes[cause_of(message)] = (first, count + 1)
         self.show()
 
     def shard_ended(self, shard_id: str, ok: bool) -> None:
@@ -241,6 +251,14 @@ class RunView:
             )
             return
         self.console.print(Text(f"{self.line()}{self._running()}"), soft_wrap=True)
+        for cause, (_, count) in self.causes.items():
+            if count != self._shown_causes.get(cause):
+                self._shown_causes[cause] = count
+                self.console.print(self._cause_line(cause), soft_wrap=True)
+
+    def _cause_line(self, cause: str) -> Text:
+        first, count = self.causes[cause]
+        return plain(f"  failed: {count} x {first}")
 
     def _running(self) -> str:
         parts = [f"{f.title} {percent(f.tick, f.ticks)}" for f in list(self.flights.values())[:4]]
@@ -298,7 +316,8 @@ class LiveView(RunView):
             speed = f"{flight.edits / flight.seconds:.1f} edits/s" if flight.seconds else "starting"
             again = f"try {flight.attempt}" if flight.attempt > 1 else ""
             table.add_row(Text(flight.title), _bar(flight.tick, flight.ticks), Text(speed), Text(again))
-        return Group(table, Text(self.line()))
+        causes = [self._cause_line(cause) for cause in list(self.causes)[:_CAUSES]]
+        return Group(table, Text(self.line()), *causes)
 
 
 def _bar(done: int, total: int, width: int = 24) -> Text:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from orchestrator.cli.console import Output
+from orchestrator.results.causes import cause_of
 
 if TYPE_CHECKING:
     from orchestrator.results.query import Results, Union
@@ -35,8 +36,9 @@ def show_summary(out: Output, results: Results | Union, partial: str | None = No
 
 
 def by_cause(failures: Iterable[Failure]) -> dict[str, list[Failure]]:
-    """Failures by the first line of their message, the most frequent cause first."""
+    """Failures by the first message of their cause, the most frequent cause first."""
     found: dict[str, list[Failure]] = {}
     for failure in failures:
-        found.setdefault(failure[1].splitlines()[0], []).append(failure)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+        found.setdefault(cause_of(failure[1]), []).append(failure)
+    ordered = sorted(found.values(), key=lambda some: -len(some))
+    return {(some[0][1].splitlines() or [""])[0]: some for some in ordered}

@@ -56,6 +56,8 @@ class StepReport:
     seconds: float
     attempt: int
     failures: int = 0
+    causes: tuple[str, ...] = ()
+    """Why each of these groups failed."""
     kept: int = 0
     """Scoring batches, of ``batches``, whose activations below the edit were in the cache."""
     batches: int = 0
@@ -216,6 +218,7 @@ class Bench:
                     seconds=now - began,
                     attempt=attempt.number,
                     failures=len(step.failures),
+                    causes=tuple(f"{f.kind}: {f.message}" for f in step.failures),
                     kept=prefixes.hits - hits,
                     batches=prefixes.hits + prefixes.misses - hits - misses,
                     journal_seconds=now - computed,

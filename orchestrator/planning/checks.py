@@ -65,12 +65,14 @@ def all_at_once(problems: Sequence[EditSweepError]) -> EditSweepError:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """A message of several lines as messages of one line each, all with the words of the first."""
+    """A message of several lines as messages of one line each. Where the first is a heading, it
+    stands before each of the others."""
     first, *rest = (line.strip() for line in text.splitlines())
-    if not rest:
+    heading = first.endswith(":") and bool(rest)
+    if not heading:
         yield first
     for line in rest:
-        yield f"{first} {line}"
+        yield f"{first} {line}" if heading else line
 
 
 # --- texts ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from orchestrator.planning.checks import (
     Measured,
@@ -242,7 +242,7 @@ class _MethodReader:
         self.problems = problems
         self.trained_on: tuple[EditRequest, ...] | None = None
         self._source: TrainingSource | None = None
-        self._tried = False
+        self._training: Literal["not read", "read", "faulty"] = "not read"
         self._corpora = CorpusHashes()
 
     def config(self, number: int) -> tuple[MethodConfig | None, FileFindings | None]:
@@ -278,7 +278,11 @@ class _MethodReader:
             with self.problems.collected():
                 require_model(name, f"methods: {method.label}: {field}")
         artifacts: dict[int, tuple[ArtifactSpec, ...]] = {}
-        source = self._training() if get_method(method.method).needs_pretraining else None
+        source = None
+        if get_method(method.method).needs_pretraining:
+            source = self._read_training()
+            if self._training == "faulty":  # that is reported, and what follows from it is not
+                return MethodInputs(config, artifacts, file)
         with self.problems.collected():
             for seed in distinct_seeds(self.spec, config.uses_seed):
                 if self.fingerprint is None:
@@ -287,11 +291,12 @@ class _MethodReader:
                 artifacts[seed] = config.artifacts(context)
         return MethodInputs(config, artifacts, file)
 
-    def _training(self) -> TrainingSource | None:
-        if not self._tried:
-            self._tried = True
+    def _read_training(self) -> TrainingSource | None:
+        if self._training == "not read":
+            self._training = "faulty"
             with self.problems.collected():
                 found = read_training(self.spec)
+                self._training = "read"
                 if found is not None:
                     self._source, self.trained_on = found
         return self._source

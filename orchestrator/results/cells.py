@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.results.causes import by_cause
 from orchestrator.results.live import Live
 from orchestrator.results.table import CentralTable, count_done
 from workers.types import JSON
@@ -64,7 +65,7 @@ def cells(
     for cell_id, cell in definitions.items():
         groups = int(cell["groups"])
         superseded = not live.counts(cell_id, 0)
-        wrong = causes.get(cell_id, Counter())
+        wrong = by_cause(causes.get(cell_id, {}))
         found = {
             "cell_id": cell_id,
             "hparams": json.dumps(cell["config"], sort_keys=True, ensure_ascii=False),

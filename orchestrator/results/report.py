@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.results.causes import by_cause
 from orchestrator.results.query import Results, Union
 from workers.scoring.accuracy import KINDS
 from workers.types import JSON
@@ -64,7 +65,7 @@ def summary(results: Results | Union) -> list[Row]:
                 "edits": 0,
                 "asked": sum(int(definitions[cell_id]["groups"]) * T for cell_id in cell_ids),
                 "failed": wrong.total(),
-                "causes": dict(wrong.most_common()),
+                "causes": dict(by_cause(wrong).most_common()),
                 **dict.fromkeys(f"{mean}{what}" for mean in MEANS for what in ("", "_sd", "_low", "_high")),
             }
             row.update(measured.get((name, method, T), {}))
