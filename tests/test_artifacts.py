@@ -209,7 +209,8 @@ def test_a_new_data_shard_continues_from_the_networks_there_are(
     run_sweep(spec_of(), LocalStore(tmp_path), run_local, watch)
     assert {what.partition(", loss")[0] for *_, what in watch.artifact_steps} == {"learner, data shard 2"}
     assert undisturbed.items() <= files(tmp_path).items()  # as if it had been trained on both in one go
-    assert len(open_results(tmp_path).table(superseded=True).column("cell_id").unique()) == 4  # other networks
+    rows = open_results(tmp_path).table(superseded=True)
+    assert len(rows.column("cell_id").unique()) == 4  # other networks, other cells
 
 
 # --- one builder ----------------------------------------------------------------------------
