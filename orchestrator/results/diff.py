@@ -92,8 +92,13 @@ def compare(first: Results, second: Results, ignore: Collection[str] = ()) -> Di
     )
 
 
+_NOTED = frozenset({"code", "statistics"})
+"""Parts of a cell in plan.json that say how it was made, not what it is."""
+
+
 def _changed(one: Mapping[str, JSON], two: Mapping[str, JSON]) -> tuple[str, ...]:
-    return tuple(key for key in dict.fromkeys((*one, *two)) if one.get(key) != two.get(key))
+    keys = dict.fromkeys(key for key in (*one, *two) if key not in _NOTED)
+    return tuple(key for key in keys if one.get(key) != two.get(key))
 
 
 def _without(ids: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
