@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.results.causes import by_cause
+from orchestrator.results.code import CellCode
 from orchestrator.results.live import Live
 from orchestrator.results.table import CentralTable, count_done
 from workers.types import JSON
@@ -47,12 +48,19 @@ CELL_VIEW: tuple[CellColumn, ...] = (
     CellColumn("done", "INTEGER", "groups whose rows are all in the table, superseded ones too"),
     CellColumn("failed", "INTEGER", "groups that failed and were not run since"),
     CellColumn("cause", "VARCHAR", "the most frequent cause of their failure; null: none failed"),
+    CellColumn(
+        "code", "VARCHAR", "made by today's code: same, other, mixed (in part), unknown, none (no work yet)"
+    ),
+    CellColumn("code_files", "VARCHAR", "files of today's code that differ, separated by commas"),
     CellColumn("superseded", "BOOLEAN", "the last plan no longer asks for the cell"),
 )
 
 
 def cells(
-    definitions: Mapping[str, Mapping[str, JSON]], live: Live, table: CentralTable
+    definitions: Mapping[str, Mapping[str, JSON]],
+    live: Live,
+    table: CentralTable,
+    codes: Mapping[str, CellCode],
 ) -> Iterator[dict[str, JSON]]:
     """Every cell that the folder has ever planned, with the columns :data:`CELL_VIEW`, in the order
     in which they were first planned."""
@@ -65,6 +73,7 @@ def cells(
     for cell_id, cell in definitions.items():
         groups = int(cell["groups"])
         superseded = not live.counts(cell_id, 0)
+        code = codes.get(cell_id, CellCode())
         wrong = by_cause(causes.get(cell_id, {}))
         found = {
             "cell_id": cell_id,
@@ -75,6 +84,8 @@ def cells(
             else count_done(done.get(cell_id, set()), groups),
             "failed": wrong.total(),
             "cause": wrong.most_common(1)[0][0] if wrong else None,
+            "code": code.state,
+            "code_files": ", ".join(code.files) or None,
             "superseded": superseded,
         }
         yield {c.name: found[c.name] if c.name in found else cell.get(c.name) for c in CELL_VIEW}

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import workers
 from orchestrator.storage.base import Missing
@@ -32,8 +32,11 @@ from workers.timeline import timeline
 from workers.types import JSON
 
 if TYPE_CHECKING:
+    from orchestrator.results.journal import Journal
     from orchestrator.results.manifest import ShardManifest
-    from orchestrator.results.query import Results
+    from orchestrator.results.table import CentralTable
+    from orchestrator.storage.base import Store
+    from orchestrator.storage.paths import ResultsPaths
     from workers.job import StreamJob
 
 _PACKAGE = "workers"
@@ -54,6 +57,15 @@ _DIGITS = 16
 
 Hashes = tuple[str, str]
 """Hashes of one file: of its syntax tree, and of its bytes. Equal bytes spare the parsing."""
+
+
+class Folder(Protocol):
+    """What is read of a results folder, :class:`orchestrator.results.query.Results` for instance."""
+
+    store: Store
+    paths: ResultsPaths
+    journal: Journal
+    central: CentralTable
 
 
 def code_of(method: str, root: Path | None = None) -> dict[str, str]:
@@ -89,13 +101,13 @@ class CellCode:
         return "unknown" if self.unknown else "same"
 
 
-def outdated(results: Results) -> dict[str, tuple[str, ...]]:
+def outdated(results: Folder) -> dict[str, tuple[str, ...]]:
     """Return the cells whose numbers were made by other code than today's, wholly or in part, each
     with the files that differ."""
     return {cell: found.files for cell, found in cell_codes(results).items() if found.other}
 
 
-def cell_codes(results: Results) -> dict[str, CellCode]:
+def cell_codes(results: Folder) -> dict[str, CellCode]:
     """Compare the recorded code of every cell that this folder ever planned."""
     listed = results.central.shards()
     begun = []
@@ -178,7 +190,7 @@ class CodeBook:
         self._sources = _Sources(root)
 
     @classmethod
-    def read(cls, results: Results) -> CodeBook:
+    def read(cls, results: Folder) -> CodeBook:
         store, paths = results.store, results.paths
         try:
             return cls(unseal_json(store.read(paths.plan), store.where(paths.plan)))

@@ -22,6 +22,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
 from orchestrator.results.cells import as_query, cells
+from orchestrator.results.code import cell_codes
 from orchestrator.results.columns import COLUMNS, check_columns, schema
 from orchestrator.results.journal import Journal
 from orchestrator.results.live import NEEDED, Live
@@ -185,7 +186,7 @@ class Results(Reader):
         self, connection: duckdb.DuckDBPyConnection, names: Collection[str], suffix: str = ""
     ) -> None:
         if "cells" in names:
-            found = cells(self.plan()[0], self.live(), self.central)
+            found = cells(self.plan()[0], self.live(), self.central, cell_codes(self))
             connection.execute(f"CREATE TABLE cells{suffix} AS {as_query(found)}")
         if "edits" in names or "edits_all" in names:
             self._register_rows(connection, suffix)
