@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +27,18 @@ def home() -> Iterator[dict[str, str]]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     yield {**environment, **inside, "PYTHONPATH": str(ROOT)}
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: exit code, standard output, standard error."""
+    from orchestrator.cli.main import main
+
+    def run_command(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, out, err
+
+    return run_command

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ import pytest
 import yaml
 
 import workers
-from orchestrator.cli.main import main
 from orchestrator.engine.books import Outcome
 from orchestrator.engine.local import run_local
 from orchestrator.engine.sweep import run_sweep
@@ -467,18 +465,6 @@ def test_ids_do_not_depend_on_the_code(sources: Path, tmp_path: Path) -> None:
 
 
 # --- the command line -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run_command(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, out, err
-
-    return run_command
 
 
 def test_the_command_line_says_it(call: Any, sources: Path, tmp_path: Path) -> None:

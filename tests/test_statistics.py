@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
-from orchestrator.cli.main import main
 from orchestrator.engine.local import run_local
 from orchestrator.engine.statistics import RESOLUTION, read_statistics, say_unresolved
 from orchestrator.engine.sweep import plan_sweep, run_sweep
@@ -173,18 +171,6 @@ def test_float32_stays_as_it_is(tmp_path: Path) -> None:
 
 
 # --- the command line -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run_command(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, out, err
-
-    return run_command
 
 
 def test_plan_run_and_status_say_it(call: Any, tmp_path: Path) -> None:

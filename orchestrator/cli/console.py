@@ -90,9 +90,10 @@ class Output:
         """The columns of the terminal that a table takes at least, or unbroken."""
         options = self.answers.options.update(width=_UNLIMITED)
         columns = [
-            max(getattr(Measurement.get(self.answers, options, cell), bound) for cell in column.cells)
-            if column._cells
-            else 0
+            max(
+                (getattr(Measurement.get(self.answers, options, cell), bound) for cell in column.cells),
+                default=0,
+            )
             for column in table.columns
         ]
         heads = [Measurement.get(self.answers, options, column.header).minimum for column in table.columns]

@@ -66,6 +66,9 @@ Loader = Callable[[Path | None, Path | None, OnBadRecord], Dataset]
 FieldLoader = Callable[[Path | None, Path | None, OnBadRecord, TargetField | None], Dataset]
 
 
+_FROM_OTHER_RECORDS = "its unrelated sentences come from other records of `path`"
+
+
 def _needed(kind: str, path: Path | None) -> Path:
     if path is None:
         raise DataError(f"data set {kind!r} is read from a file: `path` is missing")
@@ -96,9 +99,7 @@ def _zsre(
 
 
 def _counterfact(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
-    _refuse(
-        "counterfact", "train_path", train_path, "its unrelated sentences come from other records of `path`"
-    )
+    _refuse("counterfact", "train_path", train_path, _FROM_OTHER_RECORDS)
     return counterfact.load(_needed("counterfact", path), on_bad_record)
 
 
@@ -116,9 +117,7 @@ def _wikibigedit(
     on_bad_record: OnBadRecord,
     target_field: TargetField | None = None,
 ) -> Dataset:
-    _refuse(
-        "wikibigedit", "train_path", train_path, "its unrelated sentences come from other records of `path`"
-    )
+    _refuse("wikibigedit", "train_path", train_path, _FROM_OTHER_RECORDS)
     return wikibigedit.load(_needed("wikibigedit", path), on_bad_record, target_field)
 
 
@@ -128,17 +127,12 @@ def _ultraeditbench(
     on_bad_record: OnBadRecord,
     target_field: TargetField | None = None,
 ) -> Dataset:
-    _refuse(
-        "ultraeditbench",
-        "train_path",
-        train_path,
-        "its unrelated sentences come from other records of `path`",
-    )
+    _refuse("ultraeditbench", "train_path", train_path, _FROM_OTHER_RECORDS)
     return ultraeditbench.load(_needed("ultraeditbench", path), on_bad_record, target_field)
 
 
 def _knowedit(path: Path | None, train_path: Path | None, on_bad_record: OnBadRecord) -> Dataset:
-    _refuse("knowedit", "train_path", train_path, "its unrelated sentences come from other records of `path`")
+    _refuse("knowedit", "train_path", train_path, _FROM_OTHER_RECORDS)
     return knowedit.load(_needed("knowedit", path), on_bad_record)
 
 
