@@ -17,6 +17,7 @@ from orchestrator.cli.app import (
     RedoOutdated,
     RemoteCode,
     RetryFailed,
+    RuntimeEnv,
     SpecFile,
     quote,
     silence_libraries,
@@ -186,16 +187,19 @@ def run(
     redo_outdated: RedoOutdated = False,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
+    runtime_env: RuntimeEnv = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="show the libraries' own log messages too")
     ] = False,
 ) -> None:
     """Run the unfinished part of a sweep. After an interruption, the same command continues it."""
+    from orchestrator.planning.runtime_env import read_runtime_env
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
+    given = None if runtime_env is None else read_runtime_env(runtime_env)
     folder = default_results(spec) if results is None else results
 
     from orchestrator.engine.sweep import engine_named, run_sweep
@@ -207,7 +211,7 @@ def run(
             outcome = run_sweep(
                 spec,
                 open_store(folder),
-                engine_named(engine, spec),
+                engine_named(engine, spec, given),
                 out.view(),
                 max_actors,
                 only=only or (),
@@ -237,17 +241,20 @@ def artifacts(
     max_actors: Annotated[int | None, typer.Option(min=1, help="artifacts built at once at most")] = None,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
+    runtime_env: RuntimeEnv = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="show the libraries' own log messages too")
     ] = False,
 ) -> None:
     """Build only the artifacts that the sweep's shards share (statistics, trained networks). After
     an interruption, the same command continues it."""
+    from orchestrator.planning.runtime_env import read_runtime_env
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
+    given = None if runtime_env is None else read_runtime_env(runtime_env)
     folder = default_results(spec) if results is None else results
 
     from orchestrator.engine.sweep import build_artifacts, engine_named
@@ -256,7 +263,7 @@ def artifacts(
     try:
         with naming(spec_file):
             states, interrupted = build_artifacts(
-                spec, open_store(folder), engine_named(engine, spec), out.view(), max_actors
+                spec, open_store(folder), engine_named(engine, spec, given), out.view(), max_actors
             )
     except EditSweepError:
         raise

@@ -31,6 +31,7 @@ from pydantic import (
 )
 
 from orchestrator.planning.places import FoundModel, find_model, is_bare
+from orchestrator.planning.runtime_env import check_spec_environment
 from workers.data import DATASETS, TargetField
 from workers.inputs import MAX_BYTES, explain, found, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
@@ -239,8 +240,15 @@ class RaySpec(Written):
     """The Ray cluster. Without an address, a local Ray is started and shut down at the end."""
 
     address: str | None = Field(None, description="host:port, or auto")
-    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    runtime_env: dict[str, Any] = Field(
+        default_factory=dict, description="env_vars that run nothing; the rest by --runtime-env FILE"
+    )
     connect_seconds: float = Field(15, gt=0)
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _harmless(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_spec_environment(value)
 
     @field_validator("address")
     @classmethod
