@@ -48,9 +48,8 @@ def ended_by_signal(say: Callable[[str], None]) -> Iterator[None]:
         signal.signal(number, handle)
     try:
         yield
-    except BaseException as error:
-        # A library may have put an exception of its own around ours.
-        if came and not isinstance(error, SystemExit):
+    except BaseException:
+        if came:  # a library may have put another exception in the place of ours
             raise SystemExit(128 + came[0]) from None
         raise
     finally:

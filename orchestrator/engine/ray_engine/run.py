@@ -98,11 +98,12 @@ def _connected(books: Books, folder: Path, runtime_env: Mapping[str, Any]) -> It
                 f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
             )
             raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
-        try:
-            with _ray_output_to_log(books), noticing_loss(books, spec.address is None):
-                yield
-        finally:
-            ray.shutdown()
+        with _ray_output_to_log(books):
+            try:
+                with noticing_loss(books, spec.address is None):
+                    yield
+            finally:
+                ray.shutdown()
 
 
 def _runtime_env(spec: RaySpec, threads: int, given: Mapping[str, Any]) -> dict[str, Any]:
