@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -296,7 +297,8 @@ class SweepSpec(Written):
     )
     chat_template: bool = False
     template: dict[str, bool | int | float | str | None] = Field(
-        default_factory=dict, description="variables of the chat template, such as enable_thinking: false"
+        default_factory=dict,
+        description="variables of the chat template, such as enable_thinking: false; date: the day it is told",
     )
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
@@ -318,6 +320,14 @@ class SweepSpec(Written):
     @classmethod
     def _plain(cls, value: str) -> str:
         return _plain_name(value)
+
+    @field_validator("template", mode="before")
+    @classmethod
+    def _days_are_texts(cls, value: object) -> object:
+        """YAML reads 2024-07-26 as a day, which a template gets as the text that was written."""
+        if not isinstance(value, dict):
+            return value
+        return {name: day.isoformat() if type(day) is date else day for name, day in value.items()}
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

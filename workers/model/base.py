@@ -240,14 +240,16 @@ class BaseModel:
         return out
 
 
-def check_chat_template(config: ModelConfig, template: Mapping[str, Any]) -> None:
-    """Raise :class:`DataError` if the model's chat template does not put an answer where it asks for
-    one, with these variables."""
+def check_chat_template(config: ModelConfig, template: Mapping[str, Any]) -> bool:
+    """Return whether the model's chat template asks for the day of the run, which it is not told.
+
+    Raises :class:`DataError` if it does not put an answer where it asks for one, with these
+    variables."""
     from workers.model.batch import Encoder
 
     folder = resolve(config)
     tokenizer = _read(lambda: open_tokenizer(folder, config.trust_remote_code), config)
-    Encoder(tokenizer, chat_template=True, template=template)
+    return Encoder(tokenizer, chat_template=True, template=template).asks_for_day
 
 
 def pick_device(config: ModelConfig) -> str:
