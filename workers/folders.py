@@ -25,6 +25,12 @@ Kind = Literal["causal", "encoder"]
 """``causal``: a language model with its head. ``encoder``: a model without one."""
 
 
+OWN_CODE = (
+    "it needs code of its own (auto_map), which runs only for the edited model, and only if the spec "
+    "(model.trust_remote_code: true) and the command line (--trust-remote-code) both allow it"
+)
+
+
 def open_config(folder: Path, own_code: bool = False) -> Any:
     """The config of a model's folder. Raises ``OSError`` or ``ValueError``."""
     from transformers import AutoConfig
@@ -102,7 +108,9 @@ def _reading(load: Callable[[], Any]) -> Any:
     what may pass."""
     try:
         return load()
-    except ValueError:
+    except ValueError as error:
+        if "trust_remote_code" in str(error):  # the library's own argument, which no user gives
+            raise ValueError(OWN_CODE) from error
         raise
     except Exception as error:
         if may_pass(error):

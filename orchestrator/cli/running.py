@@ -126,7 +126,7 @@ def plan(
     codes = compare_code(progress, store, ResultsPaths())
     asked = [cell.cell_id for cell in made.asked]
     if outdated := say_outdated(codes, asked):
-        out.warn(f"{outdated}; editsweep run {spec_file} --redo-outdated runs them again")
+        out.warn(f"{outdated}; editsweep run {quote(str(spec_file))} --redo-outdated runs them again")
     if unknown := say_unknown(codes, asked):
         out.say(unknown)
     for warning in (
@@ -149,7 +149,7 @@ def plan(
             f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built"
             f"{why if first else ''}"
         )
-    out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
+    out.say(f"nothing was run; `editsweep run {quote(str(spec_file))}` runs it into {folder}")
 
 
 def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
@@ -305,9 +305,9 @@ def _print_outcome(out: Output, spec_file: Path, folder: str, outcome: Outcome, 
         all_cells = f"all {len(cells)} cells" if len(cells) > 1 else "the cell"
         out.say(f"{all_cells} finished in {duration(seconds)}")
         out.say("next:")
-        out.say(f"  editsweep status {folder}")
+        out.say(f"  editsweep status {quote(folder)}")
         out.say(
-            f'  editsweep query {folder} "SELECT method, T, avg(reliability_exact) AS reliability FROM edits '
+            f'  editsweep query {quote(folder)} "SELECT method, T, avg(reliability_exact) AS reliability FROM edits '
             "WHERE scored = 'final' GROUP BY ALL ORDER BY ALL\""
         )
         return
