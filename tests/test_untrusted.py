@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import csv
 import io
 import json
+import re
+import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -19,6 +24,7 @@ import editsweep
 from orchestrator.engine.worker import Bench
 from orchestrator.planning.runtime_env import VARIABLES, is_secret, read_runtime_env
 from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.results.query import write
 from tests.engine import ROOT
 from tests.small import GOLDEN
 from workers import folders
@@ -401,3 +407,58 @@ def test_a_config_may_name_what_is_installed(tmp_path: Path) -> None:
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     with pytest.raises((ValueError, OSError), match=r"."):
         folders.open_tokenizer(tmp_path / "m")
+
+
+# --- text that is shown ---------------------------------------------------------------------
+
+ODD = "a\x1b]0;x\x07b\x9bc\r\n\td\x7f 日本"
+SHOWN = "a\\u001b]0;x\\u0007b\\u009bc\\u000d\n\td\\u007f 日本"
+
+
+def test_answers_for_programs_hold_no_control_characters() -> None:
+    answer = pa.table({"te\x1bxt": [ODD, None, "plain"], "n": [1, 2, 3], "list": [[ODD], [], None]})
+    written = {}
+    for name, raw in (("csv", False), ("csv", True), ("json", False), ("json", True)):
+        stream = io.BytesIO()
+        write(answer, name, stream, raw)
+        written[name, raw] = stream.getvalue().decode()
+    controls = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+    assert controls.findall(written["csv", True]) and "\x1b]0;x" in written["csv", True]
+    for key in (("csv", False), ("json", False), ("json", True)):
+        assert not controls.findall(written[key])
+    rows = list(csv.reader(io.StringIO(written["csv", False])))
+    assert rows[0] == ["te\\u001bxt", "n", "list"] and rows[1][0] == SHOWN and rows[3][0] == "plain"
+    assert json.loads(rows[1][2]) == [ODD]
+    assert json.loads(written["json", False].splitlines()[0]) == {"te\x1bxt": ODD, "n": 1, "list": [ODD]}
+
+
+def test_suggested_commands_are_quoted(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied from the terminal into a shell names the folder, and runs nothing in its name."""
+    monkeypatch.chdir(tmp_path)
+    spec, folder = "my spec;$(touch ran).yaml", "a;b$(touch ran)'`"
+    Path(spec).write_text(yaml.safe_dump({**RAW, "grid": {"T": [1, 2]}}))
+    code, out, err = call("plan", spec, "--results", folder)
+    assert code == 0 and f"`editsweep run {shlex.quote(spec)}`" in out
+    code, out, err = call("run", spec, "--engine", "local", "--results", folder)
+    assert code == 0, err
+    commands = [line for line in out.splitlines() if line.startswith("  editsweep ")]
+    assert [shlex.split(line)[:3] for line in commands] == [
+        ["editsweep", "status", folder],
+        ["editsweep", "query", folder],
+    ]
+
+
+def test_a_bug_leaves_no_file_in_the_temporary_folder(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise KeyError("nobody expected this")
+
+    monkeypatch.setattr("orchestrator.engine.sweep.run_sweep", bug)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(RAW))
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    code, _, err = call("run", tmp_path / "s.yaml", "--engine", "local", "--results", tmp_path / "r")
+    assert code == 1 and "this is a bug in editsweep: KeyError" in err
+    assert "Traceback" in err and not list(temporary.iterdir()) and not (tmp_path / "r").exists()
