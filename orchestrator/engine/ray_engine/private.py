@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.tune.execution import class_cache
+
+from orchestrator.planning.runtime_env import is_secret
 
 LONGEST_PLACE = 30
 """The longest name of a temporary folder, in bytes, in which Ray's sockets can lie: a socket's whole
@@ -92,6 +95,19 @@ def _forget_token() -> None:
     """Have Ray's library read the token anew: it keeps the first one that it has read."""
     library: Any = ray._raylet
     library.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def credentials_stay() -> Iterator[None]:
+    """Keep Tune from putting AWS keys of the driver's environment into the ``runtime_env`` of its
+    actors, which Ray writes into its logs. Actors inherit them, or have those of their machine."""
+    tune: Any = class_cache
+    before = tune.ENV_VARS_TO_PROPAGATE
+    tune.ENV_VARS_TO_PROPAGATE = {name for name in before if not is_secret(name)}
+    try:
+        yield
+    finally:
+        tune.ENV_VARS_TO_PROPAGATE = before
 
 
 @contextlib.contextmanager

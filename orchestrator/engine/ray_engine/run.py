@@ -33,7 +33,7 @@ from orchestrator.engine.ray_engine.builders import build_artifacts
 from orchestrator.engine.ray_engine.causes import cause_of
 from orchestrator.engine.ray_engine.loss import noticing_loss
 from orchestrator.engine.ray_engine.preflight import ClusterError, check_nodes
-from orchestrator.engine.ray_engine.private import on_loopback, own_token, private_folder
+from orchestrator.engine.ray_engine.private import credentials_stay, on_loopback, own_token, private_folder
 from orchestrator.engine.ray_engine.trial import ShardTrial
 from orchestrator.engine.worker import StepReport
 from orchestrator.planning.spec import RaySpec
@@ -249,7 +249,8 @@ def _tune(books: Books, actors: int, folder: Path) -> None:
             verbose=0,
         ),
     )
-    tuner.fit()
+    with credentials_stay():
+        tuner.fit()
     if listener.stopped_by is not None:
         raise listener.stopped_by
 
