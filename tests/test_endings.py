@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import sys
 from collections.abc import Iterator
@@ -175,3 +176,26 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path: Path) -> None:
     text = output_of(process)
     assert "still here" in text and "not here" not in text
     assert "ended by SIGTERM" in text and process.returncode == 143, text
+
+
+def test_a_cluster_that_no_longer_answers_is_lost(tmp_path: Path) -> None:
+    """By address, where the processes are another's: several refusals in a row, of either of them."""
+    from orchestrator.engine.ray_engine import loss
+
+    class Node:
+        def __init__(self, gcs: socket.socket, raylet: socket.socket) -> None:
+            self.gcs_address = "{}:{}".format(*gcs.getsockname())
+            self.raylet_socket_name = raylet.getsockname()
+
+    for lost in ("GCS", "raylet"):
+        gcs, raylet = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
+        raylet.bind(str(tmp_path / lost))
+        raylet.listen()
+        look = loss._look_at_addresses(Node(gcs, raylet))
+        assert look() is None
+        (gcs if lost == "GCS" else raylet).close()
+        assert [look() for _ in range(loss.REFUSALS - 1)] == [None] * (loss.REFUSALS - 1)
+        found = look()
+        assert found is not None and lost in found and "no longer answers" in found
+        gcs.close()
+        raylet.close()

@@ -6,9 +6,11 @@ Ray's own library notices it after a minute, and then ends the driver with a C++
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -22,6 +24,10 @@ from workers.types import EditSweepError
 
 LOOK_SECONDS = 1.0
 """Pause between two looks."""
+
+LEAVE_SECONDS = 8.0
+"""Seconds after which the process ends by force: the main thread may wait in Ray's library for the
+control process, where no signal reaches it."""
 
 REFUSALS = 5
 """A cluster's control process counts as gone after so many refused connections in a row."""
@@ -42,15 +48,20 @@ def noticing_loss(books: Books, local: bool) -> Iterator[None]:
     in_main = threading.current_thread() is main
 
     def watch() -> None:
+        since = 0.0
         while not leaving.wait(LOOK_SECONDS):
             found = None if lost else look()
             if found is not None:
                 lost.append(found)
+                since = time.monotonic()
                 _keep_logs(books, logs)
                 if local:  # what waits for an answer of the others gets an error now
                     node.kill_all_processes(check_alive=False, allow_graceful=False)
             if lost and in_main and main.ident is not None:
                 signal.pthread_kill(main.ident, signal.SIGUSR2)  # again, if a library caught the last one
+            if lost and time.monotonic() - since > LEAVE_SECONDS:
+                books.view.warn(_told(lost[0], books))
+                os._exit(2)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if lost and not leaving.is_set():
