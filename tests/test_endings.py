@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,21 @@ def test_a_cluster_that_no_longer_answers_is_lost(tmp_path: Path) -> None:
         assert found is not None and lost in found and "no longer answers" in found
         gcs.close()
         raylet.close()
+
+
+def test_the_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's sockets fit into it, nobody else reads it, and it goes with whatever is in it."""
+    from orchestrator.engine.ray_engine.private import LONGEST_PLACE, private_folder
+
+    longest = "/" + "x" * (LONGEST_PLACE - 1)
+    session = "session_2026-11-28_18-40-37_670768_4194304"  # the largest process id
+    socket_path = f"{longest}/editsweep-abcdefgh/ray/{session}/sockets/plasma_store"
+    assert len(socket_path) <= 107
+    for place, inside in ((tmp_path / ("long" * 10), Path("/tmp")), (Path("/tmp"), Path("/tmp"))):
+        place.mkdir(exist_ok=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        with private_folder() as folder:
+            assert folder.parent == inside and len(folder.name) == len("editsweep-abcdefgh")
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            (folder / "a" / "b").mkdir(parents=True)
+        assert not folder.exists()

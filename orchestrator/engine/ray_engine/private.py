@@ -22,9 +22,10 @@ from ray.tune.execution import class_cache
 
 from orchestrator.planning.runtime_env import is_secret
 
-LONGEST_PLACE = 30
+LONGEST_PLACE = 20
 """The longest name of a temporary folder, in bytes, in which Ray's sockets can lie: a socket's whole
-path has at most 107 bytes, of which Ray's own part takes 64 and this run's folder 22."""
+path has at most 107 bytes, of which Ray's own part takes 64 and this run's folder 23. In a longer
+one's stead, /tmp is taken."""
 
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
