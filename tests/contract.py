@@ -311,7 +311,7 @@ class MethodContract:
     def test_lanes_do_not_depend_on_each_other(self, arch: str) -> None:
         base = self.model(arch, torch.float64)
         method, inputs = self.prepared(base)
-        lanes = [[stretched(r, 2 * i) for r in REQUESTS[10 * i : 10 * i + 2]] for i in range(3)]
+        lanes = [[stretched(r, i) for r in REQUESTS[10 * i : 10 * i + 2]] for i in range(3)]
         together = method.new_overlay(3)
         self.edit(method, together, inputs, lanes)
         tolerance = 1e-5 if arch == "llama" else 1e-6
