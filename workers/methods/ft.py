@@ -112,7 +112,7 @@ class FTConfig(MethodConfig):
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        if float(values.get("kl_factor") or 0) != 0:
+        if values.get("kl_factor") not in (None, 0):
             raise SpecError(f"{source}: kl_factor: {values['kl_factor']!r} has no effect in FT; expected 0")
         out = super().from_easyedit(values, source)
         if out.get("norm_constraint") is False:

@@ -81,7 +81,7 @@ class LoRAConfig(MethodConfig):
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        if float(values.get("kl_factor") or 0) != 0 or values.get("norm_constraint"):
+        if values.get("kl_factor") not in (None, 0) or values.get("norm_constraint"):
             raise SpecError(
                 f"{source}: kl_factor, norm_constraint: have no effect in LoRA; expected 0 and false"
             )

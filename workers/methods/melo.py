@@ -183,8 +183,11 @@ class MELOConfig(MethodConfig):
                 "rank": grace["num_rank_per_block"],
                 "scale": grace["num_block"],
             }
-            targets = [split_module(str(name), source) for name in model["target_modules"]]
-            out["key_layer"], out["key_module"] = split_module(str(model["grace_layer"]), source)
+            names = model["target_modules"]
+            if not isinstance(names, list):
+                raise SpecError(f"{source}: target_modules: {names!r}: expected a list of module names")
+            targets = [split_module(name, source) for name in names]
+            out["key_layer"], out["key_module"] = split_module(model["grace_layer"], source)
         except KeyError as missing:
             raise SpecError(f"{source}: {missing.args[0]}: this key is required") from None
         if len({path for _, path in targets}) != 1:

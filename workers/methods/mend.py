@@ -49,7 +49,7 @@ from pydantic import Field
 
 from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import Deviations, MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF, take_count
 from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
@@ -145,7 +145,8 @@ class MENDConfig(HypernetConfig):
                 raise SpecError(
                     f"{source}: {key}: {value!r} is a variant that is not here; expected {allowed[0]!r}"
                 )
-        together, iterations = out.pop("accumulate_bs", 10), out.pop("max_iters", 100_000)
+        together = take_count(out, "accumulate_bs", 10, source)
+        iterations = take_count(out, "max_iters", 100_000, source)
         out["schedule"] = {"steps": max(1, iterations // together), "batch_size": together}
         return out
 

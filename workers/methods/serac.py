@@ -54,7 +54,7 @@ from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
 from workers.data.scripts import joiner_of, statement
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF, take_count
 from workers.model.base import BaseModel
 from workers.model.batch import Batch, Encoder
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
@@ -83,8 +83,6 @@ _OF_THE_PUBLIC_CODE = (
     *(
         "inner_params",
         "edit_bs",
-        "max_iters",
-        "accumulate_bs",
         "log_errors",
     ),
     "exact_match",
@@ -129,6 +127,8 @@ class SERACConfig(MethodConfig):
         {
             "small_name": "counterfactual",
             "cls_name": "classifier",
+            "max_iters": "max_iters",
+            "accumulate_bs": "accumulate_bs",
             **TRAINER_KEYS,
             **dict.fromkeys(_OF_THE_PUBLIC_CODE, IGNORED),
         }
@@ -166,11 +166,11 @@ class SERACConfig(MethodConfig):
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         out = super().from_easyedit(values, source)
-        steps, batch = values.get("max_iters"), values.get("accumulate_bs")
-        if (
-            steps is not None and batch is not None
-        ):  # the public code makes one step per ``accumulate_bs`` iterations
-            out["schedule"] = {"steps": max(1, int(steps) // int(batch)), "batch_size": int(batch)}
+        if "max_iters" in out or "accumulate_bs" in out:
+            # the public code makes one step per ``accumulate_bs`` iterations
+            batch = take_count(out, "accumulate_bs", 10, source)
+            iterations = take_count(out, "max_iters", 100_000, source)
+            out["schedule"] = {"steps": max(1, iterations // batch), "batch_size": batch}
         return out
 
     def check(self, shape: ModelShape) -> None:
