@@ -29,6 +29,7 @@ from workers.artifacts.base import ArtifactData, Workbench
 from workers.artifacts.stats import build_second_moment
 from workers.job import ScoreConfig
 from workers.methods.base import EditOutcome, LaneEdit, Method
+from workers.methods.families.locate import inverse_moment
 from workers.model.base import BaseModel
 from workers.model.config import ModelConfig
 from workers.model.overlay import Overlay
@@ -101,6 +102,14 @@ def moment(
             "precision": precision,
         }
         return build_second_moment(model(short, copy), recipe, Workbench())
+
+
+def inverse(short: str, copy: int = 0) -> Tensor:
+    """The recorded inverse second moment of layer 0 that ROME's records used. A rounded copy has
+    that of its own statistics."""
+    if copy:
+        return inverse_moment(moment(short, 0, copy).tensors["moment"])
+    return core(short, "rome_req0")["inv_cov"]
 
 
 def first_ten(inputs: Mapping[str, ArtifactData]) -> list[LaneEdit]:

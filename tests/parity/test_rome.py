@@ -14,6 +14,7 @@ from tests.parity.common import (
     ELSEWHERE,
     check_record,
     core,
+    inverse,
     lane_edits,
     meta,
     model,
@@ -50,10 +51,10 @@ def recorded_templates(short: str) -> dict[str, ArtifactData]:
 
 
 def prepared(short: str, copy: int = 0, **changes: Any) -> ROME:
-    """With the recorded templates and the recorded inverse second moment, or a rounded copy of
-    it."""
+    """With the recorded templates and the recorded inverse second moment; a rounded copy has its
+    own."""
     config = ROMEConfig.model_validate({**RECORDED, **changes})
-    inverse_II = core(short, "rome_req0", copy)["inv_cov"] if config.mom2_adjustment else None
+    inverse_II = inverse(short, copy) if config.mom2_adjustment else None
     return ROME(model(short, copy), config, recorded_templates(short), inverse_II)
 
 
