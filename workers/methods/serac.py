@@ -52,7 +52,7 @@ from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
-from workers.data.scripts import joiner_of, statement
+from workers.data.scripts import joiner_after, joiner_of, statement
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF, take_count
 from workers.model.base import BaseModel
@@ -320,8 +320,9 @@ class Networks:
         return [logits_NSV[i, -1 - len(c) :] for i, c in enumerate(continued)]
 
     def with_edit(self, edit: str, prompt: str) -> tuple[int, ...]:
-        """Tokens of an edit followed by a prompt."""
-        return self._encoder.text(f"{edit} {prompt}")
+        """Tokens of an edit followed by a prompt, after a space where the edit is written with
+        spaces."""
+        return self._encoder.text(f"{edit}{joiner_after(edit)}{prompt}")
 
     @cached_property
     def _encoder(self) -> Encoder:
