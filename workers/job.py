@@ -104,6 +104,9 @@ class StreamJob(Frozen):
 
     method: str
     config: dict[str, Any]
+    places: dict[str, str] = Field(
+        default_factory=dict, description="where the folders lie that the config names, if elsewhere"
+    )
     cells: tuple[StreamCell, ...]
     T: int = Field(ge=1)
     batch_size: int = Field(1, ge=1)

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -30,7 +31,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.planning.places import FoundModel, find_model, is_bare
+from orchestrator.planning.places import Found, find_model, is_bare
 from workers.data import DATASETS, TargetField
 from workers.inputs import MAX_BYTES, explain, found, parse_yaml, short
 from workers.job import Rollback, ScoreConfig
@@ -270,6 +271,13 @@ def _read_scoring(value: object, handler: ValidatorFunctionWrapHandler) -> Score
     return SCORES.read(value)
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Where a spec was read. Specs from two folders may be equal."""
+
+    folder: Path = field(compare=False)
+
+
 class SweepSpec(Written):
     """A whole sweep, as written by the user and completed with defaults."""
 
@@ -293,7 +301,13 @@ class SweepSpec(Written):
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
 
-    _found_model: FoundModel | None = PrivateAttr(None)
+    _found_model: Found | None = PrivateAttr(None)
+    _origin: _Origin = PrivateAttr(default_factory=lambda: _Origin(Path.cwd()))
+
+    @property
+    def base(self) -> Path:
+        """The folder at which relative paths start: the spec file's, or the working folder."""
+        return self._origin.folder
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -436,6 +450,7 @@ def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()
     except ValidationError as e:
         raise SpecError(f"{origin}: {explain(e, SweepSpec)}") from None
     spec._found_model = found_model
+    spec._origin = _Origin(base)
     return spec
 
 
@@ -444,7 +459,7 @@ def override_spec(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
     if not overrides:
         return spec
     text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
-    return parse_spec(text, source=f"the sweep {spec.name!r}", base=Path.cwd(), overrides=overrides)
+    return parse_spec(text, source=f"the sweep {spec.name!r}", base=spec.base, overrides=overrides)
 
 
 def check_trust(spec: SweepSpec, source: str, trusted: bool, how: str) -> None:
@@ -539,7 +554,7 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     return raw
 
 
-def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], FoundModel | None]:
+def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], Found | None]:
     """A copy whose model's bare name stands for the place where it was found."""
     model = raw.get("model")
     name = model.get("name") if isinstance(model, dict) else None

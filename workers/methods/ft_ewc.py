@@ -83,7 +83,9 @@ class FTEWCConfig(MethodConfig):
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         how_much = f"about {self.samples} lines, see samples"
-        corpus = stats.corpus_of(self.corpus, context.model, "FT-EWC", "Fisher information", how_much)
+        corpus = stats.corpus_of(
+            self.place("corpus"), context.model, "FT-EWC", "Fisher information", how_much
+        )
         return tuple(
             ArtifactSpec(
                 name=_artifact(layer),

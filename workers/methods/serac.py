@@ -43,15 +43,18 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
+from workers.data.needs import Need
 from workers.data.scripts import joiner_after, joiner_of, statement
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF, take_count
@@ -59,10 +62,14 @@ from workers.model.base import BaseModel
 from workers.model.batch import Batch, Encoder
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
 from workers.model.overlay import LaneState, SitelessOverlay
+from workers.model.tokenizer import load_tokenizer
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
 
 LARGEST_COPY = 50_000_000
 """Parameters of a base model that may be copied to become the counterfactual model."""
+
+CLASSIFIER_TOKENS = 512
+"""The classifier reads the beginning of a longer text."""
 
 SCRATCH: Mapping[str, int] = MappingProxyType({"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 256})
 """Sizes of the default classifier (DistilBERT)."""
@@ -186,16 +193,71 @@ class SERACConfig(MethodConfig):
         given = {"classifier": self.classifier, "counterfactual": self.counterfactual}
         return {field: name for field, name in given.items() if name is not None}
 
+    def check_networks(self, encoder: Encoder) -> Iterator[str]:
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        for field in self.networks:
+            folder = Path(self.place(field)).expanduser()
+            if not (folder / "config.json").is_file():  # on the hub: it is fetched when it is needed
+                continue
+            try:
+                _config_of(folder, AutoModel if field == "classifier" else AutoModelForCausalLM)
+                tokenizer = load_tokenizer(folder, f"{self.place(field)!r}")
+                if field == "counterfactual":
+                    _check_vocabulary(tokenizer, encoder.tokenizer, f"{self.place(field)!r}")
+            except ModelError as error:
+                yield f"{field}: {error}"
+
+    def token_needs(self, encoder: Encoder, shape: ModelShape) -> tuple[Need, ...]:
+        limit = self._answering_context(shape)
+        if limit is None:
+            return ()
+
+        def fits(request: EditRequest) -> bool:
+            edit = statement(request)
+            pairs = [(request.prompt, request.target_new)]
+            pairs += [(text, request.target_new) for text in request.rephrases]
+            texts = [f"{with_edit(edit, p)}{joiner_of(request, p)}{answer}" for p, answer in pairs]
+            return all(len(text.encode()) < limit or len(encoder.text(text)) <= limit for text in texts)
+
+        lacking = (
+            f"its edit and one of its prompts are longer than the {limit} tokens that the counterfactual model "
+            "reads"
+        )
+        return (Need(lacking, fits),)
+
+    def _answering_context(self, shape: ModelShape) -> int | None:
+        """Tokens that the counterfactual model reads at most; None: unknown, or on the hub."""
+        from transformers import AutoConfig
+
+        if self.counterfactual is None:
+            return shape.context
+        try:
+            return context_length(AutoConfig.from_pretrained(Path(self.place("counterfactual")).expanduser()))
+        except (OSError, ValueError, KeyError):
+            return None
+
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         return (
             pretrained(
-                "serac", _learnt(self), self.schedule, context.fingerprint, context.model, context.training
+                "serac",
+                _learnt(self),
+                self.schedule,
+                context.fingerprint,
+                context.model,
+                context.training,
+                places=self._places,
             ),
         )
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         widest = 1024  # assumed width of classifier encoders
         return edits * widest * 4
+
+
+def with_edit(edit: str, prompt: str) -> str:
+    """An edit followed by a prompt, after a space where the edit is written with spaces."""
+    return f"{edit}{joiner_after(edit)}{prompt}"
 
 
 # --- the two networks -----------------------------------------------------------------------
@@ -216,7 +278,7 @@ class Networks:
     ) -> Self:
         """The networks before training: weights of a folder, a copy of the base, or random weights.
         Raises :class:`ModelError`."""
-        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
         seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
         dtype = base.master_dtype
@@ -224,7 +286,7 @@ class Networks:
             config: Any = AutoConfig.for_model(
                 "distilbert",
                 vocab_size=len(base.tokenizer),
-                max_position_embeddings=512,
+                max_position_embeddings=CLASSIFIER_TOKENS,
                 pad_token_id=base.encoder.pad_id,
                 dropout=0.0,
                 attention_dropout=0.0,
@@ -232,26 +294,15 @@ class Networks:
             )
             classifier, tokenizer = _drawn(AutoModel, config, seed), base.tokenizer
         else:
-            classifier, tokenizer = _load(
-                AutoModel, AutoConfig, AutoTokenizer, hparams["classifier"], "classifier", seed
-            )
+            classifier, tokenizer = _load(AutoModel, hparams["classifier"], "classifier", seed)
         if hparams["counterfactual"] is None:
             counterfactual, second = copy.deepcopy(base.model), base.tokenizer
         else:
             counterfactual, second = _load(
-                AutoModelForCausalLM,
-                AutoConfig,
-                AutoTokenizer,
-                hparams["counterfactual"],
-                "counterfactual",
-                seed + 1,
+                AutoModelForCausalLM, hparams["counterfactual"], "counterfactual", seed + 1
             )
-        if second is not base.tokenizer and second.get_vocab() != base.tokenizer.get_vocab():
-            raise ModelError(
-                f"serac: counterfactual: {hparams['counterfactual']!r} has another vocabulary than the "
-                f"base model; both answer "
-                "in the same tokens, so choose a model of the same family"
-            )
+        if second is not base.tokenizer:
+            _check_vocabulary(second, base.tokenizer, f"serac: counterfactual: {hparams['counterfactual']!r}")
         for network in (classifier, counterfactual):
             network.to(device=base.device, dtype=dtype).eval().requires_grad_(False)
         return cls(classifier, tokenizer, counterfactual, second)
@@ -286,7 +337,8 @@ class Networks:
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The classifier's embedding of each text, (N, D); padded on the right and masked."""
         tokenizer, device = self.classifier_tokenizer, self.classifier.device
-        ids = [tokenizer(text, max_length=512, truncation=True)["input_ids"] for text in texts]
+        most = min(CLASSIFIER_TOKENS, context_length(self.classifier.config) or CLASSIFIER_TOKENS)
+        ids = [tokenizer(text, max_length=most, truncation=True)["input_ids"] for text in texts]
         width = max(map(len, ids))
         ids_NS = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
         mask_NS = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
@@ -320,9 +372,8 @@ class Networks:
         return [logits_NSV[i, -1 - len(c) :] for i, c in enumerate(continued)]
 
     def with_edit(self, edit: str, prompt: str) -> tuple[int, ...]:
-        """Tokens of an edit followed by a prompt, after a space where the edit is written with
-        spaces."""
-        return self._encoder.text(f"{edit}{joiner_after(edit)}{prompt}")
+        """Tokens of :func:`with_edit`."""
+        return self._encoder.text(with_edit(edit, prompt))
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -336,19 +387,42 @@ def _drawn(auto: Any, config: Any, seed: int) -> Any:
         return auto.from_config(config)
 
 
-def _load(auto: Any, config_of: Any, tokenizer_of: Any, name: str, field: str, seed: int) -> tuple[Any, Any]:
+def _load(auto: Any, name: str, field: str, seed: int) -> tuple[Any, Any]:
     """A network and its tokenizer from a folder; random weights if it has none. Raises
     :class:`ModelError`."""
     try:
         folder = resolve(ModelConfig(name=name))
-        tokenizer = tokenizer_of.from_pretrained(folder)
+        config = _config_of(folder, auto)
+        tokenizer = load_tokenizer(folder, f"{name!r}")
         if any(folder.glob("*.safetensors")):
             return auto.from_pretrained(folder, use_safetensors=True), tokenizer
-        return _drawn(auto, config_of.from_pretrained(folder), seed), tokenizer
+        return _drawn(auto, config, seed), tokenizer
     except (ModelError, OSError, ValueError) as error:
         raise ModelError(
             f"serac: {field}: {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def _config_of(folder: Path, auto: Any) -> Any:
+    """The config in a folder, of a type that ``auto`` loads. Raises :class:`ModelError`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(" ".join(str(error).split())[:300]) from error
+    if type(config) not in auto._model_mapping or config.is_encoder_decoder:
+        wanted = "a language model" if auto is AutoModelForCausalLM else "an encoder"
+        raise ModelError(f"it is of type {config.model_type!r}, expected {wanted}")
+    return config
+
+
+def _check_vocabulary(tokenizer: Any, of_base: Any, name: str) -> None:
+    if tokenizer.get_vocab() != of_base.get_vocab():
+        raise ModelError(
+            f"{name} has another vocabulary than the base model; both answer in the same tokens, so choose a "
+            "model of the same family"
+        )
 
 
 # --- the memory -----------------------------------------------------------------------------
@@ -484,16 +558,17 @@ class SERAC(Method[SERACConfig, EditMemory]):
     version: ClassVar[int] = 1
     needs_pretraining: ClassVar[bool] = True
     batch_edits: ClassVar[bool] = True
+    no_chat: ClassVar[str] = "its networks read plain texts"
     relative_cost: ClassVar[float] = 0.1
     Config: ClassVar[type[MethodConfig]] = SERACConfig
 
     def __init__(self, base: BaseModel, config: SERACConfig, inputs: Mapping[str, ArtifactData]) -> None:
         super().__init__(base, config, inputs)
-        if base.encoder.chat_template:
-            raise SpecError(
-                "serac: model.chat_template: true is not supported: its networks read plain texts"
-            )
-        self.networks = Networks.trained(base, _learnt(config), inputs[PRETRAINED])
+        self.networks = Networks.trained(
+            base,
+            {**_learnt(config), **{field: config.place(field) for field in config.networks}},
+            inputs[PRETRAINED],
+        )
 
     def new_overlay(self, lanes: int) -> EditMemory:
         return EditMemory(self.networks, self.config, lanes)

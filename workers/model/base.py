@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from workers.model.architectures import ARCHITECTURES, Arch, architecture
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
+from workers.model.tokenizer import load_tokenizer
 from workers.types import ModelError, SpecError
 
 if TYPE_CHECKING:
@@ -62,14 +63,15 @@ def model_shape(config: ModelConfig) -> ModelShape:
 def load_encoder(
     config: ModelConfig, chat_template: bool, template: Mapping[str, Any] | None = None
 ) -> Encoder:
-    """The model's tokenizer as an encoder, without the model."""
-    from transformers import AutoTokenizer
-
+    """The model's tokenizer as an encoder, without the model. Raises :class:`ModelError`, and
+    :class:`DataError` if its chat template does not put an answer where it asks for one."""
     from workers.model.batch import Encoder
 
-    folder, remote = resolve(config), config.trust_remote_code
-    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
-    return Encoder(tokenizer, chat_template, template)
+    return Encoder(_tokenizer(config), chat_template, template)
+
+
+def _tokenizer(config: ModelConfig) -> Any:
+    return load_tokenizer(resolve(config), f"model.name: {config.name!r}", config.trust_remote_code)
 
 
 def _read(load: Any, config: ModelConfig) -> Any:
@@ -151,7 +153,7 @@ class BaseModel:
     def load(cls, config: ModelConfig) -> BaseModel:
         """Load weights (safetensors only) and tokenizer. Raises :class:`ModelError`."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         folder = resolve(config)
         remote = config.trust_remote_code
@@ -167,8 +169,7 @@ class BaseModel:
             ),
             config,
         )
-        tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
-        return cls(model.to(device), tokenizer, config)
+        return cls(model.to(device), _tokenizer(config), config)
 
     def with_encoder(self, encoder: Encoder) -> BaseModel:
         """The same weights with another encoder (one with a chat template)."""
@@ -253,18 +254,6 @@ class BaseModel:
         if self._softcap is not None:
             out = (out / self._softcap).tanh() * self._softcap
         return out
-
-
-def check_chat_template(config: ModelConfig, template: Mapping[str, Any]) -> None:
-    """Raise :class:`DataError` if the model's chat template does not put an answer where it asks for
-    one, with these variables."""
-    from transformers import AutoTokenizer
-
-    from workers.model.batch import Encoder
-
-    folder, remote = resolve(config), config.trust_remote_code
-    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
-    Encoder(tokenizer, chat_template=True, template=template)
 
 
 def pick_device(config: ModelConfig) -> str:

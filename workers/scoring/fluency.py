@@ -53,6 +53,10 @@ class FluencyConfig(Settings):
     def on(self) -> bool:
         return self.tokens > 0
 
+    @property
+    def continued(self) -> int:
+        return self.tokens
+
     def longest(self, tokens: int) -> int:
         return tokens + self.tokens
 

@@ -107,6 +107,10 @@ class LocateConfig(MethodConfig):
         return bool(self.context_template_length_params)
 
     @property
+    def template_tokens(self) -> int:
+        return max((length for length, _ in self.context_template_length_params), default=0)
+
+    @property
     def rows_per_edit(self) -> int:
         return 2 + sum(count for _, count in self.context_template_length_params)
 
@@ -149,7 +153,7 @@ def moment_spec(
     """The second moment of one map's inputs. ``otherwise``: for the message, the alternative of a
     user without a corpus."""
     how_much = f"a few thousand lines or more{otherwise}"
-    corpus = stats.corpus_of(config.corpus, context.model, config.title, "second moment", how_much)
+    corpus = stats.corpus_of(config.place("corpus"), context.model, config.title, "second moment", how_much)
     return stats.second_moment(
         name,
         context.fingerprint,

@@ -157,6 +157,10 @@ class WISEConfig(MethodConfig):
         return self.layer
 
     @property
+    def template_tokens(self) -> int:
+        return max((length for length, _ in self.context_template_length_params), default=0)
+
+    @property
     def rows_per_edit(self) -> int:
         return 2 + sum(count for _, count in self.context_template_length_params)
 
