@@ -21,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -47,6 +48,9 @@ _ALWAYS = ("workers.stream",)
 _LEFT_OUT = ("workers.kernels", "workers.data", "workers.methods.easyedit", "workers.inputs")
 """Neither recorded nor followed, with everything below them."""
 
+_COUNTED = ("workers.data.scripts",)
+"""What is not left out of these: how texts are joined and where subjects stand changes numbers."""
+
 _LISTS = ("workers.methods", "workers.scoring.registry")
 """Registries: not recorded, because a method or a score more changes no number of the others."""
 
@@ -71,10 +75,15 @@ class Folder(Protocol):
 def code_of(method: str, root: Path | None = None) -> dict[str, str]:
     """Return the hash of every source file that a method's numbers depend on, by its path.
 
-    ``root`` is the folder that holds ``workers/`` (default: the one that runs).
+    ``method`` is a name in the registry, or a method that is defined elsewhere: the import path of
+    its module (``lab.methods.mine``) or the module's file. Then the files of its own package count
+    as those of ``workers/`` do. ``root`` is the folder that holds ``workers/`` (default: the one
+    that runs).
     """
     sources = _Sources(root)
-    return {path: tree for path, (tree, _) in sources.closure(sources.module_of(method)).items()}
+    elsewhere = method.endswith(".py") or "." in method
+    module = sources.adopt(method) if elsewhere else sources.module_of(method)
+    return {path: tree for path, (tree, _) in sources.closure(module).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +272,7 @@ class _Sources:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or Path(str(workers.__file__)).parent.parent
+        self._adopted: dict[str, Path] = {}
         self._parsed: dict[str, _File] = {}
         self._paths: dict[str, str | None] = {}
         self._registry: dict[str, str] | None = None
@@ -276,7 +286,8 @@ class _Sources:
             if module in seen:
                 continue
             seen.add(module)
-            path = None if _below(module, _LEFT_OUT) else self._path(module)
+            left_out = _below(module, _LEFT_OUT) and not _below(module, _COUNTED)
+            path = None if left_out else self._path(module)
             if path is None:
                 continue
             file = self._file(path, module)
@@ -301,6 +312,29 @@ class _Sources:
         except (OSError, SyntaxError):
             return False
 
+    def adopt(self, method: str) -> str:
+        """The module of a method that is defined outside ``workers/``, by import path or file. The
+        files of its top-level package, or the one file, are read from where they lie; nothing of
+        them runs."""
+        if method.endswith(".py"):
+            path = Path(method).resolve()
+            names, folder = [path.stem], path.parent
+            while (folder / "__init__.py").is_file():
+                names.insert(0, folder.name)
+                folder = folder.parent
+            module = ".".join(names)
+        else:
+            module = method
+            spec = find_spec(module.partition(".")[0])
+            places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin]
+            if not places or places[0] is None:
+                raise ValueError(f"module {module!r} cannot be found; give its import path or its file")
+            folder = Path(places[0]).parent
+        self._adopted[module.partition(".")[0]] = folder
+        if self._path(module) is None:
+            raise ValueError(f"module {module!r} has no source file below {folder}")
+        return module
+
     def module_of(self, method: str) -> str:
         """The module that the registry names for a method. The registry is data and is read as
         such: importing it brings torch."""
@@ -319,11 +353,14 @@ class _Sources:
         if module not in self._paths:
             stem = module.replace(".", "/")
             paths = (f"{stem}.py", f"{stem}/__init__.py")
-            self._paths[module] = next((path for path in paths if (self.root / path).is_file()), None)
+            self._paths[module] = next((path for path in paths if self._place(path).is_file()), None)
         return self._paths[module]
 
+    def _place(self, path: str) -> Path:
+        return self._adopted.get(path.partition("/")[0].removesuffix(".py"), self.root) / path
+
     def _read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
+        return self._place(path).read_bytes()
 
     def _file(self, path: str, module: str) -> _File:
         if path not in self._parsed:
@@ -331,10 +368,12 @@ class _Sources:
             tree = ast.parse(data, path)
             words: list[str] = []
             _write(tree, words)
-            imports = dict.fromkeys(_imports(tree, module))
+            within = f"{module}.__init__" if path.endswith("/__init__.py") else module
+            imports = dict.fromkeys(_imports(tree, within))
+            followed = (_PACKAGE, *self._adopted)
             self._parsed[path] = _File(
                 hashes=(_short("\0".join(words).encode()), _short(data)),
-                imports=tuple(name for name in imports if name.split(".")[0] == _PACKAGE),
+                imports=tuple(name for name in imports if name.split(".")[0] in followed),
                 empty=all(map(_is_text, tree.body)),
             )
         return self._parsed[path]
