@@ -46,7 +46,7 @@ class ScoreConfig(Written):
         25, ge=1, description="requests a lane has scored between two possible commits"
     )
     extra_tokens: int = Field(
-        4, ge=1, description="tokens greedy generation may run beyond the target before it is cut"
+        4, ge=1, le=10_000, description="tokens greedy generation may run beyond the target before it is cut"
     )
 
     def core(self) -> dict[str, JSON]:

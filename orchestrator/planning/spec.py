@@ -193,9 +193,11 @@ class MethodSpec(Written):
 class Resources(Written):
     """Resources that one actor reserves. Fractions of a GPU are allowed."""
 
-    cpu: float = Field(1, gt=0)
-    gpu: float = Field(0, ge=0)
-    memory_gb: float = Field(0, ge=0, description="memory an actor needs (0: twice the model's weights)")
+    cpu: float = Field(1, gt=0, le=10_000)
+    gpu: float = Field(0, ge=0, le=1000)
+    memory_gb: float = Field(
+        0, ge=0, le=1_000_000, description="memory an actor needs (0: twice the model's weights)"
+    )
 
 
 class EngineSpec(Written):
@@ -212,28 +214,36 @@ class EngineSpec(Written):
         "the same request; "
         "false: every T makes all of its edits",
     )
-    gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU in GiB, as declared")
-    threads: int = Field(1, ge=1, description="torch threads of one actor")
+    gpu_memory_gb: float | None = Field(
+        None, gt=0, le=100_000, description="memory of one GPU in GiB, as declared"
+    )
+    threads: int = Field(1, ge=1, le=1024, description="torch threads of one actor")
     cache_bytes: int = Field(
         256 << 20,
         ge=0,
+        le=1 << 50,
         description="size of an actor's cache for activations of repeated scoring batches",
     )
     shard_edits: int = Field(250, ge=1, description="approximate edits of one shard; a wave is never cut")
     step_edits: int = Field(50, ge=1, description="approximate edits between two commits")
-    max_actors: int | None = Field(None, ge=1)
+    max_actors: int | None = Field(None, ge=1, le=100_000)
     resources: Resources = Resources()
-    max_failures: int = Field(2, ge=0, description="restarts after a failure (a lost node counts)")
+    max_failures: int = Field(2, ge=0, le=1000, description="restarts after a failure (a lost node counts)")
     checkpoint_seconds: float = Field(
-        30, ge=0, description="approximate time between two saves of an artifact under construction"
+        30,
+        ge=0,
+        le=86_400,
+        description="approximate time between two saves of an artifact under construction",
     )
 
     @field_validator("lanes", mode="before")
     @classmethod
     def _count_or_auto(cls, value: object) -> object:
-        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        if value == "auto" or (
+            isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10_000
+        ):
             return value
-        raise ValueError(f"{short(value)} is not valid; give a whole number of at least 1, or auto")
+        raise ValueError(f"{short(value)} is not valid; give a whole number from 1 to 10000, or auto")
 
 
 class RaySpec(Written):
@@ -241,7 +251,7 @@ class RaySpec(Written):
 
     address: str | None = Field(None, description="host:port, or auto")
     runtime_env: dict[str, Any] = Field(default_factory=dict)
-    connect_seconds: float = Field(15, gt=0)
+    connect_seconds: float = Field(15, gt=0, le=86_400)
 
     @field_validator("address")
     @classmethod

@@ -128,12 +128,14 @@ def _hash_of(requests: Sequence[EditRequest]) -> str:
 class TrainingSchedule(Written):
     """Length of a training, its batches, and the share of earlier data in them."""
 
-    steps: int = Field(ge=1, description="optimiser steps on each data shard")
-    batch_size: int = Field(1, ge=1, description="requests of one step")
+    steps: int = Field(ge=1, le=100_000_000, description="optimiser steps on each data shard")
+    batch_size: int = Field(1, ge=1, le=1_000_000, description="requests of one step")
     replay: float = Field(
         0.5, ge=0, lt=1, description="share of the requests that come from earlier data shards"
     )
-    buffer: int = Field(512, ge=0, description="requests of earlier data shards that are kept for replay")
+    buffer: int = Field(
+        512, ge=0, le=10_000_000, description="requests of earlier data shards that are kept for replay"
+    )
     seed: int = Field(0, ge=0, description="of initial weights, order and everything drawn in a step")
 
 

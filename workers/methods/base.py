@@ -40,6 +40,9 @@ from workers.model.overlay import Overlay
 from workers.rng import RandomStreams
 from workers.types import JSON, EditRequest, Frozen, SpecError, Written
 
+MOST_STEPS = 1_000_000
+"""Optimiser steps of one edit at most: more are a slip of the pen and would never end."""
+
 
 def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
     if layers and (min(layers) < 0 or len(set(layers)) < len(layers)):

@@ -58,7 +58,7 @@ from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
-from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.base import MOST_STEPS, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import COMMON_LOST, SWEEP_KEYS, FileRemarks, split_module
 from workers.methods.families.adapter import uniform_A
 from workers.model.base import Site
@@ -125,12 +125,12 @@ class MELOConfig(MethodConfig):
     )
     key_layer: int = Field(ge=0, description="decoder layer whose map's answer is the query")
     key_module: str | None = Field(None, description="that map; null: the MLP's output projection")
-    rank: int = Field(2, ge=1, description="rank of one block")
+    rank: int = Field(2, ge=1, le=65_536, description="rank of one block")
     scale: float = Field(
         1.0, gt=0, description="factor of a block's change (the public code's is its number of blocks)"
     )
     radius: float = Field(0.5, gt=0, description="radius of a new cluster")
-    num_iter: int = Field(50, ge=1, description="optimiser steps of one edit")
+    num_iter: int = Field(50, ge=1, le=MOST_STEPS, description="optimiser steps of one edit")
     lr: float = Field(1e-3, gt=0, description="Adam's step size at the beginning")
     halve_every: int = Field(
         20, ge=1, description="steps after which the step size is halved, again and again"

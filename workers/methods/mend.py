@@ -75,7 +75,7 @@ class MENDDeviations(Deviations):
 class MENDConfig(HypernetConfig):
     """Hyperparameters of MEND."""
 
-    n_hidden: int = Field(1, ge=0, description="hidden layers of a network, which has one block more")
+    n_hidden: int = Field(1, ge=0, le=100, description="hidden layers of a network, which has one block more")
     edit_lr: float = Field(1e-4, description="first value of the learned step sizes; positive descends")
     lr: float = Field(1e-6, gt=0, description="Adam's step size for the networks")
     lr_lr: float = Field(1e-4, gt=0, description="Adam's step size for the learned step sizes")

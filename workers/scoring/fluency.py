@@ -39,6 +39,7 @@ class FluencyConfig(Settings):
     tokens: int = Field(
         0,
         ge=0,
+        le=10_000,
         alias="fluency_tokens",
         description="tokens written after each edit prompt at a group's end for `fluency`; 0: not measured",
     )

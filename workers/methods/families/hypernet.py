@@ -87,7 +87,7 @@ class HypernetConfig(MethodConfig):
     modules: tuple[str, ...] = Field(
         (), description="linear maps inside each layer; none: the MLP's output projection"
     )
-    rank: int = Field(1920, ge=1, description="rank of the networks' maps")
+    rank: int = Field(1920, ge=1, le=65_536, description="rank of the networks' maps")
     schedule: TrainingSchedule = Field(description="how long the networks are trained")
 
     method: ClassVar[str]

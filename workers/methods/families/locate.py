@@ -33,7 +33,7 @@ from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
-from workers.methods.base import ArtifactContext, LaneEdit, MethodConfig
+from workers.methods.base import MOST_STEPS, ArtifactContext, LaneEdit, MethodConfig
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.overlay import Overlay
@@ -61,7 +61,7 @@ class LocateConfig(MethodConfig):
         "subject_last", description="where the fact is looked up: the subject's or the prompt's last token"
     )
     v_num_grad_steps: int = Field(
-        20, ge=1, description="evaluations of the loss that finds the value (one step fewer)"
+        20, ge=1, le=MOST_STEPS, description="evaluations of the loss that finds the value (one step fewer)"
     )
     v_lr: float = Field(0.5, gt=0, description="Adam's step size for the value")
     v_weight_decay: float = Field(1e-3, ge=0, description="weight of the value change's norm in the loss")
