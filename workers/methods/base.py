@@ -325,7 +325,8 @@ class MethodConfig(Written):
 
     def place(self, field: str) -> Any:
         """Where the file or the folder of a hyperparameter lies; None if none is given."""
-        return self._places.get(field, getattr(self, field))
+        written = {**self.files, **self.networks}
+        return self._places.get(field, written.get(field, getattr(self, field, None)))
 
     @property
     def uses_seed(self) -> bool:
