@@ -531,8 +531,6 @@ def test_the_package_that_a_tokenizer_needs_is_named(
     (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     for package in ("sentencepiece", "google.protobuf", "tiktoken"):
         monkeypatch.setitem(sys.modules, package, None)
-    for package in ("sentencepiece", "tiktoken"):
-        monkeypatch.setattr(f"transformers.utils.import_utils.is_{package}_available", lambda *_: False)
     text = refused(spec_in(tmp_path, [record(0)], model__name="./m"))
     assert f"model.name: '{tmp_path}/m': the tokenizer needs {missing}, which " in text, text
     assert "[tokenizers]" in text and len(text.splitlines()) == 1

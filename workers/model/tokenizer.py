@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ EXTRA = "tokenizers"
 """The extra of this package that installs what reads every format."""
 
 SENTENCEPIECE, TIKTOKEN, PROTOBUF = "sentencepiece", "tiktoken", "google.protobuf"
+
+_NEED_NONE = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 _NAMES = {PROTOBUF: "protobuf"}
@@ -29,34 +32,38 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     """
     from transformers import AutoTokenizer
 
+    source, packages = needed_packages(folder)
+    if missing := _missing(packages):  # transformers would warn of it and fail for another reason
+        raise ModelError(f"{name}: {_needs(missing, source)}")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # for a damaged tokenizer.json it is of no class of its own
-        raise ModelError(f"{name}: the tokenizer {_why(folder, error)}") from error
+        said = " ".join(str(error).split())[:300]
+        if not isinstance(error, ImportError):
+            raise ModelError(f"{name}: the tokenizer cannot be loaded ({said})") from error
+        missing = _missing(p for p in (SENTENCEPIECE, TIKTOKEN, PROTOBUF) if p in said.casefold())
+        if not missing:
+            raise ModelError(
+                f"{name}: the tokenizer needs a package that is not installed: {said}"
+            ) from error
+        raise ModelError(f"{name}: {_needs(missing, 'this kind of tokenizer')}") from error
 
 
-def _why(folder: Path, error: Exception) -> str:
-    """What follows the word "tokenizer" in a message."""
-    said = " ".join(str(error).split())[:300]
-    source, packages = needed_packages(folder)
-    if isinstance(error, ImportError):  # a class that reads another file by a package of its own
-        packages += tuple(p for p in (SENTENCEPIECE, TIKTOKEN, PROTOBUF) if p in said.casefold())
-        source = source or "this kind of tokenizer"
-    missing = [_NAMES.get(package, package) for package in not_installed(dict.fromkeys(packages))]
-    if missing:
-        return (
-            f"needs {' and '.join(missing)} ({source}), which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed; install with: {install_command(EXTRA)}"
-        )
-    if isinstance(error, ImportError):
-        return f"needs a package that is not installed: {said}"
-    return f"cannot be loaded ({said})"
+def _missing(packages: Iterable[str]) -> list[str]:
+    return [_NAMES.get(package, package) for package in not_installed(packages)]
+
+
+def _needs(missing: Sequence[str], source: str) -> str:
+    return (
+        f"the tokenizer needs {' and '.join(missing)} ({source}), which {'is' if len(missing) == 1 else 'are'} "
+        f"not installed; install with: {install_command(EXTRA)}"
+    )
 
 
 def needed_packages(folder: Path) -> tuple[str, tuple[str, ...]]:
-    """The file that holds the tokenizer in a format of its own, and the packages that read it.
-    Nothing for a ``tokenizer.json``, which needs none."""
-    if (folder / "tokenizer.json").is_file():
+    """The file that holds the tokenizer in a format of its own, and the packages that read it; none
+    for files that need none."""
+    if any((folder / file).is_file() for file in _NEED_NONE):
         return "", ()
     for path in sorted(folder.glob("*.tiktoken")):
         return path.name, (TIKTOKEN,)
