@@ -21,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -281,6 +282,7 @@ class _Sources:
         """The files that the numbers of the method in ``module`` depend on, with their hashes."""
         todo, seen = [module, *_ALWAYS], set[str]()
         found: dict[str, Hashes] = {}
+        followed = {_PACKAGE, *self._adopted}
         while todo:
             module = todo.pop()
             if module in seen:
@@ -294,7 +296,7 @@ class _Sources:
             if module not in _LISTS and not file.empty:
                 found[path] = file.hashes
             if module not in _NOT_FOLLOWED:
-                todo += file.imports
+                todo += (name for name in file.imports if name.partition(".")[0] in followed)
             if "." in module:
                 todo.append(module.rpartition(".")[0])  # importing a module runs its packages first
         return dict(sorted(found.items()))
@@ -364,19 +366,21 @@ class _Sources:
 
     def _file(self, path: str, module: str) -> _File:
         if path not in self._parsed:
-            data = self._read(path)
-            tree = ast.parse(data, path)
-            words: list[str] = []
-            _write(tree, words)
-            within = f"{module}.__init__" if path.endswith("/__init__.py") else module
-            imports = dict.fromkeys(_imports(tree, within))
-            followed = (_PACKAGE, *self._adopted)
-            self._parsed[path] = _File(
-                hashes=(_short("\0".join(words).encode()), _short(data)),
-                imports=tuple(name for name in imports if name.split(".")[0] in followed),
-                empty=all(map(_is_text, tree.body)),
-            )
+            self._parsed[path] = _parse(self._read(path), path, module)
         return self._parsed[path]
+
+
+@lru_cache(maxsize=256)  # a pure function: sweeps of one process parse each file once
+def _parse(data: bytes, path: str, module: str) -> _File:
+    tree = ast.parse(data, path)
+    words: list[str] = []
+    _write(tree, words)
+    within = f"{module}.__init__" if path.endswith("/__init__.py") else module
+    return _File(
+        hashes=(_short("\0".join(words).encode()), _short(data)),
+        imports=tuple(dict.fromkeys(_imports(tree, within))),
+        empty=all(map(_is_text, tree.body)),
+    )
 
 
 def _named_modules(registry: ast.Module) -> Iterator[tuple[str, str]]:
