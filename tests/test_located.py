@@ -388,8 +388,8 @@ def test_plan_counts_and_marks_such_prompts(tmp_path: Path) -> None:
         == ""
     )
     notes = plan_of(path, 3, methods=["ft"]).notes
-    assert any(note.startswith("1 prompts hold their subject more than once") for note in notes)
-    assert any(note.startswith("1 prompts hold their subject only as a part") for note in notes)
+    assert any(note.startswith("1 prompt holds the subject more than once") for note in notes)
+    assert any(note.startswith("1 prompt holds the subject only as a part") for note in notes)
 
 
 def raw_of(path: Path, edits: int, **more: Any) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from workers.data import (
 )
 from workers.data.needs import UNRELATED, Need
 from workers.data.scripts import count_repeated_subjects, count_subjects_inside_words, joiner_of
+from workers.inputs import counted
 from workers.job import ScoreConfig
 from workers.model.config import (
     EMBEDDED,
@@ -597,28 +598,44 @@ def longest_tokens(data: Dataset, score: ScoreConfig) -> int:
     return SCORES.longest(score, longest // 3 + TEMPLATE_TOKENS)
 
 
+def _verb(count: int, plural: str) -> str:
+    return plural if count > 1 else {"are": "is"}.get(plural, f"{plural}s")
+
+
 def dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
     """Notes and warnings about the requests that will be edited (those of the first seed)."""
     order = order_requests(data, spec.dataset.order, spec.grid.seeds[0])
     chosen: list[EditRequest] = [data.requests[i] for i in order[: spec.dataset.edits]]
+    joined = sum(joiner_of(request, request.prompt) == "" for request in chosen)
     counts = (
-        (count_duplicates(chosen), "requests repeat the prompt of an earlier one"),
-        (count_conflicts(chosen), "requests contradict another one (same prompt, or subject and relation)"),
-        (count_edited_locality(chosen), "locality probes are themselves edited"),
+        (count_duplicates(chosen), "request", "repeat", "the prompt of an earlier one"),
+        (
+            count_conflicts(chosen),
+            "request",
+            "contradict",
+            "another one (same prompt, or subject and relation)",
+        ),
+        (count_edited_locality(chosen), "locality probe", "are", "edited, too"),
         (
             count_repeated_subjects(chosen),
-            "prompts hold their subject more than once: where tokens of the subject are read, the last one's",
+            "prompt",
+            "hold",
+            "the subject more than once: where tokens of the subject are read, the last one's",
         ),
-        (count_subjects_inside_words(chosen), "prompts hold their subject only as a part of a longer word"),
         (
-            sum(joiner_of(request, request.prompt) == "" for request in chosen),
-            "prompts are followed by their answer without a space (dataset.joiner)",
+            count_subjects_inside_words(chosen),
+            "prompt",
+            "hold",
+            "the subject only as a part of a longer word",
         ),
+        (joined, "prompt", "are", "followed by the answer without a space (dataset.joiner)"),
     )
     notes = [
         f"{spec.dataset.edits} of {len(data.requests)} requests of {data.name}, order: {spec.dataset.order}"
     ]
-    notes += [f"{count} {what}" for count, what in counts if count]
+    notes += [
+        f"{counted(count, thing)} {_verb(count, verb)} {what}" for count, thing, verb, what in counts if count
+    ]
     if data.notes.get("skipped"):
         notes.append(f"{data.notes['skipped']} records of the file were skipped as unusable")
     if spec.grid.rollback == "group":
