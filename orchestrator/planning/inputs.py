@@ -55,7 +55,7 @@ from workers.model.config import (
 )
 from workers.scoring.lengths import count_tokens, request_texts
 from workers.scoring.registry import SCORES
-from workers.types import JSON, DataError, Dataset, EditRequest, ModelError, SpecError
+from workers.types import DataError, Dataset, EditRequest, ModelError, SpecError
 
 if TYPE_CHECKING:
     from workers.artifacts.base import ArtifactSpec
@@ -190,6 +190,7 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     configs = {number: reader.config(number) for number in range(len(spec.methods))}
     methods = [reader.read(number, config, file) for number, (config, file) in configs.items() if config]
     loaded = {number: config for number, (config, _) in configs.items() if config is not None}
+    reader.check_corpora()
     problems += batch_problems(spec)
     warnings, overlap = reader.remarks, 0
     if reader.trained_on is not None:
@@ -292,7 +293,7 @@ class _MethodReader:
         encoder: Encoder | None,
         problems: Problems,
     ) -> None:
-        from workers.artifacts.stats import CorpusHashes
+        from workers.artifacts import fisher, stats
 
         self.spec = spec
         self.fingerprint = fingerprint
@@ -304,8 +305,9 @@ class _MethodReader:
         self.trained_on: tuple[EditRequest, ...] | None = None
         self._source: TrainingSource | None = None
         self._training: Literal["not read", "read", "faulty"] = "not read"
-        self._corpora = CorpusHashes()
-        self._read_corpora: set[tuple[str, str, JSON, int]] = set()
+        self._corpora = stats.CorpusHashes()
+        self._wanted: dict[str, dict[str, set[tuple[int, int]]]] = {stats.KIND: {}, fisher.KIND: {}}
+        """Kind of statistics -> corpus -> samples and inputs of each."""
 
     def config(self, number: int) -> tuple[MethodConfig | None, FileFindings | None]:
         """The method's config and the comparison of its file; None if its hyperparameters are
@@ -401,32 +403,30 @@ class _MethodReader:
                 context = ArtifactContext(self.fingerprint, self.spec.model, seed, source, self._corpora)
                 artifacts[seed] = config.artifacts(context)
             if artifacts:  # seeds differ in their templates alone
-                self._check_corpora(next(iter(artifacts.values())))
+                self._note_corpora(next(iter(artifacts.values())))
         return MethodInputs(config, artifacts, file)
 
-    def _check_corpora(self, specs: Sequence[ArtifactSpec]) -> None:
-        """Whether the statistics can be made from their corpora. A corpus is read once for equal
-        statistics of all layers and methods."""
+    def _note_corpora(self, specs: Sequence[ArtifactSpec]) -> None:
+        """Note the statistics that are made from each corpus."""
+        assert self.shape is not None
+        for spec in specs:
+            self._note_corpora(spec.needs)
+            corpus = str(spec.where.get("corpus"))
+            if spec.kind in self._wanted and corpus != EMBEDDED:
+                wanted = self._wanted[spec.kind].setdefault(corpus, set())
+                wanted.add((spec.recipe["samples"], self.shape.site(spec.recipe["module"])[1]))
+
+    def check_corpora(self) -> None:
+        """Whether the statistics can be made from their corpora, each of which is read once."""
         from workers.artifacts import fisher, stats
 
-        assert self.shape is not None
-        if self.encoder is None:
+        if self.encoder is None or self.shape is None:
             return
-        for spec in specs:
-            self._check_corpora(spec.needs)
-            recipe, corpus = spec.recipe, str(spec.where.get("corpus"))
-            if spec.kind not in (stats.KIND, fisher.KIND) or corpus == EMBEDDED:
-                continue
-            width = self.shape.site(recipe["module"])[1] if spec.kind == stats.KIND else 0
-            key = (spec.kind, corpus, recipe["samples"], width)
-            if key in self._read_corpora:
-                continue
-            self._read_corpora.add(key)
+        for corpus, wanted in self._wanted[stats.KIND].items():
+            self.problems += stats.check_corpus(corpus, wanted, self.encoder, self.shape.context)
+        for corpus, wanted in self._wanted[fisher.KIND].items():
             with self.problems.collected():
-                if spec.kind == stats.KIND:
-                    stats.check_corpus(corpus, recipe["samples"], width, self.encoder, self.shape.context)
-                else:
-                    fisher.check_corpus(corpus, recipe["samples"], self.encoder)
+                fisher.check_corpus(corpus, max(samples for samples, _ in wanted), self.encoder)
 
     def _read_training(self) -> TrainingSource | None:
         if self._training == "not read":

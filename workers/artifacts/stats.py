@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -130,15 +130,25 @@ def corpus_format(corpus: str) -> Literal["text", "jsonl"]:
     return "jsonl" if corpus_path(corpus).suffix.lower() in (".jsonl", ".ndjson") else "text"
 
 
-def check_corpus(corpus: str, samples: int, width: int, encoder: Encoder, context: int | None) -> None:
-    """Raise the :class:`DataError` in which :func:`build_second_moment` would end: a line that cannot
-    be read, or too few tokens for statistics of ``width`` inputs. ``context``: the model's."""
-    limit, count = context or _DEFAULT_POSITIONS, 0
-    for text, _ in documents(corpus, Place(), samples):
-        if count <= width:  # then only the lines are read
-            count += len(encoder.text(text)[:limit])
-    if count <= width:
-        raise _too_short(corpus, count, width)
+def check_corpus(
+    corpus: str, wanted: Collection[tuple[int, int]], encoder: Encoder, context: int | None
+) -> Iterator[DataError]:
+    """The errors in which :func:`build_second_moment` would end: a line that cannot be read, or too
+    few tokens. ``wanted``: the samples and the number of inputs of each statistics; the corpus is
+    read once for all. ``context``: the model's."""
+    limit, widest = context or _DEFAULT_POSITIONS, max(width for _, width in wanted)
+    counts = [0]
+    try:
+        for text, _ in documents(corpus, Place(), max(samples for samples, _ in wanted)):
+            if counts[-1] <= widest:  # then only the lines are read
+                counts.append(counts[-1] + len(encoder.text(text)[:limit]))
+    except DataError as error:
+        yield error
+        return
+    for samples, width in sorted(wanted):
+        count = counts[min(samples, len(counts) - 1)]
+        if count <= width:
+            yield _too_short(corpus, count, width)
 
 
 def _too_short(corpus: str, count: int, width: int) -> DataError:
