@@ -138,9 +138,9 @@ def long_texts(texts: Sequence[Measured], context: int | None, section: str = "d
     ]
 
 
-def long_continuation(tokens: int, prompt: Measured, context: int | None) -> list[SpecError]:
+def long_continuation(tokens: int, prompt: Measured, context: int) -> list[SpecError]:
     """An error if the continuation of the longest prompt passes the model's context."""
-    if context is None or prompt.tokens + tokens <= context:
+    if prompt.tokens + tokens <= context:
         return []
     return [
         SpecError(

@@ -55,7 +55,7 @@ from workers.model.config import (
 )
 from workers.scoring.lengths import count_tokens, request_texts
 from workers.scoring.registry import SCORES
-from workers.types import DataError, Dataset, EditRequest, ModelError, SpecError
+from workers.types import DataError, Dataset, EditRequest, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
     from workers.artifacts.base import ArtifactSpec
@@ -204,18 +204,14 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     shortfalls: tuple[Shortfall, ...] = ()
     if data is not None:
         shortfalls = _shortfalls(spec, data, shape, encoder, loaded)
-    if encoder is not None and shape is not None:
+    if encoder is not None and shape is not None and shape.context is not None:
         if reader.trained_on is not None:
-            problems += long_texts(
-                _long_training(encoder, reader.trained_on, shape.context), shape.context, "training"
-            )
+            texts = _long_training(encoder, reader.trained_on, shape.context)
+            problems += long_texts(texts, shape.context, "training")
         if data is not None:
-            templates = max((config.template_tokens for config in loaded.values()), default=0)
-            reads_unrelated = any(UNRELATED in config.needs for config in loaded.values())
-            texts = measure_texts(spec, data, shape.context, encoder, reads_unrelated, templates)
-            problems += long_texts(texts, shape.context)
-            warnings += generation_warnings(texts, shape.context, _generated_beyond(spec.scoring))
-            problems += _long_continuations(spec, data, shape.context, encoder)
+            errors, some = _check_texts(spec, data, shape.context, encoder, loaded.values())
+            problems += errors
+            warnings += some
     if problems:
         raise all_at_once([*problems, *impossible_cells(shortfalls)])
     assert data is not None and fingerprint is not None and shape is not None
@@ -265,6 +261,18 @@ def _shortfalls(
     return find_shortfalls(spec, needs, seeds, data, _may_be_edited(spec, data)) + find_crowded(
         spec, before, seeds, data, shape.context, lambda text: len(encoder.text(text)), longest
     )
+
+
+def _check_texts(
+    spec: SweepSpec, data: Dataset, context: int, encoder: Encoder, configs: Collection[MethodConfig]
+) -> tuple[list[EditSweepError], tuple[str, ...]]:
+    """Errors and warnings for texts of requests, with what methods and scores put before and behind
+    them, that are longer than the model's context."""
+    templates = max((config.template_tokens for config in configs), default=0)
+    reads_unrelated = any(UNRELATED in config.needs for config in configs)
+    texts = measure_texts(spec, data, context, encoder, reads_unrelated, templates)
+    errors = [*long_texts(texts, context), *_long_continuations(spec, data, context, encoder)]
+    return errors, generation_warnings(texts, context, _generated_beyond(spec.scoring))
 
 
 def _fingerprint(spec: SweepSpec) -> ModelFingerprint:
@@ -503,25 +511,16 @@ def _long_training(encoder: Encoder, requests: Sequence[EditRequest], context: i
     return found
 
 
-def _long_continuations(
-    spec: SweepSpec, data: Dataset, context: int | None, encoder: Encoder
-) -> list[SpecError]:
+def _long_continuations(spec: SweepSpec, data: Dataset, context: int, encoder: Encoder) -> list[SpecError]:
     """An error if what is written after a prompt for fluency may pass the model's context."""
     tokens = SCORES.continued(spec.scoring)
-    if not tokens or context is None:
+    if not tokens:
         return []
-    longest = max(
-        _only_edited(
-            spec,
-            data,
-            [
-                Measured(index, request.case_id, "prompt", len(encoder.prompt(request.prompt)))
-                for index in _may_be_edited(spec, data)
-                for request in (data.requests[index],)
-            ],
-        ),
-        key=lambda text: text.tokens,
-    )
+    prompts = []
+    for index in _may_be_edited(spec, data):
+        request = data.requests[index]
+        prompts.append(Measured(index, request.case_id, "prompt", len(encoder.prompt(request.prompt))))
+    longest = max(_only_edited(spec, data, prompts), key=lambda text: text.tokens)
     return long_continuation(tokens, longest, context)
 
 
