@@ -209,9 +209,9 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
             texts = _long_training(encoder, reader.trained_on, shape.context)
             problems += long_texts(texts, shape.context, "training")
         if data is not None:
-            errors, some = _check_texts(spec, data, shape.context, encoder, loaded.values())
-            problems += errors
-            warnings += some
+            too_long, tight = _check_texts(spec, data, shape.context, encoder, loaded.values())
+            problems += too_long
+            warnings += tight
     if problems:
         raise all_at_once([*problems, *impossible_cells(shortfalls)])
     assert data is not None and fingerprint is not None and shape is not None
