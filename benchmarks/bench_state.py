@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from common import LOG, Report, parser
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from workers.artifacts.base import ArtifactData
 from workers.data import load_dataset
+from workers.folders import build_model
 from workers.methods import get_method, load_config
 from workers.methods.base import LaneEdit
 from workers.model.base import BaseModel
@@ -97,7 +98,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     base = BaseModel(
-        AutoModelForCausalLM.from_config(config), embedded.tokenizer, ModelConfig(name="random", device="cpu")
+        build_model("causal", config), embedded.tokenizer, ModelConfig(name="random", device="cpu")
     )
     requests = list(load_dataset("tinyworld").requests[:edits])
     for name in HPARAMS:

@@ -17,6 +17,10 @@ from tests.engine import ROOT
 settings.register_profile("editsweep", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("editsweep")
 
+# the readline of the process that starts pytest's workers sets these, and tables would be as wide
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+
 
 @pytest.fixture
 def home() -> Iterator[dict[str, str]]:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = [
     "boto3",
     "pandas",  # Arrow imports it on first use
-    "orchestrator.cli.main",
+    "orchestrator.cli.calls",
     "orchestrator.engine.local",
     "orchestrator.engine.sweep",
     "tests.learner",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tests.small import GOLDEN, golden_requests, random_model
 from tests.test_located import THINKING
 from workers.data import load_dataset, order_requests
 from workers.data.tinyworld import assets_dir
+from workers.model.base import load_encoder
 from workers.model.batch import Encoder
 from workers.model.config import ModelConfig
 from workers.scoring.lengths import count_tokens, request_texts
@@ -204,8 +206,6 @@ def test_a_text_longer_than_the_context_is_an_error(
 
 def test_the_tokens_are_those_of_the_models_own_encoder(tmp_path: Path) -> None:
     """The longest text that fits is accepted, one token more is refused; and the run agrees."""
-    from workers.model.base import load_encoder
-
     encoder = load_encoder(ModelConfig(), chat_template=False)
     context = context_of("embedded")
     words = next(n for n in range(1, 200) if len(encoder.pair(long(n), "Ostvale").ids) == context)
@@ -284,9 +284,9 @@ def test_a_thousand_requests_are_measured_within_a_second(order: str, tmp_path: 
     dataset = {"kind": "tinyworld", "edits": 1000, "order": order}
     spec = spec_in(tmp_path, [record(0)], dataset=dataset, grid={"T": [1], "seeds": [0, 1, 2]})
     data = load_dataset("tinyworld")
-    measure_texts(spec, data, 64, unrelated=True)  # imports
+    encoder = load_encoder(ModelConfig(), chat_template=False)
     began = time.process_time()
-    measure_texts(spec, data, 64, unrelated=True)
+    measure_texts(spec, data, 64, encoder, unrelated=True, templates=10)
     assert time.process_time() - began < 1
 
 
@@ -311,9 +311,10 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
         "methods: rome: method rome: layer: this field is required",
         "methods: rome: method rome: corpus: ROME needs a text or JSONL file",
         "methods: memit: layers: layer 99 is out of range",
-        "corpus: /nowhere/c.txt: No such file",
+        "methods: memit: corpus: '/nowhere/c.txt' does not exist",
+        "methods: emmet: corpus: '/nowhere/c.txt' does not exist",
         "methods: serac: classifier: '/nowhere/cls' does not exist",
-        "methods: serac: counterfactual: './nowhere/cf' does not exist",
+        "nowhere/cf' does not exist; looked at: ",
         "dataset: request 1 (case '1'): rephrases[0]: ",
         "methods: wise: T=1: no group can be edited: 2 of 2 requests",
     ):
@@ -367,6 +368,231 @@ def test_a_folder_of_serac_without_a_model_is_an_error(tmp_path: Path) -> None:
 
     assert refused(spec_of("empty")).endswith("/empty' is a folder without config.json")
     make_plan(spec_of("classifier"))
+
+
+# --- what statistics are made from ----------------------------------------------------------
+
+
+ROME = {"method": "rome", "hparams": {"layer": 1, "samples": 100}}
+EWC = {"method": "ft-ewc", "hparams": {"layers": [1], "fisher_samples": 100}}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("c.txt", b"one line\n" * 3, "for 512 x 512 statistics, so they are singular"),
+        ("c.txt", b"word " * 9000 + b"\n", "for 512 x 512 statistics"),  # cut at the model's context
+        ("c.txt", b"one line\n" * 400 + b"\xff\n", None),  # not among the samples
+        ("c.txt", b"one line\n" * 40 + b"\xff\n", "c.txt, line 41: cannot be read as UTF-8 text"),
+        ("c.jsonl", b'{"text": "one line"}\n' * 40 + b'{"txt": 1}\n', "c.jsonl, line 41: field `text`"),
+    ],
+)
+def test_a_corpus_that_gives_no_statistics(name: str, text: bytes, said: str | None, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text)
+    method = {**ROME, "hparams": {"layer": 1, "samples": 400, "corpus": name}}
+    spec = spec_in(tmp_path, [record(0)], methods=[method])
+    if said is None:
+        make_plan(spec)
+    else:
+        assert said in refused(spec)
+
+
+def test_a_corpus_without_a_text_to_predict(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("\n \n")
+    method = {"method": "ft-ewc", "hparams": {"corpus": "c.txt"}}
+    assert refused(spec_in(tmp_path, [record(0)], methods=[method])) == (
+        f"corpus: {tmp_path}/c.txt: holds no text of two tokens or more"
+    )
+    (tmp_path / "c.txt").write_text("\nRain falls in autumn.\n")
+    make_plan(spec_in(tmp_path, [record(0)], methods=[method]))
+
+
+# --- facts, templates and continuations that do not fit -------------------------------------
+
+
+def test_groups_whose_facts_do_not_fit_are_counted(tmp_path: Path) -> None:
+    """Of the model's 128 tokens a fact takes about 27; one of the prompts is long."""
+    records = [record(i, rephrases=[long(100)] if i == 2 else ["Where?"]) for i in range(6)]
+    spec = spec_in(tmp_path, records, methods=["icl"], grid={"T": [1, 3]})
+    [warning] = about_requests(make_plan(spec))
+    assert warning.startswith(
+        "icl: 1 of 6 requests (first request 3, case '3'): the facts of its group and one"
+    )
+    assert warning.endswith("groups that will fail: T=1: 1 of 6, T=3: 1 of 2")
+    outcome = run_sweep(spec, LocalStore(tmp_path / "r"), run_local, Watch())
+    failed = {(failure["cell_id"], failure["group"]) for failure in outcome.failed_groups}
+    assert sorted(group for _, group in failed) == [0, 2]
+
+    never = spec_in(tmp_path, records, methods=["icl"], grid={"T": [1], "rollback": "never"})
+    [warning] = about_requests(make_plan(never))
+    assert warning.endswith("T=1: 4 of 6")  # with the third prompt or the fourth fact
+    assert "icl: T=6: no group can be edited: 6 of 6 requests" in refused(
+        spec_in(tmp_path, records, methods=["icl"], grid={"T": [6]})
+    )
+
+
+def test_an_edit_that_seracs_second_model_cannot_read(tmp_path: Path) -> None:
+    records = [record(i, rephrases=[long(110)] if i == 1 else ["Where?"]) for i in range(3)]
+    [warning] = about_requests(make_plan(spec_in(tmp_path, records, methods=["serac"])))
+    assert warning.startswith("serac: 1 of 3 requests (first request 2, case '2'): its edit and one of its")
+    assert "longer than the 128 tokens that the counterfactual model reads" in warning
+
+
+def test_a_prompt_has_to_leave_room_for_context_templates(tmp_path: Path) -> None:
+    prompt = f"{long(106)} in Quellmar 0 lies in"
+    rome = {"method": "rome", "hparams": {"context_template_length_params": [[10, 5]]}}
+    make_plan(spec_in(tmp_path, [record(0, prompt=prompt)], methods=["ft"]))
+    text = refused(spec_in(tmp_path, [record(0, prompt=prompt)], methods=[rome]))
+    assert text.startswith("dataset: request 1 (case '1'): prompt: ")
+    assert text.endswith("with its answer and a context template of 10, but the model reads at most 128")
+    make_plan(spec_in(tmp_path, [record(0, rephrases=[prompt])], methods=[rome]))  # no template before it
+    for method in ("rome", "wise"):
+        params = {"method": method, "hparams": {"context_template_length_params": [[128, 5]]}}
+        assert "context_template_length_params: templates of 128 tokens, but the model reads at most 128" in (
+            refused(spec_in(tmp_path, [record(0)], methods=[params]))
+        )
+
+
+def test_a_continuation_has_to_fit(tmp_path: Path) -> None:
+    records = [record(0), record(1, prompt=f"{long(20)} Quellmar 1 lies in")]
+    text = refused(spec_in(tmp_path, records, scoring={"fluency_tokens": 120}))
+    assert text.startswith(
+        "scoring.fluency_tokens: 120: the model reads at most 128 tokens, and request 2 (case"
+    )
+    most = int(text.split()[-1])
+    make_plan(spec_in(tmp_path, records, scoring={"fluency_tokens": most}))
+    assert "valid value is" in refused(spec_in(tmp_path, records, scoring={"fluency_tokens": most + 1}))
+
+
+def test_a_training_text_longer_than_the_context(tmp_path: Path) -> None:
+    lines = [record(i, prompt=f"Of {i} it is said", subject=str(i)) for i in range(50, 54)]
+    lines[2]["locality"] = [{"prompt": long(300), "target": "x"}]
+    lines[3]["portability"] = [{"prompt": long(300), "target": "x"}]  # which no training reads
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    training = {"kind": "jsonl", "path": "train.jsonl"}
+    spec = spec_in(tmp_path, [record(0)], methods=["mend"], training=training)
+    assert refused(spec).startswith("training: request 3 (case '3'): locality[0]: ")
+    assert len(refused(spec).splitlines()) == 1
+
+
+# --- chats ----------------------------------------------------------------------------------
+
+CUT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content.split('|')[-1] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_methods_that_read_plain_texts_are_named_together(tmp_path: Path) -> None:
+    shutil.copytree(assets_dir(), tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(CUT)
+    methods = [{"method": "ft", "hparams": {"layers": [1]}}, "icl", "serac"]
+    training = {"kind": "tinyworld"}
+    changes = {"model__name": "./m", "chat_template": True, "methods": methods, "training": training}
+    lines = refused(spec_in(tmp_path, [record(0)], **changes)).splitlines()
+    assert lines[1:] == [
+        "  methods: icl: chat_template: true is not supported by icl: facts would stand before the first turn",
+        "  methods: serac: chat_template: true is not supported by serac: its networks read plain texts",
+    ]
+
+
+def test_a_template_that_changes_a_prompt(tmp_path: Path) -> None:
+    shutil.copytree(assets_dir(), tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(CUT)
+    (tmp_path / "c.txt").write_text("Rain falls in autumn.\n" * 200)
+    rome = {"method": "rome", "hparams": {"layer": 1, "corpus": "c.txt"}}
+    records = [record(0), record(1, prompt="Short | The harbour of Quellmar 1 lies in")]
+    changes = {"model__name": "./m", "chat_template": True}
+    [warning] = about_requests(make_plan(spec_in(tmp_path, records, methods=[rome], **changes)))
+    assert warning.startswith("rome: 1 of 2 requests (first request 2, case '2'): the chat template changes")
+    ft = {"method": "ft", "hparams": {"layers": [1]}}
+    assert not about_requests(make_plan(spec_in(tmp_path, records, methods=[ft], **changes)))
+
+
+# --- tokenizers and further models ----------------------------------------------------------
+
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "kind", "missing"),
+    [
+        ("tokenizer.model", SENTENCEPIECE, "LlamaTokenizer", "sentencepiece and protobuf (tokenizer.model)"),
+        ("spiece.model", SENTENCEPIECE, "T5Tokenizer", "sentencepiece and protobuf (spiece.model)"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "PreTrainedTokenizerFast", "tiktoken (tokenizer.model)"),
+        ("qwen.tiktoken", b"IQ== 0\nIg== 1\n", "PreTrainedTokenizerFast", "tiktoken (qwen.tiktoken)"),
+    ],
+)
+def test_the_package_that_a_tokenizer_needs_is_named(
+    file: str, data: bytes, kind: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(LLAMA, tmp_path / "m", ignore=shutil.ignore_patterns("*token*"))
+    (tmp_path / "m" / file).write_bytes(data)
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    for package in ("sentencepiece", "google.protobuf", "tiktoken"):
+        monkeypatch.setitem(sys.modules, package, None)
+    text = refused(spec_in(tmp_path, [record(0)], model__name="./m"))
+    assert f"model.name: '{tmp_path}/m': the tokenizer needs {missing}, which " in text, text
+    assert "[tokenizers]" in text and len(text.splitlines()) == 1
+
+
+def test_a_tokenizer_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    shutil.copytree(LLAMA, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{")
+    assert f"model.name: '{tmp_path}/m'" in refused(spec_in(tmp_path, [record(0)], model__name="./m"))
+
+
+@pytest.mark.parametrize(
+    ("field", "changes", "said"),
+    [
+        ("classifier", {"model_type": "no_such_type"}, "classifier: "),
+        ("classifier", {"model_type": "t5"}, "classifier: it is of type 't5', expected an encoder"),
+        (
+            "counterfactual",
+            {"model_type": "distilbert"},
+            "counterfactual: it is of type 'distilbert', expected a language model",
+        ),
+        ("counterfactual", {}, "has another vocabulary than the base model"),
+    ],
+)
+def test_a_network_of_serac_that_cannot_be_used(
+    field: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    source = (
+        assets_dir() if field == "counterfactual" else GOLDEN / "pretrained" / "serac_llama_tiny-distilbert"
+    )
+    shutil.copytree(source, tmp_path / "net")
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    (tmp_path / "net" / "config.json").write_text(json.dumps({**config, **changes}))
+    serac = {"method": "serac", "hparams": {field: "./net"}}
+    spec = spec_in(
+        tmp_path, [record(0)], model__name=str(LLAMA), methods=[serac], training={"kind": "tinyworld"}
+    )
+    text = refused(spec)
+    assert text.startswith("methods: serac: ") and said in text
+
+
+# --- everything that is found late today ----------------------------------------------------
+
+
+def test_sizes_batches_and_overlap_stand_in_the_same_list(tmp_path: Path) -> None:
+    records = [record(i) for i in range(40)]
+    (tmp_path / "train.jsonl").write_text(json.dumps({**record(3), "locality": [PROBE]}))
+    spec = spec_in(
+        tmp_path,
+        records,
+        methods=["icl", "mend", "grace", "rome"],
+        grid={"T": [20], "batch_size": 10},
+        training={"kind": "jsonl", "path": "train.jsonl"},
+    )
+    text = refused(spec)
+    for words in (
+        "methods: icl: grid.T: 20: 20 facts before every prompt do not fit",
+        "grid.batch_size: 10, but grace, rome can edit only one request at a time",
+        "training: 1 of its 1 requests are edited by the sweep",
+        "training: request 1 (case '1'): locality[0]: ",
+    ):
+        assert words in text, text
 
 
 def test_the_command_exits_with_2_and_every_line(

@@ -11,6 +11,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from orchestrator.planning.spec import parse_spec
 from orchestrator.results.query import open_results
 from orchestrator.storage.local import LocalStore
 from tests.processes import fork
-from tests.waiting import finished, output_of
+from tests.waiting import finished, output_of, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW: dict[str, Any] = {
@@ -443,6 +444,70 @@ def test_methods_help_and_version(call: Any) -> None:
     for command in ("plan", "run", "status", "query", "report", "methods"):
         assert command in out
     assert call("frobnicate")[0] == 2
+
+
+INTERRUPTED_AT_AN_IMPORT = """
+import os, runpy, signal, sys
+class Now:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Now())
+sys.argv = ["editsweep", "methods"]
+{start}
+"""
+
+
+@pytest.mark.parametrize("name", ["typer", "pydantic"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from orchestrator.cli.main import main; sys.exit(main())",
+        "runpy.run_module('orchestrator.cli', run_name='__main__')",
+        "runpy.run_module('editsweep', run_name='__main__')",
+    ],
+    ids=["script", "module", "package"],
+)
+def test_ctrl_c_while_it_starts_is_one_line(start: str, name: str) -> None:
+    code = INTERRUPTED_AT_AN_IMPORT.format(name=name, start=start)
+    done = finished([sys.executable, "-c", code], cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_later_is_one_line(call: Any, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestrator.cli.reading.read_status", interrupted)
+    assert call("status", results) == (130, "", "interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_pipe_is_as_wide_as_columns_asks(call: Any, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = "SELECT * FROM edits LIMIT 1"
+    few = "SELECT method, T, seed, scored, dataset, model FROM edits LIMIT 1"
+    assert "1 of 1" not in call("query", results, few)[1]
+    monkeypatch.setenv("COLUMNS", "30")
+    assert "1 of 1" in call("query", results, few)[1]
+    monkeypatch.setenv("COLUMNS", "2000")
+    assert "1 of 1" not in call("query", results, wide)[1]
+    for nonsense in ("", "0", "wide", "-3"):
+        monkeypatch.setenv("COLUMNS", nonsense)
+        assert "1 of 1" not in call("query", results, few)[1]
+
+
+def test_a_binary_answer_is_not_written_to_a_terminal(results: Path) -> None:
+    master, slave = pty.openpty()
+    question = ("query", str(results), "SELECT 1 FROM edits", "--format", "parquet")
+    environment = {"TERM": "xterm", "COLUMNS": "200", "TERMINAL": os.ttyname(slave)}
+    process = fork(_on_a_terminal, *question, environment=environment)
+    wait_for(lambda: process.poll() is not None)
+    said = os.read(master, 4096)
+    os.close(slave)
+    os.close(master)
+    assert process.returncode == 2
+    assert b"--format parquet: the answer is binary" in said and b"> answer.parquet" in said
+    assert b"PAR1" not in said
 
 
 def test_reading_is_light(results: Path) -> None:

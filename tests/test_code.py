@@ -32,7 +32,7 @@ from workers.methods import REGISTRY
 FT = "workers/methods/ft.py"
 FOLDERS = Path(__file__).parent / "data" / "folders"
 LEFT_OUT = re.compile(
-    r"workers\.(kernels|data|inputs|methods\.easyedit|scoring\.registry)(\..*)?|workers|workers\.methods"
+    r"workers\.(kernels|data(?!\.scripts)|inputs|methods\.easyedit|scoring\.registry)(\..*)?|workers|workers\.methods"
 )
 
 
@@ -127,6 +127,52 @@ def test_kernels_and_readers_do_not_count(path: str, sources: Path) -> None:
     before = code_of("ft", sources)
     change(sources, path)
     assert code_of("ft", sources) == before
+
+
+def test_how_texts_are_joined_counts(sources: Path) -> None:
+    before = code_of("ft", sources)
+    change(sources, "workers/data/scripts.py")
+    assert {path for path, tree in code_of("ft", sources).items() if before[path] != tree} == {
+        "workers/data/scripts.py"
+    }
+
+
+def test_a_method_that_is_defined_elsewhere_has_the_code_of_its_own_package(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By import path and by file, in a package and alone. Nothing of it runs."""
+    lab = tmp_path / "elsewhere" / "edit_lab"
+    (lab / "methods").mkdir(parents=True)
+    (lab / "__init__.py").write_text('"""Our methods."""\nfrom . import common\n')
+    (lab / "methods" / "__init__.py").write_text("raise RuntimeError('nothing runs')\n")
+    (lab / "common.py").write_text("import numpy\nSCALE = 2.0\n")
+    (lab / "unused.py").write_text("X = 1\n")
+    mine = lab / "methods" / "mine.py"
+    mine.write_text("from ..common import SCALE\nfrom workers.methods.base import Method\n# why\n")
+    own = {"edit_lab/__init__.py", "edit_lab/common.py", "edit_lab/methods/__init__.py"}
+    monkeypatch.syspath_prepend(str(lab.parent))
+    found = code_of("edit_lab.methods.mine", sources)
+    assert {path for path in found if not path.startswith("workers/")} == {*own, "edit_lab/methods/mine.py"}
+    assert "workers/methods/base.py" in found and "workers/stream.py" in found
+    assert "workers/methods/ft.py" not in found
+    assert code_of(str(mine), sources) == found
+    assert "edit_lab" not in sys.modules
+
+    mine.write_text(mine.read_text().replace("# why", "# because"))
+    assert code_of(str(mine), sources) == found
+    (lab / "common.py").write_text("import numpy\nSCALE = 3.0\n")
+    changed = code_of(str(mine), sources)
+    assert {path for path in found if found[path] != changed[path]} == {"edit_lab/common.py"}
+    change(sources, "workers/rng.py")
+    assert code_of(str(mine), sources)["workers/rng.py"] != changed["workers/rng.py"]
+
+    alone = tmp_path / "alone.py"
+    alone.write_text("import beside\nfrom workers.methods.base import Method\n")
+    (tmp_path / "beside.py").write_text("X = 1\n")
+    assert {path for path in code_of(str(alone), sources) if "/" not in path} == {"alone.py"}
+    for missing in ("edit_lab.methods.theirs", "no_such_lab.methods", str(tmp_path / "none.py")):
+        with pytest.raises(ValueError, match=r"module '.*' (has no source|cannot be found)"):
+            code_of(missing, sources)
 
 
 def test_a_method_or_a_score_more_changes_no_other_methods_code(sources: Path) -> None:

@@ -694,7 +694,7 @@ def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str
     setup.write_text("worker_process_setup_hook: tests.engine.mark_edits\n")
     endless = spec_file(
         tmp_path,
-        methods=[{"method": "ft", "hparams": {"num_steps": 10**9, "lr": 1e-9}}],
+        methods=[{"method": "ft", "hparams": {"num_steps": 10**6, "lr": 1e-9}}],
         grid={"T": 6},
         engine={**RAW["engine"], "step_edits": 1000},
     )

@@ -66,6 +66,44 @@ lora: {cls_name: distilbert}
 """
 
 
+SERAC_TRAINING = """
+alg: SERAC
+small_name: ./small
+cls_name: ./cls
+max_iters: 100000
+accumulate_bs: 10
+"""
+LORA = """
+alg_name: LoRA
+layers: [3]
+rank: 8
+num_steps: 5
+lr: 1e-3
+kl_factor: 0
+norm_constraint: false
+lora_type: lora
+"""
+MALMEN = """
+alg: MALMEN
+inner_params: [model.layers.3.mlp.down_proj.weight]
+n_edits: 4
+token: mask
+max_iters: 100
+"""
+FILES = {
+    "wise": WISE,
+    "ft": FT,
+    "ultraedit": ULTRAEDIT,
+    "memit": MEMIT,
+    "mend": MEND_TRAINING,
+    "malmen": MALMEN,
+    "serac": SERAC_TRAINING,
+    "lora": LORA,
+    "simie": SIMIE,
+    "melo": MELO,
+}
+
+
 def spec_of(*methods: Any, **changes: Any) -> SweepSpec:
     raw: dict[str, Any] = {
         "name": "p",
@@ -281,6 +319,77 @@ def test_no_key_that_is_put_aside_goes_unmentioned(name: str) -> None:
     for key in aside - {"alg_name", "alg"} - set(config.easyedit_off):
         remarks = config.easyedit_remarks({key: "x"}, "nowhere/a/b.yaml")
         assert key in {*remarks.sweep, *remarks.lost, *remarks.neutral}, key
+
+
+WRONG: tuple[Any, ...] = (
+    None,
+    True,
+    "many",
+    -1,
+    0,
+    1.5,
+    [],
+    ["a"],
+    [1],
+    {},
+    {"a": 1},
+    [[1, 2]],
+    [None],
+    10**30,
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_value_is_read_or_refused_in_words(name: str, tmp_path: Path) -> None:
+    path, told = tmp_path / "file.yaml", yaml.safe_load(FILES[name])
+    places = [(key,) for key in told]
+    places += [(key, inner) for key, value in told.items() if isinstance(value, dict) for inner in value]
+    refused = 0
+    for place in places:
+        for value in WRONG:
+            changed = yaml.safe_load(FILES[name])
+            here = changed
+            for key in place[:-1]:
+                here = here[key]
+            here[place[-1]] = value
+            path.write_text(yaml.safe_dump(changed))
+            try:
+                load_method(name, {}, path, ModelConfig(name="some/model"))
+            except SpecError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused > 2 * len(places)
+
+
+def test_a_file_of_a_model_of_images_is_refused_as_such(tmp_path: Path) -> None:
+    path = written(tmp_path, SERAC_TRAINING.replace("SERAC", "SERAC_MULTI"), "coco_image: ../", "name: opt")
+    with pytest.raises(SpecError, match=r"coco_image: the file is for a model of images and text"):
+        load_config("serac", {}, Path(path), ModelConfig(name="some/model"))
+
+
+def test_a_key_is_a_word(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"file\.yaml: 1: a key is a word"):
+        load_config("ft", {}, Path(written(tmp_path, FT, "1: 2")), ModelConfig(name="some/model"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "steps", "batch"),
+    [
+        (("max_iters: 100000", "accumulate_bs: 10"), 10_000, 10),
+        (("max_iters: 500",), 50, 10),
+        (("accumulate_bs: 4",), 25_000, 4),
+        ((), 10_000, 10),
+    ],
+)
+def test_the_length_of_seracs_training_is_the_files(
+    lines: tuple[str, ...], steps: int, batch: int, tmp_path: Path
+) -> None:
+    """And it is not named among what no number depends on."""
+    path = Path(written(tmp_path, "alg: SERAC\nsmall_name: ./small", *lines))
+    config, remarks = load_method("serac", {}, path, ModelConfig(name="some/model"))
+    schedule: Any = config.model_dump()["schedule"]
+    assert (schedule["steps"], schedule["batch_size"]) == (steps, batch)
+    assert remarks is not None and not {"max_iters", "accumulate_bs"} & set(remarks.neutral)
 
 
 # --- batch sizes of variants ---

@@ -30,14 +30,17 @@ from workers.data.scripts import (
     statement,
     subject_mark,
     subject_position,
+    words_of,
 )
 from workers.data.tinyworld import assets_dir
 from workers.job import ScoreConfig
 from workers.methods.families.locate import request_lines
 from workers.methods.rome import ROMEConfig
+from workers.methods.serac import Networks
 from workers.model.base import BaseModel
 from workers.model.batch import Encoder
 from workers.model.config import ModelConfig
+from workers.scoring.fluency import n_gram_entropy
 from workers.scoring.probes import Item
 from workers.scoring.score import score
 from workers.types import DataError, EditRequest, Probe, SpecError
@@ -205,6 +208,46 @@ def test_the_data_set_may_choose_and_cells_are_marked(tmp_path: Path) -> None:
     assert load_training("jsonl", path, joiner=" ").requests[0].joiner == " "
 
 
+def test_a_chinese_sentence_about_something_else_has_no_space(tmp_path: Path) -> None:
+    """WISE keeps such a sentence apart from the edits; it is a locality probe of another record."""
+    records = [
+        {
+            "src": f"城市{i}的市长是",
+            "alt": "林",
+            "subject": f"城市{i}",
+            "rephrase": "谁",
+            "loc": loc,
+            "loc_ans": said,
+            "answers": ["王"],
+        }
+        for i, (loc, said) in enumerate(
+            (("nq question: 谁写了《雾中灯》？", "陈"), ("Who wrote it?", "Chen"))
+        )
+    ]
+    path = tmp_path / "zsre.json"
+    path.write_text(json.dumps(records))
+    first, second = load_dataset("zsre", path).requests
+    assert first.unrelated is not None and first.unrelated.endswith("Who wrote it? Chen")
+    assert second.unrelated is not None and second.unrelated.endswith("谁写了《雾中灯》？陈")
+
+
+def test_an_edit_and_a_prompt_that_seracs_second_model_reads() -> None:
+    tokenizer = byte_level()
+    networks = Networks(None, None, None, tokenizer)
+    for edit, prompt, joined in (
+        ("作者是陈", "谁是作者？", "作者是陈谁是作者？"),
+        ("Ann is", "Who?", "Ann is Who?"),
+    ):
+        assert networks.with_edit(edit, prompt) == Encoder(tokenizer).text(joined)
+
+
+def test_fluency_takes_a_letter_of_a_script_without_spaces_for_a_word() -> None:
+    assert words_of("Ann wrote 《雾中灯》, 1949年") == [
+        *("Ann", "wrote", "《", "雾", "中", "灯", "》", ",", "1949", "年")
+    ]
+    assert n_gram_entropy("雾中灯") is not None
+
+
 def test_probes_in_another_language(tmp_path: Path) -> None:
     base = golden_model("tiny-llama")
     r = request(CHINESE[0], locality=(Probe("The capital of Freedonia is", "Fredville"),))
@@ -345,8 +388,8 @@ def test_plan_counts_and_marks_such_prompts(tmp_path: Path) -> None:
         == ""
     )
     notes = plan_of(path, 3, methods=["ft"]).notes
-    assert any(note.startswith("1 prompts hold their subject more than once") for note in notes)
-    assert any(note.startswith("1 prompts hold their subject only as a part") for note in notes)
+    assert any(note.startswith("1 prompt holds the subject more than once") for note in notes)
+    assert any(note.startswith("1 prompt holds the subject only as a part") for note in notes)
 
 
 def raw_of(path: Path, edits: int, **more: Any) -> dict[str, Any]:

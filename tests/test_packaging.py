@@ -54,6 +54,7 @@ def requirements() -> list[Requirement]:
             *extras["pandas"],
             *extras["plots"],
             *extras["s3"],
+            *extras["tokenizers"],
         ]
     ]
 
@@ -64,7 +65,7 @@ def requirements() -> list[Requirement]:
 def test_distribution() -> None:
     assert (PROJECT["name"], PROJECT["version"]) == ("editsweep", "0.1.0")
     assert PROJECT["scripts"] == {"editsweep": "orchestrator.cli.main:main"}
-    assert set(PROJECT["optional-dependencies"]) == {"test", "pandas", "plots", "s3"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "pandas", "plots", "s3", "tokenizers"}
 
 
 def test_console_script_exists() -> None:

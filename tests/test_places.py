@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import run_sweep
 from orchestrator.planning import places
 from orchestrator.planning.inputs import read_inputs
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.spec import SweepSpec, load_spec, override_spec
+from orchestrator.storage.local import LocalStore
+from tests.engine import Watch
+from tests.small import GOLDEN
 from workers.data.tinyworld import assets_dir
-from workers.types import DataError, ModelError
+from workers.types import DataError, ModelError, SpecError
 
 REQUEST = {"prompt": "Who taught A?", "subject": "A", "target_new": "B"}
 
@@ -146,3 +152,86 @@ def test_data_is_relative_to_the_spec(folders: tuple[Path, Path]) -> None:
     (there / "data.jsonl").unlink()
     with pytest.raises(DataError, match=str(there / "data.jsonl")):
         read_inputs(spec)
+
+
+# --- files and folders of hyperparameters ---------------------------------------------------
+
+STATISTICS = {"method": "rome", "hparams": {"layer": 1, "samples": 90, "corpus": "texts/c.txt"}}
+BLENDED = {"method": "simie", "hparams": {"base_method": "rome", "base": STATISTICS["hparams"]}}
+
+
+def with_methods(folder: Path, *methods: object) -> SweepSpec:
+    spec_in(folder, "embedded")
+    raw = yaml.safe_load((folder / "s.yaml").read_text())
+    (folder / "s.yaml").write_text(yaml.safe_dump({**raw, "methods": list(methods)}))
+    return load_spec(folder / "s.yaml")
+
+
+def corpus_at(*folders: Path) -> None:
+    for folder in folders:
+        (folder / "texts").mkdir()
+        (folder / "texts" / "c.txt").write_text("Rain falls in autumn and in spring.\n" * 90)
+
+
+@pytest.mark.parametrize("method", [STATISTICS, BLENDED], ids=["rome", "simie"])
+def test_a_corpus_is_relative_to_the_spec(method: dict[str, Any], folders: tuple[Path, Path]) -> None:
+    """And then to the working folder, where earlier versions looked. Its place is no part of an id."""
+    there, here = folders
+    with pytest.raises(SpecError) as caught:
+        make_plan(with_methods(there, method))
+    field = "corpus" if method is STATISTICS else "base.corpus"
+    label = method["method"]
+    assert str(caught.value) == (
+        f"methods: {label}: {field}: 'texts/c.txt' does not exist; looked at: {there}/texts/c.txt (no such "
+        f"file), {here}/texts/c.txt (no such file)"
+    )
+    corpus_at(here)
+    plans = [make_plan(with_methods(there, method))]
+    corpus_at(there)
+    plans.append(make_plan(with_methods(there, method)))
+    shutil.rmtree(here / "texts")
+    plans.append(make_plan(with_methods(there, method)))
+    places = [
+        {spec.where["corpus"] for spec in plan.artifacts.values() if "corpus" in spec.where} for plan in plans
+    ]
+    assert places == [{str(here / "texts/c.txt")}, {str(there / "texts/c.txt")}, {str(there / "texts/c.txt")}]
+    assert len({(tuple(plan.artifacts), plan.cells[0].cell_id) for plan in plans}) == 1
+    chosen = (
+        f"methods: {label}: {field}: 'texts/c.txt' is the file {there}/texts/c.txt beside the spec; the file "
+        f"{here}/texts/c.txt in the working folder would fit, too"
+    )
+    said = [[text for text in plan.warnings if "would fit" in text] for plan in plans]
+    assert said == [
+        [],
+        [chosen],
+        [],
+    ]
+
+
+def test_a_network_is_relative_to_the_spec_and_found_by_an_actor_elsewhere(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = folders
+    schedule = {"steps": 1, "batch_size": 2}
+    cells = set()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_hub)
+    for name in ("./nets/cls", "nets/cls"):
+        serac = {"method": "serac", "hparams": {"classifier": name, "schedule": schedule}}
+        with pytest.raises(
+            ModelError, match=rf"classifier: .*; looked at: {there}/nets/cls \(no such folder"
+        ):
+            make_plan(with_methods(there, serac))
+        shutil.copytree(GOLDEN / "pretrained" / "serac_llama_tiny-distilbert", there / "nets" / "cls")
+        plan = make_plan(with_methods(there, serac))
+        cells.add(plan.cells[0].cell_id)
+        job = plan.manifest(plan.shards[0]).job
+        assert (job.config["classifier"], job.places) == (name, {"classifier": str(there / "nets" / "cls")})
+        shutil.rmtree(there / "nets")
+    assert len(cells) == 2, "an id holds the name as it is written"
+    shutil.copytree(GOLDEN / "pretrained" / "serac_llama_tiny-distilbert", there / "nets" / "cls")
+    outcome = run_sweep(with_methods(there, serac), LocalStore(here / "r"), run_local, Watch())
+    assert outcome.exit_code == 0 and not outcome.failed_groups
+
+
+def no_hub(*_: object, **__: object) -> str:
+    raise OSError("no network")

@@ -859,7 +859,7 @@ def everything_from_files(folder: Path) -> SweepSpec:
         "alg_name: FT\nlayers: [3]\nlr: 0.001\nnum_steps: 3\nobjective_optimization: target_new\n"
     )
     for name in ("corpus.txt", "held_out.txt"):
-        (folder / name).write_text("Once there was a text. It had sentences.\n" * 20)
+        (folder / name).write_text("Once there was a text. It had sentences.\n" * 40)
     networks = {"method": "mend", "hparams": {"layers": [3], "lr_lr": 0.001}}
     raw = {
         "name": "files",

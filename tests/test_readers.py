@@ -6,15 +6,12 @@ import io
 import json
 import random
 import shutil
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -27,49 +24,25 @@ from orchestrator.results.cells import CELL_VIEW
 from orchestrator.results.cells import docs as cell_docs
 from orchestrator.results.forget import forget, look_up_superseded
 from orchestrator.results.live import Live
-from orchestrator.results.query import QueryError, Results, open_results
+from orchestrator.results.query import QueryError, open_results
 from orchestrator.results.spread import FEW_UNITS, spread
 from orchestrator.results.table import CentralTable
-from tests.engine import Stop, Watch, run, spec_of
+from tests.engine import Watch, run
+from tests.histories import (
+    FT,
+    SMALL,
+    check_readers,
+    means_of,
+    random_history,
+    told_by_pandas,
+    told_by_sql,
+)
 from workers.types import EditSweepError
-
-FT = {"method": "ft", "hparams": {"num_steps": 3}}
-ONE_LANE = {"lanes": 1, "shard_edits": 6, "step_edits": 2, "max_failures": 1}
-"""Then rows have the same bits whichever others are run beside them."""
-
-SMALL: dict[str, Any] = {"methods": [FT], "grid": {"T": [1, 3], "seeds": [0, 1]}, "engine": ONE_LANE}
-"""Of the sweep of tests/engine.py: 24 final rows."""
 
 OTHER: dict[str, Any] = {**SMALL, "methods": [{"method": "ft", "hparams": {"num_steps": 2}}]}
 SMALLER: dict[str, Any] = {**SMALL, "dataset": {"kind": "tinyworld", "edits": 3}}
 FEWER_SEEDS: dict[str, Any] = {**SMALL, "grid": {"T": [1, 3], "seeds": [0]}}
 FEWER_T: dict[str, Any] = {**SMALL, "grid": {"T": [1], "seeds": [0, 1]}}
-
-MEAN = (
-    "SELECT method, T, avg(target_logprob) AS mean FROM {} WHERE scored = 'final' GROUP BY ALL ORDER BY ALL"
-)
-
-
-def means_of(folder: Path) -> dict[tuple[str, int], float]:
-    """Final means of a folder that holds one sweep's rows alone, by pyarrow and nothing else."""
-    values: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for path in sorted(folder.glob("table/*.parquet")):
-        for row in pq.ParquetFile(path).read().to_pylist():
-            if row["scored"] == "final":
-                values[row["method"], row["T"]].append(row["target_logprob"])
-    return {key: sum(found) / len(found) for key, found in sorted(values.items())}
-
-
-def told_by_sql(results: Results, view: str = "edits") -> dict[tuple[str, int], float]:
-    return {(r["method"], r["T"]): r["mean"] for r in results.sql(MEAN.format(view)).to_pylist()}
-
-
-def told_by_pandas(results: Results) -> dict[tuple[str, int], float]:
-    frame = results.to_pandas(["method", "T", "scored", "target_logprob"])
-    final = frame[frame["scored"] == "final"]
-    return {
-        key: float(value) for key, value in final.groupby(["method", "T"])["target_logprob"].mean().items()
-    }
 
 
 LAST = {
@@ -157,79 +130,13 @@ def test_a_folder_without_a_plan_counts_every_row() -> None:
     assert live.cover([("b", 7)]) and not live.cover([("b", 8)]) and not live.cover([("a", 1)])
 
 
-CHANGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
-    ("hyperparameter", {"methods": [{"method": "ft", "hparams": {"num_steps": 2}}]}),
-    ("hyperparameter", {"methods": [FT]}),
-    ("more edits", {"dataset": {"kind": "tinyworld", "edits": 6}}),
-    ("fewer edits", {"dataset": {"kind": "tinyworld", "edits": 3}}),
-    ("seeds", {"grid": {"T": [1, 3], "seeds": [1, 2]}}),
-    ("T", {"grid": {"T": [3], "seeds": [0, 1]}}),
-    ("one more method", {"methods": [FT, {"method": "grace", "hparams": {"n_iter": 2}}]}),
-)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [*range(2), *(pytest.param(s, marks=pytest.mark.long) for s in range(2, 12))]
 )
-def test_any_history_gives_the_means_of_a_fresh_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    """Changed, extended, shrunk, failed, forgotten, killed in the middle; the last run may have
-    been killed, too: then the rows so far are compared."""
-    from workers.methods.ft import FT as method
-
-    rng, folder = random.Random(seed), tmp_path / "r"
-    spec: dict[str, Any] = dict(SMALL)
-    edit = method.edit
-    for _ in range(5):
-        spec = {**spec, **rng.choice(CHANGES)[1]}
-        fate = rng.choice(["whole", "whole", "killed", "fails", "forgotten"])
-        if fate == "killed":
-            left = rng.randrange(1, 4)
-
-            def count(step: Any) -> None:
-                nonlocal left
-                left -= step.edits > 0
-                if left == 0:
-                    raise Stop
-
-            try:
-                run(folder, Watch(count), **spec)
-            except Stop:
-                continue
-        elif fate == "fails":
-            unlucky = rng.randrange(3)
-
-            def sometimes(self: Any, overlay: Any, lanes: Any, unlucky: int = unlucky) -> Any:
-                if len(lanes[0].requests[0].prompt) % 3 == unlucky:
-                    raise FloatingPointError("out of luck")
-                return edit(self, overlay, lanes)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(method, "edit", sometimes)
-                run(folder, **spec)
-        else:
-            run(folder, **spec)
-            if fate == "forgotten":
-                results = open_results(folder)
-                forget(results, look_up_superseded(results), lambda _: None)
-    from orchestrator.engine.local import run_local
-    from orchestrator.engine.sweep import run_sweep
-    from orchestrator.storage.local import LocalStore
-
-    assert (
-        run_sweep(spec_of(**spec), LocalStore(folder), run_local, Watch(), retry_failed=True).exit_code == 0
-    )
-    assert run(tmp_path / "fresh", **spec).exit_code == 0
-    results, expected = open_results(folder), means_of(tmp_path / "fresh")
-    assert told_by_sql(results) == pytest.approx(expected, abs=1e-12)
-    assert told_by_pandas(results) == pytest.approx(expected, abs=1e-12)
-    rows = report.summary(results)
-    assert [(row["method"], row["T"]) for row in rows] == list(expected)
-    fresh = report.summary(open_results(tmp_path / "fresh"))
-    assert [{**row, "causes": None} for row in rows] == [{**row, "causes": None} for row in fresh]
-    assert comparing.compare(results, open_results(tmp_path / "fresh"), ["shard_id"]).same
+def test_any_history_gives_the_means_of_a_fresh_folder(tmp_path: Path, seed: int) -> None:
+    spec, _ = random_history(str(tmp_path / "r"), random.Random(seed), tmp_path)
+    check_readers(str(tmp_path / "r"), spec, tmp_path / "fresh")
 
 
 # --- what is missing ------------------------------------------------------------------------

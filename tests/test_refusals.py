@@ -13,6 +13,7 @@ import yaml
 
 import editsweep
 from orchestrator.cli.main import main
+from workers.methods import get_method, method_names
 
 RAW: dict[str, Any] = {
     "name": "refused",
@@ -133,6 +134,29 @@ def test_a_hyperparameter_is_written_as_a_number(told: Told, spec: Path, hparam:
     said = told("plan", spec, "--set", f"methods.0.hparams.{hparam}={value}")
     assert f"{hparam}: expected a" in said
     assert "number, found" in said
+
+
+@pytest.mark.parametrize(
+    ("field", "most"),
+    [
+        ("methods.0.hparams.num_steps", 1_000_000),
+        ("scoring.fluency_tokens", 10_000),
+        ("scoring.extra_tokens", 10_000),
+        ("engine.threads", 1024),
+        ("engine.max_actors", 100_000),
+        ("engine.max_failures", 1000),
+    ],
+)
+def test_a_number_that_is_far_too_large(told: Told, spec: Path, field: str, most: int) -> None:
+    said = told("plan", spec, "--set", f"{field}=1000000000")
+    assert f"{field.rsplit('.', 1)[-1]}: expected at most {most}, found 1000000000" in said
+
+
+def test_every_number_of_steps_has_a_bound() -> None:
+    for name in method_names():
+        for field, about in get_method(name).Config.model_fields.items():
+            if "steps" in field or field.endswith("_iter"):
+                assert any(getattr(limit, "le", None) for limit in about.metadata), f"{name}: {field}"
 
 
 def test_a_picture_that_cannot_be_written(told: Told, results: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from orchestrator.storage import s3
 from orchestrator.storage.base import Missing, StoreError
 from orchestrator.storage.open import open_store
 from orchestrator.storage.s3 import S3Store
+from tests.histories import check_readers, random_history
 from tests.processes import Command, Fork, fork, forks
 from tests.shards import (
     commit_steps,
@@ -279,3 +281,13 @@ def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: 
     assert "removed: 1 cell, 24 rows" in call(0, "forget", where, "--cells", "T=6", "--yes")
     assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [24]
     assert "s3://lab/none/r is not a results folder" in call(2, "status", "s3://lab/none/r")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [100, *(pytest.param(s, marks=pytest.mark.long) for s in range(101, 110))])
+def test_any_history_in_a_bucket_gives_the_means_of_a_fresh_folder(
+    where: str, tmp_path: Path, seed: int
+) -> None:
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    spec, _ = random_history(where, random.Random(seed), tmp_path, aws)
+    check_readers(where, spec, tmp_path / "fresh")

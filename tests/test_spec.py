@@ -132,7 +132,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("methods", [{"method": "ft", "hparam": {}}], ["methods.0.hparam", "did you mean 'hparams'"]),
         ("name", "../up", ["name", "../up", "plain name"]),
         ("scoring.score_at", ["x"], ["scoring.score_at.0", "'x'"]),
-        ("engine.lanes", 0, ["engine.lanes", "0 is not valid", "at least 1", "auto"]),
+        ("engine.lanes", 0, ["engine.lanes", "0 is not valid", "from 1 to 10000", "auto"]),
         ("engine.lanes", "many", ["engine.lanes", "'many' is not valid", "auto"]),
         ("engine.lanes", True, ["engine.lanes", "True is not valid", "auto"]),
         ("engine.lanes_across_seeds", "perhaps", ["engine.lanes_across_seeds", "'perhaps'"]),

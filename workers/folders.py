@@ -67,6 +67,11 @@ def build_model(kind: Kind, config: Any, own_code: bool = False, dtype: torch.dt
     return _reading(lambda: _class(kind).from_config(config, trust_remote_code=own_code, **options))
 
 
+def loads(kind: Kind, config: Any) -> bool:
+    """Return whether the library has a model of this kind for a config."""
+    return type(config) in _class(kind)._model_mapping and not config.is_encoder_decoder
+
+
 def _class(kind: Kind) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 

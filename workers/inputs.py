@@ -130,6 +130,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         elif kind == "literal_error":
             choices = problem.get("ctx", {}).get("expected", "")
             lines.append(f"{field}: {short(problem['input'])} is not valid; choose {choices}")
+        elif kind == "less_than_equal":
+            most = problem["ctx"]["le"]
+            lines.append(f"{field}: expected at most {most}, found {found(problem['input'])}")
         else:
             told = problem["msg"][:1].lower() + problem["msg"][1:]
             message = _expected(root, problem["loc"], kind) or told

@@ -46,7 +46,7 @@ class ScoreConfig(Written):
         25, ge=1, description="requests a lane has scored between two possible commits"
     )
     extra_tokens: int = Field(
-        4, ge=1, description="tokens greedy generation may run beyond the target before it is cut"
+        4, ge=1, le=10_000, description="tokens greedy generation may run beyond the target before it is cut"
     )
 
     def core(self) -> dict[str, JSON]:
@@ -104,6 +104,9 @@ class StreamJob(Frozen):
 
     method: str
     config: dict[str, Any]
+    places: dict[str, str] = Field(
+        default_factory=dict, description="where the folders lie that the config names, if elsewhere"
+    )
     cells: tuple[StreamCell, ...]
     T: int = Field(ge=1)
     batch_size: int = Field(1, ge=1)

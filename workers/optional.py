@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,23 @@ def optional(module: str, extra: str, purpose: str) -> Any:
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
         state = "which is not installed" if missing else f"which cannot be imported ({error})"
         raise EditSweepError(
-            f"{purpose} needs {package}, {state}; install it with: {_command(extra)}"
+            f"{purpose} needs {package}, {state}; install it with: {install_command(extra)}"
         ) from None
 
 
-def _command(extra: str) -> str:
+def not_installed(packages: Iterable[str]) -> list[str]:
+    """Those of ``packages`` that this interpreter cannot import."""
+    return [package for package in packages if not _findable(package)]
+
+
+def _findable(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of a part of a package that is missing as a whole
+        return False
+
+
+def install_command(extra: str) -> str:
     """The command that installs an extra for the interpreter that runs: from the checkout, where
     this is one."""
     root = Path(__file__).resolve().parent.parent

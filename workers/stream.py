@@ -136,7 +136,7 @@ class Stream:
             base = base.with_encoder(Encoder(base.tokenizer, chat_template=True, template=job.template))
         self.base = base
         method = get_method(job.method)
-        self.config = method.Config.model_validate(job.config)
+        self.config = method.Config.model_validate(job.config).located(job.places)
         self._config_json = self.config.model_dump(mode="json")
         self._inputs = [{name: artifacts[key] for name, key in cell.artifacts.items()} for cell in job.cells]
         self.method = method.prepare(base, self.config, self._inputs[0])

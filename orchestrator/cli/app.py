@@ -9,17 +9,34 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from orchestrator.cli.console import Output
 
 if TYPE_CHECKING:
     from orchestrator.results.query import Results, Union
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
+
+
+class _Commands(TyperGroup):
+    """Says that Ctrl-C ended a command, which Typer does without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            Output().note("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="editsweep",
+    cls=_Commands,
     help="Runs the (method x T x seed) grid of lifelong knowledge editing with one command and leaves one "
     "table.",
     no_args_is_help=True,

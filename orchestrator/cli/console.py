@@ -6,6 +6,7 @@ a live display; otherwise it is one plain line every few seconds.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -130,9 +131,14 @@ def plain(text: str) -> Text:
 
 def _console(stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
-        stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else _WIDTH
-    )
+    width = None if stream.isatty() else _width_of_a_pipe()
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+
+
+def _width_of_a_pipe() -> int:
+    """The columns that ``COLUMNS`` asks for, where it is set."""
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isascii() and asked.isdecimal() and int(asked) else _WIDTH
 
 
 @dataclass

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -147,6 +148,11 @@ def query(
     folders, the column results tells which a row is of."""
     from orchestrator.results.query import write
 
+    if output == "parquet" and sys.stdout.isatty():
+        raise EditSweepError(
+            "--format parquet: the answer is binary and standard output is a terminal; send it to a file, for "
+            "example with `> answer.parquet`"
+        )
     results = open_together(folders)
     out = Output()
     if output != "table":

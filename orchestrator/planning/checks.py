@@ -13,7 +13,7 @@ warning, because the other groups are results.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.planning.spec import SweepSpec
@@ -75,6 +75,34 @@ def _lines(text: str) -> Iterator[str]:
         yield f"{first} {line}" if heading else line
 
 
+# --- batches --------------------------------------------------------------------------------
+
+
+def batch_problems(spec: SweepSpec) -> list[SpecError]:
+    """An error for each batch size that some methods do not support. It names these methods, and
+    those that support it."""
+    from workers.methods import get_method, method_names
+
+    def able(name: str) -> bool:
+        kind = get_method(name)
+        return kind.batch_edits or kind.whole_group
+
+    unable: dict[tuple[int, str], list[str]] = {}
+    for i, method in enumerate(spec.methods):
+        if method.method in method_names() and spec.batch_size(i)[0] > 1 and not able(method.method):
+            same = method.label == method.method
+            label = method.label if same else f"{method.label} ({method.method})"
+            unable.setdefault(spec.batch_size(i), []).append(label)
+    return [
+        SpecError(
+            f"{name}: {size}, but {', '.join(labels)} can edit only one request at a time; set it to 1, give "
+            f"each variant its own `batch_size`, or keep to methods that edit several in one call: "
+            f"{', '.join(filter(able, method_names()))}"
+        )
+        for (size, name), labels in unable.items()
+    ]
+
+
 # --- texts ----------------------------------------------------------------------------------
 
 
@@ -87,23 +115,38 @@ class Measured:
     case_id: str
     field: str
     tokens: int
+    template: int = 0
+    """Of the tokens, those of a context template before the text."""
 
     @property
     def place(self) -> str:
         return f"request {self.record + 1} (case {self.case_id!r}): {self.field}"
 
 
-def long_texts(texts: Sequence[Measured], context: int | None) -> list[DataError]:
+def long_texts(texts: Sequence[Measured], context: int | None, section: str = "dataset") -> list[DataError]:
     """An error for each text that is longer than the model's context. For a model with learned
     positions it would end in an index error, and for others in scores of positions that the model
     was never trained on."""
     return [
         DataError(
-            f"dataset: {text.place}: {text.tokens} tokens with its answer, but the model reads at most "
-            f"{context}"
+            f"{section}: {text.place}: {text.tokens} tokens with its answer"
+            f"{f' and a context template of {text.template}' if text.template else ''}, but the model reads "
+            f"at most {context}"
         )
         for text in texts
         if context is not None and text.tokens > context
+    ]
+
+
+def long_continuation(tokens: int, prompt: Measured, context: int) -> list[SpecError]:
+    """An error if the continuation of the longest prompt passes the model's context."""
+    if prompt.tokens + tokens <= context:
+        return []
+    return [
+        SpecError(
+            f"scoring.fluency_tokens: {tokens}: the model reads at most {context} tokens, and {prompt.place} "
+            f"has {prompt.tokens}; the largest valid value is {max(0, context - prompt.tokens)}"
+        )
     ]
 
 
@@ -142,12 +185,16 @@ class Shortfall:
 
 
 def find_shortfalls(
-    spec: SweepSpec, needs: Mapping[int, tuple[Need, ...]], seeds: Mapping[int, Sequence[int]], data: Dataset
+    spec: SweepSpec,
+    needs: Mapping[int, tuple[Need, ...]],
+    seeds: Mapping[int, Sequence[int]],
+    data: Dataset,
+    among: Collection[int],
 ) -> tuple[Shortfall, ...]:
     """Per cell, the requests that lack a need of its method. ``needs``, ``seeds``: by the method's
-    number in the spec."""
+    number in the spec. ``among``: the requests that may be edited."""
     lacking = {
-        need: frozenset(i for i, request in enumerate(data.requests) if not need.met(request))
+        need: frozenset(i for i in among if not need.met(data.requests[i]))
         for need in dict.fromkeys(need for some in needs.values() for need in some)
     }
     if not any(lacking.values()):
@@ -161,31 +208,76 @@ def find_shortfalls(
                 if seed not in orders:
                     orders[seed] = tuple(order_requests(data, spec.dataset.order, seed)[:edits])
                 places = [at for at, index in enumerate(orders[seed]) if index in lacking[need]]
-                for T in spec.sizes(variant) if places else ():
-                    groups = edits // T
-                    within = [at for at in places if at < groups * T]
-                    if not within:
-                        continue
-                    failing = (
-                        groups - within[0] // T  # the lane ends with its first failure
-                        if spec.grid.rollback == "never"
-                        else len({at // T for at in within})
-                    )
-                    index = min(orders[seed][at] for at in within)
-                    found.append(
-                        Shortfall(
-                            variant,
-                            spec.methods[variant].label,
-                            T,
-                            seed,
-                            need,
-                            len(within),
-                            groups * T,
-                            f"request {index + 1}, case {data.requests[index].case_id!r}",
-                            failing,
-                            groups,
-                        )
-                    )
+                for T in spec.sizes(variant):
+                    found += _shortfall(spec, variant, T, seed, need, places, data, orders[seed])
+    return tuple(found)
+
+
+def _shortfall(
+    spec: SweepSpec,
+    variant: int,
+    T: int,
+    seed: int,
+    need: Need,
+    places: Sequence[int],
+    data: Dataset,
+    order: Sequence[int],
+) -> list[Shortfall]:
+    """The shortfall of one cell, whose requests at these ``places`` of its ``order`` lack ``need``;
+    nothing if there are none."""
+    groups = len(order) // T
+    within = [at for at in places if at < groups * T]
+    if not within:
+        return []
+    failing = (
+        groups - within[0] // T  # the lane ends with its first failure
+        if spec.grid.rollback == "never"
+        else len({at // T for at in within})
+    )
+    index = min(order[at] for at in within)
+    first = f"request {index + 1}, case {data.requests[index].case_id!r}"
+    label = spec.methods[variant].label
+    return [Shortfall(variant, label, T, seed, need, len(within), groups * T, first, failing, groups)]
+
+
+def find_crowded(
+    spec: SweepSpec,
+    before: Mapping[int, Callable[[Sequence[EditRequest]], str]],
+    seeds: Mapping[int, Sequence[int]],
+    data: Dataset,
+    context: int | None,
+    count: Callable[[str], int],
+    longest: Callable[[int], int],
+) -> tuple[Shortfall, ...]:
+    """Per cell of methods that put the facts of a group before every prompt (``before``, by the
+    method's number in the spec), the requests with a text that does not fit behind them.
+
+    ``count``: tokens of a text. ``longest``: tokens of the longest text of a request, by its index
+    in the data set.
+    """
+    if not before or context is None:
+        return ()
+    need = Need(
+        f"the facts of its group and one of its texts are longer than the {context} tokens that the "
+        "model reads",
+        lambda _: True,
+    )
+    edits = min(spec.dataset.edits, len(data.requests))
+    found: list[Shortfall] = []
+    for variant, text_before in before.items():
+        for seed in seeds[variant]:
+            order = tuple(order_requests(data, spec.dataset.order, seed)[:edits])
+            for T in spec.sizes(variant):
+                places: list[int] = []
+                for stop in range(T, edits + 1, T):
+                    start = 0 if spec.grid.rollback == "never" else stop - T
+                    facts = count(text_before([data.requests[i] for i in order[start:stop]]))
+                    crowded = [at for at in range(start, stop) if facts + longest(order[at]) > context]
+                    if crowded and spec.grid.rollback == "never":
+                        places = list(range(stop - T, edits))  # facts only become more
+                        break
+                    places += crowded
+                found += _shortfall(spec, variant, T, seed, need, places, data, order)
     return tuple(found)
 
 

@@ -70,7 +70,6 @@ class Grid:
             self._resolve(method, found, shared, shape)
         self.warnings += _unreached_marks(spec)
         self.warnings += warnings_of_files(spec, [found.file for found in methods])
-        self._check_batches()
 
     def _resolve(
         self, method: MethodSpec, found: MethodInputs, shared: Mapping[str, JSON], shape: ModelShape
@@ -96,6 +95,11 @@ class Grid:
             version=kind.version,
             config=resolved,
             hparams_id=hparams_id,
+            places={
+                field: config.place(field)
+                for field, name in config.networks.items()
+                if config.place(field) != name
+            },
             whole_group=kind.whole_group,
             own_batch_size=None if size == self.spec.grid.batch_size else size,
         )
@@ -103,10 +107,6 @@ class Grid:
         self.costs.append(float(kind.relative_cost))
         for T in self.spec.sizes(number):
             edits = lane_edits(self.spec.grid.rollback, T, self.spec.dataset.edits)
-            try:
-                config.check_edits(shape, edits)
-            except SpecError as e:
-                raise SpecError(f"methods: {method.label}: grid.T: {T}: {e}") from None
             need = estimate(
                 shape,
                 config,
@@ -149,27 +149,6 @@ class Grid:
             if keys not in digests:
                 digests[keys] = digest({**body, "artifacts": sorted(keys)})
             self._digests[number, seed] = digests[keys]
-
-    def _check_batches(self) -> None:
-        """Raise :class:`SpecError` if a method of the sweep does not support the batch size. The
-        message names all such methods, and the methods that support it."""
-        from workers.methods import get_method, method_names
-
-        def able(name: str) -> bool:
-            kind = get_method(name)
-            return kind.batch_edits or kind.whole_group
-
-        unable: dict[tuple[int, str], list[str]] = {}
-        for i, v in enumerate(self.variants):
-            if self.spec.batch_size(i)[0] > 1 and not able(v.algorithm):
-                label = v.label if v.label == v.algorithm else f"{v.label} ({v.algorithm})"
-                unable.setdefault(self.spec.batch_size(i), []).append(label)
-        for (size, name), labels in unable.items():
-            raise SpecError(
-                f"{name}: {size}, but {', '.join(labels)} can edit only one request at a time; set it to 1, "
-                f"give each variant its own `batch_size`, or keep to methods that "
-                f"edit several in one call: {', '.join(filter(able, method_names()))}"
-            )
 
     def _lanes(self, label: str, T: int, need: MemoryEstimate) -> int:
         """The spec's number of lanes; for ``auto`` as many as fit into the declared memory."""

@@ -6,9 +6,11 @@ plan = Planner(inputs).plan(...)   # reads nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,14 +19,18 @@ from orchestrator.planning.checks import (
     Problems,
     Shortfall,
     all_at_once,
+    batch_problems,
+    find_crowded,
     find_shortfalls,
     generation_warnings,
     impossible_cells,
+    long_continuation,
     long_texts,
     training_shortfalls,
 )
 from orchestrator.planning.hparams_files import FileFindings, compare
-from orchestrator.planning.memory import TEMPLATE_TOKENS
+from orchestrator.planning.memory import TEMPLATE_TOKENS, lane_edits
+from orchestrator.planning.places import Found, find_file, find_network
 from orchestrator.planning.spec import DatasetSpec, SweepSpec
 from workers.data import (
     count_conflicts,
@@ -35,8 +41,9 @@ from workers.data import (
     load_dataset,
     order_requests,
 )
-from workers.data.needs import UNRELATED
+from workers.data.needs import UNRELATED, Need
 from workers.data.scripts import count_repeated_subjects, count_subjects_inside_words, joiner_of
+from workers.inputs import counted
 from workers.job import ScoreConfig
 from workers.model.config import (
     EMBEDDED,
@@ -48,12 +55,13 @@ from workers.model.config import (
 )
 from workers.scoring.lengths import count_tokens, request_texts
 from workers.scoring.registry import SCORES
-from workers.types import DataError, Dataset, EditRequest, ModelError, SpecError
+from workers.types import DataError, Dataset, EditRequest, EditSweepError, ModelError, SpecError
 
 if TYPE_CHECKING:
     from workers.artifacts.base import ArtifactSpec
     from workers.artifacts.pretrain import TrainingSource
     from workers.methods.base import MethodConfig
+    from workers.model.batch import Encoder
 
 
 OFFENDERS_SHOWN = 20
@@ -140,6 +148,8 @@ class Inputs:
     """In the order of ``spec.methods``."""
     trained_on: tuple[EditRequest, ...] | None = None
     """The requests that networks are trained on; None if no method trains a network."""
+    overlap: int = 0
+    """Requests that networks are trained on and that the sweep edits."""
     shortfalls: tuple[Shortfall, ...] = ()
     """Requests without what a method needs, per cell."""
     warnings: tuple[str, ...] = ()
@@ -155,7 +165,7 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     smaller than asked for. The error lists all problems that were found.
     """
     # These imports load torch, which a worker that only reads the data set does not need.
-    from workers.model.base import model_shape
+    from workers.model.base import load_encoder, model_shape
 
     problems = Problems()
     data: Dataset | None = None
@@ -169,40 +179,45 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     with problems.collected():
         SCORES.check(spec.scoring)
     fingerprint: ModelFingerprint | None = None
-    asks_for_day = False
     shape: ModelShape | None = None
     if data is not None:  # a model is not fetched for a sweep whose data cannot be read
         with problems.collected():
-            fingerprint, asks_for_day = _fingerprint(spec)
+            fingerprint = _fingerprint(spec)
             shape = model_shape(spec.model)
-    reader = _MethodReader(spec, fingerprint, shape, problems)
+    encoder: Encoder | None = None
+    if shape is not None:
+        with problems.collected():
+            encoder = load_encoder(spec.model, spec.chat_template, spec.template)
+    reader = _MethodReader(spec, fingerprint, shape, encoder, problems)
     configs = {number: reader.config(number) for number in range(len(spec.methods))}
     methods = [reader.read(number, config, file) for number, (config, file) in configs.items() if config]
     loaded = {number: config for number, (config, _) in configs.items() if config is not None}
-    warnings: list[str] = []
-    shortfalls: tuple[Shortfall, ...] = ()
-    if data is not None:
-        shortfalls = find_shortfalls(
-            spec,
-            {number: config.needs for number, config in loaded.items()},
-            {number: distinct_seeds(spec, config.uses_seed) for number, config in loaded.items()},
-            data,
-        )
+    reader.check_corpora()
+    problems += batch_problems(spec)
+    warnings, overlap = reader.remarks, 0
     if reader.trained_on is not None:
         needs = {spec.methods[number].label: config.training_needs for number, config in loaded.items()}
         errors, some = training_shortfalls(needs, reader.trained_on)
         problems += errors
         warnings += some
-    if data is not None and shape is not None:
-        with problems.collected():
-            texts = measure_texts(
-                spec, data, shape.context, any(UNRELATED in c.needs for c in loaded.values())
-            )
-            problems += long_texts(texts, shape.context)
-            warnings += generation_warnings(texts, shape.context, _generated_beyond(spec.scoring))
+        if data is not None:
+            with problems.collected():
+                overlap = count_overlap(spec, data, reader.trained_on)
+    shortfalls: tuple[Shortfall, ...] = ()
+    if data is not None:
+        shortfalls = _shortfalls(spec, data, shape, encoder, loaded)
+    if encoder is not None and shape is not None and shape.context is not None:
+        if reader.trained_on is not None:
+            texts = _long_training(encoder, reader.trained_on, shape.context)
+            problems += long_texts(texts, shape.context, "training")
+        if data is not None:
+            too_long, tight = _check_texts(spec, data, shape.context, encoder, loaded.values())
+            problems += too_long
+            warnings += tight
     if problems:
         raise all_at_once([*problems, *impossible_cells(shortfalls)])
     assert data is not None and fingerprint is not None and shape is not None
+    asks_for_day = spec.chat_template and encoder is not None and encoder.asks_for_day
     if asks_for_day:
         warnings.append(
             "the chat template asks for today's date, and is not told it: prompts would depend on the day of "
@@ -215,14 +230,61 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
         shape,
         tuple(methods),
         reader.trained_on,
+        overlap,
         shortfalls,
         tuple(warnings),
         asks_for_day,
     )
 
 
-def _fingerprint(spec: SweepSpec) -> tuple[ModelFingerprint, bool]:
-    """The model's fingerprint, and whether its chat template asks for the day of the run."""
+def _shortfalls(
+    spec: SweepSpec,
+    data: Dataset,
+    shape: ModelShape | None,
+    encoder: Encoder | None,
+    configs: Mapping[int, MethodConfig],
+) -> tuple[Shortfall, ...]:
+    """Requests without what the methods need, and those that do not fit behind a group's facts."""
+    seeds = {number: distinct_seeds(spec, config.uses_seed) for number, config in configs.items()}
+    needs = {number: config.needs for number, config in configs.items()}
+    if shape is None or encoder is None:
+        return find_shortfalls(spec, needs, seeds, data, _may_be_edited(spec, data))
+    located = Need(
+        "the chat template changes the prompt, so that the tokens of its subject cannot be located",
+        lambda request: encoder.can_locate(request.prompt),
+    )
+    for number, config in configs.items():
+        needs[number] += config.token_needs(encoder, shape)
+        if spec.chat_template and config.reads_subject:
+            needs[number] += (located,)
+    beyond = _generated_beyond(spec.scoring)
+
+    @cache
+    def longest(index: int) -> int:
+        return max(
+            count_tokens(encoder, prompt, answer) + (0 if answer is None else beyond)
+            for _, prompt, answer in request_texts(data.requests[index])
+        )
+
+    before = {n: config.before for n, config in configs.items() if config.before(data.requests[:1])}
+    return find_shortfalls(spec, needs, seeds, data, _may_be_edited(spec, data)) + find_crowded(
+        spec, before, seeds, data, shape.context, lambda text: len(encoder.text(text)), longest
+    )
+
+
+def _check_texts(
+    spec: SweepSpec, data: Dataset, context: int, encoder: Encoder, configs: Collection[MethodConfig]
+) -> tuple[list[EditSweepError], tuple[str, ...]]:
+    """Errors and warnings for texts of requests, with what methods and scores put before and behind
+    them, that are longer than the model's context."""
+    templates = max((config.template_tokens for config in configs), default=0)
+    reads_unrelated = any(UNRELATED in config.needs for config in configs)
+    texts = measure_texts(spec, data, context, encoder, reads_unrelated, templates)
+    errors = [*long_texts(texts, context), *_long_continuations(spec, data, context, encoder)]
+    return errors, generation_warnings(texts, context, _generated_beyond(spec.scoring))
+
+
+def _fingerprint(spec: SweepSpec) -> ModelFingerprint:
     try:
         fingerprint = fingerprint_model(spec.model)
     except ModelError as e:
@@ -233,11 +295,7 @@ def _fingerprint(spec: SweepSpec) -> tuple[ModelFingerprint, bool]:
             f"chat_template: true, but the tokenizer of {spec.model.name!r} has no chat template; "
             "set chat_template: false, or give an instruct model"
         )
-    if spec.chat_template:
-        from workers.model.base import check_chat_template
-
-        return fingerprint, check_chat_template(spec.model, spec.template)
-    return fingerprint, False
+    return fingerprint
 
 
 class _MethodReader:
@@ -249,18 +307,24 @@ class _MethodReader:
         spec: SweepSpec,
         fingerprint: ModelFingerprint | None,
         shape: ModelShape | None,
+        encoder: Encoder | None,
         problems: Problems,
     ) -> None:
-        from workers.artifacts.stats import CorpusHashes
+        from workers.artifacts import fisher, stats
 
         self.spec = spec
         self.fingerprint = fingerprint
         self.shape = shape
+        self.encoder = encoder
         self.problems = problems
+        self.remarks: list[str] = []
+        """Which place was taken, where a name may stand for several."""
         self.trained_on: tuple[EditRequest, ...] | None = None
         self._source: TrainingSource | None = None
         self._training: Literal["not read", "read", "faulty"] = "not read"
-        self._corpora = CorpusHashes()
+        self._corpora = stats.CorpusHashes()
+        self._wanted: dict[str, dict[str, set[tuple[int, int]]]] = {stats.KIND: {}, fisher.KIND: {}}
+        """Kind of statistics -> corpus -> samples and inputs of each."""
 
     def config(self, number: int) -> tuple[MethodConfig | None, FileFindings | None]:
         """The method's config and the comparison of its file; None if its hyperparameters are
@@ -278,12 +342,59 @@ class _MethodReader:
                 self.spec.model,
                 method.protocol or self.spec.protocol,
             )
+            config = self._located(number, config)
+            if self.spec.chat_template:
+                with self.problems.collected(f"methods: {method.label}: "):
+                    kind.check_chat()
             if self.shape is not None:
                 if remarks is not None:
                     file = compare(self.spec, number, remarks, self.shape, kind.whole_group)
                 config.check(self.shape)
+                self._check_sizes(number, config, self.shape)
             return config, file
         return None, None
+
+    def _check_sizes(self, number: int, config: MethodConfig, shape: ModelShape) -> None:
+        """Whether the lanes can hold as many edits, and the model reads context templates so long."""
+        label, rollback, edits = (
+            self.spec.methods[number].label,
+            self.spec.grid.rollback,
+            self.spec.dataset.edits,
+        )
+        if shape.context is not None and config.template_tokens >= shape.context:
+            raise SpecError(
+                f"context_template_length_params: templates of {config.template_tokens} tokens, but the model "
+                f"reads at most {shape.context}"
+            )
+        for T in self.spec.sizes(number):
+            with self.problems.collected(f"methods: {label}: grid.T: {T}: "):
+                config.check_edits(shape, lane_edits(rollback, T, edits))
+
+    def _located(self, number: int, config: MethodConfig) -> MethodConfig:
+        """The config with the places of the files and folders that it names; those that are nowhere
+        are problems."""
+        label, base = self.spec.methods[number].label, self.spec.base
+        places: dict[str, str] = {}
+        for field, name in config.files.items():
+            with self.problems.collected():
+                found = find_file(name, base, f"methods: {label}: {field}")
+                self._keep(places, field, found)
+                if found.looked_at:
+                    raise SpecError(f"methods: {label}: {field}: {name!r} does not exist{_looked_at(found)}")
+        for field, name in config.networks.items():
+            with self.problems.collected():
+                found = find_network(name, base, f"methods: {label}: {field}")
+                self._keep(places, field, found)
+                try:
+                    require_model(found.name, f"methods: {label}: {field}")
+                except ModelError as error:
+                    raise ModelError(f"{error}{_looked_at(found)}") from error
+        return config.located(places)
+
+    def _keep(self, places: dict[str, str], field: str, found: Found) -> None:
+        places[field] = found.name
+        if found.remark is not None:
+            self.remarks.append(found.remark)
 
     def read(self, number: int, config: MethodConfig, file: FileFindings | None) -> MethodInputs:
         """The method's artifacts, without those that cannot be made."""
@@ -291,22 +402,48 @@ class _MethodReader:
         from workers.methods.base import ArtifactContext
 
         method = self.spec.methods[number]
-        for field, name in config.networks.items():
-            with self.problems.collected():
-                require_model(name, f"methods: {method.label}: {field}")
+        if self.encoder is not None:
+            wrong = config.check_networks(self.encoder)
+            self.problems += [SpecError(f"methods: {method.label}: {text}") for text in wrong]
         artifacts: dict[int, tuple[ArtifactSpec, ...]] = {}
         source = None
         if get_method(method.method).needs_pretraining:
             source = self._read_training()
             if self._training == "faulty":  # that is reported, and what follows from it is not
                 return MethodInputs(config, artifacts, file)
+        if any(not os.path.isfile(config.place(field)) for field in config.files):
+            return MethodInputs(config, artifacts, file)  # that is reported
         with self.problems.collected():
             for seed in distinct_seeds(self.spec, config.uses_seed):
-                if self.fingerprint is None:
+                if self.fingerprint is None or self.shape is None:
                     break
                 context = ArtifactContext(self.fingerprint, self.spec.model, seed, source, self._corpora)
                 artifacts[seed] = config.artifacts(context)
+            if artifacts:  # seeds differ in their templates alone
+                self._note_corpora(next(iter(artifacts.values())))
         return MethodInputs(config, artifacts, file)
+
+    def _note_corpora(self, specs: Sequence[ArtifactSpec]) -> None:
+        """Note the statistics that are made from each corpus."""
+        assert self.shape is not None
+        for spec in specs:
+            self._note_corpora(spec.needs)
+            corpus = str(spec.where.get("corpus"))
+            if spec.kind in self._wanted and corpus != EMBEDDED:
+                wanted = self._wanted[spec.kind].setdefault(corpus, set())
+                wanted.add((spec.recipe["samples"], self.shape.site(spec.recipe["module"])[1]))
+
+    def check_corpora(self) -> None:
+        """Whether the statistics can be made from their corpora, each of which is read once."""
+        from workers.artifacts import fisher, stats
+
+        if self.encoder is None or self.shape is None:
+            return
+        for corpus, wanted in self._wanted[stats.KIND].items():
+            self.problems += stats.check_corpus(corpus, wanted, self.encoder, self.shape.context)
+        for corpus, wanted in self._wanted[fisher.KIND].items():
+            with self.problems.collected():
+                fisher.check_corpus(corpus, max(samples for samples, _ in wanted), self.encoder)
 
     def _read_training(self) -> TrainingSource | None:
         if self._training == "not read":
@@ -319,6 +456,11 @@ class _MethodReader:
         return self._source
 
 
+def _looked_at(found: Found) -> str:
+    """The end of a message, where a name was looked for in several places."""
+    return f"; looked at: {', '.join(found.looked_at)}" if len(found.looked_at) > 1 else ""
+
+
 # --- texts ----------------------------------------------------------------------------------
 
 MOST_TOKENS_PER_BYTE = 11
@@ -327,16 +469,19 @@ NFKC makes a UTF-8 text at most 11 times as long. Shorter texts need no tokenize
 
 
 def measure_texts(
-    spec: SweepSpec, data: Dataset, context: int | None, unrelated: bool = False
+    spec: SweepSpec,
+    data: Dataset,
+    context: int | None,
+    encoder: Encoder,
+    unrelated: bool = False,
+    templates: int = 0,
 ) -> tuple[Measured, ...]:
     """The texts of the requests to edit that fill the model's context, or nearly so, in tokens.
-    ``unrelated``: a method reads the field of that name.
+    ``unrelated``: a method reads the field of that name. ``templates``: tokens of the longest
+    context template, which stands before the prompts of edits.
 
-    Each text is tokenised once. Raises ``ModelError`` if the model's tokenizer cannot be loaded.
+    Each text is tokenised once.
     """
-    from workers.model.base import load_encoder
-
-    encoder = load_encoder(spec.model, spec.chat_template, spec.template)
     if context is None:
         return ()
     beyond = _generated_beyond(spec.scoring)
@@ -346,23 +491,49 @@ def measure_texts(
     known: dict[tuple[str, str | None], int] = {}
     for index in edited:
         request = data.requests[index]
-        texts = [
-            (field, prompt, answer)
-            for field, prompt, answer in request_texts(request, unrelated)
-            if MOST_TOKENS_PER_BYTE * (_bytes(prompt, answer) + 1) + around + beyond > context
-        ]
-        encoder.prepare(prompt for _, prompt, answer in texts if answer is not None)
-        for field, prompt, answer in texts:
+        texts = []
+        for field, prompt, answer in request_texts(request, unrelated):
+            size = len(prompt.encode()) + len((answer or "").encode())
+            template = templates if field == "prompt" else 0
+            if MOST_TOKENS_PER_BYTE * (size + 1) + around + max(beyond, template) > context:
+                texts.append((field, prompt, answer, template))
+        encoder.prepare(prompt for _, prompt, answer, _ in texts if answer is not None)
+        for field, prompt, answer, template in texts:
             if (prompt, answer) not in known:
                 known[prompt, answer] = count_tokens(encoder, prompt, answer)
             tokens = known[prompt, answer]
-            if tokens + (0 if answer is None else beyond) > context:
+            if tokens <= context < tokens + template:
+                kept.append(Measured(index, request.case_id, field, tokens + template, template))
+            elif tokens + (0 if answer is None else beyond) > context:
                 kept.append(Measured(index, request.case_id, field, tokens))
     return _only_edited(spec, data, kept)
 
 
-def _bytes(prompt: str, answer: str | None) -> int:
-    return len(prompt.encode()) + len((answer or "").encode())
+def _long_training(encoder: Encoder, requests: Sequence[EditRequest], context: int | None) -> list[Measured]:
+    """The texts that networks are trained on and that are longer than the model's context."""
+    if context is None:
+        return []
+    found = []
+    for index, request in enumerate(requests):
+        for field, prompt, answer in request_texts(replace(request, portability=(), ood=()), unrelated=True):
+            if len(prompt.encode()) + len((answer or "").encode()) >= context:
+                tokens = count_tokens(encoder, prompt, answer)
+                if tokens > context:
+                    found.append(Measured(index, request.case_id, field, tokens))
+    return found
+
+
+def _long_continuations(spec: SweepSpec, data: Dataset, context: int, encoder: Encoder) -> list[SpecError]:
+    """An error if what is written after a prompt for fluency may pass the model's context."""
+    tokens = SCORES.continued(spec.scoring)
+    if not tokens:
+        return []
+    prompts = []
+    for index in _may_be_edited(spec, data):
+        request = data.requests[index]
+        prompts.append(Measured(index, request.case_id, "prompt", len(encoder.prompt(request.prompt))))
+    longest = max(_only_edited(spec, data, prompts), key=lambda text: text.tokens)
+    return long_continuation(tokens, longest, context)
 
 
 def _generated_beyond(score: ScoreConfig) -> int:
@@ -370,7 +541,7 @@ def _generated_beyond(score: ScoreConfig) -> int:
     return score.extra_tokens - 1 if score.generated else 0
 
 
-def _may_be_edited(spec: SweepSpec, data: Dataset) -> Iterable[int]:
+def _may_be_edited(spec: SweepSpec, data: Dataset) -> Collection[int]:
     """Indices of the requests that the sweep edits under any seed, and possibly more."""
     edits, seeds = spec.dataset.edits, spec.grid.seeds
     if spec.dataset.order == "file":
@@ -438,28 +609,44 @@ def longest_tokens(data: Dataset, score: ScoreConfig) -> int:
     return SCORES.longest(score, longest // 3 + TEMPLATE_TOKENS)
 
 
+def _verb(count: int, plural: str) -> str:
+    return plural if count > 1 else {"are": "is"}.get(plural, f"{plural}s")
+
+
 def dataset_notes(spec: SweepSpec, data: Dataset) -> tuple[str, ...]:
     """Notes and warnings about the requests that will be edited (those of the first seed)."""
     order = order_requests(data, spec.dataset.order, spec.grid.seeds[0])
     chosen: list[EditRequest] = [data.requests[i] for i in order[: spec.dataset.edits]]
+    joined = sum(joiner_of(request, request.prompt) == "" for request in chosen)
     counts = (
-        (count_duplicates(chosen), "requests repeat the prompt of an earlier one"),
-        (count_conflicts(chosen), "requests contradict another one (same prompt, or subject and relation)"),
-        (count_edited_locality(chosen), "locality probes are themselves edited"),
+        (count_duplicates(chosen), "request", "repeat", "the prompt of an earlier one"),
+        (
+            count_conflicts(chosen),
+            "request",
+            "contradict",
+            "another one (same prompt, or subject and relation)",
+        ),
+        (count_edited_locality(chosen), "locality probe", "are", "edited, too"),
         (
             count_repeated_subjects(chosen),
-            "prompts hold their subject more than once: where tokens of the subject are read, the last one's",
+            "prompt",
+            "hold",
+            "the subject more than once: where tokens of the subject are read, the last one's",
         ),
-        (count_subjects_inside_words(chosen), "prompts hold their subject only as a part of a longer word"),
         (
-            sum(joiner_of(request, request.prompt) == "" for request in chosen),
-            "prompts are followed by their answer without a space (dataset.joiner)",
+            count_subjects_inside_words(chosen),
+            "prompt",
+            "hold",
+            "the subject only as a part of a longer word",
         ),
+        (joined, "prompt", "are", "followed by the answer without a space (dataset.joiner)"),
     )
     notes = [
         f"{spec.dataset.edits} of {len(data.requests)} requests of {data.name}, order: {spec.dataset.order}"
     ]
-    notes += [f"{count} {what}" for count, what in counts if count]
+    notes += [
+        f"{counted(count, thing)} {_verb(count, verb)} {what}" for count, thing, verb, what in counts if count
+    ]
     if data.notes.get("skipped"):
         notes.append(f"{data.notes['skipped']} records of the file were skipped as unusable")
     if spec.grid.rollback == "group":

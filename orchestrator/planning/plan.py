@@ -30,7 +30,7 @@ from functools import cache
 
 from orchestrator.planning.checks import all_at_once, impossible_cells, shortfall_warnings
 from orchestrator.planning.grid import Grid, digest
-from orchestrator.planning.inputs import Inputs, count_overlap, dataset_notes, longest_tokens, read_inputs
+from orchestrator.planning.inputs import Inputs, dataset_notes, longest_tokens, read_inputs
 from orchestrator.planning.makespan import Clock, Simulation, Timing, calibrate, simulate
 from orchestrator.planning.memory import MemoryEstimate
 from orchestrator.planning.packing import (
@@ -250,7 +250,7 @@ class Planner:
         self.grid = Grid(spec, self.common, inputs.methods, self.shape, longest_tokens(data, spec.scoring))
         self.cells = self.grid.cells()
         if inputs.trained_on is not None:
-            found = count_overlap(spec, data, inputs.trained_on)
+            found = inputs.overlap
             self.notes += (
                 f"{len(inputs.trained_on)} requests to train on, {found} of them edited by the sweep",
             )

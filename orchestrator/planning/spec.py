@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,7 +32,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.planning.places import FoundModel, find_model, is_bare
+from orchestrator.planning.places import Found, find_model, is_bare
 from orchestrator.planning.runtime_env import check_spec_environment
 from workers.data import DATASETS, TargetField
 from workers.inputs import MAX_BYTES, explain, found, parse_yaml, short
@@ -194,9 +195,11 @@ class MethodSpec(Written):
 class Resources(Written):
     """Resources that one actor reserves. Fractions of a GPU are allowed."""
 
-    cpu: float = Field(1, gt=0)
-    gpu: float = Field(0, ge=0)
-    memory_gb: float = Field(0, ge=0, description="memory an actor needs (0: twice the model's weights)")
+    cpu: float = Field(1, gt=0, le=10_000)
+    gpu: float = Field(0, ge=0, le=1000)
+    memory_gb: float = Field(
+        0, ge=0, le=1_000_000, description="memory an actor needs (0: twice the model's weights)"
+    )
 
 
 class EngineSpec(Written):
@@ -213,28 +216,36 @@ class EngineSpec(Written):
         "the same request; "
         "false: every T makes all of its edits",
     )
-    gpu_memory_gb: float | None = Field(None, gt=0, description="memory of one GPU in GiB, as declared")
-    threads: int = Field(1, ge=1, description="torch threads of one actor")
+    gpu_memory_gb: float | None = Field(
+        None, gt=0, le=100_000, description="memory of one GPU in GiB, as declared"
+    )
+    threads: int = Field(1, ge=1, le=1024, description="torch threads of one actor")
     cache_bytes: int = Field(
         256 << 20,
         ge=0,
+        le=1 << 50,
         description="size of an actor's cache for activations of repeated scoring batches",
     )
     shard_edits: int = Field(250, ge=1, description="approximate edits of one shard; a wave is never cut")
     step_edits: int = Field(50, ge=1, description="approximate edits between two commits")
-    max_actors: int | None = Field(None, ge=1)
+    max_actors: int | None = Field(None, ge=1, le=100_000)
     resources: Resources = Resources()
-    max_failures: int = Field(2, ge=0, description="restarts after a failure (a lost node counts)")
+    max_failures: int = Field(2, ge=0, le=1000, description="restarts after a failure (a lost node counts)")
     checkpoint_seconds: float = Field(
-        30, ge=0, description="approximate time between two saves of an artifact under construction"
+        30,
+        ge=0,
+        le=86_400,
+        description="approximate time between two saves of an artifact under construction",
     )
 
     @field_validator("lanes", mode="before")
     @classmethod
     def _count_or_auto(cls, value: object) -> object:
-        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        if value == "auto" or (
+            isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10_000
+        ):
             return value
-        raise ValueError(f"{short(value)} is not valid; give a whole number of at least 1, or auto")
+        raise ValueError(f"{short(value)} is not valid; give a whole number from 1 to 10000, or auto")
 
 
 class RaySpec(Written):
@@ -244,7 +255,7 @@ class RaySpec(Written):
     runtime_env: dict[str, Any] = Field(
         default_factory=dict, description="env_vars that run nothing; the rest by --runtime-env FILE"
     )
-    connect_seconds: float = Field(15, gt=0)
+    connect_seconds: float = Field(15, gt=0, le=86_400)
 
     @field_validator("runtime_env")
     @classmethod
@@ -279,6 +290,13 @@ def _read_scoring(value: object, handler: ValidatorFunctionWrapHandler) -> Score
     return SCORES.read(value)
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Where a spec was read. Specs from two folders may be equal."""
+
+    folder: Path = field(compare=False)
+
+
 class SweepSpec(Written):
     """A whole sweep, as written by the user and completed with defaults."""
 
@@ -303,7 +321,13 @@ class SweepSpec(Written):
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
 
-    _found_model: FoundModel | None = PrivateAttr(None)
+    _found_model: Found | None = PrivateAttr(None)
+    _origin: _Origin = PrivateAttr(default_factory=lambda: _Origin(Path.cwd()))
+
+    @property
+    def base(self) -> Path:
+        """The folder at which relative paths start: the spec file's, or the working folder."""
+        return self._origin.folder
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -454,6 +478,7 @@ def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()
     except ValidationError as e:
         raise SpecError(f"{origin}: {explain(e, SweepSpec)}") from None
     spec._found_model = found_model
+    spec._origin = _Origin(base)
     return spec
 
 
@@ -462,7 +487,7 @@ def override_spec(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
     if not overrides:
         return spec
     text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
-    return parse_spec(text, source=f"the sweep {spec.name!r}", base=Path.cwd(), overrides=overrides)
+    return parse_spec(text, source=f"the sweep {spec.name!r}", base=spec.base, overrides=overrides)
 
 
 def check_trust(spec: SweepSpec, source: str, trusted: bool, how: str) -> None:
@@ -557,7 +582,7 @@ def _with_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     return raw
 
 
-def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], FoundModel | None]:
+def _with_model(raw: dict[str, Any], base: Path) -> tuple[dict[str, Any], Found | None]:
     """A copy whose model's bare name stands for the place where it was found."""
     model = raw.get("model")
     name = model.get("name") if isinstance(model, dict) else None

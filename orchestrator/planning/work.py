@@ -33,6 +33,9 @@ class Variant(Frozen):
     version: int
     config: dict[str, Any]
     hparams_id: str
+    places: dict[str, str] = Field(
+        default_factory=dict, description="where the folders lie that the config names, if elsewhere"
+    )
     whole_group: bool = Field(
         False, description="one call edits all requests of a group; grid.batch_size is not used"
     )
@@ -315,6 +318,7 @@ def _expand(
     job = StreamJob(
         method=variant.algorithm,
         config=variant.config,
+        places=variant.places,
         cells=tuple(
             StreamCell(
                 cell_id=cells[c].cell_id,

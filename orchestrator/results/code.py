@@ -22,6 +22,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -48,6 +49,9 @@ _ALWAYS = ("workers.stream",)
 _LEFT_OUT = ("workers.kernels", "workers.data", "workers.methods.easyedit", "workers.inputs")
 """Neither recorded nor followed, with everything below them."""
 
+_COUNTED = ("workers.data.scripts",)
+"""What is not left out of these: how texts are joined and where subjects stand changes numbers."""
+
 _LISTS = ("workers.methods", "workers.scoring.registry")
 """Registries: not recorded, because a method or a score more changes no number of the others."""
 
@@ -72,10 +76,15 @@ class Folder(Protocol):
 def code_of(method: str, root: Path | None = None) -> dict[str, str]:
     """Return the hash of every source file that a method's numbers depend on, by its path.
 
-    ``root`` is the folder that holds ``workers/`` (default: the one that runs).
+    ``method`` is a name in the registry, or a method that is defined elsewhere: the import path of
+    its module (``lab.methods.mine``) or the module's file. Then the files of its own package count
+    as those of ``workers/`` do. ``root`` is the folder that holds ``workers/`` (default: the one
+    that runs).
     """
     sources = _Sources(root)
-    return {path: tree for path, (tree, _) in sources.closure(sources.module_of(method)).items()}
+    elsewhere = method.endswith(".py") or "." in method
+    module = sources.adopt(method) if elsewhere else sources.module_of(method)
+    return {path: tree for path, (tree, _) in sources.closure(module).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +273,7 @@ class _Sources:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or Path(str(workers.__file__)).parent.parent
+        self._adopted: dict[str, Path] = {}
         self._parsed: dict[str, _File] = {}
         self._paths: dict[str, str | None] = {}
         self._registry: dict[str, str] | None = None
@@ -272,19 +282,21 @@ class _Sources:
         """The files that the numbers of the method in ``module`` depend on, with their hashes."""
         todo, seen = [module, *_ALWAYS], set[str]()
         found: dict[str, Hashes] = {}
+        followed = {_PACKAGE, *self._adopted}
         while todo:
             module = todo.pop()
             if module in seen:
                 continue
             seen.add(module)
-            path = None if _below(module, _LEFT_OUT) else self._path(module)
+            left_out = _below(module, _LEFT_OUT) and not _below(module, _COUNTED)
+            path = None if left_out else self._path(module)
             if path is None:
                 continue
             file = self._file(path, module)
             if module not in _LISTS and not file.empty:
                 found[path] = file.hashes
             if module not in _NOT_FOLLOWED:
-                todo += file.imports
+                todo += (name for name in file.imports if name.partition(".")[0] in followed)
             if "." in module:
                 todo.append(module.rpartition(".")[0])  # importing a module runs its packages first
         return dict(sorted(found.items()))
@@ -301,6 +313,29 @@ class _Sources:
             return _short(self._read(path)) == data or self._file(path, "").hashes[0] == tree
         except (OSError, SyntaxError):
             return False
+
+    def adopt(self, method: str) -> str:
+        """The module of a method that is defined outside ``workers/``, by import path or file. The
+        files of its top-level package, or the one file, are read from where they lie; nothing of
+        them runs."""
+        if method.endswith(".py"):
+            path = Path(method).resolve()
+            names, folder = [path.stem], path.parent
+            while (folder / "__init__.py").is_file():
+                names.insert(0, folder.name)
+                folder = folder.parent
+            module = ".".join(names)
+        else:
+            module = method
+            spec = find_spec(module.partition(".")[0])
+            places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin]
+            if not places or places[0] is None:
+                raise ValueError(f"module {module!r} cannot be found; give its import path or its file")
+            folder = Path(places[0]).parent
+        self._adopted[module.partition(".")[0]] = folder
+        if self._path(module) is None:
+            raise ValueError(f"module {module!r} has no source file below {folder}")
+        return module
 
     def module_of(self, method: str) -> str:
         """The module that the registry names for a method. The registry is data and is read as
@@ -320,11 +355,14 @@ class _Sources:
         if module not in self._paths:
             stem = module.replace(".", "/")
             paths = (f"{stem}.py", f"{stem}/__init__.py")
-            self._paths[module] = next((path for path in paths if (self.root / path).is_file()), None)
+            self._paths[module] = next((path for path in paths if self._place(path).is_file()), None)
         return self._paths[module]
 
+    def _place(self, path: str) -> Path:
+        return self._adopted.get(path.partition("/")[0].removesuffix(".py"), self.root) / path
+
     def _read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
+        return self._place(path).read_bytes()
 
     def _file(self, path: str, module: str) -> _File:
         if path not in self._parsed:
@@ -337,10 +375,10 @@ def _parse(data: bytes, path: str, module: str) -> _File:
     tree = ast.parse(data, path)
     words: list[str] = []
     _write(tree, words)
-    imports = dict.fromkeys(_imports(tree, module))
+    within = f"{module}.__init__" if path.endswith("/__init__.py") else module
     return _File(
         hashes=(_short("\0".join(words).encode()), _short(data)),
-        imports=tuple(name for name in imports if name.split(".")[0] == _PACKAGE),
+        imports=tuple(dict.fromkeys(_imports(tree, within))),
         empty=all(map(_is_text, tree.body)),
     )
 

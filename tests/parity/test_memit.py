@@ -24,6 +24,7 @@ from tests.parity.common import (
     final_scores,
     first_ten,
     golden_requests,
+    inverse,
     meta,
     model,
     moment,
@@ -158,7 +159,7 @@ def test_the_order_of_a_sum_moves_the_edit_in_float32_and_not_in_float64() -> No
 def rrome(expected: Mapping[str, Any], copy: int = 0) -> RROME:
     values = {k: v for k, v in MEMIT_RECORDED.items() if k not in ("layers", "mom2_update_weight")}
     config = RROMEConfig.model_validate({**values, "layer": 0, "clamp_norm_factor": 10})
-    inverse_II = core("llama", "rome_req0", copy)["inv_cov"]
+    inverse_II = inverse("llama", copy)
     return RROME(model("llama", copy), config, templates(expected["context_templates"]), inverse_II)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity.common import check_record, core, lane_edits, model, record, run_groups
+from tests.parity.common import check_record, inverse, lane_edits, model, record, run_groups
 from tests.parity.test_rome import RECORDED, recorded_templates
 from tests.parity.test_wise import public_base
 from tests.small import GOLDEN, build_inputs, random_model
@@ -123,7 +123,7 @@ class LeftPaddedROME(ROME):
 
 @cache
 def recorded_base(copy: int = 0) -> LeftPaddedROME:
-    inverse_II = core("llama", "rome_req0", copy)["inv_cov"]
+    inverse_II = inverse("llama", copy)
     return LeftPaddedROME(
         public_base("llama", copy),
         ROMEConfig.model_validate(RECORDED),

@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.artifacts.base import ArtifactData, Workbench
 from workers.artifacts.stats import Place, documents, positions
 from workers.inner_loop.losses import TargetTokens
-from workers.model.batch import Encoded, collate
+from workers.model.batch import Encoded, Encoder, collate
 from workers.types import JSON, DataError
 
 if TYPE_CHECKING:
@@ -55,8 +55,24 @@ def build_fisher(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> 
             bench.progress(count, samples, "texts")
             bench.keep(so_far)
     if not count:
-        raise DataError(f"corpus: {recipe['corpus']}: holds no text of two tokens or more")
+        raise _no_text(recipe["corpus"])
     return ArtifactData({"fisher": total_OI / count}, {"texts": count})
+
+
+def check_corpus(corpus: str, samples: int, encoder: Encoder) -> None:
+    """Raise the :class:`DataError` in which :func:`build_fisher` would end: a line that cannot be
+    read, or no text to predict."""
+    found = False
+    for text, place in documents(corpus, Place()):
+        if found and place.documents > samples:
+            break
+        found = found or len(encoder.text(text)) > 1
+    if not found:
+        raise _no_text(corpus)
+
+
+def _no_text(corpus: str) -> DataError:
+    return DataError(f"corpus: {corpus}: holds no text of two tokens or more")
 
 
 def gradient(base: BaseModel, site: Site, ids: tuple[int, ...]) -> Tensor:

@@ -128,12 +128,14 @@ def _hash_of(requests: Sequence[EditRequest]) -> str:
 class TrainingSchedule(Written):
     """Length of a training, its batches, and the share of earlier data in them."""
 
-    steps: int = Field(ge=1, description="optimiser steps on each data shard")
-    batch_size: int = Field(1, ge=1, description="requests of one step")
+    steps: int = Field(ge=1, le=100_000_000, description="optimiser steps on each data shard")
+    batch_size: int = Field(1, ge=1, le=1_000_000, description="requests of one step")
     replay: float = Field(
         0.5, ge=0, lt=1, description="share of the requests that come from earlier data shards"
     )
-    buffer: int = Field(512, ge=0, description="requests of earlier data shards that are kept for replay")
+    buffer: int = Field(
+        512, ge=0, le=10_000_000, description="requests of earlier data shards that are kept for replay"
+    )
     seed: int = Field(0, ge=0, description="of initial weights, order and everything drawn in a step")
 
 
@@ -168,13 +170,15 @@ def pretrained(
     training: TrainingSource | None,
     name: str = PRETRAINED,
     trainer_version: int = 1,
+    places: Mapping[str, str] | None = None,
 ) -> ArtifactSpec:
     """The trained networks of a method. Their ``needs``: the trainings on the data shards, in
     order.
 
     ``hparams``: the JSON argument of :meth:`Method.trainer`. It holds only what training depends
     on, so that configs which differ in other fields share the networks. ``trainer_version``
-    increases when the numbers of a training change. Raises :class:`SpecError` without a training
+    increases when the numbers of a training change. ``places``: where the folders that ``hparams``
+    name lie, if elsewhere. Raises :class:`SpecError` without a training
     set.
     """
     if training is None:
@@ -192,6 +196,7 @@ def pretrained(
         "tokenizer": fingerprint.tokenizer,
         "dtype": model.dtype,
     }
+    where: dict[str, JSON] = {"places": dict(places)} if places else {}
     needs: tuple[ArtifactSpec, ...] = ()
     for number, shard in enumerate(training.shards):
         spec = ArtifactSpec(
@@ -213,12 +218,17 @@ def pretrained(
                 "start": shard.start,
                 "stop": shard.stop,
                 **training.model_dump(include={"joiner", "target_field"}, exclude_none=True),
+                **where,
             },
             needs=needs,
         )
         needs = (spec,)
     return ArtifactSpec(
-        name=name, kind=PRETRAINED, recipe=common, needs=(needs[0].model_copy(update={"name": _STATE}),)
+        name=name,
+        kind=PRETRAINED,
+        recipe=common,
+        where=where,
+        needs=(needs[0].model_copy(update={"name": _STATE}),),
     )
 
 
@@ -269,7 +279,9 @@ def build_pretrained(base: BaseModel, recipe: dict[str, JSON], bench: Workbench)
 def _trainer(base: BaseModel, recipe: Mapping[str, JSON], bench: Workbench) -> Trainer:
     """The method's trainer before its first step."""
     start = derive_generator("pretraining", recipe["method"], recipe["hparams"], recipe["seed"], "start")
-    trainer: Trainer = bench.trainer_of(recipe["method"])(base, recipe["hparams"], start)
+    trainer: Trainer = bench.trainer_of(recipe["method"])(
+        base, {**recipe["hparams"], **recipe.get("places", {})}, start
+    )
     return trainer
 
 

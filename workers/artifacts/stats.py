@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
-from workers.model.batch import Encoded, collate
+from workers.model.batch import Encoded, Encoder, collate
+from workers.model.config import context_length
 from workers.types import JSON, DataError, SpecError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 KIND = "second_moment"
 NULL_SPACE = "null_space"
+_DEFAULT_POSITIONS = 1024
+"""Tokens read of a document, where the model does not say how many it reads."""
+
 _ROWS = 64
 _TOKENS = 16_384
 """Maximum documents and padded tokens of one forward. Both influence the bits of the result."""
@@ -126,6 +130,34 @@ def corpus_format(corpus: str) -> Literal["text", "jsonl"]:
     return "jsonl" if corpus_path(corpus).suffix.lower() in (".jsonl", ".ndjson") else "text"
 
 
+def check_corpus(
+    corpus: str, wanted: Collection[tuple[int, int]], encoder: Encoder, context: int | None
+) -> Iterator[DataError]:
+    """The errors in which :func:`build_second_moment` would end: a line that cannot be read, or too
+    few tokens. ``wanted``: the samples and the number of inputs of each statistics; the corpus is
+    read once for all. ``context``: the model's."""
+    limit, widest = context or _DEFAULT_POSITIONS, max(width for _, width in wanted)
+    counts = [0]
+    try:
+        for text, _ in documents(corpus, Place(), max(samples for samples, _ in wanted)):
+            if counts[-1] <= widest:  # then only the lines are read
+                counts.append(counts[-1] + len(encoder.text(text)[:limit]))
+    except DataError as error:
+        yield error
+        return
+    for samples, width in sorted(wanted):
+        count = counts[min(samples, len(counts) - 1)]
+        if count <= width:
+            yield _too_short(corpus, count, width)
+
+
+def _too_short(corpus: str, count: int, width: int) -> DataError:
+    return DataError(
+        f"corpus: {corpus}: only {count} tokens for {width} x {width} statistics, so they are singular; give "
+        "a longer text or more samples"
+    )
+
+
 def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workbench) -> ArtifactData:
     """Build the second moment, (I, I), and the token count. Recipe: corpus (path or 'embedded'),
     samples, layer, module, precision."""
@@ -153,11 +185,7 @@ def build_second_moment(base: BaseModel, recipe: dict[str, JSON], bench: Workben
         bench.progress(place.documents, samples, f"inputs of layer {layer}")
         bench.keep(so_far)
     if count <= width:
-        raise DataError(
-            f"corpus: {recipe['corpus']}: only {count} tokens for {width} x {width} statistics, so they "
-            f"are singular; "
-            "give a longer text or more samples"
-        )
+        raise _too_short(recipe["corpus"], count, width)
     moment_II = total_II / count
     return ArtifactData({"moment": moment_II}, {"tokens": count, "condition": condition(moment_II)})
 
@@ -204,7 +232,7 @@ def build_null_space(base: BaseModel, recipe: dict[str, JSON], bench: Workbench)
 
 def positions(base: BaseModel) -> int:
     """Maximum tokens read of a document: the model's context length."""
-    return int(getattr(base.model.config, "max_position_embeddings", 0) or 1024)
+    return context_length(base.model.config) or _DEFAULT_POSITIONS
 
 
 class _Enough(Exception):

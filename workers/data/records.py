@@ -24,6 +24,7 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from workers.data.scripts import joiner_after
 from workers.types import JSON, DataError, Dataset, EditRequest, Probe
 
 OnBadRecord = Literal["error", "skip"]
@@ -415,7 +416,8 @@ def build_with_train(
 
 
 def with_unrelated(requests: Sequence[EditRequest], pool: Sequence[Probe]) -> tuple[EditRequest, ...]:
-    """Give every request a sentence (question and answer) about something else.
+    """Give every request a sentence (question and answer) about something else, written as its
+    language is: with a space between the two, or without.
 
     The choice is a hash of the request's position, so it depends only on the files. A sentence is
     never taken if its question is one of the request's own locality probes, or is edited anywhere
@@ -424,7 +426,9 @@ def with_unrelated(requests: Sequence[EditRequest], pool: Sequence[Probe]) -> tu
     """
     edited = {request.prompt for request in requests}
     sentences = {
-        probe.prompt: f"{probe.prompt} {probe.target}" for probe in pool if probe.prompt not in edited
+        probe.prompt: f"{probe.prompt}{joiner_after(probe.prompt)}{probe.target}"
+        for probe in pool
+        if probe.prompt not in edited
     }
     questions = list(sentences)
     finished = []

@@ -33,6 +33,7 @@ _WIDE_MARK = re.compile(
     "[\u3000-\u3004\u3008-\u3020\u302a-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
 )
 _WORD = re.compile(rf"[^\W\d_{_UNSPACED}]+")
+_PIECE = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 _QUOTED = re.compile(
     '《[^》]*》|〈[^〉]*〉|「[^」]*」|『[^』]*』|【[^】]*】|\uff08[^\uff09]*\uff09|“[^”]*”|"[^"]*"|\\([^)]*\\)'
 )
@@ -64,6 +65,11 @@ def joiner_of(request: EditRequest, prompt: str) -> str:
     data set's own choice, or what follows from the prompt. Context templates before it do not
     count."""
     return joiner_after(prompt) if request.joiner is None else request.joiner
+
+
+def words_of(text: str) -> list[str]:
+    """Words and marks of a text; a letter of a script that is written without spaces is a word."""
+    return _PIECE.findall(text)
 
 
 def statement(request: EditRequest) -> str:

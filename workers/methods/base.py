@@ -12,7 +12,7 @@ lockstep, each its own requests; a lane's result does not depend on the other la
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
@@ -21,6 +21,7 @@ import torch
 from pydantic import (
     AfterValidator,
     ConfigDict,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -33,10 +34,14 @@ from workers.artifacts.stats import CorpusHashes
 from workers.data.needs import Need
 from workers.methods.easyedit import COMMON_KEYS, COMMON_LOST, IGNORED, SWEEP_KEYS, FileRemarks
 from workers.model.base import BaseModel
-from workers.model.config import ModelConfig, ModelFingerprint, ModelShape
+from workers.model.batch import Encoder
+from workers.model.config import EMBEDDED, ModelConfig, ModelFingerprint, ModelShape
 from workers.model.overlay import Overlay
 from workers.rng import RandomStreams
 from workers.types import JSON, EditRequest, Frozen, SpecError, Written
+
+MOST_STEPS = 1_000_000
+"""Optimiser steps of one edit at most: more are a slip of the pen and would never end."""
 
 
 def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -109,6 +114,8 @@ class MethodConfig(Written):
     easyedit_values: ClassVar[Mapping[str, JSON]] = MappingProxyType({})
     """Values that ``protocol: easyedit`` sets: behaviour of EasyEdit's code that is not in its
     hyperparameter files."""
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     # --- deviations, and the written form ---
 
@@ -279,10 +286,47 @@ class MethodConfig(Written):
         """The further models that the method reads: hyperparameter -> folder or hub name."""
         return {}
 
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The files that its artifacts are made from: hyperparameter -> path, as it is written."""
+        corpus = getattr(self, "corpus", None)
+        read = isinstance(corpus, str) and corpus != EMBEDDED and self.reads_corpus(dict(self))
+        return {"corpus": str(corpus)} if read else {}
+
+    def check_networks(self, encoder: Encoder) -> Iterator[str]:
+        """What is wrong with the folders of :attr:`networks`, each text with its field. ``encoder``:
+        the base model's."""
+        return iter(())
+
+    def token_needs(self, encoder: Encoder, shape: ModelShape) -> tuple[Need, ...]:
+        """Like :attr:`needs`, for parts of a request whose tokens have to be counted."""
+        return ()
+
+    def before(self, requests: Sequence[EditRequest]) -> str:
+        """The text that stands before every prompt once these requests of a group are edited."""
+        return ""
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of the longest context template before a prompt; 0 without templates."""
+        return 0
+
     @classmethod
     def reads_corpus(cls, hparams: Mapping[str, JSON]) -> bool:
         """Return whether artifacts are made from ``corpus``, with these hyperparameters."""
         return False
+
+    def located(self, places: Mapping[str, str]) -> Self:
+        """A copy that finds its :attr:`files` and :attr:`networks` elsewhere than they are written
+        (``places``: hyperparameter -> path). It is equal in everything that is written."""
+        copy = self.model_copy()
+        copy._places = dict(places)
+        return copy
+
+    def place(self, field: str) -> Any:
+        """Where the file or the folder of a hyperparameter lies; None if none is given."""
+        written = {**self.files, **self.networks}
+        return self._places.get(field, written.get(field, getattr(self, field, None)))
 
     @property
     def uses_seed(self) -> bool:
@@ -370,14 +414,24 @@ class Method(ABC, Generic[C, OverlayT]):
     whole_group: ClassVar[bool] = False
     """True if a call always edits all T requests of a group (then no state exists between two
     edits)."""
+    no_chat: ClassVar[str] = ""
+    """Why prompts cannot be in a chat template; empty if they can."""
     relative_cost: ClassVar[float] = 1.0
     """Approximate time per edit relative to FT, for ordering shards before times are measured."""
     Config: ClassVar[type[MethodConfig]]
 
     def __init__(self, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> None:
+        if base.encoder.chat_template:
+            self.check_chat()
         self.base = base
         self.config = config
         self.inputs = inputs
+
+    @classmethod
+    def check_chat(cls) -> None:
+        """Raise :class:`SpecError` if prompts cannot be in a chat template."""
+        if cls.no_chat:
+            raise SpecError(f"chat_template: true is not supported by {cls.name}: {cls.no_chat}")
 
     @classmethod
     def prepare(cls, base: BaseModel, config: C, inputs: Mapping[str, ArtifactData]) -> Self:

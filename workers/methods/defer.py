@@ -41,7 +41,7 @@ from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import MOST_STEPS, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import take_inner_param
 from workers.model.base import Site
 from workers.model.batch import Batch, Encoded, collate
@@ -60,7 +60,7 @@ class DEFERConfig(MethodConfig):
         None, description="linear map inside the layer; null: the MLP's output projection"
     )
     lr: float = Field(7e-5, gt=0, description="Adam's step size")
-    n_iter: int = Field(100, ge=1, description="optimiser steps of one edit")
+    n_iter: int = Field(100, ge=1, le=MOST_STEPS, description="optimiser steps of one edit")
     threshold: float = Field(
         0.5, ge=0, le=1, description="least gate at which a row is answered by the small map"
     )

@@ -112,17 +112,20 @@ TRAINER_KEYS: Mapping[str, str] = MappingProxyType(
 """Keys of trained methods' files for logging, saving, stopping and validation of the public
 trainer."""
 
+IMAGE_KEYS = ("coco_image", "rephrase_image")
+"""Keys of files that edit models of images and text: where their pictures are."""
+
 _MODULE = re.compile(r"^.*?[.\[](?P<layer>\{\}|\d+)\]?\.(?P<path>.+?)(\.weight)?$")
 
 
-def split_module(name: str, source: str) -> tuple[int | None, str]:
+def split_module(name: JSON, source: str) -> tuple[int | None, str]:
     """``model.layers[4].mlp.down_proj.weight`` -> (4, "mlp.down_proj"); a template's ``{}`` gives
     None.
 
     Converts EasyEdit's module names into a layer index and a path inside a decoder layer. Raises
     :class:`SpecError`.
     """
-    match = _MODULE.match(name)
+    match = _MODULE.match(name) if isinstance(name, str) else None
     if match is None:
         raise SpecError(
             f"{source}: {name!r} is not a module inside a decoder layer such as "
@@ -139,11 +142,20 @@ def take_inner_param(out: dict[str, JSON], source: str) -> None:
         names = out["module"]
         if not isinstance(names, list) or len(names) != 1:
             raise SpecError(f"{source}: inner_params: expected a list with one module name, found {names!r}")
-        out["layer"], out["module"] = split_module(str(names[0]), source)
+        out["layer"], out["module"] = split_module(names[0], source)
+
+
+def take_count(out: dict[str, JSON], key: str, default: int, source: str) -> int:
+    """Remove a number of steps or requests from ``out`` and return it. Raises :class:`SpecError`."""
+    value = out.pop(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{source}: {key}: expected a whole number of at least 1, found {found(value)}")
+    return value
 
 
 def read_hparams(path: Path) -> dict[str, JSON]:
-    """The mapping of an EasyEdit YAML. Raises :class:`SpecError`."""
+    """The mapping of an EasyEdit YAML. Raises :class:`SpecError`, for a file of a model that reads
+    images, too."""
     source = f"hparams_file: {path}"
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -160,4 +172,13 @@ def read_hparams(path: Path) -> dict[str, JSON]:
     loaded = parse_yaml(text, source)
     if not isinstance(loaded, dict):
         raise SpecError(f"{source}: expected a mapping, found {found(loaded)}")
+    if not all(isinstance(key, str) for key in loaded):
+        [key, *_] = (key for key in loaded if not isinstance(key, str))
+        raise SpecError(f"{source}: {key!r}: a key is a word")
+    pictures = [key for key in IMAGE_KEYS if key in loaded]
+    if pictures:
+        raise SpecError(
+            f"{source}: {pictures[0]}: the file is for a model of images and text; only language models are "
+            "edited here"
+        )
     return loaded

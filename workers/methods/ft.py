@@ -39,7 +39,7 @@ from pydantic import Field, field_validator
 from workers.data.scripts import joiner_of
 from workers.inner_loop.finetune import Example, fine_tune, with_target
 from workers.inner_loop.optim import Box
-from workers.methods.base import Deviations, EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.base import MOST_STEPS, Deviations, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, split_module
 from workers.model.base import BaseModel
 from workers.model.batch import Encoded
@@ -73,7 +73,7 @@ class FTConfig(MethodConfig):
         "target_new",
         description="target_new: FT-M; prompt_last: FT-L, every token at the last prompt position",
     )
-    num_steps: int = Field(25, ge=1, description="optimiser steps at most")
+    num_steps: int = Field(25, ge=1, le=MOST_STEPS, description="optimiser steps at most")
     lr: float = Field(5e-4, gt=0, description="Adam's step size")
     weight_decay: float = Field(0.0, ge=0, description="L2 decay added to the gradient")
     norm_constraint: float | None = Field(
@@ -112,7 +112,7 @@ class FTConfig(MethodConfig):
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        if float(values.get("kl_factor") or 0) != 0:
+        if values.get("kl_factor") not in (None, 0):
             raise SpecError(f"{source}: kl_factor: {values['kl_factor']!r} has no effect in FT; expected 0")
         out = super().from_easyedit(values, source)
         if out.get("norm_constraint") is False:

@@ -43,7 +43,15 @@ from torch import Tensor
 from workers.artifacts import fisher, stats
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.inner_loop.finetune import fine_tune, with_target
-from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.base import (
+    MOST_STEPS,
+    ArtifactContext,
+    EditOutcome,
+    LaneEdit,
+    Layers,
+    Method,
+    MethodConfig,
+)
 from workers.model.base import BaseModel
 from workers.model.config import ModelShape
 from workers.model.overlay import DenseOverlay
@@ -57,7 +65,7 @@ class FTEWCConfig(MethodConfig):
     module: str | None = Field(
         None, description="linear map inside the layer; null: the MLP's output projection"
     )
-    num_steps: int = Field(25, ge=1, description="optimiser steps at most")
+    num_steps: int = Field(25, ge=1, le=MOST_STEPS, description="optimiser steps at most")
     lr: float = Field(5e-4, gt=0, description="Adam's step size")
     ew_lambda: float = Field(300.0, ge=0, description="stiffness of the penalty; 0: plain FT-M")
     corpus: str | None = Field(
@@ -83,7 +91,9 @@ class FTEWCConfig(MethodConfig):
 
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         how_much = f"about {self.samples} lines, see samples"
-        corpus = stats.corpus_of(self.corpus, context.model, "FT-EWC", "Fisher information", how_much)
+        corpus = stats.corpus_of(
+            self.place("corpus"), context.model, "FT-EWC", "Fisher information", how_much
+        )
         return tuple(
             ArtifactSpec(
                 name=_artifact(layer),

@@ -56,7 +56,7 @@ from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
-from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
+from workers.methods.base import MOST_STEPS, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, take_inner_param
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
@@ -80,7 +80,7 @@ class GRACEConfig(MethodConfig):
         None, description="linear map inside the layer; null: the MLP's output projection"
     )
     lr: float = Field(1.0, gt=0, description="Adam's step size for a value")
-    n_iter: int = Field(50, ge=1, description="optimiser steps of one edit")
+    n_iter: int = Field(50, ge=1, le=MOST_STEPS, description="optimiser steps of one edit")
     eps: float = Field(1.0, gt=0, description="initial deferral radius of a new key")
     val_init: Literal["cold", "warm"] = Field(
         "cold", description="first value: uniform in [0, 1), or what the map answers at the key"

@@ -92,9 +92,17 @@ class ICLConfig(MethodConfig):
                 f"rollback: group"
             )
 
+    def before(self, requests: Sequence[EditRequest]) -> str:
+        return text_before([statement(request) for request in requests])
+
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         context = shape.context or edits * 4 * FEWEST_TOKENS
         return context * shape.hidden * max(4, shape.bytes_per_value)  # one row with its context, in scoring
+
+
+def text_before(facts: Sequence[str]) -> str:
+    """The text before every prompt of a lane with these facts."""
+    return "".join(_FACT.format(fact) for fact in facts) + _PROMPT if facts else ""
 
 
 class Facts(SitelessOverlay):
@@ -112,7 +120,7 @@ class Facts(SitelessOverlay):
 
     def before(self, lane: int) -> str:
         """The text before every prompt of a lane."""
-        return "".join(_FACT.format(fact) for fact in self.facts[lane]) + _PROMPT if self.facts[lane] else ""
+        return text_before(self.facts[lane])
 
     def add(self, base: BaseModel, lane: int, requests: Sequence[EditRequest]) -> None:
         """Add facts to a lane. Raises :class:`DataError` if they do not fit into the context."""
@@ -200,14 +208,11 @@ class ICL(Method[ICLConfig, Facts]):
     )
     version: ClassVar[int] = 1
     batch_edits: ClassVar[bool] = True
+    no_chat: ClassVar[str] = "facts would stand before the first turn"
     relative_cost: ClassVar[float] = 0.1
     Config: ClassVar[type[MethodConfig]] = ICLConfig
 
     def new_overlay(self, lanes: int) -> Facts:
-        if self.base.encoder.chat_template:
-            raise SpecError(
-                "icl: model.chat_template: true is not supported (facts would stand before the first turn)"
-            )
         return Facts(self.base, lanes)
 
     def edit(self, overlay: Facts, edits: Sequence[LaneEdit]) -> list[EditOutcome]:

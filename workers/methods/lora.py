@@ -41,7 +41,7 @@ from torch import Tensor
 from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
-from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.base import MOST_STEPS, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import IGNORED
 from workers.methods.families.adapter import (
     AdapterOverlay,
@@ -65,12 +65,12 @@ class LoRAConfig(MethodConfig):
         min_length=1,
         description="maps inside a layer, by their last name or whole path; null: query and value",
     )
-    rank: int = Field(8, ge=1, description="columns of B and rows of A")
+    rank: int = Field(8, ge=1, le=65_536, description="columns of B and rows of A")
     lora_alpha: float = Field(32.0, gt=0, description="the change is scaled by lora_alpha / rank")
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of an adapter's inputs dropped while training"
     )
-    num_steps: int = Field(30, ge=1, description="optimiser steps of one edit")
+    num_steps: int = Field(30, ge=1, le=MOST_STEPS, description="optimiser steps of one edit")
     lr: float = Field(5e-3, gt=0, description="Adam's step size")
     weight_decay: float = Field(0.0, ge=0, description="L2 decay added to the gradient")
 
@@ -81,7 +81,7 @@ class LoRAConfig(MethodConfig):
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
-        if float(values.get("kl_factor") or 0) != 0 or values.get("norm_constraint"):
+        if values.get("kl_factor") not in (None, 0) or values.get("norm_constraint"):
             raise SpecError(
                 f"{source}: kl_factor, norm_constraint: have no effect in LoRA; expected 0 and false"
             )

@@ -71,7 +71,7 @@ from workers.types import JSON, EditRequest, SpecError
 class MALMENConfig(HypernetConfig):
     """Hyperparameters of MALMEN."""
 
-    n_blocks: int = Field(2, ge=1, description="blocks of a network")
+    n_blocks: int = Field(2, ge=1, le=100, description="blocks of a network")
     tokens: Literal["answer", "all"] = Field(
         "answer",
         description="answer: keys are the tokens that predict the answer; all: every token of the request",

@@ -58,7 +58,7 @@ from workers.data.scripts import joiner_of
 from workers.inner_loop.descend import WholeBatch, descend
 from workers.inner_loop.finetune import collate_requests, with_target
 from workers.inner_loop.optim import Adam
-from workers.methods.base import EditOutcome, LaneEdit, Layers, Method, MethodConfig
+from workers.methods.base import MOST_STEPS, EditOutcome, LaneEdit, Layers, Method, MethodConfig
 from workers.methods.easyedit import COMMON_LOST, SWEEP_KEYS, FileRemarks, split_module
 from workers.methods.families.adapter import uniform_A
 from workers.model.base import Site
@@ -125,12 +125,12 @@ class MELOConfig(MethodConfig):
     )
     key_layer: int = Field(ge=0, description="decoder layer whose map's answer is the query")
     key_module: str | None = Field(None, description="that map; null: the MLP's output projection")
-    rank: int = Field(2, ge=1, description="rank of one block")
+    rank: int = Field(2, ge=1, le=65_536, description="rank of one block")
     scale: float = Field(
         1.0, gt=0, description="factor of a block's change (the public code's is its number of blocks)"
     )
     radius: float = Field(0.5, gt=0, description="radius of a new cluster")
-    num_iter: int = Field(50, ge=1, description="optimiser steps of one edit")
+    num_iter: int = Field(50, ge=1, le=MOST_STEPS, description="optimiser steps of one edit")
     lr: float = Field(1e-3, gt=0, description="Adam's step size at the beginning")
     halve_every: int = Field(
         20, ge=1, description="steps after which the step size is halved, again and again"
@@ -183,8 +183,11 @@ class MELOConfig(MethodConfig):
                 "rank": grace["num_rank_per_block"],
                 "scale": grace["num_block"],
             }
-            targets = [split_module(str(name), source) for name in model["target_modules"]]
-            out["key_layer"], out["key_module"] = split_module(str(model["grace_layer"]), source)
+            names = model["target_modules"]
+            if not isinstance(names, list):
+                raise SpecError(f"{source}: target_modules: {names!r}: expected a list of module names")
+            targets = [split_module(name, source) for name in names]
+            out["key_layer"], out["key_module"] = split_module(model["grace_layer"], source)
         except KeyError as missing:
             raise SpecError(f"{source}: {missing.args[0]}: this key is required") from None
         if len({path for _, path in targets}) != 1:

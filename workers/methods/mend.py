@@ -49,7 +49,7 @@ from pydantic import Field
 
 from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import Deviations, MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF, take_count
 from workers.methods.families.hypernet import (
     Factors,
     Hypernet,
@@ -75,7 +75,7 @@ class MENDDeviations(Deviations):
 class MENDConfig(HypernetConfig):
     """Hyperparameters of MEND."""
 
-    n_hidden: int = Field(1, ge=0, description="hidden layers of a network, which has one block more")
+    n_hidden: int = Field(1, ge=0, le=100, description="hidden layers of a network, which has one block more")
     edit_lr: float = Field(1e-4, description="first value of the learned step sizes; positive descends")
     lr: float = Field(1e-6, gt=0, description="Adam's step size for the networks")
     lr_lr: float = Field(1e-4, gt=0, description="Adam's step size for the learned step sizes")
@@ -145,7 +145,8 @@ class MENDConfig(HypernetConfig):
                 raise SpecError(
                     f"{source}: {key}: {value!r} is a variant that is not here; expected {allowed[0]!r}"
                 )
-        together, iterations = out.pop("accumulate_bs", 10), out.pop("max_iters", 100_000)
+        together = take_count(out, "accumulate_bs", 10, source)
+        iterations = take_count(out, "max_iters", 100_000, source)
         out["schedule"] = {"steps": max(1, iterations // together), "batch_size": together}
         return out
 

@@ -112,7 +112,7 @@ class PMETConfig(SpreadConfig):
                 raise SpecError(
                     f"{source}: rewrite_module_tmps: {many!r}: PMET writes one map here, the MLP's output"
                 )
-            _, out["module"] = split_module(str(many[0]), source)
+            _, out["module"] = split_module(many[0], source)
         return out
 
 

@@ -81,8 +81,8 @@ from workers.types import JSON, EditRequest
 class RLEditConfig(HypernetConfig):
     """Hyperparameters of RLEdit."""
 
-    rank: int = Field(1024, ge=1, description="rank of the networks' maps")
-    n_blocks: int = Field(4, ge=1, description="blocks of a network")
+    rank: int = Field(1024, ge=1, le=65_536, description="rank of the networks' maps")
+    n_blocks: int = Field(4, ge=1, le=100, description="blocks of a network")
     tokens: Literal["answer", "all"] = Field(
         "answer",
         description="answer: keys are the tokens that predict the answer; all: every token of the request",

@@ -43,6 +43,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -52,18 +53,23 @@ from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
-from workers.data.scripts import joiner_of, statement
-from workers.folders import Kind, build_model, open_config, open_model, open_tokenizer
+from workers.data.needs import Need
+from workers.data.scripts import joiner_after, joiner_of, statement
+from workers.folders import Kind, build_model, loads, open_config, open_model
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
-from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
+from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF, take_count
 from workers.model.base import BaseModel
 from workers.model.batch import Batch, Encoder
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
 from workers.model.overlay import LaneState, SitelessOverlay
+from workers.model.tokenizer import load_tokenizer
 from workers.types import JSON, DataError, EditRequest, ModelError, SpecError
 
 LARGEST_COPY = 50_000_000
 """Parameters of a base model that may be copied to become the counterfactual model."""
+
+CLASSIFIER_TOKENS = 512
+"""The classifier reads the beginning of a longer text."""
 
 SCRATCH: Mapping[str, int] = MappingProxyType({"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 256})
 """Sizes of the default classifier (DistilBERT)."""
@@ -84,8 +90,6 @@ _OF_THE_PUBLIC_CODE = (
     *(
         "inner_params",
         "edit_bs",
-        "max_iters",
-        "accumulate_bs",
         "log_errors",
     ),
     "exact_match",
@@ -130,6 +134,8 @@ class SERACConfig(MethodConfig):
         {
             "small_name": "counterfactual",
             "cls_name": "classifier",
+            "max_iters": "max_iters",
+            "accumulate_bs": "accumulate_bs",
             **TRAINER_KEYS,
             **dict.fromkeys(_OF_THE_PUBLIC_CODE, IGNORED),
         }
@@ -167,11 +173,11 @@ class SERACConfig(MethodConfig):
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
         out = super().from_easyedit(values, source)
-        steps, batch = values.get("max_iters"), values.get("accumulate_bs")
-        if (
-            steps is not None and batch is not None
-        ):  # the public code makes one step per ``accumulate_bs`` iterations
-            out["schedule"] = {"steps": max(1, int(steps) // int(batch)), "batch_size": int(batch)}
+        if "max_iters" in out or "accumulate_bs" in out:
+            # the public code makes one step per ``accumulate_bs`` iterations
+            batch = take_count(out, "accumulate_bs", 10, source)
+            iterations = take_count(out, "max_iters", 100_000, source)
+            out["schedule"] = {"steps": max(1, iterations // batch), "batch_size": batch}
         return out
 
     def check(self, shape: ModelShape) -> None:
@@ -187,16 +193,67 @@ class SERACConfig(MethodConfig):
         given = {"classifier": self.classifier, "counterfactual": self.counterfactual}
         return {field: name for field, name in given.items() if name is not None}
 
+    def check_networks(self, encoder: Encoder) -> Iterator[str]:
+        for field in self.networks:
+            folder = Path(self.place(field)).expanduser()
+            if not (folder / "config.json").is_file():  # on the hub: it is fetched when it is needed
+                continue
+            try:
+                _config_of(folder, "encoder" if field == "classifier" else "causal")
+                tokenizer = load_tokenizer(folder, f"{self.place(field)!r}")
+                if field == "counterfactual":
+                    _check_vocabulary(tokenizer, encoder.tokenizer, f"{self.place(field)!r}")
+            except ModelError as error:
+                yield f"{field}: {error}"
+
+    def token_needs(self, encoder: Encoder, shape: ModelShape) -> tuple[Need, ...]:
+        limit = self._answering_context(shape)
+        if limit is None:
+            return ()
+
+        def fits(request: EditRequest) -> bool:
+            edit = statement(request)
+            pairs = [(request.prompt, request.target_new)]
+            pairs += [(text, request.target_new) for text in request.rephrases]
+            texts = [f"{with_edit(edit, p)}{joiner_of(request, p)}{answer}" for p, answer in pairs]
+            return all(len(text.encode()) < limit or len(encoder.text(text)) <= limit for text in texts)
+
+        lacking = (
+            f"its edit and one of its prompts are longer than the {limit} tokens that the counterfactual model "
+            "reads"
+        )
+        return (Need(lacking, fits),)
+
+    def _answering_context(self, shape: ModelShape) -> int | None:
+        """Tokens that the counterfactual model reads at most; None: unknown, or on the hub."""
+        if self.counterfactual is None:
+            return shape.context
+        try:
+            return context_length(open_config(Path(self.place("counterfactual")).expanduser()))
+        except (OSError, ValueError):
+            return None
+
     def artifacts(self, context: ArtifactContext) -> tuple[ArtifactSpec, ...]:
         return (
             pretrained(
-                "serac", _learnt(self), self.schedule, context.fingerprint, context.model, context.training
+                "serac",
+                _learnt(self),
+                self.schedule,
+                context.fingerprint,
+                context.model,
+                context.training,
+                places=self._places,
             ),
         )
 
     def overlay_bytes(self, shape: ModelShape, edits: int) -> int:
         widest = 1024  # assumed width of classifier encoders
         return edits * widest * 4
+
+
+def with_edit(edit: str, prompt: str) -> str:
+    """An edit followed by a prompt, after a space where the edit is written with spaces."""
+    return f"{edit}{joiner_after(edit)}{prompt}"
 
 
 # --- the two networks -----------------------------------------------------------------------
@@ -225,7 +282,7 @@ class Networks:
             config: Any = AutoConfig.for_model(
                 "distilbert",
                 vocab_size=len(base.tokenizer),
-                max_position_embeddings=512,
+                max_position_embeddings=CLASSIFIER_TOKENS,
                 pad_token_id=base.encoder.pad_id,
                 dropout=0.0,
                 attention_dropout=0.0,
@@ -238,12 +295,8 @@ class Networks:
             counterfactual, second = copy.deepcopy(base.model), base.tokenizer
         else:
             counterfactual, second = _load("causal", hparams["counterfactual"], "counterfactual", seed + 1)
-        if second is not base.tokenizer and second.get_vocab() != base.tokenizer.get_vocab():
-            raise ModelError(
-                f"serac: counterfactual: {hparams['counterfactual']!r} has another vocabulary than the "
-                f"base model; both answer "
-                "in the same tokens, so choose a model of the same family"
-            )
+        if second is not base.tokenizer:
+            _check_vocabulary(second, base.tokenizer, f"serac: counterfactual: {hparams['counterfactual']!r}")
         for network in (classifier, counterfactual):
             network.to(device=base.device, dtype=dtype).eval().requires_grad_(False)
         return cls(classifier, tokenizer, counterfactual, second)
@@ -278,7 +331,8 @@ class Networks:
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The classifier's embedding of each text, (N, D); padded on the right and masked."""
         tokenizer, device = self.classifier_tokenizer, self.classifier.device
-        ids = [tokenizer(text, max_length=512, truncation=True)["input_ids"] for text in texts]
+        most = min(CLASSIFIER_TOKENS, context_length(self.classifier.config) or CLASSIFIER_TOKENS)
+        ids = [tokenizer(text, max_length=most, truncation=True)["input_ids"] for text in texts]
         width = max(map(len, ids))
         ids_NS = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
         mask_NS = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
@@ -312,8 +366,8 @@ class Networks:
         return [logits_NSV[i, -1 - len(c) :] for i, c in enumerate(continued)]
 
     def with_edit(self, edit: str, prompt: str) -> tuple[int, ...]:
-        """Tokens of an edit followed by a prompt."""
-        return self._encoder.text(f"{edit} {prompt}")
+        """Tokens of :func:`with_edit`."""
+        return self._encoder.text(with_edit(edit, prompt))
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -332,14 +386,36 @@ def _load(kind: Kind, name: str, field: str, seed: int) -> tuple[Any, Any]:
     :class:`ModelError`."""
     try:
         folder = resolve(ModelConfig(name=name))
-        tokenizer = open_tokenizer(folder)
+        config = _config_of(folder, kind)
+        tokenizer = load_tokenizer(folder, f"{name!r}")
         if any(folder.glob("*.safetensors")):
             return open_model(kind, folder), tokenizer
-        return _drawn(kind, open_config(folder), seed), tokenizer
+        return _drawn(kind, config, seed), tokenizer
     except (ModelError, OSError, ValueError) as error:
         raise ModelError(
             f"serac: {field}: {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def _config_of(folder: Path, kind: Kind) -> Any:
+    """The config in a folder, of a type that has a model of this kind. Raises
+    :class:`ModelError`."""
+    try:
+        config = open_config(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(" ".join(str(error).split())[:300]) from error
+    if not loads(kind, config):
+        wanted = "a language model" if kind == "causal" else "an encoder"
+        raise ModelError(f"it is of type {config.model_type!r}, expected {wanted}")
+    return config
+
+
+def _check_vocabulary(tokenizer: Any, of_base: Any, name: str) -> None:
+    if tokenizer.get_vocab() != of_base.get_vocab():
+        raise ModelError(
+            f"{name} has another vocabulary than the base model; both answer in the same tokens, so choose a "
+            "model of the same family"
+        )
 
 
 # --- the memory -----------------------------------------------------------------------------
@@ -480,16 +556,17 @@ class SERAC(Method[SERACConfig, EditMemory]):
     version: ClassVar[int] = 1
     needs_pretraining: ClassVar[bool] = True
     batch_edits: ClassVar[bool] = True
+    no_chat: ClassVar[str] = "its networks read plain texts"
     relative_cost: ClassVar[float] = 0.1
     Config: ClassVar[type[MethodConfig]] = SERACConfig
 
     def __init__(self, base: BaseModel, config: SERACConfig, inputs: Mapping[str, ArtifactData]) -> None:
         super().__init__(base, config, inputs)
-        if base.encoder.chat_template:
-            raise SpecError(
-                "serac: model.chat_template: true is not supported: its networks read plain texts"
-            )
-        self.networks = Networks.trained(base, _learnt(config), inputs[PRETRAINED])
+        self.networks = Networks.trained(
+            base,
+            {**_learnt(config), **{field: config.place(field) for field in config.networks}},
+            inputs[PRETRAINED],
+        )
 
     def new_overlay(self, lanes: int) -> EditMemory:
         return EditMemory(self.networks, self.config, lanes)

@@ -127,7 +127,12 @@ class SimIEConfig(MethodConfig):
     @property
     def base_config(self) -> MethodConfig:
         """The base method's config."""
-        return _method(self.base_method).Config.model_validate(self.base)
+        config = _method(self.base_method).Config.model_validate(self.base)
+        return config.located({field.removeprefix("base."): path for field, path in self._places.items()})
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        return {f"base.{field}": path for field, path in self.base_config.files.items()}
 
     @classmethod
     def from_easyedit(cls, values: Mapping[str, JSON], source: str) -> dict[str, JSON]:
@@ -201,6 +206,14 @@ class SimIEConfig(MethodConfig):
     @property
     def needs(self) -> tuple[Need, ...]:
         return self.base_config.needs
+
+    @property
+    def reads_subject(self) -> bool:
+        return self.base_config.reads_subject
+
+    @property
+    def template_tokens(self) -> int:
+        return self.base_config.template_tokens
 
     @property
     def first_layer(self) -> int:

@@ -141,7 +141,7 @@ class UltraEditConfig(MethodConfig):
                 raise SpecError(f"{source}: inner_params: {names!r}: expected a list of module names")
             modules: dict[str, list[int]] = {}
             for name in names:
-                layer, path = split_module(str(name), source)
+                layer, path = split_module(name, source)
                 if layer is None:
                     raise SpecError(f"{source}: inner_params: {name!r} names no layer")
                 modules.setdefault(path, []).append(layer)

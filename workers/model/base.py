@@ -17,9 +17,10 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from workers.folders import build_model, open_config, open_model, open_tokenizer
+from workers.folders import build_model, open_config, open_model
 from workers.model.architectures import ARCHITECTURES, Arch, architecture
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
+from workers.model.tokenizer import load_tokenizer
 from workers.types import ModelError, SpecError
 
 if TYPE_CHECKING:
@@ -60,12 +61,15 @@ def model_shape(config: ModelConfig) -> ModelShape:
 def load_encoder(
     config: ModelConfig, chat_template: bool, template: Mapping[str, Any] | None = None
 ) -> Encoder:
-    """The model's tokenizer as an encoder, without the model."""
+    """The model's tokenizer as an encoder, without the model. Raises :class:`ModelError`, and
+    :class:`DataError` if its chat template does not put an answer where it asks for one."""
     from workers.model.batch import Encoder
 
-    folder = resolve(config)
-    tokenizer = _read(lambda: open_tokenizer(folder, config.trust_remote_code), config)
-    return Encoder(tokenizer, chat_template, template)
+    return Encoder(_tokenizer(config), chat_template, template)
+
+
+def _tokenizer(config: ModelConfig) -> Any:
+    return load_tokenizer(resolve(config), f"model.name: {config.name!r}", config.trust_remote_code)
 
 
 def _read(load: Any, config: ModelConfig) -> Any:
@@ -152,8 +156,7 @@ class BaseModel:
         device = pick_device(config)
         dtype = getattr(torch, config.dtype)
         model = _read(lambda: open_model("causal", folder, own_code, dtype), config)
-        tokenizer = _read(lambda: open_tokenizer(folder, own_code), config)
-        return cls(model.to(device), tokenizer, config)
+        return cls(model.to(device), _tokenizer(config), config)
 
     def with_encoder(self, encoder: Encoder) -> BaseModel:
         """The same weights with another encoder (one with a chat template)."""
@@ -238,18 +241,6 @@ class BaseModel:
         if self._softcap is not None:
             out = (out / self._softcap).tanh() * self._softcap
         return out
-
-
-def check_chat_template(config: ModelConfig, template: Mapping[str, Any]) -> bool:
-    """Return whether the model's chat template asks for the day of the run, which it is not told.
-
-    Raises :class:`DataError` if it does not put an answer where it asks for one, with these
-    variables."""
-    from workers.model.batch import Encoder
-
-    folder = resolve(config)
-    tokenizer = _read(lambda: open_tokenizer(folder, config.trust_remote_code), config)
-    return Encoder(tokenizer, chat_template=True, template=template).asks_for_day
 
 
 def pick_device(config: ModelConfig) -> str:

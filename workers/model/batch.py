@@ -157,6 +157,10 @@ class Encoder:
             return max(i for i, (first, _) in enumerate(spans) if first < start + stop) + 1
         return self._covering(ids, part, whole)
 
+    def can_locate(self, prompt: str) -> bool:
+        """False for a prompt that the chat template changes, whose tokens cannot be located."""
+        return not self.chat_template or prompt in self._chat(prompt)
+
     # --- characters and tokens ---
 
     def _ids(self, text: str) -> tuple[int, ...]:

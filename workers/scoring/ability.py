@@ -35,7 +35,11 @@ class AbilityConfig(Settings):
         description="UTF-8 file of held-out text, whose perplexity is measured at each group's end",
     )
     tokens: int = Field(
-        2048, ge=2, alias="ability_tokens", description="tokens of that text that are read, at most"
+        2048,
+        ge=2,
+        le=100_000_000,
+        alias="ability_tokens",
+        description="tokens of that text that are read, at most",
     )
     window: int = Field(
         256,

@@ -120,6 +120,11 @@ class Settings(Written):
         tokens."""
         return tokens
 
+    @property
+    def continued(self) -> int:
+        """Tokens by which the score continues each edit prompt."""
+        return 0
+
     @classmethod
     def spec_keys(cls) -> tuple[str, ...]:
         """The keys under ``scoring`` that a spec may give."""

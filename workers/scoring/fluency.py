@@ -5,16 +5,16 @@ After Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 220
 weighted mean of the entropies of bigrams and trigrams, in bits (their public code multiplies by 2/3
 and 4/3 and takes the mean; published tables show 100 times this value). As there, the text is the
 prompt with its continuation, sampled from the k likeliest tokens. Differences: words are split by a
-regular expression, not by NLTK. Every continuation has the same number of tokens (the public code
-includes the prompt in the count), and the end-of-text token is never sampled, because entropies of
-texts of different length are not comparable. A draw is a pure function of prompt and position, the
-same for the edited and the unedited model.
+regular expression, not by NLTK, and a letter of a script that is written without spaces is a word.
+Every continuation has the same number of tokens (the public code includes the prompt in the count),
+and the end-of-text token is never sampled, because entropies of texts of different length are not
+comparable. A draw is a pure function of prompt and position, the same for the edited and the
+unedited model.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from workers.data.scripts import joiner_of, words_of
 from workers.scoring.declare import GroupEndScore, Measure, Score, Settings, State
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class FluencyConfig(Settings):
     tokens: int = Field(
         0,
         ge=0,
+        le=10_000,
         alias="fluency_tokens",
         description="tokens written after each edit prompt at a group's end for `fluency`; 0: not measured",
     )
@@ -52,6 +54,10 @@ class FluencyConfig(Settings):
     def on(self) -> bool:
         return self.tokens > 0
 
+    @property
+    def continued(self) -> int:
+        return self.tokens
+
     def longest(self, tokens: int) -> int:
         return tokens + self.tokens
 
@@ -62,7 +68,7 @@ WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 def n_gram_entropy(text: str) -> float | None:
     """Weighted mean of the entropies of bigrams and trigrams, in bits; None for a text of fewer
     than three words."""
-    words = re.findall(r"\w+|[^\w\s]", text)
+    words = words_of(text)
     if len(words) < max(WEIGHTS):
         return None
     total = 0.0
@@ -116,7 +122,7 @@ def _entropies(
     base: BaseModel, overlay: Overlay | None, items: Sequence[Item], settings: FluencyConfig
 ) -> tuple[float | None, ...]:
     return tuple(
-        n_gram_entropy(f"{item.request.prompt} {text}")
+        n_gram_entropy(f"{item.request.prompt}{joiner_of(item.request, item.request.prompt)}{text}")
         for item, text in zip(items, continuations(base, overlay, items, settings), strict=True)
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from workers.data.scripts import joiner_of
+from workers.data.scripts import SPACE, joiner_of
 from workers.job import Lane, ScoreConfig, StreamJob, first_request
 from workers.model.batch import Encoded
 from workers.timeline import Tick
@@ -44,6 +44,7 @@ class EncodedProbe:
     aliases: tuple[str, ...] = ()
     start: int | None = None
     group: str = ""
+    joiner: str = SPACE
 
     @property
     def first(self) -> int:
@@ -140,8 +141,11 @@ def item_probes(base: BaseModel, items: Sequence[Item]) -> Iterator[EncodedProbe
         asked += [("locality", replace(p, aliases=())) for p in r.locality]
         asked += [("portability", p) for p in r.portability]
         for kind, p in asked:
-            pair = base.encoder.pair(p.prompt, p.target, joiner_of(r, p.prompt))
-            yield EncodedProbe(i, kind, item.lane, pair, p.prompt, p.target, p.aliases, group=p.group)
+            joiner = joiner_of(r, p.prompt)
+            pair = base.encoder.pair(p.prompt, p.target, joiner)
+            yield EncodedProbe(
+                i, kind, item.lane, pair, p.prompt, p.target, p.aliases, group=p.group, joiner=joiner
+            )
         for text in r.ood:
             yield text_probe(i, "ood", item.lane, base.encoder.text(text), text)
 

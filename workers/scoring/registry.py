@@ -116,6 +116,10 @@ class Registry:
         tokens."""
         return max([tokens, *(settings.longest(tokens) for settings in self.settings(config))])
 
+    def continued(self, config: ScoreConfig) -> int:
+        """Tokens by which prompts are continued at most, beyond the answers to them."""
+        return max(settings.continued for settings in self.settings(config))
+
     def identity(self, config: ScoreConfig) -> dict[str, JSON]:
         """The settings that change the numbers in the table; stored in the results folder.
 

@@ -140,7 +140,9 @@ def _texts(
             said_before = None if base_texts is None else base_texts[i].text
             want = None if said_before is None else (said_before,)
         longest = max(
-            len(probe.encoded.target), *(len(base.encoder.text(f" {alias}")) for alias in probe.aliases), 0
+            len(probe.encoded.target),
+            *(len(base.encoder.text(f"{probe.joiner}{alias}")) for alias in probe.aliases),
+            0,
         )
         g = _Generation(base, probe, longest + config.extra_tokens, want)
         if probe.kind == "ood":

@@ -62,9 +62,11 @@ def site_shapes(shape: ModelShape, layers: Sequence[int], modules: Sequence[str]
     return [shape.site(module) for _ in layers for module in (modules or (None,))]
 
 
-def split_inner_params(names: Sequence[str], source: str) -> tuple[list[int], list[str]]:
+def split_inner_params(names: JSON, source: str) -> tuple[list[int], list[str]]:
     """EasyEdit's ``inner_params`` as layers and modules. Raises :class:`SpecError` unless every
     layer has the same modules."""
+    if not isinstance(names, list):
+        raise SpecError(f"{source}: inner_params: {names!r}: expected a list of module names")
     places = [split_module(name, source) for name in names]
     layers = sorted({layer for layer, _ in places if layer is not None})
     modules = list(dict.fromkeys(path for _, path in places))
@@ -85,7 +87,7 @@ class HypernetConfig(MethodConfig):
     modules: tuple[str, ...] = Field(
         (), description="linear maps inside each layer; none: the MLP's output projection"
     )
-    rank: int = Field(1920, ge=1, description="rank of the networks' maps")
+    rank: int = Field(1920, ge=1, le=65_536, description="rank of the networks' maps")
     schedule: TrainingSchedule = Field(description="how long the networks are trained")
 
     method: ClassVar[str]
@@ -458,7 +460,7 @@ def _rows(factors: Factors) -> Tensor:
 def token_choice(value: JSON, source: str) -> str:
     """Our word for ``token`` of a public hyperparameter file. Raises :class:`SpecError`."""
     choices = {"ans": "answer", "mask": "all", "all": "all"}
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise SpecError(f"{source}: token: {value!r}; choices: {', '.join(choices)}")
     return choices[value]
 

@@ -33,7 +33,7 @@ from workers.inner_loop.descend import DivisibleProblem, descend
 from workers.inner_loop.losses import TargetTokens
 from workers.inner_loop.optim import Adam
 from workers.inner_loop.suffix import Suffix
-from workers.methods.base import ArtifactContext, LaneEdit, MethodConfig
+from workers.methods.base import MOST_STEPS, ArtifactContext, LaneEdit, MethodConfig
 from workers.model.base import BaseModel, Site
 from workers.model.batch import Batch, Encoded, collate
 from workers.model.overlay import Overlay
@@ -61,7 +61,7 @@ class LocateConfig(MethodConfig):
         "subject_last", description="where the fact is looked up: the subject's or the prompt's last token"
     )
     v_num_grad_steps: int = Field(
-        20, ge=1, description="evaluations of the loss that finds the value (one step fewer)"
+        20, ge=1, le=MOST_STEPS, description="evaluations of the loss that finds the value (one step fewer)"
     )
     v_lr: float = Field(0.5, gt=0, description="Adam's step size for the value")
     v_weight_decay: float = Field(1e-3, ge=0, description="weight of the value change's norm in the loss")
@@ -107,6 +107,10 @@ class LocateConfig(MethodConfig):
         return bool(self.context_template_length_params)
 
     @property
+    def template_tokens(self) -> int:
+        return max((length for length, _ in self.context_template_length_params), default=0)
+
+    @property
     def rows_per_edit(self) -> int:
         return 2 + sum(count for _, count in self.context_template_length_params)
 
@@ -149,7 +153,7 @@ def moment_spec(
     """The second moment of one map's inputs. ``otherwise``: for the message, the alternative of a
     user without a corpus."""
     how_much = f"a few thousand lines or more{otherwise}"
-    corpus = stats.corpus_of(config.corpus, context.model, config.title, "second moment", how_much)
+    corpus = stats.corpus_of(config.place("corpus"), context.model, config.title, "second moment", how_much)
     return stats.second_moment(
         name,
         context.fingerprint,

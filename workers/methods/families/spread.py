@@ -99,7 +99,7 @@ class SpreadConfig(LocateConfig):
         if "layers" in out:
             out["layers"] = layer_list(out)
         if "module" in out:
-            _, out["module"] = split_module(str(out["module"]), source)
+            _, out["module"] = split_module(out["module"], source)
         return out
 
     @property

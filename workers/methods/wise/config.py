@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from workers.artifacts.base import ArtifactSpec
 from workers.artifacts.templates import KIND as TEMPLATES
 from workers.data.needs import UNRELATED, Need
-from workers.methods.base import ArtifactContext, Deviations, MethodConfig
+from workers.methods.base import MOST_STEPS, ArtifactContext, Deviations, MethodConfig
 from workers.methods.easyedit import IGNORED, take_inner_param
 from workers.model.config import ModelShape
 from workers.types import JSON, SpecError
@@ -47,7 +47,7 @@ class WISEConfig(MethodConfig):
         None, description="linear map inside the layer; null: the MLP's output projection"
     )
     lr: float = Field(1.0, gt=0, description="step size of gradient descent")
-    n_iter: int = Field(70, ge=1, description="optimiser steps of one edit at most")
+    n_iter: int = Field(70, ge=1, le=MOST_STEPS, description="optimiser steps of one edit at most")
     weight_decay: float = Field(
         1e-5, ge=0, description="L2 decay added to the gradient (the public code's constant)"
     )
@@ -155,6 +155,10 @@ class WISEConfig(MethodConfig):
     @property
     def first_layer(self) -> int:
         return self.layer
+
+    @property
+    def template_tokens(self) -> int:
+        return max((length for length, _ in self.context_template_length_params), default=0)
 
     @property
     def rows_per_edit(self) -> int:
