@@ -33,6 +33,9 @@ Compression = Literal["zstd", "snappy"]
 Place = tuple[int, int, int]
 """Where the rows of another table lie in a file: first byte, bytes, rows."""
 
+PLACES = b"editsweep.beside"
+"""Key of the footer's entry that lists these places."""
+
 
 def encode(
     table: pa.Table,
@@ -62,7 +65,7 @@ def encode(
                 places[name] = [sink.tell(), len(data), other.num_rows]
                 sink.write(data)
         if places:
-            notes["editsweep.beside"] = seal_json(places, line=True)
+            notes[PLACES.decode()] = seal_json(places, line=True)
         writer.add_key_value_metadata(notes)
     return _seal(bytearray(sink.getvalue()))
 
@@ -143,19 +146,17 @@ def decode_beside(data: bytes, name: str, of: Declaration) -> pa.Table:
     check_seal(data, name)
     with reading(name):
         metadata = pq.read_metadata(pa.BufferReader(data))
-    place = read_places(metadata, name).get(of.name)
+    place = read_places((metadata.metadata or {}).get(PLACES), name).get(of.name)
     return no_rows(of) if place is None else read_beside(io.BytesIO(data), name, of, place)
 
 
-def read_places(metadata: pq.FileMetaData, name: str) -> dict[str, Place]:
-    """Where the rows of further tables lie in a file, by table."""
-    sealed: bytes | None = (metadata.metadata or {}).get(b"editsweep.beside")
-    if sealed is None:
+def read_places(noted: bytes | None, name: str) -> dict[str, Place]:
+    """Where the rows of further tables lie in a file, by table. ``noted``: the entry
+    :data:`PLACES` of its footer."""
+    if noted is None:
         return {}
-    return {
-        table: (int(at), int(size), int(rows))
-        for table, (at, size, rows) in unseal_json(sealed, name).items()
-    }
+    found = unseal_json(noted, name)
+    return {table: (int(at), int(size), int(rows)) for table, (at, size, rows) in found.items()}
 
 
 def read_beside(

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, starmap
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ from orchestrator.results.columns import (
 )
 from orchestrator.results.contents import complete_rows, expected_contents
 from orchestrator.results.parquet import (
+    PLACES,
     VERSION,
     Place,
     check_seal,
@@ -190,8 +191,13 @@ class TableFile:
     rows: int
     sealed: bytes
     """The metadata as sealed JSON."""
-    places: Mapping[str, Place] = field(default_factory=dict)
-    """Where the rows of other tables lie in the file."""
+    noted: bytes | None = None
+    """The places of other tables' rows as sealed JSON."""
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Where the rows of other tables lie in the file."""
+        return read_places(self.noted, self.key)
 
     @cached_property
     def ids(self) -> frozenset[str]:
@@ -331,7 +337,7 @@ class CentralTable:
             meta = read_meta(sealed, name)
             if meta.get("kind") != "table" or meta.get("number") != number or meta.get("rows") != rows:
                 raise Damaged(f"{name}: a foreign file, or one that was renamed")
-        return TableFile(number, key, rows, sealed, read_places(metadata, name))
+        return TableFile(number, key, rows, sealed, (metadata.metadata or {}).get(PLACES))
 
     # -- writing
 
