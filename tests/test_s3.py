@@ -32,6 +32,7 @@ from tests.processes import Command, Fork, fork, forks
 from tests.shards import (
     commit_steps,
     comparable,
+    contents,
     finish,
     gather_shards,
     make_manifest,
@@ -216,10 +217,10 @@ def test_killed_at_any_moment_and_gathered_the_table_is_the_same(
     finish(journal, *manifests)
     process = start(gather_shards, where, [[m.shard_id] for m in manifests])
     while process.poll() is None:
-        assert comparable(CentralTable(store).scan(journal)) == expected
+        assert contents(CentralTable(store), journal) == expected
     assert process.returncode == 0, output_of(process)
     assert journal.shard_ids() == []
-    assert comparable(CentralTable(store).scan()) == expected
+    assert contents(CentralTable(store)) == expected
     data = bytearray(store.read("table/000002.parquet"))
     data[1000] ^= 1
     store.replace("table/000002.parquet", bytes(data))

@@ -78,12 +78,14 @@ class ShardProgress:
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
     """A finished shard with all its rows, and those of the tables beside the central one, by name.
-    The checksums of all its parts were verified."""
+    The checksums of all its parts were verified. ``whole``: the tables beside that every part knew;
+    an earlier version, which may have run some of the steps, knew none."""
 
     manifest: ShardManifest
     progress: ShardProgress
     rows: pa.Table
     beside: Mapping[str, pa.Table] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
 
     @property
     def shard_id(self) -> str:
@@ -279,13 +281,16 @@ class Journal:
         chain = self._verify(shard_id, self._chain(shard_id, self._attempts(shard_id)))
         if not chain or chain[-1][0].stop != manifest.bounds[-1]:
             return None
-        rows = {
-            table.name: pa.concat_tables(
-                [no_rows(table), *(_rows_of(data, self.paths.shard(shard_id), table) for _, _, data in chain)]
+        name = self.paths.shard(shard_id)
+        rows = pa.concat_tables([decode(data, name)[0] for _, _, data in chain])
+        beside, whole = {}, set(COMMITTED)
+        for of in COMMITTED.values():
+            found = [decode_beside(data, name, of) for _, _, data in chain]
+            beside[of.name] = pa.concat_tables(
+                [no_rows(of), *(table for table in found if table is not None)]
             )
-            for table in (EDITS, *COMMITTED.values())
-        }
-        return FinishedShard(manifest, self._progress(manifest), rows.pop(EDITS.name), rows)
+            whole -= {of.name} if None in found else set()
+        return FinishedShard(manifest, self._progress(manifest), rows, beside, frozenset(whole))
 
     # -- attempts
 
@@ -477,7 +482,8 @@ class Journal:
 
 def _rows_of(data: bytes, name: str, of: Declaration) -> pa.Table:
     """A part's rows of one table."""
-    return decode(data, name)[0] if of is EDITS else decode_beside(data, name, of)
+    found = decode(data, name)[0] if of is EDITS else decode_beside(data, name, of)
+    return no_rows(of) if found is None else found
 
 
 def attempt_numbers(store: Store, paths: ResultsPaths, shard_id: str) -> list[int]:

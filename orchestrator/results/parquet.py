@@ -44,8 +44,8 @@ def encode(
     beside: Mapping[str, pa.Table] = _NONE,
 ) -> bytes:
     """A Parquet file with ``meta`` and a checksum of the whole file in its footer. The same input
-    gives the same bytes. ``beside``: rows of further tables, by name; a table without rows is left
-    out.
+    gives the same bytes. ``beside``: rows of further tables, by name; of one without rows only the
+    name is noted.
 
     For a hundred rows snappy gives the same size as zstd and is twice as fast in both directions,
     because zstd is initialised again for each of fifty columns.
@@ -60,10 +60,9 @@ def encode(
         writer.write_table(table)
         places: dict[str, JSON] = {}
         for name, other in beside.items():
-            if other.num_rows:
-                data = _encode_plain(other, compression)
-                places[name] = [sink.tell(), len(data), other.num_rows]
-                sink.write(data)
+            data = _encode_plain(other, compression) if other.num_rows else b""
+            places[name] = [sink.tell(), len(data), other.num_rows]
+            sink.write(data)
         if places:
             notes[PLACES.decode()] = seal_json(places, line=True)
         writer.add_key_value_metadata(notes)
@@ -140,14 +139,14 @@ def decode(data: bytes, name: str, of: Declaration = EDITS) -> tuple[pa.Table, d
         return rows, read_meta(read_seal(file.metadata, name), name)
 
 
-def decode_beside(data: bytes, name: str, of: Declaration) -> pa.Table:
-    """Rows of another table in a sealed file; none if the file has none. Raises
-    :class:`~orchestrator.storage.base.Damaged`, naming ``name``."""
+def decode_beside(data: bytes, name: str, of: Declaration) -> pa.Table | None:
+    """Rows of another table in a sealed file; None if it was written by a version that did not know
+    the table. Raises :class:`~orchestrator.storage.base.Damaged`, naming ``name``."""
     check_seal(data, name)
     with reading(name):
         metadata = pq.read_metadata(pa.BufferReader(data))
     place = read_places((metadata.metadata or {}).get(PLACES), name).get(of.name)
-    return no_rows(of) if place is None else read_beside(io.BytesIO(data), name, of, place)
+    return None if place is None else read_beside(io.BytesIO(data), name, of, place)
 
 
 def read_places(noted: bytes | None, name: str) -> dict[str, Place]:
@@ -164,6 +163,8 @@ def read_beside(
 ) -> pa.Table:
     """Rows of another table from their place in an open file. Page checksums are verified."""
     at, size, rows = place
+    if not rows:
+        return conform(no_rows(of), name, columns, of)
     file.seek(at)
     with (
         reading(name),
@@ -207,6 +208,8 @@ def conform(
     """``table`` with the declared columns in the declared order. A column that an older file lacks
     is null."""
     declared = schema(of.columns)
+    if columns is not None:
+        table = table.select([c for c in columns if c in table.column_names])
     wanted = declared if columns is None else pa.schema([declared.field(c) for c in columns])
     if table.schema.equals(wanted):
         return table

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrator.results.beside import COMMITTED
+from orchestrator.results.beside import COMMITTED, GROUPS
 from orchestrator.results.columns import (
     EDITS,
     KEY,
@@ -471,7 +471,8 @@ class CentralTable:
             data = self.store.read(key)
             for of in (EDITS, *COMMITTED.values()):
                 found = decode(data, name)[0] if of is EDITS else decode_beside(data, name, of)
-                if not found.select(list(of.key)).equals(written[of.name].select(list(of.key))):
+                columns = list(of.key)
+                if found is None or not found.select(columns).equals(written[of.name].select(columns)):
                     raise Damaged(f"{name}: holds other rows than were written")
         except Damaged as error:
             self._move_aside(number, error)
@@ -579,9 +580,7 @@ class CentralTable:
         """Rows of one table file. Raises :class:`~orchestrator.storage.base.Damaged`, naming it."""
         name = self.store.where(file.key)
         if of is not EDITS:
-            place = file.places.get(of.name)
-            if place is None:
-                return no_rows(of) if columns is None else no_rows(of).select(list(columns))
+            place = file.places.get(of.name, (0, 0, 0))
             with self.store.open(file.key) as opened:
                 return read_beside(opened, name, of, place, columns)
         with (
@@ -664,7 +663,9 @@ def _check_shard(
     beside = {}
     for of in COMMITTED.values():
         beside[of.name] = complete_rows(shard.beside.get(of.name, no_rows(of)), job, shard.progress.failures)
-        _check_beside(name, beside[of.name], of, planned)
+        lacking = _check_beside(name, beside[of.name], of, planned)
+        if lacking and of is GROUPS and of.name in shard.whole:
+            raise TableError(f"{name}: its rows of {of.name} lack {sorted(lacking)[:10]}")
     progress = shard.progress
     entry = TableShard(
         shard_id=shard.shard_id,
@@ -683,11 +684,14 @@ def _check_shard(
     return entry, {EDITS.name: rows, **beside}
 
 
-def _check_beside(name: str, rows: pa.Table, of: Declaration, planned: AbstractSet[tuple[str, int]]) -> None:
+def _check_beside(
+    name: str, rows: pa.Table, of: Declaration, planned: AbstractSet[tuple[str, int]]
+) -> AbstractSet[tuple[str, int]]:
     """Raise :class:`TableError` for rows of another table that are there twice, or of groups that
-    the shard does not have. An earlier version that ran some of the steps has written none."""
+    the shard does not have. Return the groups without a row."""
     if has_duplicates(sort_rows(rows, of.key), of.key):
         raise TableError(f"{name}: two of its rows of {of.name} have the same key {of.key}")
     found = set(zip(rows.column("cell_id").to_pylist(), rows.column("group").to_pylist(), strict=True))
     if strange := found - planned:
         raise TableError(f"{name}: rows of {of.name} for groups that are not its own: {sorted(strange)[:10]}")
+    return planned - found
