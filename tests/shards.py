@@ -176,16 +176,18 @@ def _rows(job: StreamJob, tick: Tick, share: Share, past: str) -> Iterator[Row]:
 
 
 def beside_of(manifest: ShardManifest, rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """What a stream reports with the rows of a step: one output of every final row, and every group
+    """What a stream reports with the rows of a step: two outputs of every final row, and every group
     at its end."""
     job = manifest.job
     final = [row for row in rows if row["scored"] == "final"]
     outputs = [
         {name: row[name] for name in OUTPUTS.of("stream") if name in row}
-        | {"probe": "reliability", "number": 0, "how": "teacher_forced"}
-        | {"text": f"{row['reliability_token']:.6f}", "ending": None, "correct": True}
+        | {"probe": probe, "number": 0, "how": "teacher_forced"}
+        | {"text": f"{row['reliability_token']:.6f}", "ending": None}
+        | {"correct": row["reliability_token"] > 0.5}
         | {"text_base": "base", "ending_base": None, "correct_base": False}
         for row in final
+        for probe in ("reliability", "locality")
     ]
     sizes = {cell.cell_id: cell.T or job.T for cell in job.cells}
     groups = [

@@ -9,11 +9,13 @@ are written by the driver before the first shard that edits them begins.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from orchestrator.results.columns import COLUMNS, EDITS, Column, Declaration
+from orchestrator.results.columns import docs as column_docs
 from workers.scoring.registry import SCORES
 
 _DECLARED = {column.name: column for column in COLUMNS}
@@ -68,6 +70,8 @@ OUTPUTS = Declaration(
         Column("correct_base", "bool", "", "whether the unedited model was right", "score"),
     ),
     ("cell_id", "group", "scored", "edits_applied", "position", "probe", "number", "how"),
+    "What the models wrote: one row per question of a request, moment and way of asking, for the requests and "
+    "moments that `scoring.keep_outputs` names.",
 )
 
 _MEASURED = (
@@ -91,6 +95,7 @@ GROUPS = Declaration(
         *(replace(column, nullable=True) for column in _MEASURED),
     ),
     ("cell_id", "group"),
+    "What is measured once per group: one row per group that is done or has failed.",
 )
 """Rows of groups that failed are not stored here: the seals list the failures."""
 
@@ -131,6 +136,7 @@ REQUESTS = Declaration(
         ),
     ),
     ("dataset_fingerprint", "case_id"),
+    "The texts of the requests that the folder's cells edit.",
 )
 
 COMMITTED: Mapping[str, Declaration] = MappingProxyType({table.name: table for table in (OUTPUTS, GROUPS)})
@@ -140,3 +146,12 @@ STORED: Mapping[str, Declaration] = MappingProxyType(
     {table.name: table for table in (EDITS, OUTPUTS, GROUPS, REQUESTS)}
 )
 """All tables whose rows a results folder holds."""
+
+
+def docs() -> str:
+    """Every stored table with its columns, as markdown; the central one first."""
+    sections = []
+    for of in STORED.values():
+        text = f"{of.meaning} Key: {', '.join(f'`{name}`' for name in of.key)}."
+        sections.append(f"## {of.name}\n\n{textwrap.fill(text, 100)}\n\n{column_docs(of.columns)}")
+    return "\n".join(sections)

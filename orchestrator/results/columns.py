@@ -129,18 +129,20 @@ class TableError(EditSweepError):
 
 @dataclass(frozen=True)
 class Declaration:
-    """One table: its name, its columns, and the columns that identify a row and order the rows."""
+    """One table: its name, its columns, the columns that identify a row and order the rows, and what
+    a row is."""
 
     name: str
     columns: tuple[Column, ...]
     key: tuple[str, ...]
+    meaning: str
 
     def of(self, source: Source) -> frozenset[str]:
         """Names of the columns whose values come from ``source``."""
         return frozenset(c.name for c in self.columns if c.source == source)
 
 
-EDITS = Declaration("edits", COLUMNS, KEY)
+EDITS = Declaration("edits", COLUMNS, KEY, "One row per scored request and moment.")
 """The central table."""
 
 

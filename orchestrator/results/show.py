@@ -72,7 +72,10 @@ def show(results: Results, case_id: str, cells: Sequence[str] = ()) -> dict[str,
         "answers": answers,
         "others": [
             {name: cell[name] for name in ("cell_id", "method", "T", "seed")}
-            | {"finished": count_done(done.get(cell["cell_id"], set()), cell.get("groups", 0)) == cell.get("groups")}
+            | {
+                "finished": count_done(done.get(cell["cell_id"], set()), cell.get("groups", 0))
+                == cell.get("groups")
+            }
             for cell in asked
             if cell["cell_id"] in chosen - have
         ],
