@@ -191,8 +191,7 @@ def beside_of(manifest: ShardManifest, rows: Sequence[Row]) -> dict[str, list[Ro
     ]
     sizes = {cell.cell_id: cell.T or job.T for cell in job.cells}
     groups = [
-        {name: row.get(name) for name in GROUPS.of("stream")}
-        | {"failed": False, "cause": None, "delta_norm": row["reliability_token"]}
+        {name: row.get(name) for name in GROUPS.of("stream")} | {"delta_norm": row["reliability_token"]}
         for row in final
         if row["position"] == sizes[row["cell_id"]] - 1
     ]

@@ -355,8 +355,6 @@ class Stream:
                 {
                     "cell_id": place["cell_id"],
                     "group": place["group"],
-                    "failed": False,
-                    "cause": None,
                     "edits_applied": tick.edits_applied,
                     "edit_seconds": sum(edit["edit_seconds"] for edit in edits),
                     "score_seconds": spent,

@@ -81,17 +81,24 @@ _MEASURED = (
     Column("iterations", "int32", "", "optimisation steps of the group's edits", "cost"),
     *_same("lanes", "device", "peak_memory_bytes", "overlay_bytes", "delta_norm"),
     *(_DECLARED[column.name] for column in SCORES.columns if column.score.per_group),
-    *_same("run_id", "attempt"),
 )
 
 GROUPS = Declaration(
     "groups",
     (
-        *_same("cell_id", "shard_id"),
+        *_same("cell_id"),
         *(replace(column, nullable=True) for column in _same("method", "T", "seed")),
         *_same("group"),
-        Column("failed", "bool", "", "true: the group failed, and what is measured is null", "identity"),
-        Column("cause", "string", "", "why it failed", "text", nullable=True),
+        Column(
+            "failed",
+            "bool",
+            "",
+            "true: the group failed, and what is measured is null",
+            "identity",
+            "reader",
+            nullable=True,
+        ),
+        Column("cause", "string", "", "why it failed", "text", "reader", nullable=True),
         *(replace(column, nullable=True) for column in _MEASURED),
     ),
     ("cell_id", "group"),

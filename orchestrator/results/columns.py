@@ -18,13 +18,14 @@ from workers.types import EditSweepError
 
 Kind = Literal["identity", "moment", "score", "cost", "provenance", "text"]
 Type = Literal["string", "int32", "int64", "double", "bool", "strings", "probes"]
-Source = Literal["stream", "cell", "attempt"]
+Source = Literal["stream", "cell", "attempt", "reader"]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column of a table. ``source`` of its values: the stream (per row), the plan (per cell),
-    or the attempt. ``strings`` is a list of texts, ``probes`` a list of questions."""
+    the attempt, or the reader, who finds them in the seals. ``strings`` is a list of texts,
+    ``probes`` a list of questions."""
 
     name: str
     type: Type

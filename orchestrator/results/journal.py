@@ -600,6 +600,7 @@ class Attempt:
     def _table(self, rows: Sequence[Mapping[str, Any]], of: Declaration) -> pa.Table:
         mine = {"shard_id": self.shard_id, "run_id": self.run_id, "attempt": self.number}
         mine = {name: value for name, value in mine.items() if name in of.of("attempt")}
+        mine |= dict.fromkeys(of.of("reader"))
         given, by_cell = of.of("stream"), of.of("cell")
         known = {
             cell_id: {name: columns[name] for name in by_cell} | mine

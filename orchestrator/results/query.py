@@ -242,7 +242,8 @@ class Results(Reader):
             if declared is GROUPS:
                 parts = self._with_failed(parts)
             connection.register(f"{name}_parts", parts)
-            source = f"FROM (SELECT * FROM {name}_table UNION ALL SELECT * FROM {name}_parts)"
+            given = "* REPLACE (coalesce(failed, false) AS failed)" if declared is GROUPS else "*"
+            source = f"FROM (SELECT {given} FROM {name}_table UNION ALL SELECT * FROM {name}_parts)"
         begun = {*zip(*(parts[column].to_pylist() for column in NEEDED), strict=True)}
         if live.cover(chain((end for file in files for end in file.ends), ((c, g + 1) for c, g in begun))):
             connection.execute(f"CREATE VIEW {view}{suffix} AS SELECT * {source}")
@@ -270,12 +271,15 @@ class Results(Reader):
     def _with_failed(self, rows: pa.Table) -> pa.Table:
         """Rows of ``groups`` with one more for each group that failed and was not run since."""
         import pyarrow as pa
+        import pyarrow.compute as pc
 
+        at = rows.column_names.index("failed")
+        rows = rows.set_column(at, rows.schema.field(at), pc.fill_null(rows["failed"], False))
         failures = self.central.failed()
         for shard_id in self.journal.begun():
             with contextlib.suppress(Missing):
                 progress = self.journal.progress(shard_id)
-                failures += [{**failure, "shard_id": shard_id} for failure in progress.failures]
+                failures += progress.failures
         if not failures:
             return rows
         definitions, _ = self.plan()
@@ -287,7 +291,6 @@ class Results(Reader):
                 cell = definitions.get(str(failure["cell_id"]), {})
                 found[key] = dict.fromkeys(c.name for c in GROUPS.columns) | {
                     "cell_id": failure["cell_id"],
-                    "shard_id": failure["shard_id"],
                     **{name: cell.get(name) for name in ("method", "T", "seed")},
                     "group": failure["group"],
                     "failed": True,

@@ -23,9 +23,6 @@ from workers.types import JSON, Dataset, EditRequest, Probe
 
 log = logging.getLogger(__name__)
 
-_LEVEL = 9
-"""Texts are written once; at this level of zstd they take a sixth less than at its default."""
-
 
 def write_requests(dataset: Dataset, chosen: Iterable[int], store: Store, paths: ResultsPaths) -> int:
     """Store those of a data set's requests (by index) that the folder does not have yet; return
@@ -45,7 +42,7 @@ def write_requests(dataset: Dataset, chosen: Iterable[int], store: Store, paths:
     if rows:
         table = rows_to_table(rows, REQUESTS.columns)
         meta = {"version": VERSION, "kind": "requests", "rows": len(rows)}
-        data = encode(table, meta, level=_LEVEL)
+        data = encode(table, meta, whole=True)
         store.publish_new(paths.requests_file(dataset.fingerprint, sha256_of(data)), data)
     return len(rows)
 
