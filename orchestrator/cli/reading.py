@@ -205,7 +205,7 @@ def show(
     found = look_up(open_existing(folder), case_id, [condition] if condition else ())
     out = Output()
     if output == "json":
-        out.raw().write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
+        _write_json(out, found)
         return
     request = found["request"]
     if request is None:
