@@ -16,7 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from orchestrator.results.columns import STREAM_COLUMNS, VARYING, sort_rows
+from orchestrator.results.beside import COMMITTED, GROUPS, OUTPUTS
+from orchestrator.results.columns import EDITS, STREAM_COLUMNS, VARYING, Declaration, sort_rows
 from orchestrator.results.journal import Attempt, Journal
 from orchestrator.results.manifest import ShardManifest
 from orchestrator.results.table import CentralTable
@@ -174,6 +175,29 @@ def _rows(job: StreamJob, tick: Tick, share: Share, past: str) -> Iterator[Row]:
             }
 
 
+def beside_of(manifest: ShardManifest, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """What a stream reports with the rows of a step: two outputs of every final row, and every group
+    at its end."""
+    job = manifest.job
+    final = [row for row in rows if row["scored"] == "final"]
+    outputs = [
+        {name: row[name] for name in OUTPUTS.of("stream") if name in row}
+        | {"probe": probe, "number": 0, "how": "teacher_forced"}
+        | {"text": f"{row['reliability_token']:.6f}", "ending": None}
+        | {"correct": row["reliability_token"] > 0.5}
+        | {"text_base": "base", "ending_base": None, "correct_base": False}
+        for row in final
+        for probe in ("reliability", "locality")
+    ]
+    sizes = {cell.cell_id: cell.T or job.T for cell in job.cells}
+    groups = [
+        {name: row.get(name) for name in GROUPS.of("stream")} | {"delta_norm": row["reliability_token"]}
+        for row in final
+        if row["position"] == sizes[row["cell_id"]] - 1
+    ]
+    return {"outputs": outputs, "groups": groups}
+
+
 STATS = {"edits": 2, "edit_seconds": 1.0, "score_seconds": 0.5}
 
 
@@ -183,7 +207,7 @@ def commit_steps(attempt: Attempt, steps: int | None = None, fail: tuple[str, in
         if number == steps:
             return
         start, stop, rows, failures, state = step
-        attempt.commit(start, stop, rows, failures, state, STATS)
+        attempt.commit(start, stop, rows, failures, state, STATS, beside_of(attempt.manifest, rows))
 
 
 def finish(journal: Journal, *manifests: ShardManifest, fail: tuple[str, int] | None = None) -> None:
@@ -193,18 +217,23 @@ def finish(journal: Journal, *manifests: ShardManifest, fail: tuple[str, int] | 
         commit_steps(journal.claim(manifest.shard_id, "r1"), fail=fail)
 
 
-def undisturbed(folder: Path, *manifests: ShardManifest) -> pa.Table:
-    """The table that nothing interfered with."""
+def undisturbed(folder: Path, *manifests: ShardManifest) -> dict[str, pa.Table]:
+    """The tables that nothing interfered with."""
     store = LocalStore(folder)
     journal = Journal(store)
     finish(journal, *manifests)
     CentralTable(store).gather(journal)
-    return comparable(CentralTable(store).scan())
+    return contents(CentralTable(store))
 
 
-def comparable(table: pa.Table) -> pa.Table:
+def contents(table: CentralTable, journal: Journal | None = None) -> dict[str, pa.Table]:
+    """Every table whose rows are committed and gathered, in comparable form."""
+    return {of.name: comparable(table.scan(journal, of=of), of) for of in (EDITS, *COMMITTED.values())}
+
+
+def comparable(table: pa.Table, of: Declaration = EDITS) -> pa.Table:
     """Sorted rows without the columns that may differ between two runs."""
-    rows = sort_rows(table)
+    rows = sort_rows(table, of.key)
     return rows.select([name for name in rows.column_names if name not in VARYING])
 
 

@@ -20,11 +20,14 @@ from orchestrator import open_results
 from orchestrator.cli.calls import app
 from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.results.journal import Journal
+from orchestrator.results.requests import write_requests
 from orchestrator.storage.local import LocalStore
+from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json
 from tests.shards import finish, make_manifest
 from workers.job import ScoreConfig
 from workers.scoring.registry import SCORES
+from workers.types import Dataset, EditRequest, Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -154,7 +157,7 @@ def test_the_spec_page_has_every_command_and_option() -> None:
     assert set(re.findall(r"(?m)^editsweep (\w+)", page)) == set(commands)
     written = {
         (option, command)
-        for option, of in re.findall(r"(?m)^\| `(--[\w-]+)[^|]*(?:\\\|[^|]*)?` \| ([^|]+) \|", page)
+        for option, of in re.findall(r"(?m)^\| `(--?[\w-]+)[^|]*(?:\\\|[^|]*)?` \| ([^|]+) \|", page)
         for command in re.findall(r"`(\w+)`", of)
     }
     there = {
@@ -177,13 +180,21 @@ def test_specs_on_the_pages_are_valid(tmp_path: Path) -> None:
         assert parse_spec(code, name, tmp_path).grid.T
 
 
+def _request(number: int) -> EditRequest:
+    probes = (Probe("Locality?", "as before"),)
+    return EditRequest(f"case-{number}", "Prompt?", "Subject", "Target", locality=probes)
+
+
 def test_queries_on_the_pages_can_be_asked(tmp_path: Path) -> None:
-    planned = {cell: {"groups": 4, "config": {"lr": 0.1}, "model": "embedded"} for cell in ("a-0", "a-1")}
+    data = Dataset("tinyworld", tuple(_request(number) for number in range(4)), "0" * 64)
+    cell = {"groups": 4, "config": {"lr": 0.1}, "model": "embedded", "method": "ft"}
+    planned = {cell_id: {**cell, "dataset_fingerprint": data.fingerprint} for cell_id in ("a-0", "a-1")}
     for name in ("one", "two"):
         store = LocalStore(tmp_path / name)
         store.publish_new("sweep.json", b"{}")
         store.publish_new("plan.json", seal_json({"cells": planned, "current": ["a-0"]}))
         finish(Journal(store), make_manifest("s0", cell="a", step_edits=50))
+        write_requests(data, range(4), store, ResultsPaths())
     one, both = open_results(tmp_path / "one"), open_results(tmp_path / "one", tmp_path / "two")
     shell = re.compile(r'(?s)editsweep query \S+(?: results/\S+)? "(.*?)"')
     queries = [code for _, code in blocks("sql")]

@@ -24,7 +24,7 @@ from tests.shards import (
     STATS,
     claim_attempts,
     commit_steps,
-    comparable,
+    contents,
     finish,
     make_manifest,
     run_shard,
@@ -53,7 +53,7 @@ def result(store: LocalStore) -> object:
     gathered = table.gather(journal)
     assert not gathered.refused
     assert journal.shard_ids() == []
-    return comparable(table.scan())
+    return contents(table)
 
 
 def files(store: LocalStore, pattern: str) -> list[Path]:
@@ -218,9 +218,9 @@ def test_a_process_stopped_and_replaced_changes_nothing(
         marker.touch()
         process.send_signal(signal.SIGCONT)
         output_of(process)
-        assert comparable(CentralTable(store).scan(journal)) == expected
+        assert contents(CentralTable(store), journal) == expected
         CentralTable(store).gather(journal)
-        assert comparable(CentralTable(store).scan(journal)) == expected
+        assert contents(CentralTable(store), journal) == expected
         assert journal.shard_ids() == []
         shutil.rmtree(store.root / "table")
 

@@ -225,6 +225,7 @@ def test_identities_are_those_of_earlier_versions(tmp_path: Path) -> None:
         "tokens_per_batch",
         "requests_per_tick",
         "extra_tokens",
+        "keep_outputs",
         "fluency_tokens",
         "fluency_top_k",
         "ability_text",

@@ -19,7 +19,7 @@ from orchestrator.results.table import CentralTable, TableShard
 from orchestrator.storage.base import Damaged, Missing, StoreError
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.sealed import seal_json, unseal_json
-from tests.shards import comparable, finish, make_manifest, undisturbed
+from tests.shards import contents, finish, make_manifest, undisturbed
 from tests.small import golden_requests, job, random_model
 from workers.job import Lane, ScoreConfig, Share, StreamJob
 from workers.methods.ft import FTConfig
@@ -49,7 +49,7 @@ def test_a_table_file_ends_with_the_shard_that_fills_it(
     monkeypatch.setattr(table_module, "_FILE_ROWS", one + 1)  # two shards reach it
     assert table.gather(journal).files == (1, 2)
     assert [shard.file for shard in table.shards().values()] == [1, 1, 2]
-    assert comparable(table.scan()) == undisturbed(tmp_path / "clean", *manifests)
+    assert contents(table) == undisturbed(tmp_path / "clean", *manifests)
 
 
 # -- store
@@ -161,7 +161,7 @@ def test_other_files_and_folders_among_the_numbered_ones_are_not_read(
     table = CentralTable(store)
     assert table.gather(Journal(store)).files == (1,)
     assert set(table.shards()) == {"s0"} and table.verify() == []
-    assert comparable(table.scan()) == undisturbed(tmp_path / "clean", manifest)
+    assert contents(table) == undisturbed(tmp_path / "clean", manifest)
 
 
 # -- journal

@@ -12,7 +12,7 @@ from orchestrator.results.journal import Journal
 from orchestrator.results.table import CentralTable
 from orchestrator.storage.base import StoreError
 from orchestrator.storage.local import LocalStore
-from tests.shards import commit_steps, comparable, finish, make_manifest, undisturbed
+from tests.shards import commit_steps, contents, finish, make_manifest, undisturbed
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_what_the_disk_made_of_a_table_file_is_read_before_the_parts_go(
     assert journal.shard_ids() == ["s0"] and journal.progress("s0").finished
     assert table.shards() == {}
     assert table.gather(journal).shards == ("s0",)
-    assert comparable(table.scan()) == expected
+    assert contents(table) == expected
 
 
 def test_a_whole_table_file_with_other_rows_is_not_what_was_written(

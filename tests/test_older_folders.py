@@ -206,6 +206,12 @@ def test_it_is_read(
     assert len(found) == count
     check_kept(found, before)
 
+    for view in ("outputs_all", "requests_all"):
+        assert json.loads(ask("query", f"SELECT count(*) AS n FROM {view}", "--format", "json")) == {"n": 0}
+    groups = open_results(folder).table(of="groups").to_pylist()
+    assert all(row["failed"] and row["cause"] for row in groups)
+    assert ({row["method"] for row in groups} - {"grace"}) == (failed - {"grace"})
+
     current = {cell["cell_id"]: cell for cell in status["cells"]}
     live = [row for row in before.values() if row["cell_id"] in current]
     for view, expected in (("edits_all", list(before.values())), ("edits", live)):
@@ -259,6 +265,22 @@ def test_what_is_half_done_continues(
     found = rows(folder)
     check_kept(found, before)
     check_alike(found, undisturbed(name)[0], columns_of(before))
+    check_beside(folder, found, before)
+
+
+def check_beside(folder: Path, found: Rows, before: Rows) -> None:
+    """What earlier versions did not write is there for the rows that are new, and for them alone."""
+    results = open_results(folder)
+    final = {key for key in found.keys() - before.keys() if key[KEY.index("scored")] == "final"}
+    outputs = {tuple(row[name] for name in KEY) for row in results.table(of="outputs").to_pylist()}
+    assert outputs == final != set()
+    groups = [(row["cell_id"], row["group"]) for row in results.table(of="groups").to_pylist()]
+    assert len(groups) == len(set(groups)) > 0
+    assert set(groups) <= {(key[0], key[1]) for key in final}
+    cases = {row["case_id"] for row in found.values()}
+    requests = results.table(of="requests").to_pylist()
+    assert len(requests) == len({row["case_id"] for row in requests})
+    assert {row["case_id"] for row in requests} == cases
 
 
 # --- extending ------------------------------------------------------------------------------
@@ -286,6 +308,7 @@ def test_it_is_extended(
     assert (outcome.exit_code, outcome.unfinished) == (0, ())
     found = rows(folder)
     check_kept(found, before)
+    check_beside(folder, found, before)
     new = {key: row for key, row in found.items() if key not in before}
     expected, made = undisturbed(name, alone)
     assert new.keys() == expected.keys() - before.keys()

@@ -16,7 +16,7 @@ from workers.artifacts.base import ArtifactData
 from workers.job import Lane, ScoreConfig, Share, StreamCell, StreamJob
 from workers.methods import get_method
 from workers.model.overlay import pack_states, unpack_states
-from workers.scoring.score import score
+from workers.scoring.score import score_answers
 from workers.stream import StepResult, Stream
 from workers.timeline import cut_steps, expected_rows, moments, timeline
 
@@ -189,9 +189,9 @@ def test_a_lane_that_raises_keeps_the_groups_that_were_complete(monkeypatch: pyt
     def picky(base: Any, overlay: Any, items: Any, *rest: Any) -> Any:
         if any(item.request is REQUESTS[9] for item in items):
             raise ValueError("not this one")
-        return score(base, overlay, items, *rest)
+        return score_answers(base, overlay, items, *rest)
 
-    monkeypatch.setattr("workers.stream.score", picky)
+    monkeypatch.setattr("workers.stream.score_answers", picky)
     results = results_of(work, {})
     assert [(f.cell_id, f.group, f.position) for r in results for f in r.failures] == [("T6", 1, 3)]
     kept = [r for r in sorted_rows(results) if (r["cell_id"], r["group"]) != ("T6", 1)]

@@ -117,7 +117,7 @@ def test_not_a_results_folder(tmp_path: Path) -> None:
 def test_errors_name_the_valid_columns(results: Results) -> None:
     with pytest.raises(QueryError, match=r"(?s)relaibility.*Columns of edits:.*reliability_exact"):
         results.sql("select relaibility from edits")
-    with pytest.raises(QueryError, match=r"The tables are edits .* edits_all"):
+    with pytest.raises(QueryError, match=r"The tables are edits, .* edits_all"):
         results.sql("select 1 from edit")
     with pytest.raises(QueryError, match="yntax error"):
         results.sql("selec 1")

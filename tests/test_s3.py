@@ -21,6 +21,7 @@ from botocore.awsrequest import AWSResponse
 from moto.server import ThreadedMotoServer
 
 from orchestrator.cli.main import main
+from orchestrator.results.beside import STORED
 from orchestrator.results.journal import Journal
 from orchestrator.results.query import open_results
 from orchestrator.results.table import CentralTable
@@ -34,6 +35,7 @@ from tests.processes import Command, Fork, fork, forks
 from tests.shards import (
     commit_steps,
     comparable,
+    contents,
     finish,
     gather_shards,
     make_manifest,
@@ -218,10 +220,10 @@ def test_killed_at_any_moment_and_gathered_the_table_is_the_same(
     finish(journal, *manifests)
     process = start(gather_shards, where, [[m.shard_id] for m in manifests])
     while process.poll() is None:
-        assert comparable(CentralTable(store).scan(journal)) == expected
+        assert contents(CentralTable(store), journal) == expected
     assert process.returncode == 0, output_of(process)
     assert journal.shard_ids() == []
-    assert comparable(CentralTable(store).scan()) == expected
+    assert contents(CentralTable(store)) == expected
     data = bytearray(store.read("table/000002.parquet"))
     data[1000] ^= 1
     store.replace("table/000002.parquet", bytes(data))
@@ -273,9 +275,14 @@ def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: 
     output_of(process)
     assert "taking over" in call(0, *run, where)
     here, there = open_results(str(tmp_path / "local")), open_results(where)
-    assert comparable(here.table()) == comparable(there.table())
+    for of in STORED.values():
+        found = comparable(here.table(of=of.name), of)
+        assert found.num_rows and found == comparable(there.table(of=of.name), of), of.name
     monkeypatch.setattr("orchestrator.results.query._IN_MEMORY_BYTES", 0)
     assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [48]
+    assert there.sql("select count(*) as n from outputs")["n"].to_pylist() == [
+        there.table(of="outputs").num_rows
+    ]
     status = json.loads(call(0, "status", where, "--json"))
     assert (status["finished"], status["running"]) == (2, None)
     assert "removed: 1 cell, 24 rows" in call(0, "forget", where, "--cells", "T=6", "--yes")

@@ -20,6 +20,10 @@ BATCHING = "batching"
 """Marks a setting that decides how scoring is split into batches. It changes the speed of scoring,
 and its numbers only by rounding."""
 
+KEEPING = "keeping"
+"""Marks a setting that decides what is kept beside the scores. It changes no score, and enters no
+identity: neither a cell's, nor a shard's, nor that of a sweep's scoring."""
+
 
 class ScoreConfig(Written):
     """The moments that are scored, and the sizes of the frozen scoring batches.
@@ -48,15 +52,24 @@ class ScoreConfig(Written):
     extra_tokens: int = Field(
         4, ge=1, le=10_000, description="tokens greedy generation may run beyond the target before it is cut"
     )
+    keep_outputs: Annotated[Literal["first", "none", "failures", "all"], KEEPING] = Field(
+        "first",
+        description="what the models wrote that is kept in the table outputs: first (all of the final state, "
+        "for the first 100 requests of a cell), none, failures (wrong answers, at every moment) or all",
+    )
 
     def core(self) -> dict[str, JSON]:
-        """The settings that belong to no single score."""
-        return self.model_dump(mode="json", include=set(type(self).model_fields))
+        """The settings that belong to no single score and enter a shard's id."""
+        return self.model_dump(mode="json", include=self._unmarked(KEEPING))
 
     def identity(self) -> dict[str, JSON]:
         """The core settings that change the numbers in the table."""
-        marked = {name for name, field in type(self).model_fields.items() if BATCHING in field.metadata}
-        return self.model_dump(mode="json", include=set(type(self).model_fields) - marked)
+        return self.model_dump(mode="json", include=self._unmarked(BATCHING, KEEPING))
+
+    @classmethod
+    def _unmarked(cls, *marks: str) -> set[str]:
+        fields = cls.model_fields.items()
+        return {name for name, field in fields if not any(mark in field.metadata for mark in marks)}
 
 
 class StreamCell(Frozen):

@@ -15,25 +15,26 @@ import resource
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from workers.artifacts.base import ArtifactData
 from workers.failures import may_pass
-from workers.job import Lane, StreamJob, first_request
+from workers.job import Lane, Share, StreamJob, first_request
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
 from workers.model.batch import Encoder
 from workers.model.overlay import Overlay, pack_states, unpack_states
 from workers.rng import RandomStreams
 from workers.scoring.declare import State
+from workers.scoring.outputs import kept, outputs_of
 from workers.scoring.probes import Item, items_of
 from workers.scoring.registry import SCORES, Registry
-from workers.scoring.score import score
+from workers.scoring.score import Scored, score_answers
 from workers.session import Session
-from workers.timeline import Tick, asked, timeline
+from workers.timeline import Tick, asked, moments, timeline
 from workers.types import JSON, EditRequest
 
 
@@ -68,7 +69,9 @@ class StepResult:
     """Result of one step: ticks [start, stop), the rows scored in it, and the edit state to
     continue from.
 
-    ``state`` is None at a wave's end, where the next wave starts from the pristine model.
+    ``outputs``: what the models wrote, row by row of the table ``outputs``; ``groups``: what was
+    measured once per group, for the groups that ended. ``state`` is None at a wave's end, where the
+    next wave starts from the pristine model.
     """
 
     start: int
@@ -79,6 +82,23 @@ class StepResult:
     edits: int
     edit_seconds: float
     score_seconds: float
+    outputs: list[dict[str, JSON]] = field(default_factory=list)
+    groups: list[dict[str, JSON]] = field(default_factory=list)
+
+    def with_tick(self, done: _Done) -> StepResult:
+        """The same step with the result of one more tick."""
+        for name in ("rows", "failures", "outputs", "groups"):
+            getattr(self, name).extend(getattr(done, name))
+        return replace(
+            self,
+            edits=self.edits + done.edits,
+            edit_seconds=self.edit_seconds + done.edit_seconds,
+            score_seconds=self.score_seconds + done.score_seconds,
+        )
+
+
+_OF_A_STATE = ("lanes", "device", "peak_memory_bytes", "overlay_bytes", "delta_norm")
+"""Columns that describe a lane's state, and not a request."""
 
 
 @dataclass
@@ -95,6 +115,8 @@ class _Wave:
     kept: dict[int, dict[int, Any]] = field(default_factory=dict)
     """Per measurement (its index) and number of edits: values that several ticks on one state
     share. Only those of the latest state are kept."""
+    scoring: dict[tuple[int, int], float] = field(default_factory=dict)
+    """Per lane and share of it: seconds spent on scoring the group at hand."""
 
     def alive(self) -> list[int]:
         return [i for i in range(len(self.lanes)) if i not in self.dead]
@@ -109,6 +131,8 @@ class _Done:
     edits: int = 0
     edit_seconds: float = 0.0
     score_seconds: float = 0.0
+    outputs: list[dict[str, JSON]] = field(default_factory=list)
+    groups: list[dict[str, JSON]] = field(default_factory=list)
 
 
 class Stream:
@@ -167,10 +191,7 @@ class Stream:
         wave = None if state is None else self._restore(state, start)
         low = start
         for high in (b for b in bounds if b > start):
-            rows: list[dict[str, JSON]] = []
-            failures: list[GroupFailure] = []
-            edits = 0
-            edit_seconds = score_seconds = 0.0
+            step = StepResult(low, high, [], [], None, 0, 0.0, 0.0)
             for index in range(low, high):
                 tick = self.ticks[index]
                 if wave is None:
@@ -183,17 +204,13 @@ class Stream:
                         if may_pass(error):
                             raise
                         wave, found = self._without_failing_lanes(wave, index, error)
-                        failures += found
-                rows += done.rows
-                failures += done.failures
-                edits += done.edits
-                edit_seconds += done.edit_seconds
-                score_seconds += done.score_seconds
+                        step.failures.extend(found)
+                step = step.with_tick(done)
                 if tick.last:
                     wave = None  # rollback: the overlay is dropped, the base was never touched
                 if on_tick is not None:
-                    on_tick(TickProgress(index + 1, len(self.ticks), edits, tick.kind))
-            yield StepResult(low, high, rows, failures, self._save(wave), edits, edit_seconds, score_seconds)
+                    on_tick(TickProgress(index + 1, len(self.ticks), step.edits, tick.kind))
+            yield replace(step, state=self._save(wave))
             low = high
 
     # --- begin, edit, score ---
@@ -209,7 +226,7 @@ class Stream:
             done.edits = self._edit(wave, tick, done.failures)
             done.edit_seconds = self._now() - clock
             clock = self._now()
-        done.rows = self._score(wave, tick)
+        self._score(wave, tick, done)
         done.score_seconds = self._now() - clock
         return done
 
@@ -243,55 +260,113 @@ class Stream:
                 failures += self._fail(wave, i, tick, "diverged", "a weight became non-finite")
         return size * len(wave.alive())
 
-    def _score(self, wave: _Wave, tick: Tick) -> list[dict[str, JSON]]:
-        """Rows of one tick: for an edit, immediate ones (and final ones where the edit ends its
+    def _score(self, wave: _Wave, tick: Tick, done: _Done) -> None:
+        """Score one tick: for an edit, immediate rows (and final ones where the edit ends its
         group)."""
         job = self.job
         reported = {i: asked(job, tick, wave.lanes[i]) for i in wave.alive()}
         alive = [i for i in reported if reported[i]]
         if not alive:
-            return []
+            return
         clock = self._now()
         items = items_of(job, tick, self.requests, {i: wave.lanes[i] for i in alive})
         session = self.session
-        found = score(
+        found = score_answers(
             self.base, wave.overlay, items, job.score, session.base_answers, session.prefixes, self.scores
         )
         group_end = self._group_end_scores(
             wave, tick, items, {i: {scored for _, scored in reported[i]} for i in alive}
         )
         seconds = (self._now() - clock) / len(items)
-        norms = {i: wave.overlay.delta_norm(i) for i in alive}
-        sizes = {i: wave.overlay.lane_bytes(i) for i in alive}
-        memory = self._peak_memory()
-        rows = []
-        for k, (item, scores) in enumerate(zip(items, found, strict=True)):
-            i, position = item.lane, tick.start + k % (tick.stop - tick.start)
-            row: dict[str, JSON] = {
-                "case_id": item.request.case_id,
-                "edits_applied": tick.edits_applied,
-                **scores,
-                **wave.log[i][position],
-                "score_seconds": seconds,
+        of_lane = {
+            i: {
                 "lanes": len(wave.lanes),
                 "device": self.base.device.type,
-                "peak_memory_bytes": memory,
-                "overlay_bytes": sizes[i],
-                "delta_norm": norms[i],
+                "peak_memory_bytes": self._peak_memory(),
+                "overlay_bytes": wave.overlay.lane_bytes(i),
+                "delta_norm": wave.overlay.delta_norm(i),
+            }
+            for i in alive
+        }
+        size = tick.stop - tick.start
+        for k, (item, scored_item) in enumerate(zip(items, found, strict=True)):
+            i, position = item.lane, tick.start + k % size
+            row: dict[str, JSON] = {
+                **scored_item.values,
+                **wave.log[i][position],
+                "score_seconds": seconds,
+                **of_lane[i],
             }
             for share, scored in reported[i]:
-                T = job.T_of(share)
-                place: dict[str, JSON] = {
-                    "cell_id": job.cells[share.cell].cell_id,
-                    "group": share.group if job.rollback == "group" else position // T,
-                    "position": position % T,
-                    "scored": scored,
-                }
+                place = {**self._place(share, position), "case_id": item.request.case_id}
+                place |= {"edits_applied": tick.edits_applied, "scored": scored}
                 measured = {
                     column.name: group_end[k].get(column.name) if column.held_by(scored) else None
                     for column in self._group_end_columns
                 }
-                rows.append({**place, **row, **measured})
+                done.rows.append({**place, **row, **measured})
+            done.outputs += self._outputs(tick, position, reported[i], scored_item, item.request.case_id)
+        last = {item.lane: values for item, values in zip(items, group_end, strict=True)}
+        for i in alive:
+            done.groups += self._groups(wave, tick, i, seconds * size, {**last[i], **of_lane[i]})
+
+    def _place(self, share: Share, position: int) -> dict[str, JSON]:
+        """The cell, group and position of a lane's request ``position``."""
+        T = self.job.T_of(share)
+        return {
+            "cell_id": self.job.cells[share.cell].cell_id,
+            "group": share.group if self.job.rollback == "group" else position // T,
+            "position": position % T,
+        }
+
+    def _outputs(
+        self, tick: Tick, position: int, reported: Sequence[tuple[Share, str]], found: Scored, case_id: str
+    ) -> list[dict[str, JSON]]:
+        """What the models wrote for one request of a lane, once for every row that keeps it."""
+        places = [
+            {**place, "case_id": case_id, "edits_applied": tick.edits_applied, "scored": scored}
+            for share, scored in reported
+            for place in [self._place(share, position)]
+            if kept(self.job.score, scored, place["group"] * self.job.T_of(share) + place["position"])
+        ]
+        if not places:
+            return []
+        written = outputs_of(found.asked, self.job.score, self.base.tokenizer.decode)
+        return [{**place, **row} for place in places for row in written]
+
+    def _groups(
+        self, wave: _Wave, tick: Tick, i: int, seconds: float, measured: Mapping[str, JSON]
+    ) -> list[dict[str, JSON]]:
+        """The groups of lane ``i`` that end with this tick, which took ``seconds`` of scoring."""
+        rows = []
+        for number, share in enumerate(wave.lanes[i].shares):
+            scored = moments(self.job, tick, share)
+            if not scored:
+                continue
+            spent = wave.scoring.pop((i, number), 0.0) + seconds
+            # the requests of a group may be scored in several ticks: the last one ends where the edits do
+            if "final" not in scored or tick.stop < tick.edits_applied:
+                wave.scoring[i, number] = spent
+                continue
+            T = self.job.T_of(share)
+            edits = wave.log[i][tick.edits_applied - T : tick.edits_applied]
+            place = self._place(share, tick.stop - 1)
+            rows.append(
+                {
+                    "cell_id": place["cell_id"],
+                    "group": place["group"],
+                    "edits_applied": tick.edits_applied,
+                    "edit_seconds": sum(edit["edit_seconds"] for edit in edits),
+                    "score_seconds": spent,
+                    "iterations": sum(edit["iterations"] for edit in edits),
+                    **{name: measured[name] for name in _OF_A_STATE},
+                    **{
+                        column.name: measured.get(column.name)
+                        for column in self._group_end_columns
+                        if column.score.per_group
+                    },
+                }
+            )
         return rows
 
     def _group_end_scores(
@@ -347,6 +422,7 @@ class Stream:
         """
         tick, failures = self.ticks[index], list[GroupFailure]()
         again = self._begin(tick)
+        again.scoring = wave.scoring
         for i in range(index):
             if self.ticks[i].wave == tick.wave:
                 self._mark_raised(again, wave, i)
@@ -397,7 +473,9 @@ class Stream:
             return None
         states = [wave.overlay.state(i) for i in range(len(wave.lanes))]
         raised: list[JSON] = [[i, at] for i, at in sorted(wave.raised.items())]
-        return pack_states(states, {"dead": sorted(wave.dead), "log": wave.log, "raised": raised})
+        scoring: list[JSON] = [[*key, seconds] for key, seconds in sorted(wave.scoring.items())]
+        meta = {"dead": sorted(wave.dead), "log": wave.log, "raised": raised, "scoring": scoring}
+        return pack_states(states, meta)
 
     def _restore(self, blob: bytes, start: int) -> _Wave:
         states, meta = unpack_states(blob)
@@ -407,6 +485,7 @@ class Stream:
         wave.dead = set(meta["dead"])
         wave.log = meta["log"]
         wave.raised = {int(i): int(at) for i, at in meta.get("raised", ())}  # absent in early checkpoints
+        wave.scoring = {(int(i), int(n)): float(seconds) for i, n, seconds in meta.get("scoring", ())}
         return wave
 
     # --- measuring ---

@@ -1,4 +1,4 @@
-"""The commands that read results folders: `status`, `query`, `report`, `diff`, `methods`,
+"""The commands that read results folders: `status`, `query`, `show`, `report`, `diff`, `methods`,
 `forget`."""
 
 from __future__ import annotations
@@ -7,7 +7,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -128,7 +129,8 @@ def query(
         str,
         typer.Argument(
             metavar="SQL",
-            help="a question; the table is called edits, with superseded rows edits_all",
+            help="a question to the tables edits, outputs, groups, requests (with superseded rows: edits_all, "
+            "...) and cells",
             show_default=False,
         ),
     ],
@@ -185,6 +187,106 @@ def _cell(value: JSON) -> str:
     if value is None:
         return "-"
     return f"{value:.6g}" if isinstance(value, float) else _shortened(str(value), _CELL_CHARACTERS)
+
+
+@commands.command()
+def show(
+    folder: Folder,
+    case_id: Annotated[
+        str, typer.Argument(metavar="CASE_ID", help="a request's id, as in case_id", show_default=False)
+    ],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="only this method (label); repeatable")
+    ] = None,
+    size: Annotated[list[int] | None, typer.Option("-T", help="only this T; repeatable")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="only this seed; repeatable")] = None,
+    output: Annotated[Literal["table", "json"], typer.Option("--format", help="how to show it")] = "table",
+) -> None:
+    """Show one request: everything that was asked, what was expected, and what the models wrote, for
+    every method, T and seed."""
+    from orchestrator.results.show import show as look_up
+
+    wanted = [("method", method), ("T", size), ("seed", seed)]
+    condition = ",".join(f"{key}={value}" for key, values in wanted for value in values or ())
+    found = look_up(open_existing(folder), case_id, [condition] if condition else ())
+    out = Output()
+    if output == "json":
+        _write_json(out, found)
+        return
+    request = found["request"]
+    if request is None:
+        out.say(f"request {case_id}")
+        out.note("its texts are not in this folder, which an earlier version wrote; the next run adds them")
+    else:
+        fields = {
+            "data set": f"{request['dataset']} ({request['dataset_fingerprint'][:16]})",
+            "prompt": request["prompt"],
+            "subject": request["subject"],
+            "target": request["target"],
+            "ground truth": request["ground_truth"],
+        }
+        out.table("", ("request", case_id), [(name, _one_line(text)) for name, text in fields.items()])
+        lines = [(_name_of(q), _one_line(q["prompt"]), _expected(q)) for q in found["questions"]]
+        out.table("", ("question", "asked", "expected"), lines)
+    dropped = False
+    for answer in found["answers"]:
+        out.say(
+            f"{answer['method']} T={answer['T']} seed={answer['seed']}: {answer['scored']}, after "
+            f"{counted(answer['edits_applied'], 'edit')} (group {answer['group']}, position {answer['position']})"
+        )
+        rows = [
+            (
+                _name_of(row),
+                row["how"],
+                _yes(row["correct"]),
+                _written(row["text"], row["ending"]),
+                _written(row["text_base"], row["ending_base"]),
+            )
+            for row in answer["outputs"]
+        ]
+        dropped |= any("dropped" in (row["ending"], row["ending_base"]) for row in answer["outputs"])
+        if rows:
+            names = ("question", "how", "right", "edited model wrote", "unedited model wrote")
+            out.table("", names, rows)
+        else:
+            values = (f"{name} {value:.4g}" for name, value in answer["scores"].items())
+            text = f"no outputs were kept (scoring.keep_outputs); scores: {', '.join(values)}"
+            out.say("\n".join(f"  {line}" for line in textwrap.wrap(text, 76)))
+            out.say()
+    for cell in found["others"]:
+        why = "does not edit this request" if cell["finished"] else "no result of this request yet"
+        out.say(f"{cell['method']} T={cell['T']} seed={cell['seed']}: {why}")
+    if dropped:
+        out.say(f"{_DROPPED} not continued, because the text could no longer become right")
+
+
+_DROPPED = "..."
+
+
+def _name_of(question: Mapping[str, JSON]) -> str:
+    """A probe as people count it."""
+    return str(question["probe"]) + (
+        f" {question['number'] + 1}" if question["probe"] != "reliability" else ""
+    )
+
+
+def _expected(question: Mapping[str, JSON]) -> str:
+    if question["probe"] == "locality":
+        return "as the unedited model"
+    if question["target"] is None:
+        return "the text itself"
+    return " / ".join(_one_line(text) for text in (question["target"], *question["aliases"]))
+
+
+def _written(text: str | None, ending: str | None) -> str:
+    return _one_line(text) + {"dropped": f" {_DROPPED}", "cut": " (cut)"}.get(ending or "", "")
+
+
+def _one_line(text: str | None) -> str:
+    """A text of a data set or a model in a cell of a table."""
+    if text is None:
+        return "-"
+    return _shortened(text.replace("\n", "\\n").replace("\t", "\\t"), _CELL_CHARACTERS) or "(nothing)"
 
 
 @contextlib.contextmanager

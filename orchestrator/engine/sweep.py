@@ -43,6 +43,7 @@ from orchestrator.results.artifact_store import ArtifactStore
 from orchestrator.results.code import FILES_SHOWN, CellCode, say_outdated, say_unknown
 from orchestrator.results.forget import remove_cells
 from orchestrator.results.journal import Journal
+from orchestrator.results.requests import write_requests
 from orchestrator.results.select import select
 from orchestrator.results.table import CentralTable, count_done
 from orchestrator.storage import lock as locking
@@ -135,6 +136,7 @@ def run_sweep(
         lock.check()
         write_plan(plan, progress, statistics, store, paths)
         write_run(plan, store, paths, run_id, max_actors)
+        write_requests(planner.dataset, planner.edited, store, paths)
         books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
         for warning in plan.warnings:
             view.warn(warning)

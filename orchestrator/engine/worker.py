@@ -220,6 +220,7 @@ class Bench:
                         "edit_seconds": step.edit_seconds,
                         "score_seconds": step.score_seconds,
                     },
+                    {"outputs": step.outputs, "groups": step.groups},
                 )
                 now = time.perf_counter()
                 yield StepReport(

@@ -44,6 +44,7 @@ from orchestrator.planning.spec import SweepSpec
 from orchestrator.planning.work import Cell, Common, GroupRange, Shard, Task, Variant, Work, members
 from orchestrator.results.manifest import ShardManifest
 from workers.artifacts.base import ArtifactSpec
+from workers.data import order_requests
 from workers.data.scripts import joiner_mark, subject_mark
 from workers.scoring.registry import SCORES
 from workers.types import JSON, Dataset
@@ -222,6 +223,7 @@ class Planner:
 
     def __init__(self, inputs: Inputs) -> None:
         spec, data = inputs.spec, inputs.dataset
+        self.dataset = data
         self.shape = inputs.shape
         self.spec = spec
         self.common = Common(
@@ -256,6 +258,13 @@ class Planner:
             )
             if spec.training.allow_overlap:
                 self.common = self.common.model_copy(update={"training_overlap": found})
+
+    @property
+    def edited(self) -> frozenset[int]:
+        """Indices of the data set's requests that the spec's cells edit, of all seeds."""
+        first = self.spec.dataset.edits
+        orders = (order_requests(self.dataset, self.spec.dataset.order, s) for s in self.spec.grid.seeds)
+        return frozenset(index for order in orders for index in order[:first])
 
     def described(self) -> list[dict[str, JSON]]:
         """The cells in the form that :func:`orchestrator.results.select.select` needs."""

@@ -1,4 +1,7 @@
-"""Columns of the central table, declared as data: type, unit, meaning."""
+"""Columns of the central table, declared as data: type, unit, meaning; and how tables are declared.
+
+The tables beside the central one are declared in :mod:`orchestrator.results.beside`.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,19 @@ import pyarrow.compute as pc
 from workers.scoring.registry import SCORES, Registry
 from workers.types import EditSweepError
 
-Kind = Literal["identity", "moment", "score", "cost", "provenance"]
-Source = Literal["stream", "cell", "attempt"]
+Kind = Literal["identity", "moment", "score", "cost", "provenance", "text"]
+Type = Literal["string", "int32", "int64", "double", "bool", "strings", "probes"]
+Source = Literal["stream", "cell", "attempt", "reader"]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the table. ``source`` of its values: the stream (per row), the plan (per cell),
-    or the attempt."""
+    """One column of a table. ``source`` of its values: the stream (per row), the plan (per cell),
+    the attempt, or the reader, who finds them in the seals. ``strings`` is a list of texts,
+    ``probes`` a list of questions."""
 
     name: str
-    type: Literal["string", "int32", "int64", "double"]
+    type: Type
     unit: str
     meaning: str
     kind: Kind
@@ -123,16 +128,46 @@ class TableError(EditSweepError):
     """Rows do not fit the declared columns, or the table was used wrongly."""
 
 
+@dataclass(frozen=True)
+class Declaration:
+    """One table: its name, its columns, the columns that identify a row and order the rows, and what
+    a row is."""
+
+    name: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    meaning: str
+
+    def of(self, source: Source) -> frozenset[str]:
+        """Names of the columns whose values come from ``source``."""
+        return frozenset(c.name for c in self.columns if c.source == source)
+
+
+EDITS = Declaration("edits", COLUMNS, KEY, "One row per scored request and moment.")
+"""The central table."""
+
+
 def schema(declared: Sequence[Column] = COLUMNS) -> pa.Schema:
-    """The Arrow schema of the table."""
-    types = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}
+    """The Arrow schema of a table."""
+    probe = {"probe": pa.string(), "number": pa.int32(), "prompt": pa.string(), "target": pa.string()}
+    more = {"aliases": pa.list_(pa.string()), "probe_group": pa.string()}
+    types: dict[Type, pa.DataType] = {
+        "string": pa.string(),
+        "int32": pa.int32(),
+        "int64": pa.int64(),
+        "double": pa.float64(),
+        "bool": pa.bool_(),
+        "strings": pa.list_(pa.string()),
+        "probes": pa.list_(pa.struct({**probe, **more})),
+    }
     return pa.schema([pa.field(c.name, types[c.type], nullable=c.nullable) for c in declared])
 
 
-def no_rows() -> pa.Table:
+def no_rows(of: Declaration = EDITS) -> pa.Table:
     """A table without rows. (Arrow's own ``empty_table`` imports pandas, which takes longer than
     most queries.)"""
-    return pa.Table.from_arrays([pa.nulls(0, field.type) for field in schema()], schema=schema())
+    found = schema(of.columns)
+    return pa.Table.from_arrays([pa.nulls(0, field.type) for field in found], schema=found)
 
 
 def docs(declared: Sequence[Column] = COLUMNS) -> str:
@@ -165,6 +200,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], declared: Sequence[Column] 
         "int32": {int, none},
         "int64": {int, none},
         "double": {float, int, none},
+        "bool": {bool, none},
     }
     arrays = []
     for field in schema(declared):
@@ -174,7 +210,7 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], declared: Sequence[Column] 
                 None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True)
                 for v in values
             ]
-        strange = {type(v) for v in values} - accepted[str(field.type)]
+        strange = {type(v) for v in values} - accepted.get(str(field.type), {list})
         if strange:
             raise TableError(
                 f"column {field.name} ({field.type}): a value of type {min(t.__name__ for t in strange)}"
@@ -189,26 +225,26 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], declared: Sequence[Column] 
     return pa.Table.from_arrays(arrays, schema=schema(declared))
 
 
-def sort_rows(table: pa.Table) -> pa.Table:
-    """The rows ordered by :data:`KEY`."""
-    return table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in KEY]))
+def sort_rows(table: pa.Table, key: Sequence[str] = KEY) -> pa.Table:
+    """The rows ordered by their key."""
+    return table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in key]))
 
 
-def has_duplicates(ordered: pa.Table) -> bool:
-    """Return whether two rows of a table ordered by :data:`KEY` share a key."""
+def has_duplicates(ordered: pa.Table, key: Sequence[str] = KEY) -> bool:
+    """Return whether two rows of a table ordered by ``key`` share a key."""
     same = None
-    for name in KEY:
+    for name in key:
         column = ordered.column(name)
         equal = pc.equal(column.slice(1), column.slice(0, max(len(column) - 1, 0)))
         same = equal if same is None else pc.and_(same, equal)
     return bool(pc.any(same).as_py())
 
 
-def check_columns(columns: Sequence[str] | None) -> None:
+def check_columns(columns: Sequence[str] | None, of: Declaration = EDITS) -> None:
     """Raises :class:`TableError` with the valid names for an unknown column."""
     if isinstance(columns, str):
         raise TableError(f"columns: expected a list of names, as in [{columns!r}], found {columns!r}")
-    names = [c.name for c in COLUMNS]
+    names = [c.name for c in of.columns]
     unknown = [c for c in columns or () if c not in names]
     if unknown:
         raise TableError(f"unknown columns {unknown}; valid are: {', '.join(names)}")

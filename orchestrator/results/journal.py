@@ -16,15 +16,17 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 from pydantic import ValidationError
 
-from orchestrator.results.columns import STREAM_COLUMNS, TableError, no_rows, rows_to_table
+from orchestrator.results.beside import COMMITTED
+from orchestrator.results.columns import EDITS, Declaration, TableError, no_rows, rows_to_table
 from orchestrator.results.contents import complete_rows
 from orchestrator.results.manifest import ShardManifest
-from orchestrator.results.parquet import VERSION, check_seal, decode, encode, read_footer
+from orchestrator.results.parquet import VERSION, check_seal, decode, decode_beside, encode, read_footer
 from orchestrator.storage.base import Damaged, Missing, Store, put_aside
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _CHECKPOINTS_KEPT = 2
 _FAILURE_FIELDS = frozenset({"cell_id", "group", "position", "kind", "message"})
+_NOTHING: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({})
 
 
 class JournalError(EditSweepError):
@@ -74,11 +77,15 @@ class ShardProgress:
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """A finished shard with all its rows. The checksums of all its parts were verified."""
+    """A finished shard with all its rows, and those of the tables beside the central one, by name.
+    The checksums of all its parts were verified. ``whole``: the tables beside that every part knew;
+    an earlier version, which may have run some of the steps, knew none."""
 
     manifest: ShardManifest
     progress: ShardProgress
     rows: pa.Table
+    beside: Mapping[str, pa.Table] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
 
     @property
     def shard_id(self) -> str:
@@ -238,8 +245,9 @@ class Journal:
             error=self._error(shard_id, max(attempts, default=0)),
         )
 
-    def committed_rows(self, shard_id: str) -> pa.Table:
-        """Rows committed so far, without those of failed groups. Writes nothing.
+    def committed_rows(self, shard_id: str, of: Declaration = EDITS) -> pa.Table:
+        """Rows committed so far, without those of failed groups; of the central table, or of one
+        beside it. Writes nothing.
 
         Raises :class:`~orchestrator.storage.base.Missing` if the shard is gathered during the call;
         its rows are then in the table.
@@ -249,17 +257,17 @@ class Journal:
             manifest = self.manifest(shard_id)
         except Damaged as error:
             log.warning("%s; the rows of its shard are left out", error)
-            return no_rows()
+            return no_rows(of)
         except Missing:
             if self.store.exists(self.paths.shard(shard_id)) and not chain:
-                return no_rows()  # an empty folder, left by an interrupted deletion
+                return no_rows(of)  # an empty folder, left by an interrupted deletion
             raise
-        pieces = [no_rows()]
+        pieces = [no_rows(of)]
         totals = _Totals()
         for step in chain:
             try:
                 meta, data = self._read_part(shard_id, step)
-                pieces.append(decode(data, self._part_key(shard_id, step))[0])
+                pieces.append(_rows_of(data, self._part_key(shard_id, step), of))
             except Damaged as error:
                 log.warning("%s; this step and what follows are left out", error)
                 break
@@ -273,8 +281,16 @@ class Journal:
         chain = self._verify(shard_id, self._chain(shard_id, self._attempts(shard_id)))
         if not chain or chain[-1][0].stop != manifest.bounds[-1]:
             return None
-        rows = pa.concat_tables([decode(data, self.paths.shard(shard_id))[0] for _, _, data in chain])
-        return FinishedShard(manifest, self._progress(manifest), rows)
+        name = self.paths.shard(shard_id)
+        rows = pa.concat_tables([decode(data, name)[0] for _, _, data in chain])
+        beside, whole = {}, set(COMMITTED)
+        for of in COMMITTED.values():
+            found = [decode_beside(data, name, of) for _, _, data in chain]
+            beside[of.name] = pa.concat_tables(
+                [no_rows(of), *(table for table in found if table is not None)]
+            )
+            whole -= {of.name} if None in found else set()
+        return FinishedShard(manifest, self._progress(manifest), rows, beside, frozenset(whole))
 
     # -- attempts
 
@@ -464,6 +480,12 @@ class Journal:
                     self.store.delete(entry.key)
 
 
+def _rows_of(data: bytes, name: str, of: Declaration) -> pa.Table:
+    """A part's rows of one table."""
+    found = decode(data, name)[0] if of is EDITS else decode_beside(data, name, of)
+    return no_rows(of) if found is None else found
+
+
 def attempt_numbers(store: Store, paths: ResultsPaths, shard_id: str) -> list[int]:
     """The attempts of a shard, ascending."""
     numbers = [
@@ -520,12 +542,14 @@ class Attempt:
         failures: Sequence[Mapping[str, JSON]],
         state: bytes | None,
         stats: Mapping[str, float],
+        beside: Mapping[str, Sequence[Mapping[str, Any]]] = _NOTHING,
     ) -> None:
         """Write the step ``start .. stop`` (ticks) durably.
 
         ``rows``: rows of the stream; the columns of cell and attempt are added here. ``failures``:
         dicts with cell_id, group, position, kind, message. ``state``: the edit state after the
-        step, None if the lanes have no edits. ``stats``: edits, edit_seconds, score_seconds. After
+        step, None if the lanes have no edits. ``stats``: edits, edit_seconds, score_seconds.
+        ``beside``: rows of the tables :data:`~orchestrator.results.beside.COMMITTED`, by name. After
         a :class:`~orchestrator.storage.base.StoreError` the same commit may be repeated. Raises
         :class:`Superseded`, and :class:`JournalError` for a step that does not follow the last one.
         """
@@ -536,7 +560,8 @@ class Attempt:
             )
         if max(attempt_numbers(self.store, self.paths, self.shard_id), default=0) > self.number:
             raise Superseded(f"shard {self.shard_id}: attempt {self.number} was replaced by a newer one")
-        table = self._table(rows)
+        table = self._table(rows, EDITS)
+        others = {name: self._table(found, COMMITTED[name]) for name, found in beside.items()}
         totals = self._add(table.num_rows, failures, stats)
         digest = None
         if state is not None:
@@ -556,7 +581,7 @@ class Attempt:
             "so_far": totals.to_json(),
         }
         key = self.paths.part(self.shard_id, self.number, start, stop)
-        data = encode(table, meta, compression="snappy")
+        data = encode(table, meta, "snappy", others)
         # Only this attempt uses the name. It exists if an earlier try of this commit succeeded
         # but reported an error.
         if not self.store.publish_new(key, data) and self.store.read(key) != data:
@@ -572,19 +597,26 @@ class Attempt:
         self._uncounted_seconds = time.perf_counter() - began
         self.commit_seconds += self._uncounted_seconds
 
-    def _table(self, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    def _table(self, rows: Sequence[Mapping[str, Any]], of: Declaration) -> pa.Table:
         mine = {"shard_id": self.shard_id, "run_id": self.run_id, "attempt": self.number}
+        mine = {name: value for name, value in mine.items() if name in of.of("attempt")}
+        mine |= dict.fromkeys(of.of("reader"))
+        given, by_cell = of.of("stream"), of.of("cell")
+        known = {
+            cell_id: {name: columns[name] for name in by_cell} | mine
+            for cell_id, columns in self.manifest.columns.items()
+        }
         full = []
         for row in rows:
-            if row.keys() != STREAM_COLUMNS:
-                unknown, missing = sorted(row.keys() - STREAM_COLUMNS), sorted(STREAM_COLUMNS - row.keys())
+            if row.keys() != given:
+                unknown, missing = sorted(row.keys() - given), sorted(given - row.keys())
                 raise TableError(
-                    f"a row of the stream has unknown columns {unknown}, missing columns {missing}"
+                    f"a row of the stream ({of.name}) has unknown columns {unknown}, missing columns {missing}"
                 )
-            if row["cell_id"] not in self.manifest.columns:
+            if row["cell_id"] not in known:
                 raise TableError(f"a row of cell {row['cell_id']}, which is not in shard {self.shard_id}")
-            full.append({**row, **self.manifest.columns[row["cell_id"]], **mine})
-        return rows_to_table(full)
+            full.append({**row, **known[row["cell_id"]]})
+        return rows_to_table(full, of.columns)
 
     def _add(self, rows: int, failures: Sequence[Mapping[str, JSON]], stats: Mapping[str, float]) -> _Totals:
         if stats.keys() != {"edits", "edit_seconds", "score_seconds"}:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from workers.types import JSON
 
 NEEDED = ("cell_id", "group")
-"""Columns that tell whether a row counts."""
+"""Columns that tell whether a row counts; of a request, its data set does."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,18 @@ class Live:
     counts."""
 
     groups: Mapping[str, int] | None
+    datasets: frozenset[str] = frozenset()
+    """Fingerprints of the data sets of these cells."""
 
     @classmethod
     def of_plan(cls, definitions: Mapping[str, Mapping[str, JSON]], current: Sequence[str]) -> Live:
         """From the definitions of all cells and the ids of those that the last plan asked for."""
         if not definitions:
             return cls(None)
-        return cls({cell_id: int(definitions[cell_id]["groups"]) for cell_id in current})
+        return cls(
+            {cell_id: int(definitions[cell_id]["groups"]) for cell_id in current},
+            frozenset(str(definitions[cell_id].get("dataset_fingerprint")) for cell_id in current),
+        )
 
     def limit(self, cell_id: str) -> float:
         """The first group of a cell that does not count."""
@@ -52,9 +57,12 @@ class Live:
 
     def superseded(self, rows: pa.Table) -> pa.ChunkedArray:
         """Return a mask of the rows that do not count. ``rows`` has the columns
-        :data:`NEEDED`."""
+        :data:`NEEDED`; those of requests have no cell but a data set."""
         if self.groups is None:
             return pa.chunked_array([pa.repeat(False, rows.num_rows)])
+        if "cell_id" not in rows.column_names:
+            asked = pa.array(sorted(self.datasets), pa.string())
+            return pc.invert(pc.is_in(rows["dataset_fingerprint"], asked))
         limits = pa.array([*self.groups.values(), 0], pa.int64())
         at = pc.index_in(rows["cell_id"], pa.array(list(self.groups), pa.string()))
         limit = pc.take(limits, pc.fill_null(at, len(self.groups)))

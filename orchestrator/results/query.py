@@ -2,14 +2,15 @@
 
 Queries come from users, scripts and shared notebooks, and column values from data sets; nothing in
 a query may reach files, the network or this process. Hence an in-memory database that sees the
-table as the views ``edits`` (the rows that count, :mod:`orchestrator.results.live`) and
-``edits_all`` (all of them) and nothing else, takes one SELECT at a time, and can be stopped. Knows
+tables as views, ``edits`` (the rows that count, :mod:`orchestrator.results.live`), ``edits_all``
+(all of them) and so on, and nothing else, takes one SELECT at a time, and can be stopped. Knows
 nothing of torch or Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -18,15 +19,18 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
 
+from orchestrator.results.beside import GROUPS, REQUESTS, STORED
 from orchestrator.results.cells import as_query, cells
 from orchestrator.results.code import cell_codes
-from orchestrator.results.columns import COLUMNS, check_columns, schema
+from orchestrator.results.columns import EDITS, Declaration, check_columns, rows_to_table, schema
 from orchestrator.results.journal import Journal
 from orchestrator.results.live import NEEDED, Live
 from orchestrator.results.parquet import reading
+from orchestrator.results.requests import read_requests
 from orchestrator.results.table import CentralTable, TableFile
 from orchestrator.storage.base import Missing, Store
 from orchestrator.storage.local import LocalStore
@@ -45,8 +49,11 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-VIEWS: tuple[str, ...] = ("edits", "edits_all", "cells")
-"""The tables of a query: the rows that count, all rows, and the cells."""
+ALL = "_all"
+"""Ends the name of a view that holds superseded rows, too."""
+
+VIEWS: tuple[str, ...] = (*chain.from_iterable((name, name + ALL) for name in STORED), "cells")
+"""The tables of a query: of each stored table the rows that count, and all rows; and the cells."""
 
 FORMATS: tuple[str, ...] = ("csv", "json", "parquet")
 _BATCH_ROWS = 65_536
@@ -70,11 +77,14 @@ class Reader:
 
     Everything is asked of the rows that count, unless the superseded ones are asked for too: in
     SQL by the view ``edits_all``, in Python by ``superseded=True``. Both have a column
-    ``superseded``.
+    ``superseded``. The same holds for the other tables.
     """
 
-    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
-        """Every row exactly once, of running shards too; all columns, or those asked for."""
+    def table(
+        self, columns: Sequence[str] | None = None, superseded: bool = False, of: str = EDITS.name
+    ) -> pa.Table:
+        """Every row exactly once, of running shards too; all columns, or those asked for. ``of``:
+        edits, outputs, groups, requests or cells."""
         raise NotImplementedError
 
     def register(
@@ -84,15 +94,16 @@ class Reader:
         ``suffix``."""
         raise NotImplementedError
 
-    def to_pandas(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pd.DataFrame:
+    def to_pandas(
+        self, columns: Sequence[str] | None = None, superseded: bool = False, of: str = EDITS.name
+    ) -> pd.DataFrame:
         """The same as :meth:`table`, as a pandas data frame."""
         optional("pandas", "pandas", "to_pandas()")
-        frame: pd.DataFrame = self.table(columns, superseded).to_pandas()
+        frame: pd.DataFrame = self.table(columns, superseded, of).to_pandas()
         return frame
 
     def sql(self, query: str, time_limit: float | None = 300.0) -> pa.Table:
-        """Answers one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) over the views ``edits`` and
-        ``edits_all``.
+        """Answers one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) over the :data:`VIEWS`.
 
         ``time_limit`` in seconds; None means no limit. Raises :class:`QueryError`.
         """
@@ -171,11 +182,23 @@ class Results(Reader):
         """The rows of this folder that count."""
         return Live.of_plan(*self.plan())
 
-    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
+    def table(
+        self, columns: Sequence[str] | None = None, superseded: bool = False, of: str = EDITS.name
+    ) -> pa.Table:
+        if of == "cells":
+            found = self.sql("FROM cells")
+            return found if columns is None else found.select(list(columns))
+        declared = _declared(of)
         live = self.live()
-        read = columns if columns is None else list(dict.fromkeys((*columns, *NEEDED)))
-        check_columns(columns)
-        rows = self.central.scan(self.journal, read)
+        check_columns(columns, declared)
+        if declared is REQUESTS:
+            rows = read_requests(self.store, self.paths)
+        elif declared is GROUPS:
+            rows = self.central.scan(self.journal, of=declared)
+            rows = self._with_failed(rows)
+        else:
+            read = columns if columns is None else list(dict.fromkeys((*columns, *NEEDED)))
+            rows = self.central.scan(self.journal, read, declared)
         if superseded:
             rows = rows.append_column("superseded", live.superseded(rows))
         else:
@@ -188,38 +211,92 @@ class Results(Reader):
         if "cells" in names:
             found = cells(self.plan()[0], self.live(), self.central, cell_codes(self))
             connection.execute(f"CREATE TABLE cells{suffix} AS {as_query(found)}")
-        if "edits" in names or "edits_all" in names:
-            self._register_rows(connection, suffix)
+        for name, declared in STORED.items():
+            if name in names or name + ALL in names:
+                if declared is REQUESTS:
+                    rows = self.table(superseded=True, of=name)
+                    connection.register(f"{name}_all{suffix}", rows)
+                    connection.execute(
+                        f"CREATE VIEW {name}{suffix} AS "
+                        f"SELECT * EXCLUDE superseded FROM {name}_all{suffix} WHERE NOT superseded"
+                    )
+                else:
+                    self._register_rows(connection, suffix, declared)
 
-    def _register_rows(self, connection: duckdb.DuckDBPyConnection, suffix: str) -> None:
+    def _register_rows(
+        self, connection: duckdb.DuckDBPyConnection, suffix: str, declared: Declaration
+    ) -> None:
         import pyarrow as pa
 
         live = self.live()
-        name = f"_rows{suffix}"
-        if sum(entry.size for entry in self.store.list(self.paths.table)) < _IN_MEMORY_BYTES:
-            files, parts = self.central.snapshot(self.journal)
-            pieces = [*(self.central.read_file(file) for file in files), parts]
-            connection.register(name, pa.concat_tables(pieces))
+        view, name = declared.name, f"_{declared.name}{suffix}"
+        if self._bytes(declared) < _IN_MEMORY_BYTES:
+            files, parts = self.central.snapshot(self.journal, declared)
+            rows = pa.concat_tables([*(self.central.read_file(file, of=declared) for file in files), parts])
+            connection.register(name, self._with_failed(rows) if declared is GROUPS else rows)
             source = f"FROM {name}"
         else:
             table = _ScannedTable(self.store, self.paths)
-            files, parts = table.snapshot(self.journal)
-            connection.register(f"{name}_table", table.dataset(files))
+            files, parts = table.snapshot(self.journal, declared)
+            connection.register(f"{name}_table", table.dataset(files, declared))
+            if declared is GROUPS:
+                parts = self._with_failed(parts)
             connection.register(f"{name}_parts", parts)
-            source = f"FROM (SELECT * FROM {name}_table UNION ALL SELECT * FROM {name}_parts)"
+            given = "* REPLACE (coalesce(failed, false) AS failed)" if declared is GROUPS else "*"
+            source = f"FROM (SELECT {given} FROM {name}_table UNION ALL SELECT * FROM {name}_parts)"
         begun = {*zip(*(parts[column].to_pylist() for column in NEEDED), strict=True)}
         if live.cover(chain((end for file in files for end in file.ends), ((c, g + 1) for c, g in begun))):
-            connection.execute(f"CREATE VIEW edits{suffix} AS SELECT * {source}")
-            connection.execute(f"CREATE VIEW edits_all{suffix} AS SELECT *, false AS superseded {source}")
+            connection.execute(f"CREATE VIEW {view}{suffix} AS SELECT * {source}")
+            connection.execute(f"CREATE VIEW {view}_all{suffix} AS SELECT *, false AS superseded {source}")
             return
         # not by way of Arrow, which imports pandas to make an array of a list
         values = ", ".join(f"({_quoted(cell_id)}, {groups})" for cell_id, groups in live.limits())
-        connection.execute(f"CREATE TABLE _live{suffix} AS FROM (VALUES {values}) v(cell_id, groups)")
-        join = f'{source} e LEFT JOIN _live{suffix} l ON e.cell_id = l.cell_id AND e."group" < l.groups'
-        connection.execute(f"CREATE VIEW edits{suffix} AS SELECT e.* {join} WHERE l.cell_id IS NOT NULL")
         connection.execute(
-            f"CREATE VIEW edits_all{suffix} AS SELECT e.*, l.cell_id IS NULL AS superseded {join}"
+            f"CREATE TABLE IF NOT EXISTS _live{suffix} AS FROM (VALUES {values}) v(cell_id, groups)"
         )
+        join = f'{source} e LEFT JOIN _live{suffix} l ON e.cell_id = l.cell_id AND e."group" < l.groups'
+        connection.execute(f"CREATE VIEW {view}{suffix} AS SELECT e.* {join} WHERE l.cell_id IS NOT NULL")
+        connection.execute(
+            f"CREATE VIEW {view}_all{suffix} AS SELECT e.*, l.cell_id IS NULL AS superseded {join}"
+        )
+
+    def _bytes(self, declared: Declaration) -> int:
+        """Bytes of a table's rows in the files of the central table."""
+        if declared is EDITS:
+            return sum(entry.size for entry in self.store.list(self.paths.table))
+        return sum(
+            file.places[declared.name][1] for file in self.central._files() if declared.name in file.places
+        )
+
+    def _with_failed(self, rows: pa.Table) -> pa.Table:
+        """Rows of ``groups`` with one more for each group that failed and was not run since."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        at = rows.column_names.index("failed")
+        rows = rows.set_column(at, rows.schema.field(at), pc.fill_null(rows["failed"], False))
+        failures = self.central.failed()
+        for shard_id in self.journal.begun():
+            with contextlib.suppress(Missing):
+                progress = self.journal.progress(shard_id)
+                failures += progress.failures
+        if not failures:
+            return rows
+        definitions, _ = self.plan()
+        known = set(zip(rows["cell_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
+        found = {}
+        for failure in failures:
+            key = (failure["cell_id"], failure["group"])
+            if key not in known:
+                cell = definitions.get(str(failure["cell_id"]), {})
+                found[key] = dict.fromkeys(c.name for c in GROUPS.columns) | {
+                    "cell_id": failure["cell_id"],
+                    **{name: cell.get(name) for name in ("method", "T", "seed")},
+                    "group": failure["group"],
+                    "failed": True,
+                    "cause": f"{failure['kind']}: {failure['message']}",
+                }
+        return pa.concat_tables([rows, rows_to_table(list(found.values()), GROUPS.columns)])
 
 
 class Union(Reader):
@@ -229,12 +306,14 @@ class Union(Reader):
     def __init__(self, folders: Mapping[str, Results]) -> None:
         self.folders = folders
 
-    def table(self, columns: Sequence[str] | None = None, superseded: bool = False) -> pa.Table:
+    def table(
+        self, columns: Sequence[str] | None = None, superseded: bool = False, of: str = EDITS.name
+    ) -> pa.Table:
         import pyarrow as pa
 
         pieces = []
         for name, folder in self.folders.items():
-            rows = folder.table(columns, superseded)
+            rows = folder.table(columns, superseded, of)
             pieces.append(rows.add_column(0, "results", pa.repeat(name, rows.num_rows)))
         return pa.concat_tables(pieces)
 
@@ -244,13 +323,56 @@ class Union(Reader):
         for i, folder in enumerate(self.folders.values()):
             folder.register(connection, names, f"_{i}")
         made = [view for view in VIEWS if view in names]
-        if "edits" in made or "edits_all" in made:
-            made = list(dict.fromkeys((*made, "edits", "edits_all")))
+        pairs = [(name, name + ALL) for name in STORED if name in made or name + ALL in made]
+        made = list(dict.fromkeys((*made, *chain.from_iterable(pairs))))
         for view in made:
             pieces = [
                 f"SELECT {_quoted(name)} AS results, * FROM {view}_{i}" for i, name in enumerate(self.folders)
             ]
             connection.execute(f"CREATE VIEW {view}{suffix} AS {' UNION ALL '.join(pieces)}")
+
+
+def _declared(name: str) -> Declaration:
+    """The declaration of a stored table. Raises :class:`QueryError` for another name."""
+    if name not in STORED:
+        raise QueryError(f"of: no table {name!r}; the tables are {', '.join(STORED)} and cells")
+    return STORED[name]
+
+
+class _Piece(io.RawIOBase):
+    """A piece of a stored object, read as a file of its own."""
+
+    def __init__(self, open_object: Callable[[], BinaryIO], at: int, size: int) -> None:
+        self._open, self._at, self._size, self._place = open_object, at, size, 0
+        self._file: BinaryIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = start + offset
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._place)
+        if self._file is None:
+            self._file = self._open()
+        self._file.seek(self._at + self._place)
+        data = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._place += len(data)
+        return data
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
 
 
 def _quoted(text: str) -> str:
@@ -287,10 +409,19 @@ class _ScannedTable(CentralTable):
             fragment.ensure_complete_metadata()
             return fragment.metadata
 
-    def dataset(self, files: Sequence[TableFile]) -> ds.Dataset:
+    def dataset(self, files: Sequence[TableFile], declared: Declaration = EDITS) -> ds.Dataset:
         """Arrow data set of ``files``, which must come from this object's listing."""
         import pyarrow.dataset as ds
 
+        if declared is not EDITS:
+            places = [
+                (file.key, file.places[declared.name]) for file in files if declared.name in file.places
+            ]
+            fragments = [
+                self._format.make_fragment(_Piece(partial(self.store.open, key), at, size))
+                for key, (at, size, _) in places
+            ]
+            return ds.FileSystemDataset(fragments, schema(declared.columns), self._format)
         fragments = [self._fragments[file.key] for file in files]
         return ds.FileSystemDataset(fragments, self._schema, self._format, self._filesystem)
 
@@ -358,10 +489,13 @@ def _run_query(
             raise QueryError(f"the query took longer than {time_limit:g} s and was stopped") from error
         message = f"SQL: {error}"
         if isinstance(error, duckdb.BinderException) and "column" in str(error):
-            message += f"\nColumns of edits: {', '.join(c.name for c in COLUMNS)}"
+            asked = [of for name, of in STORED.items() if re.search(rf"\b{name}(_all)?\b", query.lower())]
+            for of in asked or [EDITS]:
+                message += f"\nColumns of {of.name}: {', '.join(c.name for c in of.columns)}"
         elif isinstance(error, duckdb.CatalogException) and "Table" in str(error):
             message += (
-                "\nThe tables are edits (the rows that count), edits_all (with superseded ones) and cells."
+                f"\nThe tables are {', '.join(STORED)} (the rows that count), "
+                f"{', '.join(name + ALL for name in STORED)} (with superseded ones) and cells."
             )
         raise QueryError(message) from error
     finally:

@@ -1,10 +1,11 @@
 """The central table: numbered Parquet files, moving finished shards into them, reading them.
 
 The table is a folder of immutable, numbered Parquet files. Each holds the rows of whole shards and
-lists these shards in its footer. A shard is in the table if and only if a file lists it. Files are
-never merged or renamed, and rewritten only by :meth:`CentralTable.forget` and to replace a damaged
-one. Any tool that reads Parquet can read the table. This module also reads the rows of unfinished
-shards and verifies checksums of whole files. Independent of torch, Ray and DuckDB.
+lists these shards in its footer. A shard is in the table if and only if a file lists it. The rows
+of the tables ``outputs`` and ``groups`` are in the same file, behind its own. Files are never
+merged or renamed, and rewritten only by :meth:`CentralTable.forget` and to replace a damaged one.
+Any tool that reads Parquet can read the table. This module also reads the rows of unfinished shards
+and verifies checksums of whole files. Independent of torch, Ray and DuckDB.
 """
 
 from __future__ import annotations
@@ -24,15 +25,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrator.results.columns import KEY, TableError, check_columns, has_duplicates, no_rows, sort_rows
+from orchestrator.results.beside import COMMITTED, GROUPS
+from orchestrator.results.columns import (
+    EDITS,
+    KEY,
+    Declaration,
+    TableError,
+    check_columns,
+    has_duplicates,
+    no_rows,
+    sort_rows,
+)
 from orchestrator.results.contents import complete_rows, expected_contents
 from orchestrator.results.parquet import (
+    PLACES,
     VERSION,
+    Place,
     check_seal,
     conform,
     decode,
+    decode_beside,
     encode,
+    read_beside,
     read_meta,
+    read_places,
     read_seal,
     reading,
 )
@@ -175,6 +191,13 @@ class TableFile:
     rows: int
     sealed: bytes
     """The metadata as sealed JSON."""
+    noted: bytes | None = None
+    """The places of other tables' rows as sealed JSON."""
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Where the rows of other tables lie in the file."""
+        return read_places(self.noted, self.key)
 
     @cached_property
     def ids(self) -> frozenset[str]:
@@ -314,7 +337,7 @@ class CentralTable:
             meta = read_meta(sealed, name)
             if meta.get("kind") != "table" or meta.get("number") != number or meta.get("rows") != rows:
                 raise Damaged(f"{name}: a foreign file, or one that was renamed")
-        return TableFile(number, key, rows, sealed)
+        return TableFile(number, key, rows, sealed, (metadata.metadata or {}).get(PLACES))
 
     # -- writing
 
@@ -407,26 +430,30 @@ class CentralTable:
                 for g in gs
             }
             entries: list[TableShard] = []
-            pieces: list[pa.Table] = []
+            pieces: dict[str, list[pa.Table]] = {name: [] for name in (EDITS.name, *COMMITTED)}
             for shard in batch:
                 if shard.shard_id in listed:
                     continue
                 try:
-                    entry, rows = _check_shard(shard, number, done)
+                    entry, found = _check_shard(shard, number, done)
                 except TableError as error:
                     log.error("%s", error)
                     refused[shard.shard_id] = str(error)
                     continue
                 entries.append(entry)
-                pieces.append(rows)
+                for name, rows in found.items():
+                    pieces[name].append(rows)
                 done.update({(c, g): entry.shard_id for c, groups in entry.cells.items() for g in groups})
             if not entries:
                 break
-            rows = sort_rows(pa.concat_tables(pieces))
-            data = encode(rows, table_meta(number, entries, rows.num_rows))
+            rows = sort_rows(pa.concat_tables(pieces[EDITS.name]))
+            beside = {
+                name: sort_rows(pa.concat_tables(pieces[name]), of.key) for name, of in COMMITTED.items()
+            }
+            data = encode(rows, table_meta(number, entries, rows.num_rows), beside=beside)
             if not self.store.publish_new(self.paths.table_file(number), data):
                 continue  # another process took the number: read its file, then try the next one
-            self._read_back(number, rows)
+            self._read_back(number, {EDITS.name: rows, **beside})
             total = replace(
                 total,
                 files=(*total.files, number),
@@ -437,13 +464,16 @@ class CentralTable:
         journal.drop(*(shard.shard_id for shard in batch if shard.shard_id not in refused))
         return replace(total, refused=refused or None)
 
-    def _read_back(self, number: int, rows: pa.Table) -> None:
+    def _read_back(self, number: int, written: Mapping[str, pa.Table]) -> None:
         key = self.paths.table_file(number)
         name = self.store.where(key)
         try:
-            found, _ = decode(self.store.read(key), name)
-            if not found.select(list(KEY)).equals(rows.select(list(KEY))):
-                raise Damaged(f"{name}: holds other rows than were written")
+            data = self.store.read(key)
+            for of in (EDITS, *COMMITTED.values()):
+                found = decode(data, name)[0] if of is EDITS else decode_beside(data, name, of)
+                columns = list(of.key)
+                if found is None or not found.select(columns).equals(written[of.name].select(columns)):
+                    raise Damaged(f"{name}: holds other rows than were written")
         except Damaged as error:
             self._move_aside(number, error)
             raise StoreError(
@@ -476,7 +506,12 @@ class CentralTable:
             kept = table.filter(pc.invert(_from_limits(table, limits)))
             counts = Counter(kept.column("shard_id").to_pylist())
             shards = [shard.without(limits, counts[shard.shard_id]) for shard in file.shards]
-            self.store.replace(file.key, encode(kept, table_meta(file.number, shards, kept.num_rows)))
+            beside = {}
+            for name, of in COMMITTED.items():
+                found = self.read_file(file, of=of)
+                beside[name] = found.filter(pc.invert(_from_limits(found, limits)))
+            meta = table_meta(file.number, shards, kept.num_rows)
+            self.store.replace(file.key, encode(kept, meta, beside=beside))
             self._footers.clear()  # the new file may have the size of the old one
             removed += table.num_rows - kept.num_rows
         left = [shard_id for shard_id in shard_ids if shard_id not in self.shards()]
@@ -492,21 +527,26 @@ class CentralTable:
 
     # -- reading
 
-    def scan(self, journal: Journal | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    def scan(
+        self,
+        journal: Journal | None = None,
+        columns: Sequence[str] | None = None,
+        of: Declaration = EDITS,
+    ) -> pa.Table:
         """All rows of the table and, with ``journal``, of shards not gathered yet, each exactly
-        once.
+        once. ``of``: the central table, or one whose rows are gathered with it.
 
         The rows are in the order of the files; :func:`sort_rows` sorts them by their key. Raises
         :class:`TableError` for an unknown column.
         """
-        check_columns(columns)
-        files, parts = self.snapshot(journal)
+        check_columns(columns, of)
+        files, parts = self.snapshot(journal, of)
         pieces = [parts if columns is None else parts.select(list(columns))]
         for file in files:
-            pieces.append(self.read_file(file, columns))
+            pieces.append(self.read_file(file, columns, of))
         return pa.concat_tables(reversed(pieces))
 
-    def snapshot(self, journal: Journal | None) -> tuple[list[TableFile], pa.Table]:
+    def snapshot(self, journal: Journal | None, of: Declaration = EDITS) -> tuple[list[TableFile], pa.Table]:
         """The table files, and the rows of shards that none of the files lists.
 
         Parts are read before the final listing of the table. A shard that is gathered in between
@@ -514,7 +554,7 @@ class CentralTable:
         """
         files = self._files()
         if journal is None:
-            return files, no_rows()
+            return files, no_rows(of)
         for _ in range(100):
             shard_ids = journal.shard_ids()
             listed = _ids(files) if shard_ids else set()
@@ -523,7 +563,7 @@ class CentralTable:
             for shard_id in shard_ids:
                 if shard_id not in listed:
                     try:
-                        read[shard_id] = journal.committed_rows(shard_id)
+                        read[shard_id] = journal.committed_rows(shard_id, of)
                     except Missing:
                         vanished = True
                         break
@@ -531,12 +571,18 @@ class CentralTable:
             if not vanished:
                 listed = _ids(files) if read else set()
                 pieces = [rows for shard_id, rows in read.items() if shard_id not in listed]
-                return files, pa.concat_tables([no_rows(), *pieces])
+                return files, pa.concat_tables([no_rows(of), *pieces])
         raise StoreError("read", self.store.where(self.paths.parts), "it keeps changing; try again")
 
-    def read_file(self, file: TableFile, columns: Sequence[str] | None = None) -> pa.Table:
+    def read_file(
+        self, file: TableFile, columns: Sequence[str] | None = None, of: Declaration = EDITS
+    ) -> pa.Table:
         """Rows of one table file. Raises :class:`~orchestrator.storage.base.Damaged`, naming it."""
         name = self.store.where(file.key)
+        if of is not EDITS:
+            place = file.places.get(of.name, (0, 0, 0))
+            with self.store.open(file.key) as opened:
+                return read_beside(opened, name, of, place, columns)
         with (
             self.store.open(file.key) as opened,
             reading(name),
@@ -589,8 +635,8 @@ def _is_metadata_of(line: bytes, number: int, rows: int) -> bool:
 
 def _check_shard(
     shard: FinishedShard, number: int, done: Mapping[tuple[str, int], str]
-) -> tuple[TableShard, pa.Table]:
-    """Compare a finished shard's rows with its job; return its entry and rows.
+) -> tuple[TableShard, dict[str, pa.Table]]:
+    """Compare a finished shard's rows with its job; return its entry, and its rows by table.
 
     Raises :class:`TableError` if rows are missing, or if a group would be in the table twice.
     """
@@ -614,6 +660,12 @@ def _check_shard(
         raise TableError(
             f"{name}: group {group} of cell {cell} is in the table already, from shard {done[twice[0]]}"
         )
+    beside = {}
+    for of in COMMITTED.values():
+        beside[of.name] = complete_rows(shard.beside.get(of.name, no_rows(of)), job, shard.progress.failures)
+        lacking = _check_beside(name, beside[of.name], of, planned)
+        if lacking and of is GROUPS and of.name in shard.whole:
+            raise TableError(f"{name}: its rows of {of.name} lack {sorted(lacking)[:10]}")
     progress = shard.progress
     entry = TableShard(
         shard_id=shard.shard_id,
@@ -629,4 +681,17 @@ def _check_shard(
         commit_seconds=progress.commit_seconds,
         score=job.score.model_dump(mode="json"),
     )
-    return entry, rows
+    return entry, {EDITS.name: rows, **beside}
+
+
+def _check_beside(
+    name: str, rows: pa.Table, of: Declaration, planned: AbstractSet[tuple[str, int]]
+) -> AbstractSet[tuple[str, int]]:
+    """Raise :class:`TableError` for rows of another table that are there twice, or of groups that
+    the shard does not have. Return the groups without a row."""
+    if has_duplicates(sort_rows(rows, of.key), of.key):
+        raise TableError(f"{name}: two of its rows of {of.name} have the same key {of.key}")
+    found = set(zip(rows.column("cell_id").to_pylist(), rows.column("group").to_pylist(), strict=True))
+    if strange := found - planned:
+        raise TableError(f"{name}: rows of {of.name} for groups that are not its own: {sorted(strange)[:10]}")
+    return planned - found

@@ -15,6 +15,8 @@ All values are keys: POSIX strings relative to the results folder. A
     parts/<shard>/bad/                          damaged files, moved here
     table/<number>.parquet                      the central table
     table/bad/                                  damaged table files, moved here
+    requests/<data set>-<hash>.parquet          the texts of requests that cells edit
+    requests/bad/                               damaged files of requests, moved here
     artifacts/<kind>/<key>.safetensors, .json   shared inputs and their checksums
     artifacts/unfinished/<kind>-<key>/          an artifact under construction: state, progress, owner
     logs/shard-<shard>-<attempt>.log            tracebacks of an attempt; other logs have other names
@@ -56,6 +58,7 @@ class ResultsPaths:
     parts: str = "parts"
     table: str = "table"
     table_bad: str = "table/bad"
+    requests: str = "requests"
     artifacts: str = "artifacts"
     artifacts_bad: str = "artifacts/bad"
     artifacts_unfinished: str = "artifacts/unfinished"
@@ -119,6 +122,13 @@ class ResultsPaths:
 
     def table_aside(self, number: int) -> str:
         return f"{self.table_bad}/{number:06d}.parquet"
+
+    def requests_file(self, fingerprint: str, digest: str) -> str:
+        """Key of the requests with this content."""
+        return f"{self.requests}/{_name(f'{fingerprint[:16]}-{digest[:16]}')}.parquet"
+
+    def requests_aside(self, name: str) -> str:
+        return f"{self.requests}/bad/{_name(name)}"
 
     def artifacts_of(self, kind: str) -> str:
         return f"{self.artifacts}/{_name(kind)}"

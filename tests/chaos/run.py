@@ -3,9 +3,10 @@
     python -m tests.chaos.run [--short] [--seed N] [--keep FOLDER]
 
 Real processes under a real Ray, real files. Every sweep here is the same one; each gets a folder of
-its own and a series of faults, then runs to its end, and its table must be the undisturbed one in
-every column but times, memory and which run and attempt wrote a row. After every death of a driver
-the rows there are must already be right. What is done is drawn from the seed; when it happens
+its own and a series of faults, then runs to its end, and its tables (the rows, what the models
+wrote, the groups and the requests) must be the undisturbed ones in every column but times, memory
+and which run and attempt wrote a row. After every death of a driver the rows there are must already
+be right. What is done is drawn from the seed; when it happens
 depends on the machine. The last line counts; exit code 1 if anything is lost, duplicated or
 different.
 """
@@ -34,14 +35,13 @@ from typing import Any
 import psutil
 import yaml
 
-from orchestrator.results.columns import COLUMNS
+from orchestrator.results.beside import STORED
+from orchestrator.results.columns import VARYING
 from orchestrator.results.query import open_results
 from tests.waiting import PATIENCE_SECONDS, stop, wait_for
 
 LOG = logging.getLogger("chaos")
 ROOT = Path(__file__).resolve().parent.parent.parent
-VOLATILE = ("edit_seconds", "score_seconds", "peak_memory_bytes", "run_id", "attempt")
-KEY = ("cell_id", "group", "position", "scored", "edits_applied")
 
 QUICK: dict[str, dict[str, Any]] = {
     "ft": {"num_steps": 6},
@@ -91,7 +91,7 @@ def sweep(edits: int, names: Collection[str]) -> dict[str, Any]:
         "dataset": {"kind": "tinyworld", "edits": edits},
         "grid": {"T": [1, edits], "seeds": [0]},
         "methods": methods,
-        "scoring": {"generated": False},
+        "scoring": {"generated": False, "keep_outputs": "all"},
         "engine": {"lanes": 4, "shard_edits": 12, "step_edits": 4, "max_failures": 1000, "max_actors": 2},
     }
 
@@ -158,8 +158,10 @@ class Chaos:
         if self.finish(self.launch(calm, "local")):
             raise RuntimeError("the undisturbed run failed; see said.txt")
         self.expected, doubled = rows(calm)
-        assert self.expected and not doubled
-        LOG.info("undisturbed: %d rows in %.0f s", len(self.expected), time.monotonic() - began)
+        counts = Counter(str(table) for table, *_ in self.expected)
+        assert counts.keys() == STORED.keys() and not doubled
+        found = ", ".join(f"{count} of {table}" for table, count in counts.items())
+        LOG.info("undisturbed: rows %s in %.0f s", found, time.monotonic() - began)
 
     # --- processes ---
 
@@ -248,7 +250,7 @@ class Chaos:
     # --- comparing ---
 
     def compare(self, folder: Path, complete: bool) -> None:
-        """Add to the verdict what this folder's table has too little, too much or wrong."""
+        """Add to the verdict what this folder's tables have too little, too much or wrong."""
         found, doubled = rows(folder) if (folder / "sweep.json").exists() else ({}, 0)
         different = sum(self.expected.get(key) != row for key, row in found.items())
         lost = len(self.expected.keys() - found.keys()) if complete else 0
@@ -411,14 +413,17 @@ class Chaos:
 
 
 def rows(folder: Path) -> tuple[Batch, int]:
-    """The table's rows by key without what may differ, and how many keys came twice or more."""
-    names = [column.name for column in COLUMNS if column.name not in VOLATILE]
+    """The rows of every table by table and key, without what may differ, and how many keys came
+    twice or more."""
     found: Batch = {}
     doubled = 0
-    for row in open_results(folder).table().select(names).to_pylist():
-        key = tuple(row[name] for name in KEY)
-        doubled += key in found
-        found[key] = row
+    results = open_results(folder)
+    for of in STORED.values():
+        names = [column.name for column in of.columns if column.name not in VARYING]
+        for row in results.table(names, of=of.name).to_pylist():
+            key = (of.name, *(row[name] for name in of.key))
+            doubled += key in found
+            found[key] = row
     return found, doubled
 
 

@@ -150,6 +150,7 @@ ABILITY = GroupEndScore(
             "ability_perplexity",
             "perplexity of the held-out text, the same in all rows of a group",
             when="not in immediate rows",
+            per_group=True,
         ),
     ),
     settings=AbilityConfig,

@@ -52,6 +52,7 @@ class Score:
 
     ``probe``: the kind of probe that the request must have. ``setting``: the key of ``scoring``
     that must be on. Otherwise, and in rows of other moments than ``when``, the value is null.
+    ``per_group``: measured once per group; the table ``groups`` has it too.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Score:
     probe: Kind | None = None
     setting: str = ""
     base: bool = True
+    per_group: bool = False
 
 
 @dataclass(frozen=True, slots=True)

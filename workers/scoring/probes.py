@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from workers.data.scripts import SPACE, joiner_of
@@ -33,7 +34,7 @@ class Item:
 @dataclass(frozen=True, slots=True)
 class EncodedProbe:
     """One sequence of one item. ``start``: the first token that is scored; None: where the target
-    begins."""
+    begins. ``number``: its place among the request's probes of this kind."""
 
     item: int
     kind: Kind
@@ -45,6 +46,7 @@ class EncodedProbe:
     start: int | None = None
     group: str = ""
     joiner: str = SPACE
+    number: int = 0
 
     @property
     def first(self) -> int:
@@ -79,10 +81,12 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Text:
     """A greedy continuation: its normalised text (None: dropped, because it cannot match) and
-    whether it ended by itself."""
+    whether it ended by itself. ``said``: the text as it was written, as far as it went; None where
+    nothing was generated."""
 
     text: str | None
     natural: bool
+    said: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +144,35 @@ def item_probes(base: BaseModel, items: Sequence[Item]) -> Iterator[EncodedProbe
         asked += [("generalization", Probe(text, r.target_new)) for text in r.rephrases]
         asked += [("locality", replace(p, aliases=())) for p in r.locality]
         asked += [("portability", p) for p in r.portability]
+        before: Counter[Kind] = Counter()
         for kind, p in asked:
             joiner = joiner_of(r, p.prompt)
             pair = base.encoder.pair(p.prompt, p.target, joiner)
             yield EncodedProbe(
-                i, kind, item.lane, pair, p.prompt, p.target, p.aliases, group=p.group, joiner=joiner
+                i,
+                kind,
+                item.lane,
+                pair,
+                p.prompt,
+                p.target,
+                p.aliases,
+                group=p.group,
+                joiner=joiner,
+                number=before[kind],
             )
-        for text in r.ood:
-            yield text_probe(i, "ood", item.lane, base.encoder.text(text), text)
+            before[kind] += 1
+        for number, text in enumerate(r.ood):
+            yield text_probe(i, "ood", item.lane, base.encoder.text(text), text, number)
 
 
-def text_probe(item: int, kind: Kind, lane: int, ids: tuple[int, ...], text: str) -> EncodedProbe:
+def text_probe(
+    item: int, kind: Kind, lane: int, ids: tuple[int, ...], text: str, number: int = 0
+) -> EncodedProbe:
     """A text that is scored from its second token on. The whole text counts as the prompt, for
     methods that route by it."""
     if len(ids) < 2:
         raise DataError(f"a text to score needs at least two tokens: {text!r}")
-    return EncodedProbe(item, kind, lane, Encoded(ids, len(ids)), text, "", start=1)
+    return EncodedProbe(item, kind, lane, Encoded(ids, len(ids)), text, "", start=1, number=number)
 
 
 def probe_batches(probes: list[EncodedProbe], config: ScoreConfig) -> Iterator[list[EncodedProbe]]:

@@ -114,11 +114,11 @@ class _Generation:
             text = self.tokenizer.decode(self.ids)
             natural = _ends(text, (self.probe.target, *self.probe.aliases))
         if natural or len(self.ids) >= self.limit:
-            self.result = Text(normalise(text), natural)
+            self.result = Text(normalise(text), natural, text.strip())
         # a character that is cut between two tokens may still become the right one
         said = normalise(text.rstrip("\ufffd"))
         if self.result is None and self.want is not None and not any(w.startswith(said) for w in self.want):
-            self.result = Text(None, natural=False)
+            self.result = Text(None, natural=False, said=text.strip())
 
 
 def _texts(

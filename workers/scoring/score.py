@@ -23,6 +23,7 @@ base model runs the same batches, so an unedited model has locality exactly 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +39,14 @@ if TYPE_CHECKING:
     from workers.model.overlay import Overlay
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One item: the values of its score columns, and both models' answers to its probes."""
+
+    values: dict[str, float | None]
+    asked: Sequence[Asked]
+
+
 def score(
     base: BaseModel,
     overlay: Overlay | None,
@@ -53,6 +61,21 @@ def score(
     ``overlay=None`` scores the base model itself. ``base_answers`` and ``prefixes`` are caches for
     later calls; they change no bit.
     """
+    found = score_answers(base, overlay, items, config, base_answers, prefixes, scores)
+    return [scored.values for scored in found]
+
+
+@torch.no_grad()
+def score_answers(
+    base: BaseModel,
+    overlay: Overlay | None,
+    items: Sequence[Item],
+    config: ScoreConfig,
+    base_answers: BaseAnswers | None = None,
+    prefixes: Prefixes | None = None,
+    scores: Registry = SCORES,
+) -> list[Scored]:
+    """The same as :func:`score`, with the answers that the scores were computed from."""
     base_answers = base_answers if base_answers is not None else BaseAnswers(budget=1)
     prefixes = prefixes if prefixes is not None else Prefixes()
     probes = list(item_probes(base, items))
@@ -67,10 +90,10 @@ def score(
                 asked[probe.item].append(Asked(probe, *answers))
                 splits[probe.item] = max(splits[probe.item], halved)
     measured = [(kind, kind.read(config)) for kind in scores.request]
-    found: list[dict[str, float | None]] = []
+    found: list[Scored] = []
     for item, of_item, halved in zip(items, asked, splits, strict=True):
         values: dict[str, float | None] = {}
         for kind, settings in measured:
             values |= kind.of(item.request, of_item, config, settings)
-        found.append({**values, "score_splits": halved})
+        found.append(Scored({**values, "score_splits": halved}, of_item))
     return found
