@@ -38,9 +38,15 @@ class Damaged(EditSweepError):
     check that failed."""
 
 
+class Unreadable(StoreError, Damaged):
+    """Something stands under an object's name that cannot be read, although the storage answers: a
+    folder, a link to nothing, a file without permission or on a bad sector. Whoever can do without
+    the object treats it as damaged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name in a folder. ``size`` is in bytes, 0 for a folder."""
+    """One name in a folder. ``size`` is in bytes, 0 for a folder and for a link to nothing."""
 
     key: str
     name: str
@@ -75,11 +81,12 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, key: str) -> bytes:
-        """The whole object. Raises :class:`Missing`."""
+        """The whole object. Raises :class:`Missing` and :class:`Unreadable`."""
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A seekable reader, for reading a part of an object. Raises :class:`Missing`."""
+        """A seekable reader, for reading a part of an object. Raises :class:`Missing` and
+        :class:`Unreadable`."""
 
     @abstractmethod
     def list(self, folder: str) -> list[Entry]:
@@ -93,6 +100,12 @@ class Store(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove one object. Nothing happens if it does not exist."""
+
+    @abstractmethod
+    def move(self, key: str, target: str, instead: bytes | None = None) -> None:
+        """Rename whatever stands under ``key`` (a folder or an unreadable file too) to ``target``,
+        which must be free; then write ``instead`` under ``key``, durably. Nothing happens if
+        ``key`` does not exist."""
 
     @abstractmethod
     def delete_folder(self, folder: str) -> None:
@@ -118,13 +131,7 @@ class Store(ABC):
 
 
 def put_aside(store: Store, key: str, aside: str, instead: bytes | None = None) -> None:
-    """Copy a damaged object to the key ``aside``; then delete it, or replace it by ``instead``."""
-    try:
-        data = store.read(key)
-    except Missing:
-        return
-    store.publish_new(aside, data)
-    if instead is None:
-        store.delete(key)
-    else:
-        store.replace(key, instead)
+    """Rename a damaged object to the key ``aside``, or to the first free one of ``aside.2``,
+    ``aside.3``, ...; then write ``instead`` in its place."""
+    free = next(name for name in (aside, *(f"{aside}.{n}" for n in range(2, 10_000))) if not store.exists(name))
+    store.move(key, free, instead)
