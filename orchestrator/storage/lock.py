@@ -8,8 +8,9 @@ Claims are numbered and created without overwriting. The claim with the highest 
 folder. The owner regularly increments a heartbeat counter. Another process on the same machine
 looks up the owner's process id. A process on another machine watches the counter, by its own
 monotonic clock, so clocks need not agree. If the owner is dead, the next number takes the folder
-over; only one process can create that number. An owner that was paused sees the higher number and
-stops.
+over. Two processes may publish one number one after the other, if in between its first owner has
+ended and a third has cleaned up: so a new owner looks again, and gives way to a higher number. An
+owner that was paused sees the higher number and stops.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Self
 
 import psutil
 
-from orchestrator.storage.base import Missing, Store, StoreError
+from orchestrator.storage.base import Damaged, Missing, Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from workers.types import JSON, EditSweepError
 
@@ -176,12 +177,25 @@ def acquire(
             "space": _pid_namespace(),
             "started": psutil.Process().create_time(),
         }
-        if store.publish_new(paths.lock_claim(number + 1), json.dumps(mine, sort_keys=True).encode()):
-            for old in _claims(store, paths):
+        claim = paths.lock_claim(number + 1)
+        if store.publish_new(claim, json.dumps(mine, sort_keys=True).encode()):
+            claims = _claims(store, paths)
+            if max(claims, default=0) > number + 1:
+                # The number was another's, which has ended and was succeeded since the first look.
+                store.delete(claim)
+                continue
+            for old in claims:
                 if old <= number:
-                    store.delete(paths.lock_claim(old))
-                    store.delete(paths.lock_beat(old))
+                    _remove(store, paths, old)
             return Lock(store, number + 1, paths, beat_seconds)
+
+
+def _remove(store: Store, paths: ResultsPaths, number: int) -> None:
+    """Delete a claim that a higher one has replaced. It is ignored from then on, so that what
+    cannot be deleted may stay."""
+    for key in (paths.lock_claim(number), paths.lock_beat(number)):
+        with contextlib.suppress(StoreError):
+            store.delete(key)
 
 
 def owner(store: Store, paths: ResultsPaths | None = None) -> Owner | None:
@@ -254,14 +268,14 @@ def _read(store: Store, paths: ResultsPaths, number: int) -> Owner | None:
             space=str(value["space"]),
             started=float(value["started"]),
         )
-    except (Missing, ValueError, KeyError, TypeError):
+    except (Missing, Damaged, ValueError, KeyError, TypeError):
         return None
 
 
 def _count(store: Store, paths: ResultsPaths, number: int) -> int:
     try:
         return int(store.read(paths.lock_beat(number)))
-    except (Missing, ValueError):
+    except (Missing, Damaged, ValueError):
         return 0
 
 
