@@ -62,6 +62,7 @@ def plan(
     from orchestrator.planning.plan import Planner
     from orchestrator.planning.spec import default_results, naming
     from orchestrator.results.code import say_outdated, say_unknown
+    from orchestrator.results.records import is_results
     from orchestrator.results.select import select
     from orchestrator.storage.open import open_store
     from orchestrator.storage.paths import ResultsPaths
@@ -70,7 +71,7 @@ def plan(
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = default_results(spec) if results is None else results
     store = open_store(folder)
-    there = store.exists(ResultsPaths().sweep)
+    there = is_results(store, ResultsPaths())
     with naming(spec_file):
         progress = read_folder(spec, store, retry_failed)
         planner = Planner(read_inputs(spec))

@@ -28,11 +28,11 @@ from orchestrator.results.journal import Journal
 from orchestrator.results.live import NEEDED, Live
 from orchestrator.results.parquet import reading
 from orchestrator.results.table import CentralTable, TableFile
-from orchestrator.storage.base import Missing, Store
+from orchestrator.results.records import is_results, read_plan
+from orchestrator.storage.base import Store
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
-from orchestrator.storage.sealed import unseal_json
 from workers.optional import optional
 from workers.types import JSON, EditSweepError
 
@@ -161,11 +161,8 @@ class Results(Reader):
     def plan(self) -> tuple[dict[str, JSON], list[str]]:
         """Definitions of all cells this folder ever planned, by id, and the ids of those the last
         run asked for."""
-        try:
-            found = unseal_json(self.store.read(self.paths.plan), self.store.where(self.paths.plan))
-        except Missing:
-            return {}, []
-        return found["cells"], found["current"]
+        found = read_plan(self.store, self.paths)
+        return ({}, []) if found is None else (found["cells"], found["current"])
 
     def live(self) -> Live:
         """The rows of this folder that count."""
@@ -198,7 +195,7 @@ class Results(Reader):
         name = f"_rows{suffix}"
         if sum(entry.size for entry in self.store.list(self.paths.table)) < _IN_MEMORY_BYTES:
             files, parts = self.central.snapshot(self.journal)
-            pieces = [*(self.central.read_file(file) for file in files), parts]
+            pieces = [*self.central.read_files(files), parts]
             connection.register(name, pa.concat_tables(pieces))
             source = f"FROM {name}"
         else:
@@ -280,11 +277,17 @@ class _ScannedTable(CentralTable):
             self._schema = self._schema.set(at, encoded)
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
+        import pyarrow as pa
+
         with reading(name):
             fragment = self._fragments[key] = self._format.make_fragment(
                 f"{self._root}/{key}", self._filesystem
             )
-            fragment.ensure_complete_metadata()
+            try:
+                fragment.ensure_complete_metadata()
+            except (pa.ArrowException, OSError):
+                super()._metadata(key, name)  # the store knows what passes, and what is no file
+                fragment.ensure_complete_metadata()
             return fragment.metadata
 
     def dataset(self, files: Sequence[TableFile]) -> ds.Dataset:
@@ -322,7 +325,7 @@ def _open(folder: str | os.PathLike[str]) -> Results:
     if isinstance(store, LocalStore) and not store.root.is_dir():
         what = "it is a file" if store.root.exists() else "no such folder"
         raise EditSweepError(f"{store.root} is not a results folder: {what}")
-    if not store.exists(paths.sweep):
+    if not is_results(store, paths):
         raise EditSweepError(
             f"{store.where()} is not a results folder: it has no {paths.sweep} (`editsweep run` makes one)"
         )

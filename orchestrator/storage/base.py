@@ -5,6 +5,7 @@ Independent of torch, Ray, Parquet, and of the contents of the objects.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -36,6 +37,12 @@ class Missing(StoreError):
 class Damaged(EditSweepError):
     """An object is truncated, altered, or not written by editsweep. The message names it and the
     check that failed."""
+
+
+ONE_OBJECT_ERRORS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ESTALE, errno.EINVAL, errno.ENXIO)
+)
+"""Errors (errno) of reading one object, not of the whole storage."""
 
 
 class Unreadable(StoreError, Damaged):

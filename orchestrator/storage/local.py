@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from orchestrator.storage.base import Entry, Missing, Store, StoreError, Unreadable
+from orchestrator.storage.base import ONE_OBJECT_ERRORS, Entry, Missing, Store, StoreError, Unreadable
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -42,11 +42,6 @@ _CAUSES: Mapping[int, str] = {
     errno.ELOOP: "a link that leads nowhere",
     _NO_FILE: "it is no regular file",
 }
-
-_UNREADABLE = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ESTALE, _NO_FILE, errno.ENXIO)
-)
-"""Errors of one object, not of the whole storage."""
 
 _MAY_PASS = frozenset((errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT))
 READ_PAUSES = (0.1, 0.5)
@@ -269,5 +264,5 @@ def _store_errors(action: str, path: Path) -> Iterator[None]:
         raise Missing(action, str(path), "no such file") from error
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
-        kind = Unreadable if action == "read" and error.errno in _UNREADABLE else StoreError
+        kind = Unreadable if action == "read" and error.errno in ONE_OBJECT_ERRORS else StoreError
         raise kind(action, str(path), cause) from error
