@@ -122,7 +122,9 @@ def silence_libraries(verbose: bool) -> None:
     import logging
 
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
-    if not verbose:
+    if verbose:
+        logging.getLogger("orchestrator").setLevel(logging.INFO)
+    else:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -26,8 +28,45 @@ app.add_typer(running.commands)
 app.add_typer(reading.commands)
 
 
+class _Warnings(logging.Handler):
+    """Shows what the packages warn of, each text once: a file that is put aside or left out is read
+    several times by one command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._told:
+            self._told.add(text)
+            (Output().warn if record.levelno >= logging.WARNING else Output().note)(text)
+
+
+@contextlib.contextmanager
+def _told_warnings() -> Iterator[None]:
+    logger, handler = logging.getLogger("orchestrator"), _Warnings()
+    before = (logger.level, logger.propagate)
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its exit code."""
+    with _told_warnings():
+        code = _run(arguments)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run(arguments: Sequence[str] | None) -> object:
+    code: object
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
     except _UsageError as error:
@@ -43,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 1
     except Exception as error:
         code = _report_bug(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code
 
 
 def _report_bug(error: Exception) -> int:

@@ -243,7 +243,11 @@ def write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_ac
 
 
 def write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome) -> None:
-    info = unseal_json(store.read(paths.run_info(run_id)), store.where(paths.run_info(run_id)))
+    key = paths.run_info(run_id)
+    try:
+        info = unseal_json(store.read(key), store.where(key))
+    except (Missing, Damaged):
+        info = {"run_id": run_id}  # damaged since the run began; no result depends on it
     info |= {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "exit_code": outcome.exit_code,
@@ -251,4 +255,4 @@ def write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome) 
         "errors": [dataclasses.asdict(error) for error in outcome.errors.values()],
         "safety": dataclasses.asdict(outcome.safety),
     }
-    store.replace(paths.run_info(run_id), seal_json(info))
+    store.replace(key, seal_json(info))

@@ -79,7 +79,11 @@ class LocalStore(Store):
     def replace(self, key: str, data: bytes, settle: bool = True) -> None:
         path = self._path(key)
         with _store_errors("write", path), self._temporary(path, data) as temporary:
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except IsADirectoryError:  # not ours, so not deleted
+                path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.aside"))
+                os.replace(temporary, path)
             if settle:
                 _sync_folder(path.parent)
 
@@ -186,7 +190,10 @@ class LocalStore(Store):
     def delete(self, key: str) -> None:
         path = self._path(key)
         with _store_errors("delete", path):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except IsADirectoryError:
+                return  # not an object
 
     def delete_folder(self, folder: str) -> None:
         if not folder:
