@@ -191,12 +191,13 @@ INJECTED = {"no permission": errno.EACCES, "I/O error": errno.EIO}
 
 
 @contextlib.contextmanager
-def unreadable(path: Path, number: int | None) -> Iterator[None]:
+def unreadable(path: Path, number: int | None, held: Path) -> Iterator[None]:
     """Let this very file, whatever its name, raise an error of the operating system when the store
-    opens it."""
+    opens it. ``held``: another name for it, so that no later file gets its inode."""
     if number is None:
         yield
         return
+    os.link(path, held)
     inode, open_file = path.stat().st_ino, local._open_file
 
     def fail(opened: Path) -> Any:
@@ -208,6 +209,7 @@ def unreadable(path: Path, number: int | None) -> Iterator[None]:
         patch.setattr(local, "_open_file", fail)
         patch.setattr(local, "READ_PAUSES", (0.0,))
         yield
+    held.unlink()
 
 
 # --- one case
@@ -267,7 +269,7 @@ def damaged(state: State, name: str, damage: str, scratch: Path) -> Outcome:
     allowed = {_key(row) for row in state.finished}
     try:
         DAMAGES[damage](folder / name, rng)
-        with unreadable(folder / name, INJECTED.get(damage)):
+        with unreadable(folder / name, INJECTED.get(damage), scratch / "held"):
             found.status = _ask_status(state, folder, said, found)
             found.query = _ask_query(state, folder, said, found, allowed)
             found.run = _run_to_the_end(state, folder, said, found, allowed)

@@ -656,7 +656,7 @@ def _is_metadata_of(line: bytes, number: int, rows: int, seal: str | None) -> bo
     """
     whole = json.dumps(table_meta(number, [], rows, seal), sort_keys=True, ensure_ascii=False)
     begin, _, end = whole.partition("[]")
-    return line.startswith(begin.encode()) and line.endswith(end.encode())
+    return line.startswith(f"{begin}[".encode()) and line.endswith(f"]{end}".encode())
 
 
 def _check_shard(
