@@ -28,9 +28,7 @@ import pytest
 from orchestrator.results.query import open_results
 from orchestrator.results.status import read_status
 from orchestrator.storage import local
-from orchestrator.storage.sealed import seal_json
 from tests.engine import Stop, Watch, placeless, rows, run
-from workers.types import EditSweepError
 
 Row = dict[str, Any]
 
@@ -370,7 +368,10 @@ def matrix(states: list[State], every: bool, scratch: Path) -> Iterator[Outcome]
 def as_table(outcomes: list[Outcome]) -> str:
     """A markdown table: each kind of file with each damage; files of one kind that fared alike are
     one line."""
-    lines = ["| folder | file | damage | `status` | `query` | `run` |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| folder | file | damage | `status` | `query` | `run` |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for o in outcomes:
         cells = (o.state, f"`{o.file}`", o.damage, o.status, o.query, o.run, *o.wrong)
         lines.append(f"| {' | '.join(cells)} |")

@@ -149,9 +149,7 @@ SMALL = {
 }
 
 
-def test_what_is_not_ours_is_ignored_and_told_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_not_ours_is_ignored_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Folders and files that storage and desktops make, in every folder of a results folder."""
     from tests.engine import Stop
 
@@ -192,7 +190,7 @@ def test_what_stands_under_a_table_files_name_is_put_aside(tmp_path: Path, what:
     folder.joinpath("table").mkdir(parents=True)
     wrong = folder / "table" / "000001.parquet"
     {
-        "folder": lambda: wrong.mkdir(),
+        "folder": wrong.mkdir,
         "link": lambda: wrong.symlink_to(tmp_path / "nowhere"),
         "pipe": lambda: os.mkfifo(wrong),
     }[what]()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -59,6 +62,45 @@ def _same(one: object, other: object) -> bool:
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file that a user named. Raises OSError for anything else, at once: a pipe would
+    wait for its writer, and a device may have no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(None, "is a folder, expected a file")
+        if not stat.S_ISREG(mode):
+            raise OSError(None, f"is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}, expected a file")
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+_KINDS: Mapping[int, str] = MappingProxyType(
+    {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+)
+
+
+def read_file(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The contents of a regular file of at most ``most`` bytes. Raises OSError for any other file,
+    with ``strerror`` for the user."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > most else file.read(most + 1)
+        if max(size, len(data)) > most:
+            raise OSError(None, f"is too large, it may have at most {most} bytes")
+        return data
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a file cannot be read, without any of its contents."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"expected UTF-8 text, found another byte at offset {error.start}"
+    return str(getattr(error, "strerror", None) or error)
 
 
 def parse_yaml(text: str, source: str) -> JSON:
@@ -181,6 +223,12 @@ def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
         elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
             here = here.model_fields[part].annotation
     return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+
+
+def kind_of(value: object) -> str:
+    """What a whole file holds, without its contents: it may be any file, named by mistake."""
+    names = {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}
+    return names.get(type(value), f"a single {type(value).__name__}")
 
 
 def found(value: object) -> str:

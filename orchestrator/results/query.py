@@ -27,8 +27,8 @@ from orchestrator.results.columns import COLUMNS, check_columns, schema
 from orchestrator.results.journal import Journal
 from orchestrator.results.live import NEEDED, Live
 from orchestrator.results.parquet import reading
-from orchestrator.results.table import CentralTable, TableFile
 from orchestrator.results.records import is_results, read_plan
+from orchestrator.results.table import CentralTable, TableFile
 from orchestrator.storage.base import Store
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.open import open_store

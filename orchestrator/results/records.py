@@ -89,7 +89,9 @@ def is_results(store: Store, paths: ResultsPaths) -> bool:
     if any(paths.table_number(entry.name) is not None for entry in store.list(paths.table)):
         return True
     shards = [entry.name for entry in store.list(paths.parts) if entry.folder and paths.is_name(entry.name)]
-    return any(store.exists(paths.manifest(shard)) for shard in shards) or newest_spec(store, paths) is not None
+    return (
+        any(store.exists(paths.manifest(shard)) for shard in shards) or newest_spec(store, paths) is not None
+    )
 
 
 def write_identity(store: Store, paths: ResultsPaths, found: Identity, seals: Iterable[str | None]) -> None:

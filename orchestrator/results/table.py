@@ -601,7 +601,9 @@ class CentralTable:
             wanted = None if columns is None else [c for c in columns if c in present]
             rows = conform(parquet.read(columns=wanted), name, columns)
         if rows.num_rows != file.rows:
-            cause = f"{rows.num_rows} rows where {file.rows} were listed: it was replaced meanwhile; try again"
+            cause = (
+                f"{rows.num_rows} rows where {file.rows} were listed: it was replaced meanwhile; try again"
+            )
             raise StoreError("read", name, cause)
         return rows
 

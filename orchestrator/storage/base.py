@@ -140,5 +140,7 @@ class Store(ABC):
 def put_aside(store: Store, key: str, aside: str, instead: bytes | None = None) -> None:
     """Rename a damaged object to the key ``aside``, or to the first free one of ``aside.2``,
     ``aside.3``, ...; then write ``instead`` in its place."""
-    free = next(name for name in (aside, *(f"{aside}.{n}" for n in range(2, 10_000))) if not store.exists(name))
+    free = next(
+        name for name in (aside, *(f"{aside}.{n}" for n in range(2, 10_000))) if not store.exists(name)
+    )
     store.move(key, free, instead)

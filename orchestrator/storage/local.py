@@ -11,9 +11,9 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
+from workers.inputs import open_file, reason
 from workers.model.batch import Encoded, collate
 from workers.types import JSON, DataError, SpecError
 
@@ -50,12 +51,10 @@ def corpus_fingerprint(corpus: str) -> str:
     """Content hash of the corpus file. Raises :class:`DataError` if it cannot be read."""
     path = corpus_path(corpus)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except OSError as error:
-        raise DataError(
-            f"corpus: {path}: {error.strerror or error}; give the path of a text or JSONL file"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"corpus: {path}: {reason(error)}; give the path of a text or JSONL file") from None
 
 
 class CorpusHashes(dict[str, str]):
@@ -250,7 +249,7 @@ def documents(corpus: str, start: Place, samples: int = sys.maxsize) -> Iterator
     path, jsonl = corpus_path(corpus), corpus_format(corpus) == "jsonl"
     offset, lines, found = start.offset, start.lines, start.documents
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(offset)
             while found < samples and (line := file.readline()):
                 offset, lines = offset + len(line), lines + 1
@@ -276,7 +275,7 @@ def _text_of(line: str, where: str) -> str:
         raise DataError(f"{where}: not valid JSON: {error}") from None
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise DataError(f"{where}: field `text`: expected a text, or the line to be one; got {line[:60]!r}")
+        raise DataError(f"{where}: field `text`: expected a text, or the line to be one; got another value")
     return text.strip()
 
 

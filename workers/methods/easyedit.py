@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from workers.inputs import MAX_BYTES, found, parse_yaml
+from workers.inputs import kind_of, parse_yaml, read_file, reason
 from workers.types import JSON, SpecError
 
 IGNORED = ""
@@ -146,18 +146,14 @@ def read_hparams(path: Path) -> dict[str, JSON]:
     """The mapping of an EasyEdit YAML. Raises :class:`SpecError`."""
     source = f"hparams_file: {path}"
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode()
     except FileNotFoundError:
         raise SpecError(f"{source}: no such file") from None
     except IsADirectoryError:
         raise SpecError(f"{source}: is a folder, expected a file") from None
-    except OSError as error:
-        raise SpecError(f"{source}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{source}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{source}: cannot be read: {reason(error)}") from None
     loaded = parse_yaml(text, source)
     if not isinstance(loaded, dict):
-        raise SpecError(f"{source}: expected a mapping, found {found(loaded)}")
+        raise SpecError(f"{source}: expected a mapping, found {kind_of(loaded)}")
     return loaded
