@@ -16,7 +16,7 @@ import typer
 
 from orchestrator.cli import reading, running
 from orchestrator.cli.app import Bug, app
-from orchestrator.cli.console import Output
+from orchestrator.cli.console import Output, OutputError
 from workers.types import EditSweepError
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -60,29 +60,63 @@ def _told_warnings() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its exit code."""
+    _open_streams()
     with _told_warnings():
         code = _run(arguments)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """Replace standard streams that the caller closed (``>&-``) by the null device. Otherwise the
+    next file that is opened could get the number of standard output, and what a library prints
+    would go into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                if not _is_open(number):
+                    null = os.open(os.devnull, os.O_RDWR)
+                    if null != number:
+                        os.dup2(null, number)
+                        os.close(null)
+            setattr(sys, name, open(os.devnull, "r+" if number == 0 else "w"))  # noqa: SIM115
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _run(arguments: Sequence[str] | None) -> object:
     code: object
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        Output().flush()
     except _UsageError as error:
         error.show()
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         code = 130
+    except OutputError as error:
+        _drop_output()
+        Output().error(str(error))
+        code = 2
     except EditSweepError as error:
         Output().error(str(error))
         code = 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         code = 1
     except Exception as error:
         code = _report_bug(error)
     return code
+
+
+def _drop_output() -> None:
+    """Let what is left in the buffer, which Python writes when it ends, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_bug(error: Exception) -> int:
@@ -90,9 +124,12 @@ def _report_bug(error: Exception) -> int:
     folder = error.folder if isinstance(error, Bug) else None
     cause = error.__cause__ if isinstance(error, Bug) and error.__cause__ else error
     text = "".join(traceback.format_exception(cause))
-    path = _save_traceback(text, folder)
     kind = f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
-    Output().error(f"this is a bug in editsweep: {kind}\n  the traceback is in {path}")
+    try:
+        where = f"the traceback is in {_save_traceback(text, folder)}"
+    except OSError as failure:
+        where = f"the traceback cannot be saved ({failure.strerror or failure}):\n{text}"
+    Output().error(f"this is a bug in editsweep: {kind}\n  {where}")
     return 1
 
 

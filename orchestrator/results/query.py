@@ -394,32 +394,75 @@ def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
     if file_format == "csv":
         from pyarrow import csv
 
-        csv.write_csv(_nested_to_json(table), stream)
+        csv.write_csv(_with_texts(table, _in_csv), stream)
     elif file_format == "json":
         _write_json(table, stream)
     elif file_format == "parquet":
         import pyarrow.parquet as pq
 
-        pq.write_table(table, stream, compression="zstd")
+        pq.write_table(_with_texts(table, _in_parquet), stream, compression="zstd")
     else:
         raise QueryError(f"unknown format {file_format!r}; valid are: {', '.join(FORMATS)}")
 
 
-def _nested_to_json(table: pa.Table) -> pa.Table:
-    """Convert nested columns (lists, structs) to JSON text, because CSV cannot represent them."""
+def python_values(column: pa.ChunkedArray | pa.Array) -> list[Any]:
+    """The values of a column for printing. One that Python cannot represent (an infinite date) is a
+    text."""
+    try:
+        found = column.to_pylist()
+        return [_interval(value) if isinstance(value, tuple) else value for value in found]
+    except (OverflowError, ValueError, OSError):  # Arrow raises all three
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError, OSError):
+        return f"<a {scalar.type} out of range>"
+
+
+def _with_texts(table: pa.Table, fits: Callable[[pa.DataType], bool]) -> pa.Table:
+    """Convert the columns of types that a format cannot represent: lists and structs to JSON,
+    others to plain text."""
     import pyarrow as pa
 
     for i, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type):
-            values = [None if value is None else _json(value) for value in table.column(i).to_pylist()]
-            table = table.set_column(i, field.name, pa.array(values, pa.string()))
+        if not fits(field.type):
+            texts = [
+                None if value is None else value if isinstance(value, str) else _json(value)
+                for value in python_values(table.column(i))
+            ]
+            table = table.set_column(i, field.name, pa.array(map(_writable, texts), pa.string()))
     return table
 
 
+def _writable(text: str | None) -> str | None:
+    return None if text is None else text.encode("utf-8", "replace").decode()
+
+
+def _in_csv(kind: pa.DataType) -> bool:
+    import pyarrow.types as t
+
+    primitive = t.is_primitive(kind) and not t.is_interval(kind)
+    return primitive or t.is_string(kind) or t.is_null(kind) or t.is_decimal(kind)
+
+
+def _in_parquet(kind: pa.DataType) -> bool:
+    import pyarrow.types as t
+
+    if t.is_union(kind) or t.is_interval(kind):
+        return False
+    if t.is_struct(kind) and kind.num_fields == 0:
+        return False
+    return all(_in_parquet(kind.field(i).type) for i in range(kind.num_fields))
+
+
 def _write_json(table: pa.Table, stream: BinaryIO) -> None:
+    names = table.column_names
     for batch in table.to_batches(max_chunksize=10_000):
-        for row in batch.to_pylist():
-            stream.write(_json(row).encode() + b"\n")
+        for row in zip(*map(python_values, batch.columns), strict=True):
+            stream.write(_json(dict(zip(names, row, strict=True))).encode("utf-8", "replace") + b"\n")
 
 
 def _json(value: Any) -> str:
@@ -434,7 +477,13 @@ def _replace_nan(value: Any) -> Any:
         return {str(key): _replace_nan(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_replace_nan(item) for item in value]
-    return value
+    return _interval(value) if isinstance(value, tuple) else value
+
+
+def _interval(value: Any) -> Any:
+    """An interval, which Arrow gives as a named tuple, as text: ``1 months 3 days``."""
+    named = zip(getattr(value, "_fields", ()), value, strict=False)
+    return " ".join(f"{number} {name}" for name, number in named if number) or "0 days"
 
 
 def _number_or_text(value: Any) -> JSON:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from orchestrator.storage.base import ONE_OBJECT_ERRORS, Entry, Missing, Store, StoreError, Unreadable
+from workers.types import EditSweepError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -55,7 +56,16 @@ class LocalStore(Store):
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root).expanduser().absolute()
+        name = os.path.expanduser(root)  # leaves "~name" unchanged if there is no such user
+        try:
+            usable = b"\0" not in os.fsencode(name)
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise EditSweepError(f"{os.fspath(root)!r} cannot name a folder")
+        if name.startswith("~"):
+            raise EditSweepError(f"{name}: there is no such user; give ./{name} for a folder of that name")
+        self.root = Path(name).absolute()
 
     def _path(self, key: str) -> Path:
         parts = key.split("/") if key else []

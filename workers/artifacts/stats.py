@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def corpus_path(corpus: str) -> Path:
         from workers.data.tinyworld import corpus_path as embedded
 
         return embedded()
-    return Path(corpus).expanduser()
+    return Path(os.path.expanduser(corpus))  # leaves "~name" unchanged if there is no such user
 
 
 def corpus_fingerprint(corpus: str) -> str:
