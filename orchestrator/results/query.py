@@ -481,9 +481,9 @@ def _replace_nan(value: Any) -> Any:
 
 
 def _interval(value: Any) -> Any:
-    """An interval, which Arrow gives as a named tuple, as text: ``1 months 3 days``."""
-    named = zip(getattr(value, "_fields", ()), value, strict=False)
-    return " ".join(f"{number} {name}" for name, number in named if number) or "0 days"
+    """An interval, which Arrow gives as a tuple with names, as text: ``1 months 3 days``."""
+    named = {name: getattr(value, name) for name in ("months", "days", "nanoseconds")}
+    return " ".join(f"{number} {name}" for name, number in named.items() if number) or "0 days"
 
 
 def _number_or_text(value: Any) -> JSON:

@@ -104,7 +104,7 @@ class S3Store(Store):
 
     def _ask(self, action: str, key: str, request: Callable[[], Answer]) -> Answer:
         """The answer to a request, which is made again while its error may pass."""
-        began, tries = time.monotonic(), 0
+        tries, end = 0, 0.0
         first, most = _PAUSES
         while True:
             try:
@@ -116,9 +116,11 @@ class S3Store(Store):
                 error.repeated = tries > 0
                 raise
             except _MayPass as error:
-                patience = PATIENCE_SECONDS if self._reached or error.reached else FIRST_CONTACT_SECONDS
+                if not tries:
+                    patience = PATIENCE_SECONDS if self._reached or error.reached else FIRST_CONTACT_SECONDS
+                    end = time.monotonic() + patience
                 pause = random.uniform(0.5, 1.0) * min(first * 2.0**tries, most)
-                if time.monotonic() + pause > began + patience:
+                if time.monotonic() + pause > end:
                     cause = f"{error.cause} ({tries + 1} tries)" if tries else error.cause
                     raise StoreError(action, error.path, cause) from error
                 time.sleep(pause)
@@ -342,7 +344,8 @@ class S3Store(Store):
             if code in _MISSING_CODES:
                 raise Missing(action, name, "no such object") from error
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            cause = _CAUSES.get(code) or str(error)
+            message = str(error.response.get("Error", {}).get("Message") or "an error")
+            cause = _CAUSES.get(code) or f"{message} ({code or status})"
             if code in _PASSING_CODES or status in _PASSING_STATUS:
                 raise _MayPass(action, name, cause) from error
             if status >= 500 and status not in _LASTING_STATUS:
