@@ -303,6 +303,7 @@ def test_a_service_that_does_not_recover_ends_the_request(
     assert proxy.requests > 1
 
 
+@pytest.mark.slow
 def test_a_sweep_over_a_service_of_which_most_requests_fail(
     endpoint: str, where: str, store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,10 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -47,6 +48,28 @@ class _Loader(yaml.SafeLoader):
             seen[key] = value
         return super().construct_mapping(node, deep=deep)
 
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """A number, but not one to base 60, which YAML 1.1 makes of ``1:30``."""
+        text = str(self.construct_scalar(node))
+        if ":" in text:
+            raise ConstructorError(
+                None,
+                None,
+                f"{short(text)} is a number to base 60; write it as a plain number",
+                node.start_mark,
+            )
+        whole = node.tag == "tag:yaml.org,2002:int"
+        value: int | float = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise ConstructorError(None, None, "a number with too many digits", node.start_mark)
+        return value
+
+
+_MOST_BITS = 1024
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.number)
+
 
 def _same(one: object, other: object) -> bool:
     """True for equal values of one type: ``1``, ``1.0`` and ``true`` are three values."""
@@ -64,7 +87,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Open a regular file that a user named. Raises OSError for anything else, at once: a pipe would
     wait for its writer, and a device may have no end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -121,8 +144,11 @@ def parse_yaml(text: str, source: str) -> JSON:
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
         problem = getattr(e, "problem", None) or " ".join(str(e).split())
         raise SpecError(f"{source}: not valid YAML{where}: {problem}") from None
-    except (ValueError, RecursionError) as e:
-        raise SpecError(f"{source}: not valid YAML: {e or 'nested too deeply'}") from None
+    except RecursionError:
+        raise SpecError(f"{source}: not valid YAML: nested too deeply") from None
+    except Exception as e:  # what the constructors of a tag raise for a value that does not fit it
+        told = str(e) if isinstance(e, ValueError) else "a value that does not fit its tag"
+        raise SpecError(f"{source}: not valid YAML: {told}") from None
     finally:
         if loader is not None:
             loader.dispose()

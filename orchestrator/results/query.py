@@ -322,8 +322,8 @@ def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str
 def _open(folder: str | os.PathLike[str]) -> Results:
     paths = ResultsPaths()
     store = open_store(folder)
-    if isinstance(store, LocalStore) and not store.root.is_dir():
-        what = "it is a file" if store.root.exists() else "no such folder"
+    if isinstance(store, LocalStore) and not store.is_folder():
+        what = "it is a file" if store.exists("") else "no such folder"
         raise EditSweepError(f"{store.root} is not a results folder: {what}")
     if not is_results(store, paths):
         raise EditSweepError(
@@ -481,7 +481,10 @@ def _replace_nan(value: Any) -> Any:
 
 
 def _interval(value: Any) -> Any:
-    """An interval, which Arrow gives as a tuple with names, as text: ``1 months 3 days``."""
+    """An interval, which Arrow gives as a tuple with names, as text: ``1 months 3 days``. The pairs
+    of a map are tuples too."""
+    if not hasattr(value, "months"):
+        return [_replace_nan(item) for item in value]
     named = {name: getattr(value, name) for name in ("months", "days", "nanoseconds")}
     return " ".join(f"{number} {name}" for name, number in named.items() if number) or "0 days"
 

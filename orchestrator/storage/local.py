@@ -73,6 +73,11 @@ class LocalStore(Store):
             raise ValueError(f"not a key: {key!r}")
         return self.root.joinpath(*parts)
 
+    def is_folder(self) -> bool:
+        """Return whether there is a folder of the store's name."""
+        with _store_errors("read", self.root):
+            return self.root.is_dir()
+
     def publish_new(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         with _store_errors("write", path), self._temporary(path, data) as temporary:

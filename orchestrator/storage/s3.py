@@ -81,7 +81,10 @@ class S3Store(Store):
     """Objects under ``prefix`` of a bucket. The constructor sends no request."""
 
     def __init__(self, where: str) -> None:
-        parts = urlsplit(where)
+        try:
+            parts = urlsplit(where)
+        except ValueError as error:
+            raise EditSweepError(f"{where}: {error}; expected s3://bucket/prefix") from None
         self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
         if parts.scheme != "s3" or not self.bucket or not self.prefix or parts.query or parts.fragment:
             raise EditSweepError(f"{where}: expected s3://bucket/prefix")
