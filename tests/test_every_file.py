@@ -2,8 +2,8 @@
 
 The files are found by a walk through a finished and a half done folder, so a new kind of file is
 covered without a change here. Each case damages one file in a copy, asks `status` and `query`, runs
-the sweep to its end and once more. ``python -m tests.test_every_file`` prints what happened as a
-table; ``--all`` tries every file, not one of each kind.
+the sweep to its end and once more. ``python -m tests.test_every_file`` prints as a table what every
+damage to one file of each kind did; ``--all`` tries every file.
 """
 
 from __future__ import annotations
@@ -350,19 +350,26 @@ def _told(texts: list[str]) -> str:
 # --- the matrix
 
 
-def matrix(states: list[State], every: bool, scratch: Path) -> Iterator[Outcome]:
-    """Every damage of every file; or of one drawn file of each kind one drawn damage."""
+def cases(states: list[State]) -> list[tuple[State, str, str]]:
+    """Every damage of every file."""
+    return [
+        (state, name, damage) for state in states for name in files_of(state.folder) for damage in DAMAGES
+    ]
+
+
+def drawn(states: list[State], damages: int, kinds: int | None = None) -> list[tuple[State, str, str]]:
+    """Some damages of one file of each kind, or of some kinds, drawn from a fixed seed."""
     rng = random.Random(20261128)
+    of_kind: dict[tuple[str, str], list[tuple[State, str]]] = {}
     for state in states:
-        kinds: dict[str, list[str]] = {}
         for name in files_of(state.folder):
-            kinds.setdefault(kind_of(name), []).append(name)
-        for names in kinds.values():
-            chosen = names if every else [rng.choice(names)]
-            for name in chosen:
-                damages = list(DAMAGES) if every else rng.sample(list(DAMAGES), 1)
-                for damage in damages:
-                    yield damaged(state, name, damage, scratch)
+            of_kind.setdefault((state.name, kind_of(name)), []).append((state, name))
+    chosen = list(of_kind) if kinds is None else rng.sample(list(of_kind), kinds)
+    found = []
+    for kind in chosen:
+        state, name = rng.choice(of_kind[kind])
+        found += [(state, name, damage) for damage in rng.sample(list(DAMAGES), damages)]
+    return found
 
 
 def as_table(outcomes: list[Outcome]) -> str:
@@ -404,16 +411,29 @@ def test_the_folders_hold_every_kind_of_file(states: list[State]) -> None:
     assert any(kind.startswith("artifacts/unfinished/") for kind in found), found
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_no_damage_of_any_file_stops_a_sweep(states: list[State], every: bool, tmp_path: Path) -> None:
-    outcomes = list(matrix(states, every, tmp_path))
+@pytest.mark.parametrize(
+    "share",
+    [
+        "a few",
+        pytest.param("three of each kind", marks=pytest.mark.slow),
+        pytest.param("all", marks=pytest.mark.long),
+    ],
+)
+def test_no_damage_of_any_file_stops_a_sweep(states: list[State], share: str, tmp_path: Path) -> None:
+    """A case takes a second, for two runs of a sweep; all of them take minutes."""
+    chosen = {"a few": drawn(states, 1, 6), "three of each kind": drawn(states, 3), "all": cases(states)}[
+        share
+    ]
+    outcomes = [damaged(*case, tmp_path) for case in chosen]
     (tmp_path / "table.md").write_text(as_table(outcomes))
     assert not [o for o in outcomes if o.wrong], as_table([o for o in outcomes if o.wrong])
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = list(matrix(prepare(Path(folder)), "--all" in sys.argv, Path(folder)))
+        states = prepare(Path(folder))
+        chosen = cases(states) if "--all" in sys.argv else drawn(states, len(DAMAGES))
+        outcomes = [damaged(*case, Path(folder)) for case in chosen]
     sys.stdout.write(as_table(outcomes))
     wrong = sum(bool(o.wrong) for o in outcomes)
     sys.stdout.write(f"\n{len(outcomes)} damages, {wrong} of them wrong\n")
