@@ -17,10 +17,13 @@ from workers.kernels.process import keep_freed_memory
 def _count(how: str) -> None:
     if how == "kept":
         keep_freed_memory()
-    _work()
+    sys.stdout.write(str(min(_faults_of_a_round() for _ in range(8))))
+
+
+def _faults_of_a_round() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     _work()
-    sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def _work() -> None:
@@ -34,5 +37,7 @@ def _faults(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_used_again_and_not_fetched_anew_page_by_page() -> None:
+    # the least of several rounds: the heap grows until its holes fit, how often depends on what the
+    # process did before
     given_back, kept = _faults("given back"), _faults("kept")
     assert kept < given_back / 10, (kept, given_back)

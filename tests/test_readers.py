@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +72,48 @@ def told_by_pandas(results: Results) -> dict[tuple[str, int], float]:
     }
 
 
-@pytest.fixture(scope="module", params=["small", "other", "smaller", "fewer seeds", "fewer T"])
-def last(request: pytest.FixtureRequest) -> dict[str, Any]:
-    specs = {
-        "small": SMALL,
-        "other": OTHER,
-        "smaller": SMALLER,
-        "fewer seeds": FEWER_SEEDS,
-        "fewer T": FEWER_T,
-    }
-    return specs[request.param]
+LAST = {
+    "small": SMALL,
+    "other": OTHER,
+    "smaller": SMALLER,
+    "fewer seeds": FEWER_SEEDS,
+    "fewer T": FEWER_T,
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The last plan of a folder whose first one was :data:`SMALL`, and a folder of that plan
+    alone."""
+
+    last: dict[str, Any]
+    folder: Path
+    fresh: Path
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first") / "r"
+    assert run(folder, **SMALL).exit_code == 0
+    return folder
+
+
+@pytest.fixture(scope="module", params=LAST)
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, first: Path) -> Asked:
+    last, parent = LAST[request.param], tmp_path_factory.mktemp("asked")
+    folder, fresh = shutil.copytree(first, parent / "r"), parent / "fresh"
+    assert run(folder, **last).exit_code == run(fresh, **last).exit_code == 0
+    return Asked(last, folder, fresh)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_rows_that_the_last_plan_does_not_ask_for_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: dict[str, Any], scanned: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked, scanned: bool
 ) -> None:
     if scanned:
         monkeypatch.setattr("orchestrator.results.query._IN_MEMORY_BYTES", 0)
-    folder, fresh = tmp_path / "r", tmp_path / "fresh"
-    for changes in (SMALL, last):
-        assert run(folder, **changes).exit_code == 0
-    assert run(fresh, **last).exit_code == 0
+    last, fresh = asked.last, asked.fresh
+    folder = shutil.copytree(asked.folder, tmp_path / "r")
     results, expected = open_results(folder), means_of(fresh)
     assert told_by_sql(results) == pytest.approx(expected, abs=1e-12)
     assert told_by_pandas(results) == pytest.approx(expected, abs=1e-12)

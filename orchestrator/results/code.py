@@ -21,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -323,17 +324,21 @@ class _Sources:
 
     def _file(self, path: str, module: str) -> _File:
         if path not in self._parsed:
-            data = self._read(path)
-            tree = ast.parse(data, path)
-            words: list[str] = []
-            _write(tree, words)
-            imports = dict.fromkeys(_imports(tree, module))
-            self._parsed[path] = _File(
-                hashes=(_short("\0".join(words).encode()), _short(data)),
-                imports=tuple(name for name in imports if name.split(".")[0] == _PACKAGE),
-                empty=all(map(_is_text, tree.body)),
-            )
+            self._parsed[path] = _parse(self._read(path), path, module)
         return self._parsed[path]
+
+
+@lru_cache(maxsize=256)  # a pure function: sweeps of one process parse each file once
+def _parse(data: bytes, path: str, module: str) -> _File:
+    tree = ast.parse(data, path)
+    words: list[str] = []
+    _write(tree, words)
+    imports = dict.fromkeys(_imports(tree, module))
+    return _File(
+        hashes=(_short("\0".join(words).encode()), _short(data)),
+        imports=tuple(name for name in imports if name.split(".")[0] == _PACKAGE),
+        empty=all(map(_is_text, tree.body)),
+    )
 
 
 def _named_modules(registry: ast.Module) -> Iterator[tuple[str, str]]:
