@@ -28,7 +28,8 @@ def read_status(folder: str) -> dict[str, JSON]:
     name = found.name if found else None
     planned, current = results.plan()
     shards = []
-    for shard_id, manifest in results.journal.begun().items():
+    begun = results.journal.begun()
+    for shard_id, manifest in begun.items():
         try:
             progress = results.journal.progress(shard_id)
         except Missing:
@@ -49,6 +50,9 @@ def read_status(folder: str) -> dict[str, JSON]:
             }
         )
     listed = results.central.shards()
+    for shard_id in results.journal.shard_ids():
+        if shard_id not in begun and shard_id not in listed:
+            results.journal.tell_if_lost(shard_id)
     done = results.central.done(listed)
     failed = results.central.failed(listed)
     failed_groups = Counter(str(failure["cell_id"]) for failure in failed)

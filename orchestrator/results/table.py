@@ -259,7 +259,15 @@ class CentralTable:
 
     def _files(self) -> list[TableFile]:
         """The files, for readers: a damaged file is left out with a warning and not moved."""
-        return self._read_listed(self._list(), self._skip_damaged)
+        entries = self._list()
+        for number in self._missing(entries):
+            log.warning("%s: missing; its rows are lacking", self.store.where(self.paths.table_file(number)))
+        return self._read_listed(entries, self._skip_damaged)
+
+    def _missing(self, entries: Mapping[int, Entry]) -> list[int]:
+        """Numbers below the highest that no file has. There are none unless somebody deletes files."""
+        missed = sorted(set(range(1, max(entries, default=0))) - entries.keys())
+        return [number for number in missed if not self.store.exists(self.paths.table_file(number))]
 
     def _listing(self) -> tuple[list[TableFile], int]:
         """The files, for writers, and the next free number. Damaged files are moved to
@@ -360,7 +368,12 @@ class CentralTable:
         Their shards run again. The caller must hold the folder's lock.
         """
         bad = []
-        for number, entry in self._list().items():
+        entries = self._list()
+        for number in self._missing(entries):
+            key = self.paths.table_file(number)
+            if self.store.publish_new(key, encode(no_rows(), self._meta(number, [], 0))):
+                log.warning("%s: missing; its shards will run again", self.store.where(key))
+        for number, entry in entries.items():
             try:
                 check_seal(self.store.read(entry.key), self.store.where(entry.key))
                 self._read_footer(number, entry.key)
