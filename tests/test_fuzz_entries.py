@@ -30,7 +30,7 @@ from workers.data import load_dataset
 from workers.types import DataError
 
 FOUND: dict[str, list[Any]] = json.loads((Path(__file__).parent / "found.json").read_text())
-FEW, MANY = 30, 20_000
+FEW, MANY = 25, 20_000
 
 Check = Callable[[Any], None]
 
