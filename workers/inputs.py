@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-_MOST_BITS = 1024
+_MOST_BITS = 1000
 
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.number)

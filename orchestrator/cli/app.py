@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 MOST_SECONDS = 366 * 86400.0
+MOST_ACTORS = 1_000_000
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
 Folder = Annotated[

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from orchestrator.cli.app import (
+    MOST_ACTORS,
     Bug,
     Only,
     Overrides,
@@ -47,7 +48,8 @@ def plan(
         str | None, typer.Option(help="subtract what this results folder already holds")
     ] = None,
     actors: Annotated[
-        int | None, typer.Option(min=1, help="simulate so many actors (default: engine.max_actors)")
+        int | None,
+        typer.Option(min=1, max=MOST_ACTORS, help="simulate so many actors (default: engine.max_actors)"),
     ] = None,
     only: Only = None,
     retry_failed: RetryFailed = False,
@@ -181,7 +183,9 @@ def run(
     engine: Annotated[
         Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")
     ] = "ray",
-    max_actors: Annotated[int | None, typer.Option(min=1, help="shards in flight at most")] = None,
+    max_actors: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ACTORS, help="shards in flight at most")
+    ] = None,
     only: Only = None,
     retry_failed: RetryFailed = False,
     redo_outdated: RedoOutdated = False,
@@ -235,7 +239,9 @@ def artifacts(
     engine: Annotated[
         Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")
     ] = "ray",
-    max_actors: Annotated[int | None, typer.Option(min=1, help="artifacts built at once at most")] = None,
+    max_actors: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ACTORS, help="artifacts built at once at most")
+    ] = None,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
     verbose: Annotated[
