@@ -363,3 +363,15 @@ def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: 
     assert "removed: 1 cell, 24 rows" in call(0, "forget", where, "--cells", "T=6", "--yes")
     assert there.sql("select count(*) as n from edits")["n"].to_pylist() == [24]
     assert "s3://lab/none/r is not a results folder" in call(2, "status", "s3://lab/none/r")
+
+
+def test_a_folder_under_a_table_files_name_is_in_nobodys_way(store: S3Store) -> None:
+    """Tools leave objects whose keys begin with another key and a slash."""
+    store.replace("table/000001.parquet/x", b"mine")
+    finish(Journal(store), make_manifest("s0"))
+    table = CentralTable(store)
+    assert table.gather(Journal(store)).files == (1,)
+    finish(Journal(store), make_manifest("s1", cell="other"))
+    assert table.gather(Journal(store)).files == (2,)
+    assert set(CentralTable(store).shards()) == {"s0", "s1"}
+    assert CentralTable(store).verify() == []

@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 _FILE_ROWS = 1_000_000
 _SEALED_BYTES = 8 << 20
+_MOST_MISSING = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +266,18 @@ class CentralTable:
         return self._read_listed(entries, self._skip_damaged)
 
     def _missing(self, entries: Mapping[int, Entry]) -> list[int]:
-        """Numbers below the highest that no file has. There are none unless somebody deletes files."""
+        """Numbers below the highest that no file has. There are none unless somebody deletes files
+        (or gives one a number of their own: then none are told)."""
         missed = sorted(set(range(1, max(entries, default=0))) - entries.keys())
-        return [number for number in missed if not self.store.exists(self.paths.table_file(number))]
+        if len(missed) > _MOST_MISSING:
+            return []
+        return [number for number in missed if not self._exists(number)]
+
+    def _exists(self, number: int) -> bool:
+        """Return whether a listing missed a file. (In a bucket a folder cannot be put aside; it
+        blocks no name there.)"""
+        key = self.paths.table_file(number)
+        return self.store.exists(key) and not self.store.list(key)
 
     def _listing(self) -> tuple[list[TableFile], int]:
         """The files, for writers, and the next free number. Damaged files are moved to
@@ -277,22 +287,34 @@ class CentralTable:
         listings and not be read, and its shards could be written a second time.
         """
         while True:
-            entries = self._list()
+            entries = self._list(mine=True)
             highest = max(entries, default=0)
             # A listing taken while files appear may contain a later file but not an earlier one.
             # Such a file exists under its own name.
             missed = set(range(1, highest)) - entries.keys()
-            if not any(self.store.exists(self.paths.table_file(number)) for number in missed):
+            if not any(map(self._exists, missed)):
                 return self._read_listed(entries, self._move_aside), highest + 1
 
-    def _list(self) -> dict[int, Entry]:
-        """The entries that have a table file's name, whatever they are."""
+    def _list(self, mine: bool = False) -> dict[int, Entry]:
+        """The entries that have a table file's name, but no folders. ``mine``: put these aside, for
+        they block the name."""
         entries = self.store.list(self.paths.table)
-        numbered = {self.paths.table_number(entry.name): entry for entry in entries}
         bad = self.paths.table_bad.rpartition("/")[2]
         foreign = [e for e in entries if self.paths.table_number(e.name) is None and e.name != bad]
         tell_foreign(self.store, self.paths.table, foreign)
-        return {number: entry for number, entry in numbered.items() if number is not None}
+        found: dict[int, Entry] = {}
+        for entry in entries:
+            number = self.paths.table_number(entry.name)
+            if number is not None and not entry.folder:
+                found[number] = entry
+            elif number is not None:
+                wrong = Damaged(f"{self.store.where(entry.key)}: a folder under a table file's name")
+                if mine:
+                    log.warning("%s; moved to %s", wrong, self.store.where(self.paths.table_bad))
+                    put_aside(self.store, entry.key, self.paths.table_aside(number))
+                else:
+                    self._skip_damaged(number, wrong)
+        return found
 
     def _read_listed(
         self, entries: Mapping[int, Entry], damaged: Callable[[int, Damaged], None]
@@ -368,7 +390,7 @@ class CentralTable:
         Their shards run again. The caller must hold the folder's lock.
         """
         bad = []
-        entries = self._list()
+        entries = self._list(mine=True)
         for number in self._missing(entries):
             key = self.paths.table_file(number)
             if self.store.publish_new(key, encode(no_rows(), self._meta(number, [], 0))):
