@@ -274,10 +274,9 @@ class CentralTable:
         return [number for number in missed if not self._exists(number)]
 
     def _exists(self, number: int) -> bool:
-        """Return whether a listing missed a file. (In a bucket a folder cannot be put aside; it
-        blocks no name there.)"""
+        """Return whether a listing missed a file."""
         key = self.paths.table_file(number)
-        return self.store.exists(key) and not self.store.list(key)
+        return self.store.exists(key) and (self.store.folders_take_names or not self.store.list(key))
 
     def _listing(self) -> tuple[list[TableFile], int]:
         """The files, for writers, and the next free number. Damaged files are moved to
@@ -300,14 +299,22 @@ class CentralTable:
         they block the name."""
         entries = self.store.list(self.paths.table)
         bad = self.paths.table_bad.rpartition("/")[2]
-        foreign = [e for e in entries if self.paths.table_number(e.name) is None and e.name != bad]
+        foreign = [
+            entry
+            for entry in entries
+            if entry.name != bad
+            and (
+                self.paths.table_number(entry.name) is None
+                or (entry.folder and not self.store.folders_take_names)
+            )
+        ]
         tell_foreign(self.store, self.paths.table, foreign)
         found: dict[int, Entry] = {}
         for entry in entries:
             number = self.paths.table_number(entry.name)
             if number is not None and not entry.folder:
                 found[number] = entry
-            elif number is not None:
+            elif number is not None and self.store.folders_take_names:
                 wrong = Damaged(f"{self.store.where(entry.key)}: a folder under a table file's name")
                 if mine:
                     log.warning("%s; moved to %s", wrong, self.store.where(self.paths.table_bad))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from workers.types import EditSweepError
 
@@ -71,6 +71,9 @@ class Store(ABC):
 
     Every method raises :class:`StoreError` if the storage refuses.
     """
+
+    folders_take_names: ClassVar[bool] = True
+    """A folder and an object cannot have the same name."""
 
     @abstractmethod
     def publish_new(self, key: str, data: bytes) -> bool:

@@ -80,6 +80,8 @@ _READ_WHOLE_BYTES = 8 << 20
 class S3Store(Store):
     """Objects under ``prefix`` of a bucket. The constructor sends no request."""
 
+    folders_take_names = False
+
     def __init__(self, where: str) -> None:
         try:
             parts = urlsplit(where)
