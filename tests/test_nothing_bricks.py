@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.storage.paths import ResultsPaths
 from tests.engine import Watch, placeless, rows, run
 from tests.shards import comparable, finish, make_manifest, undisturbed
+from tests.waiting import finished
+from workers.types import EditSweepError
 
 PATHS = ResultsPaths()
 
@@ -213,3 +216,122 @@ def test_an_unreadable_object_is_damaged_and_says_why(store: LocalStore) -> None
     store.replace("x", b"ours")
     assert store.read("x") == b"ours"
     assert [entry.folder for entry in store.list("") if entry.name.endswith(".aside")] == [True]
+
+
+def test_a_file_that_is_put_aside_twice_is_kept_twice(store: LocalStore) -> None:
+    for text in (b"first", b"second"):
+        store.replace("table/000001.parquet", text)
+        assert CentralTable(store).verify() == [1]
+    assert store.read("table/bad/000001.parquet") == b"first"
+    assert store.read("table/bad/000001.parquet.2") == b"second"
+
+
+def test_a_table_file_that_was_deleted_is_missed_once(
+    store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for shard in ("s0", "s1"):
+        finish(Journal(store), make_manifest(shard, cell=shard))
+        CentralTable(store).gather(Journal(store))
+    store.delete("table/000001.parquet")
+    CentralTable(store).scan()
+    assert "000001.parquet: missing; its rows are lacking" in caplog.text
+    CentralTable(store).verify()
+    caplog.clear()
+    CentralTable(store).scan()
+    assert not caplog.text
+
+
+# --- a log that cannot be written
+
+
+def test_no_result_depends_on_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group fails, and its traceback cannot be written: that is no failure of the storage."""
+    from orchestrator.storage.base import StoreError
+    from workers.methods.ft import FT
+
+    def fail(*_: object) -> None:
+        raise ValueError("no")
+
+    replace = LocalStore.replace
+
+    def refuse(self: LocalStore, key: str, data: bytes, settle: bool = True) -> None:
+        if key.startswith("logs/"):
+            raise StoreError("write", key, "permission denied")
+        replace(self, key, data, settle)
+
+    monkeypatch.setattr(FT, "edit", fail)
+    monkeypatch.setattr(LocalStore, "replace", refuse)
+    outcome = run(tmp_path / "r", **SMALL)
+    assert [failure["message"] for failure in outcome.failed_groups] == ["no"] and not outcome.errors
+
+
+def test_a_bug_is_told_where_nothing_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("orchestrator.cli.reading.read_status", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    code, _, said = call("status", tmp_path)
+    assert code == 1 and "ZeroDivisionError: a bug" in said and "the traceback cannot be saved" in said
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&-", 0), (">&- 2>&-", 0), ("<&-", 0), (">/dev/full", 2)]
+)
+def test_standard_output_that_is_closed_or_full(redirection: str, code: int, tmp_path: Path) -> None:
+    LocalStore(tmp_path).publish_new(PATHS.sweep, Identity.new("demo", {}).to_bytes())
+    command = f"{sys.executable} -m orchestrator.cli status {tmp_path} {redirection}"
+    ended = finished(["sh", "-c", command])
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr and "bug" not in ended.stderr
+    assert ("cannot write to standard output: No space left" in ended.stderr) == (code == 2)
+
+
+# --- files that a spec names
+
+SECRET = "root:$6$salt$SECRET:19000:0:99999:7:::\n"
+
+
+def _read_as(what: str, path: Path) -> None:
+    from orchestrator.planning.spec import load_spec
+    from workers.artifacts.stats import corpus_fingerprint
+    from workers.data import load_dataset
+    from workers.data.text import read_held_out
+    from workers.methods.easyedit import read_hparams
+
+    readers: dict[str, Callable[[Path], object]] = {
+        "spec": load_spec,
+        "hparams_file": read_hparams,
+        "corpus": lambda path: corpus_fingerprint(str(path)),
+        "ability text": read_held_out,
+        "zsre": lambda path: load_dataset("zsre", path),
+        "jsonl": lambda path: load_dataset("jsonl", path),
+    }
+    readers[what](path)
+
+
+@pytest.mark.parametrize("what", ["spec", "hparams_file", "corpus", "ability text", "zsre", "jsonl"])
+def test_only_regular_files_are_read_and_none_is_shown(what: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(EditSweepError, match=str(path)) as refused:
+            _read_as(what, path)
+        assert "expected a" in str(refused.value)
+    if what in ("corpus", "ability text"):
+        return  # any text is one
+    mapping = [f"SECRET: {SECRET}"] if what != "hparams_file" else []  # which is checked against a method's
+    for text in (SECRET, f"- {SECRET}", f'["{SECRET.strip()}"', SECRET * 3, *mapping):
+        (tmp_path / "shadow").write_text(text)
+        with pytest.raises(EditSweepError) as refused:
+            _read_as(what, tmp_path / "shadow")
+        assert "SECRET" not in str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["spec", "hparams_file"])
+def test_a_files_size_is_looked_at_before_it_is_read(what: str, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(EditSweepError, match="too large, it may have at most 1048576 bytes"):
+        _read_as(what, tmp_path / "large")
