@@ -10,6 +10,7 @@ class TestFT(MethodContract):
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -62,6 +63,16 @@ def same(a: LaneState, b: LaneState) -> bool:
         and a.tensors.keys() == b.tensors.keys()
         and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
     )
+
+
+def changed_places(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
+    """The indices, (count, dimensions), at which a tensor differs from what it was when it was
+    smaller."""
+    differs = torch.ones(after.shape, dtype=torch.bool)
+    if before is not None:
+        common = tuple(slice(min(a, b)) for a, b in zip(before.shape, after.shape, strict=True))
+        differs[common] = before[common] != after[common]
+    return differs.nonzero()
 
 
 LOGITS = frozenset({"min_margin", "target_logprob", "target_logprob_base", "loss", "first_loss"})
@@ -300,7 +311,7 @@ class MethodContract:
     def test_lanes_do_not_depend_on_each_other(self, arch: str) -> None:
         base = self.model(arch, torch.float64)
         method, inputs = self.prepared(base)
-        lanes = [[stretched(r, 2 * i) for r in REQUESTS[10 * i : 10 * i + 2]] for i in range(3)]
+        lanes = [[stretched(r, i) for r in REQUESTS[10 * i : 10 * i + 2]] for i in range(3)]
         together = method.new_overlay(3)
         self.edit(method, together, inputs, lanes)
         tolerance = 1e-5 if arch == "llama" else 1e-6
@@ -351,6 +362,27 @@ class MethodContract:
         start = method.new_overlay(1)
         site = next((s for s in start.sites if s.name == name), None)
         return value.double() - (0 if site is None else site.weight_OI.double())
+
+    def test_whatever_an_edit_changes_is_looked_at(self) -> None:
+        """Of a state that grows only what is new is checked, and nothing of it is missed."""
+        self.most_steps = FEW_STEPS
+        method, inputs = self.prepared(self.model("llama"))
+        overlay = method.new_overlay(2)
+        self.edit(method, overlay, inputs, [REQUESTS[0:2], REQUESTS[10:12]])
+        assert all(overlay.finite(lane) for lane in (0, 1))
+        before = overlay.state(1)
+        third = [LaneEdit((REQUESTS[10 * i + 2],), self.streams(10 * i, 2), inputs) for i in (0, 1)]
+        method.edit(overlay, third)
+        after = overlay.state(1)
+        assert overlay.lane_bytes(1) == sum(t.numel() * t.element_size() for t in after.tensors.values())
+        for name, tensor in after.tensors.items():
+            places = changed_places(before.tensors.get(name), tensor)
+            if not tensor.is_floating_point() or not len(places):
+                continue
+            other = copy.deepcopy(overlay, {id(site): site for site in overlay.sites})
+            other.tensors(1)[name].detach()[tuple(places[-1].tolist())] = float("nan")
+            assert other.finite(0) and not other.finite(1), name
+        assert all(overlay.finite(lane) for lane in (0, 1))
 
     @pytest.mark.numeric
     @both_archs

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 pytestmark = pytest.mark.slow
 
-JUDGED = {"engine": 2, "memory": 3, "plan": 3, "resume": 4, "rollback": 4, "table": 2}
+JUDGED = {"engine": 2, "memory": 3, "plan": 3, "resume": 4, "rollback": 4, "state": 3, "table": 2}
 """How many targets each judges."""
 
 LONG = {"engine", "memory", "plan", "resume", "table"}

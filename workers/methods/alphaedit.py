@@ -31,7 +31,7 @@ equations are not numbered here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, Self
 
@@ -115,14 +115,21 @@ class AlphaEditOverlay(LowRankOverlay):
             kept_LIM = kept_LIM[:, :, :0]
         self.keys_LIM[site.name] = kept_LIM
 
-    def state(self, lane: int) -> LaneState:
-        tensors = dict(super().state(lane).tensors)
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        tensors = super().tensors(lane)
         for name, keys_LIM in self.keys_LIM.items():
             if keys_LIM.shape[2]:
-                tensors[f"{name}/keys"] = keys_LIM[lane].clone()
+                tensors[f"{name}/keys"] = keys_LIM[lane]
         for name, sum_LII in self.sums_LII.items():
-            tensors[f"{name}/sum"] = sum_LII[lane].clone()
-        return LaneState(tensors)
+            tensors[f"{name}/sum"] = sum_LII[lane]
+        return tensors
+
+    def changed(self, lane: int) -> Iterable[Tensor]:
+        yield from super().changed(lane)
+        for name, keys_LIM in self.keys_LIM.items():
+            yield self._since(lane, f"{name}/keys", keys_LIM[lane], dim=1)
+        for sum_LII in self.sums_LII.values():
+            yield sum_LII[lane]
 
     def load_state(self, lane: int, state: LaneState) -> None:
         super().load_state(lane, state)

@@ -154,10 +154,10 @@ class Deferral(Overlay):
             tensor[lane] = ((2 * drawn - 1) * bound).to(tensor)
         self.edited[lane] = True
 
-    def state(self, lane: int) -> LaneState:
+    def tensors(self, lane: int) -> dict[str, Tensor]:
         if not self.edited[lane]:
-            return LaneState()
-        return LaneState({name: tensor[lane].detach().clone() for name, tensor in self.parameters.items()})
+            return {}
+        return {name: tensor[lane] for name, tensor in self.parameters.items()}
 
     def load_state(self, lane: int, state: LaneState) -> None:
         self.edited[lane] = bool(state.tensors)

@@ -42,7 +42,7 @@ The paper's text was not available: numbers of equations and algorithms are from
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
@@ -146,6 +146,7 @@ class Codebook(Overlay):
         self.values_LJO = torch.zeros(lanes, 0, out, dtype=dtype, device=device)
         self.radii_LJ = torch.zeros(lanes, 0, dtype=dtype, device=device)
         self.labels: list[list[tuple[int, ...]]] = [[] for _ in range(lanes)]
+        self._changed: list[set[int]] = [set() for _ in range(lanes)]
 
     def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         out_BSO = site.answer(x_BSI)
@@ -192,13 +193,19 @@ class Codebook(Overlay):
         keys_JI = self.keys_LJI[lane, : len(self.labels[lane])]
         return torch.cdist(query_BI, keys_JI, compute_mode="donot_use_mm_for_euclid_dist")
 
+    def change(self, lane: int, slot: int, **parts: float | Tensor) -> None:
+        """Set some of an entry's ``key``, ``value`` and ``radius``."""
+        held = {"key": self.keys_LJI, "value": self.values_LJO, "radius": self.radii_LJ}
+        for name, part in parts.items():
+            held[name][lane, slot] = part
+        self._changed[lane].add(slot)
+
     def add(self, lane: int, key_I: Tensor, radius: float | Tensor, label: tuple[int, ...]) -> int:
         """Add an entry with value zero; return its slot."""
         slot = len(self.labels[lane])
         if slot == self.radii_LJ.shape[1]:
             self._resize(slot + max(_BLOCK, slot // 2))
-        self.keys_LJI[lane, slot] = key_I
-        self.radii_LJ[lane, slot] = radius
+        self.change(lane, slot, key=key_I, radius=radius)
         self.labels[lane].append(label)
         return slot
 
@@ -208,15 +215,20 @@ class Codebook(Overlay):
         self.values_LJO = F.pad(self.values_LJO, (0, 0, 0, more))
         self.radii_LJ = F.pad(self.radii_LJ, (0, more), value=-1.0)
 
-    def state(self, lane: int) -> LaneState:
+    def tensors(self, lane: int) -> dict[str, Tensor]:
         count = len(self.labels[lane])
         if not count:
-            return LaneState()
-        tensors = {"keys": self.keys_LJI, "values": self.values_LJO, "radii": self.radii_LJ}
-        return LaneState(
-            {name: t[lane, :count].detach().clone() for name, t in tensors.items()},
-            {"labels": [list(label) for label in self.labels[lane]]},
-        )
+            return {}
+        held = {"keys": self.keys_LJI, "values": self.values_LJO, "radii": self.radii_LJ}
+        return {name: t[lane, :count] for name, t in held.items()}
+
+    def meta(self, lane: int) -> dict[str, JSON]:
+        return {"labels": [list(label) for label in self.labels[lane]]} if self.labels[lane] else {}
+
+    def changed(self, lane: int) -> Iterable[Tensor]:
+        slots = sorted(self._changed[lane])
+        self._changed[lane].clear()
+        return [t[slots] for t in self.tensors(lane).values()]
 
     def load_state(self, lane: int, state: LaneState) -> None:
         self.labels[lane] = [tuple(label) for label in state.meta.get("labels", [])]
@@ -224,6 +236,7 @@ class Codebook(Overlay):
         if count > self.radii_LJ.shape[1]:
             self._resize(count)
         self.radii_LJ[lane] = -1.0
+        self._changed[lane] = set(range(count))
         if count:
             self.keys_LJI[lane, :count] = state.tensors["keys"].to(self.keys_LJI)
             self.values_LJO[lane, :count] = state.tensors["values"].to(self.values_LJO)
@@ -283,7 +296,7 @@ class GRACE(Method[GRACEConfig, Codebook]):
             start=trained,
         )
         for lane, slot in enumerate(slots):
-            overlay.values_LJO[lane, slot] = value_LO[lane]
+            overlay.change(lane, slot, value=value_LO[lane])
         return [
             EditOutcome(count, loss, {"rule": rule, "keys": len(labels)})
             for count, loss, rule, labels in zip(
@@ -305,14 +318,14 @@ class GRACE(Method[GRACEConfig, Codebook]):
         if overlay.labels[lane][near] == label:
             if not distance > radius:
                 return "keep", near
-            overlay.radii_LJ[lane, near] = found  # unrounded, so that the radius covers the new edit
+            overlay.change(lane, near, radius=found)  # unrounded, so that the radius covers the new edit
             if self.config.eps_expand == "moving_average":
-                overlay.keys_LJI[lane, near] = (overlay.keys_LJI[lane, near] + key_I) / 2
+                overlay.change(lane, near, key=(overlay.keys_LJI[lane, near] + key_I) / 2)
             return "expand", near
         if distance <= SAME_KEY * eps:
             overlay.labels[lane][near] = label
             return "replace", near
-        overlay.radii_LJ[lane, near] = found / 2
+        overlay.change(lane, near, radius=found / 2)
         return "split", overlay.add(lane, key_I, found / 2, label)
 
     def _start(self, overlay: Codebook, edit: LaneEdit, key_I: Tensor) -> Tensor:

@@ -176,10 +176,11 @@ class Facts(SitelessOverlay):
             encoded.append(Encoded((*prompt, *rest), len(prompt)))
         return encoded
 
-    def state(self, lane: int) -> LaneState:
-        if not self.facts[lane]:
-            return LaneState()
-        return LaneState({"tokens": self.tokens[lane].clone()}, {"facts": list(self.facts[lane])})
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        return {"tokens": self.tokens[lane]} if self.facts[lane] else {}
+
+    def meta(self, lane: int) -> dict[str, JSON]:
+        return {"facts": list(self.facts[lane])} if self.facts[lane] else {}
 
     def load_state(self, lane: int, state: LaneState) -> None:
         self.facts[lane] = tuple(state.meta.get("facts", ()))

@@ -43,7 +43,7 @@ Differences from that code, all deliberate:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -250,10 +250,16 @@ class _Database:
         self.centres_CO = like.new_zeros(0, width)
         self.keys_JO = like.new_zeros(0, width)
         self.blocks: list[int] = []
+        self.moved: set[int] = set()
+        """Clusters whose centre was set anew."""
 
     def add(self, query_O: Tensor, radius: float, label: tuple[int, ...], block: int) -> None:
         self.clusters.append(_Cluster(radius, label, [self._point(query_O, block)]))
         self.centres_CO = torch.cat([self.centres_CO, query_O[None]])
+
+    def _move(self, index: int, centre_O: Tensor) -> None:
+        self.centres_CO[index] = centre_O
+        self.moved.add(index)
 
     def _point(self, query_O: Tensor, block: int) -> int:
         self.keys_JO = torch.cat([self.keys_JO, query_O[None]])
@@ -274,12 +280,12 @@ class _Database:
             near.points.append(self._point(query_O, block))
             keys_PO = self.keys_JO[near.points]
             centre_O = keys_PO.mean(0)
-            self.centres_CO[int(index)] = centre_O
+            self._move(int(index), centre_O)
             near.radius = max(float(_distances(keys_PO, centre_O[None]).max()), radius)
             return "update"
         if distance <= SAME_QUERY * radius:
             near.label, near.points = label, [self._point(query_O, block)]
-            self.centres_CO[int(index)] = query_O
+            self._move(int(index), query_O)
             near.radius = max(near.radius, radius)
             return "replace"
         near.radius = distance / 2
@@ -395,18 +401,32 @@ class BlockOverlay(Overlay):
             blocks[lane] = torch.cat([blocks[lane], down_LRI[name][lane : lane + 1].detach()])
             self.up[name][lane] = torch.cat([self.up[name][lane], up_LOR[name][lane : lane + 1].detach()])
 
-    def state(self, lane: int) -> LaneState:
+    def tensors(self, lane: int) -> dict[str, Tensor]:
         database = self.databases[lane]
         if not database.clusters:
-            return LaneState()
-        tensors = {"keys": database.keys_JO.clone(), "centres": database.centres_CO.clone()}
+            return {}
+        tensors = {"keys": database.keys_JO, "centres": database.centres_CO}
         for name in self.down:
-            tensors[f"{name}.A"] = self.down[name][lane].clone()
-            tensors[f"{name}.B"] = self.up[name][lane].clone()
+            tensors[f"{name}.A"] = self.down[name][lane]
+            tensors[f"{name}.B"] = self.up[name][lane]
+        return tensors
+
+    def meta(self, lane: int) -> dict[str, JSON]:
+        database = self.databases[lane]
+        if not database.clusters:
+            return {}
         clusters = [[c.radius, list(c.label), list(c.points)] for c in database.clusters]
-        return LaneState(tensors, {"clusters": clusters, "blocks": list(database.blocks)})
+        return {"clusters": clusters, "blocks": list(database.blocks)}
+
+    def changed(self, lane: int) -> Iterable[Tensor]:
+        for name, tensor in self.tensors(lane).items():
+            yield self._since(lane, name, tensor)
+        database = self.databases[lane]
+        yield database.centres_CO[sorted(database.moved)]
+        database.moved.clear()
 
     def load_state(self, lane: int, state: LaneState) -> None:
+        self._seen[lane].clear()
         database = self.databases[lane] = _Database(self.key.shape[0], self._like)
         for site in self.adapted:
             out, in_features = site.shape

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar
 
+from torch import Tensor
+
 from workers.methods.base import EditOutcome, LaneEdit, Method, MethodConfig
 from workers.model.overlay import LaneState, SitelessOverlay
 
@@ -29,8 +31,8 @@ class Nothing(SitelessOverlay):
     def inert(self) -> bool:
         return True
 
-    def state(self, lane: int) -> LaneState:
-        return LaneState()
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        return {}
 
     def load_state(self, lane: int, state: LaneState) -> None:
         """No-op: there is no state."""

@@ -49,6 +49,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from workers.artifacts.pretrain import TrainingSchedule
 from workers.methods.base import MethodConfig
@@ -164,11 +165,11 @@ class RLEditOverlay(DenseOverlay):
         self._trained = net.scale
         self.scales = [copy.deepcopy(dict(net.scale)) for _ in range(lanes)]
 
-    def state(self, lane: int) -> LaneState:
-        found = super().state(lane)
-        if found.tensors:  # a pristine lane has the trained statistics
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        found = super().tensors(lane)
+        if found:  # a pristine lane has the trained statistics
             for shape, statistics in self.scales[lane].items():
-                found.tensors.update({f"{name}/{shape}": t.clone() for name, t in statistics.named_buffers()})
+                found.update({f"{name}/{shape}": t for name, t in statistics.named_buffers()})
         return found
 
     def load_state(self, lane: int, state: LaneState) -> None:
@@ -176,10 +177,6 @@ class RLEditOverlay(DenseOverlay):
         for shape, statistics in self.scales[lane].items():
             for name, trained in self._trained[shape].named_buffers():
                 statistics.get_buffer(name).copy_(state.tensors.get(f"{name}/{shape}", trained))
-
-    def finite(self, lane: int) -> bool:
-        buffers = [t for statistics in self.scales[lane].values() for t in statistics.buffers()]
-        return super().finite(lane) and all(bool(torch.isfinite(t).all()) for t in buffers)
 
 
 class RLEdit(HypernetMethod[RLEditConfig, RLEditOverlay]):

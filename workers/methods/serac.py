@@ -40,7 +40,7 @@ checked only against the public code.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -435,12 +435,17 @@ class EditMemory(SitelessOverlay):
                 logits_PV[p] = mixed(logits_PV[p], said_V, s) if soft else said_V
         return logits_PV
 
-    def state(self, lane: int) -> LaneState:
-        if not self.texts[lane]:
-            return LaneState()
-        return LaneState({"embeds": self.embeds_JD[lane].clone()}, {"texts": list(self.texts[lane])})
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        return {"embeds": self.embeds_JD[lane]} if self.texts[lane] else {}
+
+    def meta(self, lane: int) -> dict[str, JSON]:
+        return {"texts": list(self.texts[lane])} if self.texts[lane] else {}
+
+    def changed(self, lane: int) -> Iterable[Tensor]:
+        return [self._since(lane, "embeds", self.embeds_JD[lane])]
 
     def load_state(self, lane: int, state: LaneState) -> None:
+        self._seen[lane].clear()
         self.texts[lane] = tuple(state.meta.get("texts", ()))
         self.embeds_JD[lane] = state.tensors.get("embeds", self.empty_JD).to(self.empty_JD)
 

@@ -270,15 +270,10 @@ class SimIEOverlay(DenseOverlay):
         new_MN = torch.eye(total, dtype=torch.float64, device=all_MI.device)[:, total - len(keys_NI) :]
         return _solve(all_MI @ all_MI.T, weight, new_MN).T @ all_MI
 
-    def finite(self, lane: int) -> bool:
-        return super().finite(lane) and all(
-            bool(torch.isfinite(t).all()) for t in (*self._keys[lane].values(), *self._sums[lane].values())
-        )
-
-    def state(self, lane: int) -> LaneState:
-        found = super().state(lane)
-        found.tensors.update({f"{n}/keys": t.clone() for n, t in self._keys[lane].items() if len(t)})
-        found.tensors.update({f"{n}/sum": t.clone() for n, t in self._sums[lane].items()})
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        found = super().tensors(lane)
+        found.update({f"{n}/keys": t for n, t in self._keys[lane].items() if len(t)})
+        found.update({f"{n}/sum": t for n, t in self._sums[lane].items()})
         return found
 
     def load_state(self, lane: int, state: LaneState) -> None:

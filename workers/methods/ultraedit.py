@@ -179,11 +179,11 @@ class UltraEditOverlay(DenseOverlay):
             _shape_name(site): _Statistics.empty(lanes, sum(site.shape), device) for site in self.sites
         }
 
-    def state(self, lane: int) -> LaneState:
-        found = super().state(lane)
-        if found.tensors:
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        found = super().tensors(lane)
+        if found:
             for shape, statistics in self.statistics.items():
-                found.tensors.update({f"{name}/{shape}": t[lane].clone() for name, t in statistics.named()})
+                found.update({f"{name}/{shape}": t[lane] for name, t in statistics.named()})
         return found
 
     def load_state(self, lane: int, state: LaneState) -> None:
@@ -192,11 +192,6 @@ class UltraEditOverlay(DenseOverlay):
             for name, tensor in statistics.named():
                 saved = state.tensors.get(f"{name}/{shape}")
                 tensor[lane] = 0 if saved is None else saved.to(tensor)
-
-    def finite(self, lane: int) -> bool:
-        return super().finite(lane) and all(
-            bool(torch.isfinite(t[lane]).all()) for s in self.statistics.values() for _, t in s.named()
-        )
 
 
 class UltraEdit(Method[UltraEditConfig, UltraEditOverlay]):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,6 +49,7 @@ class Overlay(ABC):
     def __init__(self, sites: Sequence[Site], lanes: int) -> None:
         self.sites = tuple(sites)
         self.lanes = lanes
+        self._seen: list[dict[str, int]] = [{} for _ in range(lanes)]
 
     @property
     def first_layer(self) -> int:
@@ -68,8 +69,17 @@ class Overlay(ABC):
         and the end of its prompt."""
 
     @abstractmethod
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        """One lane's state by name, as it lies in memory: no copies. Empty for a pristine lane."""
+
+    def meta(self, lane: int) -> dict[str, JSON]:
+        """What else belongs to one lane's state."""
+        return {}
+
     def state(self, lane: int) -> LaneState:
         """Snapshot of one lane. Restoring it elsewhere continues bit-identically."""
+        copies = {name: t.detach().clone() for name, t in self.tensors(lane).items()}
+        return LaneState(copies, self.meta(lane))
 
     @abstractmethod
     def load_state(self, lane: int, state: LaneState) -> None:
@@ -112,15 +122,26 @@ class Overlay(ABC):
     def _forward_at(self, site: Site, batch: Batch, x_BSI: Tensor) -> Tensor:
         return self.forward(site, x_BSI, batch)
 
+    def changed(self, lane: int) -> Iterable[Tensor]:
+        """The tensors, or their parts, that may differ from those of the last call: by default the
+        whole state. An overlay whose state grows gives what is new (see :meth:`_since`)."""
+        return self.tensors(lane).values()
+
+    def _since(self, lane: int, name: str, grown: Tensor, dim: int = 0) -> Tensor:
+        """The end of a tensor that only grows, from its size at the last call on. Where a snapshot
+        is restored, ``self._seen[lane]`` is cleared."""
+        seen, size = self._seen[lane].get(name, 0), grown.shape[dim]
+        self._seen[lane][name] = size
+        start = seen if seen <= size else 0
+        return grown.narrow(dim, start, size - start)
+
     def finite(self, lane: int) -> bool:
-        """Return whether every number of the lane's state is finite."""
-        return all(
-            bool(torch.isfinite(t).all()) for t in self.state(lane).tensors.values() if t.is_floating_point()
-        )
+        """Return whether every number that changed since the last call is finite."""
+        return all(bool(torch.isfinite(t).all()) for t in self.changed(lane) if t.is_floating_point())
 
     def lane_bytes(self, lane: int) -> int:
         """Size of one lane's snapshot."""
-        return sum(t.numel() * t.element_size() for t in self.state(lane).tensors.values())
+        return sum(t.numel() * t.element_size() for t in self.tensors(lane).values())
 
 
 class SitelessOverlay(Overlay):
@@ -263,10 +284,10 @@ class DenseOverlay(Overlay):
         for lane in lanes:
             self._touched[lane] = True
 
-    def state(self, lane: int) -> LaneState:
+    def tensors(self, lane: int) -> dict[str, Tensor]:
         if not self._touched[lane]:
-            return LaneState()
-        return LaneState({name: w[lane].detach().clone() for name, w in self.weights_LOI.items()})
+            return {}
+        return {name: w[lane] for name, w in self.weights_LOI.items()}
 
     def load_state(self, lane: int, state: LaneState) -> None:
         self._touched[lane] = bool(state.tensors)
@@ -277,9 +298,6 @@ class DenseOverlay(Overlay):
 
     def delta_norm(self, lane: int) -> float | None:
         return relative_norm((site.weight_OI, self.weights_LOI[site.name][lane]) for site in self.sites)
-
-    def finite(self, lane: int) -> bool:
-        return all(bool(torch.isfinite(w[lane]).all()) for w in self.weights_LOI.values())
 
 
 class _LowRank:
@@ -311,12 +329,10 @@ class _LowRank:
         delta = self.left_LOJ[lane] @ self.right_LJI[lane]
         return delta if self.dense_LOI is None else delta + self.dense_LOI[lane]
 
-    def state(self, lane: int) -> dict[str, Tensor]:
-        tensors = (
-            {"left": self.left_LOJ[lane].clone(), "right": self.right_LJI[lane].clone()} if self.rank else {}
-        )
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        tensors = {"left": self.left_LOJ[lane], "right": self.right_LJI[lane]} if self.rank else {}
         if self.dense_LOI is not None:
-            tensors["dense"] = self.dense_LOI[lane].clone()
+            tensors["dense"] = self.dense_LOI[lane]
         return tensors
 
     def load_state(self, lane: int, tensors: Mapping[str, Tensor]) -> None:
@@ -400,16 +416,23 @@ class LowRankOverlay(Overlay):
         """Set one lane's weight at one map: its change there becomes dense, without factors."""
         self.part_of(site).load_state(lane, {"dense": weight_OI - site.weight_OI.to(self._dtype)})
 
-    def state(self, lane: int) -> LaneState:
-        return LaneState(
-            {
-                self._prefix(site) + name: tensor
-                for site in self.sites
-                for name, tensor in self._parts[site.name].state(lane).items()
-            }
-        )
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        return {
+            self._prefix(site) + name: tensor
+            for site in self.sites
+            for name, tensor in self._parts[site.name].tensors(lane).items()
+        }
+
+    def changed(self, lane: int) -> Iterable[Tensor]:
+        for site in self.sites:
+            for name, tensor in self._parts[site.name].tensors(lane).items():
+                if name == "dense":
+                    yield tensor
+                else:
+                    yield self._since(lane, self._prefix(site) + name, tensor, int(name == "left"))
 
     def load_state(self, lane: int, state: LaneState) -> None:
+        self._seen[lane].clear()
         for site in self.sites:
             prefix = self._prefix(site)
             tensors = {

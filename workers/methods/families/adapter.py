@@ -101,11 +101,11 @@ class AdapterOverlay(Overlay):
         inner_BSR = lane_linear(x_BSI, self.down_LRI[site.name], batch)
         return out_BSO + lane_linear(inner_BSR, self.up_LOR[site.name], batch) * self.scale
 
-    def state(self, lane: int) -> LaneState:
+    def tensors(self, lane: int) -> dict[str, Tensor]:
         if not self._started[lane]:
-            return LaneState()
-        tensors = {f"{name}.A": t[lane].detach().clone() for name, t in self.down_LRI.items()}
-        return LaneState(tensors | {f"{name}.B": t[lane].detach().clone() for name, t in self.up_LOR.items()})
+            return {}
+        tensors = {f"{name}.A": t[lane] for name, t in self.down_LRI.items()}
+        return tensors | {f"{name}.B": t[lane] for name, t in self.up_LOR.items()}
 
     def load_state(self, lane: int, state: LaneState) -> None:
         self._started[lane] = bool(state.tensors)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class SideMemory:
     activation: float
     merged: bool
 
+    @cached_property
+    def square(self) -> float:
+        """The change's squared norm."""
+        return float(self.delta_OI.detach().square().sum())
+
 
 class SideMemories(Overlay):
     """Per lane the current side memory and the saved ones, each stored as a change of the base
@@ -42,6 +48,8 @@ class SideMemories(Overlay):
         self.activation = [math.inf] * lanes
         """Smallest routing activation of these edits."""
         self.saved: list[list[SideMemory]] = [[] for _ in range(lanes)]
+        self._fresh: list[list[SideMemory]] = [[] for _ in range(lanes)]
+        """Saved since the last call of :meth:`changed`."""
         self._function = base.activation if config.activation == "public" else None
 
     # --- forward ---
@@ -115,7 +123,9 @@ class SideMemories(Overlay):
         self.activation[lane] = min(self.activation[lane], *activations)
         if self.edits[lane] < self.config.save_freq:
             return
-        self.saved[lane].append(SideMemory(self.delta_LOI[lane].clone(), self.activation[lane], merged=False))
+        saved = SideMemory(self.delta_LOI[lane].clone(), self.activation[lane], merged=False)
+        self.saved[lane].append(saved)
+        self._fresh[lane].append(saved)
         self._reset(lane)
         waiting = [m for m in self.saved[lane] if not m.merged]
         if len(waiting) < self.config.memories_per_merge:
@@ -128,6 +138,7 @@ class SideMemories(Overlay):
         delta_OI = merge_deltas(self.config, self.sites[0], [m.delta_OI for m in parts], weights, generator)
         merged = SideMemory(delta_OI, min(m.activation for m in parts), merged=True)
         self.saved[lane] = [*done, merged] if self.config.retrieve else [merged]
+        self._fresh[lane].append(merged)
 
     def _reset(self, lane: int) -> None:
         with torch.no_grad():
@@ -138,20 +149,27 @@ class SideMemories(Overlay):
 
     # --- state ---
 
-    def state(self, lane: int) -> LaneState:
+    def tensors(self, lane: int) -> dict[str, Tensor]:
+        return {f"saved.{i}": m.delta_OI for i, m in enumerate(self.saved[lane])} | self._side(lane)
+
+    def _side(self, lane: int) -> dict[str, Tensor]:
+        """The tensors of the current side memory, if it holds edits."""
+        mask_OI = self.masks_OI[lane]
+        if not self.edits[lane] or mask_OI is None:
+            return {}
+        return {"side": self.delta_LOI[lane], "mask": mask_OI}
+
+    def meta(self, lane: int) -> dict[str, JSON]:
         meta: dict[str, JSON] = {}
         if self.edits[lane]:
             meta["side"] = {"edits": self.edits[lane], "activation": self.activation[lane]}
         if self.saved[lane]:
             meta["saved"] = [{"activation": m.activation, "merged": m.merged} for m in self.saved[lane]]
-        return LaneState({name: t.detach().clone() for name, t in self._tensors(lane)}, meta)
+        return meta
 
-    def _tensors(self, lane: int) -> list[tuple[str, Tensor]]:
-        tensors = [(f"saved.{i}", m.delta_OI) for i, m in enumerate(self.saved[lane])]
-        mask_OI = self.masks_OI[lane]
-        if self.edits[lane] and mask_OI is not None:
-            tensors += [("side", self.delta_LOI[lane]), ("mask", mask_OI)]
-        return tensors
+    def changed(self, lane: int) -> Iterable[Tensor]:
+        fresh, self._fresh[lane] = self._fresh[lane], []
+        return [*(memory.delta_OI for memory in fresh), *self._side(lane).values()]
 
     def load_state(self, lane: int, state: LaneState) -> None:
         self._reset(lane)
@@ -167,19 +185,19 @@ class SideMemories(Overlay):
             )
             for i, m in enumerate(state.meta.get("saved", []))
         ]
-
-    def finite(self, lane: int) -> bool:
-        return all(bool(torch.isfinite(t).all()) for _, t in self._tensors(lane) if t.is_floating_point())
-
-    def lane_bytes(self, lane: int) -> int:
-        return sum(t.numel() * t.element_size() for _, t in self._tensors(lane))
+        self._fresh[lane] = list(self.saved[lane])
 
     def delta_norm(self, lane: int) -> float | None:
         """Norm of the changes of all memories, relative to the base weight."""
-        changes = [t for name, t in self._tensors(lane) if name != "mask"]
-        total = sum(float(t.detach().square().sum()) for t in changes)
-        base = float(self.sites[0].weight_OI.to(self.delta_LOI.dtype).square().sum())
-        return math.sqrt(total / base) if base else 0.0
+        squares = [memory.square for memory in self.saved[lane]]
+        squares += [
+            float(t.detach().square().sum()) for name, t in self._side(lane).items() if name == "side"
+        ]
+        return math.sqrt(sum(squares) / self._base_square) if self._base_square else 0.0
+
+    @cached_property
+    def _base_square(self) -> float:
+        return float(self.sites[0].weight_OI.to(self.delta_LOI.dtype).square().sum())
 
 
 def token_mean(value_BS: Tensor, token_BS: Tensor) -> Tensor:
