@@ -142,6 +142,11 @@ def take_inner_param(out: dict[str, JSON], source: str) -> None:
         out["layer"], out["module"] = split_module(str(names[0]), source)
 
 
+_NAME = re.compile(r"[A-Za-z_]\w{0,60}")
+"""What the name of a hyperparameter looks like. Other files are not shown: any may be named by
+mistake."""
+
+
 def read_hparams(path: Path) -> dict[str, JSON]:
     """The mapping of an EasyEdit YAML. Raises :class:`SpecError`."""
     source = f"hparams_file: {path}"
@@ -156,4 +161,6 @@ def read_hparams(path: Path) -> dict[str, JSON]:
     loaded = parse_yaml(text, source)
     if not isinstance(loaded, dict):
         raise SpecError(f"{source}: expected a mapping, found {kind_of(loaded)}")
+    if not all(isinstance(key, str) and _NAME.fullmatch(key) for key in loaded):
+        raise SpecError(f"{source}: expected a mapping of hyperparameters; its keys are no names")
     return loaded
