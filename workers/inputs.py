@@ -144,6 +144,8 @@ def parse_yaml(text: str, source: str) -> JSON:
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
         problem = getattr(e, "problem", None) or " ".join(str(e).split())
         raise SpecError(f"{source}: not valid YAML{where}: {problem}") from None
+    except SpecError:
+        raise
     except RecursionError:
         raise SpecError(f"{source}: not valid YAML: nested too deeply") from None
     except Exception as e:  # what the constructors of a tag raise for a value that does not fit it
