@@ -334,3 +334,18 @@ def test_a_files_size_is_looked_at_before_it_is_read(what: str, tmp_path: Path) 
         file.truncate(1 << 40)
     with pytest.raises(EditSweepError, match="too large, it may have at most 1048576 bytes"):
         _read_as(what, tmp_path / "large")
+
+
+def test_a_claim_whose_release_failed_binds_nobody(store: LocalStore) -> None:
+    """The process goes on, in a notebook for instance, and holds nothing any more."""
+    with locking.acquire(store, "a", print) as a, pytest.raises(locking.Locked):
+        locking.acquire(store, "b", print)
+    store.delete(PATHS.lock_beat(a.number))  # as if it had not been released
+    with locking.acquire(store, "b", print) as b:
+        assert b.number == 2
+        said: list[str] = []
+        # a process that is there, and beats no more
+        b._stop.set()
+        b._thread.join()  # type: ignore[union-attr]
+        with locking.acquire(store, "c", said.append, silent_seconds=0.2, watch=True) as c:
+            assert c.number == 3

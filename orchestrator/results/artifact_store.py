@@ -127,6 +127,7 @@ class ArtifactStore:
         ``build`` receives the state that an earlier builder saved. Its exception is recorded and
         raised; later calls of the same run raise :class:`ArtifactFailed`.
         """
+        waits_since: float | None = None
         while True:
             data = self.get(spec)
             if data is not None:
@@ -134,10 +135,16 @@ class ArtifactStore:
             if (failure := self.failure(spec, run_id)) is not None:
                 raise ArtifactFailed(f"{spec.kind} artifact {spec.key[:8]} could not be built: {failure}")
             try:
+                now = time.monotonic()
                 lock = locking.acquire(
-                    self.store, run_id, say=log.info, paths=self.paths.building_claim(spec.kind, spec.key)
+                    self.store,
+                    run_id,
+                    say=log.info,
+                    paths=self.paths.building_claim(spec.kind, spec.key),
+                    watch=waits_since is not None and now - waits_since > locking.SILENT_SECONDS,
                 )
             except locking.Locked:
+                waits_since = now if waits_since is None else waits_since
                 time.sleep(WAIT_SECONDS)
                 continue
             try:

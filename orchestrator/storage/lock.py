@@ -74,6 +74,8 @@ class Owner:
                 or process.status() == psutil.STATUS_ZOMBIE
             ):
                 return False
+            if self.pid == os.getpid():  # it holds what it beats for; a release may have failed
+                return any(thread.name == _thread_name(self.owner) for thread in threading.enumerate())
             # A stopped process may never continue: its heartbeat decides.
             return None if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else True
         except psutil.NoSuchProcess:
@@ -93,6 +95,7 @@ class Lock:
     number: int
     paths: ResultsPaths = field(default_factory=ResultsPaths)
     beat_seconds: float = BEAT_SECONDS
+    owner: str = ""
     lost: bool = False
     _seen: float = field(default_factory=time.monotonic)
     """Time (monotonic) of the last check that found the lock still owned by this process."""
@@ -100,7 +103,9 @@ class Lock:
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._run_heartbeat, name="editsweep-lock", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run_heartbeat, name=_thread_name(self.owner), daemon=True
+        )
         self._thread.start()
         return self
 
@@ -159,14 +164,16 @@ def acquire(
     paths: ResultsPaths | None = None,
     beat_seconds: float = BEAT_SECONDS,
     silent_seconds: float = SILENT_SECONDS,
+    watch: bool = False,
 ) -> Lock:
     """Acquire the folder's lock, or raise :class:`Locked`. ``say`` receives a message when a dead
-    owner's lock is taken over."""
+    owner's lock is taken over. ``watch``: believe the heartbeat alone, even of a process that is
+    there: its release may have failed."""
     paths = paths or ResultsPaths()
     while True:
         number = _highest(store, paths)
         if number:
-            takeover = _takeover_message(store, paths, number, silent_seconds, say)
+            takeover = _takeover_message(store, paths, number, silent_seconds, say, watch)
             if takeover:
                 say(takeover)
         mine: dict[str, JSON] = {
@@ -187,7 +194,11 @@ def acquire(
             for old in claims:
                 if old <= number:
                     _remove(store, paths, old)
-            return Lock(store, number + 1, paths, beat_seconds)
+            return Lock(store, number + 1, paths, beat_seconds, owner=str(mine["owner"]))
+
+
+def _thread_name(owner: str) -> str:
+    return f"editsweep-lock-{owner}"
 
 
 def _remove(store: Store, paths: ResultsPaths, number: int) -> None:
@@ -210,7 +221,7 @@ def owner(store: Store, paths: ResultsPaths | None = None) -> Owner | None:
 
 
 def _takeover_message(
-    store: Store, paths: ResultsPaths, number: int, silent: float, say: Callable[[str], None]
+    store: Store, paths: ResultsPaths, number: int, silent: float, say: Callable[[str], None], watch: bool
 ) -> str:
     """The message of a takeover, "" if claim ``number`` was released. Raises :class:`Locked` if its
     owner is alive."""
@@ -221,7 +232,7 @@ def _takeover_message(
     if holder is None:
         return f"the lock of {store.where()} is unreadable; taking it over"
     alive = holder.alive_here()
-    if alive is None:
+    if alive is None or (alive and watch):
         say(
             f"the results folder is locked by {holder}; watching its heartbeat for up to {silent:.0f} seconds"
         )
