@@ -258,7 +258,7 @@ def test_a_builder_stopped_while_its_successor_builds_changes_nothing(
     stop(first.pid)
     stopped = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 0.5, False))
+        patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 0.5))
         Bench(str(tmp_path), "run", save_seconds=0).build(wanted, ModelConfig(device="cpu"), 1)
     assert not list(tmp_path.glob("artifacts/unfinished/*"))
     wait_for(

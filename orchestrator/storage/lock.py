@@ -164,6 +164,7 @@ def acquire(
     paths: ResultsPaths | None = None,
     beat_seconds: float = BEAT_SECONDS,
     silent_seconds: float = SILENT_SECONDS,
+    *,
     watch: bool = False,
 ) -> Lock:
     """Acquire the folder's lock, or raise :class:`Locked`. ``say`` receives a message when a dead
