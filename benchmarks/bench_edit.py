@@ -23,9 +23,10 @@ from unittest.mock import patch
 import torch
 from common import LOG, Report, alternate, median_ratio, parser
 from reference import LOOPS, Loop, agrees
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from workers.data.tinyworld import load_dataset
+from workers.folders import build_model
 from workers.methods import get_method
 from workers.methods.base import ArtifactContext, LaneEdit, Method
 from workers.model.base import BaseModel, Site
@@ -104,7 +105,7 @@ def model(name: str) -> BaseModel:
         config = AutoConfig.for_model("gpt2")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(config)
+        made = build_model("causal", config)
     return with_kernels(BaseModel(made, embedded.tokenizer, ModelConfig(name=name, device="cpu")))
 
 

@@ -37,10 +37,11 @@ from typing import Any
 import torch
 from common import LOG, Report, alternate, parser
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from workers.artifacts.base import ArtifactData
 from workers.data import load_dataset
+from workers.folders import build_model
 from workers.job import ScoreConfig
 from workers.kernels.bundle import Kernels
 from workers.kernels.process import fix_numerics
@@ -261,7 +262,7 @@ def model_on(
     try:
         torch.set_default_dtype(dtype)
         with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = build_model("causal", config, dtype=dtype)
     finally:
         torch.set_default_dtype(before)
     config = ModelConfig(name="random", dtype="bfloat16", compile=compiled)

@@ -28,11 +28,12 @@ from typing import Any
 
 import torch
 from common import LOG, Report, alternate, median_ratio, parser
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from workers.artifacts.base import ArtifactData
 from workers.data import load_dataset
+from workers.folders import build_model
 from workers.methods import get_method, load_config
 from workers.methods.base import LaneEdit, Method
 from workers.model.base import BaseModel
@@ -86,7 +87,7 @@ def model_of(size: Size, embedded: BaseModel) -> BaseModel:
         pad_token_id=3,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = build_model("causal", config)
     return with_kernels(BaseModel(model, embedded.tokenizer, ModelConfig(name="random", device="cpu")))
 
 

@@ -20,7 +20,7 @@ import them when they are called.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -85,6 +85,7 @@ def run(
     retry_failed: bool = False,
     redo_outdated: bool = False,
     trust_remote_code: bool = False,
+    runtime_env: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     view: View | None = None,
 ) -> Outcome:
     """Run the unfinished part of a sweep. After an interruption, the same call continues it.
@@ -96,7 +97,9 @@ def run(
         ``["grid.T=[1,10]"]``. only: Cells to run, as in ``["method=wise,T=1000"]``; none means all.
         retry_failed: Run the groups that failed in an earlier run as well. redo_outdated: Remove the
         rows of cells that other code has made, and run these cells again. trust_remote_code: Allow
-        the model's own code to run; the spec must ask for it too. view: Receives the progress
+        the model's own code to run; the spec must ask for it too. runtime_env: Ray's ``runtime_env``
+        for the workers, or a YAML file with it; it may run code on every node, so a spec cannot
+        hold it. view: Receives the progress
         (default: notes and warnings go to the logger ``editsweep``).
 
     Returns: How the run ended: ``unfinished`` cells, ``errors`` by shard, and the ``folder`` for
@@ -104,6 +107,7 @@ def run(
     """
     from editsweep.view import LogView
     from orchestrator.engine.sweep import engine_named, run_sweep
+    from orchestrator.planning.runtime_env import check_runtime_env, read_runtime_env
     from orchestrator.planning.spec import default_results, naming
     from orchestrator.storage.open import open_store
     from workers.types import EditSweepError
@@ -112,12 +116,16 @@ def run(
     _check_texts("only", only, "method=wise,T=1000")
     if max_actors is not None and (type(max_actors) is not int or max_actors < 1):
         raise EditSweepError(f"max_actors: expected a whole number of at least 1, found {max_actors!r}")
+    if isinstance(runtime_env, (str, os.PathLike)):
+        runtime_env = read_runtime_env(runtime_env)
+    elif runtime_env is not None:
+        runtime_env = check_runtime_env(runtime_env, "runtime_env")
     store = open_store(default_results(read) if results is None else results)
     with naming(source):
         return run_sweep(
             read,
             store,
-            engine_named(engine, read),
+            engine_named(engine, read, runtime_env),
             view or LogView(),
             max_actors,
             only=only,

@@ -690,19 +690,19 @@ def test_ray_survives_a_killed_worker_and_ctrl_c(
 def test_ray_does_not_wait_for_a_step_without_end(tmp_path: Path, home: dict[str, str], presses: int) -> None:
     """After the first Ctrl-C it waits some seconds, after the second not at all: here the step
     would never end."""
-    setup = {"runtime_env": {"worker_process_setup_hook": "tests.engine.mark_edits"}}
+    setup = tmp_path / "runtime-env.yaml"
+    setup.write_text("worker_process_setup_hook: tests.engine.mark_edits\n")
     endless = spec_file(
         tmp_path,
         methods=[{"method": "ft", "hparams": {"num_steps": 10**9, "lr": 1e-9}}],
         grid={"T": 6},
         engine={**RAW["engine"], "step_edits": 1000},
-        ray=setup,
     )
     folder, mark = tmp_path / "r", tmp_path / "edits"
     environment = {**home, "EDITS_MARK": str(mark)}
     if presses == 2:
         environment["TUNE_FORCE_TRIAL_CLEANUP_S"] = "600"  # the first would wait longer than the test
-    process = launch(endless, folder, environment, "--max-actors", "1")
+    process = launch(endless, folder, environment, "--max-actors", "1", "--runtime-env", str(setup))
     wait_for(mark.exists, process)
     for press in range(presses):
         process.send_signal(signal.SIGINT)

@@ -70,6 +70,15 @@ RemoteCode = Annotated[
         "--trust-remote-code", help="allow the model's own code to run (the spec must ask for it too)"
     ),
 ]
+RuntimeEnv = Annotated[
+    Path | None,
+    typer.Option(
+        "--runtime-env",
+        metavar="FILE",
+        help="Ray's runtime_env (YAML or JSON) for the workers; it may install packages and run code on every node",
+        show_default=False,
+    ),
+]
 
 
 def finite_seconds(value: float) -> float:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -120,34 +119,32 @@ def _drop_output() -> None:
 
 
 def _report_bug(error: Exception) -> int:
-    """Save the traceback, print its path, and return the exit code."""
+    """Save the traceback in the results folder, and say where it is; print it where there is no such
+    folder. Return the exit code."""
     folder = error.folder if isinstance(error, Bug) else None
     cause = error.__cause__ if isinstance(error, Bug) and error.__cause__ else error
     text = "".join(traceback.format_exception(cause))
     kind = f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
-    try:
-        where = f"the traceback is in {_save_traceback(text, folder)}"
-    except OSError as failure:
-        where = f"the traceback cannot be saved ({failure.strerror or failure}):\n{text}"
+    path = _save_traceback(text, folder)
+    where = f"the traceback is in {path}" if path else f"the traceback:\n{text}"
     Output().error(f"this is a bug in editsweep: {kind}\n  {where}")
     return 1
 
 
-def _save_traceback(text: str, folder: str | None) -> str:
-    """Save to the results folder's logs, or else to a temporary file. Return the file's name."""
+def _save_traceback(text: str, folder: str | None) -> str | None:
+    """Save to the results folder's logs. Return the file's name; None if it cannot be saved there."""
+    from orchestrator.results.records import is_results
     from orchestrator.storage.open import open_store
     from orchestrator.storage.paths import ResultsPaths
 
-    name = f"bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    if folder is not None:
+    if folder is None:
+        return None
+    log = ResultsPaths().log(f"bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    try:
         store = open_store(folder)
-        try:
-            if not store.exists(ResultsPaths().sweep):
-                raise EditSweepError("the results folder does not exist")
-            store.replace(ResultsPaths().log(name), text.encode())
-            return store.where(ResultsPaths().log(name))
-        except EditSweepError:
-            pass
-    with tempfile.NamedTemporaryFile("w", prefix="editsweep-", suffix=".log", delete=False) as file:
-        file.write(text)
-    return file.name
+        if not is_results(store, ResultsPaths()):
+            return None
+        store.replace(log, text.encode())
+    except EditSweepError:
+        return None
+    return store.where(log)

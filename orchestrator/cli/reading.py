@@ -44,7 +44,7 @@ def status(
     found = read_status(folder)
     out = Output()
     if as_json:
-        out.raw().write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
+        _write_json(out, found)
         return
     running = found["running"]
     state = f"a run is active ({running})" if running else "no run is active"
@@ -139,6 +139,9 @@ def query(
         float,
         typer.Option(min=0.1, callback=finite_seconds, help="seconds after which the query is stopped"),
     ] = 300.0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="--format csv: texts with their control characters as they are")
+    ] = False,
 ) -> None:
     """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included; of several
     folders, the column results tells which a row is of."""
@@ -149,7 +152,7 @@ def query(
     if output != "table":
         with _hard_time_limit(time_limit + _FORCE_SECONDS, out):
             table = results.sql(sql, time_limit)
-        write(table, output, out.raw())
+        write(table, output, out.raw(), raw)
         return
     with _hard_time_limit(time_limit + _FORCE_SECONDS, out):
         shown, total = results.first_rows(sql, limit, time_limit)
@@ -163,6 +166,14 @@ def query(
     out.table("", shown.column_names, rows, right=numbers)
     if total > limit:
         out.note(f"{limit} of {total} rows shown; --limit or --format csv gives more")
+
+
+def _write_json(out: Output, value: JSON) -> None:
+    """Write a value to standard output, for programs."""
+    from orchestrator.results.query import escape_controls
+
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    out.raw().write(escape_controls(text).encode() + b"\n")
 
 
 def _cell(value: JSON) -> str:
@@ -226,7 +237,7 @@ def report(
             plot(rows, picture)
             out.say(f"written: {picture}")
         elif output == "json":
-            out.raw().write(json.dumps(rows, indent=1, ensure_ascii=False).encode() + b"\n")
+            _write_json(out, rows)
         else:
             notes = "".join(f"\n{line}\n" for line in footnotes(rows))
             out.raw().write(f"{markdown(rows)}\n{CAPTION}\n{notes}".encode())
@@ -255,7 +266,7 @@ def diff(
     found = compare(open_existing(first), open_existing(second), ignore or ())
     out = Output()
     if as_json:
-        out.raw().write(json.dumps(to_json(found), indent=1, ensure_ascii=False).encode() + b"\n")
+        _write_json(out, to_json(found))
         raise typer.Exit(int(not found.same))
     for folder, cell_ids in zip((first, second), found.only, strict=True):
         if cell_ids:

@@ -18,6 +18,7 @@ from orchestrator.cli.app import (
     RedoOutdated,
     RemoteCode,
     RetryFailed,
+    RuntimeEnv,
     SpecFile,
     quote,
     silence_libraries,
@@ -128,7 +129,7 @@ def plan(
     codes = compare_code(progress, store, ResultsPaths())
     asked = [cell.cell_id for cell in made.asked]
     if outdated := say_outdated(codes, asked):
-        out.warn(f"{outdated}; editsweep run {spec_file} --redo-outdated runs them again")
+        out.warn(f"{outdated}; editsweep run {quote(str(spec_file))} --redo-outdated runs them again")
     if unknown := say_unknown(codes, asked):
         out.say(unknown)
     for warning in (
@@ -151,7 +152,7 @@ def plan(
             f"artifacts: {len(needed)} needed ({kinds}), {present} present, {len(missing)} to be built"
             f"{why if first else ''}"
         )
-    out.say(f"nothing was run; `editsweep run {spec_file}` runs it into {folder}")
+    out.say(f"nothing was run; `editsweep run {quote(str(spec_file))}` runs it into {folder}")
 
 
 def show_makespan(out: Output, made: Plan, actors: int | None) -> None:
@@ -191,16 +192,19 @@ def run(
     redo_outdated: RedoOutdated = False,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
+    runtime_env: RuntimeEnv = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="show the libraries' own log messages too")
     ] = False,
 ) -> None:
     """Run the unfinished part of a sweep. After an interruption, the same command continues it."""
+    from orchestrator.planning.runtime_env import read_runtime_env
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
+    given = None if runtime_env is None else read_runtime_env(runtime_env)
     folder = default_results(spec) if results is None else results
 
     from orchestrator.engine.sweep import engine_named, run_sweep
@@ -212,7 +216,7 @@ def run(
             outcome = run_sweep(
                 spec,
                 open_store(folder),
-                engine_named(engine, spec),
+                engine_named(engine, spec, given),
                 out.view(),
                 max_actors,
                 only=only or (),
@@ -244,17 +248,20 @@ def artifacts(
     ] = None,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
+    runtime_env: RuntimeEnv = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="show the libraries' own log messages too")
     ] = False,
 ) -> None:
     """Build only the artifacts that the sweep's shards share (statistics, trained networks). After
     an interruption, the same command continues it."""
+    from orchestrator.planning.runtime_env import read_runtime_env
     from orchestrator.planning.spec import default_results, naming
 
     out = Output()
     silence_libraries(verbose)
     spec = _load(spec_file, overrides, trust_remote_code)
+    given = None if runtime_env is None else read_runtime_env(runtime_env)
     folder = default_results(spec) if results is None else results
 
     from orchestrator.engine.sweep import build_artifacts, engine_named
@@ -263,7 +270,7 @@ def artifacts(
     try:
         with naming(spec_file):
             states, interrupted = build_artifacts(
-                spec, open_store(folder), engine_named(engine, spec), out.view(), max_actors
+                spec, open_store(folder), engine_named(engine, spec, given), out.view(), max_actors
             )
     except EditSweepError:
         raise
@@ -305,9 +312,9 @@ def _print_outcome(out: Output, spec_file: Path, folder: str, outcome: Outcome, 
         all_cells = f"all {len(cells)} cells" if len(cells) > 1 else "the cell"
         out.say(f"{all_cells} finished in {duration(seconds)}")
         out.say("next:")
-        out.say(f"  editsweep status {folder}")
+        out.say(f"  editsweep status {quote(folder)}")
         out.say(
-            f'  editsweep query {folder} "SELECT method, T, avg(reliability_exact) AS reliability FROM edits '
+            f'  editsweep query {quote(folder)} "SELECT method, T, avg(reliability_exact) AS reliability FROM edits '
             "WHERE scored = 'final' GROUP BY ALL ORDER BY ALL\""
         )
         return

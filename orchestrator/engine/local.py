@@ -31,7 +31,12 @@ def run_local(books: Books, max_actors: int | None = None) -> None:
     check_memory(
         plan.common.model, plan.weight_bytes, resources.gpu, resources.memory_gb, where="this machine"
     )
-    bench = Bench(books.store.where(), books.run_id, plan.spec.engine.checkpoint_seconds)
+    bench = Bench(
+        books.store.where(),
+        books.run_id,
+        plan.spec.engine.checkpoint_seconds,
+        own_code=plan.common.model.trust_remote_code,
+    )
     with _ctrl_c(books) as stop:
         try:
             build_artifacts(bench, books, stop)

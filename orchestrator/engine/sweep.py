@@ -13,13 +13,15 @@ Independent of Ray.
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.engine.books import Books, Engine, Outcome, View, artifact_title
+from orchestrator.engine.endings import ended_by_signal
 from orchestrator.engine.folder import (
     check_folder,
     compare_code,
@@ -52,14 +54,19 @@ from workers.types import EditSweepError
 ENGINES = ("ray", "local")
 
 
-def engine_named(name: Literal["ray", "local"], spec: SweepSpec) -> Engine:
+def engine_named(
+    name: Literal["ray", "local"], spec: SweepSpec, runtime_env: Mapping[str, Any] | None = None
+) -> Engine:
     """The engine of that name. It is imported here, because the local engine does not need Ray.
+    ``runtime_env``: what the user gives Ray's workers besides the spec's own.
 
     Raises :class:`EditSweepError` for another name, and :class:`ModelError` if the sweep asks for a
     GPU, its actors can run on this machine only, and there is none.
     """
     if name not in ENGINES:
         raise EditSweepError(f"engine: {name!r} is not valid; choose {' or '.join(ENGINES)}")
+    if name == "local" and runtime_env is not None:
+        raise EditSweepError("runtime_env: is Ray's, and has no effect with the local engine; remove it")
     if name == "local" or spec.ray.address is None:
         check_device(spec.model, "this machine")
     if name == "local":
@@ -68,7 +75,7 @@ def engine_named(name: Literal["ray", "local"], spec: SweepSpec) -> Engine:
         return run_local
     from orchestrator.engine.ray_engine.run import run_ray
 
-    return run_ray
+    return functools.partial(run_ray, runtime_env=runtime_env)
 
 
 def plan_sweep(spec: SweepSpec, store: Store, only: Sequence[str] = (), retry_failed: bool = False) -> Plan:
@@ -103,7 +110,7 @@ def run_sweep(
     chosen = select(only, planner.described(), "--only") if only else None
     planner.check(chosen)
     run_id = new_run_id()
-    with locking.acquire(store, run_id, say=view.warn) as lock:
+    with ended_by_signal(view.note), locking.acquire(store, run_id, say=view.warn) as lock:
         enter_folder(spec, store, paths)
         table = CentralTable(store, paths)
         journal = Journal(store, paths)
@@ -223,7 +230,7 @@ def build_artifacts(
     check_folder(spec, store, paths)
     planner = Planner(read_inputs(spec))
     run_id = new_run_id()
-    with locking.acquire(store, run_id, say=view.warn) as lock:
+    with ended_by_signal(view.note), locking.acquire(store, run_id, say=view.warn) as lock:
         enter_folder(spec, store, paths)
         plan = planner.plan(read_progress(CentralTable(store, paths), Journal(store, paths)))
         write_run(plan, store, paths, run_id, max_actors)

@@ -25,7 +25,7 @@ from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.data import requests_of
 from workers.failures import may_pass
 from workers.model.config import ModelConfig
-from workers.types import JSON, DataError, Dataset
+from workers.types import JSON, DataError, Dataset, ModelError
 
 if TYPE_CHECKING:
     from workers.session import Session
@@ -99,10 +99,17 @@ class _Workbench(Workbench):
 
 class Bench:
     """State that a worker process keeps between shards: the loaded model, the data set, and the
-    artifacts of the last shard."""
+    artifacts of the last shard.
 
-    def __init__(self, root: str, run_id: str, save_seconds: float = SAVE_SECONDS) -> None:
+    ``own_code``: this run allows the model's own code. A shard that has begun takes its settings from
+    the results folder, which may come from somebody else, so that what it says is not enough.
+    """
+
+    def __init__(
+        self, root: str, run_id: str, save_seconds: float = SAVE_SECONDS, own_code: bool = False
+    ) -> None:
         self.save_seconds = save_seconds
+        self.own_code = own_code
         self.store = open_store(root)
         self.paths = ResultsPaths()
         self.journal = Journal(self.store, self.paths)
@@ -113,9 +120,15 @@ class Bench:
         self._data: dict[str, ArtifactData] = {}
 
     def session(self, model: ModelConfig, threads: int) -> Session:
-        """The session of ``model``, loaded on first use."""
+        """The session of ``model``, loaded on first use. Raises :class:`ModelError`."""
         from workers.session import Session
 
+        if model.trust_remote_code and not self.own_code:
+            raise ModelError(
+                f"model.trust_remote_code: the results folder asks for {model.name!r} with its own code, which "
+                "this run does not allow; if you trust it, set it to true in the spec and give "
+                "--trust-remote-code"
+            )
         if self._session is None or self._session[:2] != (model, threads):
             self._session = None  # free the old weights before the new ones are loaded
             self._session = (model, threads, Session.open(model, threads=threads))

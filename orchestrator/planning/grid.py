@@ -63,7 +63,7 @@ class Grid:
             "rollback": common.rollback,
         }
         # what came later stands in an id only where it changes a number
-        later = {"template": common.template, "joiner": common.joiner_mark}
+        later = {"template": common.template, "joiner": common.joiner_mark, "clock": common.clock_mark}
         shared |= {name: value for name, value in later.items() if value}
         self._subjects = {"subject": common.subject_mark} if common.subject_mark else {}
         for method, found in zip(spec.methods, methods, strict=True):

@@ -143,6 +143,8 @@ class Inputs:
     shortfalls: tuple[Shortfall, ...] = ()
     """Requests without what a method needs, per cell."""
     warnings: tuple[str, ...] = ()
+    asks_for_day: bool = False
+    """The chat template asks for the day of the run, which it is not told."""
 
 
 def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
@@ -167,10 +169,11 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     with problems.collected():
         SCORES.check(spec.scoring)
     fingerprint: ModelFingerprint | None = None
+    asks_for_day = False
     shape: ModelShape | None = None
     if data is not None:  # a model is not fetched for a sweep whose data cannot be read
         with problems.collected():
-            fingerprint = _fingerprint(spec)
+            fingerprint, asks_for_day = _fingerprint(spec)
             shape = model_shape(spec.model)
     reader = _MethodReader(spec, fingerprint, shape, problems)
     configs = {number: reader.config(number) for number in range(len(spec.methods))}
@@ -200,12 +203,26 @@ def read_inputs(spec: SweepSpec, dataset: Dataset | None = None) -> Inputs:
     if problems:
         raise all_at_once([*problems, *impossible_cells(shortfalls)])
     assert data is not None and fingerprint is not None and shape is not None
+    if asks_for_day:
+        warnings.append(
+            "the chat template asks for today's date, and is not told it: prompts would depend on the day of "
+            "the run; give it a day with `template: {date: 2024-07-26}`"
+        )
     return Inputs(
-        spec, data, fingerprint, shape, tuple(methods), reader.trained_on, shortfalls, tuple(warnings)
+        spec,
+        data,
+        fingerprint,
+        shape,
+        tuple(methods),
+        reader.trained_on,
+        shortfalls,
+        tuple(warnings),
+        asks_for_day,
     )
 
 
-def _fingerprint(spec: SweepSpec) -> ModelFingerprint:
+def _fingerprint(spec: SweepSpec) -> tuple[ModelFingerprint, bool]:
+    """The model's fingerprint, and whether its chat template asks for the day of the run."""
     try:
         fingerprint = fingerprint_model(spec.model)
     except ModelError as e:
@@ -219,8 +236,8 @@ def _fingerprint(spec: SweepSpec) -> ModelFingerprint:
     if spec.chat_template:
         from workers.model.base import check_chat_template
 
-        check_chat_template(spec.model, spec.template)
-    return fingerprint
+        return fingerprint, check_chat_template(spec.model, spec.template)
+    return fingerprint, False
 
 
 class _MethodReader:
@@ -329,16 +346,23 @@ def measure_texts(
     known: dict[tuple[str, str | None], int] = {}
     for index in edited:
         request = data.requests[index]
-        for field, prompt, answer in request_texts(request, unrelated):
-            size = len(prompt.encode()) + len((answer or "").encode())
-            if MOST_TOKENS_PER_BYTE * (size + 1) + around + beyond <= context:
-                continue
+        texts = [
+            (field, prompt, answer)
+            for field, prompt, answer in request_texts(request, unrelated)
+            if MOST_TOKENS_PER_BYTE * (_bytes(prompt, answer) + 1) + around + beyond > context
+        ]
+        encoder.prepare(prompt for _, prompt, answer in texts if answer is not None)
+        for field, prompt, answer in texts:
             if (prompt, answer) not in known:
                 known[prompt, answer] = count_tokens(encoder, prompt, answer)
             tokens = known[prompt, answer]
             if tokens + (0 if answer is None else beyond) > context:
                 kept.append(Measured(index, request.case_id, field, tokens))
     return _only_edited(spec, data, kept)
+
+
+def _bytes(prompt: str, answer: str | None) -> int:
+    return len(prompt.encode()) + len((answer or "").encode())
 
 
 def _generated_beyond(score: ScoreConfig) -> int:

@@ -234,6 +234,7 @@ class Planner:
             dataset_fingerprint=data.fingerprint,
             joiner_mark=joiner_mark(data.requests),
             subject_mark=subject_mark(data.requests),
+            clock_mark="none" if inputs.asks_for_day else "",
             rollback=spec.grid.rollback,
             batch_size=spec.grid.batch_size,
             score=spec.scoring,

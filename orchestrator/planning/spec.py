@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,6 +32,7 @@ from pydantic import (
 )
 
 from orchestrator.planning.places import FoundModel, find_model, is_bare
+from orchestrator.planning.runtime_env import check_spec_environment
 from workers.data import DATASETS, TargetField
 from workers.inputs import explain, found, kind_of, parse_yaml, read_file, reason, short
 from workers.job import Rollback, ScoreConfig
@@ -239,8 +241,15 @@ class RaySpec(Written):
     """The Ray cluster. Without an address, a local Ray is started and shut down at the end."""
 
     address: str | None = Field(None, description="host:port, or auto")
-    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    runtime_env: dict[str, Any] = Field(
+        default_factory=dict, description="env_vars that run nothing; the rest by --runtime-env FILE"
+    )
     connect_seconds: float = Field(15, gt=0)
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _harmless(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_spec_environment(value)
 
     @field_validator("address")
     @classmethod
@@ -288,7 +297,8 @@ class SweepSpec(Written):
     )
     chat_template: bool = False
     template: dict[str, bool | int | float | str | None] = Field(
-        default_factory=dict, description="variables of the chat template, such as enable_thinking: false"
+        default_factory=dict,
+        description="variables of the chat template, such as enable_thinking: false; date: the day it is told",
     )
     engine: EngineSpec = EngineSpec()
     ray: RaySpec = RaySpec()
@@ -310,6 +320,14 @@ class SweepSpec(Written):
     @classmethod
     def _plain(cls, value: str) -> str:
         return _plain_name(value)
+
+    @field_validator("template", mode="before")
+    @classmethod
+    def _days_are_texts(cls, value: object) -> object:
+        """YAML reads 2024-07-26 as a day, which a template gets as the text that was written."""
+        if not isinstance(value, dict):
+            return value
+        return {name: day.isoformat() if type(day) is date else day for name, day in value.items()}
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -63,6 +63,9 @@ class Common(Frozen):
     subject_mark: str = Field(
         "", description="hash of the subjects' places; empty: each is the first and only whole word"
     )
+    clock_mark: str = Field(
+        "", description="not empty: the chat template asks for the day of the run, which it is not told"
+    )
     rollback: Rollback
     batch_size: int = Field(description="grid.batch_size; a variant that edits whole groups uses T instead")
     score: ScoreConfig

@@ -385,16 +385,19 @@ def _check_statement(connection: duckdb.DuckDBPyConnection, query: str) -> None:
         raise QueryError(f"SQL: {kind.name} is not allowed, the table can only be read: use SELECT")
 
 
-def write(table: pa.Table, file_format: str, stream: BinaryIO) -> None:
+def write(table: pa.Table, file_format: str, stream: BinaryIO, raw: bool = False) -> None:
     """Write a query's answer to a binary stream as ``csv``, ``json`` (one object per line) or
     ``parquet``.
 
-    Raises :class:`QueryError` for another format.
+    A control character of a text, which may steer a terminal, is written as JSON writes it
+    (``\\u001b``), but for tabs and line breaks. JSON means the same by that; CSV has the text as it
+    is if ``raw``. Raises :class:`QueryError` for another format.
     """
     if file_format == "csv":
         from pyarrow import csv
 
-        csv.write_csv(_with_texts(table, _in_csv), stream)
+        table = _with_texts(table, _in_csv)
+        csv.write_csv(table if raw else _without_controls(table), stream)
     elif file_format == "json":
         _write_json(table, stream)
     elif file_format == "parquet":
@@ -460,11 +463,36 @@ def _in_parquet(kind: pa.DataType) -> bool:
     return True
 
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def escape_controls(text: str) -> str:
+    """A text with its control characters written out, but for tabs and line breaks. In JSON it means
+    the same as before."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _without_controls(table: pa.Table) -> pa.Table:
+    """The table with :func:`escape_controls` of every text and name."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for i, field in enumerate(table.schema):
+        if not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+            continue
+        column = table.column(i)
+        if pc.any(pc.match_substring_regex(column, _CONTROLS.pattern)).as_py():
+            texts = [None if value is None else escape_controls(value) for value in column.to_pylist()]
+            table = table.set_column(i, field.name, pa.array(texts, field.type))
+    return table.rename_columns([escape_controls(name) for name in table.column_names])
+
+
 def _write_json(table: pa.Table, stream: BinaryIO) -> None:
     names = table.column_names
     for batch in table.to_batches(max_chunksize=10_000):
         for row in zip(*map(python_values, batch.columns), strict=True):
-            stream.write(_json(dict(zip(names, row, strict=True))).encode("utf-8", "replace") + b"\n")
+            text = escape_controls(_json(dict(zip(names, row, strict=True))))
+            stream.write(text.encode("utf-8", "replace") + b"\n")
 
 
 def _json(value: Any) -> str:

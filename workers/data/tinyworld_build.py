@@ -33,11 +33,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from workers.data import tinyworld
 from workers.data.tinyworld import Fact
+from workers.folders import open_tokenizer
 from workers.types import DataError, EditSweepError, Probe
 
 _log = logging.getLogger(__name__)
@@ -402,7 +403,7 @@ def _make(made: Path, seed: int, recipe: Recipe, began: float) -> dict[str, Any]
     bpe = make_tokenizer(seed)
     bpe.save(str(made / "tokenizer.json"))
     _write_json(made / "tokenizer_config.json", _tokenizer_config())
-    tokenizer = AutoTokenizer.from_pretrained(made)
+    tokenizer = open_tokenizer(made)
     _log.info("training on %d facts", len(facts))
     model = train(bpe, seed, recipe)
     held_out, trained = held_out_probes(facts), trained_probes(facts)

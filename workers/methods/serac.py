@@ -53,6 +53,7 @@ from torch import Tensor, nn
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.pretrain import PRETRAINED, Trainer, TrainingSchedule, pretrained
 from workers.data.scripts import joiner_of, statement
+from workers.folders import Kind, build_model, open_config, open_model, open_tokenizer
 from workers.methods.base import ArtifactContext, EditOutcome, LaneEdit, Method, MethodConfig
 from workers.methods.easyedit import IGNORED, TRAINER_KEYS, TRAINER_LOST, TRAINER_OFF
 from workers.model.base import BaseModel
@@ -216,7 +217,7 @@ class Networks:
     ) -> Self:
         """The networks before training: weights of a folder, a copy of the base, or random weights.
         Raises :class:`ModelError`."""
-        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig
 
         seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
         dtype = base.master_dtype
@@ -230,22 +231,13 @@ class Networks:
                 attention_dropout=0.0,
                 **SCRATCH,
             )
-            classifier, tokenizer = _drawn(AutoModel, config, seed), base.tokenizer
+            classifier, tokenizer = _drawn("encoder", config, seed), base.tokenizer
         else:
-            classifier, tokenizer = _load(
-                AutoModel, AutoConfig, AutoTokenizer, hparams["classifier"], "classifier", seed
-            )
+            classifier, tokenizer = _load("encoder", hparams["classifier"], "classifier", seed)
         if hparams["counterfactual"] is None:
             counterfactual, second = copy.deepcopy(base.model), base.tokenizer
         else:
-            counterfactual, second = _load(
-                AutoModelForCausalLM,
-                AutoConfig,
-                AutoTokenizer,
-                hparams["counterfactual"],
-                "counterfactual",
-                seed + 1,
-            )
+            counterfactual, second = _load("causal", hparams["counterfactual"], "counterfactual", seed + 1)
         if second is not base.tokenizer and second.get_vocab() != base.tokenizer.get_vocab():
             raise ModelError(
                 f"serac: counterfactual: {hparams['counterfactual']!r} has another vocabulary than the "
@@ -328,22 +320,22 @@ class Networks:
         return Encoder(self.counterfactual_tokenizer)
 
 
-def _drawn(auto: Any, config: Any, seed: int) -> Any:
+def _drawn(kind: Kind, config: Any, seed: int) -> Any:
     """A network with random weights, determined by ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_config(config)
+        return build_model(kind, config)
 
 
-def _load(auto: Any, config_of: Any, tokenizer_of: Any, name: str, field: str, seed: int) -> tuple[Any, Any]:
+def _load(kind: Kind, name: str, field: str, seed: int) -> tuple[Any, Any]:
     """A network and its tokenizer from a folder; random weights if it has none. Raises
     :class:`ModelError`."""
     try:
         folder = resolve(ModelConfig(name=name))
-        tokenizer = tokenizer_of.from_pretrained(folder)
+        tokenizer = open_tokenizer(folder)
         if any(folder.glob("*.safetensors")):
-            return auto.from_pretrained(folder, use_safetensors=True), tokenizer
-        return _drawn(auto, config_of.from_pretrained(folder), seed), tokenizer
+            return open_model(kind, folder), tokenizer
+        return _drawn(kind, open_config(folder), seed), tokenizer
     except (ModelError, OSError, ValueError) as error:
         raise ModelError(
             f"serac: {field}: {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}"

@@ -17,6 +17,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from workers.folders import build_model, open_config, open_model, open_tokenizer
 from workers.model.architectures import ARCHITECTURES, Arch, architecture
 from workers.model.config import ModelConfig, ModelShape, context_length, resolve
 from workers.types import ModelError, SpecError
@@ -34,15 +35,12 @@ def model_shape(config: ModelConfig) -> ModelShape:
     """Sizes of a model, from its config alone: the modules are built on torch's meta device,
     without storage."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = resolve(config)
-    hf = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code), config)
+    folder, own_code = resolve(config), config.trust_remote_code
+    hf = _read(lambda: open_config(folder, own_code), config)
     arch = architecture(hf.model_type)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            hf, trust_remote_code=config.trust_remote_code
-        )
+        model = _read(lambda: build_model("causal", hf, own_code), config)
     layers = model.get_submodule(arch.layers)
     linear = {}
     for path in (*arch.attn_in, arch.attn_out, *arch.mlp_in, arch.mlp_out):
@@ -63,21 +61,17 @@ def load_encoder(
     config: ModelConfig, chat_template: bool, template: Mapping[str, Any] | None = None
 ) -> Encoder:
     """The model's tokenizer as an encoder, without the model."""
-    from transformers import AutoTokenizer
-
     from workers.model.batch import Encoder
 
-    folder, remote = resolve(config), config.trust_remote_code
-    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
+    folder = resolve(config)
+    tokenizer = _read(lambda: open_tokenizer(folder, config.trust_remote_code), config)
     return Encoder(tokenizer, chat_template, template)
 
 
 def _read(load: Any, config: ModelConfig) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         return load()
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError) as error:
         known = ", ".join(sorted(ARCHITECTURES))
         cause = " ".join(str(error).split())[:300]
         raise ModelError(
@@ -151,23 +145,14 @@ class BaseModel:
     def load(cls, config: ModelConfig) -> BaseModel:
         """Load weights (safetensors only) and tokenizer. Raises :class:`ModelError`."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        folder = resolve(config)
-        remote = config.trust_remote_code
-        hf = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=remote), config)
+        folder, own_code = resolve(config), config.trust_remote_code
+        hf = _read(lambda: open_config(folder, own_code), config)
         architecture(hf.model_type)
         device = pick_device(config)
-        model = _read(
-            lambda: AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, config.dtype),
-                use_safetensors=True,
-                trust_remote_code=remote,
-            ),
-            config,
-        )
-        tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
+        dtype = getattr(torch, config.dtype)
+        model = _read(lambda: open_model("causal", folder, own_code, dtype), config)
+        tokenizer = _read(lambda: open_tokenizer(folder, own_code), config)
         return cls(model.to(device), tokenizer, config)
 
     def with_encoder(self, encoder: Encoder) -> BaseModel:
@@ -255,16 +240,16 @@ class BaseModel:
         return out
 
 
-def check_chat_template(config: ModelConfig, template: Mapping[str, Any]) -> None:
-    """Raise :class:`DataError` if the model's chat template does not put an answer where it asks for
-    one, with these variables."""
-    from transformers import AutoTokenizer
+def check_chat_template(config: ModelConfig, template: Mapping[str, Any]) -> bool:
+    """Return whether the model's chat template asks for the day of the run, which it is not told.
 
+    Raises :class:`DataError` if it does not put an answer where it asks for one, with these
+    variables."""
     from workers.model.batch import Encoder
 
-    folder, remote = resolve(config), config.trust_remote_code
-    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=remote), config)
-    Encoder(tokenizer, chat_template=True, template=template)
+    folder = resolve(config)
+    tokenizer = _read(lambda: open_tokenizer(folder, config.trust_remote_code), config)
+    return Encoder(tokenizer, chat_template=True, template=template).asks_for_day
 
 
 def pick_device(config: ModelConfig) -> str:

@@ -15,8 +15,8 @@ class Builder:
     """An actor that builds artifacts with one loaded model. A second thread answers
     :meth:`progress` and :meth:`stop` during the construction."""
 
-    def __init__(self, root: str, run_id: str, save_seconds: float) -> None:
-        self.bench = Bench(root, run_id, save_seconds)
+    def __init__(self, root: str, run_id: str, save_seconds: float, own_code: bool = False) -> None:
+        self.bench = Bench(root, run_id, save_seconds, own_code)
         self.last: tuple[int, int, str] | None = None
         self.stopped = threading.Event()
 

@@ -62,7 +62,14 @@ def build_artifacts(books: Books, actors: int) -> None:
     keys = {spec.key for spec in missing}
     at_once = sum(not any(need.key in keys for need in spec.needs) for spec in missing)
     builders = [
-        _BuilderActor(make.remote(books.store.where(), books.run_id, engine.checkpoint_seconds))
+        _BuilderActor(
+            make.remote(
+                books.store.where(),
+                books.run_id,
+                engine.checkpoint_seconds,
+                own_code=common.model.trust_remote_code,
+            )
+        )
         for _ in range(min(actors, at_once))
     ]
     todo, failed = list(missing), set[str]()

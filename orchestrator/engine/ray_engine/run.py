@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,10 +27,13 @@ from ray.tune.experiment import Trial
 
 from orchestrator.engine.books import Books
 from orchestrator.engine.causes import Cause
+from orchestrator.engine.endings import signals_kept
 from orchestrator.engine.ray_engine import ENVIRONMENT
 from orchestrator.engine.ray_engine.builders import build_artifacts
 from orchestrator.engine.ray_engine.causes import cause_of
+from orchestrator.engine.ray_engine.loss import noticing_loss
 from orchestrator.engine.ray_engine.preflight import ClusterError, check_nodes
+from orchestrator.engine.ray_engine.private import credentials_stay, on_loopback, own_token, private_folder
 from orchestrator.engine.ray_engine.trial import ShardTrial
 from orchestrator.engine.worker import StepReport
 from orchestrator.planning.spec import RaySpec
@@ -40,18 +41,20 @@ from orchestrator.storage.lock import LockLost
 from workers.types import EditSweepError
 
 
-def run_ray(books: Books, max_actors: int | None = None) -> None:
-    """Run every shard of the plan on Ray."""
+def run_ray(
+    books: Books, max_actors: int | None = None, runtime_env: Mapping[str, Any] | None = None
+) -> None:
+    """Run every shard of the plan on Ray. ``runtime_env``: what the user gives the workers besides
+    the spec's own."""
     plan = books.plan
-    threads = plan.common.threads
-    with _ctrl_c(books), _connected(plan.spec.ray, threads, books):
+    with _ctrl_c(books), private_folder() as folder, _connected(books, folder, runtime_env or {}):
         try:
             actors = check_nodes(books)
             wanted = max_actors or plan.spec.engine.max_actors or actors
             build_artifacts(books, min(wanted, actors))
             if books.artifacts_only:
                 return
-            _tune(books, min(wanted, len(plan.shards)))
+            _tune(books, min(wanted, len(plan.shards)), folder)
         except KeyboardInterrupt:
             books.interrupted = True
 
@@ -60,47 +63,62 @@ def run_ray(books: Books, max_actors: int | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _connected(spec: RaySpec, threads: int, books: Books) -> Iterator[None]:
-    """Connect to Ray at ``spec.address``, or start a local Ray. Afterwards disconnect, and shut the
-    local Ray down."""
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        **ENVIRONMENT,
-    }
-    runtime: dict[str, Any] = {
-        **spec.runtime_env,
-        "env_vars": {**environment, **spec.runtime_env.get("env_vars", {})},
-    }
+def _connected(books: Books, folder: Path, runtime_env: Mapping[str, Any]) -> Iterator[None]:
+    """Connect to Ray at the spec's address, or start a local Ray whose files are in ``folder``.
+    Afterwards disconnect, and shut the local Ray down."""
+    spec, threads = books.plan.spec.ray, books.plan.common.threads
+    runtime = _runtime_env(spec, threads, runtime_env)
+    if "working_dir" not in runtime:
+        # Without a working_dir, Ray's workers first import from the driver's working directory.
+        # A folder `workers` there would hide our package.
+        (folder / "empty").mkdir()
+        runtime["working_dir"] = str(folder / "empty")
     options: dict[str, Any] = {
         "runtime_env": runtime,
         "namespace": f"editsweep-{books.run_id}",
         "log_to_driver": False,
         "logging_level": "ERROR",
     }
-    if spec.address:
-        _check_reachable(spec)
-        books.view.note(f"connecting to Ray at {spec.address}")
-        options["address"] = spec.address
-    else:
-        books.view.note("starting a local Ray")
-        options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
-    try:
-        with tempfile.TemporaryDirectory() as empty:
-            # Without a working_dir, Ray's workers first import from the driver's working directory.
-            # A folder `workers` there would hide our package.
-            runtime.setdefault("working_dir", empty)
-            ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as error:
-        what = f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
-        raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        if spec.address:
+            _check_reachable(spec)
+            books.view.note(f"connecting to Ray at {spec.address}")
+            options["address"] = spec.address
+        else:
+            books.view.note("starting a local Ray")
+            (folder / "ray").mkdir()
+            stack.enter_context(own_token(folder))
+            options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
+            options["_temp_dir"] = str(folder / "ray")
+        try:
+            with contextlib.nullcontext() if spec.address else on_loopback(), signals_kept():
+                ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as error:
+            what = (
+                f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
+            )
+            raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
         with _ray_output_to_log(books):
-            yield
-    finally:
-        ray.shutdown()
+            try:
+                with noticing_loss(books, spec.address is None):
+                    yield
+            finally:
+                ray.shutdown()
+
+
+def _runtime_env(spec: RaySpec, threads: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Ray's ``runtime_env`` of the workers: what the sweep needs, the spec's variables, and what the
+    user gave on the command line, which counts most."""
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        **ENVIRONMENT,
+        **spec.runtime_env.get("env_vars", {}),
+        **given.get("env_vars", {}),
+    }
+    return {**given, "env_vars": variables}
 
 
 @contextlib.contextmanager
@@ -203,38 +221,36 @@ def _ctrl_c(books: Books) -> Iterator[None]:
 # --- shards ---------------------------------------------------------------------------------
 
 
-def _tune(books: Books, actors: int) -> None:
-    """One trial per shard, in the plan's order."""
+def _tune(books: Books, actors: int, folder: Path) -> None:
+    """One trial per shard, in the plan's order. ``folder`` takes Tune's own files, which are never
+    read."""
     plan = books.plan
     engine = plan.spec.engine
     trainable = tune.with_resources(
         tune.with_parameters(ShardTrial, work=plan.work, root=books.store.where(), run_id=books.run_id),
         {"cpu": engine.resources.cpu, "gpu": engine.resources.gpu},
     )
-    folder = tempfile.mkdtemp(prefix=f"editsweep-{books.run_id}-")  # Tune's own files, which are never read
     listener = _Listener(books)
-    try:
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"shard": tune.grid_search(list(range(len(plan.shards))))},
-            tune_config=tune.TuneConfig(
-                reuse_actors=True,
-                max_concurrent_trials=max(1, actors),
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=folder,
-                failure_config=tune.FailureConfig(max_failures=engine.max_failures),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
-                callbacks=[listener],
-                verbose=0,
-            ),
-        )
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"shard": tune.grid_search(list(range(len(plan.shards))))},
+        tune_config=tune.TuneConfig(
+            reuse_actors=True,
+            max_concurrent_trials=max(1, actors),
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder / "tune"),
+            failure_config=tune.FailureConfig(max_failures=engine.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+            callbacks=[listener],
+            verbose=0,
+        ),
+    )
+    with credentials_stay():
         tuner.fit()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if listener.stopped_by is not None:
         raise listener.stopped_by
 

@@ -32,7 +32,7 @@ class ShardTrial(tune.Trainable):
     ) -> None:
         assert work is not None
         self._work = work
-        self._bench = Bench(root, run_id)
+        self._bench = Bench(root, run_id, own_code=work.common.model.trust_remote_code)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
