@@ -21,15 +21,21 @@ from botocore.awsrequest import AWSResponse
 from moto.server import ThreadedMotoServer
 
 from orchestrator.cli.main import main
+from orchestrator.engine.local import run_local
+from orchestrator.engine.sweep import run_sweep
 from orchestrator.results.beside import STORED
 from orchestrator.results.journal import Journal
 from orchestrator.results.query import open_results
+from orchestrator.results.status import read_status
 from orchestrator.results.table import CentralTable
 from orchestrator.storage import lock as locking
 from orchestrator.storage import s3
 from orchestrator.storage.base import Missing, StoreError
 from orchestrator.storage.open import open_store
 from orchestrator.storage.s3 import S3Store
+from tests.engine import VOLATILE, Watch, placeless, rows, spec_of
+from tests.engine import run as run_here
+from tests.faulty import KINDS, FaultyProxy
 from tests.histories import check_readers, random_history
 from tests.processes import Command, Fork, fork, forks
 from tests.shards import (
@@ -250,6 +256,84 @@ def call(code: int, *arguments: str) -> str:
     return said
 
 
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait less between two tries, and for a reply."""
+    monkeypatch.setattr(s3, "_PAUSES", (0.001, 0.01))
+    monkeypatch.setattr(s3, "_TIMEOUTS", {"connect_timeout": 5, "read_timeout": 0.25})
+
+
+@pytest.mark.parametrize(
+    "kind", ["all", "body cut", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS)]
+)
+def test_what_may_pass_is_tried_again(
+    endpoint: str, where: str, store: S3Store, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every verb, with 60 of 100 requests failing in one way, and in all ways."""
+    hasty(monkeypatch)
+    monkeypatch.setattr(s3, "_READ_WHOLE_BYTES", 1000)
+    data = os.urandom(30_000)
+    with FaultyProxy(endpoint, 0.6, seed=1, kinds=KINDS if kind == "all" else (kind,)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        faulty = S3Store(where)
+        assert faulty.publish_new("f/x", data)
+        assert not faulty.publish_new("f/x", b"another's")
+        assert faulty.read("f/x") == data
+        with faulty.open("f/x") as file:
+            file.seek(-5, 2)
+            assert file.read() == data[-5:]
+        faulty.replace("f/y", b"1")
+        assert [entry.name for entry in faulty.list("f")] == ["x", "y"]
+        faulty.move("f/x", "g/x", instead=b"")
+        assert faulty.read("g/x") == data and faulty.read("f/x") == b"" and faulty.exists("g")
+        with pytest.raises(Missing):
+            faulty.read("f/none")
+        faulty.delete("f/x")
+        faulty.delete_folder("g")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    assert [entry.key for entry in store.list("")] == ["f"] + ["lock"] * store.exists("lock")
+    assert proxy.faults and set(proxy.faults) <= set(KINDS)
+
+
+def test_a_service_that_does_not_recover_ends_the_request(
+    endpoint: str, where: str, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasty(monkeypatch)
+    store.replace("x", b"1")
+    monkeypatch.setattr(s3, "PATIENCE_SECONDS", 0.1)
+    with FaultyProxy(endpoint, 1.0, seed=1, kinds=("503", "body cut")) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        with pytest.raises(StoreError, match=rf"cannot read {where}/x: .*\(\d+ tries\)"):
+            S3Store(where).read("x")
+    assert proxy.requests > 1
+
+
+@pytest.mark.slow
+def test_a_sweep_over_a_service_of_which_most_requests_fail(
+    endpoint: str, where: str, store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 of 100 requests, of the driver and of the worker: the rows are those of an undisturbed
+    run."""
+    hasty(monkeypatch)
+    small: dict[str, Any] = {
+        "dataset": {"kind": "tinyworld", "edits": 2},
+        "grid": {"T": [1, 2], "seeds": [0]},
+        "methods": [{"method": "ft", "hparams": {"num_steps": 1}}],
+    }
+    run_here(tmp_path / "clean", **small)
+    kinds = tuple(kind for kind in KINDS if kind != "time-out")  # which cost time
+    with FaultyProxy(endpoint, 0.6, seed=2, kinds=kinds) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        outcome = run_sweep(spec_of(**small), S3Store(where), run_local, Watch())
+        assert outcome.unfinished == ()
+        assert read_status(where)["finished"] == 2
+    assert proxy.faults.keys() == set(kinds)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    there = open_results(where).table().to_pylist()
+    assert placeless([{key: row[key] for key in row.keys() - VOLATILE} for row in there]) == placeless(
+        rows(tmp_path / "clean")
+    )
+
+
 @pytest.mark.slow
 def test_a_whole_sweep(where: str, store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = tmp_path / "s.yaml"
@@ -298,3 +382,15 @@ def test_any_history_in_a_bucket_gives_the_means_of_a_fresh_folder(
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     spec, _ = random_history(where, random.Random(seed), tmp_path, aws)
     check_readers(where, spec, tmp_path / "fresh")
+
+
+def test_a_folder_under_a_table_files_name_is_in_nobodys_way(store: S3Store) -> None:
+    """Tools leave objects whose keys begin with another key and a slash."""
+    store.replace("table/000001.parquet/x", b"mine")
+    finish(Journal(store), make_manifest("s0"))
+    table = CentralTable(store)
+    assert table.gather(Journal(store)).files == (1,)
+    finish(Journal(store), make_manifest("s1", cell="other"))
+    assert table.gather(Journal(store)).files == (2,)
+    assert set(CentralTable(store).shards()) == {"s0", "s1"}
+    assert CentralTable(store).verify() == []

@@ -296,3 +296,28 @@ def test_scoring_identity_leaves_batching_out() -> None:
     plain = parse(yaml.safe_dump(GOOD))
     assert SCORES.identity(one.scoring) == SCORES.identity(plain.scoring)
     assert SCORES.identity(other.scoring) != SCORES.identity(plain.scoring)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1:30", "line 1.*'1:30' is a number to base 60; write it as a plain number"),
+        ("a: 1:30.5", "base 60"),
+        ("a: 59" + ":59" * 2000, "base 60"),
+        ("a: 0x" + "f" * 5000, "too many digits"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: !!timestamp x", "a value that does not fit its tag"),
+        ("a: !!int ''", "does not fit its tag|not valid YAML"),
+        ("a: !!python/name:os.system", "not valid YAML in line 1"),
+    ],
+)
+def test_values_that_are_not_what_they_look_like(text: str, said: str) -> None:
+    with pytest.raises(SpecError, match=f"s.yaml.*{said}") as refused:
+        parse_yaml(text, "s.yaml")
+    assert len(str(refused.value)) < 300
+
+
+def test_other_numbers_are_what_they_were() -> None:
+    text = "[1, -2, 0x1F, 0b11, 017, 1_000, 1.5, .5, 1e-4, .inf, -.INF, '1:30']"
+    inf = float("inf")
+    assert parse_yaml(text, "s.yaml") == [1, -2, 31, 3, 15, 1000, 1.5, 0.5, 1e-4, inf, -inf, "1:30"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
+from io import BufferedReader
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -44,6 +48,28 @@ class _Loader(yaml.SafeLoader):
             seen[key] = value
         return super().construct_mapping(node, deep=deep)
 
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """A number, but not one to base 60, which YAML 1.1 makes of ``1:30``."""
+        text = str(self.construct_scalar(node))
+        if ":" in text:
+            raise ConstructorError(
+                None,
+                None,
+                f"{short(text)} is a number to base 60; write it as a plain number",
+                node.start_mark,
+            )
+        whole = node.tag == "tag:yaml.org,2002:int"
+        value: int | float = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise ConstructorError(None, None, "a number with too many digits", node.start_mark)
+        return value
+
+
+_MOST_BITS = 1000
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.number)
+
 
 def _same(one: object, other: object) -> bool:
     """True for equal values of one type: ``1``, ``1.0`` and ``true`` are three values."""
@@ -59,6 +85,45 @@ def _same(one: object, other: object) -> bool:
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a regular file that a user named. Raises OSError for anything else, at once: a pipe would
+    wait for its writer, and a device may have no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(None, "is a folder, expected a file")
+        if not stat.S_ISREG(mode):
+            raise OSError(None, f"is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}, expected a file")
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+_KINDS: Mapping[int, str] = MappingProxyType(
+    {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+)
+
+
+def read_file(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The contents of a regular file of at most ``most`` bytes. Raises OSError for any other file,
+    with ``strerror`` for the user."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > most else file.read(most + 1)
+        if max(size, len(data)) > most:
+            raise OSError(None, f"is too large, it may have at most {most} bytes")
+        return data
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a file cannot be read, without any of its contents."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"expected UTF-8 text, found another byte at offset {error.start}"
+    return str(getattr(error, "strerror", None) or error)
 
 
 def parse_yaml(text: str, source: str) -> JSON:
@@ -79,8 +144,13 @@ def parse_yaml(text: str, source: str) -> JSON:
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
         problem = getattr(e, "problem", None) or " ".join(str(e).split())
         raise SpecError(f"{source}: not valid YAML{where}: {problem}") from None
-    except (ValueError, RecursionError) as e:
-        raise SpecError(f"{source}: not valid YAML: {e or 'nested too deeply'}") from None
+    except SpecError:
+        raise
+    except RecursionError:
+        raise SpecError(f"{source}: not valid YAML: nested too deeply") from None
+    except Exception as e:  # what the constructors of a tag raise for a value that does not fit it
+        told = str(e) if isinstance(e, ValueError) else "a value that does not fit its tag"
+        raise SpecError(f"{source}: not valid YAML: {told}") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -184,6 +254,12 @@ def _fields_at(root: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
         elif isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
             here = here.model_fields[part].annotation
     return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+
+
+def kind_of(value: object) -> str:
+    """What a whole file holds, without its contents: it may be any file, named by mistake."""
+    names = {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}
+    return names.get(type(value), f"a single {type(value).__name__}")
 
 
 def found(value: object) -> str:

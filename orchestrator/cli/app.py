@@ -46,6 +46,7 @@ app = typer.Typer(
 )
 
 MOST_SECONDS = 366 * 86400.0
+MOST_ACTORS = 1_000_000
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="the sweep's YAML file", show_default=False)]
 Folder = Annotated[
@@ -148,7 +149,9 @@ def silence_libraries(verbose: bool) -> None:
     import logging
 
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
-    if not verbose:
+    if verbose:
+        logging.getLogger("orchestrator").setLevel(logging.INFO)
+    else:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -6,12 +6,13 @@ a live display; otherwise it is one plain line every few seconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 from rich import box
 from rich.console import Console, Group
@@ -22,6 +23,7 @@ from rich.text import Text
 
 from orchestrator.results.causes import cause_of
 from workers.inputs import counted
+from workers.types import EditSweepError
 
 if TYPE_CHECKING:
     from orchestrator.engine.books import Safety
@@ -41,6 +43,38 @@ _WIDTH = 160
 _UNLIMITED = 1_000_000
 
 
+class OutputError(EditSweepError):
+    """Standard output cannot be written to: it is a file on a full disk, for instance."""
+
+
+class _Answers:
+    """Standard output, whose errors are not taken for errors of the command."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, data: Any) -> Any:
+        with self._told():
+            return self._stream.write(data)
+
+    def flush(self) -> None:
+        with self._told():
+            self._stream.flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _told() -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Output:
     """The two output streams: results go to standard output; progress, notes and errors go to
     standard error.
@@ -50,8 +84,8 @@ class Output:
     """
 
     def __init__(self) -> None:
-        self.answers = _console(stderr=False)
-        self.asides = _console(stderr=True)
+        self.answers = _console(_Answers(sys.stdout))
+        self.asides = _console(sys.stderr)
 
     def say(self, text: str = "") -> None:
         self.answers.print(plain(text), soft_wrap=True)
@@ -103,8 +137,12 @@ class Output:
 
     def raw(self) -> BinaryIO:
         """Standard output for bytes, neither wrapped nor coloured."""
+        self.flush()
+        return cast(BinaryIO, _Answers(sys.stdout.buffer))
+
+    def flush(self) -> None:
+        """Raises :class:`OutputError` if what was said cannot be written."""
         self.answers.file.flush()
-        return sys.stdout.buffer
 
     def view(self) -> RunView:
         return LiveView(self.asides) if self.asides.is_terminal else RunView(self.asides)
@@ -129,10 +167,9 @@ def plain(text: str) -> Text:
     )
 
 
-def _console(stderr: bool) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
+def _console(stream: Any) -> Console:
     width = None if stream.isatty() else _width_of_a_pipe()
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
 def _width_of_a_pipe() -> int:

@@ -148,7 +148,7 @@ def query(
 ) -> None:
     """Ask the table a question in SQL (DuckDB). Rows of unfinished shards are included; of several
     folders, the column results tells which a row is of."""
-    from orchestrator.results.query import write
+    from orchestrator.results.query import python_values, write
 
     if output == "parquet" and sys.stdout.isatty():
         raise EditSweepError(
@@ -169,7 +169,8 @@ def query(
         for i, kind in enumerate(shown.schema.types)
         if str(kind).startswith(("int", "uint", "double", "float"))
     ]
-    rows = [tuple(_cell(value) for value in row.values()) for row in shown.to_pylist()]
+    columns = [map(_cell, python_values(column)) for column in shown.columns]
+    rows = list(zip(*columns, strict=True))
     out.table("", shown.column_names, rows, right=numbers)
     if total > limit:
         out.note(f"{limit} of {total} rows shown; --limit or --format csv gives more")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from orchestrator.cli.app import (
+    MOST_ACTORS,
     Bug,
     Only,
     Overrides,
@@ -48,7 +49,8 @@ def plan(
         str | None, typer.Option(help="subtract what this results folder already holds")
     ] = None,
     actors: Annotated[
-        int | None, typer.Option(min=1, help="simulate so many actors (default: engine.max_actors)")
+        int | None,
+        typer.Option(min=1, max=MOST_ACTORS, help="simulate so many actors (default: engine.max_actors)"),
     ] = None,
     only: Only = None,
     retry_failed: RetryFailed = False,
@@ -63,6 +65,7 @@ def plan(
     from orchestrator.planning.plan import Planner
     from orchestrator.planning.spec import default_results, naming
     from orchestrator.results.code import say_outdated, say_unknown
+    from orchestrator.results.records import is_results
     from orchestrator.results.select import select
     from orchestrator.storage.open import open_store
     from orchestrator.storage.paths import ResultsPaths
@@ -71,7 +74,7 @@ def plan(
     spec = _load(spec_file, overrides, trust_remote_code)
     folder = default_results(spec) if results is None else results
     store = open_store(folder)
-    there = store.exists(ResultsPaths().sweep)
+    there = is_results(store, ResultsPaths())
     with naming(spec_file):
         progress = read_folder(spec, store, retry_failed)
         planner = Planner(read_inputs(spec))
@@ -181,7 +184,9 @@ def run(
     engine: Annotated[
         Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")
     ] = "ray",
-    max_actors: Annotated[int | None, typer.Option(min=1, help="shards in flight at most")] = None,
+    max_actors: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ACTORS, help="shards in flight at most")
+    ] = None,
     only: Only = None,
     retry_failed: RetryFailed = False,
     redo_outdated: RedoOutdated = False,
@@ -238,7 +243,9 @@ def artifacts(
     engine: Annotated[
         Literal["ray", "local"], typer.Option(help="local: in this process, without Ray")
     ] = "ray",
-    max_actors: Annotated[int | None, typer.Option(min=1, help="artifacts built at once at most")] = None,
+    max_actors: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ACTORS, help="artifacts built at once at most")
+    ] = None,
     overrides: Overrides = None,
     trust_remote_code: RemoteCode = False,
     runtime_env: RuntimeEnv = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from pathlib import Path
 
 import yaml
 
@@ -12,11 +13,20 @@ from orchestrator.engine.books import Outcome
 from orchestrator.engine.machine import this_process, versions
 from orchestrator.engine.statistics import Statistic, Statistics
 from orchestrator.planning.plan import Plan, Progress, Spent
-from orchestrator.planning.spec import SweepSpec
+from orchestrator.planning.spec import SweepSpec, parse_spec
+from orchestrator.results import records
 from orchestrator.results.code import CellCode, CodeBook, held_groups
 from orchestrator.results.journal import Journal, ShardProgress
+from orchestrator.results.records import (
+    Identity,
+    is_results,
+    newest_spec,
+    put_aside_damaged,
+    read_identity,
+    write_identity,
+)
 from orchestrator.results.table import CentralTable, TableShard
-from orchestrator.storage.base import Missing, Store, StoreError
+from orchestrator.storage.base import Damaged, Missing, Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, unseal_json
 from workers.methods import get_method
@@ -60,7 +70,7 @@ def read_folder(spec: SweepSpec, store: Store, retry_failed: bool = False) -> Pr
     """
     paths = ResultsPaths()
     check_folder(spec, store, paths)
-    if not store.exists(paths.sweep):
+    if not is_results(store, paths):
         return Progress()
     return read_progress(CentralTable(store, paths), Journal(store, paths), retry_failed)
 
@@ -73,29 +83,24 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
     """Raise :class:`ResultsError` if the folder belongs to another sweep, or holds files but is not
     a results folder. Writes nothing."""
     try:
-        found = unseal_json(store.read(paths.sweep), store.where(paths.sweep))
-    except Missing:
-        foreign = [e.name for e in store.list("") if e.name != paths.lock]
-        if foreign:
-            raise ResultsError(
-                f"{store.where()} is not a results folder: it has no {paths.sweep} but holds "
-                f"{', '.join(foreign[:5])}; "
-                "give an empty or a new folder with --results"
-            ) from None
-        return
+        found: Identity | None = read_identity(store, paths)
+    except (Missing, Damaged):
+        found = _recorded_identity(store, paths)
     except StoreError as error:
         if error.cause.startswith("a part of the path is a file"):
             raise ResultsError(
                 f"{store.where()} is a file, not a folder; give a folder with --results"
             ) from None
         raise
-    if found.get("name") != spec.name:
+    if found is None:
+        return
+    if found.name != spec.name:
         raise ResultsError(
-            f"{store.where()} holds the results of the sweep {found.get('name')!r}, not of {spec.name!r}; "
+            f"{store.where()} holds the results of the sweep {found.name!r}, not of {spec.name!r}; "
             "give another folder with --results"
         )
     mine = SCORES.identity(spec.scoring)
-    theirs = found.get("scoring", mine)
+    theirs = mine if found.scoring is None else found.scoring
     changed = [
         f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
         for key in dict.fromkeys((*mine, *theirs))
@@ -108,11 +113,42 @@ def check_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
         )
 
 
+def _recorded_identity(store: Store, paths: ResultsPaths) -> Identity | None:
+    """The identity of a folder without a readable sweep.json, by the spec of its last run; None for
+    an empty folder, and for one whose runs left none. Raises :class:`ResultsError` for a folder
+    that holds other things than results."""
+    if not is_results(store, paths):
+        foreign = [e.name for e in store.list("") if e.name != paths.lock and not _by_storage(e.name)]
+        if foreign:
+            raise ResultsError(
+                f"{store.where()} is not a results folder: it has no {paths.sweep} but holds "
+                f"{', '.join(foreign[:5])}; "
+                "give an empty or a new folder with --results"
+            )
+        return None
+    raw = newest_spec(store, paths)
+    if raw is None:
+        return None
+    try:
+        last = parse_spec(yaml.safe_dump(raw), store.where(paths.runs), Path("/"))
+    except SpecError:  # of another version
+        return Identity(str(raw.get("name")), None, "")
+    return Identity(last.name, SCORES.identity(last.scoring), "")
+
+
+def _by_storage(name: str) -> bool:
+    """Return whether file servers and desktops put an entry of this name into any folder."""
+    return name == "lost+found" or name.startswith((".", "@"))
+
+
 def enter_folder(spec: SweepSpec, store: Store, paths: ResultsPaths) -> None:
-    """Make the folder this sweep's results folder, or check that it is."""
-    identity = {"name": spec.name, "scoring": SCORES.identity(spec.scoring)}
-    if not store.publish_new(paths.sweep, seal_json(identity)):
-        check_folder(spec, store, paths)
+    """Make the folder this sweep's results folder, or check that it is. A sweep.json or plan.json
+    that cannot be read is put aside, and the first is written anew."""
+    check_folder(spec, store, paths)
+    put_aside_damaged(store, paths)
+    if not store.exists(paths.sweep):
+        seals = CentralTable(store, paths).seals()
+        write_identity(store, paths, Identity.new(spec.name, SCORES.identity(spec.scoring)), seals)
 
 
 def held_by(progress: Progress) -> dict[str, set[int]]:
@@ -132,11 +168,8 @@ def compare_code(progress: Progress, store: Store, paths: ResultsPaths) -> dict[
 
 
 def _read_plan(store: Store, paths: ResultsPaths) -> dict[str, JSON]:
-    try:
-        found = unseal_json(store.read(paths.plan), store.where(paths.plan))
-        return {**found, "cells": dict(found["cells"])}
-    except (Missing, EditSweepError, KeyError, TypeError):
-        return {"cells": {}}
+    found = records.read_plan(store, paths) or {"cells": {}}
+    return {**found, "cells": dict(found["cells"])}
 
 
 def known_statistics(store: Store, paths: ResultsPaths) -> list[Statistic]:
@@ -151,7 +184,7 @@ def write_statistics(statistics: Statistics, store: Store, paths: ResultsPaths) 
     value = _read_plan(store, paths)
     for cell_id, found in statistics.items():
         value["cells"][cell_id]["statistics"] = [statistic.to_json() for statistic in found]
-    store.replace(paths.plan, seal_json(value))
+    records.write_plan(store, paths, value)
 
 
 def write_plan(
@@ -191,7 +224,7 @@ def write_plan(
             "statistics": [found.to_json() for found in statistics.get(cell.cell_id, ())],
         }
     current = [cell.cell_id for cell in plan.cells]
-    store.replace(paths.plan, seal_json({"cells": known, "current": current, "codes": book.to_json()}))
+    records.write_plan(store, paths, {"cells": known, "current": current, "codes": book.to_json()})
 
 
 def write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_actors: int | None) -> None:
@@ -210,7 +243,11 @@ def write_run(plan: Plan, store: Store, paths: ResultsPaths, run_id: str, max_ac
 
 
 def write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome) -> None:
-    info = unseal_json(store.read(paths.run_info(run_id)), store.where(paths.run_info(run_id)))
+    key = paths.run_info(run_id)
+    try:
+        info = unseal_json(store.read(key), store.where(key))
+    except (Missing, Damaged):
+        info = {"run_id": run_id}  # damaged since the run began; no result depends on it
     info |= {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "exit_code": outcome.exit_code,
@@ -218,4 +255,4 @@ def write_end(store: Store, paths: ResultsPaths, run_id: str, outcome: Outcome) 
         "errors": [dataclasses.asdict(error) for error in outcome.errors.values()],
         "safety": dataclasses.asdict(outcome.safety),
     }
-    store.replace(paths.run_info(run_id), seal_json(info))
+    store.replace(key, seal_json(info))

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from orchestrator.planning.plan import Plan
 from orchestrator.results.artifact_store import ArtifactStore
-from orchestrator.storage.base import Missing, Store
+from orchestrator.storage.base import Damaged, Missing, Store
 from workers.artifacts.base import ArtifactData, ArtifactSpec
 from workers.artifacts.stats import KIND, condition
 from workers.types import JSON
@@ -135,7 +135,7 @@ def _read(spec: ArtifactSpec, artifacts: ArtifactStore) -> Statistic | None:
             value = condition(ArtifactData.from_bytes(store.read(key)).tensors["moment"])
     except Missing:
         return None
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (Damaged, ValueError, KeyError, SafetensorError) as error:
         log.warning("%s: cannot be read (%s); its condition is not known", store.where(key), error)
         return None
     return Statistic(spec.key, spec.recipe["layer"], spec.recipe["precision"], value)

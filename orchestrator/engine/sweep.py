@@ -115,8 +115,8 @@ def run_sweep(
         enter_folder(spec, store, paths)
         table = CentralTable(store, paths)
         journal = Journal(store, paths)
-        for number in table.verify():
-            view.warn(f"table file {number} is damaged and was moved to table/bad; its shards run again")
+        table.verify()
+        journal.put_aside_damaged()
         table.gather(journal)
         progress = read_progress(table, journal, retry_failed)
         codes = compare_code(progress, store, paths)

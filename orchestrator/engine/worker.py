@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from orchestrator.planning.work import Task
 from orchestrator.results.artifact_store import ArtifactStore, Unfinished
 from orchestrator.results.journal import Journal, Superseded
 from orchestrator.results.manifest import ShardManifest
-from orchestrator.storage.base import Missing, StoreError
+from orchestrator.storage.base import StoreError
 from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from workers.session import Session
     from workers.stream import GroupFailure
 
+
+log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 30.0
 """Approximate time between two saves of an unfinished artifact."""
@@ -256,13 +259,17 @@ class Bench:
             raise
 
     def _log(self, shard_id: str, attempt: int, text: str) -> None:
-        """Append to an attempt's log. The log remains when the shard's parts are deleted."""
+        """Append to an attempt's log, if it can be written: no result depends on it. It remains when
+        the shard's parts are deleted."""
         key = self.paths.shard_log(shard_id, attempt)
         try:
-            before = self.store.read(key).decode()
-        except Missing:
+            before = self.store.read(key).decode(errors="replace")
+        except StoreError:
             before = f"shard {shard_id}, attempt {attempt}, run {self.run_id}, {this_process()}\n\n"
-        self.store.replace(key, (before + text)[-_LOG_CHARACTERS:].encode())
+        try:
+            self.store.replace(key, (before + text)[-_LOG_CHARACTERS:].encode())
+        except StoreError as error:
+            log.warning("%s; without it: %s", error, text)
 
     def _read_dataset(self, source: Mapping[str, JSON], fingerprint: str) -> Dataset:
         return self._load_dataset(DatasetSpec.model_validate(source), fingerprint)

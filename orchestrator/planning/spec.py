@@ -35,7 +35,7 @@ from pydantic import (
 from orchestrator.planning.places import Found, find_model, is_bare
 from orchestrator.planning.runtime_env import check_spec_environment
 from workers.data import DATASETS, TargetField
-from workers.inputs import MAX_BYTES, explain, found, parse_yaml, short
+from workers.inputs import explain, found, kind_of, parse_yaml, read_file, reason, short
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import EMBEDDED, ModelConfig
 from workers.scoring.registry import SCORES
@@ -450,16 +450,13 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
     """Read, override and validate one spec file."""
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise SpecError(f"{path}: {size} bytes; a spec has at most {MAX_BYTES}")
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode()
     except FileNotFoundError:
         raise SpecError(f"{path}: no such spec file") from None
     except IsADirectoryError:
         raise SpecError(f"{path}: is a folder, expected a spec file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise SpecError(f"{path}: cannot be read: {e}") from None
+    except (OSError, ValueError) as e:
+        raise SpecError(f"{path}: cannot be read: {reason(e)}") from None
     return parse_spec(text, source=str(path), base=path.resolve().parent, overrides=overrides)
 
 
@@ -468,7 +465,11 @@ def parse_spec(text: str, source: str, base: Path, overrides: Sequence[str] = ()
     relative paths start."""
     raw = parse_yaml(text, source)
     if not isinstance(raw, dict):
-        raise SpecError(f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {found(raw)}")
+        raise SpecError(
+            f"{source}: expected a mapping with the keys {_keys(SweepSpec)}, found {kind_of(raw)}"
+        )
+    if raw and not raw.keys() & SweepSpec.model_fields.keys():
+        raise SpecError(f"{source}: is no sweep: it has none of the keys {_keys(SweepSpec)}")
     for override in overrides:
         _override(raw, override)
     origin = source if not overrides else f"{source} (with --set)"

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from orchestrator.results.records import tell_foreign
 from orchestrator.storage import lock as locking
-from orchestrator.storage.base import Damaged, Missing, Store, StoreError, put_aside
+from orchestrator.storage.base import Damaged, Missing, Store, StoreError, Unreadable, put_aside
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
 from workers.artifacts.base import Stopped
@@ -67,18 +68,18 @@ class ArtifactStore:
         ``artifacts/bad`` and counts as missing."""
         key = self.paths.artifact(spec.kind, spec.key)
         info_key = self.paths.artifact_info(spec.kind, spec.key)
+        data = b""
         try:
-            info = self.store.read(info_key)
+            info = unseal_json(self.store.read(info_key), self.store.where(info_key), "data")
             data = self.store.read(key)
+            if info["data"] != sha256_of(data):
+                raise Damaged(f"{self.store.where(key)}: checksum does not match its contents")
         except Missing:
             return None
-        try:
-            if unseal_json(info, self.store.where(info_key)).get("data") != sha256_of(data):
-                raise Damaged(f"{self.store.where(key)}: checksum does not match its contents")
         except Damaged as error:
             aside = self.paths.artifact_aside(spec.kind, spec.key, sha256_of(data))
             log.warning("%s; moved to %s, it will be computed again", error, self.store.where(aside))
-            self.store.delete(info_key)
+            put_aside(self.store, info_key, f"{aside.removesuffix('.safetensors')}.json")
             put_aside(self.store, key, aside)
             return None
         return data
@@ -99,6 +100,9 @@ class ArtifactStore:
                     stored = self.store.read(key)
                 except Missing:
                     continue
+                except Unreadable:
+                    put_aside(self.store, key, self.paths.artifact_aside(spec.kind, spec.key, sha256_of()))
+                    continue
             info = {"kind": spec.kind, "key": spec.key, "bytes": len(stored), "data": sha256_of(stored)}
             self.store.publish_new(info_key, seal_json(info))
             if (found := self.get(spec)) is not None:
@@ -107,7 +111,8 @@ class ArtifactStore:
     def sizes(self, kind: str) -> dict[str, int]:
         """Key -> size in bytes of every finished artifact of a kind. The contents are not
         verified."""
-        entries = {entry.name: entry.size for entry in self.store.list(self.paths.artifacts_of(kind))}
+        listed = self.store.list(self.paths.artifacts_of(kind))
+        entries = {entry.name: entry.size for entry in listed if not entry.folder}
         found = {}
         for name, size in entries.items():
             key, _, ending = name.rpartition(".")
@@ -122,6 +127,7 @@ class ArtifactStore:
         ``build`` receives the state that an earlier builder saved. Its exception is recorded and
         raised; later calls of the same run raise :class:`ArtifactFailed`.
         """
+        waits_since: float | None = None
         while True:
             data = self.get(spec)
             if data is not None:
@@ -129,10 +135,16 @@ class ArtifactStore:
             if (failure := self.failure(spec, run_id)) is not None:
                 raise ArtifactFailed(f"{spec.kind} artifact {spec.key[:8]} could not be built: {failure}")
             try:
+                now = time.monotonic()
                 lock = locking.acquire(
-                    self.store, run_id, say=log.info, paths=self.paths.building_claim(spec.kind, spec.key)
+                    self.store,
+                    run_id,
+                    say=log.info,
+                    paths=self.paths.building_claim(spec.kind, spec.key),
+                    watch=waits_since is not None and now - waits_since > locking.SILENT_SECONDS,
                 )
             except locking.Locked:
+                waits_since = now if waits_since is None else waits_since
                 time.sleep(WAIT_SECONDS)
                 continue
             try:
@@ -155,7 +167,7 @@ class ArtifactStore:
         """The error message of the build that failed in this run; None if no build failed."""
         key = self.paths.building_error(spec.kind, spec.key)
         try:
-            found = unseal_json(self.store.read(key), self.store.where(key))
+            found = unseal_json(self.store.read(key), self.store.where(key), "run_id", "message")
         except (Missing, Damaged):
             return None
         return str(found["message"]) if found["run_id"] == run_id else None
@@ -174,11 +186,14 @@ class ArtifactStore:
         found = []
         for entry in self.store.list(self.paths.artifacts_unfinished):
             kind, _, key = entry.name.rpartition("-")
+            if not (entry.folder and self.paths.is_name(kind) and self.paths.is_name(key)):
+                tell_foreign(self.store, self.paths.artifacts_unfinished, [entry])
+                continue
             if self.store.exists(self.paths.artifact_info(kind, key)):
                 continue
             path = self.paths.building_progress(kind, key)
             try:
-                progress = unseal_json(self.store.read(path), self.store.where(path))
+                progress = unseal_json(self.store.read(path), self.store.where(path), "done", "total", "what")
             except (Missing, Damaged):
                 progress = {"done": 0, "total": 0, "what": ""}
             found.append({"kind": kind, "key": key, **progress})
@@ -199,11 +214,20 @@ class Unfinished:
             whole = self.store.read(key)
         except Missing:
             return None
+        except Damaged as error:
+            log.warning("%s; the artifact is built from the start", error)
+            self._put_aside(key)
+            return None
         digest, data = whole[:64], whole[64:]
         if sha256_of(data).encode() != digest:
             log.warning("%s is damaged; the artifact is built from the start", self.store.where(key))
+            self._put_aside(key)
             return None
         return data
+
+    def _put_aside(self, key: str) -> None:
+        """Make room for what is saved next; it goes with the folder when the artifact is built."""
+        put_aside(self.store, key, f"{key}.bad")
 
     def save(self, data: bytes) -> None:
         """Raises :class:`~orchestrator.storage.lock.LockLost` if another process has taken over the

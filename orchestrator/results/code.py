@@ -28,8 +28,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import workers
+from orchestrator.results.records import read_plan
 from orchestrator.storage.base import Missing
-from orchestrator.storage.sealed import unseal_json
 from workers.timeline import timeline
 from workers.types import JSON
 
@@ -201,11 +201,7 @@ class CodeBook:
 
     @classmethod
     def read(cls, results: Folder) -> CodeBook:
-        store, paths = results.store, results.paths
-        try:
-            return cls(unseal_json(store.read(paths.plan), store.where(paths.plan)))
-        except Missing:
-            return cls({})
+        return cls(read_plan(results.store, results.paths) or {})
 
     def today(self, module: str) -> str:
         """Return the code of the method in ``module`` as it is now, and keep its files."""

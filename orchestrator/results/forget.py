@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 from orchestrator.results.journal import Journal
 from orchestrator.results.query import Results
+from orchestrator.results.records import put_aside_damaged, read_plan, write_plan
 from orchestrator.results.select import select
 from orchestrator.results.table import CentralTable
 from orchestrator.storage import lock as locking
-from orchestrator.storage.base import Missing
-from orchestrator.storage.sealed import seal_json, unseal_json
 from workers.types import JSON
 
 
@@ -134,13 +133,13 @@ def _forget_definitions(results: Results, cells: frozenset[str]) -> None:
     """Remove from plan.json those of ``cells`` that the last run did not ask for. The others stay
     planned, as cells that have not run."""
     store, paths = results.store, results.paths
-    try:
-        value = unseal_json(store.read(paths.plan), store.where(paths.plan))
-    except Missing:
+    put_aside_damaged(store, paths)
+    value = read_plan(store, paths)
+    if value is None:
         return
     gone = cells - set(value["current"])
     kept = {cell_id: cell for cell_id, cell in value["cells"].items() if cell_id not in gone}
-    store.replace(paths.plan, seal_json({**value, "cells": kept}))
+    write_plan(store, paths, {**value, "cells": kept})
 
 
 def _title(cell_id: str, cell: dict[str, JSON]) -> str:

@@ -27,6 +27,7 @@ from orchestrator.results.columns import EDITS, Declaration, TableError, no_rows
 from orchestrator.results.contents import complete_rows
 from orchestrator.results.manifest import ShardManifest
 from orchestrator.results.parquet import VERSION, check_seal, decode, decode_beside, encode, read_footer
+from orchestrator.results.records import tell_foreign
 from orchestrator.storage.base import Damaged, Missing, Store, put_aside
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
@@ -35,6 +36,7 @@ from workers.types import JSON, EditSweepError
 log = logging.getLogger(__name__)
 
 _CHECKPOINTS_KEPT = 2
+_ATTEMPT_FIELDS = ("shard_id", "attempt", "from", "chain")
 _FAILURE_FIELDS = frozenset({"cell_id", "group", "position", "kind", "message"})
 _NOTHING: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({})
 
@@ -162,7 +164,10 @@ class Journal:
 
     def shard_ids(self) -> list[str]:
         """Every shard that has a folder."""
-        return [entry.name for entry in self.store.list(self.paths.parts) if entry.folder]
+        entries = self.store.list(self.paths.parts)
+        mine = [entry for entry in entries if entry.folder and self.paths.is_name(entry.name)]
+        tell_foreign(self.store, self.paths.parts, [entry for entry in entries if entry not in mine])
+        return [entry.name for entry in mine]
 
     def begun(self) -> dict[str, ShardManifest]:
         """Shard id -> manifest of the shards that have begun and are not in the table yet.
@@ -184,7 +189,7 @@ class Journal:
         """Raises :class:`~orchestrator.storage.base.Missing` or
         :class:`~orchestrator.storage.base.Damaged`."""
         key = self.paths.manifest(shard_id)
-        value = unseal_json(self.store.read(key), self.store.where(key))
+        value = unseal_json(self.store.read(key), self.store.where(key), "manifest")
         try:
             manifest = ShardManifest.model_validate(value.get("manifest"))
         except ValidationError as error:
@@ -194,6 +199,24 @@ class Journal:
         if manifest.shard_id != shard_id:
             raise Damaged(f"{self.store.where(key)}: belongs to shard {manifest.shard_id}")
         return manifest
+
+    def put_aside_damaged(self) -> None:
+        """Put aside the manifests that cannot be read. Their shards count as not begun, and
+        :meth:`begin` with the same composition makes their progress valid again. For the folder's
+        owner."""
+        for shard_id in self.shard_ids():
+            try:
+                self.manifest(shard_id)
+            except Missing:
+                self.tell_if_lost(shard_id)
+            except Damaged as error:
+                self._move_aside(shard_id, self.paths.manifest(shard_id), error)
+
+    def tell_if_lost(self, shard_id: str) -> None:
+        """Say that a shard which is not in the table has lost its manifest, if it has."""
+        key = self.paths.manifest(shard_id)
+        if not self.store.exists(key) and self._chain(shard_id, self._attempts(shard_id)):
+            log.warning("%s: missing; the shard counts as not begun", self.store.where(key))
 
     def finished(self) -> list[str]:
         """Shards that are finished and wait to be gathered."""
@@ -259,8 +282,10 @@ class Journal:
             log.warning("%s; the rows of its shard are left out", error)
             return no_rows(of)
         except Missing:
-            if self.store.exists(self.paths.shard(shard_id)) and not chain:
-                return no_rows(of)  # an empty folder, left by an interrupted deletion
+            if self.store.exists(self.paths.shard(shard_id)):
+                # Lost, or what remains of a deletion that is under way or was interrupted: then the
+                # table, which is read next, has the rows.
+                return no_rows(of)
             raise
         pieces = [no_rows(of)]
         totals = _Totals()
@@ -269,6 +294,11 @@ class Journal:
                 meta, data = self._read_part(shard_id, step)
                 pieces.append(_rows_of(data, self._part_key(shard_id, step), of))
             except Damaged as error:
+                log.warning("%s; this step and what follows are left out", error)
+                break
+            except Missing as error:
+                if not self.store.exists(self.paths.manifest(shard_id)):
+                    raise
                 log.warning("%s; this step and what follows are left out", error)
                 break
             totals = _Totals.from_json(meta["so_far"])
@@ -356,7 +386,7 @@ class Journal:
         for number in attempts:
             key = self.paths.attempt_info(shard_id, number)
             try:
-                info = unseal_json(self.store.read(key), self.store.where(key))
+                info = unseal_json(self.store.read(key), self.store.where(key), "run_id", "from")
                 count += (info.get("run_id"), info.get("from")) == (run_id, position)
             except (Missing, Damaged):
                 continue
@@ -375,7 +405,7 @@ class Journal:
     def _error(self, shard_id: str, attempt: int) -> dict[str, JSON] | None:
         key = self.paths.error(shard_id, attempt)
         try:
-            return unseal_json(self.store.read(key), self.store.where(key))
+            return unseal_json(self.store.read(key), self.store.where(key), "kind", "message")
         except Missing:
             return None
         except Damaged as error:
@@ -396,7 +426,7 @@ class Journal:
         for number in reversed(attempts):
             key = self.paths.attempt_info(shard_id, number)
             try:
-                info = unseal_json(self.store.read(key), self.store.where(key))
+                info = unseal_json(self.store.read(key), self.store.where(key), *_ATTEMPT_FIELDS)
                 if (info["shard_id"], info["attempt"]) != (shard_id, number):
                     raise Damaged(f"{self.store.where(key)}: belongs to another attempt or shard")
                 spans = [(int(a), int(start), int(stop)) for a, start, stop in info["chain"]]

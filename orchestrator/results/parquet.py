@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.results.beside import COMMITTED
 from orchestrator.results.columns import EDITS, REPEATING, Declaration, TableError, no_rows, schema
-from orchestrator.storage.base import Damaged, StoreError
+from orchestrator.storage.base import ONE_OBJECT_ERRORS, Damaged, StoreError, Unreadable
 from orchestrator.storage.sealed import seal_json, sha256_of, unseal_json
 from workers.types import JSON
 
@@ -156,7 +156,8 @@ def reading(name: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise StoreError("read", name, error.strerror or str(error)) from error
+            kind = Unreadable if error.errno in ONE_OBJECT_ERRORS else StoreError
+            raise kind("read", name, error.strerror or str(error)) from error
         raise Damaged(f"{name}: {error}") from error
 
 

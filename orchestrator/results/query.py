@@ -30,13 +30,13 @@ from orchestrator.results.columns import EDITS, Declaration, check_columns, rows
 from orchestrator.results.journal import Journal
 from orchestrator.results.live import NEEDED, Live
 from orchestrator.results.parquet import reading
+from orchestrator.results.records import is_results, read_plan
 from orchestrator.results.requests import read_requests
 from orchestrator.results.table import CentralTable, TableFile
 from orchestrator.storage.base import Missing, Store
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
-from orchestrator.storage.sealed import unseal_json
 from workers.optional import optional
 from workers.types import JSON, EditSweepError
 
@@ -172,11 +172,8 @@ class Results(Reader):
     def plan(self) -> tuple[dict[str, JSON], list[str]]:
         """Definitions of all cells this folder ever planned, by id, and the ids of those the last
         run asked for."""
-        try:
-            found = unseal_json(self.store.read(self.paths.plan), self.store.where(self.paths.plan))
-        except Missing:
-            return {}, []
-        return found["cells"], found["current"]
+        found = read_plan(self.store, self.paths)
+        return ({}, []) if found is None else (found["cells"], found["current"])
 
     def live(self) -> Live:
         """The rows of this folder that count."""
@@ -232,7 +229,7 @@ class Results(Reader):
         view, name = declared.name, f"_{declared.name}{suffix}"
         if self._bytes(declared) < _IN_MEMORY_BYTES:
             files, parts = self.central.snapshot(self.journal, declared)
-            rows = pa.concat_tables([*(self.central.read_file(file, of=declared) for file in files), parts])
+            rows = pa.concat_tables([*self.central.read_files(files, of=declared), parts])
             connection.register(name, self._with_failed(rows) if declared is GROUPS else rows)
             source = f"FROM {name}"
         else:
@@ -402,11 +399,17 @@ class _ScannedTable(CentralTable):
             self._schema = self._schema.set(at, encoded)
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
+        import pyarrow as pa
+
         with reading(name):
             fragment = self._fragments[key] = self._format.make_fragment(
                 f"{self._root}/{key}", self._filesystem
             )
-            fragment.ensure_complete_metadata()
+            try:
+                fragment.ensure_complete_metadata()
+            except (pa.ArrowException, OSError):
+                super()._metadata(key, name)  # the store knows what passes, and what is no file
+                fragment.ensure_complete_metadata()
             return fragment.metadata
 
     def dataset(self, files: Sequence[TableFile], declared: Declaration = EDITS) -> ds.Dataset:
@@ -450,10 +453,10 @@ def open_results(folder: str | os.PathLike[str], /, *more: str | os.PathLike[str
 def _open(folder: str | os.PathLike[str]) -> Results:
     paths = ResultsPaths()
     store = open_store(folder)
-    if isinstance(store, LocalStore) and not store.root.is_dir():
-        what = "it is a file" if store.root.exists() else "no such folder"
+    if isinstance(store, LocalStore) and not store.is_folder():
+        what = "it is a file" if store.exists("") else "no such folder"
         raise EditSweepError(f"{store.root} is not a results folder: {what}")
-    if not store.exists(paths.sweep):
+    if not is_results(store, paths):
         raise EditSweepError(
             f"{store.where()} is not a results folder: it has no {paths.sweep} (`editsweep run` makes one)"
         )
@@ -527,27 +530,71 @@ def write(table: pa.Table, file_format: str, stream: BinaryIO, raw: bool = False
     if file_format == "csv":
         from pyarrow import csv
 
-        table = _nested_to_json(table)
+        table = _with_texts(table, _in_csv)
         csv.write_csv(table if raw else _without_controls(table), stream)
     elif file_format == "json":
         _write_json(table, stream)
     elif file_format == "parquet":
         import pyarrow.parquet as pq
 
-        pq.write_table(table, stream, compression="zstd")
+        pq.write_table(_with_texts(table, _in_parquet), stream, compression="zstd")
     else:
         raise QueryError(f"unknown format {file_format!r}; valid are: {', '.join(FORMATS)}")
 
 
-def _nested_to_json(table: pa.Table) -> pa.Table:
-    """Convert nested columns (lists, structs) to JSON text, because CSV cannot represent them."""
+def python_values(column: pa.ChunkedArray | pa.Array) -> list[Any]:
+    """The values of a column for printing. One that Python cannot represent (an infinite date) is a
+    text."""
+    try:
+        found = column.to_pylist()
+        return [_interval(value) if isinstance(value, tuple) else value for value in found]
+    except (OverflowError, ValueError, OSError):  # Arrow raises all three
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError, OSError):
+        return f"<a {scalar.type} out of range>"
+
+
+def _with_texts(table: pa.Table, fits: Callable[[pa.DataType], bool]) -> pa.Table:
+    """Convert the columns of types that a format cannot represent: lists and structs to JSON,
+    others to plain text."""
     import pyarrow as pa
 
     for i, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type):
-            values = [None if value is None else _json(value) for value in table.column(i).to_pylist()]
-            table = table.set_column(i, field.name, pa.array(values, pa.string()))
+        if not fits(field.type):
+            texts = [
+                None if value is None else value if isinstance(value, str) else _json(value)
+                for value in python_values(table.column(i))
+            ]
+            table = table.set_column(i, field.name, pa.array(map(_writable, texts), pa.string()))
     return table
+
+
+def _writable(text: str | None) -> str | None:
+    return None if text is None else text.encode("utf-8", "replace").decode()
+
+
+def _in_csv(kind: pa.DataType) -> bool:
+    import pyarrow.types as t
+
+    primitive = t.is_primitive(kind) and not t.is_interval(kind)
+    return primitive or t.is_string(kind) or t.is_null(kind) or t.is_decimal(kind)
+
+
+def _in_parquet(kind: pa.DataType) -> bool:
+    """Ask Arrow, which knows no list of what Parquet lacks (unions, intervals, empty maps, ...)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.write_table(pa.table({"a": pa.array([], kind)}), pa.BufferOutputStream())
+    except pa.ArrowException:
+        return False
+    return True
 
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -575,9 +622,11 @@ def _without_controls(table: pa.Table) -> pa.Table:
 
 
 def _write_json(table: pa.Table, stream: BinaryIO) -> None:
+    names = table.column_names
     for batch in table.to_batches(max_chunksize=10_000):
-        for row in batch.to_pylist():
-            stream.write(escape_controls(_json(row)).encode() + b"\n")
+        for row in zip(*map(python_values, batch.columns), strict=True):
+            text = escape_controls(_json(dict(zip(names, row, strict=True))))
+            stream.write(text.encode("utf-8", "replace") + b"\n")
 
 
 def _json(value: Any) -> str:
@@ -592,7 +641,16 @@ def _replace_nan(value: Any) -> Any:
         return {str(key): _replace_nan(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_replace_nan(item) for item in value]
-    return value
+    return _interval(value) if isinstance(value, tuple) else value
+
+
+def _interval(value: Any) -> Any:
+    """An interval, which Arrow gives as a tuple with names, as text: ``1 months 3 days``. The pairs
+    of a map are tuples too."""
+    if not hasattr(value, "months"):
+        return [_replace_nan(item) for item in value]
+    named = {name: getattr(value, name) for name in ("months", "days", "nanoseconds")}
+    return " ".join(f"{number} {name}" for name, number in named.items() if number) or "0 days"
 
 
 def _number_or_text(value: Any) -> JSON:

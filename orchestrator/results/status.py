@@ -17,17 +17,19 @@ def read_status(folder: str) -> dict[str, JSON]:
     from orchestrator.results.artifact_store import ArtifactStore
     from orchestrator.results.code import CellCode, cell_codes, say_outdated, say_unknown
     from orchestrator.results.query import open_results
+    from orchestrator.results.records import identity
     from orchestrator.results.table import count_done
     from orchestrator.storage import lock
     from orchestrator.storage.base import Missing
-    from orchestrator.storage.sealed import unseal_json
 
     results = open_results(folder)
     store, paths = results.store, results.paths
-    name = unseal_json(store.read(paths.sweep), store.where(paths.sweep)).get("name")
+    found = identity(store, paths)
+    name = found.name if found else None
     planned, current = results.plan()
     shards = []
-    for shard_id, manifest in results.journal.begun().items():
+    begun = results.journal.begun()
+    for shard_id, manifest in begun.items():
         try:
             progress = results.journal.progress(shard_id)
         except Missing:
@@ -48,6 +50,9 @@ def read_status(folder: str) -> dict[str, JSON]:
             }
         )
     listed = results.central.shards()
+    for shard_id in results.journal.shard_ids():
+        if shard_id not in begun and shard_id not in listed:
+            results.journal.tell_if_lost(shard_id)
     done = results.central.done(listed)
     failed = results.central.failed(listed)
     failed_groups = Counter(str(failure["cell_id"]) for failure in failed)

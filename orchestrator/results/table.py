@@ -10,16 +10,18 @@ and verifies checksums of whole files. Independent of torch, Ray and DuckDB.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, starmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -52,10 +54,11 @@ from orchestrator.results.parquet import (
     read_seal,
     reading,
 )
+from orchestrator.results.records import read_identity, tell_foreign
 from orchestrator.storage.base import Damaged, Entry, Missing, Store, StoreError, put_aside
 from orchestrator.storage.paths import ResultsPaths
 from orchestrator.storage.sealed import unseal_json, unseal_line
-from workers.types import JSON
+from workers.types import JSON, EditSweepError
 
 if TYPE_CHECKING:
     from orchestrator.results.journal import FinishedShard, Journal
@@ -64,6 +67,8 @@ log = logging.getLogger(__name__)
 
 
 _FILE_ROWS = 1_000_000
+_SEALED_BYTES = 8 << 20
+_MOST_MISSING = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +283,23 @@ class CentralTable:
 
     def _files(self) -> list[TableFile]:
         """The files, for readers: a damaged file is left out with a warning and not moved."""
-        return self._read_listed(self._list(), self._skip_damaged)
+        entries = self._list()
+        for number in self._missing(entries):
+            log.warning("%s: missing; its rows are lacking", self.store.where(self.paths.table_file(number)))
+        return self._read_listed(entries, self._skip_damaged)
+
+    def _missing(self, entries: Mapping[int, Entry]) -> list[int]:
+        """Numbers below the highest that no file has. There are none unless somebody deletes files
+        (or gives one a number of their own: then none are told)."""
+        missed = sorted(set(range(1, max(entries, default=0))) - entries.keys())
+        if len(missed) > _MOST_MISSING:
+            return []
+        return [number for number in missed if not self._exists(number)]
+
+    def _exists(self, number: int) -> bool:
+        """Return whether a listing missed a file."""
+        key = self.paths.table_file(number)
+        return self.store.exists(key) and (self.store.folders_take_names or not self.store.list(key))
 
     def _listing(self) -> tuple[list[TableFile], int]:
         """The files, for writers, and the next free number. Damaged files are moved to
@@ -288,19 +309,42 @@ class CentralTable:
         listings and not be read, and its shards could be written a second time.
         """
         while True:
-            entries = self._list()
+            entries = self._list(mine=True)
             highest = max(entries, default=0)
             # A listing taken while files appear may contain a later file but not an earlier one.
             # Such a file exists under its own name.
             missed = set(range(1, highest)) - entries.keys()
-            if not any(self.store.exists(self.paths.table_file(number)) for number in missed):
+            if not any(map(self._exists, missed)):
                 return self._read_listed(entries, self._move_aside), highest + 1
 
-    def _list(self) -> dict[int, Entry]:
-        numbered = {self.paths.table_number(entry.name): entry for entry in self.store.list(self.paths.table)}
-        return {
-            number: entry for number, entry in numbered.items() if number is not None and not entry.folder
-        }
+    def _list(self, mine: bool = False) -> dict[int, Entry]:
+        """The entries that have a table file's name, but no folders. ``mine``: put these aside, for
+        they block the name."""
+        entries = self.store.list(self.paths.table)
+        bad = self.paths.table_bad.rpartition("/")[2]
+        foreign = [
+            entry
+            for entry in entries
+            if entry.name != bad
+            and (
+                self.paths.table_number(entry.name) is None
+                or (entry.folder and not self.store.folders_take_names)
+            )
+        ]
+        tell_foreign(self.store, self.paths.table, foreign)
+        found: dict[int, Entry] = {}
+        for entry in entries:
+            number = self.paths.table_number(entry.name)
+            if number is not None and not entry.folder:
+                found[number] = entry
+            elif number is not None and self.store.folders_take_names:
+                wrong = Damaged(f"{self.store.where(entry.key)}: a folder under a table file's name")
+                if mine:
+                    log.warning("%s; moved to %s", wrong, self.store.where(self.paths.table_bad))
+                    put_aside(self.store, entry.key, self.paths.table_aside(number))
+                else:
+                    self._skip_damaged(number, wrong)
+        return found
 
     def _read_listed(
         self, entries: Mapping[int, Entry], damaged: Callable[[int, Damaged], None]
@@ -319,7 +363,7 @@ class CentralTable:
         return files
 
     @staticmethod
-    def _skip_damaged(_: int, error: Damaged) -> None:
+    def _skip_damaged(_: int, error: EditSweepError) -> None:
         log.warning("%s; its rows are left out until `editsweep run` repairs it", error)
 
     def _metadata(self, key: str, name: str) -> pq.FileMetaData:
@@ -333,11 +377,39 @@ class CentralTable:
         metadata = self._metadata(key, name)
         sealed, rows = read_seal(metadata, name), metadata.num_rows
         line = unseal_line(sealed)
-        if line is None or not _is_metadata_of(line, number, rows):
+        if line is None or not any(_is_metadata_of(line, number, rows, seal) for seal in (self._seal, None)):
             meta = read_meta(sealed, name)
             if meta.get("kind") != "table" or meta.get("number") != number or meta.get("rows") != rows:
                 raise Damaged(f"{name}: a foreign file, or one that was renamed")
+            seal = meta.get("sweep")
+            if None not in (seal, self._seal) and seal != self._seal:
+                raise Damaged(f"{name}: a file of another results folder ({seal}, this is {self._seal})")
         return TableFile(number, key, rows, sealed, (metadata.metadata or {}).get(PLACES))
+
+    @cached_property
+    def _seal(self) -> str | None:
+        """The folder's seal, which every table file carries since there is one. None if sweep.json
+        cannot be read: until it is written anew, any file counts."""
+        try:
+            return read_identity(self.store, self.paths).seal
+        except (Missing, Damaged):
+            return None
+
+    def seals(self) -> list[str | None]:
+        """The seal that each table file carries."""
+        found = []
+        for number, entry in self._list().items():
+            try:
+                name = self.store.where(entry.key)
+                meta = read_meta(read_seal(self._metadata(entry.key, name), name), name)
+            except (Missing, Damaged) as error:
+                self._skip_damaged(number, error)
+                continue
+            found.append(meta.get("sweep"))
+        return found
+
+    def _meta(self, number: int, shards: Sequence[TableShard], rows: int) -> dict[str, JSON]:
+        return table_meta(number, shards, rows, self._seal)
 
     # -- writing
 
@@ -348,7 +420,12 @@ class CentralTable:
         Their shards run again. The caller must hold the folder's lock.
         """
         bad = []
-        for number, entry in self._list().items():
+        entries = self._list(mine=True)
+        for number in self._missing(entries):
+            key = self.paths.table_file(number)
+            if self.store.publish_new(key, encode(no_rows(), self._meta(number, [], 0))):
+                log.warning("%s: missing; its shards will run again", self.store.where(key))
+        for number, entry in entries.items():
             try:
                 check_seal(self.store.read(entry.key), self.store.where(entry.key))
                 self._read_footer(number, entry.key)
@@ -367,7 +444,7 @@ class CentralTable:
         key = self.paths.table_file(number)
         aside = self.paths.table_aside(number)
         log.warning("%s; moved to %s, its shards will run again", error, self.store.where(aside))
-        put_aside(self.store, key, aside, instead=encode(no_rows(), table_meta(number, [], 0)))
+        put_aside(self.store, key, aside, instead=encode(no_rows(), self._meta(number, [], 0)))
 
     def gather(self, journal: Journal, shard_ids: Iterable[str] | None = None) -> Gathered:
         """Write the rows of finished shards (those of ``shard_ids``, or all) into new table files
@@ -410,6 +487,9 @@ class CentralTable:
                 shard = journal.load(shard_id)
             except Missing:
                 continue  # another process has just gathered it
+            except Damaged as error:
+                log.warning("%s; the shard waits for the next run, which repairs it", error)
+                continue
             if shard is None:
                 again.append(shard_id)
             else:
@@ -450,7 +530,7 @@ class CentralTable:
             beside = {
                 name: sort_rows(pa.concat_tables(pieces[name]), of.key) for name, of in COMMITTED.items()
             }
-            data = encode(rows, table_meta(number, entries, rows.num_rows), beside=beside)
+            data = encode(rows, self._meta(number, entries, rows.num_rows), beside=beside)
             if not self.store.publish_new(self.paths.table_file(number), data):
                 continue  # another process took the number: read its file, then try the next one
             self._read_back(number, {EDITS.name: rows, **beside})
@@ -510,7 +590,7 @@ class CentralTable:
             for name, of in COMMITTED.items():
                 found = self.read_file(file, of=of)
                 beside[name] = found.filter(pc.invert(_from_limits(found, limits)))
-            meta = table_meta(file.number, shards, kept.num_rows)
+            meta = self._meta(file.number, shards, kept.num_rows)
             self.store.replace(file.key, encode(kept, meta, beside=beside))
             self._footers.clear()  # the new file may have the size of the old one
             removed += table.num_rows - kept.num_rows
@@ -519,7 +599,7 @@ class CentralTable:
             number = self._listing()[1]
             ended = [TableShard.empty(shard_id, number) for shard_id in left]
             if self.store.publish_new(
-                self.paths.table_file(number), encode(no_rows(), table_meta(number, ended, 0))
+                self.paths.table_file(number), encode(no_rows(), self._meta(number, ended, 0))
             ):
                 break
         journal.drop(*shard_ids)
@@ -542,8 +622,7 @@ class CentralTable:
         check_columns(columns, of)
         files, parts = self.snapshot(journal, of)
         pieces = [parts if columns is None else parts.select(list(columns))]
-        for file in files:
-            pieces.append(self.read_file(file, columns, of))
+        pieces.extend(self.read_files(files, columns, of))
         return pa.concat_tables(reversed(pieces))
 
     def snapshot(self, journal: Journal | None, of: Declaration = EDITS) -> tuple[list[TableFile], pa.Table]:
@@ -571,13 +650,30 @@ class CentralTable:
             if not vanished:
                 listed = _ids(files) if read else set()
                 pieces = [rows for shard_id, rows in read.items() if shard_id not in listed]
+                for shard_id, rows in read.items():
+                    if shard_id not in listed and not rows.num_rows:
+                        journal.tell_if_lost(shard_id)
                 return files, pa.concat_tables([no_rows(of), *pieces])
         raise StoreError("read", self.store.where(self.paths.parts), "it keeps changing; try again")
+
+    def read_files(
+        self, files: Iterable[TableFile], columns: Sequence[str] | None = None, of: Declaration = EDITS
+    ) -> Iterator[pa.Table]:
+        """The rows of each file, for readers: a damaged file is left out with a warning."""
+        for file in files:
+            try:
+                yield self.read_file(file, columns, of)
+            except Damaged as error:
+                self._skip_damaged(file.number, error)
 
     def read_file(
         self, file: TableFile, columns: Sequence[str] | None = None, of: Declaration = EDITS
     ) -> pa.Table:
-        """Rows of one table file. Raises :class:`~orchestrator.storage.base.Damaged`, naming it."""
+        """Rows of one table file. Raises :class:`~orchestrator.storage.base.Damaged`, naming it.
+
+        The checksum of a file of up to :data:`_SEALED_BYTES` is verified as a whole; of a larger
+        one, those of the pages that are read.
+        """
         name = self.store.where(file.key)
         if of is not EDITS:
             place = file.places.get(of.name, (0, 0, 0))
@@ -586,16 +682,31 @@ class CentralTable:
         with (
             self.store.open(file.key) as opened,
             reading(name),
+            _sealed(opened, name) as opened,
             pq.ParquetFile(opened, page_checksum_verification=True) as parquet,
         ):
             present = set(parquet.schema_arrow.names)
             wanted = None if columns is None else [c for c in columns if c in present]
             rows = conform(parquet.read(columns=wanted), name, columns)
         if rows.num_rows != file.rows:
-            raise Damaged(
-                f"{name}: has {rows.num_rows} rows where {file.rows} were listed; was it replaced meanwhile?"
+            cause = (
+                f"{rows.num_rows} rows where {file.rows} were listed: it was replaced meanwhile; try again"
             )
+            raise StoreError("read", name, cause)
         return rows
+
+
+@contextlib.contextmanager
+def _sealed(opened: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """The file again, verified as a whole unless it is large."""
+    size = opened.seek(0, io.SEEK_END)
+    opened.seek(0)
+    if size > _SEALED_BYTES:
+        yield opened
+        return
+    data = opened.read()
+    check_seal(data, name)
+    yield io.BytesIO(data)
 
 
 def _from_limits(table: pa.Table, limits: Mapping[str, int]) -> pa.ChunkedArray:
@@ -616,21 +727,26 @@ def count_done(done: AbstractSet[int], groups: int) -> int:
     return len(done) if max(done, default=-1) < groups else sum(group < groups for group in done)
 
 
-def table_meta(number: int, shards: Sequence[TableShard], rows: int) -> dict[str, JSON]:
-    """Metadata of a table file, for :func:`encode`: its number, its shards, its number of rows."""
+def table_meta(
+    number: int, shards: Sequence[TableShard], rows: int, seal: str | None = None
+) -> dict[str, JSON]:
+    """Metadata of a table file, for :func:`encode`: its number, its shards, its number of rows, and
+    the seal of its folder (:class:`orchestrator.results.records.Identity`)."""
     listed = [shard.to_json() for shard in shards]
-    return {"version": VERSION, "kind": "table", "number": number, "rows": rows, "shards": listed}
+    meta = {"version": VERSION, "kind": "table", "number": number, "rows": rows, "shards": listed}
+    return meta if seal is None else {**meta, "sweep": seal}
 
 
-def _is_metadata_of(line: bytes, number: int, rows: int) -> bool:
+def _is_metadata_of(line: bytes, number: int, rows: int, seal: str | None) -> bool:
     """Return whether the metadata, as JSON text, belongs to table file ``number`` with so many
     rows. Only the beginning and the end of the text are compared.
 
     To parse the shards in the middle, which few readers use, would take 0.05 s of the 1 s for a
     mean over ten million rows.
     """
-    begin, _, end = json.dumps(table_meta(number, [], rows), sort_keys=True).partition("[]")
-    return line.startswith(begin.encode()) and line.endswith(end.encode())
+    whole = json.dumps(table_meta(number, [], rows, seal), sort_keys=True, ensure_ascii=False)
+    begin, _, end = whole.partition("[]")
+    return line.startswith(f"{begin}[".encode()) and line.endswith(f"]{end}".encode())
 
 
 def _check_shard(

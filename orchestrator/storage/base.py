@@ -5,9 +5,10 @@ Independent of torch, Ray, Parquet, and of the contents of the objects.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from workers.types import EditSweepError
 
@@ -38,9 +39,21 @@ class Damaged(EditSweepError):
     check that failed."""
 
 
+ONE_OBJECT_ERRORS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ESTALE, errno.EINVAL, errno.ENXIO)
+)
+"""Errors (errno) of reading one object, not of the whole storage."""
+
+
+class Unreadable(StoreError, Damaged):
+    """Something stands under an object's name that cannot be read, although the storage answers: a
+    folder, a link to nothing, a file without permission or on a bad sector. Whoever can do without
+    the object treats it as damaged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name in a folder. ``size`` is in bytes, 0 for a folder."""
+    """One name in a folder. ``size`` is in bytes, 0 for a folder and for a link to nothing."""
 
     key: str
     name: str
@@ -59,6 +72,9 @@ class Store(ABC):
     Every method raises :class:`StoreError` if the storage refuses.
     """
 
+    folders_take_names: ClassVar[bool] = True
+    """A folder and an object cannot have the same name."""
+
     @abstractmethod
     def publish_new(self, key: str, data: bytes) -> bool:
         """Create the object ``key`` atomically and durably. Return False, and change nothing, if
@@ -75,11 +91,12 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, key: str) -> bytes:
-        """The whole object. Raises :class:`Missing`."""
+        """The whole object. Raises :class:`Missing` and :class:`Unreadable`."""
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A seekable reader, for reading a part of an object. Raises :class:`Missing`."""
+        """A seekable reader, for reading a part of an object. Raises :class:`Missing` and
+        :class:`Unreadable`."""
 
     @abstractmethod
     def list(self, folder: str) -> list[Entry]:
@@ -93,6 +110,12 @@ class Store(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove one object. Nothing happens if it does not exist."""
+
+    @abstractmethod
+    def move(self, key: str, target: str, instead: bytes | None = None) -> None:
+        """Rename whatever stands under ``key`` (a folder or an unreadable file too) to ``target``,
+        which must be free; then write ``instead`` under ``key``, durably. Nothing happens if
+        ``key`` does not exist."""
 
     @abstractmethod
     def delete_folder(self, folder: str) -> None:
@@ -118,13 +141,9 @@ class Store(ABC):
 
 
 def put_aside(store: Store, key: str, aside: str, instead: bytes | None = None) -> None:
-    """Copy a damaged object to the key ``aside``; then delete it, or replace it by ``instead``."""
-    try:
-        data = store.read(key)
-    except Missing:
-        return
-    store.publish_new(aside, data)
-    if instead is None:
-        store.delete(key)
-    else:
-        store.replace(key, instead)
+    """Rename a damaged object to the key ``aside``, or to the first free one of ``aside.2``,
+    ``aside.3``, ...; then write ``instead`` in its place."""
+    free = next(
+        name for name in (aside, *(f"{aside}.{n}" for n in range(2, 10_000))) if not store.exists(name)
+    )
+    store.move(key, free, instead)

@@ -11,18 +11,23 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from orchestrator.storage.base import Entry, Missing, Store, StoreError
+from orchestrator.storage.base import ONE_OBJECT_ERRORS, Entry, Missing, Store, StoreError, Unreadable
+from workers.types import EditSweepError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+Answer = TypeVar("Answer")
+
 _TEMPORARY = ".tmp-"
+_NO_FILE = errno.EINVAL
 _CAUSES: Mapping[int, str] = {
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
@@ -34,7 +39,14 @@ _CAUSES: Mapping[int, str] = {
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.ENAMETOOLONG: "the path is too long",
     errno.EMFILE: "too many open files",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ELOOP: "a link that leads nowhere",
+    _NO_FILE: "it is no regular file",
 }
+
+_MAY_PASS = frozenset((errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT))
+READ_PAUSES = (0.1, 0.5)
+"""Seconds before each further try to read a file that a device or a network reports an error of."""
 
 
 class LocalStore(Store):
@@ -44,13 +56,27 @@ class LocalStore(Store):
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root).expanduser().absolute()
+        name = os.path.expanduser(root)  # leaves "~name" unchanged if there is no such user
+        try:
+            usable = b"\0" not in os.fsencode(name)
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise EditSweepError(f"{os.fspath(root)!r} cannot name a folder")
+        if name.startswith("~"):
+            raise EditSweepError(f"{name}: there is no such user; give ./{name} for a folder of that name")
+        self.root = Path(name).absolute()
 
     def _path(self, key: str) -> Path:
         parts = key.split("/") if key else []
         if any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"not a key: {key!r}")
         return self.root.joinpath(*parts)
+
+    def is_folder(self) -> bool:
+        """Return whether there is a folder of the store's name."""
+        with _store_errors("read", self.root):
+            return self.root.is_dir()
 
     def publish_new(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -68,7 +94,11 @@ class LocalStore(Store):
     def replace(self, key: str, data: bytes, settle: bool = True) -> None:
         path = self._path(key)
         with _store_errors("write", path), self._temporary(path, data) as temporary:
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except IsADirectoryError:  # not ours, so not deleted
+                path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.aside"))
+                os.replace(temporary, path)
             if settle:
                 _sync_folder(path.parent)
 
@@ -101,14 +131,26 @@ class LocalStore(Store):
             _sync_folder(new.parent)
 
     def read(self, key: str) -> bytes:
-        path = self._path(key)
-        with _store_errors("read", path):
-            return path.read_bytes()
+        def whole(path: Path) -> bytes:
+            with _open_file(path) as file:
+                return file.read()
+
+        return self._read(key, whole)
 
     def open(self, key: str) -> BinaryIO:
+        return self._read(key, _open_file)
+
+    def _read(self, key: str, read: Callable[[Path], Answer]) -> Answer:
         path = self._path(key)
         with _store_errors("read", path):
-            return path.open("rb")
+            for pause in READ_PAUSES:
+                try:
+                    return read(path)
+                except OSError as error:
+                    if error.errno not in _MAY_PASS:
+                        raise
+                time.sleep(pause)
+            return read(path)
 
     def list(self, folder: str) -> list[Entry]:
         path = self._path(folder)
@@ -123,8 +165,10 @@ class LocalStore(Store):
                         try:
                             is_folder = item.is_dir()
                             size = 0 if is_folder else item.stat().st_size
-                        except FileNotFoundError:
-                            continue
+                        except OSError:
+                            if not item.is_symlink():
+                                continue  # it has just been deleted
+                            is_folder, size = False, 0  # a link that leads nowhere
                         entries.append(Entry(prefix + item.name, item.name, is_folder, size))
             except FileNotFoundError:
                 return []
@@ -133,12 +177,38 @@ class LocalStore(Store):
     def exists(self, key: str) -> bool:
         path = self._path(key)
         with _store_errors("read", path):
-            return path.exists()
+            try:
+                path.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
+
+    def move(self, key: str, target: str, instead: bytes | None = None) -> None:
+        path, new = self._path(key), self._path(target)
+        if not self.exists(key):
+            return
+        with _store_errors("write", new):
+            self._make_folder(new.parent)
+            linked = instead is not None and not stat.S_ISDIR(path.lstat().st_mode)
+            if linked:  # the name is then never free in between: another process could take it
+                try:
+                    os.link(path, new, follow_symlinks=False)
+                except PermissionError:  # a file of another user
+                    linked = False
+            if not linked:
+                path.rename(new)
+            _sync_folder(new.parent)
+            _sync_folder(path.parent)
+        if instead is not None:
+            self.replace(key, instead)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
         with _store_errors("delete", path):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except IsADirectoryError:
+                return  # not an object
 
     def delete_folder(self, folder: str) -> None:
         if not folder:
@@ -181,6 +251,24 @@ class LocalStore(Store):
         return str(self._path(key))
 
 
+def _open_file(path: Path) -> BinaryIO:
+    """Open a regular file. A pipe would wait for its writer, a device may never end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "a link that leads nowhere") from None
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else _NO_FILE, "it is no regular file")
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -198,4 +286,5 @@ def _store_errors(action: str, path: Path) -> Iterator[None]:
         raise Missing(action, str(path), "no such file") from error
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
-        raise StoreError(action, str(path), cause) from error
+        kind = Unreadable if action == "read" and error.errno in ONE_OBJECT_ERRORS else StoreError
+        raise kind(action, str(path), cause) from error

@@ -8,8 +8,9 @@ Claims are numbered and created without overwriting. The claim with the highest 
 folder. The owner regularly increments a heartbeat counter. Another process on the same machine
 looks up the owner's process id. A process on another machine watches the counter, by its own
 monotonic clock, so clocks need not agree. If the owner is dead, the next number takes the folder
-over; only one process can create that number. An owner that was paused sees the higher number and
-stops.
+over. Two processes may publish one number one after the other, if in between its first owner has
+ended and a third has cleaned up: so a new owner looks again, and gives way to a higher number. An
+owner that was paused sees the higher number and stops.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Self
 
 import psutil
 
-from orchestrator.storage.base import Missing, Store, StoreError
+from orchestrator.storage.base import Damaged, Missing, Store, StoreError
 from orchestrator.storage.paths import ResultsPaths
 from workers.types import JSON, EditSweepError
 
@@ -73,6 +74,8 @@ class Owner:
                 or process.status() == psutil.STATUS_ZOMBIE
             ):
                 return False
+            if self.pid == os.getpid():  # it holds what it beats for; a release may have failed
+                return any(thread.name == _thread_name(self.owner) for thread in threading.enumerate())
             # A stopped process may never continue: its heartbeat decides.
             return None if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else True
         except psutil.NoSuchProcess:
@@ -92,6 +95,7 @@ class Lock:
     number: int
     paths: ResultsPaths = field(default_factory=ResultsPaths)
     beat_seconds: float = BEAT_SECONDS
+    owner: str = ""
     lost: bool = False
     _seen: float = field(default_factory=time.monotonic)
     """Time (monotonic) of the last check that found the lock still owned by this process."""
@@ -99,7 +103,9 @@ class Lock:
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._run_heartbeat, name="editsweep-lock", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run_heartbeat, name=_thread_name(self.owner), daemon=True
+        )
         self._thread.start()
         return self
 
@@ -158,14 +164,17 @@ def acquire(
     paths: ResultsPaths | None = None,
     beat_seconds: float = BEAT_SECONDS,
     silent_seconds: float = SILENT_SECONDS,
+    *,
+    watch: bool = False,
 ) -> Lock:
     """Acquire the folder's lock, or raise :class:`Locked`. ``say`` receives a message when a dead
-    owner's lock is taken over."""
+    owner's lock is taken over. ``watch``: believe the heartbeat alone, even of a process that is
+    there: its release may have failed."""
     paths = paths or ResultsPaths()
     while True:
         number = _highest(store, paths)
         if number:
-            takeover = _takeover_message(store, paths, number, silent_seconds, say)
+            takeover = _takeover_message(store, paths, number, silent_seconds, say, watch)
             if takeover:
                 say(takeover)
         mine: dict[str, JSON] = {
@@ -176,12 +185,29 @@ def acquire(
             "space": _pid_namespace(),
             "started": psutil.Process().create_time(),
         }
-        if store.publish_new(paths.lock_claim(number + 1), json.dumps(mine, sort_keys=True).encode()):
-            for old in _claims(store, paths):
+        claim = paths.lock_claim(number + 1)
+        if store.publish_new(claim, json.dumps(mine, sort_keys=True).encode()):
+            claims = _claims(store, paths)
+            if max(claims, default=0) > number + 1:
+                # The number was another's, which has ended and was succeeded since the first look.
+                store.delete(claim)
+                continue
+            for old in claims:
                 if old <= number:
-                    store.delete(paths.lock_claim(old))
-                    store.delete(paths.lock_beat(old))
-            return Lock(store, number + 1, paths, beat_seconds)
+                    _remove(store, paths, old)
+            return Lock(store, number + 1, paths, beat_seconds, owner=str(mine["owner"]))
+
+
+def _thread_name(owner: str) -> str:
+    return f"editsweep-lock-{owner}"
+
+
+def _remove(store: Store, paths: ResultsPaths, number: int) -> None:
+    """Delete a claim that a higher one has replaced. It is ignored from then on, so that what
+    cannot be deleted may stay."""
+    for key in (paths.lock_claim(number), paths.lock_beat(number)):
+        with contextlib.suppress(StoreError):
+            store.delete(key)
 
 
 def owner(store: Store, paths: ResultsPaths | None = None) -> Owner | None:
@@ -196,7 +222,7 @@ def owner(store: Store, paths: ResultsPaths | None = None) -> Owner | None:
 
 
 def _takeover_message(
-    store: Store, paths: ResultsPaths, number: int, silent: float, say: Callable[[str], None]
+    store: Store, paths: ResultsPaths, number: int, silent: float, say: Callable[[str], None], watch: bool
 ) -> str:
     """The message of a takeover, "" if claim ``number`` was released. Raises :class:`Locked` if its
     owner is alive."""
@@ -207,7 +233,7 @@ def _takeover_message(
     if holder is None:
         return f"the lock of {store.where()} is unreadable; taking it over"
     alive = holder.alive_here()
-    if alive is None:
+    if alive is None or (alive and watch):
         say(
             f"the results folder is locked by {holder}; watching its heartbeat for up to {silent:.0f} seconds"
         )
@@ -254,14 +280,14 @@ def _read(store: Store, paths: ResultsPaths, number: int) -> Owner | None:
             space=str(value["space"]),
             started=float(value["started"]),
         )
-    except (Missing, ValueError, KeyError, TypeError):
+    except (Missing, Damaged, ValueError, KeyError, TypeError):
         return None
 
 
 def _count(store: Store, paths: ResultsPaths, number: int) -> int:
     try:
         return int(store.read(paths.lock_beat(number)))
-    except (Missing, ValueError):
+    except (Missing, Damaged, ValueError):
         return 0
 
 

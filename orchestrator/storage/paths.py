@@ -5,6 +5,8 @@ All values are keys: POSIX strings relative to the results folder. A
 
     sweep.json                                  which sweep this folder belongs to
     plan.json                                   cell id -> definition and the code that made it; cells of the last plan
+    plan.copy.json                              the same once more, for when plan.json is damaged
+    bad/                                        damaged files of the two, moved here
     lock/<number>.json, <number>.beat           owner of the folder (the highest number), and its heartbeat
     runs/<run_id>/spec.yaml, run.json           one call of ``editsweep run``
     parts/<shard>/manifest.json                 composition of the shard; written before its first attempt
@@ -53,6 +55,8 @@ class ResultsPaths:
 
     sweep: str = "sweep.json"
     plan: str = "plan.json"
+    plan_copy: str = "plan.copy.json"
+    bad: str = "bad"
     lock: str = "lock"
     runs: str = "runs"
     parts: str = "parts"
@@ -63,6 +67,16 @@ class ResultsPaths:
     artifacts_bad: str = "artifacts/bad"
     artifacts_unfinished: str = "artifacts/unfinished"
     logs: str = "logs"
+
+    def aside(self, key: str) -> str:
+        """Key to which a damaged file of the folder itself is moved."""
+        return f"{self.bad}/{key}"
+
+    @staticmethod
+    def is_name(name: str) -> bool:
+        """Return whether a name in a folder may be one of ours (``@eaDir`` and ``.snapshot`` are
+        not)."""
+        return _NAME.fullmatch(name) is not None
 
     def run(self, run_id: str) -> str:
         return f"{self.runs}/{_name(run_id)}"

@@ -44,8 +44,9 @@ def unseal_line(data: bytes) -> bytes | None:
     return body[:-1] if whole else None
 
 
-def unseal_json(data: bytes, name: str) -> dict[str, JSON]:
-    """The value given to :func:`seal_json`. Raises :class:`Damaged`, naming ``name``."""
+def unseal_json(data: bytes, name: str, *fields: str) -> dict[str, JSON]:
+    """The value given to :func:`seal_json`. Raises :class:`Damaged`, naming ``name``, for one that
+    is altered, or of another kind: without one of ``fields``."""
     line = unseal_line(data)
     try:
         if line is not None:
@@ -60,4 +61,6 @@ def unseal_json(data: bytes, name: str) -> dict[str, JSON]:
         raise Damaged(f"{name}: not one of our JSON files ({type(error).__name__})") from error
     if not isinstance(value, dict) or not whole:
         raise Damaged(f"{name}: checksum does not match its contents")
+    if lacking := [field for field in fields if field not in value]:
+        raise Damaged(f"{name}: another file under this name, it lacks {', '.join(lacking)}")
     return value

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
+from workers.inputs import open_file, reason
 from workers.model.batch import Encoded, Encoder, collate
 from workers.model.config import context_length
 from workers.types import JSON, DataError, SpecError
@@ -47,19 +49,17 @@ def corpus_path(corpus: str) -> Path:
         from workers.data.tinyworld import corpus_path as embedded
 
         return embedded()
-    return Path(corpus).expanduser()
+    return Path(os.path.expanduser(corpus))  # leaves "~name" unchanged if there is no such user
 
 
 def corpus_fingerprint(corpus: str) -> str:
     """Content hash of the corpus file. Raises :class:`DataError` if it cannot be read."""
     path = corpus_path(corpus)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except OSError as error:
-        raise DataError(
-            f"corpus: {path}: {error.strerror or error}; give the path of a text or JSONL file"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"corpus: {path}: {reason(error)}; give the path of a text or JSONL file") from None
 
 
 class CorpusHashes(dict[str, str]):
@@ -278,7 +278,7 @@ def documents(corpus: str, start: Place, samples: int = sys.maxsize) -> Iterator
     path, jsonl = corpus_path(corpus), corpus_format(corpus) == "jsonl"
     offset, lines, found = start.offset, start.lines, start.documents
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(offset)
             while found < samples and (line := file.readline()):
                 offset, lines = offset + len(line), lines + 1
@@ -304,7 +304,7 @@ def _text_of(line: str, where: str) -> str:
         raise DataError(f"{where}: not valid JSON: {error}") from None
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise DataError(f"{where}: field `text`: expected a text, or the line to be one; got {line[:60]!r}")
+        raise DataError(f"{where}: field `text`: expected a text, or the line to be one; got another value")
     return text.strip()
 
 

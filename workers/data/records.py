@@ -25,12 +25,16 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from workers.data.scripts import joiner_after
+from workers.inputs import kind_of, read_file, reason
 from workers.types import JSON, DataError, Dataset, EditRequest, Probe
 
 OnBadRecord = Literal["error", "skip"]
 TargetField = Literal["ans", "alt"]
 """The fields by which the field's files call a new answer."""
 Order = Literal["file", "shuffle"]
+
+MAX_DATA_BYTES = 4 << 30
+"""Maximum size of a data file, which is held in memory as a whole."""
 
 OFFENDERS_SHOWN = 3
 """Bad records that one error message describes; the others are counted."""
@@ -231,13 +235,13 @@ def read_text(path: Path) -> str:
     """The file as text. A UTF-8 byte order mark is dropped. Raises DataError for any other
     encoding."""
     try:
-        data = path.read_bytes()
+        data = read_file(path, MAX_DATA_BYTES)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise DataError(f"{path}: is a folder, expected a file") from None
     except (OSError, ValueError) as failure:
-        raise DataError(f"{path}: cannot be read ({failure})") from None
+        raise DataError(f"{path}: cannot be read: {reason(failure)}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
@@ -268,7 +272,7 @@ def read_json_list(path: Path) -> list[Entry]:
             raise WrongKind(f"{path}: not valid JSON: {failure}", ("jsonl",)) from None
         raise DataError(f"{path}: not valid JSON: {failure}") from None
     if not isinstance(value, list):
-        raise DataError(f"{path}: expected a JSON list of records, got {short(value)}")
+        raise DataError(f"{path}: expected a JSON list of records, got {kind_of(value)}")
     if not value:
         raise DataError(f"{path}: the list of records is empty")
     return [Entry(number, item) for number, item in enumerate(value, start=1)]
@@ -292,7 +296,7 @@ def read_json_lines(path: Path) -> list[Entry]:
         try:
             entries.append(Entry(number, _parse_json(line, _unique_keys)))
         except ValueError as failure:
-            entries.append(Entry(number, None, f"not valid JSON: {failure}; got {short(line.strip())}"))
+            entries.append(Entry(number, None, f"not valid JSON: {failure}"))
     if not entries:
         raise DataError(f"{path}: the file has no records")
     return entries

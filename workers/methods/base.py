@@ -193,10 +193,7 @@ class MethodConfig(Written):
             ours = table.get(key, key if key in (*cls.model_fields, *cls.switches()) else None)
             if ours is None:
                 known = sorted({*table, *cls.model_fields})
-                raise SpecError(
-                    f"{source}: {key}: has no meaning for this method (value {value!r}); known: "
-                    f"{', '.join(known)}"
-                )
+                raise SpecError(f"{source}: {key}: has no meaning for this method; known: {', '.join(known)}")
             if ours != IGNORED:
                 out[ours] = value
         return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from workers.inputs import MAX_BYTES, found, parse_yaml
+from workers.inputs import found, kind_of, parse_yaml, read_file, reason
 from workers.types import JSON, SpecError
 
 IGNORED = ""
@@ -153,28 +153,28 @@ def take_count(out: dict[str, JSON], key: str, default: int, source: str) -> int
     return value
 
 
+_NAME = re.compile(r"[A-Za-z_]\w{0,60}")
+"""What the name of a hyperparameter looks like. Other files are not shown: any may be named by
+mistake."""
+
+
 def read_hparams(path: Path) -> dict[str, JSON]:
     """The mapping of an EasyEdit YAML. Raises :class:`SpecError`, for a file of a model that reads
     images, too."""
     source = f"hparams_file: {path}"
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SpecError(f"{source}: larger than {MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode()
     except FileNotFoundError:
         raise SpecError(f"{source}: no such file") from None
     except IsADirectoryError:
         raise SpecError(f"{source}: is a folder, expected a file") from None
-    except OSError as error:
-        raise SpecError(f"{source}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{source}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{source}: cannot be read: {reason(error)}") from None
     loaded = parse_yaml(text, source)
     if not isinstance(loaded, dict):
-        raise SpecError(f"{source}: expected a mapping, found {found(loaded)}")
-    if not all(isinstance(key, str) for key in loaded):
-        [key, *_] = (key for key in loaded if not isinstance(key, str))
-        raise SpecError(f"{source}: {key!r}: a key is a word")
+        raise SpecError(f"{source}: expected a mapping, found {kind_of(loaded)}")
+    if not all(isinstance(key, str) and _NAME.fullmatch(key) for key in loaded):
+        raise SpecError(f"{source}: expected a mapping of hyperparameters; its keys are no names")
     pictures = [key for key in IMAGE_KEYS if key in loaded]
     if pictures:
         raise SpecError(

@@ -153,9 +153,7 @@ class MELOConfig(MethodConfig):
             set(values) - {"alg_name", "alg", *_IN_SECTIONS, *SWEEP_KEYS, *COMMON_LOST} - _TOP_LEVEL
         )
         if unknown:
-            raise SpecError(
-                f"{source}: {unknown[0]}: has no meaning for this method (value {values[unknown[0]]!r})"
-            )
+            raise SpecError(f"{source}: {unknown[0]}: has no meaning for this method")
         sections: dict[str, dict[str, JSON]] = {}
         for name in ("grace", "model", "lora"):
             section = values.get(name)
