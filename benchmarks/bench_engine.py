@@ -32,11 +32,11 @@ from pathlib import Path
 import yaml
 from common import LOG, Report, parser
 
-from orchestrator.engine.books import Books, Engine
 from orchestrator.engine.local import run_local
 from orchestrator.engine.ray_engine.run import run_ray
+from orchestrator.engine.run_state import Engine, RunState
 from orchestrator.engine.sweep import run_sweep
-from orchestrator.engine.worker import Bench, StepReport
+from orchestrator.engine.worker import StepReport, Worker
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.planning.work import Shard
@@ -82,24 +82,24 @@ def spec_of(shards: int) -> SweepSpec:
     return parse_spec(yaml.safe_dump(raw), "bench_engine", Path("/"))
 
 
-def bare_actors(books: Books, max_actors: int | None) -> None:
+def bare_actors(run_state: RunState, max_actors: int | None) -> None:
     """The same shards on plain Ray actors: no Tune, no trials; the driver hands out one manifest
     after another."""
     import ray
 
     with _plain_ray():
         make = ray.remote(num_cpus=1)(_BareActor)
-        actors = [make.remote(books.store.where(), books.run_id) for _ in range(max_actors or 1)]
+        actors = [make.remote(run_state.store.where(), run_state.run_id) for _ in range(max_actors or 1)]
         ray.get([actor.ready.remote() for actor in actors])
-        left = [books.plan.manifest(shard) for shard in books.plan.shards][::-1]
+        left = [run_state.plan.manifest(shard) for shard in run_state.plan.shards][::-1]
         busy = {}
         for actor in actors:
-            books.started(left[-1].shard_id)
+            run_state.started(left[-1].shard_id)
             busy[actor.run.remote(left.pop())] = actor
         while busy:
             done, _ = ray.wait(list(busy), num_returns=1)
             actor = busy.pop(done[0])
-            books.finished(ray.get(done[0]))
+            run_state.finished(ray.get(done[0]))
             if left:
                 busy[actor.run.remote(left.pop())] = actor
 
@@ -117,12 +117,12 @@ def _plain_ray() -> Iterator[None]:
 
 class _BareActor:
     def __init__(self, root: str, run_id: str) -> None:
-        self.bench = Bench(root, run_id)
+        self.worker = Worker(root, run_id)
 
     def ready(self) -> None: ...
 
     def run(self, manifest: ShardManifest) -> str:
-        for _ in self.bench.run(manifest):
+        for _ in self.worker.run(manifest):
             pass
         return manifest.shard_id
 

@@ -97,7 +97,7 @@ def measured(case: Case) -> dict[str, float]:
     """Run a case in this process; mebibytes of what was stated and of what it took."""
     import yaml
 
-    from orchestrator.engine.worker import Bench
+    from orchestrator.engine.worker import Worker
     from orchestrator.planning.plan import make_plan
     from orchestrator.planning.spec import parse_spec
     from workers import methods, stream
@@ -113,7 +113,7 @@ def measured(case: Case) -> dict[str, float]:
         "engine": {"lanes": case.lanes, "cache_bytes": 0},
     }
     plan = make_plan(parse_spec(yaml.safe_dump(raw), "bench_memory", Path("/")))
-    bench = Bench(case.root, "bench")
+    bench = Worker(case.root, "bench")
     if case.build:
         for artifact in plan.artifacts.values():
             bench.build(artifact, plan.common.model, plan.common.threads)

@@ -282,7 +282,7 @@ def status(report: Report, work: Path, cells: int, repeats: int) -> None:
     store = LocalStore(folder)
     # a run whose engine does nothing: the lock, the plan, what is written into the folder, and the
     # end are real
-    plan = run_sweep(sweep_of(cells), store, lambda books, actors: None, Watch()).plan
+    plan = run_sweep(sweep_of(cells), store, lambda run_state, actors: None, Watch()).plan
     journal = Journal(store)
     for number, shard in enumerate(plan.shards[-UNDER_WAY - WAITING :]):
         commit(journal, plan.manifest(shard), 1 if number < UNDER_WAY else None)

@@ -26,8 +26,8 @@ from bench_score import one_at_a_time
 from common import LOG, Report, clock, parser
 from reference import LOOPS, as_it_comes
 
-from orchestrator.engine.books import Outcome
 from orchestrator.engine.ray_engine.run import run_ray
+from orchestrator.engine.run_state import Outcome
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.engine.worker import StepReport
 from orchestrator.planning.plan import Plan, make_plan

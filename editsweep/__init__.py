@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
-    from orchestrator.engine.books import Outcome, View
+    from orchestrator.engine.run_state import Outcome, View
     from orchestrator.planning.plan import Plan
     from orchestrator.planning.spec import SweepSpec
     from orchestrator.results.query import Results, Union
@@ -36,11 +36,11 @@ __all__ = ["EditSweepError", "Outcome", "Plan", "Results", "SweepSpec", "View", 
 
 _MODULE_OF = {
     "EditSweepError": "workers.types",
-    "Outcome": "orchestrator.engine.books",
+    "Outcome": "orchestrator.engine.run_state",
     "Plan": "orchestrator.planning.plan",
     "Results": "orchestrator.results.query",
     "SweepSpec": "orchestrator.planning.spec",
-    "View": "orchestrator.engine.books",
+    "View": "orchestrator.engine.run_state",
 }
 """Public class -> the module it is imported from, when it is first used."""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from orchestrator.engine.books import Outcome, View
 from orchestrator.engine.local import run_local
+from orchestrator.engine.run_state import Outcome, View
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.engine.worker import StepReport
 from orchestrator.planning.plan import Plan

@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.engine.books import Outcome
 from orchestrator.engine.local import run_local
+from orchestrator.engine.run_state import Outcome
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.results import diff as comparing
 from orchestrator.results import report

@@ -144,14 +144,14 @@ def build(folder: str, spec: str, beat_seconds: str = "5", silent_seconds: str =
     ``beat_seconds`` are those of its own claim, ``silent_seconds`` make another's heartbeat count
     as stopped.
     """
-    from orchestrator.engine.worker import Bench
+    from orchestrator.engine.worker import Worker
     from orchestrator.storage import lock
 
     lock.acquire.__defaults__ = (None, float(beat_seconds), float(silent_seconds))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     steps: list[int] = []
-    bench = Bench(folder, "run", save_seconds=0)
-    bench.build(
+    worker = Worker(folder, "run", save_seconds=0)
+    worker.build(
         ArtifactSpec.model_validate_json(spec),
         ModelConfig(device="cpu"),
         1,

@@ -24,7 +24,7 @@ from orchestrator.cli import console
 from orchestrator.cli.main import main
 from orchestrator.engine.local import run_local
 from orchestrator.engine.sweep import run_sweep
-from orchestrator.engine.worker import Bench
+from orchestrator.engine.worker import Worker
 from orchestrator.planning.inputs import read_training
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.spec import SweepSpec, parse_spec
@@ -190,9 +190,9 @@ def test_damaged_unfinished_work_is_started_again(
             if done == last < STEPS:
                 raise KeyboardInterrupt
 
-        bench = Bench(str(tmp_path), "r1", save_seconds=1000)
+        worker = Worker(str(tmp_path), "r1", save_seconds=1000)
         with contextlib.suppress(KeyboardInterrupt):
-            bench.build(wanted, spec_of().model, 1, tell)
+            worker.build(wanted, spec_of().model, 1, tell)
         assert steps[0] == 1 and "is damaged" in caplog.text
         caplog.clear()
         for name, data in files(tmp_path).items():
@@ -259,7 +259,7 @@ def test_a_builder_stopped_while_its_successor_builds_changes_nothing(
     stopped = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(locking.acquire, "__defaults__", (None, locking.BEAT_SECONDS, 0.5))
-        Bench(str(tmp_path), "run", save_seconds=0).build(wanted, ModelConfig(device="cpu"), 1)
+        Worker(str(tmp_path), "run", save_seconds=0).build(wanted, ModelConfig(device="cpu"), 1)
     assert not list(tmp_path.glob("artifacts/unfinished/*"))
     wait_for(
         lambda: time.monotonic() > stopped + 3 * beat
@@ -304,7 +304,7 @@ def test_another_models_networks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"pretrained artifact .* another model \(another-model, the sweep's is"
     ):
-        Bench(str(tmp_path), "r1").build(wanted, spec_of().model, 1)
+        Worker(str(tmp_path), "r1").build(wanted, spec_of().model, 1)
 
 
 # --- the command line -----------------------------------------------------------------------

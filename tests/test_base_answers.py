@@ -12,7 +12,7 @@ import yaml
 
 from orchestrator.engine.local import run_local
 from orchestrator.engine.sweep import build_artifacts, run_sweep
-from orchestrator.engine.worker import Bench
+from orchestrator.engine.worker import Worker
 from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.results.artifact_store import ArtifactStore, Unfinished
 from orchestrator.results.query import open_results
@@ -86,14 +86,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Rows of the sweep where every shard asks the base model itself: each has a session that has
     heard nothing."""
-    folder, run = tmp_path_factory.mktemp("alone"), Bench.run
+    folder, run = tmp_path_factory.mktemp("alone"), Worker.run
     with pytest.MonkeyPatch.context() as patch:
 
-        def forgetful(self: Bench, manifest: Any) -> Any:
+        def forgetful(self: Worker, manifest: Any) -> Any:
             self.session(spec_of().model, 1).base_answers = BaseAnswers()
             return run(self, manifest)
 
-        patch.setattr(Bench, "run", forgetful)
+        patch.setattr(Worker, "run", forgetful)
         assert run_sweep(spec_of(), LocalStore(folder), run_local, Watch()).exit_code == 0
     found = rows(folder)
     assert {row["fluency_base"] is None for row in found} == {True, False}

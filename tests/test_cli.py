@@ -25,7 +25,7 @@ import yaml
 from orchestrator.cli import reading
 from orchestrator.cli.console import Output, duration, safety_line, size
 from orchestrator.cli.main import main
-from orchestrator.engine.books import Safety
+from orchestrator.engine.run_state import Safety
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.planning.spec import parse_spec
 from orchestrator.results.query import open_results
@@ -345,7 +345,7 @@ def test_status_of_many_cells_lists_some(call: Any, tmp_path: Path) -> None:
     outcome = run_sweep(
         parse_spec(yaml.safe_dump(raw), "many", Path("/")),
         LocalStore(tmp_path / "r"),
-        lambda books, actors: None,
+        lambda run_state, actors: None,
         Output().view(),
     )
     assert len(outcome.unfinished) == 120

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 import workers
-from orchestrator.engine.books import Outcome
 from orchestrator.engine.local import run_local
+from orchestrator.engine.run_state import Outcome
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.planning.spec import load_spec
 from orchestrator.results import code

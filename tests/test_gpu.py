@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.engine.worker import Bench
+from orchestrator.engine.worker import Worker
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.spec import parse_spec
 from tests.small import GOLDEN, build_inputs, golden_requests, job, timeless
@@ -59,7 +59,7 @@ def test_a_shard_planned_for_a_larger_gpu_is_refused(tmp_path: Path) -> None:
     )
     plan = make_plan(spec)
     with pytest.raises(ModelError, match=r"gpu_memory_gb: 5000.*--set engine\.gpu_memory_gb="):
-        list(Bench(str(tmp_path), "r").run(plan.manifest(plan.shards[0])))
+        list(Worker(str(tmp_path), "r").run(plan.manifest(plan.shards[0])))
 
 
 @pytest.mark.parametrize("method", sorted(CONFIGS))

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.cli.main import main
-from orchestrator.engine.books import Outcome
 from orchestrator.engine.local import run_local
+from orchestrator.engine.run_state import Outcome
 from orchestrator.engine.sweep import run_sweep
 from orchestrator.planning.spec import load_spec
 from orchestrator.results.columns import COLUMNS, KEY, VARYING

@@ -420,7 +420,10 @@ RAY = "orchestrator/engine/ray_engine"
             },
             {"methods-stand-alone"},
         ),
-        ({"orchestrator/planning/spec.py": "import orchestrator.engine.books"}, {"floors-of-orchestrator"}),
+        (
+            {"orchestrator/planning/spec.py": "import orchestrator.engine.run_state"},
+            {"floors-of-orchestrator"},
+        ),
         (
             {"orchestrator/storage/open.py": "if TYPE_CHECKING:\n    import orchestrator.results.table"},
             {"floors-of-orchestrator"},
@@ -457,8 +460,8 @@ RAY = "orchestrator/engine/ray_engine"
         ),
         (
             {
-                "orchestrator/engine/books.py": "import orchestrator.engine.folder",
-                "orchestrator/engine/folder.py": "def f():\n    import orchestrator.engine.books",
+                "orchestrator/engine/run_state.py": "import orchestrator.engine.folder",
+                "orchestrator/engine/folder.py": "def f():\n    import orchestrator.engine.run_state",
             },
             {"no-circles"},
         ),

@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 import editsweep
-from orchestrator.engine.worker import Bench
+from orchestrator.engine.worker import Worker
 from orchestrator.planning.runtime_env import VARIABLES, is_secret, read_runtime_env
 from orchestrator.planning.spec import SweepSpec, parse_spec
 from orchestrator.results.query import write
@@ -326,7 +326,7 @@ def test_a_results_folder_gives_no_consent(mark: Path, tmp_path: Path) -> None:
         name=plant(tmp_path / "m", mark, "unknown type"), device="cpu", trust_remote_code=True
     )
     with pytest.raises(ModelError, match=r"results folder asks for .* with its own code"):
-        Bench(str(tmp_path / "r"), "run").session(model, threads=1)
+        Worker(str(tmp_path / "r"), "run").session(model, threads=1)
 
 
 def test_folders_are_opened_in_one_place() -> None:

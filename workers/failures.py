@@ -14,7 +14,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Return whether the failure is transient: caused by memory, device, files or network. Any
     other error comes from the computation, and a retry would raise it again."""
     if out_of_memory(error) or isinstance(error, OSError) or type(error).__name__ == "AcceleratorError":

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from workers.failures import may_pass
+from workers.failures import is_transient
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +118,6 @@ def _reading(load: Callable[[], Any]) -> Any:
             raise ValueError(OWN_CODE) from error
         raise
     except Exception as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         raise ValueError(f"{type(error).__name__}: {error}") from error

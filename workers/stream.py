@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from workers.artifacts.base import ArtifactData
-from workers.failures import may_pass
+from workers.failures import is_transient
 from workers.job import Lane, Share, StreamJob, first_request
 from workers.methods import get_method
 from workers.methods.base import LaneEdit
@@ -183,7 +183,7 @@ class Stream:
         the step that ended there.
 
         If a lane makes the method raise, only this lane fails; the others continue from their state
-        before the tick. Only transient errors are raised (:func:`workers.failures.may_pass`), for
+        before the tick. Only transient errors are raised (:func:`workers.failures.is_transient`), for
         example out of memory in an edit. Results yielded before stay valid.
         """
         if start not in (0, *bounds):
@@ -201,7 +201,7 @@ class Stream:
                     try:
                         done = self._do(wave, tick)
                     except Exception as error:
-                        if may_pass(error):
+                        if is_transient(error):
                             raise
                         wave, found = self._without_failing_lanes(wave, index, error)
                         step.failures.extend(found)
@@ -438,7 +438,7 @@ class Stream:
             try:
                 self._do(alone, tick)
             except Exception as cause:
-                if may_pass(cause):
+                if is_transient(cause):
                     raise
                 causes[i] = cause
         for i in causes or again.alive():

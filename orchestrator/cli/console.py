@@ -26,7 +26,7 @@ from workers.inputs import counted
 from workers.types import EditSweepError
 
 if TYPE_CHECKING:
-    from orchestrator.engine.books import Safety
+    from orchestrator.engine.run_state import Safety
     from orchestrator.engine.worker import StepReport
     from orchestrator.planning.plan import Plan
     from orchestrator.planning.work import Shard
@@ -193,7 +193,7 @@ class _RunningShard:
 
 @dataclass
 class RunView:
-    """Progress in plain lines (an :class:`orchestrator.engine.books.View`), and the counters that
+    """Progress in plain lines (an :class:`orchestrator.engine.run_state.View`), and the counters that
     both views share."""
 
     console: Console

@@ -30,7 +30,7 @@ from workers.types import EditSweepError
 
 if TYPE_CHECKING:
     from orchestrator.cli.summary import Failure
-    from orchestrator.engine.books import Outcome
+    from orchestrator.engine.run_state import Outcome
     from orchestrator.engine.sweep import ArtifactState
     from orchestrator.planning.plan import Plan
     from orchestrator.planning.spec import SweepSpec

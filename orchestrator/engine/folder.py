@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.engine.books import Outcome
 from orchestrator.engine.machine import this_process, versions
+from orchestrator.engine.run_state import Outcome
 from orchestrator.engine.statistics import Statistic, Statistics
 from orchestrator.planning.plan import Plan, Progress, Spent
 from orchestrator.planning.spec import SweepSpec, parse_spec

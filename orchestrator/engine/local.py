@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from orchestrator.engine.books import Books
 from orchestrator.engine.causes import Cause
 from orchestrator.engine.machine import check_memory
-from orchestrator.engine.worker import Bench, passing
+from orchestrator.engine.run_state import RunState
+from orchestrator.engine.worker import Worker, passing
 from orchestrator.storage.lock import LockLost
 from workers.artifacts.base import ArtifactSpec, Stopped
 
@@ -24,45 +24,47 @@ LEAVE_SECONDS = 10.0
 """Seconds after the first Ctrl-C in which the current step may be committed."""
 
 
-def run_local(books: Books, max_actors: int | None = None) -> None:
+def run_local(run_state: RunState, max_actors: int | None = None) -> None:
     """Run every shard of the plan. ``max_actors`` is ignored: this process is the only actor."""
-    plan = books.plan
+    plan = run_state.plan
     resources = plan.spec.engine.resources
     check_memory(
         plan.common.model, plan.weight_bytes, resources.gpu, resources.memory_gb, where="this machine"
     )
-    bench = Bench(
-        books.store.where(),
-        books.run_id,
+    worker = Worker(
+        run_state.store.where(),
+        run_state.run_id,
         plan.spec.engine.checkpoint_seconds,
         own_code=plan.common.model.trust_remote_code,
     )
-    with _ctrl_c(books) as stop:
+    with _ctrl_c(run_state) as stop:
         try:
-            build_artifacts(bench, books, stop)
-            for shard in () if books.artifacts_only else plan.shards:
+            build_artifacts(worker, run_state, stop)
+            for shard in () if run_state.artifacts_only else plan.shards:
                 if stop.is_set():
                     break
-                _run_shard(bench, books, shard.shard_id, stop)
+                _run_shard(worker, run_state, shard.shard_id, stop)
         except KeyboardInterrupt:
             stop.set()
-        books.interrupted = stop.is_set()
+        run_state.interrupted = stop.is_set()
 
 
-def build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
+def build_artifacts(worker: Worker, run_state: RunState, stop: threading.Event) -> None:
     """Build the missing artifacts. A failure is reported here; the shards that need the artifact
     fail later with the same cause."""
-    missing = books.missing_artifacts()
+    missing = run_state.missing_artifacts()
     for number, spec in enumerate(missing, start=1):
         if stop.is_set():
             return
 
         def report(done: int, total: int, what: str, spec: ArtifactSpec = spec) -> None:
-            books.artifact_step(spec, done, total, what)
+            run_state.artifact_step(spec, done, total, what)
 
         try:
-            bench.build(spec, books.plan.common.model, books.plan.common.threads, report, stop.is_set)
-            books.artifact_built(spec, number, len(missing))
+            worker.build(
+                spec, run_state.plan.common.model, run_state.plan.common.threads, report, stop.is_set
+            )
+            run_state.artifact_built(spec, number, len(missing))
         except Stopped:
             return
         except KeyboardInterrupt:
@@ -70,19 +72,19 @@ def build_artifacts(bench: Bench, books: Books, stop: threading.Event) -> None:
         except LockLost:
             raise
         except Exception as error:
-            books.artifact_failed(spec, Cause.of(error))
-        books.check()
+            run_state.artifact_failed(spec, Cause.of(error))
+        run_state.check()
 
 
-def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event) -> None:
-    plan = books.plan
+def _run_shard(worker: Worker, run_state: RunState, shard_id: str, stop: threading.Event) -> None:
+    plan = run_state.plan
     tries = plan.spec.engine.max_failures + 1
-    manifest = plan.manifest(books.shards[shard_id])
+    manifest = plan.manifest(run_state.shards[shard_id])
     for number in range(1, tries + 1):
-        books.started(shard_id)
+        run_state.started(shard_id)
         try:
-            for step in bench.run(manifest):
-                books.stepped(step)
+            for step in worker.run(manifest):
+                run_state.stepped(step)
                 if stop.is_set() and step.tick < step.ticks:
                     return
         except LockLost:
@@ -90,16 +92,16 @@ def _run_shard(bench: Bench, books: Books, shard_id: str, stop: threading.Event)
         except Exception as error:
             cause = Cause.of(error)
             if number < tries and passing(error) and not stop.is_set():
-                books.retrying(shard_id, number, cause)
+                run_state.retrying(shard_id, number, cause)
                 continue
-            books.failed(shard_id, number, cause)
+            run_state.failed(shard_id, number, cause)
             return
-        books.finished(shard_id)
+        run_state.finished(shard_id)
         return
 
 
 @contextmanager
-def _ctrl_c(books: Books) -> Iterator[threading.Event]:
+def _ctrl_c(run_state: RunState) -> Iterator[threading.Event]:
     """Handle Ctrl-C: the first one sets the event; the second one, or the end of
     :data:`LEAVE_SECONDS`, raises KeyboardInterrupt.
 
@@ -119,7 +121,7 @@ def _ctrl_c(books: Books) -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
         timeout.start()
-        books.view.note(
+        run_state.view.note(
             f"stopping: the current step is committed if that takes less than {LEAVE_SECONDS:.0f} seconds "
             "(Ctrl-C again to leave at once)"
         )

@@ -1,7 +1,7 @@
 """Run a sweep: lock the folder, plan, run the engine, gather. Common to both engines.
 
-    bench = Bench(root="/data/results/demo", run_id="r1")  # in a worker process; keeps the loaded model
-    for step in bench.run(manifest):                           # each step is durable when it is yielded
+    worker = Worker(root="/data/results/demo", run_id="r1")  # in a worker process; keeps the loaded model
+    for step in worker.run(manifest):                           # each step is durable when it is yielded
         ...
 
     outcome = run_sweep(spec, store, local_engine, view)  # in the driver
@@ -20,7 +20,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator.engine.books import Books, Engine, Outcome, View, artifact_title
 from orchestrator.engine.endings import ended_by_signal
 from orchestrator.engine.folder import (
     check_folder,
@@ -35,6 +34,7 @@ from orchestrator.engine.folder import (
     write_statistics,
 )
 from orchestrator.engine.machine import check_device
+from orchestrator.engine.run_state import Engine, Outcome, RunState, View, artifact_title
 from orchestrator.engine.statistics import read_statistics, say_unresolved
 from orchestrator.planning.inputs import read_inputs
 from orchestrator.planning.plan import Plan, Planner
@@ -137,27 +137,27 @@ def run_sweep(
         write_plan(plan, progress, statistics, store, paths)
         write_run(plan, store, paths, run_id, max_actors)
         write_requests(planner.dataset, planner.edited, store, paths)
-        books = Books(plan, store, run_id, view, check=lock.check, paths=paths)
+        run_state = RunState(plan, store, run_id, view, check=lock.check, paths=paths)
         for warning in plan.warnings:
             view.warn(warning)
         view.begin(plan)
         try:
             if plan.shards:
-                engine(books, max_actors)
+                engine(run_state, max_actors)
         except BaseException:
             view.end()
             if not lock.lost:
                 # If the storage has ended the run, its first error is the one to show.
                 with contextlib.suppress(StoreError):
-                    books.gather()
+                    run_state.gather()
             raise
         view.end()
         lock.check()
-        books.gather()
+        run_state.gather()
         lock.check()
         if (built := read_statistics(plan, store, known)) != statistics:
             write_statistics(built, store, paths)
-        outcome = _outcome(books)
+        outcome = _outcome(run_state)
         write_end(store, paths, run_id, outcome)
     return outcome
 
@@ -236,29 +236,29 @@ def build_artifacts(
         enter_folder(spec, store, paths)
         plan = planner.plan(read_progress(CentralTable(store, paths), Journal(store, paths)))
         write_run(plan, store, paths, run_id, max_actors)
-        books = Books(plan, store, run_id, view, check=lock.check, paths=paths, artifacts_only=True)
-        missing = {needed.key for needed in books.missing_artifacts()}
+        run_state = RunState(plan, store, run_id, view, check=lock.check, paths=paths, artifacts_only=True)
+        missing = {needed.key for needed in run_state.missing_artifacts()}
         view.begin(plan)
         try:
             if missing:
-                engine(books, max_actors)
+                engine(run_state, max_actors)
         finally:
             view.end()
         lock.check()
-        states = _artifact_states(books, missing)
-    return states, books.interrupted
+        states = _artifact_states(run_state, missing)
+    return states, run_state.interrupted
 
 
-def _artifact_states(books: Books, missing: Collection[str]) -> tuple[ArtifactState, ...]:
-    saved = {found["key"]: found for found in books.artifacts.unfinished()}
+def _artifact_states(run_state: RunState, missing: Collection[str]) -> tuple[ArtifactState, ...]:
+    saved = {found["key"]: found for found in run_state.artifacts.unfinished()}
     states = []
-    specs = in_order(books.plan.artifacts.values())
-    sizes = {kind: books.artifacts.sizes(kind) for kind in {spec.kind for spec in specs}}
+    specs = in_order(run_state.plan.artifacts.values())
+    sizes = {kind: run_state.artifacts.sizes(kind) for kind in {spec.kind for spec in specs}}
     for spec in specs:
         size = sizes[spec.kind].get(spec.key)
         if size is not None:
             state = "built" if spec.key in missing else "present"
-        elif (failure := books.artifacts.failure(spec, books.run_id)) is not None:
+        elif (failure := run_state.artifacts.failure(spec, run_state.run_id)) is not None:
             state = f"failed: {failure.splitlines()[0][:200]}"
         elif spec.key not in missing:
             state = "not needed"  # only an artifact that is present needs it
@@ -274,24 +274,24 @@ def new_run_id() -> str:
     return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
-def _outcome(books: Books) -> Outcome:
+def _outcome(run_state: RunState) -> Outcome:
     """The outcome, by comparing the table with the plan. What the engine reported does not decide
     which cells are finished."""
-    done = books.table.done()
+    done = run_state.table.done()
     unfinished = [
         cell.cell_id
-        for cell in books.plan.asked
+        for cell in run_state.plan.asked
         if count_done(done.get(cell.cell_id, set()), cell.groups) < cell.groups
     ]
     wanted = set(unfinished)
-    failed = tuple(failure for failure in books.table.failed() if failure["cell_id"] in wanted)
+    failed = tuple(failure for failure in run_state.table.failed() if failure["cell_id"] in wanted)
     return Outcome(
-        plan=books.plan,
-        run_id=books.run_id,
+        plan=run_state.plan,
+        run_id=run_state.run_id,
         unfinished=tuple(unfinished),
-        errors=dict(books.errors),
+        errors=dict(run_state.errors),
         failed_groups=failed,
-        interrupted=books.interrupted,
-        folder=books.store.where(),
-        safety=books.safety,
+        interrupted=run_state.interrupted,
+        folder=run_state.store.where(),
+        safety=run_state.safety,
     )

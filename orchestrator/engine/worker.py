@@ -23,7 +23,7 @@ from orchestrator.storage.open import open_store
 from orchestrator.storage.paths import ResultsPaths
 from workers.artifacts.base import ArtifactData, ArtifactSpec, Workbench
 from workers.data import requests_of
-from workers.failures import may_pass
+from workers.failures import is_transient
 from workers.model.config import ModelConfig
 from workers.types import JSON, DataError, Dataset, ModelError
 
@@ -97,9 +97,9 @@ class _Workbench(Workbench):
             self.durable.save(data)
 
 
-class Bench:
-    """State that a worker process keeps between shards: the loaded model, the data set, and the
-    artifacts of the last shard.
+class Worker:
+    """Runs shards and builds artifacts in one process. Between shards it keeps the loaded model, the
+    data set, and the artifacts of the last shard.
 
     ``own_code``: this run allows the model's own code. A shard that has begun takes its settings from
     the results folder, which may come from somebody else, so that what it says is not enough.
@@ -290,8 +290,8 @@ class Bench:
 
 def passing(error: BaseException) -> bool:
     """Return whether the error may be temporary, so that the shard should be launched again (see
-    :func:`workers.failures.may_pass`)."""
-    return may_pass(error) or isinstance(error, (StoreError, Superseded))
+    :func:`workers.failures.is_transient`)."""
+    return is_transient(error) or isinstance(error, (StoreError, Superseded))
 
 
 def _failure_json(failure: GroupFailure) -> dict[str, JSON]:

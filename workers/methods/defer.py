@@ -136,7 +136,7 @@ class Deferral(Overlay):
         return torch.sigmoid(gate_B), value_BO
 
     def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
-        out_BSO = site.answer(x_BSI)
+        out_BSO = site.base_output(x_BSI)
         if not any(self.edited[lane] for lane, _, _ in batch.segments):
             return out_BSO
         gate_B, value_BO = self.answer(self.query_of(x_BSI, batch), batch)

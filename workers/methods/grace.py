@@ -149,7 +149,7 @@ class Codebook(Overlay):
         self._changed: list[set[int]] = [set() for _ in range(lanes)]
 
     def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
-        out_BSO = site.answer(x_BSI)
+        out_BSO = site.base_output(x_BSI)
         if not any(self.labels[lane] for lane, _, _ in batch.segments):
             return out_BSO
         value_BO, hit_B = self._answer(x_BSI, batch)

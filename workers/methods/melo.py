@@ -363,7 +363,7 @@ class BlockOverlay(Overlay):
 
         def answer(site: Site, x_BSI: Tensor) -> Tensor:
             inner_BSR = lane_linear(x_BSI, down_LRI[site.name], batch)
-            plain_BSO = site.answer(x_BSI)
+            plain_BSO = site.base_output(x_BSI)
             return plain_BSO + lane_linear(inner_BSR, up_LOR[site.name], batch) * self.scale
 
         with ExitStack() as stack:
@@ -372,7 +372,7 @@ class BlockOverlay(Overlay):
             yield
 
     def _look_up(self, batch: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
-        out_BSO = self.key.answer(x_BSI)
+        out_BSO = self.key.base_output(x_BSI)
         query_BO = at_prompt_end(out_BSO, batch).to(self._like.dtype)
         route.block_B = [
             block
@@ -382,7 +382,7 @@ class BlockOverlay(Overlay):
         return out_BSO
 
     def _answer(self, site: Site, batch: Batch, route: _Route, x_BSI: Tensor) -> Tensor:
-        out_BSO = site.answer(x_BSI)
+        out_BSO = site.base_output(x_BSI)
         if route.block_B is None:
             raise RuntimeError("a map with blocks was run before the map that chooses them")
         lane_B = [lane for lane, start, stop in batch.segments for _ in range(start, stop)]

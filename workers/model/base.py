@@ -112,7 +112,7 @@ class Site:
         bias: Tensor | None = self.module.bias
         return None if bias is None else bias.detach()
 
-    def answer(self, x_BSI: Tensor) -> Tensor:
+    def base_output(self, x_BSI: Tensor) -> Tensor:
         """Return the output of the base's map, (B, S, O)."""
         from workers.kernels.matmul import linear
 

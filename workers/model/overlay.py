@@ -397,7 +397,7 @@ class LowRankOverlay(Overlay):
 
     def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         part = self._parts[site.name]
-        out = site.answer(x_BSI)
+        out = site.base_output(x_BSI)
         if part.dense_LOI is not None:
             out = out + lane_linear(x_BSI, part.dense_LOI, batch)
         if part.rank:

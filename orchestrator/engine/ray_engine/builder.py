@@ -6,7 +6,7 @@ import threading
 
 from orchestrator.engine.causes import Cause
 from orchestrator.engine.ray_engine.causes import TaskFailed
-from orchestrator.engine.worker import Bench
+from orchestrator.engine.worker import Worker
 from workers.artifacts.base import ArtifactSpec
 from workers.model.config import ModelConfig
 
@@ -16,14 +16,14 @@ class Builder:
     :meth:`progress` and :meth:`stop` during the construction."""
 
     def __init__(self, root: str, run_id: str, save_seconds: float, own_code: bool = False) -> None:
-        self.bench = Bench(root, run_id, save_seconds, own_code)
+        self.worker = Worker(root, run_id, save_seconds, own_code)
         self.last: tuple[int, int, str] | None = None
         self.stopped = threading.Event()
 
     def build(self, spec: ArtifactSpec, model: ModelConfig, threads: int) -> None:
         self.last = None
         try:
-            self.bench.build(spec, model, threads, self._record, self.stopped.is_set)
+            self.worker.build(spec, model, threads, self._record, self.stopped.is_set)
         except Exception as error:
             raise TaskFailed(Cause.of(error)) from error
 

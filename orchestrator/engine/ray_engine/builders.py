@@ -8,10 +8,10 @@ from typing import Any
 
 import ray
 
-from orchestrator.engine.books import Books, artifact_title
 from orchestrator.engine.causes import Cause
 from orchestrator.engine.ray_engine.builder import Builder
 from orchestrator.engine.ray_engine.causes import cause_of
+from orchestrator.engine.run_state import RunState, artifact_title
 from orchestrator.results.artifact_store import ArtifactFailed
 from workers.artifacts.base import ArtifactSpec
 
@@ -28,29 +28,29 @@ class _BuilderActor:
     spec: ArtifactSpec | None = None
     pending: Any = None
 
-    def poll(self, books: Books) -> None:
+    def poll(self, run_state: RunState) -> None:
         """Report the actor's progress if its reply has arrived, then request it again. Does not
         block."""
         if self.pending is not None and ray.wait([self.pending], timeout=0)[0]:
             with contextlib.suppress(ray.exceptions.RayError):
                 progress = ray.get(self.pending)
                 if progress is not None and self.spec is not None:
-                    books.artifact_step(self.spec, *progress)
+                    run_state.artifact_step(self.spec, *progress)
             self.pending = None
         if self.pending is None:
             self.pending = self.actor.progress.remote()
 
 
-def build_artifacts(books: Books, actors: int) -> None:
+def build_artifacts(run_state: RunState, actors: int) -> None:
     """Build the missing artifacts of the plan's shards. Each is built by one actor, after the
     artifacts that it needs.
 
     A failure is reported; the shards that need the artifact fail later with the same cause.
     """
-    missing = books.missing_artifacts()
+    missing = run_state.missing_artifacts()
     if not missing:
         return
-    engine, common = books.plan.spec.engine, books.plan.common
+    engine, common = run_state.plan.spec.engine, run_state.plan.common
     builder: Any = ray.remote(Builder)
     make = builder.options(
         num_cpus=engine.resources.cpu,
@@ -64,8 +64,8 @@ def build_artifacts(books: Books, actors: int) -> None:
     builders = [
         _BuilderActor(
             make.remote(
-                books.store.where(),
-                books.run_id,
+                run_state.store.where(),
+                run_state.run_id,
                 engine.checkpoint_seconds,
                 own_code=common.model.trust_remote_code,
             )
@@ -86,7 +86,7 @@ def build_artifacts(books: Books, actors: int) -> None:
                     todo.remove(spec)
                     failed.add(spec.key)
                     needed = f"it needs {artifact_title(lost[0])}, which failed"
-                    books.artifact_failed(spec, Cause(ArtifactFailed.__name__, needed))
+                    run_state.artifact_failed(spec, Cause(ArtifactFailed.__name__, needed))
                 elif not any(need.key in waiting for need in spec.needs):
                     free = next((worker for worker in builders if worker.spec is None), None)
                     if free is None:
@@ -101,18 +101,20 @@ def build_artifacts(books: Books, actors: int) -> None:
                 try:
                     ray.get(ref)
                     done += 1
-                    books.artifact_built(built, done, len(missing))
+                    run_state.artifact_built(built, done, len(missing))
                 except ray.exceptions.RayError as error:
                     failed.add(built.key)
-                    books.artifact_failed(built, cause_of(error))
+                    run_state.artifact_failed(built, cause_of(error))
             for worker in running.values():
-                worker.poll(books)
-            books.tick()
+                worker.poll(run_state)
+            run_state.tick()
     except KeyboardInterrupt:
         for worker in running.values():
             worker.actor.stop.remote()
         if running:
-            books.view.note("stopping: unfinished artifacts are being saved (Ctrl-C again to leave at once)")
+            run_state.view.note(
+                "stopping: unfinished artifacts are being saved (Ctrl-C again to leave at once)"
+            )
             ray.wait(list(running), num_returns=len(running), timeout=STOP_SECONDS)
         raise
     finally:

@@ -18,8 +18,8 @@ from typing import Any
 
 import ray
 
-from orchestrator.engine.books import Books
 from orchestrator.engine.ray_engine.preflight import ClusterError
+from orchestrator.engine.run_state import RunState
 from workers.types import EditSweepError
 
 LOOK_SECONDS = 1.0
@@ -37,7 +37,7 @@ _TAIL = 20_000
 
 
 @contextlib.contextmanager
-def noticing_loss(books: Books, local: bool) -> Iterator[None]:
+def noticing_loss(run_state: RunState, local: bool) -> Iterator[None]:
     """Raise :class:`ClusterError` in here when Ray is gone. ``local``: this run has started it."""
     node: Any = ray._private.worker._global_node
     logs = Path(node.get_logs_dir_path())
@@ -54,18 +54,18 @@ def noticing_loss(books: Books, local: bool) -> Iterator[None]:
             if found is not None:
                 lost.append(found)
                 since = time.monotonic()
-                _keep_logs(books, logs)
+                _keep_logs(run_state, logs)
                 if local:  # what waits for an answer of the others gets an error now
                     node.kill_all_processes(check_alive=False, allow_graceful=False)
             if lost and in_main and main.ident is not None:
                 signal.pthread_kill(main.ident, signal.SIGUSR2)  # again, if a library caught the last one
             if lost and time.monotonic() - since > LEAVE_SECONDS:
-                books.view.warn(_told(lost[0], books))
+                run_state.view.warn(_told(lost[0], run_state))
                 os._exit(2)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if lost and not leaving.is_set():
-            raise ClusterError(_told(lost[0], books))
+            raise ClusterError(_told(lost[0], run_state))
 
     before = signal.signal(signal.SIGUSR2, handle) if in_main else None
     watcher = threading.Thread(target=watch, name="noticing-loss", daemon=True)
@@ -74,7 +74,7 @@ def noticing_loss(books: Books, local: bool) -> Iterator[None]:
         yield
     except BaseException as error:
         if lost and not isinstance(error, (SystemExit, ClusterError)):
-            raise ClusterError(_told(lost[0], books)) from None  # a library has wrapped ours
+            raise ClusterError(_told(lost[0], run_state)) from None  # a library has wrapped ours
         raise
     finally:
         leaving.set()
@@ -83,10 +83,11 @@ def noticing_loss(books: Books, local: bool) -> Iterator[None]:
             signal.signal(signal.SIGUSR2, before)
 
 
-def _told(what: str, books: Books) -> str:
+def _told(what: str, run_state: RunState) -> str:
+    last_words = run_state.store.where(run_state.paths.log(f"ray-lost-{run_state.run_id}"))
     return (
         f"{what}, so nothing can be run any more; everything committed is kept. Run the same command again "
-        f"to continue; Ray's last words are in {books.store.where(books.paths.log(f'ray-lost-{books.run_id}'))}"
+        f"to continue; Ray's last words are in {last_words}"
     )
 
 
@@ -139,11 +140,11 @@ def _listens(address: tuple[str, int] | str) -> bool:
     return True
 
 
-def _keep_logs(books: Books, logs: Path) -> None:
+def _keep_logs(run_state: RunState, logs: Path) -> None:
     """Keep the ends of Ray's own logs, whose folder goes with the run."""
     parts = []
     for name in ("gcs_server.err", "gcs_server.out", "raylet.err", "raylet.out"):
         with contextlib.suppress(OSError):
             parts.append(f"--- {name}\n{(logs / name).read_bytes()[-_TAIL:].decode(errors='replace')}\n")
     with contextlib.suppress(EditSweepError):
-        books.store.replace(books.paths.log(f"ray-lost-{books.run_id}"), "".join(parts).encode())
+        run_state.store.replace(run_state.paths.log(f"ray-lost-{run_state.run_id}"), "".join(parts).encode())

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.engine.books import Books
 from orchestrator.engine.machine import check_memory, versions
+from orchestrator.engine.run_state import RunState
 from orchestrator.planning.spec import Resources
 from orchestrator.storage.base import StoreError
 from orchestrator.storage.open import open_store
@@ -74,13 +74,13 @@ def _check_node(check: _NodeCheck, node: str) -> _NodeReport:
     return _NodeReport(host, nonce, versions(), f"{fingerprint.model}:{fingerprint.tokenizer}")
 
 
-def check_nodes(books: Books) -> int:
+def check_nodes(run_state: RunState) -> int:
     """Check every node that has the resources of an actor. Return the number of actors that fit on
     these nodes together.
 
     Raises :class:`ClusterError` with the problems of all nodes.
     """
-    plan, store, paths = books.plan, books.store, books.paths
+    plan, store, paths = run_state.plan, run_state.store, run_state.paths
     resources = plan.spec.engine.resources
     if plan.common.model.device == "cuda" and not resources.gpu:
         raise ClusterError("model.device is cuda, but engine.resources.gpu is 0; set it to 1 (or a fraction)")
@@ -99,9 +99,14 @@ def check_nodes(books: Books) -> int:
             f"has them ({have})"
         )
     nonce = os.urandom(16).hex()
-    store.replace(paths.log(f"preflight-{books.run_id}"), nonce.encode())
+    store.replace(paths.log(f"preflight-{run_state.run_id}"), nonce.encode())
     check = _NodeCheck(
-        store.where(), nonce, books.run_id, plan.common.model, plan.weight_bytes, plan.spec.engine.resources
+        store.where(),
+        nonce,
+        run_state.run_id,
+        plan.common.model,
+        plan.weight_bytes,
+        plan.spec.engine.resources,
     )
     asked = {
         node: _check_node.options(
@@ -123,7 +128,7 @@ def check_nodes(books: Books) -> int:
             problems.append(f"{name}: {str(error).strip().splitlines()[-1][:500]}")
             continue
         problems += [f"{name}: {problem}" for problem in _problems(report, nonce, mine, expected)]
-        back = paths.log(f"preflight-{books.run_id}-{node}")
+        back = paths.log(f"preflight-{run_state.run_id}-{node}")
         if not report.problem:
             if not store.exists(back):
                 problems.append(
@@ -131,7 +136,7 @@ def check_nodes(books: Books) -> int:
                     f"shared folder"
                 )
             store.delete(back)
-    store.delete(paths.log(f"preflight-{books.run_id}"))
+    store.delete(paths.log(f"preflight-{run_state.run_id}"))
     if problems:
         raise ClusterError("the cluster is not ready:\n  " + "\n  ".join(problems))
     return sum(able.values())

@@ -25,7 +25,6 @@ import ray
 from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
 
-from orchestrator.engine.books import Books
 from orchestrator.engine.causes import Cause
 from orchestrator.engine.endings import signals_kept
 from orchestrator.engine.ray_engine import ENVIRONMENT
@@ -35,6 +34,7 @@ from orchestrator.engine.ray_engine.loss import noticing_loss
 from orchestrator.engine.ray_engine.preflight import ClusterError, check_nodes
 from orchestrator.engine.ray_engine.private import credentials_stay, on_loopback, own_token, private_folder
 from orchestrator.engine.ray_engine.trial import ShardTrial
+from orchestrator.engine.run_state import RunState
 from orchestrator.engine.worker import StepReport
 from orchestrator.planning.spec import RaySpec
 from orchestrator.storage.lock import LockLost
@@ -42,31 +42,31 @@ from workers.types import EditSweepError
 
 
 def run_ray(
-    books: Books, max_actors: int | None = None, runtime_env: Mapping[str, Any] | None = None
+    run_state: RunState, max_actors: int | None = None, runtime_env: Mapping[str, Any] | None = None
 ) -> None:
     """Run every shard of the plan on Ray. ``runtime_env``: what the user gives the workers besides
     the spec's own."""
-    plan = books.plan
-    with _ctrl_c(books), private_folder() as folder, _connected(books, folder, runtime_env or {}):
+    plan = run_state.plan
+    with _ctrl_c(run_state), private_folder() as folder, _connected(run_state, folder, runtime_env or {}):
         try:
-            actors = check_nodes(books)
+            actors = check_nodes(run_state)
             wanted = max_actors or plan.spec.engine.max_actors or actors
-            build_artifacts(books, min(wanted, actors))
-            if books.artifacts_only:
+            build_artifacts(run_state, min(wanted, actors))
+            if run_state.artifacts_only:
                 return
-            _tune(books, min(wanted, len(plan.shards)), folder)
+            _tune(run_state, min(wanted, len(plan.shards)), folder)
         except KeyboardInterrupt:
-            books.interrupted = True
+            run_state.interrupted = True
 
 
 # --- connecting -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _connected(books: Books, folder: Path, runtime_env: Mapping[str, Any]) -> Iterator[None]:
+def _connected(run_state: RunState, folder: Path, runtime_env: Mapping[str, Any]) -> Iterator[None]:
     """Connect to Ray at the spec's address, or start a local Ray whose files are in ``folder``.
     Afterwards disconnect, and shut the local Ray down."""
-    spec, threads = books.plan.spec.ray, books.plan.common.threads
+    spec, threads = run_state.plan.spec.ray, run_state.plan.common.threads
     runtime = _runtime_env(spec, threads, runtime_env)
     if "working_dir" not in runtime:
         # Without a working_dir, Ray's workers first import from the driver's working directory.
@@ -75,17 +75,17 @@ def _connected(books: Books, folder: Path, runtime_env: Mapping[str, Any]) -> It
         runtime["working_dir"] = str(folder / "empty")
     options: dict[str, Any] = {
         "runtime_env": runtime,
-        "namespace": f"editsweep-{books.run_id}",
+        "namespace": f"editsweep-{run_state.run_id}",
         "log_to_driver": False,
         "logging_level": "ERROR",
     }
     with contextlib.ExitStack() as stack:
         if spec.address:
             _check_reachable(spec)
-            books.view.note(f"connecting to Ray at {spec.address}")
+            run_state.view.note(f"connecting to Ray at {spec.address}")
             options["address"] = spec.address
         else:
-            books.view.note("starting a local Ray")
+            run_state.view.note("starting a local Ray")
             (folder / "ray").mkdir()
             stack.enter_context(own_token(folder))
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
@@ -98,9 +98,9 @@ def _connected(books: Books, folder: Path, runtime_env: Mapping[str, Any]) -> It
                 f"ray.address: {spec.address} cannot be used" if spec.address else "a local Ray did not start"
             )
             raise ClusterError(f"{what}: {type(error).__name__}: {error}") from error
-        with _ray_output_to_log(books):
+        with _ray_output_to_log(run_state):
             try:
-                with noticing_loss(books, spec.address is None):
+                with noticing_loss(run_state, spec.address is None):
                     yield
             finally:
                 ray.shutdown()
@@ -122,7 +122,7 @@ def _runtime_env(spec: RaySpec, threads: int, given: Mapping[str, Any]) -> dict[
 
 
 @contextlib.contextmanager
-def _ray_output_to_log(books: Books) -> Iterator[None]:
+def _ray_output_to_log(run_state: RunState) -> Iterator[None]:
     """Redirect what Ray and Tune print (such as the traceback of every lost worker) from the
     terminal to a log of the run."""
     text = io.StringIO()
@@ -136,7 +136,9 @@ def _ray_output_to_log(books: Books) -> Iterator[None]:
         logger.handlers, logger.propagate = handlers, propagate
         if text.getvalue():
             with contextlib.suppress(EditSweepError):
-                books.store.replace(books.paths.log(f"ray-{books.run_id}"), text.getvalue().encode())
+                run_state.store.replace(
+                    run_state.paths.log(f"ray-{run_state.run_id}"), text.getvalue().encode()
+                )
 
 
 def _check_reachable(spec: RaySpec) -> None:
@@ -194,7 +196,7 @@ def _check_reachable(spec: RaySpec) -> None:
 
 
 @contextlib.contextmanager
-def _ctrl_c(books: Books) -> Iterator[None]:
+def _ctrl_c(run_state: RunState) -> Iterator[None]:
     """Handle Ctrl-C. The first one makes Tune stop after the current steps, by the signal SIGUSR1
     that Tune handles. The second one, or one before Tune runs, raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
@@ -203,10 +205,10 @@ def _ctrl_c(books: Books) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         listening = signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN, None)
-        if books.interrupted or not listening:
+        if run_state.interrupted or not listening:
             raise KeyboardInterrupt
-        books.interrupted = True
-        books.view.note("stopping: the current steps are being committed (Ctrl-C again to leave at once)")
+        run_state.interrupted = True
+        run_state.view.note("stopping: the current steps are being committed (Ctrl-C again to leave at once)")
         signal.raise_signal(signal.SIGUSR1)
 
     before = signal.signal(signal.SIGINT, handle)
@@ -221,16 +223,18 @@ def _ctrl_c(books: Books) -> Iterator[None]:
 # --- shards ---------------------------------------------------------------------------------
 
 
-def _tune(books: Books, actors: int, folder: Path) -> None:
+def _tune(run_state: RunState, actors: int, folder: Path) -> None:
     """One trial per shard, in the plan's order. ``folder`` takes Tune's own files, which are never
     read."""
-    plan = books.plan
+    plan = run_state.plan
     engine = plan.spec.engine
     trainable = tune.with_resources(
-        tune.with_parameters(ShardTrial, work=plan.work, root=books.store.where(), run_id=books.run_id),
+        tune.with_parameters(
+            ShardTrial, work=plan.work, root=run_state.store.where(), run_id=run_state.run_id
+        ),
         {"cpu": engine.resources.cpu, "gpu": engine.resources.gpu},
     )
-    listener = _Listener(books)
+    listener = _Listener(run_state)
     tuner = tune.Tuner(
         trainable,
         param_space={"shard": tune.grid_search(list(range(len(plan.shards))))},
@@ -260,20 +264,20 @@ def _trial_name(trial: Trial) -> str:
 
 
 class _Listener(tune.Callback):
-    """Passes Tune's events on to the books. Tune calls it in the driver's main thread."""
+    """Passes Tune's events on to the run_state. Tune calls it in the driver's main thread."""
 
-    def __init__(self, books: Books) -> None:
-        self.books = books
+    def __init__(self, run_state: RunState) -> None:
+        self.run_state = run_state
         self.stopped_by: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks into a file that is never read, and the books cannot
+        """Nothing: Tune pickles its callbacks into a file that is never read, and a run's state cannot
         be pickled."""
         return {}
 
     def _shard(self, trial: Trial) -> str:
         index: int = trial.config["shard"]
-        return self.books.plan.shards[index].shard_id
+        return self.run_state.plan.shards[index].shard_id
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -288,7 +292,7 @@ class _Listener(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
         with self._guard():
-            self.books.started(self._shard(trial))
+            self.run_state.started(self._shard(trial))
 
     def on_trial_result(
         self, iteration: int, trials: Sequence[Trial], trial: Trial, result: Mapping[str, Any], **info: Any
@@ -296,27 +300,27 @@ class _Listener(tune.Callback):
         report = result.get("report")
         if report:
             with self._guard():
-                self.books.stepped(StepReport(**report))
+                self.run_state.stepped(StepReport(**report))
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
         failed = (trial.last_result or {}).get("failed")
         with self._guard():
             if failed:
-                self.books.failed(self._shard(trial), trial.num_failures + 1, Cause(**failed))
+                self.run_state.failed(self._shard(trial), trial.num_failures + 1, Cause(**failed))
             else:
-                self.books.finished(self._shard(trial))
+                self.run_state.finished(self._shard(trial))
 
     def on_trial_recover(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
         with self._guard():
-            self.books.retrying(self._shard(trial), trial.num_failures, _cause(trial))
+            self.run_state.retrying(self._shard(trial), trial.num_failures, _cause(trial))
 
     def on_trial_error(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
         with self._guard():
-            self.books.failed(self._shard(trial), trial.num_failures, _cause(trial))
+            self.run_state.failed(self._shard(trial), trial.num_failures, _cause(trial))
 
     def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
         with self._guard():
-            self.books.tick()
+            self.run_state.tick()
 
 
 def _cause(trial: Trial) -> Cause:

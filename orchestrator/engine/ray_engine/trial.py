@@ -1,7 +1,7 @@
 """One shard as a Tune trainable. Each step of the trainable is one committed step of the stream.
 
 An actor runs many shards one after another (``reuse_actors``) and keeps the loaded model in its
-:class:`~orchestrator.engine.worker.Bench`. Tune's checkpoints are not used: a restarted trial reads
+:class:`~orchestrator.engine.worker.Worker`. Tune's checkpoints are not used: a restarted trial reads
 its position from the journal.
 """
 
@@ -15,7 +15,7 @@ from ray import tune
 
 from orchestrator.engine.causes import Cause
 from orchestrator.engine.ray_engine.causes import TaskFailed
-from orchestrator.engine.worker import Bench, StepReport, passing
+from orchestrator.engine.worker import StepReport, Worker, passing
 from orchestrator.planning.work import Work
 
 
@@ -32,7 +32,7 @@ class ShardTrial(tune.Trainable):
     ) -> None:
         assert work is not None
         self._work = work
-        self._bench = Bench(root, run_id, own_code=work.common.model.trust_remote_code)
+        self._worker = Worker(root, run_id, own_code=work.common.model.trust_remote_code)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -46,7 +46,7 @@ class ShardTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Commit one step. The first call claims the shard and reports where it continues."""
         if self._steps is None:
-            self._steps = self._bench.run(self._work.manifest(self._shard))
+            self._steps = self._worker.run(self._work.manifest(self._shard))
         try:
             report = next(self._steps, None)
         except Exception as error:

@@ -93,7 +93,7 @@ class AdapterOverlay(Overlay):
             down_LRI[lane] = uniform_A(streams, f"A {name}", down_LRI.shape[1], down_LRI.shape[2])
 
     def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
-        out_BSO = site.answer(x_BSI)
+        out_BSO = site.base_output(x_BSI)
         if not any(self._started[lane] for lane, _, _ in batch.segments):
             return out_BSO
         if self.dropout is not None:

@@ -292,7 +292,7 @@ def gradient_factors(
 
 
 def plain_answer(site: Site, x_BSI: Tensor, batch: Batch, overlay: Overlay | None) -> Tensor:
-    return site.answer(x_BSI) if overlay is None else overlay.forward(site, x_BSI, batch)
+    return site.base_output(x_BSI) if overlay is None else overlay.forward(site, x_BSI, batch)
 
 
 def _bind(answer: Callable[[Site, Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:

@@ -56,7 +56,7 @@ class SideMemories(Overlay):
 
     def forward(self, site: Site, x_BSI: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
-            plain_BSO = site.answer(x_BSI)
+            plain_BSO = site.base_output(x_BSI)
         if not any(self._memories(lane) for lane, _, _ in batch.segments):
             return plain_BSO
         token_BS = batch.prompt_mask_BS if self.config.routing == "prompt" else batch.attention_mask_BS.bool()

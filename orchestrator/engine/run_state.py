@@ -77,7 +77,7 @@ class View(Protocol):
 
 
 @dataclass
-class Books:
+class RunState:
     """State of one run, which the engine updates: reports progress to the view, gathers finished
     shards, collects failures.
 
@@ -242,12 +242,12 @@ def artifact_title(spec: ArtifactSpec) -> str:
 
 
 class Engine(Protocol):
-    """Builds the artifacts and (unless ``books.artifacts_only``) runs the shards of ``books.plan``.
+    """Builds the artifacts and (unless ``run_state.artifacts_only``) runs the shards of ``run_state.plan``.
 
-    Returns when all of them have ended or the user has interrupted the run (``books.interrupted``).
+    Returns when all of them have ended or the user has interrupted the run (``run_state.interrupted``).
     """
 
-    def __call__(self, books: Books, max_actors: int | None) -> None: ...
+    def __call__(self, run_state: RunState, max_actors: int | None) -> None: ...
 
 
 @dataclass(frozen=True)
