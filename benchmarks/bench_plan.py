@@ -77,6 +77,8 @@ def makespan(actors: int) -> Simulation:
 
     from orchestrator.planning.plan import make_plan
     from orchestrator.planning.spec import parse_spec
+    from workers.model.config import ModelConfig, resolve
+    from workers.model.tokenizer import load_tokenizer
 
     raw = yaml.safe_load((SWEEPS / "wise_table2.yaml").read_text(encoding="utf-8"))
     raw["dataset"] = {"kind": "tinyworld", "edits": 1000}
@@ -85,6 +87,7 @@ def makespan(actors: int) -> Simulation:
             folder
         )  # its defaults are LLaMA-2-7B's sizes
         save_file({"x": torch.zeros(1)}, Path(folder) / "model.safetensors")
+        load_tokenizer(resolve(ModelConfig()), "embedded").save_pretrained(folder)
         raw["model"]["name"] = folder
         return make_plan(parse_spec(yaml.safe_dump(raw), "bench_plan", Path("/"))).simulate(actors)
 

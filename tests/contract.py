@@ -114,6 +114,10 @@ one_arch = pytest.mark.parametrize("arch", ["llama", pytest.param("gpt2", marks=
 """For what is the stream's doing; which way the weights lie is told by the tests of both."""
 
 
+gpt2_is_slow = pytest.mark.parametrize("arch", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+"""The same, where it takes seconds for each method."""
+
+
 class MethodContract:
     """Subclasses give ``method`` and ``config``; every test below is then theirs."""
 
@@ -277,7 +281,7 @@ class MethodContract:
             assert [timeless(r.rows) for r in rest] == [timeless(r.rows) for r in whole[at + 1 :]]
             assert rest and any(r.rows for r in rest)
 
-    @both_archs
+    @gpt2_is_slow
     def test_scoring_leaves_the_state_alone_and_the_order_of_probes_does_not_matter(self, arch: str) -> None:
         self.most_steps = FEW_STEPS
         base = self.model(arch, torch.float64)
@@ -307,7 +311,7 @@ class MethodContract:
             states.append(unpack_states(result.state)[0][0])
         assert bool(states[0].tensors) is (self.effect != "none") and same(*states)
 
-    @both_archs
+    @gpt2_is_slow
     def test_lanes_do_not_depend_on_each_other(self, arch: str) -> None:
         base = self.model(arch, torch.float64)
         method, inputs = self.prepared(base)
@@ -321,7 +325,7 @@ class MethodContract:
                 method.edit(alone, [LaneEdit((request,), self.streams(10 * i, position), inputs)])
             self.assert_near(method, together.state(i), alone.state(0), tolerance)
 
-    @both_archs
+    @gpt2_is_slow
     def test_lanes_of_batches_do_not_depend_on_each_other(self, arch: str) -> None:
         self.most_steps = FEW_STEPS
         base = self.model(arch, torch.float64)
@@ -410,7 +414,7 @@ class MethodContract:
             rows, expected, 1e-5
         )  # the scoring batches are smaller, and their products may round differently
 
-    @both_archs
+    @gpt2_is_slow
     @pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.long)])
     def test_batched_scoring_is_one_at_a_time_scoring(self, arch: str, count: int) -> None:
         self.most_steps = FEW_STEPS

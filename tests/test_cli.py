@@ -478,9 +478,10 @@ def test_ctrl_c_later_is_one_line(call: Any, results: Path, monkeypatch: pytest.
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("orchestrator.cli.reading.read_status", interrupted)
     assert call("status", results) == (130, "", "interrupted\n")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_pipe_is_as_wide_as_columns_asks(call: Any, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

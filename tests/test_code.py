@@ -405,7 +405,7 @@ def held_on_disk(folder: Path) -> dict[str, set[int]]:
     return held
 
 
-@pytest.mark.parametrize("rollback", ["group", "never"])
+@pytest.mark.parametrize("rollback", ["group", pytest.param("never", marks=pytest.mark.slow)])
 def test_a_cell_of_two_codes_says_so_and_is_redone_as_a_whole(
     rollback: str, sources: Path, tmp_path: Path
 ) -> None:
@@ -444,6 +444,7 @@ def test_a_cell_of_two_codes_says_so_and_is_redone_as_a_whole(
     assert placeless(rows(folder)) == placeless(rows(whole))
 
 
+@pytest.mark.slow
 def test_a_redo_that_is_killed_is_finished_by_any_later_run(sources: Path, tmp_path: Path) -> None:
     folder, changes = tmp_path / "r", {"methods": RAW["methods"][:1]}
     run(folder, **changes)

@@ -61,7 +61,10 @@ def edited(base: BaseModel, name: str) -> tuple[list[EditOutcome], Tensor]:
 @pytest.mark.numeric
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.float32) for name in sorted(CONFIGS)), ("ft", torch.bfloat16), ("wise", torch.bfloat16)],
+    [
+        *((name, torch.float32) for name in sorted(CONFIGS)),
+        *(pytest.param(name, torch.bfloat16, marks=pytest.mark.slow) for name in ("ft", "wise")),
+    ],
 )
 def test_compiled_steps_do_what_the_written_ones_do(name: str, dtype: torch.dtype) -> None:
     base = random_model("llama", dtype)

@@ -95,6 +95,7 @@ def test_plan_run_and_read(spec_file: Path, tmp_path: Path) -> None:
     assert again.steps == []
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_same_rows(spec_file: Path, tmp_path: Path) -> None:
     ran = python(
         "-m", "editsweep", "run", spec_file.name, "--results", "cli", "--engine", "local", folder=tmp_path

@@ -530,10 +530,10 @@ def test_storage_that_fails_in_mid_run_ends_it_clearly_and_the_next_run_continue
         patch.setattr(LocalStore, "_temporary", failing)
         patch.setattr(worker, "BACKOFF_SECONDS", 0.01)
         for writes, error, words in (
-            (6, errno.ENOSPC, "the disk is full"),  # when the first artifact is built
-            (12, errno.EROFS, "read-only"),
-            (14, errno.EACCES, "permission denied"),
-            (16, errno.ENOSPC, "the disk is full"),
+            (8, errno.ENOSPC, "the disk is full"),  # when the first artifact is built
+            (13, errno.EROFS, "read-only"),
+            (15, errno.EACCES, "permission denied"),
+            (17, errno.ENOSPC, "the disk is full"),
         ):
             state |= {"left": writes, "error": error}
             with pytest.raises(

@@ -368,7 +368,7 @@ def test_a_file_of_a_model_of_images_is_refused_as_such(tmp_path: Path) -> None:
 
 
 def test_a_key_is_a_word(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"file\.yaml: 1: a key is a word"):
+    with pytest.raises(SpecError, match=r"file\.yaml: expected a mapping of hyperparameters"):
         load_config("ft", {}, Path(written(tmp_path, FT, "1: 2")), ModelConfig(name="some/model"))
 
 

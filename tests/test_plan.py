@@ -156,7 +156,7 @@ def waves_of(plan: Plan) -> Counter[tuple[tuple[str, int, int], ...]]:
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     lanes=st.integers(1, 12),
     T=st.lists(st.sampled_from([1, 2, 5, 10, 25, 50]), min_size=1, max_size=3, unique=True),
@@ -325,7 +325,7 @@ def test_failed_groups_and_gaps_still_fill_waves(dataset: Dataset) -> None:
     assert_full(plan, 4)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     lanes=st.integers(1, 9),
     T=st.lists(

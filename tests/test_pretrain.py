@@ -141,6 +141,7 @@ def test_every_request_once_an_epoch_and_its_share_of_replay(
     assert (state.meta["shards"], state.meta["requests"], state.meta["steps"]) == (2, 24, 24)
 
 
+@pytest.mark.slow
 def test_without_replay_the_first_shard_is_forgotten(base: BaseModel, tmp_path: Path) -> None:
     """Shards that contradict nothing: other subjects, and other targets by far."""
     first = [r for r in REQUESTS if "academy" in r.subject][:24]

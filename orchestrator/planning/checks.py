@@ -14,7 +14,7 @@ warning, because the other groups are results.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.planning.spec import SweepSpec
 from workers.data import order_requests
@@ -182,6 +182,8 @@ class Shortfall:
     first: str
     failing: int
     groups: int
+    grows_with_T: bool = False
+    """True if smaller groups would not lack it: cells of other T are fine."""
 
 
 def find_shortfalls(
@@ -277,15 +279,19 @@ def find_crowded(
                         places = list(range(stop - T, edits))  # facts only become more
                         break
                     places += crowded
-                found += _shortfall(spec, variant, T, seed, need, places, data, order)
+                found += [
+                    replace(short, grows_with_T=True)
+                    for short in _shortfall(spec, variant, T, seed, need, places, data, order)
+                ]
     return tuple(found)
 
 
 def impossible_cells(found: Sequence[Shortfall]) -> list[SpecError]:
-    """An error for each method and T of which a cell has no group that can be edited."""
+    """An error for each method and T of which a cell has no group that can be edited. Where only
+    the groups are too large, it is no error: a grid of several T is one sweep."""
     by_place: dict[tuple[str, int, Need], Shortfall] = {}
     for short in found:
-        if short.failing == short.groups:
+        if short.failing == short.groups and not short.grows_with_T:
             by_place.setdefault((short.label, short.T, short.need), short)
     return [
         SpecError(
