@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from orchestrator.engine.local import run_local
@@ -78,8 +79,18 @@ def run(folder: Path, watch: View | None = None, **changes: Any) -> Outcome:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    found = open_results(folder).table().to_pylist()
-    return [{key: value for key, value in row.items() if key not in VOLATILE} for row in _in_order(found)]
+    """The rows that the last plan asks for."""
+    return _stable(open_results(folder).table())
+
+
+def every_row(folder: Path) -> list[dict[str, Any]]:
+    """The same with the rows that it no longer asks for."""
+    return _stable(open_results(folder).table(superseded=True).drop_columns("superseded"))
+
+
+def _stable(table: pa.Table) -> list[dict[str, Any]]:
+    found = _in_order(table.to_pylist())
+    return [{key: value for key, value in row.items() if key not in VOLATILE} for row in found]
 
 
 def placeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -130,6 +130,7 @@ def test_the_plain_console_tells_how_far_a_training_is(
 # --- interruptions --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_in_mid_training_and_run_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     path, folder, marker = tmp_path / "e.yaml", tmp_path / "r", tmp_path / "go"
     path.write_text(yaml.safe_dump(RAW))
@@ -234,6 +235,7 @@ def test_two_processes_that_need_one_artifact_build_it_once(tmp_path: Path) -> N
     assert [steps_of(process) for process in (first, second, third)] == [list(range(1, STEPS + 1)), [], []]
 
 
+@pytest.mark.slow
 def test_a_dead_builder_is_succeeded(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     wanted, marker = artifact_of().needs[0].needs[0], tmp_path / "go"
     first = launch("build", str(tmp_path), wanted.model_dump_json(), hold=f"5:{marker}")

@@ -405,7 +405,8 @@ def held_on_disk(folder: Path) -> dict[str, set[int]]:
     return held
 
 
-@pytest.mark.parametrize("rollback", ["group", pytest.param("never", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rollback", ["group", "never"])
+@pytest.mark.slow
 def test_a_cell_of_two_codes_says_so_and_is_redone_as_a_whole(
     rollback: str, sources: Path, tmp_path: Path
 ) -> None:

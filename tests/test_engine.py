@@ -34,7 +34,7 @@ from orchestrator.results.status import read_status
 from orchestrator.storage import lock as locking
 from orchestrator.storage.base import Missing, StoreError
 from orchestrator.storage.local import LocalStore
-from tests.engine import RAW, ROOT, TWELVE, Stop, Watch, placeless, rows, run, spec_of
+from tests.engine import RAW, ROOT, TWELVE, Stop, Watch, every_row, placeless, rows, run, spec_of
 from tests.processes import Command, Fork, fork
 from tests.waiting import PATIENCE_SECONDS, finished, output_of, stop, wait_for
 from workers.scoring import forward
@@ -197,6 +197,7 @@ def test_one_group_that_raises_leaves_the_others_of_its_cell(
     assert 1 <= len(failed) <= 2  # the request is once in every seed's order
 
 
+@pytest.mark.slow
 def test_only_some_cells(tmp_path: Path, one_lane: list[dict[str, Any]]) -> None:
     store = LocalStore(tmp_path / "r")
     outcome = run_sweep(
@@ -231,11 +232,11 @@ def test_forgotten_cells_are_gone_and_come_back_when_asked_for(
     (under_way,) = results.journal.begun().values()
     run(tmp_path / "r", grid={"T": [1], "seeds": [0]}, engine=ONE_LANE)  # some of it enters the table
     cells = {cell.cell_id for cell in under_way.job.cells}
-    before = rows(tmp_path / "r")
+    before = every_row(tmp_path / "r")
     found = look_up(results, [f"cell={next(iter(cells))[:8]}", "method=grace,T=1"])
     said: list[str] = []
     removed = forget(results, found, said.append)
-    after = rows(tmp_path / "r")
+    after = every_row(tmp_path / "r")
     assert after == [row for row in before if row["cell_id"] not in found.limits]
     assert removed == found.rows <= len(before) - len(after)
     assert not found.limits.keys() & results.central.done().keys()
@@ -329,6 +330,7 @@ def test_ctrl_c_waits_ten_seconds_for_the_step_and_no_longer(
     assert rows(tmp_path / "r") == reference
 
 
+@pytest.mark.slow
 def test_settings_may_change_between_runs(tmp_path: Path) -> None:
     """A shard that has begun is continued as it was planned, under other lanes; what is new is cut
     by the new settings."""

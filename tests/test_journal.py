@@ -130,7 +130,7 @@ def test_continual_lanes_continue_exactly(tmp_path: Path, store: LocalStore, jou
     assert result(store) == undisturbed(tmp_path / "clean", manifest)
 
 
-@pytest.mark.parametrize("also_T", [(), (16, 10, 1)])
+@pytest.mark.parametrize("also_T", [(), pytest.param((16, 10, 1), marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path: Path, also_T: tuple[int, ...]) -> None:
     """Each process is killed after a random number of commits, or it was quicker; so many shards
     that five were killed."""

@@ -180,6 +180,7 @@ def test_jobs_that_cannot_be(changes: dict[str, Any], words: str) -> None:
         StreamJob.model_validate({**work.model_dump(), **changes})
 
 
+@pytest.mark.slow
 def test_a_sweep_equals_sweeps_of_one_T_each_and_grows_by_what_is_new(tmp_path: Path) -> None:
     """Killed after every few steps, a sweep of several T gives the table of single ones; a T added
     later runs alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from tests.contract import MethodContract
@@ -31,6 +32,9 @@ from workers.methods.simie import SimIEConfig
 from workers.methods.ultraedit import UltraEditConfig
 from workers.methods.wise.config import WISEConfig
 from workers.model.base import BaseModel
+
+a_variant = pytest.mark.slow
+"""For a class whose method shares nearly all of its code with another class."""
 
 FEW: Any = {"context_template_length_params": ((5, 5),)}
 """Fewer context templates than the papers use: the contract does not depend on how many."""
@@ -80,6 +84,7 @@ class TestROME(MethodContract):
         )
 
 
+@a_variant
 class TestRROME(MethodContract):
     method = "rrome"
     whole_answer = False
@@ -105,6 +110,7 @@ class TestMEMIT(MethodContract):
         )
 
 
+@a_variant
 class TestMEMITMass(TestMEMIT):
     method = "memit-mass"
 
@@ -140,6 +146,7 @@ class TestLoRA(MethodContract):
         return LoRAConfig(rank=4, lora_alpha=16.0, lr=2e-2, num_steps=15)
 
 
+@a_variant
 class TestLoRADropout(MethodContract):
     method = "lora"
 
@@ -154,6 +161,7 @@ class TestMELO(MethodContract):
         return MELOConfig(key_layer=0, layers=(1, 2), radius=1.0, lr=5e-2, num_iter=15)
 
 
+@a_variant
 class TestWISEMerge(MethodContract):
     method = "wise"
 
@@ -284,6 +292,7 @@ class TestSimIE(MethodContract):
         return SimIEConfig(base_method="rome", base=TestROME().config().model_dump(), lamHyper=1e-2)
 
 
+@a_variant
 class TestSimIEPresentWeights(MethodContract):
     method = "simie"
 

@@ -291,7 +291,7 @@ def check_beside(folder: Path, found: Rows, before: Rows) -> None:
     [
         ("finished", "grid.seeds=[0,1]", "grid.seeds=[1]"),
         ("finished", "dataset.edits=6", "dataset.edits=6"),
-        ("killed", "dataset.edits=12", "dataset.edits=12"),
+        pytest.param("killed", "dataset.edits=12", "dataset.edits=12", marks=pytest.mark.slow),
     ],
 )
 def test_it_is_extended(

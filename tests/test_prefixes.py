@@ -233,7 +233,8 @@ def test_what_else_cannot_be_shared() -> None:
         StreamJob.model_validate({**work.model_dump(), "batch_size": 3})
 
 
-@pytest.mark.parametrize("across", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.slow
 def test_a_sweep_that_shares_gives_the_table_of_one_that_does_not(tmp_path: Path, across: bool) -> None:
     """One lane each (or one per seed): the same bits, killed after every few steps, and with a T
     and edits added later."""

@@ -79,7 +79,7 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Asked(last, folder, fresh)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_rows_that_the_last_plan_does_not_ask_for_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked, scanned: bool
 ) -> None:
