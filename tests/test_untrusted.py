@@ -169,7 +169,7 @@ def test_the_users_own_file_may_say_everything_but_credentials(tmp_path: Path) -
             read_runtime_env(file)
     with pytest.raises(SpecError, match="no such file"):
         read_runtime_env(tmp_path / "missing")
-    with pytest.raises(SpecError, match="is no file"):
+    with pytest.raises(SpecError, match="is a folder, expected a file"):
         read_runtime_env(tmp_path)
 
 

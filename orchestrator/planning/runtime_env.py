@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from workers.inputs import MAX_BYTES, found, parse_yaml, short
+from workers.inputs import found, kind_of, parse_yaml, read_file, reason, short
 from workers.types import SpecError
 
 VARIABLES: Mapping[str, str] = MappingProxyType(
@@ -87,16 +87,12 @@ def read_runtime_env(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the file of ``--runtime-env``: Ray's whole ``runtime_env`` as YAML or JSON, whatever it
     makes workers do. Raises :class:`SpecError`."""
     source = f"--runtime-env {os.fspath(path)}"
-    file = Path(path)
     try:
-        if not file.is_file():
-            missing = "is no file" if os.path.lexists(file) else "no such file"
-            raise SpecError(f"{source}: {missing}")
-        if file.stat().st_size > MAX_BYTES:
-            raise SpecError(f"{source}: {file.stat().st_size} bytes; it has at most {MAX_BYTES}")
-        text = file.read_text(encoding="utf-8")
+        text = read_file(Path(path)).decode()
+    except FileNotFoundError:
+        raise SpecError(f"{source}: no such file") from None
     except (OSError, ValueError) as error:
-        raise SpecError(f"{source}: cannot be read: {error}") from None
+        raise SpecError(f"{source}: cannot be read: {reason(error)}") from None
     return check_runtime_env(parse_yaml(text, source), source)
 
 
@@ -104,7 +100,7 @@ def check_runtime_env(value: object, source: str) -> dict[str, Any]:
     """Return a ``runtime_env`` that the user gave in person. Raises :class:`SpecError` if it is no
     mapping, or holds credentials."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise SpecError(f"{source}: expected a mapping, Ray's runtime_env, found {found(value)}")
+        raise SpecError(f"{source}: expected a mapping, Ray's runtime_env, found {kind_of(value)}")
     variables = value.get("env_vars") or {}
     if not isinstance(variables, Mapping):
         raise SpecError(f"{source}: env_vars: expected a mapping, found {found(variables)}")
