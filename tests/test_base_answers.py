@@ -100,6 +100,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_process_asks_once_and_rows_keep_their_bits(
     tmp_path: Path, alone: list[dict[str, Any]], calls: Calls
 ) -> None:

@@ -300,6 +300,7 @@ def test_folder_of_another_sweep(call: Any, spec: Path, results: Path) -> None:
     fails(result, 2, ["'cli'", "'other'", "--results"])
 
 
+@pytest.mark.slow
 def test_no_write_permission(spec: Path, tmp_path: Path) -> None:
     """In a process of its own, which gives up root's right to write anywhere."""
     shut = tmp_path / "shut"

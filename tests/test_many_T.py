@@ -75,7 +75,10 @@ def sorted_rows(results: list[StepResult]) -> list[dict[str, Any]]:
     )
 
 
-@pytest.mark.parametrize("method", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow if m in ("wise", "rome") else ()) for m in sorted(CONFIGS)],
+)
 def test_rows_are_those_of_streams_of_their_own(method: str) -> None:
     config = get_method(method).Config.model_validate(CONFIGS[method])
     inputs = build_inputs(random_model("llama"), method, config)

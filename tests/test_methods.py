@@ -40,6 +40,7 @@ FEW: Any = {"context_template_length_params": ((5, 5),)}
 """Fewer context templates than the papers use: the contract does not depend on how many."""
 
 
+@a_variant
 class TestFTL(MethodContract):
     method = "ft"
     whole_answer = False  # its loss puts every target token at the last prompt position: two cannot both win

@@ -372,6 +372,7 @@ def test_requests_without_probes_have_empty_columns() -> None:
     assert second["locality_token"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_stream_needs_neither_ray_nor_pyarrow(tmp_path: Path) -> None:
     """In a process where importing them fails, a whole stream runs."""
     code = """

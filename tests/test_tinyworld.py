@@ -118,6 +118,7 @@ def test_two_hop_questions_are_never_trained_for_editable_people() -> None:
     assert {fact.group for fact in FACTS if fact.composed} == {"anchor"}
 
 
+@pytest.mark.slow
 def test_requests_are_a_pure_function_of_the_seed() -> None:
     splits: tuple[tinyworld.Split, ...] = ("edit", "tune", "train")
     here = [tinyworld.load_dataset(split).fingerprint for split in splits]

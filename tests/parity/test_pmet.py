@@ -50,7 +50,8 @@ def prepared(copy: int = 0, **changes: Any) -> PMET:
     return PMET.prepare(model("llama", copy), config, inputs)
 
 
-@pytest.mark.parametrize("T", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, 10])
 def test_scores(T: int) -> None:
     """Layer by layer with a square root: both layers' recorded norms have to come out."""
     expected = record("llama", "PMET-rightpad", T)

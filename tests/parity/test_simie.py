@@ -137,7 +137,7 @@ def over(editor: ROME, **changes: Any) -> SimIE:
     return SimIE(editor.base, config, editor.inputs, editor)
 
 
-@pytest.mark.parametrize("T", [1, 10])
+@pytest.mark.parametrize("T", [pytest.param(1, marks=pytest.mark.slow), 10])
 def test_scores(T: int) -> None:
     expected = record("llama", "SimIE", T)
 
