@@ -464,9 +464,10 @@ def test_ray_trains_once_and_survives_a_killed_builder(
     undisturbed: dict[str, bytes],
 ) -> None:
     path, folder, first, second = tmp_path / "e.yaml", tmp_path / "r", tmp_path / "first", tmp_path / "second"
-    setup = {"runtime_env": {"worker_process_setup_hook": "tests.learner.register"}}
-    path.write_text(yaml.safe_dump({**RAW, "ray": setup}))
-    command = ("run", str(path), "--results", str(folder), "--max-actors", "2")
+    path.write_text(yaml.safe_dump(RAW))
+    setup = tmp_path / "setup.yaml"
+    setup.write_text("worker_process_setup_hook: tests.learner.register\n")
+    command = ("run", str(path), "--results", str(folder), "--max-actors", "2", "--runtime-env", str(setup))
     process = launch_ray(*command, environment=home, hold=f"3:{first}")
     wait_for(lambda: reached(first), process)
     process.send_signal(signal.SIGINT)

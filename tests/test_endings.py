@@ -21,7 +21,7 @@ from tests.test_engine import committed, main, spec_file
 from tests.waiting import output_of, wait_for
 
 ENDLESS: dict[str, Any] = {
-    "methods": [{"method": "ft", "hparams": {"num_steps": 10**9, "lr": 1e-9}}],
+    "methods": [{"method": "ft", "hparams": {"num_steps": 10**6, "lr": 1e-9}}],
     "grid": {"T": 6},
     "engine": {**RAW["engine"], "step_edits": 1000},
 }
