@@ -108,21 +108,26 @@ class Stop(BaseException):
     """Ends the process's work as a kill would, as far as Python code can tell."""
 
 
+def stop_after(steps: int) -> Callable[[StepReport], None]:
+    """What to do on each step, so that the work ends after ``steps`` steps with edits."""
+    left = steps
+
+    def count(step: StepReport) -> None:
+        nonlocal left
+        left -= step.edits > 0
+        if left == 0:
+            raise Stop
+
+    return count
+
+
 def run_in_pieces(folder: Path, steps: int, **changes: Any) -> tuple[Outcome, int]:
     """Run a sweep that is killed whenever ``steps`` steps with edits were made; the end of it, and
     how often that was."""
     killed = 0
     while True:
-        left = steps
-
-        def count(step: StepReport) -> None:
-            nonlocal left
-            left -= step.edits > 0
-            if left == 0:
-                raise Stop
-
         try:
-            return run(folder, Watch(count), **changes), killed
+            return run(folder, Watch(stop_after(steps)), **changes), killed
         except Stop:
             killed += 1
 

@@ -28,7 +28,7 @@ import pytest
 from orchestrator.results.query import open_results
 from orchestrator.results.status import read_status
 from orchestrator.storage import local
-from tests.engine import Stop, Watch, placeless, rows, run
+from tests.engine import Stop, Watch, placeless, rows, run, stop_after
 
 Row = dict[str, Any]
 
@@ -88,18 +88,6 @@ def _first_edit_raises() -> Iterator[None]:
         yield
 
 
-def _stop_after(steps: int) -> Callable[[Any], None]:
-    left = steps
-
-    def count(step: Any) -> None:
-        nonlocal left
-        left -= step.edits > 0
-        if left == 0:
-            raise Stop
-
-    return count
-
-
 class _StopInArtifact(Watch):
     """Ends the process, as a kill would, when the second moment is being computed and was saved."""
 
@@ -119,9 +107,9 @@ def prepare(folder: Path) -> list[State]:
     shutil.copytree(done, half)
     two = {**LATER, "methods": LATER["methods"][:2]}
     with pytest.raises(Stop), _first_edit_raises():
-        run(half, Watch(_stop_after(1)), **two)
+        run(half, Watch(stop_after(1)), **two)
     with pytest.raises(Stop):
-        run(half, Watch(_stop_after(1)), **two)
+        run(half, Watch(stop_after(1)), **two)
     with pytest.raises(Stop):
         run(half, _StopInArtifact(), **LATER)
     _release_nothing(half)

@@ -119,6 +119,19 @@ def read_file(path: Path, most: int = MAX_BYTES) -> bytes:
         return data
 
 
+def read_text(path: Path, source: str, what: str = "file") -> str:
+    """The text of a regular file of bounded size. ``what`` the user was to name. Raises
+    :class:`SpecError`, which names ``source``."""
+    try:
+        return read_file(path).decode()
+    except FileNotFoundError:
+        raise SpecError(f"{source}: no such {what}") from None
+    except IsADirectoryError:
+        raise SpecError(f"{source}: is a folder, expected a {what}") from None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{source}: cannot be read: {reason(error)}") from None
+
+
 def reason(error: OSError | ValueError) -> str:
     """Why a file cannot be read, without any of its contents."""
     if isinstance(error, UnicodeDecodeError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from workers.inputs import found, kind_of, parse_yaml, read_file, reason, short
+from workers.inputs import found, kind_of, parse_yaml, read_text, short
 from workers.types import SpecError
 
 VARIABLES: Mapping[str, str] = MappingProxyType(
@@ -87,13 +87,7 @@ def read_runtime_env(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the file of ``--runtime-env``: Ray's whole ``runtime_env`` as YAML or JSON, whatever it
     makes workers do. Raises :class:`SpecError`."""
     source = f"--runtime-env {os.fspath(path)}"
-    try:
-        text = read_file(Path(path)).decode()
-    except FileNotFoundError:
-        raise SpecError(f"{source}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{source}: cannot be read: {reason(error)}") from None
-    return check_runtime_env(parse_yaml(text, source), source)
+    return check_runtime_env(parse_yaml(read_text(Path(path), source), source), source)
 
 
 def check_runtime_env(value: object, source: str) -> dict[str, Any]:

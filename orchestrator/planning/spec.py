@@ -35,7 +35,7 @@ from pydantic import (
 from orchestrator.planning.places import Found, find_model, is_bare
 from orchestrator.planning.runtime_env import check_spec_environment
 from workers.data import DATASETS, TargetField
-from workers.inputs import explain, found, kind_of, parse_yaml, read_file, reason, short
+from workers.inputs import explain, found, kind_of, parse_yaml, read_text, short
 from workers.job import Rollback, ScoreConfig
 from workers.model.config import EMBEDDED, ModelConfig
 from workers.scoring.registry import SCORES
@@ -449,14 +449,7 @@ class SweepSpec(Written):
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
     """Read, override and validate one spec file."""
     path = Path(path)
-    try:
-        text = read_file(path).decode()
-    except FileNotFoundError:
-        raise SpecError(f"{path}: no such spec file") from None
-    except IsADirectoryError:
-        raise SpecError(f"{path}: is a folder, expected a spec file") from None
-    except (OSError, ValueError) as e:
-        raise SpecError(f"{path}: cannot be read: {reason(e)}") from None
+    text = read_text(path, str(path), "spec file")
     return parse_spec(text, source=str(path), base=path.resolve().parent, overrides=overrides)
 
 

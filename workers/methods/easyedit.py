@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from workers.inputs import found, kind_of, parse_yaml, read_file, reason
+from workers.inputs import found, kind_of, parse_yaml, read_text
 from workers.types import JSON, SpecError
 
 IGNORED = ""
@@ -162,15 +162,7 @@ def read_hparams(path: Path) -> dict[str, JSON]:
     """The mapping of an EasyEdit YAML. Raises :class:`SpecError`, for a file of a model that reads
     images, too."""
     source = f"hparams_file: {path}"
-    try:
-        text = read_file(path).decode()
-    except FileNotFoundError:
-        raise SpecError(f"{source}: no such file") from None
-    except IsADirectoryError:
-        raise SpecError(f"{source}: is a folder, expected a file") from None
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{source}: cannot be read: {reason(error)}") from None
-    loaded = parse_yaml(text, source)
+    loaded = parse_yaml(read_text(path, source), source)
     if not isinstance(loaded, dict):
         raise SpecError(f"{source}: expected a mapping, found {kind_of(loaded)}")
     if not all(isinstance(key, str) and _NAME.fullmatch(key) for key in loaded):
