@@ -16,6 +16,7 @@ import math
 import os
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -72,7 +73,7 @@ class QueryError(EditSweepError):
     the valid columns."""
 
 
-class Reader:
+class Reader(ABC):
     """Questions to one results folder or to several: :class:`Results` and :class:`Union`.
 
     Everything is asked of the rows that count, unless the superseded ones are asked for too: in
@@ -80,19 +81,19 @@ class Reader:
     ``superseded``. The same holds for the other tables.
     """
 
+    @abstractmethod
     def table(
         self, columns: Sequence[str] | None = None, superseded: bool = False, of: str = EDITS.name
     ) -> pa.Table:
         """Every row exactly once, of running shards too; all columns, or those asked for. ``of``:
         edits, outputs, groups, requests or cells."""
-        raise NotImplementedError
 
+    @abstractmethod
     def register(
         self, connection: duckdb.DuckDBPyConnection, names: Collection[str], suffix: str = ""
     ) -> None:
         """Make those of the :data:`VIEWS` that are among ``names``, their own names followed by
         ``suffix``."""
-        raise NotImplementedError
 
     def to_pandas(
         self, columns: Sequence[str] | None = None, superseded: bool = False, of: str = EDITS.name
